@@ -1,0 +1,123 @@
+"""What `distill plugins` prints: components, and a component's options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+from rich.console import Console
+from rich.table import Table
+
+from distill_core.components import INTERFACES
+from distill_core.errors import UserError, did_you_mean
+from distill_core.registry import Entry, Registry
+
+
+def options(config: type[BaseModel]) -> list[dict[str, Any]]:
+    """name, type, default (None where required) and doc of each option."""
+    rows = []
+    for name, field in config.model_fields.items():
+        required = field.is_required()
+        default = None if required or field.default is PydanticUndefined else field.default
+        rows.append(
+            {
+                "name": field.alias or name,
+                "type": type_name(field.annotation),
+                "required": required,
+                "default": list(default) if isinstance(default, tuple) else default,
+                "doc": " ".join((field.description or "").split()),
+            }
+        )
+    return rows
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a person writes it: `int`, `[float, float]`, `'a' | 'b'`."""
+    if annotation is None or annotation is type(None):
+        return "null"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(repr(value) for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(type_name(argument) for argument in arguments)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"[{type_name(arguments[0])}, ...]"
+        return f"[{', '.join(type_name(argument) for argument in arguments)}]"
+    if origin is dict:
+        return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
+    if origin is list:
+        return f"[{type_name(arguments[0])}, ...]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def summary(cls: type) -> str:
+    """The first paragraph of a class's docstring, in one line."""
+    return " ".join(inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].split())
+
+
+def _entries(registry: Registry, name: str | None) -> list[Entry]:
+    kinds = list(INTERFACES)
+    if name is None:
+        return sorted(registry.entries.values(), key=lambda entry: (kinds.index(entry.cls.kind), entry.cls.name))
+    found = registry.named(name)
+    if not found:
+        raise UserError(f"no component named {name!r}{did_you_mean(name, [known for _, known in registry.entries])}")
+    return found
+
+
+def as_json(registry: Registry, name: str | None) -> str:
+    """The components, with options, as JSON."""
+    return json.dumps(
+        [
+            {
+                "kind": entry.cls.kind,
+                "name": entry.cls.name,
+                "package": entry.package,
+                "plugin": entry.plugin,
+                "class": f"{entry.cls.__module__}.{entry.cls.__qualname__}",
+                "doc": inspect.cleandoc(entry.cls.__doc__ or ""),
+                "options": options(entry.cls.Config),
+            }
+            for entry in _entries(registry, name)
+        ],
+        indent=1,
+    )
+
+
+def print_all(registry: Registry) -> None:
+    """A table of every component."""
+    table = Table(box=None, pad_edge=False)
+    for head in ("kind", "name", "plugin", "package", ""):
+        table.add_column(head, no_wrap=head != "", overflow="fold")
+    kind = None
+    for entry in _entries(registry, None):
+        shown = entry.cls.kind if entry.cls.kind != kind else ""
+        kind = entry.cls.kind
+        table.add_row(shown, entry.cls.name, entry.plugin, entry.package, summary(entry.cls))
+    Console().print(table)
+
+
+def print_one(registry: Registry, name: str) -> None:
+    """A component's documentation and options."""
+    console = Console()
+    for entry in _entries(registry, name):
+        console.print(
+            f"{entry.cls.name}  ({entry.cls.kind}, plugin {entry.plugin} of {entry.package})", highlight=False, markup=False
+        )
+        console.print(inspect.cleandoc(entry.cls.__doc__ or ""), highlight=False, markup=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for head in ("option", "type", "default", ""):
+            table.add_column(head, overflow="fold")
+        for row in options(entry.cls.Config):
+            default = "required" if row["required"] else json.dumps(row["default"])
+            table.add_row(row["name"], row["type"], default, row["doc"])
+        console.print()
+        console.print(table if table.row_count else "(no options)", markup=False)

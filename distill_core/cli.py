@@ -1,0 +1,236 @@
+"""The command line. Nothing heavy is imported until a command needs it: `distill --help` imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from distill_core import __version__
+from distill_core.errors import UserError
+
+if TYPE_CHECKING:
+    from distill_core.recipe import Recipe
+    from distill_core.registry import Registry
+    from distill_core.train import Result
+
+SET_HELP = "Change the recipe: path=value, as loss.1.weight=0.5 or 'data.source={name: emoji}'. Repeatable."
+
+
+class _Commands(click.Group):
+    """The built-in commands and those of plugins."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *sorted(self._plugin_commands())]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return super().get_command(ctx, name) or self._plugin_commands().get(name)
+
+    def _plugin_commands(self) -> dict[str, click.Command]:
+        from distill_core.registry import Plugins
+
+        return {command.name: command for command in Plugins.discover().commands() if command.name not in self.commands}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="distill")
+def cli() -> None:
+    """Multimodal self-distillation from a YAML recipe.
+
+    Exit codes: 0 done; 2 something to mend in what was asked for; 3 training cannot go on; 128 + the signal's number
+    when interrupted (the run is saved).
+    """
+
+
+def _registry() -> Registry:
+    from distill_core.registry import Registry
+
+    return Registry.discover()
+
+
+def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
+    from distill_core.recipe import load_recipe
+
+    return load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
+@click.option("--runs", default="runs", show_default=True, help="Folder that the run's folder is made in.")
+@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
+    """Train a recipe, evaluate it, and report."""
+    loaded = _load(recipe, overrides)
+    from distill_core.tracking import RunFolder
+    from distill_core.train import Trainer
+
+    folder = RunFolder.create(Path(runs), loaded)
+    try:
+        trainer = Trainer(loaded, folder, quiet=quiet)
+    except UserError:
+        _forget(folder.path)
+        raise
+    _end(trainer.run())
+
+
+def _forget(folder: Path) -> None:
+    """Take back the folder of a run that could not begin."""
+    (folder / "recipe.yaml").unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@cli.command()
+@click.argument("folder")
+@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+def resume(folder: str, quiet: bool) -> None:
+    """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been."""
+    from distill_core.model import run_recipe
+    from distill_core.tracking import RunFolder
+    from distill_core.train import train
+
+    recipe = run_recipe(Path(folder), _registry())
+    _end(train(recipe, RunFolder(Path(folder)), resume=True, quiet=quiet))
+
+
+def _end(result: Result) -> None:
+    from distill_core import distributed
+    from distill_core.display import print_scores
+
+    rank = distributed.rank()
+    distributed.stop()
+    if result.signal is not None:
+        sys.exit(128 + result.signal)
+    if rank == 0:
+        import json
+
+        report = json.loads((result.folder / "report.json").read_text())
+        lines = [
+            f"{report['steps']} steps, {report['samples']} samples in {report['seconds']:.0f} s of training "
+            f"({report['samples_per_s'] or 0:.0f} samples/s)",
+        ]
+        if report["skipped_samples"]:
+            lines.append(f"{report['skipped_samples']} samples were skipped; their keys: {result.folder / 'skipped.jsonl'}")
+        if report["skipped_steps"]:
+            lines.append(f"{report['skipped_steps']} steps were skipped: not finite; see {result.folder / 'metrics.jsonl'}")
+        lines.append(f"report: {result.folder / 'report.json'}, {result.folder / 'report.png'}")
+        print_scores(result.scores, f"{report['name']} on {report['split']}", lines)
+
+
+@cli.command("eval")
+@click.argument("folder")
+@click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
+@click.option("--split", help="Split to score; the recipe's test split otherwise.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Score a run's checkpoint with the recipe's evaluation tasks."""
+    import json
+
+    from distill_core.checkpoint import Checkpoints
+    from distill_core.display import print_scores
+    from distill_core.evaluate.run import evaluate
+    from distill_core.model import models_of, run_recipe
+    from distill_core.objective import Objective
+    from distill_core.train import resolve_device, set_threads
+
+    run_recipe(Path(folder), _registry())  # says so when it is not a run
+    recipe = _load(str(Path(folder) / "recipe.yaml"), overrides, allow_unset=True)
+    device = resolve_device(recipe.train.device)
+    set_threads(recipe.train.threads, 0, device)
+    objective = Objective.from_recipe(recipe)
+    objective.load_state_dict(Checkpoints(Path(folder)).read(checkpoint)["objective"])
+    objective.to(device)
+    source = (recipe.evaluate_source or recipe.source).build()
+    source.prepare()
+    which = split or recipe.evaluate.split
+    scores = evaluate(recipe, models_of(recipe, objective, device), source, which)
+    if not scores:
+        raise UserError(f"nothing to score: no task in `evaluate`, or the data source has no split {which!r}")
+    if as_json:
+        click.echo(json.dumps(scores, indent=1))
+    else:
+        print_scores(scores, f"{Path(folder).name} ({checkpoint}) on {which}")
+
+
+@cli.command()
+@click.argument("recipes", nargs=-1, required=True)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
+def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Check recipes without touching data or weights; prints every error."""
+    from distill_core.recipe import load_recipe
+
+    registry = _registry()
+    failed = False
+    for name in recipes:
+        try:
+            loaded = load_recipe(name, registry=registry, overrides=overrides, allow_unset=True)
+        except UserError as error:
+            click.echo(str(error), err=True)
+            failed = True
+            continue
+        for warning in loaded.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        click.echo(f"{name}: ok")
+    if failed:
+        sys.exit(UserError.exit_code)
+
+
+@cli.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
+def show(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Print a recipe with every default filled in; the output is a recipe itself."""
+    loaded = _load(recipe, overrides, allow_unset=True)
+    for warning in loaded.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(loaded.to_yaml(), nl=False)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plugins(name: str | None, as_json: bool) -> None:
+    """List every component, or show one component's options."""
+    from distill_core import catalogue
+
+    registry = _registry()
+    if as_json:
+        click.echo(catalogue.as_json(registry, name))
+    else:
+        catalogue.print_all(registry) if name is None else catalogue.print_one(registry, name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: a `UserError` is printed as it is, without a traceback."""
+    try:
+        cli.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.Abort:
+        click.echo("stopped", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        click.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        _close_stdout()
+        sys.exit(141)
+
+
+def _close_stdout() -> None:
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()
+

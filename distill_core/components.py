@@ -1,0 +1,356 @@
+"""The interfaces a plugin implements, and the pydantic `Config` each component carries.
+
+Four of them make a method: `Augmentation` (one modality: a raw sample -> its views), `Backbone` (one modality: views
+-> features), `FusionHead` (all modalities) and `Loss`. The rest are small contracts around it: `DataSource`,
+`Evaluation`, `Optimizer`, `Schedule`, `Tracker` and `Initializer`.
+
+What a component needs of the rest of a recipe it says in `needs`, before any data or weights are touched.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from distill_core.types import Features, Fused, Outputs, Progress, Sample, View, Views
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from distill_core.evaluate.sets import EvaluationSet
+    from distill_core.model import Model
+    from distill_core.objective import Objective
+
+
+class ComponentConfig(BaseModel):
+    """Base of every component's options: unknown keys are errors, types are strict, lists serve for tuples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class ModalityPlan:
+    """What is known of one modality before anything is built."""
+
+    roles: tuple[str, ...]
+    """The role of each view, globals first."""
+    teacher_views: tuple[int, ...]
+    """The views that the teacher encodes; empty without a teacher for this modality."""
+    width: int
+    """Tower width W of the tokens."""
+    dim: int
+    """Embedding width D."""
+    has_tokens: bool
+
+    def views(self, role: str) -> tuple[int, ...]:
+        """The numbers of the views of one role."""
+        return tuple(i for i, r in enumerate(self.roles) if r == role)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a recipe before anything is built."""
+
+    modalities: Mapping[str, ModalityPlan]
+    teacher: bool
+    fusion: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a component needs of the recipe around it.
+
+    `tokens` and `teacher_tokens` name the views whose tokens are read; a backbone need not compute any other.
+    `views` asks for a least number of views: {modality: {role: number}}.
+    """
+
+    teacher: bool = False
+    fused: bool = False
+    modalities: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+class Component:
+    """Base of all components: a `kind` (from the interface), a `name` that recipes use, and a `Config`."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    Config: ClassVar[type[ComponentConfig]] = ComponentConfig
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        """What this component, with these options, needs of the recipe."""
+        return Needs()
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
+        """Further reasons, one line each, why it cannot work in this recipe (`plan` may lack broken modalities)."""
+        return ()
+
+
+class Augmentation(Component, ABC):
+    """One modality: a raw sample -> its views. Picklable; runs in the loader's workers.
+
+    All randomness comes from `rng`, a function of (seed, epoch, sample key, modality), so that a resumed run sees the
+    same views whatever its workers did before.
+    """
+
+    kind = "augmentation"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def roles(cls, config: Any) -> tuple[str, ...]:
+        """The role of each view that `views` returns, globals first."""
+
+    @abstractmethod
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """The sample's training views. Raises `BadSample` when it cannot be used."""
+
+    @abstractmethod
+    def read(self, sample: Sample, field: str | None = None) -> list[Any]:
+        """The sample's items of this modality as they are (one picture; each caption), for evaluation.
+
+        `field` names another field of the sample than the one that training reads. Raises `BadSample`.
+        """
+
+    @abstractmethod
+    def plain(self, item: Any) -> View:
+        """The deterministic view of one item, as `read` gives it or a user hands it to `Model.encode`.
+
+        Raises `BadSample` for an item that cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Tower width W of the tokens, embedding width D, and whether there are tokens at all."""
+
+    width: int
+    dim: int
+    has_tokens: bool = True
+
+
+class Backbone(nn.Module, Component, ABC):
+    """One modality: views -> features. `forward` is its only entry."""
+
+    kind: ClassVar[str] = "backbone"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def dims(cls, config: Any) -> Dims:
+        """Widths, without building anything."""
+
+    @classmethod
+    @abstractmethod
+    def collator(cls, config: Any) -> Callable[[list[list[View]]], Views]:
+        """A picklable callable for the workers: the views of B samples (a list of V each) -> `Views`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """Features of N inputs of one shape: `pooled` [1, N, D] and, if `tokens`, tokens {0: [N, L, W]} and mask.
+
+        `token_mask` [N, L] is True where the input token must be hidden.
+        """
+
+    def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
+        """Features of all views; tokens only of those in `need`; `masked` hides the tokens of `token_mask`.
+
+        The default encodes each group's needed and other views in one call each. A backbone that packs sequences, or
+        stops early where nobody reads the tokens, overrides this.
+        """
+        pooled: list[Tensor] = []
+        features = Features(pooled=torch.empty(0))
+        for start, group in views.numbered():
+            count, batch = group.x.shape[:2]
+            wanted = [start + i in need for i in range(count)]
+            spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
+            for first, last in zip(spans, spans[1:], strict=False):
+                hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
+                part = self.encode(group.x[first:last].flatten(0, 1), tokens=wanted[first], token_mask=hidden)
+                pooled.append(part.pooled.reshape(last - first, batch, -1))
+                if wanted[first]:
+                    for i in range(first, last):
+                        rows = slice((i - first) * batch, (i - first + 1) * batch)
+                        features.tokens[start + i] = part.tokens[0][rows]
+                        if 0 in part.masks:
+                            features.masks[start + i] = part.masks[0][rows]
+        features.pooled = torch.cat(pooled)
+        return features
+
+
+class FusionHead(nn.Module, Component, ABC):
+    """Sees the student's features of every modality."""
+
+    kind: ClassVar[str] = "fusion"
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, features: dict[str, Features]) -> Fused:
+        """Fused embeddings, `pooled[m]` [V, B, D] and L2-normalised, for each modality m."""
+
+    @abstractmethod
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries [V, B, D] attend over one modality's tokens [B, L, W] (mask [B, L]) -> [V, B, D].
+
+        For losses that pair queries and tokens themselves.
+        """
+
+
+class LossConfig(ComponentConfig):
+    """Options that every loss has."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of all of this loss's terms in the total."""
+
+
+class Loss(nn.Module, Component, ABC):
+    """Owns its temperatures, heads and centres. `forward` is pure; state moves in `after_step`."""
+
+    kind: ClassVar[str] = "loss"
+    Config: ClassVar[type[ComponentConfig]] = LossConfig
+    teacher_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of own submodules of which the teacher keeps an EMA; read it by `outputs.ema(self.NAME)`."""
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(terms, metrics): 0-dim tensors by name. The framework multiplies terms by `weight` and adds them up.
+
+        Over several ranks each term is the mean over this rank's own rows, with its gradient through the gathered
+        embeddings; the trainer averages gradients over ranks.
+        """
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step."""
+
+
+class DataSource(Component, ABC):
+    """Where shards come from."""
+
+    kind = "source"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def prepare(self) -> None:
+        """Write what must be written once (a cache), with a progress bar. Raises `DataError`."""
+
+    @abstractmethod
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """The shards of a split (`train`, `validation`, `test`), by set; {} where it has no such split.
+
+        Training pools the sets; evaluations score each by itself. Raises `DataError`.
+        """
+
+    def size(self, split: str) -> int | None:
+        """Samples in a split, if known; `train.epochs` needs it for `train`."""
+        return None
+
+
+class Evaluation(Component, ABC):
+    """A task: scores a model on the sets of a split."""
+
+    kind = "evaluation"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""
+
+
+class Optimizer(Component, ABC):
+    """Builds a torch optimiser."""
+
+    kind = "optimizer"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
+        """Parameter groups of (name, parameter, learning-rate factor)."""
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser. Each group's `lr` is its peak; the schedule multiplies it."""
+
+
+class Schedule(Component, ABC):
+    """The factor of the learning rate at each optimiser step."""
+
+    kind = "schedule"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def factor(self, step: int, steps: int) -> float:
+        """Factor for optimiser step `step` (from 0) of `steps`."""
+
+
+class Tracker(Component, ABC):
+    """A place that metrics go to beside `metrics.jsonl`. Called on rank 0, in a thread of its own."""
+
+    kind = "tracker"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
+        """Open the run of this name; `folder` is its run folder."""
+
+    @abstractmethod
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        """Scalars of one step."""
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """A picture that the run made."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Flush and close."""
+
+
+class Initializer(Component, ABC):
+    """Weights to start from: an entry of a recipe's `init`."""
+
+    kind = "init"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def apply(self, objective: Objective) -> str:
+        """Load weights into the objective; returns one line of what was loaded. Raises `UserError`."""
+
+
+INTERFACES: dict[str, type[Component]] = {
+    interface.kind: interface
+    for interface in (
+        Augmentation, Backbone, FusionHead, Loss, DataSource, Evaluation, Optimizer, Schedule, Tracker, Initializer,
+    )
+}  # fmt: skip

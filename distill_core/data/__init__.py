@@ -1,0 +1,1 @@
+"""Shards -> samples -> views -> batches, with exact state."""

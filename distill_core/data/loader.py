@@ -1,0 +1,81 @@
+"""The training loader: streams in worker processes, batches, exact state."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from distill_core.data.shards import check
+from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
+from distill_core.errors import DataError
+from distill_core.recipe import Recipe
+from distill_core.types import Batch, Skipped, View, Views
+
+
+class Collate:
+    """Items -> a batch, by each modality's collator. Picklable."""
+
+    def __init__(self, collators: Mapping[str, Callable[[list[list[View]]], Views]]) -> None:
+        self.collators = dict(collators)
+
+    def __call__(self, items: Sequence[Item | Failure]) -> Batch | Failure:
+        """A failure in place of an item stands for the whole batch."""
+        good: list[Item] = []
+        skipped: list[Skipped] = []
+        for item in items:
+            if isinstance(item, Failure):
+                return item
+            good.append(item)
+            skipped += item.skipped
+        try:
+            views = {name: collate([item.views[name] for item in good]) for name, collate in self.collators.items()}
+        except Exception as error:
+            keys = ", ".join(item.key for item in good[:3])
+            return Failure(f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}")
+        return Batch(views, [item.key for item in good], skipped)
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the trainer alone answers it, and saves
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Loader:
+    """Endless batches. `state_dict` is taken after the batch that was last handed out, whatever is prefetched."""
+
+    def __init__(self, recipe: Recipe, shards: Sequence[str], *, rank: int = 0, world: int = 1, pin: bool = False) -> None:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        check(shards)
+        augment = {name: node.build() for name, node in recipe.augment.items()}
+        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+        stream = ShardStream(
+            shards, SampleViews(augment, recipe.seed), seed=recipe.seed, shuffle=recipe.data.shuffle, rank=rank, world=world
+        )
+        workers = recipe.data.workers
+        self._loader = StatefulDataLoader(
+            stream,
+            batch_size=recipe.data.batch_size,
+            num_workers=workers,
+            collate_fn=Collate(collators),
+            prefetch_factor=recipe.data.prefetch if workers else None,
+            pin_memory=pin,
+            worker_init_fn=_ignore_interrupts,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises `DataError` for what a worker met."""
+        for batch in self._loader:
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        state: dict[str, Any] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Before the first batch is asked for."""
+        self._loader.load_state_dict(state)

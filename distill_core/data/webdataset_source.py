@@ -1,0 +1,47 @@
+"""The data source of a user's own WebDataset shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from distill_core.components import ComponentConfig, DataSource
+from distill_core.data.shards import as_sets, check
+
+Urls = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
+
+
+class WebDatasetConfig(ComponentConfig):
+    """A name, a list of names, or {set: names}. Names may have braces ({0000..0575}) and, for files, wildcards."""
+
+    urls: Urls
+    """Training shards: paths, URLs, or `pipe:COMMAND`."""
+    validation: Urls | None = None
+    """Shards of the validation split."""
+    test: Urls | None = None
+    """Shards of the test split."""
+    samples: Annotated[int, Field(gt=0)] | None = None
+    """Samples of the training split; `train.epochs` needs it."""
+
+
+class WebDatasetSource(DataSource):
+    """Tar shards in the WebDataset layout."""
+
+    name = "webdataset"
+    Config = WebDatasetConfig
+
+    def prepare(self) -> None:
+        """Checks the local shards of every split."""
+        for split in ("train", "validation", "test"):
+            for shards in self.sets(split).values():
+                check(shards)
+
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """By set; a source without names for its sets has one, `data`."""
+        urls = {"train": self.config.urls, "validation": self.config.validation, "test": self.config.test}.get(split)
+        return as_sets(urls) if urls is not None else {}
+
+    def size(self, split: str) -> int | None:
+        """As the recipe says."""
+        return self.config.samples if split == "train" else None

@@ -1,0 +1,105 @@
+"""What a person sees while a run goes on, and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings."""
+
+    def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0) -> None:
+        self.console = Console(stderr=True)
+        self.quiet = quiet
+        self.steps = steps
+        self.seconds = seconds
+        self._last = 0.0
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+            refresh_per_second=4,
+        )
+        self._task = self._progress.add_task("train", total=steps, rate="", losses="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, rate: float | None, losses: Mapping[str, float]) -> None:
+        """`step` steps are done."""
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        speed = f"{rate:.0f} samples/s" if rate is not None else ""
+        self._progress.update(self._task, completed=step, rate=speed, losses=shown)
+        if not self.quiet and not self.console.is_terminal and time.monotonic() - self._last >= self.seconds:
+            self._last = time.monotonic()
+            self.say(f"step {step}/{self.steps}  {speed}  {shown}")
+
+    def doing(self, what: str) -> None:
+        """Name what goes on beside training (an evaluation)."""
+        self._progress.update(self._task, description=what or "train")
+
+    def say(self, message: str) -> None:
+        """One line."""
+        if not self.quiet:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """One line that `quiet` does not hide."""
+        self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def score_table(scores: Mapping[str, float], title: str) -> Table:
+    """A row for each side and task score, a column for each set."""
+    rows: dict[tuple[str, str, str], dict[str, float]] = {}
+    columns: list[str] = []
+    for key, value in scores.items():
+        side, task, *rest = key.split("/")
+        where, score = (rest[0], "/".join(rest[1:])) if len(rest) > 1 else ("mean", rest[0])
+        rows.setdefault((side, task, score), {})[where] = value
+        if where not in columns:
+            columns.append(where)
+    columns.sort(key=lambda name: name == "mean")
+    table = Table(title=title, title_justify="left")
+    for head in ("model", "task", "score"):
+        table.add_column(head)
+    for column in columns:
+        table.add_column(column, justify="right")
+    previous: Any = None
+    for (side, task, score), values in rows.items():
+        shown = (side, task) if (side, task) != previous else ("", "")
+        if previous is not None and (side, task) != previous:
+            table.add_section()
+        previous = (side, task)
+        cells = []
+        for column in columns:
+            value = values.get(column)
+            count = score in ("candidates", "classes")
+            cells.append("" if value is None else f"{value:.0f}" if count else f"{value:.1f}")
+        table.add_row(*shown, score, *cells)
+    return table
+
+
+def print_scores(scores: Mapping[str, float], title: str, lines: Sequence[str] = ()) -> None:
+    """The summary on standard output."""
+    console = Console()
+    if scores:
+        console.print(score_table(scores, title))
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

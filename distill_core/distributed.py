@@ -1,0 +1,108 @@
+"""Process groups, the differentiable gather, and gradient averaging. All of it is a no-op in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank, 0 in one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the process group that `torchrun` describes in the environment, if it does; returns this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenates along `dim`; the gradient of a rank's part is summed over the ranks that used it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size(), ctx.dim)[rank()].contiguous(), None
+
+
+def all_gather(x: Tensor, dim: int = 0) -> Tensor:
+    """`x` of all ranks (same shape on each), concatenated along `dim`, with true gradients.
+
+    Each rank's loss is a mean over its own rows; the sum over ranks that the backward pass takes here and the mean
+    over ranks of `average_gradients` make the gradient that of the mean over all rows.
+    """
+    if world_size() == 1:
+        return x
+    return _AllGather.apply(x, dim)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over ranks, in one collective a dtype."""
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    for group in by_dtype.values():
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for parameter, part in zip(group, flat.split([g.numel() for g in gradients]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on one."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    if dist.get_backend() == "nccl":
+        value = value.cuda()
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Picklable values of all ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

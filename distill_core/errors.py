@@ -1,0 +1,46 @@
+"""Errors that a user can mend. The command line prints them as they are, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """One clear line: what is wrong, where, and what to do next. Exit code 2."""
+
+    exit_code = 2
+
+
+class RecipeErrors(UserError):
+    """All that is wrong with one recipe, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+
+class DataError(UserError):
+    """Shards that are missing, empty or not readable, or data with no usable sample."""
+
+
+class PluginError(UserError):
+    """A plugin that cannot be used; the message names its package."""
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on (a loss that is not finite). Exit code 3."""
+
+    exit_code = 3
+
+
+class BadSample(Exception):
+    """Raised while a sample is read or augmented: the sample is skipped, counted, and named in the log."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`, did you mean 'x'?`, or the known words where none is near."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    return f" (there are: {', '.join(sorted(known))})" if known else ""

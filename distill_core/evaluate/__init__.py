@@ -1,0 +1,1 @@
+"""Evaluation: tasks, and the loop that runs a recipe's tasks on student and teacher."""

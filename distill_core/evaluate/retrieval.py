@@ -1,0 +1,92 @@
+"""Zero-shot retrieval between two modalities, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.errors import DataError
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import Model
+
+
+class RetrievalConfig(ComponentConfig):
+    """What is retrieved."""
+
+    modalities: tuple[str, str] | None = None
+    """The two sides; null takes the recipe's two."""
+    fields: dict[str, str] = {}  # noqa: RUF012
+    """Read a modality from another field of the sample than training does, as {NAME: FIELD}."""
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = (1, 5, 10)
+    """The k of each R@k."""
+
+
+class Retrieval(Evaluation):
+    """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
+    directions. Ties count against the model. A sample may have several items on a side (several captions a picture).
+    """  # noqa: D205
+
+    name = "retrieval"
+    Config = RetrievalConfig
+
+    @classmethod
+    def problems(cls, config: RetrievalConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/A_to_B/R@k`, `SET/M`, `SET/candidates`, and `M`, the mean over sets."""
+        a, b = self.config.modalities or model.modalities
+        scores: dict[str, float] = {}
+        means = []
+        for samples in sets:
+            name = samples.name
+            embedded, of = {}, {}
+            for modality in (a, b):
+                embedded[modality], of[modality] = samples.embeddings(model, modality, self.config.fields.get(modality))
+            for mine, other in ((a, b), (b, a)):
+                paired = torch.isin(of[mine], of[other])
+                embedded[mine], of[mine] = embedded[mine][paired], of[mine][paired]
+            if not len(of[a]):
+                raise DataError(f"evaluation set {name!r}: no sample with both {a} and {b}")
+            recalls = []
+            for query, target in ((a, b), (b, a)):
+                ranks = ranks_of(embedded[query], embedded[target], of[query], of[target])
+                for k in sorted({*self.config.ks, 1, 5}):
+                    recall = 100 * (ranks < k).double().mean().item()
+                    if k in (1, 5):
+                        recalls.append(recall)
+                    if k in self.config.ks:
+                        scores[f"{name}/{query}_to_{target}/R@{k}"] = recall
+            scores[f"{name}/candidates"] = float(len(of[b]))
+            scores[f"{name}/M"] = sum(recalls) / len(recalls)
+            means.append(scores[f"{name}/M"])
+        return scores | {"M": sum(means) / len(means)}
+
+
+def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
+    """The rank (0 is best) of each query's best own target: queries [N, D], targets [M, D], owners [N] and [M] -> [N].
+
+    A foreign target as near as the best own one ranks before it.
+    """
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ targets.T
+        own = query_of[start : start + chunk, None] == target_of[None]
+        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        ranks.append(((similarity >= best) & ~own).sum(1))
+    return torch.cat(ranks)
+
+
+def two_modalities(name: str, given: tuple[str, str] | None, plan: Plan) -> Iterator[str]:
+    """What is wrong with a task's choice of modalities."""
+    for modality in given or ():
+        if modality not in plan.modalities:
+            raise KeyError(modality)
+    if given is None and len(plan.modalities) > 2:
+        yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"

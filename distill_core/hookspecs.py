@@ -1,0 +1,37 @@
+"""The hooks a plugin may implement. A plugin is a module named by an entry point of the group `distill`:
+
+    [project.entry-points.distill]
+    mine = "my_package"
+
+    # my_package/__init__.py: keep it light, import components inside the hook
+    from distill_core import hookimpl
+    distill_api = 1
+
+    @hookimpl
+    def distill_components():
+        from my_package.fusion import MyFusion
+        return [MyFusion]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from distill_core.components import Component
+
+hookspec = pluggy.HookspecMarker("distill")
+
+
+@hookspec
+def distill_components() -> list[type[Component]]:  # type: ignore[empty-body]
+    """The component classes of this plugin; each states its `kind` (by its base class), `name` and `Config`."""
+
+
+@hookspec
+def distill_commands() -> list[click.Command]:  # type: ignore[empty-body]
+    """Further commands of the `distill` command line. Called for `distill --help` too: import nothing heavy."""

@@ -1,0 +1,85 @@
+"""The built-in ways to start from weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.checkpoint import Checkpoints
+from distill_core.components import ComponentConfig, Initializer
+from distill_core.errors import UserError
+
+
+class WeightsConfig(ComponentConfig):
+    """A file or a run, and the part of the model it goes to."""
+
+    source: str
+    """A `.safetensors` file, a torch file of a state dict, or a run folder."""
+    to: str = ""
+    """Path of the part that is loaded, as `backbone.image`; empty for the whole model."""
+    prefix: str | None = None
+    """Take the source's keys under this prefix, without it; null takes `to` for a run, and all keys of a file."""
+    strict: bool = True
+    """Every parameter of the part must be in the source, and every key taken must be in the part."""
+    checkpoint: str = "last"
+    """Of a run: `last`, `best` or a step."""
+
+
+class Weights(Initializer):
+    """Load a state dict into the model or a part of it; shapes must agree."""
+
+    name = "weights"
+    Config = WeightsConfig
+
+    def apply(self, objective: Any) -> str:
+        """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
+        source, to = self.config.source, self.config.to
+        state, is_run = _read(Path(source), self.config.checkpoint)
+        prefix = self.config.prefix if self.config.prefix is not None else (to if is_run else "")
+        start = f"{prefix}." if prefix else ""
+        own = objective.state_dict()
+        inside = f"{to}." if to else ""
+        wanted = {name for name in own if name.startswith(inside) and not (not to and name.startswith("teacher."))}
+        given = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+        if not to:
+            wanted |= {name for name in given if name.startswith("teacher.") and name in own}
+        wrong = [
+            f"{name}: shape {list(given[name].shape)}, this model has {list(own[name].shape)}"
+            for name in sorted(wanted & set(given))
+            if given[name].shape != own[name].shape
+        ]
+        if self.config.strict:
+            wrong += [f"{name}: missing" for name in sorted(wanted - set(given))]
+            wrong += [f"{name}: not in this model" for name in sorted(set(given) - wanted)]
+        if not wanted:
+            wrong = [f"{to!r} names no part of the model"]
+        if wrong:
+            more = [f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
+            raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong[:10] + more))
+        taken = wanted & set(given)
+        objective.load_state_dict({name: given[name] for name in taken}, strict=False)
+        rest = f"; {len(wanted - taken)} of this model keep their first weights" if wanted - taken else ""
+        return f"{source}: {len(taken)} tensors into {to or 'the model'}{rest}"
+
+
+def _read(path: Path, checkpoint: str) -> tuple[dict[str, Tensor], bool]:
+    if (path / "recipe.yaml").is_file():
+        return Checkpoints(path).read(checkpoint)["objective"], True
+    if not path.is_file():
+        raise UserError(f"init: {path}: no such file or run folder")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path), False
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"init: {path}: cannot be loaded: {error}") from error
+    if isinstance(state, dict) and "objective" in state and "version" in state:
+        return state["objective"], True
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
+    return state, False

@@ -1,0 +1,131 @@
+"""A trained model to use: encodes items of each modality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from distill_core.components import Augmentation, Backbone
+from distill_core.errors import BadSample, UserError, did_you_mean
+from distill_core.recipe import Recipe, load_recipe
+from distill_core.registry import Registry
+from distill_core.types import View, Views
+
+
+class Model:
+    """Backbones of one side (student or teacher), with the views and collators that evaluation uses."""
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Backbone],
+        augment: Mapping[str, Augmentation],
+        collators: Mapping[str, Callable[[list[list[View]]], Views]],
+        *,
+        device: torch.device | str = "cpu",
+        batch_size: int = 256,
+        precision: str = "fp32",
+    ) -> None:
+        self.backbone = dict(backbone)
+        self.augment = dict(augment)
+        self.collators = dict(collators)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.precision = precision
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The recipe's names, in its order."""
+        return tuple(self.backbone)
+
+    def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+        """Embeddings [N, D] of N items (pictures as paths, bytes, arrays or PIL images; texts as str), L2-normalised,
+        fp32, on the CPU.
+
+        Raises `UserError` for a modality the recipe lacks, or an item that cannot be read.
+        """  # noqa: D205
+        if modality not in self.backbone:
+            raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
+        if isinstance(items, str | bytes):
+            items = [items]
+        parts, waiting = [], []
+        for i, item in enumerate(items):
+            try:
+                waiting.append([self.augment[modality].plain(item)])
+            except BadSample as error:
+                raise UserError(f"{modality} {i}: {error}") from error
+            if len(waiting) == self.batch_size:
+                parts.append(self._encode(modality, waiting))
+                waiting = []
+        if waiting:
+            parts.append(self._encode(modality, waiting))
+        if not parts:
+            return torch.empty(0, self.backbone[modality].dims(self.backbone[modality].config).dim)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _encode(self, modality: str, views: list[list[View]]) -> Tensor:
+        module = self.backbone[modality]
+        was_training = module.training
+        module.eval()
+        try:
+            batch = self.collators[modality](views).map(lambda x: x.to(self.device))
+            bf16 = self.precision == "bf16"
+            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+                pooled = module(batch).pooled[0]
+            return normalize(pooled.float(), dim=-1).cpu()
+        finally:
+            module.train(was_training)
+
+
+def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:
+    """`student`, and `teacher` where it has every modality; they share weights with the objective."""
+    augment = {name: node.build() for name, node in recipe.augment.items()}
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    sides = {"student": objective.backbone}
+    if objective.teacher is not None and set(objective.teacher.backbone) == set(objective.backbone):
+        sides["teacher"] = objective.teacher.backbone
+    return {
+        side: Model(
+            dict(backbone.items()),
+            augment,
+            collators,
+            device=device,
+            batch_size=recipe.evaluate.batch_size,
+            precision=recipe.train.precision,
+        )
+        for side, backbone in sides.items()
+    }
+
+
+def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
+    """See `distill_core.load`."""
+    from distill_core.checkpoint import Checkpoints
+
+    folder = Path(run)
+    recipe = run_recipe(folder, Registry.discover())
+    state = Checkpoints(folder).read(checkpoint)["objective"]
+    prefix = "teacher.backbone." if teacher else "backbone."
+    backbone = {name: node.build() for name, node in recipe.backbone.items()}
+    for name, module in backbone.items():
+        own = {key.removeprefix(f"{prefix}{name}."): v for key, v in state.items() if key.startswith(f"{prefix}{name}.")}
+        if not own:
+            raise UserError(f"{folder}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
+        module.load_state_dict(own)
+        module.to(device).eval().requires_grad_(False)
+    augment = {name: node.build() for name, node in recipe.augment.items()}
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    return Model(backbone, augment, collators, device=device, batch_size=recipe.evaluate.batch_size)
+
+
+def run_recipe(folder: Path, registry: Registry) -> Recipe:
+    """The resolved recipe that a run folder keeps. Raises `UserError` when the folder is not a run."""
+    if not (folder / "recipe.yaml").is_file():
+        runs = [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
+        raise UserError(f"{folder}: not a run folder (it holds no recipe.yaml){did_you_mean(folder.name, runs)}")
+    return load_recipe(folder / "recipe.yaml", registry=registry, allow_unset=True)

@@ -1,0 +1,190 @@
+"""The whole method in one module: student, EMA teacher, fusion and losses; a batch in, losses out.
+
+    outputs = objective.represent(batch, progress)     # student, teacher, fusion
+    losses = objective.losses(outputs)                 # terms, metrics, total
+    losses.total.backward(); ...; objective.after_step(outputs, progress)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.components import Backbone, FusionHead, Loss, Needs, Plan
+from distill_core.errors import UserError, did_you_mean
+from distill_core.recipe import Recipe, TeacherConfig
+from distill_core.types import Batch, Features, Outputs, Progress
+
+
+@dataclass(slots=True)
+class Losses:
+    """0-dim tensors: `total` is the sum of weight * term."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+
+
+class Teacher(nn.Module):
+    """Exponential moving average of modules of the student; no gradients."""
+
+    def __init__(self, config: TeacherConfig, backbones: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
+        self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
+        self._students = [*backbones.values(), *heads.values()]
+
+    def momentum(self, progress: Progress) -> float:
+        """The momentum at this step."""
+        start, end = self.config.momentum, self.config.momentum_end
+        if end is None:
+            return start
+        return end - (end - start) * (math.cos(math.pi * progress.fraction) + 1) / 2
+
+    @torch.no_grad()
+    def move(self, progress: Progress) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, over parameters (buffers are the teacher's own)."""
+        own, students = [], []
+        for copied, module in zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True):
+            own += list(copied.parameters())
+            students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
+        momentum = self.momentum(progress)
+        torch._foreach_mul_(own, momentum)
+        torch._foreach_add_(own, students, alpha=1 - momentum)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    for parameter in copied.parameters():
+        # a half-precision average with momentum .999 would never move
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(False)
+    return copied
+
+
+class Objective(nn.Module):
+    """Student backbones, teacher, fusion and losses of one recipe. Parameter names are recipe paths:
+
+    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`, `teacher.backbone.NAME.*`, `teacher.heads.*`.
+    """
+
+    def __init__(
+        self,
+        backbone: Mapping[str, Backbone],
+        fusion: FusionHead | None,
+        loss: Mapping[str, Loss],
+        teacher: TeacherConfig | None,
+        plan: Plan,
+        needs: Sequence[Needs],
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.backbone = nn.ModuleDict(backbone)
+        self.fusion = fusion
+        self.loss = nn.ModuleDict(loss)
+        self.weights = {name: float(module.config.weight) for name, module in loss.items()}
+        self.need = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
+        self.teacher_need = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
+        self.fused_needed = any(n.fused for n in needs)
+        self.teacher: Teacher | None = None
+        if teacher is not None:
+            taught = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
+            heads = {f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules}
+            self.teacher = Teacher(teacher, taught, heads)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> Objective:
+        """Build everything; weights are drawn from torch's global generator. Raises `UserError`."""
+        backbone = {name: node.build() for name, node in recipe.backbone.items()}
+        fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
+        loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
+        needs = [needs for _, needs in recipe.needs()]
+        return cls(backbone, fusion, loss, recipe.teacher, recipe.plan, needs)
+
+    def ema(self, module: nn.Module) -> nn.Module:
+        """The teacher's copy of one of a loss's `teacher_modules`. Raises KeyError where there is none."""
+        if self.teacher is not None:
+            for id, loss in self.loss.items():
+                for head in loss.teacher_modules:
+                    if getattr(loss, head) is module:
+                        return self.teacher.heads[f"{id}/{head}"]
+        raise KeyError("not one of this recipe's teacher_modules, or the recipe has no teacher")
+
+    def represent(self, batch: Batch, progress: Progress) -> Outputs:
+        """Encode the batch with student and teacher, and fuse the student's features."""
+        teacher: dict[str, Features] = {}
+        if self.teacher is not None:
+            with torch.no_grad():
+                for name, module in self.teacher.backbone.items():
+                    seen = batch.views[name].only(self.teacher.config.views)
+                    teacher[name] = module(seen, need=self.teacher_need[name])
+        student = {
+            name: module(batch.views[name], need=self.need[name], masked=True) for name, module in self.backbone.items()
+        }
+        fused = self.fusion(student) if self.fusion is not None and self.fused_needed else None
+        return Outputs(batch.views, student, teacher, fused, self.fusion, progress, self.ema)
+
+    def losses(self, outputs: Outputs) -> Losses:
+        """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for id, loss in self.loss.items():
+            own, more = loss(outputs)
+            for name, term in own.items():
+                terms[id if len(own) == 1 else f"{id}/{name}"] = term
+                weighted = self.weights[id] * term
+                total = weighted if total is None else total + weighted
+            metrics |= {f"{id}/{name}": value for name, value in more.items()}
+        if total is None:
+            raise UserError("the recipe's losses gave no term")
+        return Losses(total, terms, metrics)
+
+    def before_step(self, progress: Progress) -> None:
+        """Called between the backward pass and the optimiser."""
+        if self.teacher is not None and self.teacher.config.update == "before_optimizer":
+            self.teacher.move(progress)
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Called after the optimiser: the losses' own state, then a teacher that follows the new student."""
+        for loss in self.loss.values():
+            loss.after_step(outputs, progress)
+        if self.teacher is not None and self.teacher.config.update == "after_optimizer":
+            self.teacher.move(progress)
+
+    def trainable(self, freeze: Sequence[str], factors: Mapping[str, float]) -> list[tuple[str, nn.Parameter, float]]:
+        """(name, parameter, learning-rate factor) of what is trained; `freeze` and `factors` go by path prefix.
+
+        Raises `UserError` for a path that names nothing.
+        """
+        own = [(name, p) for name, p in self.named_parameters() if not name.startswith("teacher.")]
+        prefixes = sorted({".".join(name.split(".")[:i]) for name, _ in own for i in range(1, name.count(".") + 2)})
+        for section, paths in (("freeze", freeze), ("train.lr_factors", factors)):
+            for path in paths:
+                if path not in prefixes:
+                    near = [p for p in prefixes if p.count(".") == path.count(".")]
+                    raise UserError(f"{section}: {path!r} names no part of the model{did_you_mean(path, near)}")
+
+        def under(name: str, path: str) -> bool:
+            return name == path or name.startswith(path + ".")
+
+        trained = []
+        for name, parameter in own:
+            if any(under(name, path) for path in freeze):
+                parameter.requires_grad_(False)
+            elif parameter.requires_grad:
+                best = max((path for path in factors if under(name, path)), key=len, default=None)
+                trained.append((name, parameter, factors[best] if best is not None else 1.0))
+        if not trained:
+            raise UserError("freeze: everything is frozen; leave something to train")
+        return trained
+
+
+def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:
+    return tuple(sorted({view for wanted in tokens for view in wanted.get(name, ())}))

@@ -1,0 +1,145 @@
+"""Finds plugins by their entry points and components by (kind, name)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from distill_core import API_VERSION, hookspecs
+from distill_core.errors import PluginError, did_you_mean
+
+if TYPE_CHECKING:
+    from distill_core.components import Component
+
+ENTRY_POINTS = "distill"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A component class, the entry point that brought it and the package that this belongs to."""
+
+    cls: type[Component]
+    plugin: str
+    package: str
+
+
+class Plugins:
+    """The loaded plugin modules. Importing them is cheap; their components are imported on demand."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager("distill")
+        self.manager.add_hookspecs(hookspecs)
+        self.packages: dict[str, str] = {}
+
+    def add(self, name: str, module: Any, package: str) -> None:
+        """Register one plugin module. Raises `PluginError` when it asks for another version of the hooks."""
+        wanted = getattr(module, "distill_api", API_VERSION)
+        if wanted != API_VERSION:
+            raise PluginError(
+                f"plugin {name!r} (package {package}) asks for hooks of version {wanted}; this distill has version "
+                f"{API_VERSION}. Install a release of {package} for it, or uninstall it."
+            )
+        self.manager.register(module, name=name)
+        try:
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"plugin {name!r} (package {package}): {error}") from error
+        self.packages[name] = package
+
+    @classmethod
+    def discover(cls) -> Plugins:
+        """All installed plugins. Raises `PluginError`, which names the package, when one fails to import."""
+        plugins = cls()
+        found = {}
+        for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            found.setdefault((point.name, point.value), point)
+        for point in sorted(found.values(), key=lambda point: point.name):
+            package = point.dist.name if point.dist is not None else point.value
+            try:
+                module = point.load()
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {point.name!r} (package {package}) fails to import {point.value!r}: "
+                    f"{type(error).__name__}: {error}. Repair or uninstall {package}."
+                ) from error
+            if plugins.manager.has_plugin(point.name):
+                raise PluginError(
+                    f"two packages register a plugin {point.name!r}: {plugins.packages[point.name]} and {package}. "
+                    "Uninstall one."
+                )
+            plugins.add(point.name, module, package)
+        return plugins
+
+    def commands(self) -> list[Any]:
+        """Further click commands."""
+        return [command for commands in self.manager.hook.distill_commands() for command in commands]
+
+
+class Registry:
+    """Components by (kind, name)."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        from distill_core.components import INTERFACES
+
+        self.entries: dict[tuple[str, str], Entry] = {}
+        for entry in entries:
+            kind, name = getattr(entry.cls, "kind", None), getattr(entry.cls, "name", None)
+            if kind not in INTERFACES or not isinstance(name, str):
+                raise PluginError(
+                    f"package {entry.package}: component {entry.cls!r} needs a `name`, and one of the interfaces of "
+                    "distill_core.components as its base"
+                )
+            other = self.entries.get((kind, name))
+            if other is not None and other.cls is not entry.cls:
+                raise PluginError(
+                    f"two packages claim the {kind} {name!r}: {other.package} and {entry.package}. Uninstall one."
+                )
+            self.entries[kind, name] = entry
+
+    @classmethod
+    def discover(cls, plugins: Plugins | None = None) -> Registry:
+        """The components of all installed plugins. Raises `PluginError` with the package's name."""
+        return cls(_components(plugins or Plugins.discover()))
+
+    @classmethod
+    def of(cls, *modules: ModuleType | Any) -> Registry:
+        """The components of these plugin modules alone: a registry for a test."""
+        plugins = Plugins()
+        for module in modules:
+            name = getattr(module, "__name__", type(module).__name__)
+            plugins.add(name, module, name)
+        return cls.discover(plugins)
+
+    def get(self, kind: str, name: str) -> Entry:
+        """The component of this kind and name. Raises KeyError with a message that suggests the nearest name."""
+        entry = self.entries.get((kind, name))
+        if entry is None:
+            names = [known for k, known in self.entries if k == kind]
+            elsewhere = sorted(k for k, known in self.entries if known == name)
+            if elsewhere:
+                raise KeyError(f"{name!r} is a component of kind {elsewhere[0]}, not {kind}")
+            raise KeyError(f"no {kind} named {name!r}{did_you_mean(name, names)}")
+        return entry
+
+    def named(self, name: str) -> list[Entry]:
+        """Components of any kind with this name."""
+        return [entry for (_, known), entry in sorted(self.entries.items()) if known == name]
+
+
+def _components(plugins: Plugins) -> Iterable[Entry]:
+    for hook in plugins.manager.hook.distill_components.get_hookimpls():
+        package = plugins.packages[hook.plugin_name]
+        try:
+            classes = hook.function()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {hook.plugin_name!r} (package {package}) fails to import its components: "
+                f"{type(error).__name__}: {error}. Repair or uninstall {package}."
+            ) from error
+        for cls in classes:
+            yield Entry(cls, hook.plugin_name, package)

@@ -1,0 +1,99 @@
+"""report.json and report.png: how a run went, to read and to look at."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from distill_core.tracking import RunFolder
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a run. `seconds` is the time of the training steps alone; scores are `SIDE/TASK/...`."""
+
+    name: str
+    steps: int
+    samples: int
+    seconds: float
+    scores: Mapping[str, float]
+    split: str
+    skipped_samples: int
+    skipped_steps: int
+    parameters: int
+
+
+def write_report(folder: RunFolder, report: Report) -> Path:
+    """Writes both files; returns the picture's path."""
+    rows = folder.rows()
+    document = asdict(report) | {
+        "samples_per_s": report.samples / report.seconds if report.seconds else None,
+        "validation": [row for row in rows if "scores" in row and row["split"] != report.split],
+        "versions": _versions(),
+    }
+    (folder.path / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return _picture(folder.path / "report.png", rows, report)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("distill-framework", "torch", "triton", "xformers", "webdataset", "torchdata"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
+    from matplotlib.figure import Figure
+
+    training = [row for row in rows if "terms" in row]
+    bars = headline(report.scores)
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    curves, scores = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    steps = [row["step"] for row in training]
+    for name in training[-1]["terms"] if training else ():
+        curves.plot(steps, [row["terms"].get(name) for row in training], label=name, linewidth=1.6)
+    if training and len(training[-1]["terms"]) > 1:
+        curves.plot(steps, [row["loss"] for row in training], label="total", color="0.6", linewidth=1.2, linestyle="--")
+    curves.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{report.name}: losses")
+    if training:
+        curves.legend(frameon=False)
+    curves.grid(alpha=0.25)
+
+    sides = sorted({side for side, _ in bars}, key=lambda side: side != "student")
+    names = list(dict.fromkeys(name for _, name in bars))
+    height = 0.8 / max(len(sides), 1)
+    for i, side in enumerate(sides):
+        places = [j + i * height for j in range(len(names))]
+        values = [bars.get((side, name), 0.0) for name in names]
+        drawn = scores.barh(places, values, height, label=side)
+        scores.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    scores.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(names))], names, fontsize=9)
+    scores.invert_yaxis()
+    scores.margins(x=0.12)
+    scores.set(xlabel="percent", title=f"scores on {report.split}")
+    if sides:
+        scores.legend(frameon=False)
+    else:
+        scores.text(0.5, 0.5, "nothing was evaluated", ha="center", va="center", transform=scores.transAxes)
+    for axes in (curves, scores):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def headline(scores: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """(side, task and score) -> value of the scores that are means over sets: `SIDE/TASK/SCORE`."""
+    result = {}
+    for key, value in scores.items():
+        side, *rest = key.split("/")
+        if len(rest) == 2:
+            result[side, " ".join(rest)] = value
+    return result

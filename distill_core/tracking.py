@@ -1,0 +1,129 @@
+"""What a run leaves behind: its folder, metrics.jsonl, the list of skipped samples, and a tracker in a thread."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distill_core.components import Tracker
+from distill_core.errors import UserError
+from distill_core.recipe import Recipe
+from distill_core.types import Skipped
+
+
+class RunFolder:
+    """`recipe.yaml`, `metrics.jsonl`, `skipped.jsonl`, `checkpoints/`, `report.json`, `report.png`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.skipped = path / "skipped.jsonl"
+
+    @classmethod
+    def create(cls, base: Path, recipe: Recipe) -> RunFolder:
+        """A new folder `base/NAME`, or `base/NAME-2`, ... where that exists; it keeps the resolved recipe."""
+        for i in range(1, 10_000):
+            path = base / (recipe.name if i == 1 else f"{recipe.name}-{i}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(f"{path}: cannot be made: {error}. Choose another place with --runs.") from error
+            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+            return cls(path)
+        raise UserError(f"{base / recipe.name}: too many runs of this name; give another with --set name=...")
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        return list(_jsonl(self.metrics))
+
+    def skip(self, samples: Sequence[Skipped]) -> None:
+        """Append skipped samples to skipped.jsonl."""
+        with self.skipped.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"key": sample.key, "shard": sample.url, "reason": sample.reason}) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows of steps after `step`, which a resumed run is going to write again."""
+        if self.metrics.exists():
+            kept = [row for row in self.rows() if row.get("step", 0) <= step]
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self.metrics)
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                if line.endswith("\n"):
+                    raise UserError(f"{path}: not a row of json: {line.strip()[:80]!r}") from None
+
+
+class TrackerThread:
+    """Calls a tracker from a thread of its own: it never blocks training, and its first failure is its last call.
+
+    `warn` is called once, with a line, when the tracker fails, or is so slow that rows had to be dropped.
+    """
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None], size: int = 1000) -> None:
+        self.tracker = tracker
+        self._warn = warn
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
+        self._warned = False
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread.start()
+
+    def warn_once(self, message: str) -> None:
+        """Only the first warning is shown."""
+        if not self._warned:
+            self._warned = True
+            self._warn(message)
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Ask for `tracker.method(*arguments)`; returns at once."""
+        if self._failed:
+            return
+        try:
+            self._queue.put_nowait(lambda: getattr(self.tracker, method)(*arguments))
+        except queue.Full:
+            self.warn_once(f"tracker {self.tracker.name!r} is too slow: rows are dropped (metrics.jsonl has them all)")
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._failed:
+                continue
+            try:
+                job()
+            except Exception as error:
+                self._failed = True
+                self.warn_once(
+                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training goes on without it "
+                    "(metrics.jsonl has every row)"
+                )
+
+    def finish(self, timeout: float = 30.0) -> None:
+        """Flush and close; give up after `timeout` seconds."""
+        self.call("finish")
+        try:
+            self._queue.put(None, timeout=timeout)
+        except queue.Full:
+            pass
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s; left behind")

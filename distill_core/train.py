@@ -1,0 +1,429 @@
+"""The training loop. It knows no method: views, towers, losses and evaluations all come from the recipe."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill_core import distributed
+from distill_core.checkpoint import Checkpoints
+from distill_core.data.loader import Loader
+from distill_core.display import Display
+from distill_core.errors import TrainingStopped, UserError
+from distill_core.evaluate.run import evaluate
+from distill_core.model import models_of
+from distill_core.objective import Losses, Objective
+from distill_core.recipe import Recipe
+from distill_core.report import Report, write_report
+from distill_core.tracking import RunFolder, TrackerThread
+from distill_core.types import Batch, Outputs, Progress
+
+
+@dataclass
+class Result:
+    """How a run ended: `signal` is None when it came to its end."""
+
+    folder: Path
+    scores: dict[str, float] = field(default_factory=dict)
+    signal: int | None = None
+
+
+class Interrupt:
+    """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While training goes on, and only in the main thread (signals belong to it)."""
+        before = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, self._take)
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _take(self, number: int, frame: object) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` or a torch device name. Raises `UserError` for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"train.device: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
+    """As asked; on a CPU, else, the cores that the loader's workers leave."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif device.type == "cpu":
+        torch.set_num_threads(max(1, cores - workers))
+
+
+class Trainer:
+    """One run: build, loop, evaluate, report."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool = False) -> None:
+        self.recipe, self.folder = recipe, folder
+        train, data = recipe.train, recipe.data
+        self.device = distributed.start(resolve_device(train.device))
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        set_threads(train.threads, data.workers, self.device)
+        self.source = recipe.source.build()
+        self.source.prepare()
+        self.evaluation_source = recipe.evaluate_source.build() if recipe.evaluate_source else self.source
+        if recipe.evaluate_source is not None:
+            self.evaluation_source.prepare()
+        self.size = self.source.size("train")
+        self.batch = data.batch_size * self.world
+        self.steps = self._count_steps()
+
+        torch.manual_seed(recipe.seed)
+        self.objective = Objective.from_recipe(recipe)
+        self.loaded = [node.build().apply(self.objective) for node in recipe.init]
+        self.objective.to(self.device)
+        named = self.objective.trainable(recipe.freeze, train.lr_factors)
+        self.parameters = [parameter for _, parameter, _ in named]
+        maker = recipe.optimizer.build()
+        self.optimizer: torch.optim.Optimizer = maker.build(maker.groups(named))
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = recipe.schedule.build()
+
+        shards = [shard for shards in self.source.sets("train").values() for shard in shards]
+        self.loader = Loader(recipe, shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
+        self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
+        self.display = Display(self.steps, quiet=quiet or self.rank > 0)
+        self.interrupt = Interrupt()
+        self.tracker: TrackerThread | None = None
+        self.step = 0
+        self.skipped_samples = 0
+        self.skipped_steps = 0
+        self.best: float | None = None
+        self.seconds = 0.0
+        _seed_all(recipe.seed + 1 + self.rank)
+
+    def _count_steps(self) -> int:
+        train = self.recipe.train
+        if train.steps is not None:
+            return train.steps
+        assert train.epochs is not None
+        if self.size is None:
+            raise UserError(
+                "train.epochs: the data source does not say how many samples it has; give `data.source.samples`, "
+                "or train.steps"
+            )
+        return max(1, int(train.epochs * self.size) // self.batch)
+
+    def resume(self) -> None:
+        """Take everything from the last checkpoint: weights, optimiser, data, random state, counts."""
+        state = self.checkpoints.read("last")
+        if len(state["ranks"]) != self.world:
+            raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best = state["step"], state["best"]
+        self.skipped_samples, self.skipped_steps = state["skipped_samples"], state["skipped_steps"]
+        self.seconds = state["seconds"]
+        self.loader.load_state_dict(state["ranks"][self.rank]["data"])
+        self._random = state["ranks"][self.rank]["random"]
+        if self.rank == 0:
+            self.folder.rewind(self.step)
+
+    _random: dict[str, Any] | None = None
+
+    def run(self) -> Result:
+        """Train to the end (or to an interrupt), evaluate, report."""
+        resumed = self.step > 0
+        batches = iter(self.loader)  # workers fork here, before any thread starts
+        if self._random is not None:
+            _set_random(self._random)
+        with self.display, self.interrupt.listening():
+            self._greet(resumed)
+            try:
+                self._loop(batches)
+            except BaseException:
+                if self.tracker is not None:
+                    self.tracker.finish(5)
+                raise
+            if self.interrupt.signal is not None:
+                self._stop_early()
+                return Result(self.folder.path, signal=self.interrupt.signal)
+            self._save()
+            scores = self._evaluate(self.recipe.evaluate.split)
+            if not scores and self.recipe.tasks:
+                self.display.warn(f"nothing was evaluated: the data source has no split {self.recipe.evaluate.split!r}")
+        distributed.barrier()
+        if self.rank == 0:
+            self._finish(scores)
+        return Result(self.folder.path, scores)
+
+    def _greet(self, resumed: bool) -> None:
+        recipe, say = self.recipe, self.display.say
+        for line in self.loaded:
+            say(f"init: {line}")
+        count = sum(p.numel() for p in self.parameters)
+        say(
+            f"{self.folder.path}: {'resumed at step ' + str(self.step) + ' of' if resumed else ''} {self.steps} steps of "
+            f"{self.batch} samples, {count / 1e6:.1f} M trained parameters, {recipe.train.precision} on {self.device}".replace(
+                ":  ", ": "
+            )
+        )
+        if recipe.tracking is not None and self.rank == 0:
+            self.tracker = TrackerThread(recipe.tracking.build(), self.display.warn)
+            self.tracker.call("start", str(self.folder.path), self.folder.path.name, recipe.to_dict(), resumed)
+
+    def _loop(self, batches: Iterator[Batch]) -> None:
+        recipe, train = self.recipe, self.recipe.train
+        clock, since = time.perf_counter(), self.step
+        while self.step < self.steps:
+            batch = next(batches)
+            self._note_skipped(batch)
+            progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
+            outputs, losses, norm = self._step(batch.to(self.device), progress)
+            self.step += 1
+            values = {name: value.item() for name, value in losses.terms.items()}
+            rate = None
+            if self.step % train.log_every == 0 or self.step == self.steps:
+                elapsed = time.perf_counter() - clock
+                rate = (self.step - since) * self.batch / elapsed
+                self.seconds += elapsed
+                self._log(losses, values, progress, norm, rate)
+                clock, since = time.perf_counter(), self.step
+            self.display.step(self.step, rate if rate is not None else self._rate, values)
+            self._rate = rate if rate is not None else self._rate
+            stop = distributed.any_rank(self.interrupt.signal is not None)
+            if stop:
+                self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
+                return
+            every, last = train.checkpoint.every, self.step == self.steps
+            pause = time.perf_counter()
+            better = False
+            if recipe.evaluate.every and self.step % recipe.evaluate.every == 0 and not last:
+                better = self._validate()
+            if not last and (better or (every and self.step % every == 0)):
+                self._save(best=better)
+            clock += time.perf_counter() - pause
+        if recipe.evaluate.every:
+            self._final_better = self._validate()
+
+    _rate: float | None = None
+    _final_better = False
+
+    def _step(self, batch: Batch, progress: Progress) -> tuple[Outputs, Losses, float]:
+        """Forward, backward, update: one optimiser step, or none when a value is not finite and that is allowed."""
+        train, objective = self.recipe.train, self.objective
+        factor = self.schedule.factor(self.step, self.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        bf16 = train.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            outputs = objective.represent(batch, progress)
+            losses = objective.losses(outputs)
+        norm = math.nan
+        finite = not distributed.any_rank(not bool(torch.isfinite(losses.total)))
+        if finite:
+            losses.total.backward()  # type: ignore[no-untyped-call]
+            distributed.average_gradients(self.parameters)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            total = torch.nn.utils.get_total_norm(gradients)
+            norm = total.item()
+            finite = math.isfinite(norm)
+            if finite and train.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, train.clip_grad, total)
+        if not finite:
+            self._not_finite(batch, losses, norm)
+            return outputs, losses, norm
+        objective.before_step(progress)
+        self.optimizer.step()
+        objective.after_step(outputs, progress)
+        return outputs, losses, norm
+
+    def _not_finite(self, batch: Batch, losses: Losses, norm: float) -> None:
+        terms = ", ".join(f"{name} = {value.item():.6g}" for name, value in losses.terms.items())
+        what = "the loss is not finite" if not math.isfinite(losses.total.item()) else f"the gradient's norm is {norm}"
+        line = f"step {self.step}: {what}: {terms}; samples {', '.join(batch.keys[:8])}" + (
+            f", ... ({len(batch.keys)} in all)" if len(batch.keys) > 8 else ""
+        )
+        self.skipped_steps += 1
+        if self.rank == 0:
+            self.folder.log({"step": self.step, "not_finite": what, "keys": batch.keys})
+        if self.recipe.train.nonfinite == "stop":
+            self.optimizer.zero_grad(set_to_none=True)
+            self._save()
+            raise TrainingStopped(
+                f"{line}.\nThe state before this step is saved in {self.folder.path}. Lower the learning rate, train in "
+                "fp32, or pass over such steps with --set train.nonfinite=skip."
+            )
+        self.display.warn(f"{line}; the step is skipped")
+
+    def _note_skipped(self, batch: Batch) -> None:
+        if batch.skipped:
+            if self.skipped_samples < 5:
+                first = batch.skipped[0]
+                self.display.warn(f"skipped sample {first.key!r} of {first.url}: {first.reason}")
+            self.skipped_samples += len(batch.skipped)
+            self.folder.skip(batch.skipped)
+
+    def _log(
+        self, losses: Losses, terms: Mapping[str, float], progress: Progress, norm: float, rate: float
+    ) -> None:
+        if self.rank > 0:
+            return
+        teacher = self.objective.teacher
+        row = {
+            "step": self.step,
+            "epoch": round(self.step * self.batch / self.size, 4) if self.size else None,
+            "loss": losses.total.item(),
+            "terms": dict(terms),
+            "metrics": {name: value.item() for name, value in losses.metrics.items()},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "samples_per_s": round(rate, 2),
+            "seconds": round(self.seconds, 3),
+        }
+        if teacher is not None:
+            row["momentum"] = teacher.momentum(progress)
+        self.folder.log(row)
+        if self.tracker is not None:
+            flat = {"loss": row["loss"], **{f"loss/{k}": v for k, v in terms.items()}}
+            flat |= {f"metric/{k}": v for k, v in row["metrics"].items()}
+            flat |= {k: row[k] for k in ("lr", "grad_norm", "samples_per_s", "momentum") if k in row}
+            self.tracker.call("log", self.step, flat, {"subset": "train"})
+
+    def _evaluate(self, split: str) -> dict[str, float]:
+        if not self.recipe.tasks or self.rank > 0:
+            distributed.barrier()
+            return {}
+        models = models_of(self.recipe, self.objective, self.device)
+        scores = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing)
+        self.display.doing("")
+        if scores:
+            self.folder.log({"step": self.step, "split": split, "scores": scores})
+            if self.tracker is not None:
+                self.tracker.call("log", self.step, scores, {"subset": split})
+        distributed.barrier()
+        return scores
+
+    def _validate(self) -> bool:
+        """Evaluate on the validation split; whether this is the best so far."""
+        scores = self._evaluate(self.recipe.evaluate.validation)
+        name = self.recipe.train.checkpoint.best
+        better = False
+        if name is not None and self.rank == 0:
+            if name not in scores:
+                raise UserError(f"train.checkpoint.best: no score {name!r}; there are: {', '.join(scores) or 'none'}")
+            better = self.best is None or scores[name] > self.best
+            if better:
+                self.best = scores[name]
+        return distributed.any_rank(better)
+
+    def _save(self, best: bool = False) -> None:
+        state = {"data": self.loader.state_dict(), "random": _get_random()}
+        ranks = distributed.gather_objects(state)
+        if self.rank > 0:
+            return
+        self.checkpoints.save(
+            self.step,
+            {
+                "objective": self.objective.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ranks": ranks,
+                "best": self.best,
+                "skipped_samples": self.skipped_samples,
+                "skipped_steps": self.skipped_steps,
+                "seconds": self.seconds,
+            },
+            best=best or (self._final_better and self.step == self.steps),
+        )
+
+    def _stop_early(self) -> None:
+        self._save()
+        if self.tracker is not None:
+            self.tracker.finish(5)
+        if self.rank == 0:
+            name = signal.Signals(self.interrupt.signal or signal.SIGTERM).name
+            self.display.warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
+
+    def _finish(self, scores: dict[str, float]) -> None:
+        report = Report(
+            name=self.folder.path.name,
+            steps=self.step,
+            samples=self.step * self.batch,
+            seconds=self.seconds,
+            scores=scores,
+            split=self.recipe.evaluate.split,
+            skipped_samples=self.skipped_samples,
+            skipped_steps=self.skipped_steps,
+            parameters=sum(p.numel() for p in self.parameters),
+        )
+        picture = write_report(self.folder, report)
+        if self.tracker is not None:
+            self.tracker.call("image", self.step, "report", str(picture))
+            self.tracker.finish()
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (components may use the global generator)
+
+
+def _get_random() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> Result:
+    """Run (or go on with) a recipe in its folder. Raises `UserError`."""
+    trainer = Trainer(recipe, folder, quiet=quiet)
+    if resume:
+        trainer.resume()
+    return trainer.run()
+
+

@@ -1,0 +1,63 @@
+"""Logs to an Aim repository."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill_core.components import ComponentConfig, Tracker
+
+
+class AimConfig(ComponentConfig):
+    """Where Aim keeps its runs."""
+
+    repo: str | None = None
+    """Folder of the repository (it holds `.aim`); null takes the folder that the run folders lie in."""
+    experiment: str = "distill"
+    """Aim's experiment name."""
+
+
+class AimTracker(Tracker):
+    """One Aim run for each run folder; a resumed run goes on in the same one."""
+
+    name = "aim"
+    Config = AimConfig
+
+    def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
+        """Opens the run; its hash is kept in the run folder."""
+        from aim import Run
+
+        memory = Path(folder) / "aim.json"
+        repo = self.config.repo or str(Path(folder).parent)
+        Path(repo).mkdir(parents=True, exist_ok=True)
+        known = json.loads(memory.read_text())["run"] if resume and memory.exists() else None
+        self.run = Run(
+            known,
+            repo=repo,
+            experiment=self.config.experiment,
+            system_tracking_interval=None,
+            log_system_params=False,
+            capture_terminal_logs=False,
+        )
+        memory.write_text(json.dumps({"run": self.run.hash, "repo": repo}))
+        self.run.name = name
+        self.run["recipe"] = recipe
+
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        """A series a name; values that are not finite are left out (Aim cannot draw them)."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.run.track(value, name=name, step=step, context=dict(context))
+
+    def image(self, step: int, name: str, path: str) -> None:
+        """A picture."""
+        from aim import Image
+
+        self.run.track(Image(path), name=name, step=step)
+
+    def finish(self) -> None:
+        """Flushes and closes."""
+        self.run.close()

@@ -1,0 +1,13 @@
+"""CLIP (Radford et al. 2021): one view of each modality and a contrastive loss."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """CLIP's loss and its plain views."""
+    from distill_clip.components import Clip, RandomCrop, WholeCaption
+
+    return [Clip, RandomCrop, WholeCaption]

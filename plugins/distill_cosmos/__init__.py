@@ -1,0 +1,17 @@
+"""COSMOS: cross-modality self-distillation for vision-language pre-training (arXiv 2412.01814, CVPR 2025)."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Text cropping, multi-crop, cross-attention fusion, the two losses, and public checkpoints to start from."""
+    from distill_cosmos.fusion import CrossAttention
+    from distill_cosmos.losses import Contrastive, CrossModalDistillation
+    from distill_cosmos.multi_crop import MultiCrop
+    from distill_cosmos.official import PublicCheckpoint
+    from distill_cosmos.text_crop import TextCrop
+
+    return [MultiCrop, TextCrop, CrossAttention, Contrastive, CrossModalDistillation, PublicCheckpoint]

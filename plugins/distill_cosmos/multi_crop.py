@@ -1,0 +1,102 @@
+"""Multi-crop (SwAV; DINO; COSMOS, section 3.1): large and small crops of one picture, each recoloured."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from distill_core.types import GLOBAL, LOCAL, Sample, View
+from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from pydantic import Field
+
+Strength = Annotated[float, Field(ge=0)]
+
+
+class MultiCropConfig(PictureConfig):
+    """Defaults are the paper's: 2 global crops of 224 px and 6 local crops of 96 px."""
+
+    globals_: Annotated[int, Field(alias="global", gt=0)] = 2
+    """Global crops, of `size` pixels."""
+    local: Annotated[int, Field(ge=0)] = 6
+    """Local crops, of `local_size` pixels."""
+    local_size: Annotated[int, Field(gt=0)] = 96
+    global_scale: tuple[Area, Area] = (0.4, 1.0)
+    """Share of the picture's area that a global crop covers, uniform between the two."""
+    local_scale: tuple[Area, Area] = (0.05, 0.4)
+    """Share of the picture's area that a local crop covers."""
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
+    """Strengths of brightness, contrast, saturation and hue, in random order."""
+    jitter_p: Probability = 0.8
+    """Probability of the colour jitter."""
+    grey: Probability = 0.2
+    """Probability of a grey picture."""
+    blur: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
+    """Probability of Gaussian blur (radius 0.1 to 2 px) on the first global crop, further globals, and locals."""
+    solarise: Probability = 0.2
+    """Probability of solarising (at 128) a global crop after the first."""
+
+
+class MultiCrop(PictureAugmentation):
+    """One picture -> global and local crops [3, S, S], normalised."""
+
+    name = "multi_crop"
+    Config = MultiCropConfig
+
+    @classmethod
+    def roles(cls, config: MultiCropConfig) -> tuple[str, ...]:
+        """Globals, then locals."""
+        return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """View.source numbers the crops."""
+        picture, config = self.read(sample)[0], self.config
+        views = []
+        for i in range(config.globals_):
+            crop = random_resized_crop(picture, config.size, config.global_scale, rng)
+            crop = self._recolour(crop, config.blur[0 if i == 0 else 1], 0.0 if i == 0 else config.solarise, rng)
+            views.append(View(self.normalise(crop), GLOBAL, i))
+        for i in range(config.local):
+            crop = random_resized_crop(picture, config.local_size, config.local_scale, rng)
+            crop = self._recolour(crop, config.blur[2], 0.0, rng)
+            views.append(View(self.normalise(crop), LOCAL, config.globals_ + i))
+        return views
+
+    def _recolour(self, picture: Image.Image, blur: float, solarise: float, rng: np.random.Generator) -> Image.Image:
+        config = self.config
+        if rng.random() < config.flip:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < config.jitter_p:
+            picture = colour_jitter(picture, config.jitter, rng)
+        if rng.random() < config.grey:
+            picture = picture.convert("L").convert("RGB")
+        if rng.random() < blur:
+            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+        if rng.random() < solarise:
+            picture = ImageOps.solarize(picture, 128)
+        return picture
+
+
+def colour_jitter(
+    picture: Image.Image, strengths: tuple[float, float, float, float], rng: np.random.Generator
+) -> Image.Image:
+    """Brightness, contrast, saturation (factors uniform in 1 -+ strength) and hue (shift of the colour circle)."""
+    for step in rng.permutation(4):
+        strength = strengths[step]
+        if strength == 0:
+            continue
+        if step == 3:
+            picture = shift_hue(picture, rng.uniform(-strength, strength))
+        else:
+            enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+            picture = enhancer(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return picture
+
+
+def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
+    """Hues moved by `turn` of the colour circle, -0.5 to 0.5."""
+    hue, saturation, value = picture.convert("HSV").split()
+    moved = np.array(hue, dtype=np.uint8) + np.uint8(int(turn * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")

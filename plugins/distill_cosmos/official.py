@@ -1,0 +1,150 @@
+"""Weights named as the public COSMOS checkpoints name them (open_clip's CLIP layout plus token maps and poolers)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from distill_core.components import ComponentConfig, Initializer
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from torch import Tensor
+
+from distill_cosmos.losses import Contrastive, CrossModalDistillation
+
+StateDict = Mapping[str, Tensor]
+
+_FUSION = {
+    "visual.attn_cross_pool.": "fusion.pooler.image.",
+    "text_attn_cross_pool.": "fusion.pooler.text.",
+    "image_token_mapping.": "fusion.token_map.image.",
+    "text_token_mapping.": "fusion.token_map.text.",
+}
+_TOWERS = {
+    "visual.": "backbone.image.",
+    "transformer.": "backbone.text.transformer.",
+    "token_embedding.": "backbone.text.token_embedding.",
+    "ln_final.": "backbone.text.ln_final.",
+    "positional_embedding": "backbone.text.positional_embedding",
+    "text_projection": "backbone.text.text_projection",
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded, and the teacher's keys that nothing uses (their shapes were checked)."""
+
+    student: int
+    teacher: int
+    unused: tuple[str, ...]
+
+
+def own_name(key: str, objective: Objective) -> str | None:
+    """A public key -> the objective's parameter name (of the student), or None for a key that is not known."""
+    scales = {"logit_scale": Contrastive, "distill_logit_scale": CrossModalDistillation}
+    if key in scales:
+        ids = [id for id, loss in objective.loss.items() if isinstance(loss, scales[key])]
+        return f"loss.{ids[0]}.logit_scale" if ids else None
+    for names in (_FUSION, _TOWERS):
+        for prefix, ours in names.items():
+            if key.startswith(prefix):
+                return ours + key[len(prefix) :]
+    return None
+
+
+@torch.no_grad()
+def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Loaded:
+    """Load `{"student": ..., "teacher": ...}` strictly; nothing is changed when anything is wrong.
+
+    Raises `UserError` with every key that is missing, unknown or of a wrong shape. The teacher's scales, poolers and
+    token maps are not used by anything: their names and shapes are checked against the student's, and reported.
+    """
+    own = {name: p for name, p in objective.named_parameters() if not name.startswith("teacher.")}
+    teacher = {name: p for name, p in objective.named_parameters() if name.startswith("teacher.")}
+    problems: list[str] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    unused: list[str] = []
+    counts = {"student": 0, "teacher": 0}
+    for who in ("student", "teacher"):
+        if who not in states:
+            problems.append(f"no {who!r} weights")
+            continue
+        seen = set()
+        for raw, value in states[who].items():
+            key = raw.removeprefix("module.")
+            name = own_name(key, objective)
+            if name is None or name not in own:
+                problems.append(f"{who}: {raw}: not a key of this model")
+                continue
+            seen.add(name)
+            target = own[name] if who == "student" else teacher.get(f"teacher.{name}")
+            expected = own[name]
+            if value.shape != expected.shape:
+                problems.append(f"{who}: {raw}: shape {list(value.shape)}, this model has {list(expected.shape)}")
+            elif target is None:
+                unused.append(raw)
+            else:
+                copies.append((target, value))
+                counts[who] += 1
+        wanted = own if who == "student" else {name.removeprefix("teacher."): p for name, p in teacher.items()}
+        public = {own_name(key, objective): key for key in _public_names(own, objective)}
+        problems += [f"{who}: {public.get(name, name)}: missing" for name in wanted if name not in seen]
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise UserError("the checkpoint does not fit this model:\n  " + "\n  ".join(shown))
+    for target, value in copies:
+        target.copy_(value)
+    return Loaded(counts["student"], counts["teacher"], tuple(unused))
+
+
+def public_state_dict(objective: Objective) -> dict[str, dict[str, Tensor]]:
+    """The objective's weights under their public names; the teacher has those of its backbones only."""
+    own = {name: p.detach() for name, p in objective.named_parameters()}
+    names = _public_names(own, objective)
+    student = {key: own[name] for key, name in names.items()}
+    teacher = {key: own[f"teacher.{name}"] for key, name in names.items() if f"teacher.{name}" in own}
+    return {"student": student, "teacher": teacher}
+
+
+def _public_names(own: Mapping[str, Tensor], objective: Objective) -> dict[str, str]:
+    """public key -> the student's parameter name."""
+    result = {}
+    for key in ("logit_scale", "distill_logit_scale"):
+        name = own_name(key, objective)
+        if name is not None:
+            result[key] = name
+    for name in own:
+        for prefixes in (_FUSION, _TOWERS):
+            for theirs, ours in prefixes.items():
+                if name.startswith(ours):
+                    result[theirs + name[len(ours) :]] = name
+    return result
+
+
+class PublicCheckpointConfig(ComponentConfig):
+    """A file of the public COSMOS release."""
+
+    file: str
+    """A torch file that holds `student` and `teacher` state dicts."""
+
+
+class PublicCheckpoint(Initializer):
+    """Start student and teacher from a public COSMOS checkpoint."""
+
+    name = "cosmos_checkpoint"
+    Config = PublicCheckpointConfig
+
+    def apply(self, objective: Objective) -> str:
+        """Raises `UserError` for a file that is missing, unsafe or does not fit."""
+        try:
+            states = torch.load(self.config.file, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{self.config.file}: cannot be loaded: {error}") from error
+        if not isinstance(states, dict):
+            raise UserError(f"{self.config.file}: holds no `student` and `teacher` state dicts")
+        loaded = load_state_dict(objective, states)
+        return (
+            f"{self.config.file}: {loaded.student} student and {loaded.teacher} teacher tensors; "
+            f"{len(loaded.unused)} teacher tensors that nothing uses"
+        )

@@ -1,0 +1,50 @@
+"""Text cropping (COSMOS, section 3.2): global texts of several sentences, local texts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from distill_core.types import GLOBAL, LOCAL, Sample, View
+from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from pydantic import Field
+
+
+class TextCropConfig(CaptionConfig):
+    """Defaults are the paper's: 2 global texts of 1 to 5 sentences and 6 local texts of one sentence."""
+
+    globals_: Annotated[int, Field(alias="global", gt=0)] = 2
+    """Global texts: 1 to `sentences` sentences each, drawn without replacement, joined in the order drawn."""
+    local: Annotated[int, Field(ge=0)] = 6
+    """Local texts: one sentence each, drawn without replacement."""
+    sentences: Annotated[int, Field(gt=0)] = 5
+    """The most sentences of a global text; the number is uniform."""
+
+
+class TextCrop(CaptionAugmentation):
+    """A sample's pool of sentences -> global and local texts."""
+
+    name = "text_crop"
+    Config = TextCropConfig
+
+    @classmethod
+    def roles(cls, config: TextCropConfig) -> tuple[str, ...]:
+        """Globals, then locals."""
+        return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """View.source is the place in the pool of the (first) sentence."""
+        pool = self.pool(sample)
+        views = []
+        for _ in range(self.config.globals_):
+            chosen = draw(len(pool), int(rng.integers(1, self.config.sentences + 1)), rng)
+            views.append(View(". ".join(pool[i] for i in chosen), GLOBAL, chosen[0]))
+        views += [View(pool[i], LOCAL, i) for i in draw(len(pool), self.config.local, rng)]
+        return views
+
+
+def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
+    """`count` of 0..population-1 without replacement; a population that is too small is repeated whole, then topped up."""
+    whole = list(range(population)) * (count // population)
+    return whole + [int(i) for i in rng.permutation(population)[: count % population]]

@@ -1,0 +1,14 @@
+"""What vision-language methods share: ViT and text tower in the CLIP layout, tokenizer, reading of pictures and captions."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """The towers."""
+    from distill_towers.clip_text import ClipText
+    from distill_towers.vit import VisionTransformer
+
+    return [VisionTransformer, ClipText]

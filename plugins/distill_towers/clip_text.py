@@ -1,0 +1,115 @@
+"""CLIP's causal text transformer (Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from distill_core.components import Backbone, ComponentConfig, Dims
+from distill_core.types import Features, Group, View, Views
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
+from distill_towers.transformer import Block, Transformer
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ClipTextConfig(ComponentConfig):
+    """Defaults are CLIP's 12-layer text tower of width 512."""
+
+    context: Annotated[int, Field(ge=3)] = 77
+    """Longest sequence, start and end tokens included; longer texts are cut."""
+    vocabulary: Positive = VOCABULARY
+    width: Positive = 512
+    layers: Positive = 12
+    heads: Positive = 8
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    dim: Positive = 512
+    """Width D of the embedding."""
+    padding: Literal["context", "longest"] = "context"
+    """Tokens that are handed on reach to the whole context (as the public code's do) or to the batch's longest text.
+
+    The embedding itself never depends on it: attention is causal.
+    """
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClipTextConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class ClipText(Backbone):
+    """Causal transformer: pooled = end-of-text token after the final LayerNorm, times `text_projection`;
+    tokens = all positions after that LayerNorm, with a mask of those up to end-of-text."""  # fmt: skip
+
+    name = "clip_text"
+    Config = ClipTextConfig
+
+    def __init__(self, config: ClipTextConfig) -> None:
+        super().__init__(config)
+        width, layers = config.width, config.layers
+        self.token_embedding = nn.Embedding(config.vocabulary, width)
+        self.positional_embedding = nn.Parameter(torch.empty(config.context, width))
+        self.transformer = Transformer(width, layers, config.heads, config.mlp_ratio)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, config.dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    @classmethod
+    def dims(cls, config: ClipTextConfig) -> Dims:
+        """Widths of tokens and embedding."""
+        return Dims(config.width, config.dim)
+
+    @classmethod
+    def collator(cls, config: ClipTextConfig) -> Callable[[list[list[View]]], Views]:
+        """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
+        return TextCollator(config.context)
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask."""
+        if token_mask is not None:
+            raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
+        end = x.argmax(1)
+        if tokens and self.config.padding == "context":
+            x = pad(x, (0, self.config.context - x.shape[1]))
+        sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
+        if not tokens:
+            pooled = self.ln_final(self.transformer.at(sequence, end, causal=True)) @ self.text_projection
+            return Features(pooled[None])
+        sequence = self.ln_final(self.transformer(sequence, causal=True))
+        pooled = sequence[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection
+        mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
+        return Features(pooled[None], {0: sequence}, {0: mask})
+
+
+class TextCollator:
+    """The views of B samples -> groups of ids [V, B, L] by role; L is the longest text of the group."""
+
+    def __init__(self, context: int) -> None:
+        self.tokenize = ClipTokenizer(context)
+
+    def __call__(self, samples: list[list[View]]) -> Views:
+        """View i of every sample has the same role."""
+        groups: dict[str, list[int]] = {}
+        for i, view in enumerate(samples[0]):
+            groups.setdefault(view.role, []).append(i)
+        result = []
+        for role, members in groups.items():
+            ids = self.tokenize([sample[i].data for i in members for sample in samples])
+            longest = int(ids.argmax(1).max()) + 1  # end-of-text is the largest id; 0 is padding, and also "!"
+            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
+            result.append(Group(ids[:, :longest].reshape(len(members), len(samples), longest), role, source))
+        return Views(result)

@@ -1,0 +1,116 @@
+"""Reading pictures: what every image augmentation shares. Pixels are 0..255 RGB until they are normalised."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from distill_core.components import Augmentation, ComponentConfig
+from distill_core.errors import BadSample
+from distill_core.types import Sample, View
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Area = Annotated[float, Field(gt=0, le=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+
+
+class PictureConfig(ComponentConfig):
+    """Options of every image augmentation."""
+
+    size: Annotated[int, Field(gt=0)] = 224
+    """Pixels of a global crop's side, and of the picture in evaluation."""
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    """Subtracted from each channel (of 0..1); CLIP's."""
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    """Each channel is divided by it; CLIP's."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Colour behind transparent pixels."""
+    fields: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    """Fields of a sample that may hold the picture; the first that is there is read."""
+
+
+class PictureAugmentation(Augmentation):
+    """Base of image augmentations: decodes pictures, and makes the evaluation view (resize, centre crop)."""
+
+    config: Any
+
+    def read(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
+        """The sample's picture, RGB."""
+        names = (field,) if field is not None else self.config.fields
+        for name in names:
+            if name in sample:
+                return [self.open(sample[name])]
+        raise BadSample(f"no picture: none of the fields {', '.join(names)}")
+
+    def open(self, item: Any) -> Image.Image:
+        """Bytes, a path, an array [H, W, 3] of uint8, or a PIL image -> an RGB image. Raises `BadSample`."""
+        try:
+            if isinstance(item, Image.Image):
+                picture = item
+            elif isinstance(item, bytes):
+                picture = Image.open(io.BytesIO(item))
+            elif isinstance(item, str | os.PathLike):
+                picture = Image.open(item)
+            else:
+                picture = Image.fromarray(np.asarray(item))
+            picture.load()
+            if picture.mode == "P" or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+            if picture.mode in ("RGBA", "LA", "PA"):
+                picture = picture.convert("RGBA")
+                behind = Image.new("RGBA", picture.size, (*self.config.background, 255))
+                picture = Image.alpha_composite(behind, picture)
+            return picture.convert("RGB")
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadSample(f"not a readable picture: {error}") from error
+
+    def plain(self, item: Any) -> View:
+        """The shorter side resized to `size` (bicubic), the centre cropped."""
+        picture, size = self.open(item), self.config.size
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - size) // 2, (height - size) // 2
+        return View(self.normalise(picture.crop((left, top, left + size, top + size))))
+
+    def normalise(self, picture: Image.Image) -> Tensor:
+        """An RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std."""
+        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)
+        mean = torch.tensor(self.config.mean).view(3, 1, 1) * 255
+        std = torch.tensor(self.config.std).view(3, 1, 1) * 255
+        return (pixels - mean).div_(std)
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random crop: area share uniform in `scale`, aspect log-uniform in 3/4..4/3.
+
+    After ten draws that do not fit, the largest centred box of an allowed aspect (as torchvision does).
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
+    aspect = min(max(width / height, 3 / 4), 4 / 3)
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def random_resized_crop(
+    picture: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
+    """A random crop, resized to size x size px (bicubic)."""
+    left, top, width, height = crop_box(*picture.size, scale, rng)
+    crop = picture.crop((left, top, left + width, top + height))
+    return crop.resize((size, size), Image.Resampling.BICUBIC)

@@ -1,0 +1,99 @@
+"""Pre-norm residual blocks in the CLIP layout; parameters are named as CLIP checkpoints name them.
+
+N sequences, L tokens, W width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from distill_kernels import cross_attention, self_attention
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one packed input projection (as `nn.MultiheadAttention` stores and starts it)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        """x [N, L, W] -> [N, L, W]."""
+        q, k, v = rearrange(linear(x, self.in_proj_weight, self.in_proj_bias), "n l (t h k) -> t n h l k", t=3, h=self.heads)
+        return self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
+
+    def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """One query a sequence: row [N, W] attends over x [N, L, W], of which the first `lengths` [N] count."""
+        width = x.shape[-1]
+        q = linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        k, v = rearrange(
+            linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]), "n l (t h k) -> t n h l k", t=2, h=self.heads
+        )
+        q = rearrange(q, "n (h k) -> n h 1 k", h=self.heads)
+        return self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h 1 k -> n (h k)"))
+
+
+class MLP(nn.Module):
+    """W -> ratio * W -> W with erf GELU."""
+
+    def __init__(self, width: int, ratio: float) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, int(width * ratio))
+        self.gelu = nn.GELU()
+        self.c_proj = nn.Linear(int(width * ratio), width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., W] -> [..., W]."""
+        return self.c_proj(self.gelu(self.c_fc(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width, eps)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, mlp_ratio)
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        """x [N, L, W] -> [N, L, W]."""
+        x = x + self.attn(self.ln_1(x), causal=causal)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+    def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
+        """The output at one position a sequence, `index` [N], of x [N, L, W] -> [N, W]; the rest is not computed."""
+        normed = self.ln_1(x)
+        rows = torch.arange(x.shape[0], device=x.device)
+        row = x[rows, index] + self.attn.at(normed[rows, index], normed, lengths)
+        return row + self.mlp(self.ln_2(row))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; the last may be computed at one position a sequence only."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList([Block(width, heads, mlp_ratio) for _ in range(layers)])
+
+    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
+        """x [N, L, W] -> [N, L, W]."""
+        for block in self.resblocks:
+            x = block(x, causal=causal)
+        return x
+
+    def at(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
+        """The output at `index` [N] alone, [N, W]. Causal stacks see tokens 0..index."""
+        for block in self.resblocks[:-1]:
+            x = block(x, causal=causal)
+        last = self.resblocks[-1]
+        assert isinstance(last, Block)
+        return last.at(x, index, index + 1 if causal else None)

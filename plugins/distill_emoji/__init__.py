@@ -1,0 +1,20 @@
+"""The embedded default data: emoji in two or three art styles, with sentences made of people's words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core.components import Component
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type[Component]]:
+    """The components of this plugin."""
+    from distill_emoji.source import EmojiSource
+
+    return [EmojiSource]

@@ -110,7 +110,9 @@ def print_one(registry: Registry, name: str) -> None:
     console = Console()
     for entry in _entries(registry, name):
         console.print(
-            f"{entry.cls.name}  ({entry.cls.kind}, plugin {entry.plugin} of {entry.package})", highlight=False, markup=False
+            f"{entry.cls.name}  ({entry.cls.kind}, plugin {entry.plugin} of {entry.package})",
+            highlight=False,
+            markup=False,
         )
         console.print(inspect.cleandoc(entry.cls.__doc__ or ""), highlight=False, markup=False)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -52,7 +52,7 @@ def _registry() -> Registry:
 
 
 def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
-    from distill_core.recipe import load_recipe
+    from distill_core.resolve import load_recipe
 
     return load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
 
@@ -114,9 +114,13 @@ def _end(result: Result) -> None:
             f"({report['samples_per_s'] or 0:.0f} samples/s)",
         ]
         if report["skipped_samples"]:
-            lines.append(f"{report['skipped_samples']} samples were skipped; their keys: {result.folder / 'skipped.jsonl'}")
+            lines.append(
+                f"{report['skipped_samples']} samples were skipped; their keys: {result.folder / 'skipped.jsonl'}"
+            )
         if report["skipped_steps"]:
-            lines.append(f"{report['skipped_steps']} steps were skipped: not finite; see {result.folder / 'metrics.jsonl'}")
+            lines.append(
+                f"{report['skipped_steps']} steps were skipped: not finite; see {result.folder / 'metrics.jsonl'}"
+            )
         lines.append(f"report: {result.folder / 'report.json'}, {result.folder / 'report.png'}")
         print_scores(result.scores, f"{report['name']} on {report['split']}", lines)
 
@@ -162,7 +166,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
 def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Check recipes without touching data or weights; prints every error."""
-    from distill_core.recipe import load_recipe
+    from distill_core.resolve import load_recipe
 
     registry = _registry()
     failed = False
@@ -233,4 +237,3 @@ def _close_stdout() -> None:
 
 if __name__ == "__main__":
     main()
-

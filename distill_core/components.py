@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -179,7 +180,7 @@ class Backbone(nn.Module, Component, ABC):
             count, batch = group.x.shape[:2]
             wanted = [start + i in need for i in range(count)]
             spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
-            for first, last in zip(spans, spans[1:], strict=False):
+            for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
                 part = self.encode(group.x[first:last].flatten(0, 1), tokens=wanted[first], token_mask=hidden)
                 pooled.append(part.pooled.reshape(last - first, batch, -1))

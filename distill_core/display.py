@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -89,9 +96,9 @@ def score_table(scores: Mapping[str, float], title: str) -> Table:
         previous = (side, task)
         cells = []
         for column in columns:
-            value = values.get(column)
+            shown_value = values.get(column)
             count = score in ("candidates", "classes")
-            cells.append("" if value is None else f"{value:.0f}" if count else f"{value:.1f}")
+            cells.append("" if shown_value is None else f"{shown_value:.0f}" if count else f"{shown_value:.1f}")
         table.add_row(*shown, score, *cells)
     return table
 

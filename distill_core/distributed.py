@@ -78,7 +78,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= world_size()
-        for parameter, part in zip(group, flat.split([g.numel() for g in gradients]), strict=True):
+        for parameter, part in zip(group, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
 
 

@@ -47,7 +47,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 def parse_value(text: str) -> Any:
     """One YAML value, as `--set` takes it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass
@@ -202,7 +202,7 @@ def read_document(text: str, name: str) -> Document:
                 origins[*path, i] = f"{name}:{item.start_mark.line + 1}"
                 items.append(build(item, (*path, i)))
             return items
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
 
     try:
         root = loader.get_single_node()
@@ -213,7 +213,7 @@ def read_document(text: str, name: str) -> Document:
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeErrors([f"{name}:{line}: not YAML: {problem}"]) from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if not isinstance(data, dict):
         errors.append(f"{name}:1: a recipe is a mapping of sections (augment, backbone, loss, ...)")
     if errors:

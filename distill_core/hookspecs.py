@@ -1,16 +1,16 @@
 """The hooks a plugin may implement. A plugin is a module named by an entry point of the group `distill`:
 
-    [project.entry-points.distill]
-    mine = "my_package"
+[project.entry-points.distill]
+mine = "my_package"
 
-    # my_package/__init__.py: keep it light, import components inside the hook
-    from distill_core import hookimpl
-    distill_api = 1
+# my_package/__init__.py: keep it light, import components inside the hook
+from distill_core import hookimpl
+distill_api = 1
 
-    @hookimpl
-    def distill_components():
-        from my_package.fusion import MyFusion
-        return [MyFusion]
+@hookimpl
+def distill_components():
+    from my_package.fusion import MyFusion
+    return [MyFusion]
 """
 
 from __future__ import annotations

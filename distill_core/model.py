@@ -13,8 +13,9 @@ from torch.nn.functional import normalize
 
 from distill_core.components import Augmentation, Backbone
 from distill_core.errors import BadSample, UserError, did_you_mean
-from distill_core.recipe import Recipe, load_recipe
+from distill_core.recipe import Recipe
 from distill_core.registry import Registry
+from distill_core.resolve import load_recipe
 from distill_core.types import View, Views
 
 
@@ -48,7 +49,7 @@ class Model:
         fp32, on the CPU.
 
         Raises `UserError` for a modality the recipe lacks, or an item that cannot be read.
-        """  # noqa: D205
+        """
         if modality not in self.backbone:
             raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
         if isinstance(items, str | bytes):
@@ -113,7 +114,9 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
     prefix = "teacher.backbone." if teacher else "backbone."
     backbone = {name: node.build() for name, node in recipe.backbone.items()}
     for name, module in backbone.items():
-        own = {key.removeprefix(f"{prefix}{name}."): v for key, v in state.items() if key.startswith(f"{prefix}{name}.")}
+        own = {
+            key.removeprefix(f"{prefix}{name}."): v for key, v in state.items() if key.startswith(f"{prefix}{name}.")
+        }
         if not own:
             raise UserError(f"{folder}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
         module.load_state_dict(own)
@@ -126,6 +129,8 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
 def run_recipe(folder: Path, registry: Registry) -> Recipe:
     """The resolved recipe that a run folder keeps. Raises `UserError` when the folder is not a run."""
     if not (folder / "recipe.yaml").is_file():
-        runs = [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
+        runs = (
+            [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
+        )
         raise UserError(f"{folder}: not a run folder (it holds no recipe.yaml){did_you_mean(folder.name, runs)}")
     return load_recipe(folder / "recipe.yaml", registry=registry, allow_unset=True)

@@ -1,8 +1,8 @@
 """The whole method in one module: student, EMA teacher, fusion and losses; a batch in, losses out.
 
-    outputs = objective.represent(batch, progress)     # student, teacher, fusion
-    losses = objective.losses(outputs)                 # terms, metrics, total
-    losses.total.backward(); ...; objective.after_step(outputs, progress)
+outputs = objective.represent(batch, progress)     # student, teacher, fusion
+losses = objective.losses(outputs)                 # terms, metrics, total
+losses.total.backward(); ...; objective.after_step(outputs, progress)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,9 @@ class Losses:
 class Teacher(nn.Module):
     """Exponential moving average of modules of the student; no gradients."""
 
-    def __init__(self, config: TeacherConfig, backbones: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, config: TeacherConfig, backbones: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
         self.config = config
         self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
@@ -50,7 +53,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def move(self, progress: Progress) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, over parameters (buffers are the teacher's own)."""
-        own, students = [], []
+        own: list[Tensor] = []
+        students: list[Tensor] = []
         for copied, module in zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True):
             own += list(copied.parameters())
             students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
@@ -95,7 +99,9 @@ class Objective(nn.Module):
         self.teacher: Teacher | None = None
         if teacher is not None:
             taught = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
-            heads = {f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules}
+            heads = {
+                f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules
+            }
             self.teacher = Teacher(teacher, taught, heads)
 
     @classmethod
@@ -111,7 +117,7 @@ class Objective(nn.Module):
         """The teacher's copy of one of a loss's `teacher_modules`. Raises KeyError where there is none."""
         if self.teacher is not None:
             for id, loss in self.loss.items():
-                for head in loss.teacher_modules:
+                for head in cast(Loss, loss).teacher_modules:
                     if getattr(loss, head) is module:
                         return self.teacher.heads[f"{id}/{head}"]
         raise KeyError("not one of this recipe's teacher_modules, or the recipe has no teacher")
@@ -154,7 +160,7 @@ class Objective(nn.Module):
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Called after the optimiser: the losses' own state, then a teacher that follows the new student."""
         for loss in self.loss.values():
-            loss.after_step(outputs, progress)
+            cast(Loss, loss).after_step(outputs, progress)
         if self.teacher is not None and self.teacher.config.update == "after_optimizer":
             self.teacher.move(progress)
 

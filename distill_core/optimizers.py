@@ -38,7 +38,11 @@ class AdamW(Optimizer):
         for _, parameter, factor in parameters:
             groups.setdefault((parameter.ndim >= 2, factor), []).append(parameter)
         return [
-            {"params": members, "lr": self.config.lr * factor, "weight_decay": self.config.weight_decay if decayed else 0.0}
+            {
+                "params": members,
+                "lr": self.config.lr * factor,
+                "weight_decay": self.config.weight_decay if decayed else 0.0,
+            }
             for (decayed, factor), members in groups.items()
         ]
 

@@ -55,7 +55,7 @@ class Plugins:
     def discover(cls) -> Plugins:
         """All installed plugins. Raises `PluginError`, which names the package, when one fails to import."""
         plugins = cls()
-        found = {}
+        found: dict[tuple[str, str], importlib.metadata.EntryPoint] = {}
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
             found.setdefault((point.name, point.value), point)
         for point in sorted(found.values(), key=lambda point: point.name):
@@ -135,7 +135,7 @@ def _components(plugins: Plugins) -> Iterable[Entry]:
     for hook in plugins.manager.hook.distill_components.get_hookimpls():
         package = plugins.packages[hook.plugin_name]
         try:
-            classes = hook.function()
+            classes: Any = hook.function()
         except Exception as error:
             raise PluginError(
                 f"plugin {hook.plugin_name!r} (package {package}) fails to import its components: "

@@ -61,7 +61,14 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     for name in training[-1]["terms"] if training else ():
         curves.plot(steps, [row["terms"].get(name) for row in training], label=name, linewidth=1.6)
     if training and len(training[-1]["terms"]) > 1:
-        curves.plot(steps, [row["loss"] for row in training], label="total", color="0.6", linewidth=1.2, linestyle="--")
+        curves.plot(
+            steps,
+            [row["loss"] for row in training],
+            label="total",
+            color="0.6",
+            linewidth=1.2,
+            linestyle="--",
+        )
     curves.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{report.name}: losses")
     if training:
         curves.legend(frameon=False)

@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,17 +114,15 @@ class TrackerThread:
             except Exception as error:
                 self._failed = True
                 self.warn_once(
-                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training goes on without it "
-                    "(metrics.jsonl has every row)"
+                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training goes on "
+                    "without it (metrics.jsonl has every row)"
                 )
 
     def finish(self, timeout: float = 30.0) -> None:
         """Flush and close; give up after `timeout` seconds."""
         self.call("finish")
-        try:
+        with suppress(queue.Full):
             self._queue.put(None, timeout=timeout)
-        except queue.Full:
-            pass
         self._thread.join(timeout)
         if self._thread.is_alive():
             self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s; left behind")

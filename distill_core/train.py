@@ -27,7 +27,7 @@ from distill_core.objective import Losses, Objective
 from distill_core.recipe import Recipe
 from distill_core.report import Report, write_report
 from distill_core.tracking import RunFolder, TrackerThread
-from distill_core.types import Batch, Outputs, Progress
+from distill_core.types import Batch, Progress
 
 
 @dataclass
@@ -189,11 +189,10 @@ class Trainer:
         for line in self.loaded:
             say(f"init: {line}")
         count = sum(p.numel() for p in self.parameters)
+        start = f"resumed at step {self.step} of " if resumed else ""
         say(
-            f"{self.folder.path}: {'resumed at step ' + str(self.step) + ' of' if resumed else ''} {self.steps} steps of "
-            f"{self.batch} samples, {count / 1e6:.1f} M trained parameters, {recipe.train.precision} on {self.device}".replace(
-                ":  ", ": "
-            )
+            f"{self.folder.path}: {start}{self.steps} steps of {self.batch} samples, {count / 1e6:.1f} M trained "
+            f"parameters, {recipe.train.precision} on {self.device}"
         )
         if recipe.tracking is not None and self.rank == 0:
             self.tracker = TrackerThread(recipe.tracking.build(), self.display.warn)
@@ -206,7 +205,7 @@ class Trainer:
             batch = next(batches)
             self._note_skipped(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
-            outputs, losses, norm = self._step(batch.to(self.device), progress)
+            losses, norm = self._step(batch.to(self.device), progress)
             self.step += 1
             values = {name: value.item() for name, value in losses.terms.items()}
             rate = None
@@ -236,7 +235,7 @@ class Trainer:
     _rate: float | None = None
     _final_better = False
 
-    def _step(self, batch: Batch, progress: Progress) -> tuple[Outputs, Losses, float]:
+    def _step(self, batch: Batch, progress: Progress) -> tuple[Losses, float]:
         """Forward, backward, update: one optimiser step, or none when a value is not finite and that is allowed."""
         train, objective = self.recipe.train, self.objective
         factor = self.schedule.factor(self.step, self.steps)
@@ -260,11 +259,11 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, train.clip_grad, total)
         if not finite:
             self._not_finite(batch, losses, norm)
-            return outputs, losses, norm
+            return losses, norm
         objective.before_step(progress)
         self.optimizer.step()
         objective.after_step(outputs, progress)
-        return outputs, losses, norm
+        return losses, norm
 
     def _not_finite(self, batch: Batch, losses: Losses, norm: float) -> None:
         terms = ", ".join(f"{name} = {value.item():.6g}" for name, value in losses.terms.items())
@@ -279,8 +278,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self._save()
             raise TrainingStopped(
-                f"{line}.\nThe state before this step is saved in {self.folder.path}. Lower the learning rate, train in "
-                "fp32, or pass over such steps with --set train.nonfinite=skip."
+                f"{line}.\nThe state before this step is saved in {self.folder.path}. Lower the learning rate, "
+                "train in fp32, or pass over such steps with --set train.nonfinite=skip."
             )
         self.display.warn(f"{line}; the step is skipped")
 
@@ -292,9 +291,7 @@ class Trainer:
             self.skipped_samples += len(batch.skipped)
             self.folder.skip(batch.skipped)
 
-    def _log(
-        self, losses: Losses, terms: Mapping[str, float], progress: Progress, norm: float, rate: float
-    ) -> None:
+    def _log(self, losses: Losses, terms: Mapping[str, float], progress: Progress, norm: float, rate: float) -> None:
         if self.rank > 0:
             return
         teacher = self.objective.teacher
@@ -393,7 +390,7 @@ class Trainer:
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  (components may use the global generator)
+    np.random.seed(seed % 2**32)
 
 
 def _get_random() -> dict[str, Any]:
@@ -414,7 +411,7 @@ def _set_random(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
 
@@ -425,5 +422,3 @@ def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, quiet: boo
     if resume:
         trainer.resume()
     return trainer.run()
-
-

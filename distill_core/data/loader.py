@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,25 +45,35 @@ def _ignore_interrupts(worker: int) -> None:
 class Loader:
     """Endless batches. `state_dict` is taken after the batch that was last handed out, whatever is prefetched."""
 
-    def __init__(self, recipe: Recipe, shards: Sequence[str], *, rank: int = 0, world: int = 1, pin: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, shards: Sequence[str], *, rank: int = 0, world: int = 1, pin: bool = False
+    ) -> None:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         check(shards)
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
         stream = ShardStream(
-            shards, SampleViews(augment, recipe.seed), seed=recipe.seed, shuffle=recipe.data.shuffle, rank=rank, world=world
+            shards,
+            SampleViews(augment, recipe.seed),
+            seed=recipe.seed,
+            shuffle=recipe.data.shuffle,
+            rank=rank,
+            world=world,
         )
         workers = recipe.data.workers
-        self._loader = StatefulDataLoader(
-            stream,
-            batch_size=recipe.data.batch_size,
-            num_workers=workers,
-            collate_fn=Collate(collators),
-            prefetch_factor=recipe.data.prefetch if workers else None,
-            pin_memory=pin,
-            worker_init_fn=_ignore_interrupts,
-        )
+        with warnings.catch_warnings():
+            # torchdata still calls torch.set_vital, which torch has deprecated: nothing a user could act on
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            self._loader = StatefulDataLoader(
+                stream,
+                batch_size=recipe.data.batch_size,
+                num_workers=workers,
+                collate_fn=Collate(collators),
+                prefetch_factor=recipe.data.prefetch if workers else None,
+                pin_memory=pin,
+                worker_init_fn=_ignore_interrupts,
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises `DataError` for what a worker met."""

@@ -49,7 +49,9 @@ def check(shards: Sequence[str]) -> None:
                 empty = tar.next() is None
         except (tarfile.ReadError, EOFError, OSError) as error:
             if Path(shard).stat().st_size:
-                raise DataError(f"{shard}: not a readable tar file: {error}. Write it again, or leave it out.") from error
+                raise DataError(
+                    f"{shard}: not a readable tar file: {error}. Write it again, or leave it out."
+                ) from error
             empty = True
         if empty:
             raise DataError(f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")

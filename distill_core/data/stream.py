@@ -77,7 +77,14 @@ class ShardStream(IterableDataset[Item | Failure]):
     """
 
     def __init__(
-        self, shards: Sequence[str], views: SampleViews, *, seed: int, shuffle: int, rank: int = 0, world: int = 1
+        self,
+        shards: Sequence[str],
+        views: SampleViews,
+        *,
+        seed: int,
+        shuffle: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         super().__init__()
         self.shards = list(shards)
@@ -131,7 +138,9 @@ class ShardStream(IterableDataset[Item | Failure]):
     def _deal(self) -> tuple[list[int], int, int]:
         """This epoch's shards of this stream, and (share, shares) of their samples to keep."""
         mine, streams = self._stream()
-        order = [int(i) for i in np.random.default_rng(number(self.seed, "shards", self.epoch)).permutation(len(self.shards))]
+        order = [
+            int(i) for i in np.random.default_rng(number(self.seed, "shards", self.epoch)).permutation(len(self.shards))
+        ]
         if len(order) >= streams:
             return order[mine::streams], 0, 1
         return order, mine, streams
@@ -163,8 +172,8 @@ class ShardStream(IterableDataset[Item | Failure]):
         """Take one sample out of the buffer and yield its views, unless it is bad."""
         pick = number(self.seed, self.epoch, mine, self.drawn) % len(buffer)
         self.drawn += 1
-        for entries in (buffer, self.waiting):
-            entries[pick], entries[-1] = entries[-1], entries[pick]  # type: ignore[index]
+        buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
+        self.waiting[pick], self.waiting[-1] = self.waiting[-1], self.waiting[pick]
         _, _, sample = buffer.pop()
         self.waiting.pop()
         try:

@@ -39,7 +39,11 @@ class WebDatasetSource(DataSource):
 
     def sets(self, split: str) -> dict[str, list[str]]:
         """By set; a source without names for its sets has one, `data`."""
-        urls = {"train": self.config.urls, "validation": self.config.validation, "test": self.config.test}.get(split)
+        urls = {
+            "train": self.config.urls,
+            "validation": self.config.validation,
+            "test": self.config.test,
+        }.get(split)
         return as_sets(urls) if urls is not None else {}
 
     def size(self, split: str) -> int | None:

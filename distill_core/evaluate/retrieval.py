@@ -29,7 +29,7 @@ class RetrievalConfig(ComponentConfig):
 class Retrieval(Evaluation):
     """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
     directions. Ties count against the model. A sample may have several items on a side (several captions a picture).
-    """  # noqa: D205
+    """
 
     name = "retrieval"
     Config = RetrievalConfig

@@ -51,14 +51,14 @@ class ZeroShot(Evaluation):
         items_of, words_of = self.config.modalities or model.modalities
         labels_of: dict[str, dict[int, str]] = {}
         for samples in sets:
-            labels, owners = samples.items(model, words_of, self.config.label)
-            labels_of[samples.name] = dict(zip(owners.tolist(), labels, strict=True))
+            words, owners = samples.items(model, words_of, self.config.label)
+            labels_of[samples.name] = dict(zip(owners.tolist(), words, strict=True))
         classes = sorted({label for labels in labels_of.values() for label in labels.values()})
         if not classes:
             raise DataError(f"no sample has a field {self.config.label!r} that names its class")
         prompts = [template.replace("{}", label) for label in classes for template in self.config.templates]
-        words = model.encode(words_of, prompts).view(len(classes), len(self.config.templates), -1)
-        centres = normalize(words.mean(1), dim=-1)
+        embedded = model.encode(words_of, prompts).view(len(classes), len(self.config.templates), -1)
+        centres = normalize(embedded.mean(1), dim=-1)
         scores: dict[str, float] = {}
         for samples in sets:
             name, labels = samples.name, labels_of[samples.name]
@@ -71,7 +71,7 @@ class ZeroShot(Evaluation):
             own = similarity.gather(1, truth[:, None])
             rank = (similarity >= own).sum(1) - 1
             hit = (rank == 0).double()
-            per_class = torch.stack([hit[truth == c].mean() for c in truth.unique()])
+            per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
             scores |= {
                 f"{name}/top1": 100 * hit.mean().item(),
                 f"{name}/top5": 100 * (rank < 5).double().mean().item(),

@@ -28,7 +28,7 @@ class AimTracker(Tracker):
 
     def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
         """Opens the run; its hash is kept in the run folder."""
-        from aim import Run
+        from aim.sdk.run import Run
 
         memory = Path(folder) / "aim.json"
         repo = self.config.repo or str(Path(folder).parent)
@@ -54,7 +54,7 @@ class AimTracker(Tracker):
 
     def image(self, step: int, name: str, path: str) -> None:
         """A picture."""
-        from aim import Image
+        from aim.sdk.objects.image import Image
 
         self.run.track(Image(path), name=name, step=step)
 

@@ -7,14 +7,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.distributed import rank, world_size
 from distill_core.types import GLOBAL, Outputs, Progress, Sample, View
 from distill_kernels import multi_view_info_nce
 from distill_towers.captions import CaptionAugmentation, CaptionConfig
 from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
-from pydantic import Field
-from torch import Tensor, nn
 
 
 class RandomCropConfig(PictureConfig):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
+from pydantic import Field
+from torch import Tensor, nn
+
 from distill_core.components import ComponentConfig, FusionHead, Needs, Plan
 from distill_core.types import Features, Fused
 from distill_kernels import cross_attention_pool
-from pydantic import Field
-from torch import Tensor, nn
 
 
 class CrossAttentionConfig(ComponentConfig):
@@ -70,7 +71,7 @@ class CrossAttention(FusionHead):
     @classmethod
     def needs(cls, config: CrossAttentionConfig, plan: Plan) -> Needs:
         """Tokens of the first view of both modalities."""
-        return Needs(modalities=config.modalities, tokens={m: (0,) for m in config.modalities})
+        return Needs(modalities=config.modalities, tokens=dict.fromkeys(config.modalities, (0,)))
 
     @classmethod
     def problems(cls, config: CrossAttentionConfig, plan: Plan) -> Iterable[str]:
@@ -90,7 +91,9 @@ class CrossAttention(FusionHead):
         fused = {}
         for mine, other in ((first, second), (second, first)):
             theirs = features[other]
-            fused[mine] = self._pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0), normalize=True)
+            fused[mine] = self._pool(
+                other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0), normalize=True
+            )
         return Fused(fused)
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -103,5 +106,3 @@ class CrossAttention(FusionHead):
         pooler: Any = self.pooler[modality]
         result: Tensor = pooler(queries, self.token_map[modality](tokens), mask, self.config.form, normalize)
         return result
-
-

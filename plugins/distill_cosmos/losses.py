@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
+from torch import Tensor, nn
+
 from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.distributed import rank, world_size
 from distill_core.types import Outputs, Progress
 from distill_kernels import multi_view_info_nce
-from pydantic import Field
-from torch import Tensor, nn
 
 
 class InfoNCEConfig(LossConfig):
@@ -27,7 +28,7 @@ class InfoNCEConfig(LossConfig):
 class InfoNCE(Loss):
     """Base: InfoNCE with a learned scale s = exp(logit_scale) over all pairs of two stacks of views."""
 
-    Config: Any = InfoNCEConfig
+    Config = InfoNCEConfig
 
     def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -101,12 +102,14 @@ class CrossModalDistillation(InfoNCE):
             torch.cat([outputs.gather(key) for key in students]),
             torch.cat([outputs.gather(key) for key in teachers]),
         )
-        rows = pairs.split([outputs.embedding(key).shape[0] for key in students])
+        rows = torch.split(pairs, [outputs.embedding(key).shape[0] for key in students])
         blocks = {
             f"{student}_to_{teacher}": block.mean()
             for student, row in zip(self.config.modalities, rows, strict=True)
             for teacher, block in zip(
-                self.config.modalities, row.split([outputs.embedding(key).shape[0] for key in teachers], dim=1), strict=True
+                self.config.modalities,
+                torch.split(row, [outputs.embedding(key).shape[0] for key in teachers], dim=1),
+                strict=True,
             )
         }
         term = torch.stack(list(blocks.values())).mean()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from pydantic import Field
+
+from distill_core.types import GLOBAL, LOCAL, Sample, View
+from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
 
 Strength = Annotated[float, Field(ge=0)]
 

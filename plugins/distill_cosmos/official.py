@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from distill_core.components import ComponentConfig, Initializer
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from torch import Tensor
-
 from distill_cosmos.losses import Contrastive, CrossModalDistillation
 
 StateDict = Mapping[str, Tensor]
@@ -93,8 +93,8 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Lo
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise UserError("the checkpoint does not fit this model:\n  " + "\n  ".join(shown))
-    for target, value in copies:
-        target.copy_(value)
+    for destination, value in copies:
+        destination.copy_(value)
     return Loaded(counts["student"], counts["teacher"], tuple(unused))
 
 

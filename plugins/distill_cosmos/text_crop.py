@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
+from pydantic import Field
+
 from distill_core.types import GLOBAL, LOCAL, Sample, View
 from distill_towers.captions import CaptionAugmentation, CaptionConfig
-from pydantic import Field
 
 
 class TextCropConfig(CaptionConfig):
@@ -45,6 +46,6 @@ class TextCrop(CaptionAugmentation):
 
 
 def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
-    """`count` of 0..population-1 without replacement; a population that is too small is repeated whole, then topped up."""
+    """`count` of 0..population-1 without replacement; one that is too small is repeated whole, then topped up."""
     whole = list(range(population)) * (count // population)
     return whole + [int(i) for i in rng.permutation(population)[: count % population]]

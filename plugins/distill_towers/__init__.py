@@ -1,4 +1,4 @@
-"""What vision-language methods share: ViT and text tower in the CLIP layout, tokenizer, reading of pictures and captions."""
+"""What vision-language methods share: towers in the CLIP layout, tokenizer, reading of pictures and captions."""
 
 from distill_core import hookimpl
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
-from distill_core.components import Backbone, ComponentConfig, Dims
-from distill_core.types import Features, Group, View, Views
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from distill_core.components import Backbone, ComponentConfig, Dims
+from distill_core.types import Features, Group, View, Views
 from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
 from distill_towers.transformer import Block, Transformer
 

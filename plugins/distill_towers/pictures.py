@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from distill_core.components import Augmentation, ComponentConfig
-from distill_core.errors import BadSample
-from distill_core.types import Sample, View
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
+
+from distill_core.components import Augmentation, ComponentConfig
+from distill_core.errors import BadSample
+from distill_core.types import Sample, View
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]

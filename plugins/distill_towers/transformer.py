@@ -6,10 +6,11 @@ N sequences, L tokens, W width, H heads.
 from __future__ import annotations
 
 import torch
-from distill_kernels import cross_attention, self_attention
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
+
+from distill_kernels import cross_attention, self_attention
 
 
 class Attention(nn.Module):
@@ -26,18 +27,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         """x [N, L, W] -> [N, L, W]."""
-        q, k, v = rearrange(linear(x, self.in_proj_weight, self.in_proj_bias), "n l (t h k) -> t n h l k", t=3, h=self.heads)
-        return self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
+        q, k, v = rearrange(
+            linear(x, self.in_proj_weight, self.in_proj_bias), "n l (t h k) -> t n h l k", t=3, h=self.heads
+        )
+        out: Tensor = self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
+        return out
 
     def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
         """One query a sequence: row [N, W] attends over x [N, L, W], of which the first `lengths` [N] count."""
         width = x.shape[-1]
         q = linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = rearrange(
-            linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]), "n l (t h k) -> t n h l k", t=2, h=self.heads
+            linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]),
+            "n l (t h k) -> t n h l k",
+            t=2,
+            h=self.heads,
         )
         q = rearrange(q, "n (h k) -> n h 1 k", h=self.heads)
-        return self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h 1 k -> n (h k)"))
+        out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h 1 k -> n (h k)"))
+        return out
 
 
 class MLP(nn.Module):

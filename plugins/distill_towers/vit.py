@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Annotated
 
 import torch
-from distill_core.components import Backbone, ComponentConfig, Dims
-from distill_core.types import Features, Group, View, Views
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
+from distill_core.components import Backbone, ComponentConfig, Dims
+from distill_core.types import Features, Group, View, Views
 from distill_towers.transformer import Transformer
 
 Positive = Annotated[int, Field(gt=0)]
@@ -132,5 +132,3 @@ class PictureCollator:
             source = torch.tensor([[sample[i].source for sample in samples] for i in members])
             result.append(Group(x, role, source))
         return Views(result)
-
-

@@ -4,13 +4,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from distill_core.components import Plan
+from torch import Tensor
+
 from distill_core.objective import Objective
-from distill_core.recipe import Recipe, parse_recipe
+from distill_core.recipe import Recipe
 from distill_core.registry import Registry
+from distill_core.resolve import parse_recipe
 from distill_core.types import Batch, Group, Progress, Views
 from distill_cosmos import official
-from torch import Tensor
 
 HEADS, TEXT_HEADS, FUSION_HEADS, PATCH = 2, 2, 2, 4
 B, IMAGE_LOCALS, TEXT_LOCALS, CONTEXT, VOCABULARY = 5, 3, 4, 9, 31
@@ -77,7 +78,9 @@ def make_weights(transcription: ModuleType, seed: int, dtype: torch.dtype) -> di
     return weights
 
 
-def build(registry: Registry, dtype: torch.dtype, states: dict[str, dict[str, Tensor]], **options: object) -> tuple[Recipe, Objective]:
+def build(
+    registry: Registry, dtype: torch.dtype, states: dict[str, dict[str, Tensor]], **options: object
+) -> tuple[Recipe, Objective]:
     recipe = parse_recipe(recipe_text(**options), "parity.yaml", registry=registry)  # type: ignore[arg-type]
     objective = Objective.from_recipe(recipe).to(dtype)
     official.load_state_dict(objective, states)
@@ -113,7 +116,9 @@ def key_bias(key: str, value: Tensor) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize(("update", "order"), [("before_optimizer", "teacher_first"), ("after_optimizer", "optimizer_first")])
+@pytest.mark.parametrize(
+    ("update", "order"), [("before_optimizer", "teacher_first"), ("after_optimizer", "optimizer_first")]
+)
 @pytest.mark.parametrize("mask_padding", [False, True])
 @pytest.mark.parametrize("form", ["projected", "absorbed"])
 def test_whole_step_in_float64(
@@ -124,21 +129,24 @@ def test_whole_step_in_float64(
     images, texts = make_inputs(seed, torch.float64)
     expected = transcription.step(
         states["student"], states["teacher"], images, texts, heads=HEADS, text_heads=TEXT_HEADS,
-        fusion_heads=FUSION_HEADS, patch=PATCH, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.3, optimizer_step=1,
-        momentum=0.9, order=order, mask_padding=mask_padding,
+        fusion_heads=FUSION_HEADS, patch=PATCH, lr=1e-3, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.3,
+        optimizer_step=1, momentum=0.9, order=order, mask_padding=mask_padding,
     )  # fmt: skip
     recipe, objective = build(registry, torch.float64, states, update=update, mask_padding=mask_padding, form=form)
-    assert isinstance(recipe.plan, Plan)
     terms, gradients = our_step(recipe, objective, as_batch(images, texts))
     for name in ("contrastive", "cross_modal_distillation", "total"):
         torch.testing.assert_close(terms[name], expected[name], rtol=1e-9, atol=1e-9)
     assert set(gradients) == set(expected["gradients"])
     for key, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected["gradients"][key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            gradient, expected["gradients"][key], rtol=1e-9, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
+        )
     after = official.public_state_dict(objective)
     for key, value in after["student"].items():
         exact = ~key_bias(key, value)
-        torch.testing.assert_close(value[exact], expected["student"][key][exact], rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            value[exact], expected["student"][key][exact], rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}"
+        )
         # Adam turns a key bias's rounding noise into a step of at most lr
         assert (value - states["student"][key]).abs().max() < 2e-3 or key.endswith("logit_scale")
     for key, value in after["teacher"].items():

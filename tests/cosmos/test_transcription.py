@@ -157,9 +157,7 @@ def test_pooled_text_is_read_at_the_largest_id(transcription: ModuleType, studen
     close(pooled, torch.stack([tokens[0, 2], tokens[1, 4]]) @ student["text_projection"])
 
 
-@pytest.mark.parametrize(
-    ("grid", "rows", "columns"), [(14, 6, 6), (3, 2, 2), (3, 5, 5), (4, 3, 7), (7, 1, 6)]
-)
+@pytest.mark.parametrize(("grid", "rows", "columns"), [(14, 6, 6), (3, 2, 2), (3, 5, 5), (4, 3, 7), (7, 1, 6)])
 def test_positions_against_interpolate(transcription: ModuleType, grid: int, rows: int, columns: int) -> None:
     table = randn(1 + grid * grid, 5, seed=grid)
     square = table[1:].T.reshape(1, 5, grid, grid)
@@ -272,23 +270,18 @@ def test_padding_reaches_the_fusion_unless_masked(
     assert not torch.equal(padded[0], texts[0])
     for mask, same in ((True, True), (False, False)):
         options = {**SIZES, "mask_padding": mask}
-        before, after = (
-            transcription.step(student, teacher, images, view, **options) for view in (texts, padded)
-        )
+        before, after = (transcription.step(student, teacher, images, view, **options) for view in (texts, padded))
         close(before["contrastive"], after["contrastive"])
         gap = (before["cross_modal_distillation"] - after["cross_modal_distillation"]).abs()
         assert (gap < 1e-12) == same
 
 
-def test_the_mask_keeps_the_end_of_text(
-    transcription: ModuleType, student: Weights, teacher: Weights
-) -> None:
+def test_the_mask_keeps_the_end_of_text(transcription: ModuleType, student: Weights, teacher: Weights) -> None:
     """Without padding the mask has nothing to hide, so it changes nothing."""
     images, texts = make_views()
     texts[0] = torch.cat([torch.full((3, CONTEXT - 1), 4), torch.full((3, 1), VOCAB - 1)], dim=1)
     masked, plain = (
-        transcription.step(student, teacher, images, texts, **SIZES, mask_padding=mask)
-        for mask in (True, False)
+        transcription.step(student, teacher, images, texts, **SIZES, mask_padding=mask) for mask in (True, False)
     )
     close(masked["total"], plain["total"], 1e-13)
 
@@ -325,9 +318,7 @@ def test_every_parameter_has_a_gradient_but_key_biases(result: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("number", [1, 7])
-def test_adamw_against_pytorch(
-    transcription: ModuleType, student: Weights, teacher: Weights, number: int
-) -> None:
+def test_adamw_against_pytorch(transcription: ModuleType, student: Weights, teacher: Weights, number: int) -> None:
     options: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.98), "eps": 1e-6}
     result = run(transcription, student, teacher, **options, weight_decay=0.5, optimizer_step=number)
     parameters = {key: nn.Parameter(value.clone()) for key, value in student.items()}
@@ -344,9 +335,7 @@ def test_adamw_against_pytorch(
         assert not torch.equal(result["student"][key], student[key]), key
 
 
-def test_scales_are_clamped_after_the_step(
-    transcription: ModuleType, student: Weights, teacher: Weights
-) -> None:
+def test_scales_are_clamped_after_the_step(transcription: ModuleType, student: Weights, teacher: Weights) -> None:
     scales = {"logit_scale": scalar(4.7), "distill_logit_scale": scalar(-0.3)}
     after = run(transcription, {**student, **scales}, teacher, lr=1e-3)["student"]
     assert after["logit_scale"].item() == pytest.approx(math.log(100), abs=1e-12)

@@ -1,0 +1,149 @@
+"""Multi-crop: sizes, areas, and each recolouring against torchvision's."""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as reference
+from PIL import Image
+
+from distill_core.errors import BadSample
+from distill_cosmos.multi_crop import MultiCrop, colour_jitter, shift_hue
+from distill_towers.pictures import crop_box, random_resized_crop
+
+
+def make(**options: Any) -> MultiCrop:
+    return MultiCrop(MultiCrop.Config.model_validate_json(json.dumps(options)))
+
+
+def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    low = rng.integers(0, 256, (5, 7, 4 if mode == "RGBA" else 3), dtype=np.uint8)
+    return Image.fromarray(low).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png(image: Image.Image) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"__key__": "k", "png": buffer.getvalue()}
+
+
+def test_the_papers_views() -> None:
+    views = make().views(png(picture(320, 240)), np.random.default_rng(0))
+    assert [(view.role, tuple(view.data.shape)) for view in views] == [("global", (3, 224, 224))] * 2 + [
+        ("local", (3, 96, 96))
+    ] * 6
+    assert MultiCrop.roles(MultiCrop.Config()) == ("global",) * 2 + ("local",) * 6
+    assert all(view.data.dtype == torch.float32 for view in views)
+    assert not torch.equal(views[0].data, views[1].data)
+
+
+@pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
+def test_areas_fill_the_range_and_aspects_stay_within_bounds(scale: tuple[float, float]) -> None:
+    """Catches area and side mixed up (square root forgotten), and crops outside the picture."""
+    shares = []
+    for seed in range(600):
+        left, top, width, height = crop_box(400, 300, scale, np.random.default_rng(seed))
+        assert left >= 0
+        assert top >= 0
+        assert left + width <= 400
+        assert top + height <= 300
+        assert 0.74 < width / height < 1.35
+        shares.append(width * height / (400 * 300))
+    shares_array = np.array(shares)
+    assert shares_array.min() >= scale[0] * 0.97
+    assert shares_array.max() <= scale[1] * 1.03
+    assert shares_array.min() < scale[0] + 0.05 * (scale[1] - scale[0])
+    if scale == (0.05, 0.4):
+        # uniform: the mean is the middle (the larger range loses draws that do not fit)
+        assert abs(shares_array.mean() - 0.225) < 0.015
+
+
+def test_a_picture_too_long_for_any_draw_gives_the_largest_centred_box() -> None:
+    left, top, width, height = crop_box(1000, 20, (0.9, 1.0), np.random.default_rng(0))
+    assert (top, height) == (0, 20)
+    assert width == 27
+    assert abs(left - (1000 - 27) / 2) <= 1
+
+
+def test_a_crop_is_torchvisions_resized_crop() -> None:
+    image = picture(200, 150)
+    rng, again = np.random.default_rng(3), np.random.default_rng(3)
+    left, top, width, height = crop_box(*image.size, (0.4, 1.0), again)
+    expected = reference.resized_crop(image, top, left, height, width, [64, 64], reference.InterpolationMode.BICUBIC)
+    assert np.array_equal(np.asarray(random_resized_crop(image, 64, (0.4, 1.0), rng)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, 0.0, 0.07, 0.1, 0.5])
+def test_hue_is_torchvisions(turn: float) -> None:
+    image = picture(40, 30)
+    assert np.array_equal(np.asarray(shift_hue(image, turn)), np.asarray(reference.adjust_hue(image, turn)))
+
+
+def test_jitter_is_torchvisions_in_the_drawn_order() -> None:
+    """Catches factors that are not 1 -+ strength, or steps that use another's strength."""
+    image, strengths = picture(40, 30), (0.4, 0.3, 0.2, 0.1)
+    adjust = (
+        reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue
+    )  # fmt: skip
+    for seed in range(20):
+        again, expected = np.random.default_rng(seed), image
+        for step in again.permutation(4):
+            middle = 0.0 if step == 3 else 1.0
+            factor = again.uniform(middle - strengths[step], middle + strengths[step])
+            expected = adjust[step](expected, factor)
+        ours = colour_jitter(image, strengths, np.random.default_rng(seed))
+        assert np.array_equal(np.asarray(ours), np.asarray(expected))
+
+
+def test_probabilities() -> None:
+    """Catches a recolouring that is always or never applied, or applied to the wrong crop."""
+    plain = {"jitter_p": 0.0, "grey": 0.0, "blur": [0, 0, 0], "solarise": 0.0, "flip": 0.0, "size": 16, "local_size": 8}
+    sample = png(picture(64, 64))
+
+    def different(option: dict[str, Any]) -> np.ndarray:
+        base, changed = make(**plain, local=1), make(**{**plain, **option}, local=1)
+        counts = np.zeros(3)
+        for seed in range(100):
+            # crops are drawn before each recolouring, so view 0 has the same box in both
+            a = base.views(sample, np.random.default_rng(seed))
+            b = changed.views(sample, np.random.default_rng(seed))
+            counts += [float(not torch.equal(x.data, y.data)) for x, y in zip(a, b, strict=True)]
+        return counts
+
+    assert different({"grey": 1.0})[0] == 100
+    assert different({"solarise": 1.0})[0] == 0
+    assert different({"solarise": 1.0})[1] == 100
+    assert different({"blur": [0.0, 0.0, 1.0]})[:2].tolist() == [0, 0]
+    assert 30 < different({"flip": 0.5})[0] < 70
+
+
+def test_transparent_pixels_take_the_background() -> None:
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    view = make(size=16, background=[255, 0, 0], mean=[0, 0, 0], std=[1, 1, 1]).plain(clear)
+    assert torch.equal(view.data.amax((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_plain_view_is_resize_and_centre_crop() -> None:
+    image = picture(90, 60)
+    config = MultiCrop.Config(size=32)
+    expected = reference.center_crop(reference.resize(image, 32, reference.InterpolationMode.BICUBIC), [32, 32])
+    expected = reference.normalize(reference.to_tensor(expected), list(config.mean), list(config.std))
+    assert (MultiCrop(config).plain(image).data - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("data", [b"", b"not a picture", None, 3])
+def test_unreadable_pictures_are_bad(data: Any) -> None:
+    with pytest.raises(BadSample):
+        make().plain(data)
+    with pytest.raises(BadSample, match="no picture"):
+        make().read({"__key__": "k", "txt": b"x"})
+
+
+def test_a_truncated_png_is_bad() -> None:
+    whole = png(picture(64, 64))["png"]
+    with pytest.raises(BadSample):
+        make().views({"__key__": "k", "png": whole[: len(whole) // 2]}, np.random.default_rng(0))

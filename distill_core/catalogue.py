@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from distill_core.components import INTERFACES
@@ -92,34 +93,39 @@ def as_json(registry: Registry, name: str | None) -> str:
     )
 
 
+def _columns(rows: list[tuple[str, ...]]) -> None:
+    """Aligned columns; on a terminal the last one is cut to fit, piped nothing is."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    console = Console(soft_wrap=True)
+    for row in rows:
+        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        if console.is_terminal and len(line) > console.width:
+            line = line[: console.width - 1] + "\u2026"
+        console.print(line, highlight=False, markup=False)
+
+
 def print_all(registry: Registry) -> None:
     """A table of every component."""
-    table = Table(box=None, pad_edge=False)
-    for head in ("kind", "name", "plugin", "package", ""):
-        table.add_column(head, no_wrap=head != "", overflow="fold")
-    kind = None
+    rows: list[tuple[str, ...]] = [("kind", "name", "package", "plugin", "")]
     for entry in _entries(registry, None):
-        shown = entry.cls.kind if entry.cls.kind != kind else ""
         kind = entry.cls.kind
-        table.add_row(shown, entry.cls.name, entry.plugin, entry.package, summary(entry.cls))
-    Console().print(table)
+        rows.append((kind, entry.cls.name, entry.package, entry.plugin, summary(entry.cls)))
+    _columns(rows)
 
 
 def print_one(registry: Registry, name: str) -> None:
     """A component's documentation and options."""
     console = Console()
     for entry in _entries(registry, name):
-        console.print(
-            f"{entry.cls.name}  ({entry.cls.kind}, plugin {entry.plugin} of {entry.package})",
-            highlight=False,
-            markup=False,
-        )
+        head = f"{entry.cls.name}  ({entry.cls.kind}, plugin {entry.plugin} of {entry.package})"
+        console.print(head, highlight=False, markup=False)
         console.print(inspect.cleandoc(entry.cls.__doc__ or ""), highlight=False, markup=False)
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("option", "type", "default", ""):
-            table.add_column(head, overflow="fold")
+        table.add_column("option", no_wrap=True)
+        for column in ("type", "default", ""):
+            table.add_column(column, overflow="fold")
         for row in options(entry.cls.Config):
             default = "required" if row["required"] else json.dumps(row["default"])
-            table.add_row(row["name"], row["type"], default, row["doc"])
+            table.add_row(row["name"], escape(row["type"]), escape(default), escape(row["doc"]))
         console.print()
-        console.print(table if table.row_count else "(no options)", markup=False)
+        console.print(table if table.row_count else "(no options)", highlight=False)

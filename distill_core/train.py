@@ -177,7 +177,7 @@ class Trainer:
                 return Result(self.folder.path, signal=self.interrupt.signal)
             self._save()
             scores = self._evaluate(self.recipe.evaluate.split)
-            if not scores and self.recipe.tasks:
+            if not scores and self.recipe.tasks and self.rank == 0:
                 self.display.warn(f"nothing was evaluated: the data source has no split {self.recipe.evaluate.split!r}")
         distributed.barrier()
         if self.rank == 0:

@@ -40,7 +40,7 @@ class Retrieval(Evaluation):
         yield from two_modalities(cls.name, config.modalities, plan)
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/A_to_B/R@k`, `SET/M`, `SET/candidates`, and `M`, the mean over sets."""
+        """`SET/A_to_B/R@k`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and both directions)."""
         a, b = self.config.modalities or model.modalities
         scores: dict[str, float] = {}
         means = []
@@ -66,6 +66,9 @@ class Retrieval(Evaluation):
             scores[f"{name}/candidates"] = float(len(of[b]))
             scores[f"{name}/M"] = sum(recalls) / len(recalls)
             means.append(scores[f"{name}/M"])
+        for k in self.config.ks:
+            found = [scores[f"{x.name}/{m}_to_{n}/R@{k}"] for x in sets for m, n in ((a, b), (b, a))]
+            scores[f"R@{k}"] = sum(found) / len(found)
         return scores | {"M": sum(means) / len(means)}
 
 

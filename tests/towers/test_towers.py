@@ -1,0 +1,181 @@
+"""Towers: their two paths agree, positions resize as the spec says, first weights have the stated spreads."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill_core.types import View
+from distill_towers.clip_text import ClipText, ClipTextConfig, TextCollator
+from distill_towers.tokenizer import ClipTokenizer, clean
+from distill_towers.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
+
+
+@pytest.fixture
+def vit() -> VisionTransformer:
+    torch.manual_seed(0)
+    config = VisionTransformerConfig(image_size=24, patch=4, width=24, layers=3, heads=3, dim=10)
+    return VisionTransformer(config).double()
+
+
+@pytest.fixture
+def text() -> ClipText:
+    torch.manual_seed(0)
+    config = ClipTextConfig(context=16, vocabulary=60, width=24, layers=3, heads=3, dim=10)
+    return ClipText(config).double()
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    rows = torch.randint(1, 58, (6, 11))
+    for i, end in enumerate((2, 10, 5, 1, 7, 9)):
+        rows[i, end] = 59
+        rows[i, end + 1 :] = 0
+    return rows
+
+
+@pytest.mark.parametrize("size", [24, 12])
+def test_vit_without_tokens_gives_the_same_embedding_and_gradients(vit: VisionTransformer, size: int) -> None:
+    """The last block at the class token alone must equal the whole block."""
+    x = torch.randn(5, 3, size, size, dtype=torch.float64)
+    weight = torch.randn(1, 5, 10, dtype=torch.float64)
+    results = []
+    for tokens in (True, False):
+        vit.zero_grad()
+        features = vit.encode(x, tokens=tokens, token_mask=None)
+        (features.pooled * weight).sum().backward()
+        results.append((features.pooled, {n: p.grad.clone() for n, p in vit.named_parameters() if p.grad is not None}))
+        assert list(features.tokens) == ([0] if tokens else [])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-10, atol=1e-12)
+    assert set(results[0][1]) == set(results[1][1])
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-10)
+
+
+def test_text_without_tokens_gives_the_same_embedding(text: ClipText, ids: torch.Tensor) -> None:
+    full = text.encode(ids, tokens=True, token_mask=None)
+    short = text.encode(ids, tokens=False, token_mask=None)
+    torch.testing.assert_close(full.pooled, short.pooled, rtol=1e-10, atol=1e-12)
+    assert full.tokens[0].shape == (6, 16, 24)
+    assert full.masks[0].sum(1).tolist() == [3, 11, 6, 2, 8, 10]
+
+
+def test_text_padding_never_reaches_the_embedding(text: ClipText, ids: torch.Tensor) -> None:
+    junk = ids.clone()
+    junk[ids == 0] = 33
+    for tokens in (True, False):
+        a, b = (text.encode(x, tokens=tokens, token_mask=None).pooled for x in (ids, junk))
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_text_padding_longest_hands_on_fewer_tokens(text: ClipText, ids: torch.Tensor) -> None:
+    text.config = text.config.model_copy(update={"padding": "longest"})
+    assert text.encode(ids, tokens=True, token_mask=None).tokens[0].shape == (6, 11, 24)
+
+
+@pytest.mark.parametrize(("size", "patch", "crop"), [(224, 16, 96), (224, 16, 160), (48, 8, 24), (224, 32, 96)])
+def test_positions_of_other_crops_use_the_scale_factor(size: int, patch: int, crop: int) -> None:
+    """((crop / patch) + 0.1) / grid as a scale factor; an output size would differ."""
+    config = VisionTransformerConfig(image_size=size, patch=patch, width=8, layers=1, heads=1, dim=4)
+    vit = VisionTransformer(config).double()
+    grid, new = size // patch, crop // patch
+    table = vit.positional_embedding[1:].T.reshape(1, 8, grid, grid)
+    factor = (new + 0.1) / grid
+    expected = F.interpolate(table, scale_factor=(factor, factor), mode="bicubic")
+    ours = vit.positions(new, new)
+    assert ours.shape == (1 + new * new, 8)
+    torch.testing.assert_close(ours[0], vit.positional_embedding[0])
+    torch.testing.assert_close(ours[1:], expected.flatten(2)[0].T, rtol=1e-9, atol=1e-9)
+    by_size = F.interpolate(table, size=(new, new), mode="bicubic").flatten(2)[0].T
+    assert (ours[1:] - by_size).abs().max() > 1e-3
+    assert vit.positions(grid, grid) is vit.positional_embedding
+
+
+def test_first_weights_of_the_text_tower() -> None:
+    """Catches a spread that is off by a factor (10 % is more than twenty standard errors here)."""
+    torch.manual_seed(0)
+    text = ClipText(ClipTextConfig(width=128, layers=4, heads=4, dim=64, vocabulary=500))
+    block = text.transformer.resblocks[1]
+    width, layers = 128, 4
+    for parameter, std in (
+        (text.token_embedding.weight, 0.02),
+        (text.positional_embedding, 0.01),
+        (text.text_projection, width**-0.5),
+        (block.attn.in_proj_weight, width**-0.5),
+        (block.attn.out_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
+        (block.mlp.c_fc.weight, (2 * width) ** -0.5),
+        (block.mlp.c_proj.weight, width**-0.5 * (2 * layers) ** -0.5),
+    ):
+        assert abs(parameter.std().item() / std - 1) < 0.1
+        assert abs(parameter.mean().item()) < 0.1 * std
+    assert block.attn.in_proj_bias.abs().max() == 0
+
+
+def test_first_weights_of_the_image_tower() -> None:
+    torch.manual_seed(0)
+    vit = VisionTransformer(VisionTransformerConfig(width=192, layers=1, heads=3, dim=64))
+    assert abs(vit.positional_embedding.std().item() * math.sqrt(192) - 1) < 0.05
+    assert abs(vit.proj.std().item() * math.sqrt(192) - 1) < 0.05
+    # Xavier-uniform over a [3W, W] matrix
+    bound = math.sqrt(6 / (192 + 3 * 192))
+    weight = vit.transformer.resblocks[0].attn.in_proj_weight
+    assert 0.98 * bound < weight.abs().max() <= bound
+
+
+def test_tokenizer_gives_clips_ids() -> None:
+    """Ids as CLIP's own tokenizer gives them."""
+    ids = ClipTokenizer()(["a photo of a cat", "A  PHOTO\nof a cat", "a photo of a caf&amp;eacute;"])
+    assert ids.shape == (3, 77)
+    assert ids.dtype == torch.int64
+    assert ids[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert torch.equal(ids[0], ids[1])
+    assert torch.equal(ids[2], ClipTokenizer()(["a photo of a caf\u00e9"])[0])
+
+
+def test_long_texts_keep_the_end_token() -> None:
+    ids = ClipTokenizer(context=10)(["dog " * 50])
+    assert ids[0, 0] == 49406
+    assert ids[0, -1] == 49407
+    assert (ids[0, 1:-1] == ids[0, 1]).all()
+
+
+def test_tokenizer_pickles_after_use() -> None:
+    tokenizer = ClipTokenizer(20)
+    expected = tokenizer(["a red bird"])
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(["a red bird"]), expected)
+
+
+def test_clean_repairs_encoding() -> None:
+    assert clean("  caf\u00c3\u00a9 &amp;lt;3 \t x ") == "caf\u00e9 <3 x"
+
+
+def test_text_collator_groups_by_role_and_cuts_to_the_longest() -> None:
+    samples = [
+        [View("a cat"), View("a dog runs far away"), View("sun", "local", 3)],
+        [View("!"), View("b"), View("the moon", "local", 1)],
+    ]
+    views = TextCollator(77)(samples)
+    assert views.roles == ("global", "global", "local")
+    assert [tuple(group.x.shape) for group in views.groups] == [(2, 2, 7), (1, 2, 4)]
+    assert views.groups[1].source is not None
+    assert views.groups[1].source.tolist() == [[3, 1]]
+    assert views.groups[0].x[1, 0].tolist() == ClipTokenizer()(["a dog runs far away"])[0, :7].tolist()
+    # "!!" holds id 0 (a bare "!"), which is also the padding: it must not shorten the row
+    exclamation = TextCollator(77)([[View("!!")]]).groups[0].x[0, 0]
+    assert exclamation[-1] == 49407
+
+
+def test_picture_collator_groups_by_size() -> None:
+    def sample(seed: int) -> list[View]:
+        generator = torch.Generator().manual_seed(seed)
+        big = [View(torch.randn(3, 8, 8, generator=generator), "global", i) for i in range(2)]
+        return [*big, View(torch.randn(3, 4, 4, generator=generator), "local", 2)]
+
+    samples = [sample(i) for i in range(3)]
+    views = PictureCollator(4)(samples)
+    assert [tuple(group.x.shape) for group in views.groups] == [(2, 3, 3, 8, 8), (1, 3, 3, 4, 4)]
+    assert torch.equal(views.groups[0].x[1, 2], samples[2][1].data)
+    with pytest.raises(ValueError, match="not whole patches"):
+        PictureCollator(5)(samples)

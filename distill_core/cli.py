@@ -65,14 +65,19 @@ def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
     loaded = _load(recipe, overrides)
+    from distill_core import distributed
     from distill_core.tracking import RunFolder
-    from distill_core.train import Trainer
+    from distill_core.train import Trainer, resolve_device
 
-    folder = RunFolder.create(Path(runs), loaded)
+    distributed.start(resolve_device(loaded.train.device))
+    # one folder for all ranks
+    made = RunFolder.create(Path(runs), loaded) if distributed.rank() == 0 else None
+    folder = distributed.gather_objects(made)[0]
     try:
         trainer = Trainer(loaded, folder, quiet=quiet)
     except UserError:
-        _forget(folder.path)
+        if made is not None:
+            _forget(made.path)
         raise
     _end(trainer.run())
 
@@ -147,7 +152,11 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     device = resolve_device(recipe.train.device)
     set_threads(recipe.train.threads, 0, device)
     objective = Objective.from_recipe(recipe)
-    objective.load_state_dict(Checkpoints(Path(folder)).read(checkpoint)["objective"])
+    try:
+        objective.load_state_dict(Checkpoints(Path(folder)).read(checkpoint)["objective"])
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{folder}: the checkpoint does not fit the recipe (as --set changes it): {first}") from error
     objective.to(device)
     source = (recipe.evaluate_source or recipe.source).build()
     source.prepare()

@@ -184,6 +184,11 @@ def _read(text: str) -> tuple[Any, dict[Path, int]]:
     lines: dict[Path, int] = {}
 
     def build(node: yaml.Node, path: Path) -> Any:
+        if isinstance(node, yaml.CollectionNode) and node.tag not in (
+            _Loader.DEFAULT_MAPPING_TAG,
+            _Loader.DEFAULT_SEQUENCE_TAG,
+        ):
+            problems.append((node.start_mark.line + 1, path, f"{node.tag} is not a recipe's value"))
         if isinstance(node, yaml.MappingNode):
             result: dict[str, Any] = {}
             for key_node, value_node in node.value:

@@ -128,15 +128,29 @@ class Objective(nn.Module):
 
     def represent(self, batch: Batch, progress: Progress) -> Outputs:
         """Encode the batch with student and teacher, and fuse the student's features."""
-        teacher: dict[str, Features] = {}
+        teacher = self.represent_teacher(batch)
+        student = {name: self.represent_student(batch, name) for name in self.backbone}
+        return self.fuse(batch, student, teacher, progress)
+
+    @torch.no_grad()
+    def represent_teacher(self, batch: Batch) -> dict[str, Features]:
+        """The teacher's features of the views it is given; {} without a teacher."""
+        features: dict[str, Features] = {}
         if self.teacher is not None:
-            with torch.no_grad():
-                for name, module in self.teacher.backbone.items():
-                    seen = batch.views[name].only(self.teacher.config.views)
-                    teacher[name] = module(seen, need=self.teacher_need[name])
-        student = {
-            name: module(batch.views[name], need=self.need[name], masked=True) for name, module in self.backbone.items()
-        }
+            for name, module in self.teacher.backbone.items():
+                seen = batch.views[name].only(self.teacher.config.views)
+                features[name] = module(seen, need=self.teacher_need[name])
+        return features
+
+    def represent_student(self, batch: Batch, modality: str) -> Features:
+        """The student's features of one modality."""
+        features: Features = self.backbone[modality](batch.views[modality], need=self.need[modality], masked=True)
+        return features
+
+    def fuse(
+        self, batch: Batch, student: dict[str, Features], teacher: dict[str, Features], progress: Progress
+    ) -> Outputs:
+        """Fuse the student's features, where a loss reads them."""
         fused = self.fusion(student) if self.fusion is not None and self.fused_needed else None
         return Outputs(batch.views, student, teacher, fused, self.fusion, progress, self.ema)
 

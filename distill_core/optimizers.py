@@ -16,12 +16,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(ComponentConfig):
-    """Defaults are COSMOS's and CLIP's."""
+    """Defaults are those of contrastive pre-training with large batches."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate; the schedule multiplies it."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.5
     """Decoupled decay of matrices; parameters with ndim < 2 (norms, biases, scales) are not decayed."""
 
@@ -67,7 +69,7 @@ class WarmupCosine(Schedule):
     Config = WarmupCosineConfig
 
     def factor(self, step: int, steps: int) -> float:
-        """As CLIP's: the warm-up takes the peak at its last step, the cosine would reach `final` at `steps`."""
+        """The warm-up takes the peak at its last step, the cosine would reach `final` at `steps`."""
         given = self.config.warmup
         warmup = round(given * steps) if given < 1 else int(given)
         if step < warmup:

@@ -77,7 +77,7 @@ class TrainConfig(ComponentConfig):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights, teacher, logits and losses stay fp32."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
-    """Clip the gradients' global L2 norm to this value."""
+    """Scale the gradients down where their global L2 norm is above this value."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     threads: Positive | None = None
@@ -87,6 +87,7 @@ class TrainConfig(ComponentConfig):
     log_every: Positive = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, and what to keep."""
 
 
 class EvaluateConfig(ComponentConfig):
@@ -122,9 +123,13 @@ class Frame(ComponentConfig):
     loss: Annotated[list[NodeDict | str | None], Field(min_length=1)]
     """Components of kind `loss`; their terms are added up, each times its weight."""
     teacher: TeacherConfig | None = None
+    """The teacher's options; null trains without one."""
     data: DataConfig
+    """The training data."""
     train: TrainConfig
+    """The loop, the optimiser and its schedule."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """Tasks, their data, and when they run; null evaluates nothing."""
     tracking: NodeDict | None = {"name": "aim"}  # noqa: RUF012
     """A component of kind `tracker`; null keeps only metrics.jsonl."""
     init: list[NodeDict | str | None] = []  # noqa: RUF012
@@ -137,7 +142,7 @@ class Frame(ComponentConfig):
 class Node:
     """A component's place in a recipe: its class and validated options."""
 
-    path: str
+    path: str = field(compare=False)
     id: str
     cls: type[Component]
     config: Any
@@ -159,7 +164,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A validated recipe. Sections hold pydantic configs; component places hold `Node`s."""
+    """A validated recipe. Component places hold `Node`s; sections hold their options, with every default filled in."""
 
     name: str
     seed: int
@@ -180,7 +185,7 @@ class Recipe:
     init: Sequence[Node]
     freeze: Sequence[str]
     plan: Plan
-    file: str = ""
+    file: str = field(default="", compare=False)
     warnings: Sequence[str] = field(default=(), compare=False)
 
     def needs(self) -> list[tuple[Node, Needs]]:
@@ -194,14 +199,6 @@ class Recipe:
         def one(node: Node | None) -> dict[str, Any] | None:
             return node.dump() if node is not None else None
 
-        train = self.train.model_dump(mode="json") | {
-            "optimizer": one(self.optimizer),
-            "schedule": one(self.schedule),
-        }
-        evaluate = self.evaluate.model_dump(mode="json") | {
-            "source": one(self.evaluate_source),
-            "tasks": [one(node) for node in self.tasks],
-        }
         return {
             "name": self.name,
             "seed": self.seed,
@@ -210,9 +207,9 @@ class Recipe:
             "fusion": one(self.fusion),
             "loss": [one(node) for node in self.loss],
             "teacher": self.teacher.model_dump(mode="json") if self.teacher else None,
-            "data": self.data.model_dump(mode="json") | {"source": one(self.source)},
-            "train": train,
-            "evaluate": evaluate,
+            "data": self.data.model_dump(mode="json"),
+            "train": self.train.model_dump(mode="json"),
+            "evaluate": self.evaluate.model_dump(mode="json"),
             "tracking": one(self.tracking),
             "init": [one(node) for node in self.init],
             "freeze": list(self.freeze),

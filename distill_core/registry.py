@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -76,24 +76,35 @@ class Plugins:
         return plugins
 
     def commands(self) -> list[Any]:
-        """Further click commands."""
-        return [command for commands in self.manager.hook.distill_commands() for command in commands]
+        """Further click commands. Raises `PluginError` with the package's name."""
+        return [command for _, _, command in self.call("distill_commands")]
+
+    def call(self, hook: str) -> Iterator[tuple[str, str, Any]]:
+        """(plugin, package, item) of all that the plugins' implementations of a hook return."""
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            plugin = implementation.plugin_name
+            package = self.packages[plugin]
+            what = hook.removeprefix("distill_")
+            try:
+                items: list[Any] = [*implementation.function()]
+            except Exception as error:
+                raise PluginError(
+                    f"plugin {plugin!r} (package {package}) fails to import its {what}: "
+                    f"{type(error).__name__}: {error}. Repair or uninstall {package}."
+                ) from error
+            for item in items:
+                yield plugin, package, item
 
 
 class Registry:
     """Components by (kind, name)."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
-        from distill_core.components import INTERFACES
-
         self.entries: dict[tuple[str, str], Entry] = {}
         for entry in entries:
-            kind, name = getattr(entry.cls, "kind", None), getattr(entry.cls, "name", None)
-            if kind not in INTERFACES or not isinstance(name, str):
-                raise PluginError(
-                    f"package {entry.package}: component {entry.cls!r} needs a `name`, and one of the interfaces of "
-                    "distill_core.components as its base"
-                )
+            if problem := _unfit(entry.cls):
+                raise PluginError(f"package {entry.package}: component {entry.cls!r} {problem}")
+            kind, name = entry.cls.kind, entry.cls.name
             other = self.entries.get((kind, name))
             if other is not None and other.cls is not entry.cls:
                 raise PluginError(
@@ -104,7 +115,8 @@ class Registry:
     @classmethod
     def discover(cls, plugins: Plugins | None = None) -> Registry:
         """The components of all installed plugins. Raises `PluginError` with the package's name."""
-        return cls(_components(plugins or Plugins.discover()))
+        found = (plugins or Plugins.discover()).call("distill_components")
+        return cls(Entry(item, plugin, package) for plugin, package, item in found)
 
     @classmethod
     def of(cls, *modules: ModuleType | Any) -> Registry:
@@ -131,15 +143,17 @@ class Registry:
         return [entry for (_, known), entry in sorted(self.entries.items()) if known == name]
 
 
-def _components(plugins: Plugins) -> Iterable[Entry]:
-    for hook in plugins.manager.hook.distill_components.get_hookimpls():
-        package = plugins.packages[hook.plugin_name]
-        try:
-            classes: Any = hook.function()
-        except Exception as error:
-            raise PluginError(
-                f"plugin {hook.plugin_name!r} (package {package}) fails to import its components: "
-                f"{type(error).__name__}: {error}. Repair or uninstall {package}."
-            ) from error
-        for cls in classes:
-            yield Entry(cls, hook.plugin_name, package)
+def _unfit(cls: Any) -> str | None:
+    """Why this cannot be a component."""
+    from distill_core.components import INTERFACES, ComponentConfig
+
+    kind = getattr(cls, "kind", None)
+    if not isinstance(cls, type) or kind not in INTERFACES or not issubclass(cls, INTERFACES[kind]):
+        return "needs one of the interfaces of distill_core.components as its base"
+    if not isinstance(getattr(cls, "name", None), str):
+        return "needs a `name`, which recipes use"
+    if not issubclass(getattr(cls, "Config", object), ComponentConfig):
+        return "needs a `Config` that extends distill_core.components.ComponentConfig"
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        return f"does not define {', '.join(missing)}"
+    return None

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from distill_core.components import ComponentConfig, ModalityPlan, Needs, Plan
 from distill_core.document import Document, Path, read_document
 from distill_core.errors import RecipeErrors, did_you_mean
-from distill_core.recipe import Frame, Node, Recipe
+from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
 
 _SLOTS: tuple[tuple[Path, str], ...] = (
@@ -31,6 +31,11 @@ _SLOTS: tuple[tuple[Path, str], ...] = (
     (("tracking",), "tracker"),
     (("init", "#"), "init"),
 )
+_DEFAULTS: dict[Path, str] = {
+    ("train", "optimizer"): TrainConfig.model_fields["optimizer"].default["name"],
+    ("train", "schedule"): TrainConfig.model_fields["schedule"].default["name"],
+    ("tracking",): Frame.model_fields["tracking"].default["name"],
+}
 
 
 def load_recipe(
@@ -73,16 +78,19 @@ def parse_recipe(
 ) -> Recipe:
     """As `load_recipe`, from text."""
     document = read_document(text, file)
+    resolver = _Resolver(document, registry, allow_unset)
+    resolver.write_out()
     failed: list[str] = []
     for override in overrides:
         try:
             document.set(override)
         except RecipeErrors as error:
             failed.extend(error.lines)
+        resolver.write_out()  # so that the next one finds loss.1.weight where `loss.1` was a bare name
     if failed:
         raise RecipeErrors(failed)
     document.data.setdefault("name", default_name)
-    return _Resolver(document, registry, allow_unset).resolve()
+    return resolver.resolve()
 
 
 class _Resolver:
@@ -90,22 +98,24 @@ class _Resolver:
         self.document = document
         self.registry = registry
         self.allow_unset = allow_unset
-        self.errors: list[tuple[Path, str]] = []
+        self.errors: list[tuple[str, str]] = []  # (where it was written, line)
         self.nodes: dict[Path, Node] = {}
-        self.broken: set[Path] = set()
+        self.unset: dict[Path, str] = {}
 
-    def error(self, path: Path, message: str) -> None:
-        self.errors.append((path, message))
+    def error(self, path: Path, message: str, at: Path | None = None) -> None:
+        """`at`: the part that is to blame, where the message speaks of what is above it."""
+        self.errors.append((self.document.origin(at or path), self._line(path, message, at)))
 
     def resolve(self) -> Recipe:
         warnings = []
         for path, name in self.document.expand():
             message = f"the environment variable {name} is not set; set it, or give a value with --set"
+            self.unset[path] = message
             if self.allow_unset:
                 warnings.append(self._line(path, message))
             else:
                 self.error(path, message)
-        self._remove_none()
+        self.write_out()
         frame = self._frame()
         self._components()
         plan = self._plan()
@@ -114,13 +124,13 @@ class _Resolver:
             self._whole(frame)
         if self.errors or frame is None:
             order = {line: i for i, line in enumerate(self.document.origins.values())}
-            lines = [(self.document.origin(path), self._line(path, message)) for path, message in self.errors]
-            raise RecipeErrors([line for _, line in sorted(set(lines), key=lambda x: (order.get(x[0], -1), x[1]))])
+            found = sorted(set(self.errors), key=lambda x: (order.get(x[0], -1), x[1]))
+            raise RecipeErrors([line for _, line in found])
         return self._recipe(frame, plan, warnings)
 
-    def _line(self, path: Path, message: str) -> str:
+    def _line(self, path: Path, message: str, at: Path | None = None) -> str:
         dotted = ".".join(str(part) for part in path)
-        return f"{self.document.origin(path)}: {dotted}: {message}" if dotted else f"{self.document.name}:1: {message}"
+        return f"{self.document.origin(at or path)}: {dotted}{': ' if dotted else ''}{message}"
 
     def _get(self, path: Path) -> Any:
         node = self.document.data
@@ -152,20 +162,27 @@ class _Resolver:
             for path in paths:
                 yield path, kind
 
-    def _remove_none(self) -> None:
+    def _has(self, path: Path) -> bool:
+        above = self._get(path[:-1])
+        if isinstance(above, list):
+            return isinstance(path[-1], int) and path[-1] < len(above)
+        return isinstance(above, dict) and path[-1] in above
+
+    def write_out(self) -> None:
         """`none` for a component or a section is `null`; a bare name is `{name: NAME}`."""
-        for path in [*(path for path, _ in self._places()), ("teacher",), ("evaluate",)]:
+        sections: list[Path] = [("teacher",), ("evaluate",), ("evaluate", "tasks"), ("init",), ("freeze",)]
+        for path in [*(path for path, _ in self._places()), *sections]:
             value, above = self._get(path), self._get(path[:-1])
             if isinstance(value, str) and value.lower() == "none":
                 above[path[-1]] = None
-            elif isinstance(value, str) and path != ("teacher",):
+            elif isinstance(value, str) and path not in sections and "${" not in value:
                 above[path[-1]] = {"name": value}
         for section in ("augment", "backbone"):
             if isinstance(self._get((section,)), dict):
                 self.document.data[section] = {k: v for k, v in self.document.data[section].items() if v is not None}
-        for optional in ("evaluate", "init", "freeze"):
-            if optional in self.document.data and self.document.data[optional] is None:
-                del self.document.data[optional]
+        for path in sections[1:]:
+            if self._has(path) and self._get(path) is None:
+                del self._get(path[:-1])[path[-1]]
 
     def _frame(self) -> Frame | None:
         try:
@@ -175,24 +192,33 @@ class _Resolver:
             return None
 
     def _translate(self, error: ValidationError, base: Path, model: type[ComponentConfig]) -> None:
+        found: dict[Path, list[str]] = {}
+        given: dict[Path, str] = {}
         for item in error.errors(include_url=False):
             # union branches add their type's name to the location; only what is in the document is a path
             path: Path = base
             for part in item["loc"]:
-                if self._get((*path, part)) is not None or item["type"] in ("missing", "extra_forbidden"):
+                if self._has((*path, part)) or item["type"] in ("missing", "extra_forbidden"):
                     path = (*path, part)
             if item["type"] == "extra_forbidden":
                 known = _options(model, path[len(base) : -1])
-                self.error(path, f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}")
+                message = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}"
             elif item["type"] == "missing":
-                self.error(path, "is required and not given")
+                message = "is required and not given"
             else:
-                given = item["input"]
-                shown = f", got {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
+                value = item["input"]
+                given[path] = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
                 message = item["msg"].removeprefix("Value error, ")
-                if "list[" in str(item["loc"]) or item["type"].startswith(("string_type", "none_required")):
-                    pass
-                self.error(path, message + shown)
+            if path in self.unset:
+                found[path], given[path] = [self.unset[path]], ""
+            elif message not in found.setdefault(path, []):
+                found[path].append(message)
+        for path, messages in found.items():
+            # of a union's branches, the one that fits most of what is written fails deepest
+            if not any(other[: len(path)] == path for other in found if other != path):
+                first, *others = messages
+                more = "".join(f" or {message.removeprefix('Input should be ')}" for message in others)
+                self.error(path, first + more + given.get(path, ""))
 
     def _components(self) -> None:
         for path, kind in self._places():
@@ -200,27 +226,23 @@ class _Resolver:
             if value is None:
                 continue
             if not isinstance(value, dict):
-                self.broken.add(path)  # the frame's check has said what it should be
-                continue
+                continue  # the frame's check has said what it should be
             options = dict(value)
-            name, given_id = options.pop("name", None), options.pop("id", None)
+            name, given_id = options.pop("name", _DEFAULTS.get(path)), options.pop("id", None)
             if not isinstance(name, str):
                 self.error(path, f"needs a name: a component of kind {kind}, as {{name: ...}}")
-                self.broken.add(path)
                 continue
             if given_id is not None and (not isinstance(given_id, str) or not given_id or "." in given_id):
                 self.error((*path, "id"), f"an id is a word without dots, got {given_id!r}")
             try:
                 entry = self.registry.get(kind, name)
             except KeyError as error:
-                self.error(path, error.args[0])
-                self.broken.add(path)
+                self.error(path, error.args[0], (*path, "name"))
                 continue
             try:
                 config = entry.cls.Config.model_validate_json(json.dumps(options))
             except ValidationError as error:
                 self._translate(error, path, entry.cls.Config)
-                self.broken.add(path)
                 continue
             dotted = ".".join(str(part) for part in path)
             self.nodes[path] = Node(dotted, given_id or name, entry.cls, config, entry.package, given_id is not None)
@@ -338,6 +360,12 @@ class _Resolver:
         optimizer, schedule = default["optimizer"], default["schedule"]
         if optimizer is None or schedule is None:
             raise RecipeErrors([self._line(("train",), "needs an optimizer and a schedule")])
+        source, evaluate_source = self.nodes["data", "source"], self.nodes.get(("evaluate", "source"))
+        tasks = all_of("evaluate", "tasks")
+        scored = {
+            "source": evaluate_source.dump() if evaluate_source else None,
+            "tasks": [node.dump() for node in tasks],
+        }
         return Recipe(
             name=frame.name,
             seed=frame.seed,
@@ -346,14 +374,14 @@ class _Resolver:
             fusion=self.nodes.get(("fusion",)),
             loss=all_of("loss"),
             teacher=frame.teacher,
-            data=frame.data,
-            source=self.nodes["data", "source"],
-            train=frame.train,
+            data=frame.data.model_copy(update={"source": source.dump()}),
+            source=source,
+            train=frame.train.model_copy(update={"optimizer": optimizer.dump(), "schedule": schedule.dump()}),
             optimizer=optimizer,
             schedule=schedule,
-            evaluate=frame.evaluate,
-            evaluate_source=self.nodes.get(("evaluate", "source")),
-            tasks=all_of("evaluate", "tasks"),
+            evaluate=frame.evaluate.model_copy(update=scored),
+            evaluate_source=evaluate_source,
+            tasks=tasks,
             tracking=default["tracking"],
             init=all_of("init"),
             freeze=frame.freeze,
@@ -371,4 +399,7 @@ def _options(model: Any, path: Path) -> list[str]:
         for choice in getattr(model, "__args__", ()):
             if hasattr(choice, "model_fields"):
                 model = choice
-    return list(getattr(model, "model_fields", {})) + (["name", "id"] if not path and model is not Frame else [])
+    fields = getattr(model, "model_fields", {})
+    return [field.alias or name for name, field in fields.items()] + (
+        ["name", "id"] if not path and model is not Frame else []
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,27 +41,37 @@ class RunFolder:
         raise UserError(f"{base / recipe.name}: too many runs of this name; give another with --set name=...")
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl; what is not finite is null there, which JSON has no number for."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(row)) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
         return list(_jsonl(self.metrics))
 
-    def skip(self, samples: Sequence[Skipped]) -> None:
-        """Append skipped samples to skipped.jsonl."""
+    def skip(self, step: int, samples: Sequence[Skipped]) -> None:
+        """Append the samples that were passed over on the way to a step's batch to skipped.jsonl."""
         with self.skipped.open("a", encoding="utf-8") as file:
             for sample in samples:
-                file.write(json.dumps({"key": sample.key, "shard": sample.url, "reason": sample.reason}) + "\n")
+                row = {"step": step, "key": sample.key, "shard": sample.url, "reason": sample.reason}
+                file.write(json.dumps(row) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows of steps after `step`, which a resumed run is going to write again."""
-        if self.metrics.exists():
-            kept = [row for row in self.rows() if row.get("step", 0) <= step]
-            temporary = self.metrics.with_suffix(".tmp")
+    def rewind(self, step: int, steps: int) -> None:
+        """Drop what a run of `steps` steps that is resumed at `step` is going to write again."""
+        for path in (self.metrics, self.skipped):
+            if not path.exists():
+                continue
+            # the evaluations behind the last step are made again when the run ended among them
+            kept = [r for r in _jsonl(path) if r["step"] <= step and not ("scores" in r and r["step"] == steps)]
+            temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.metrics)
+            temporary.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:

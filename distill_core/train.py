@@ -149,12 +149,13 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
-        self.skipped_samples, self.skipped_steps = state["skipped_samples"], state["skipped_steps"]
-        self.seconds = state["seconds"]
+        self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
+        self.skipped_samples = state["ranks"][self.rank]["skipped_samples"]
         self.loader.load_state_dict(state["ranks"][self.rank]["data"])
         self._random = state["ranks"][self.rank]["random"]
         if self.rank == 0:
-            self.folder.rewind(self.step)
+            self.folder.rewind(self.step, self.steps)
+        distributed.barrier()  # no rank may add to a file before it is rewound
 
     _random: dict[str, Any] | None = None
 
@@ -179,9 +180,9 @@ class Trainer:
             scores = self._evaluate(self.recipe.evaluate.split)
             if not scores and self.recipe.tasks and self.rank == 0:
                 self.display.warn(f"nothing was evaluated: the data source has no split {self.recipe.evaluate.split!r}")
-        distributed.barrier()
+        skipped = sum(distributed.gather_objects(self.skipped_samples))
         if self.rank == 0:
-            self._finish(scores)
+            self._finish(scores, skipped)
         return Result(self.folder.path, scores)
 
     def _greet(self, resumed: bool) -> None:
@@ -217,10 +218,6 @@ class Trainer:
                 clock, since = time.perf_counter(), self.step
             self.display.step(self.step, rate if rate is not None else self._rate, values)
             self._rate = rate if rate is not None else self._rate
-            stop = distributed.any_rank(self.interrupt.signal is not None)
-            if stop:
-                self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
-                return
             every, last = train.checkpoint.every, self.step == self.steps
             pause = time.perf_counter()
             better = False
@@ -229,6 +226,10 @@ class Trainer:
             if not last and (better or (every and self.step % every == 0)):
                 self._save(best=better)
             clock += time.perf_counter() - pause
+            # behind the validation that is due at this step: a resumed run goes on with the next one
+            if distributed.any_rank(self.interrupt.signal is not None):
+                self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
+                return
         if recipe.evaluate.every:
             self._final_better = self._validate()
 
@@ -267,13 +268,18 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, losses: Losses, norm: float) -> None:
         terms = ", ".join(f"{name} = {value.item():.6g}" for name, value in losses.terms.items())
-        what = "the loss is not finite" if not math.isfinite(losses.total.item()) else f"the gradient's norm is {norm}"
-        line = f"step {self.step}: {what}: {terms}; samples {', '.join(batch.keys[:8])}" + (
+        if not math.isfinite(losses.total.item()):
+            what = "the loss is not finite"
+        elif math.isnan(norm) and self.world > 1:
+            what = "the loss or the gradient of another rank is not finite"
+        else:
+            what = f"the gradient's norm is {norm}"
+        line = f"step {self.step + 1}: {what}: {terms}; samples {', '.join(batch.keys[:8])}" + (
             f", ... ({len(batch.keys)} in all)" if len(batch.keys) > 8 else ""
         )
         self.skipped_steps += 1
         if self.rank == 0:
-            self.folder.log({"step": self.step, "not_finite": what, "keys": batch.keys})
+            self.folder.log({"step": self.step + 1, "not_finite": what, "keys": batch.keys})
         if self.recipe.train.nonfinite == "stop":
             self.optimizer.zero_grad(set_to_none=True)
             self._save()
@@ -289,7 +295,7 @@ class Trainer:
                 first = batch.skipped[0]
                 self.display.warn(f"skipped sample {first.key!r} of {first.url}: {first.reason}")
             self.skipped_samples += len(batch.skipped)
-            self.folder.skip(batch.skipped)
+            self.folder.skip(self.step + 1, batch.skipped)
 
     def _log(self, losses: Losses, terms: Mapping[str, float], progress: Progress, norm: float, rate: float) -> None:
         if self.rank > 0:
@@ -343,7 +349,11 @@ class Trainer:
         return distributed.any_rank(better)
 
     def _save(self, best: bool = False) -> None:
-        state = {"data": self.loader.state_dict(), "random": _get_random()}
+        state = {
+            "data": self.loader.state_dict(),
+            "random": _get_random(),
+            "skipped_samples": self.skipped_samples,
+        }
         ranks = distributed.gather_objects(state)
         if self.rank > 0:
             return
@@ -354,7 +364,6 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "ranks": ranks,
                 "best": self.best,
-                "skipped_samples": self.skipped_samples,
                 "skipped_steps": self.skipped_steps,
                 "seconds": self.seconds,
             },
@@ -369,7 +378,7 @@ class Trainer:
             name = signal.Signals(self.interrupt.signal or signal.SIGTERM).name
             self.display.warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
 
-    def _finish(self, scores: dict[str, float]) -> None:
+    def _finish(self, scores: dict[str, float], skipped: int) -> None:
         report = Report(
             name=self.folder.path.name,
             steps=self.step,
@@ -377,7 +386,7 @@ class Trainer:
             seconds=self.seconds,
             scores=scores,
             split=self.recipe.evaluate.split,
-            skipped_samples=self.skipped_samples,
+            skipped_samples=skipped,
             skipped_steps=self.skipped_steps,
             parameters=sum(p.numel() for p in self.parameters),
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,9 +40,26 @@ class Collate:
         return Batch(views, [item.key for item in good], skipped)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the trainer alone answers it, and saves
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class _LeaveSignals:
+    """In each worker: Ctrl-C and a batch system's SIGTERM reach it too, but the trainer alone answers, and saves.
+
+    A worker that died of one would take the trainer with it. When Python itself ends, it ends its workers by SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.ending = multiprocessing.RawValue("b", 0)
+        atexit.register(self._end)
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminated)
+
+    def _end(self) -> None:
+        self.ending.value = 1
+
+    def _terminated(self, number: int, frame: object) -> None:
+        if self.ending.value:
+            os._exit(0)
 
 
 class Loader:
@@ -72,12 +92,15 @@ class Loader:
                 collate_fn=Collate(collators),
                 prefetch_factor=recipe.data.prefetch if workers else None,
                 pin_memory=pin,
-                worker_init_fn=_ignore_interrupts,
+                worker_init_fn=_LeaveSignals() if workers else None,
             )
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises `DataError` for what a worker met."""
-        for batch in self._loader:
+        """Starts the workers at once. Raises `DataError` for what a worker met."""
+        return self._checked(iter(self._loader))
+
+    def _checked(self, batches: Iterator[Batch | Failure]) -> Iterator[Batch]:
+        for batch in batches:
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             yield batch

@@ -49,8 +49,10 @@ def check(shards: Sequence[str]) -> None:
                 empty = tar.next() is None
         except (tarfile.ReadError, EOFError, OSError) as error:
             if Path(shard).stat().st_size:
+                # tarfile tells of each kind of compression on a line of its own
+                reason = str(error).splitlines()[0].rstrip(":")
                 raise DataError(
-                    f"{shard}: not a readable tar file: {error}. Write it again, or leave it out."
+                    f"{shard}: not a readable tar file: {reason}. Write it again, or leave it out."
                 ) from error
             empty = True
         if empty:
@@ -65,7 +67,8 @@ def read_shard(shard: str) -> Iterator[Sample]:
         yield from tarfile_samples([{"url": shard}])
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         reason = str(error.args[0]) if error.args else type(error).__name__
-        raise DataError(f"{shard}: cannot be read: {reason.splitlines()[0][:200]}") from error
+        reason = reason.splitlines()[0].partition(" @ <")[0]  # webdataset adds its stream's repr
+        raise DataError(f"{shard}: cannot be read: {reason[:200]}") from error
 
 
 def as_sets(urls: Any) -> dict[str, list[str]]:

@@ -37,6 +37,10 @@ class Failure:
     message: str
 
 
+MANY = 1000
+"""So many bad samples in a row, with no good one in a whole pass, say that the data does not fit the recipe."""
+
+
 def number(*parts: Any) -> int:
     """A 63-bit hash of its arguments, the same in every process and release."""
     text = "\x1f".join(str(part) for part in parts)
@@ -148,7 +152,7 @@ class ShardStream(IterableDataset[Item | Failure]):
     def _items(self) -> Iterator[Item | Failure]:
         buffer = self._restore()
         skipped: list[Skipped] = []
-        mine, _ = self._stream()
+        mine, streams = self._stream()
         while True:
             for shard, offset, sample in self._pass(skipped):
                 buffer.append((shard, offset, sample))
@@ -157,13 +161,17 @@ class ShardStream(IterableDataset[Item | Failure]):
                     yield from self._use(buffer, skipped, mine)
             while buffer:
                 yield from self._use(buffer, skipped, mine)
-            if self.bad_in_a_row and self.bad_in_a_row >= self.drawn:
+            if self.drawn == 0:
                 raise DataError(
-                    f"no sample of a whole pass over {len(self.shards)} shards can be used; the last one: "
+                    f"the shards hold fewer samples than there are loader workers over all ranks ({streams}): lower "
+                    f"data.workers; the shards: {', '.join(self.shards[:3])}"
+                )
+            # one of several streams may be dealt only bad shards for a pass or two
+            if self.bad_in_a_row >= (self.drawn if streams == 1 else max(self.drawn, MANY)):
+                raise DataError(
+                    f"no sample can be used: the last {self.bad_in_a_row} were all skipped, the last one "
                     f"{skipped[-1].url}: {skipped[-1].key!r}: {skipped[-1].reason}"
                 )
-            if self.drawn == 0:
-                raise DataError(f"the shards hold no sample: {', '.join(self.shards[:3])}")
             self.epoch, self.position, self.offset, self.drawn = self.epoch + 1, 0, 0, 0
 
     def _use(
@@ -200,7 +208,8 @@ class ShardStream(IterableDataset[Item | Failure]):
                     if offset < start:
                         continue
                     self.offset = offset + 1
-                    if offset % shares == share:
+                    # counted on from shard to shard, or shards of few samples would leave the last streams none
+                    if (offset + self.position) % shares == share:
                         yield shard, offset, sample
             except DataError as error:
                 if count == 0:

@@ -75,14 +75,14 @@ class Retrieval(Evaluation):
 def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
     """The rank (0 is best) of each query's best own target: queries [N, D], targets [M, D], owners [N] and [M] -> [N].
 
-    A foreign target as near as the best own one ranks before it.
+    A foreign target as near as the best own one ranks before it; so does every one where a similarity is NaN.
     """
     ranks = []
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ targets.T
         own = query_of[start : start + chunk, None] == target_of[None]
         best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((similarity >= best) & ~own).sum(1))
+        ranks.append((~(similarity < best) & ~own).sum(1))
     return torch.cat(ranks)
 
 

@@ -36,7 +36,9 @@ class ZeroShotConfig(ComponentConfig):
 
 
 class ZeroShot(Evaluation):
-    """Top-1, top-5 and mean-per-class accuracy in percent (prompt ensembles as in CLIP). Ties count against it."""
+    """Top-1, top-5 and mean-per-class accuracy in percent, with prompt ensembles (Radford et al. 2021, section 3.1.4).
+    Ties count against the model.
+    """
 
     name = "zero_shot"
     Config = ZeroShotConfig
@@ -69,7 +71,7 @@ class ZeroShot(Evaluation):
             truth = torch.tensor([classes.index(labels[i]) for i in owners[known].tolist()])
             similarity = embedded[known] @ centres.T
             own = similarity.gather(1, truth[:, None])
-            rank = (similarity >= own).sum(1) - 1
+            rank = (~(similarity < own)).sum(1) - 1  # NaN counts against the model too
             hit = (rank == 0).double()
             per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
             scores |= {

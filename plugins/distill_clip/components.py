@@ -79,6 +79,7 @@ class ClipConfig(LossConfig):
     """Options of CLIP's loss."""
 
     modalities: tuple[str, str] = ("image", "text")
+    """The two modalities that are paired."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """The scale starts at ln(1 / temperature)."""
     max_scale: Annotated[float, Field(ge=1)] = 100.0

@@ -1,5 +1,7 @@
 """COSMOS: cross-modality self-distillation for vision-language pre-training (arXiv 2412.01814, CVPR 2025)."""
 
+import click
+
 from distill_core import hookimpl
 
 distill_api = 1
@@ -15,3 +17,11 @@ def distill_components() -> list[type]:
     from distill_cosmos.text_crop import TextCrop
 
     return [MultiCrop, TextCrop, CrossAttention, Contrastive, CrossModalDistillation, PublicCheckpoint]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill bench`."""
+    from distill_cosmos.commands import bench
+
+    return [bench]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,11 +17,14 @@ class CrossAttentionConfig(ComponentConfig):
     """Two modalities, one pre-norm attention in each direction."""
 
     modalities: tuple[str, str] = ("image", "text")
+    """The two modalities; each attends to the other's tokens."""
     heads: Annotated[int, Field(gt=0)] = 8
+    """Attention heads; they divide the embedding width D."""
     mask_padding: bool = True
     """Attend to real tokens only. The public code says false: it attends to all 77 text positions."""
-    form: str = "auto"
-    """`projected` (keys and values stored), `absorbed` (weights folded into query and output), or `auto`."""
+    form: Literal["auto", "projected", "absorbed", "reference"] = "auto"
+    """`projected` (keys and values stored), `absorbed` (weights folded into query and output), `reference` (the plain
+    formula), or `auto`: the cheaper of the first two."""
 
 
 class CrossPooler(nn.Module):

@@ -19,6 +19,7 @@ class InfoNCEConfig(LossConfig):
     """Options of losses with a learned temperature."""
 
     modalities: tuple[str, str] = ("image", "text")
+    """The two modalities that are paired."""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """The scale starts at ln(1 / temperature)."""
     max_scale: Annotated[float, Field(ge=1)] = 100.0

@@ -22,6 +22,7 @@ class MultiCropConfig(PictureConfig):
     local: Annotated[int, Field(ge=0)] = 6
     """Local crops, of `local_size` pixels."""
     local_size: Annotated[int, Field(gt=0)] = 96
+    """Pixels of a local crop's side."""
     global_scale: tuple[Area, Area] = (0.4, 1.0)
     """Share of the picture's area that a global crop covers, uniform between the two."""
     local_scale: tuple[Area, Area] = (0.05, 0.4)

@@ -88,7 +88,7 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Lo
                 copies.append((target, value))
                 counts[who] += 1
         wanted = own if who == "student" else {name.removeprefix("teacher."): p for name, p in teacher.items()}
-        public = {own_name(key, objective): key for key in _public_names(own, objective)}
+        public = {name: key for key, name in public_names(objective).items()}
         problems += [f"{who}: {public.get(name, name)}: missing" for name in wanted if name not in seen]
     if problems:
         shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
@@ -101,14 +101,15 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Lo
 def public_state_dict(objective: Objective) -> dict[str, dict[str, Tensor]]:
     """The objective's weights under their public names; the teacher has those of its backbones only."""
     own = {name: p.detach() for name, p in objective.named_parameters()}
-    names = _public_names(own, objective)
+    names = public_names(objective)
     student = {key: own[name] for key, name in names.items()}
     teacher = {key: own[f"teacher.{name}"] for key, name in names.items() if f"teacher.{name}" in own}
     return {"student": student, "teacher": teacher}
 
 
-def _public_names(own: Mapping[str, Tensor], objective: Objective) -> dict[str, str]:
+def public_names(objective: Objective) -> dict[str, str]:
     """public key -> the student's parameter name."""
+    own = [name for name, _ in objective.named_parameters()]
     result = {}
     for key in ("logit_scale", "distill_logit_scale"):
         name = own_name(key, objective)

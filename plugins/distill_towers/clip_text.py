@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -24,10 +24,15 @@ class ClipTextConfig(ComponentConfig):
     context: Annotated[int, Field(ge=3)] = 77
     """Longest sequence, start and end tokens included; longer texts are cut."""
     vocabulary: Positive = VOCABULARY
+    """Rows of the token embedding; CLIP's tokenizer has 49408 ids."""
     width: Positive = 512
+    """Width W of the tokens."""
     layers: Positive = 12
+    """Transformer blocks."""
     heads: Positive = 8
+    """Attention heads of each block; they divide `width`."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of each block's MLP, in widths W."""
     dim: Positive = 512
     """Width D of the embedding."""
     padding: Literal["context", "longest"] = "context"
@@ -77,6 +82,42 @@ class ClipText(Backbone):
     def collator(cls, config: ClipTextConfig) -> Callable[[list[list[View]]], Views]:
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
+
+    def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
+        """As the base does, but texts whose tokens nobody needs are encoded in one packed sequence.
+
+        Attention is causal: what stands behind end-of-text is dead, and is not computed.
+        """
+        if masked and any(group.token_mask is not None for group in views.groups):
+            raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
+        rows = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
+        features = Features(torch.empty(0))
+        pooled: dict[int, Tensor] = {}
+        for view, x in rows:
+            if view in need:
+                one = self.encode(x, tokens=True, token_mask=None)
+                pooled[view], features.tokens[view], features.masks[view] = one.pooled[0], one.tokens[0], one.masks[0]
+        rest = [(view, x) for view, x in rows if view not in need]
+        if rest:
+            together = self.encode_packed([x for _, x in rest])
+            pooled |= dict(
+                zip((view for view, _ in rest), torch.split(together, [len(x) for _, x in rest]), strict=True)
+            )
+        features.pooled = torch.stack([pooled[view] for view, _ in rows])
+        return features
+
+    def encode_packed(self, ids: Sequence[Tensor]) -> Tensor:
+        """Embeddings [N, D] of the rows of several id matrices [.., L], N rows in all, without any padding."""
+        ends = torch.cat([x.argmax(1) for x in ids])
+        parts = [x[torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)] for x in ids]
+        flat = torch.cat(parts)
+        starts = torch.zeros(len(ends) + 1, dtype=torch.int32, device=flat.device)
+        starts[1:] = torch.cumsum(ends + 1, 0)
+        first = torch.repeat_interleave(starts[:-1], ends + 1)
+        place = torch.arange(len(flat), device=flat.device) - first
+        sequence = self.token_embedding(flat) + self.positional_embedding[place]
+        at_end = self.transformer.packed(sequence, starts, starts[1:].long() - 1, causal=True)
+        return self.ln_final(at_end) @ self.text_projection  # type: ignore[no-any-return]
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
         """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask."""

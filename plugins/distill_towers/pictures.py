@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
@@ -69,6 +69,9 @@ class PictureAugmentation(Augmentation):
                 behind = Image.new("RGBA", picture.size, (*self.config.background, 255))
                 picture = Image.alpha_composite(behind, picture)
             return picture.convert("RGB")
+        except UnidentifiedImageError as error:
+            # PIL's own words name the buffer's address in memory
+            raise BadSample("not a readable picture: of no known format") from error
         except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise BadSample(f"not a readable picture: {error}") from error
 

@@ -1,6 +1,6 @@
 """Pre-norm residual blocks in the CLIP layout; parameters are named as CLIP checkpoints name them.
 
-N sequences, L tokens, W width, H heads.
+N sequences, L tokens, T tokens of all sequences one after the other (packed), W width, H heads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from distill_kernels import cross_attention, self_attention
+from distill_kernels import cross_attention, packed_attention, self_attention
 
 
 class Attention(nn.Module):
@@ -32,6 +32,13 @@ class Attention(nn.Module):
         )
         out: Tensor = self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
         return out
+
+    def packed(self, x: Tensor, starts: Tensor, *, causal: bool) -> Tensor:
+        """x [T, W] -> [T, W]; `starts` [N + 1] are the sequences' first rows, then T. Before `out_proj`."""
+        q, k, v = rearrange(
+            linear(x, self.in_proj_weight, self.in_proj_bias), "r (t h k) -> t r h k", t=3, h=self.heads
+        )
+        return rearrange(packed_attention(q, k, v, starts, causal=causal), "r h k -> r (h k)")
 
     def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
         """One query a sequence: row [N, W] attends over x [N, L, W], of which the first `lengths` [N] count."""
@@ -77,6 +84,14 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), causal=causal)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
+    def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
+        """x [T, W] -> [T, W], or only `rows` [N] of it, [N, W]: behind the attention the rest is not computed."""
+        mixed = self.attn.packed(self.ln_1(x), starts, causal=causal)
+        if rows is not None:
+            x, mixed = x[rows], mixed[rows]
+        x = x + self.attn.out_proj(mixed)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
     def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
         """The output at one position a sequence, `index` [N], of x [N, L, W] -> [N, W]; the rest is not computed."""
         normed = self.ln_1(x)
@@ -105,3 +120,11 @@ class Transformer(nn.Module):
         last = self.resblocks[-1]
         assert isinstance(last, Block)
         return last.at(x, index, index + 1 if causal else None)
+
+    def packed(self, x: Tensor, starts: Tensor, rows: Tensor, *, causal: bool) -> Tensor:
+        """The output at `rows` [N] alone, [N, W], of packed sequences x [T, W]."""
+        last = len(self.resblocks) - 1
+        for i, block in enumerate(self.resblocks):
+            assert isinstance(block, Block)
+            x = block.packed(x, starts, rows if i == last else None, causal=causal)
+        return x

@@ -26,9 +26,13 @@ class VisionTransformerConfig(ComponentConfig):
     patch: Positive = 16
     """Pixels of a patch's side."""
     width: Positive = 768
+    """Width W of the tokens."""
     layers: Positive = 12
+    """Transformer blocks."""
     heads: Positive = 12
+    """Attention heads of each block; they divide `width`."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of each block's MLP, in widths W."""
     dim: Positive = 512
     """Width D of the embedding."""
 

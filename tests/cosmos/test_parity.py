@@ -99,7 +99,7 @@ def our_step(recipe: Recipe, objective: Objective, batch: Batch) -> tuple[dict[s
     parameters = dict(objective.named_parameters())
     gradients = {
         key: parameters[name].grad.clone()  # type: ignore[union-attr]
-        for key, name in official._public_names(parameters, objective).items()
+        for key, name in official.public_names(objective).items()
     }
     objective.before_step(progress)
     optimizer.step()

@@ -1,0 +1,271 @@
+"""`distill bench step RECIPE`: the framework's COSMOS step against a straightforward one, part by part."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from distill_core.recipe import Recipe
+from distill_core.types import Batch, Group, Progress, Views
+from distill_cosmos import official, plain
+from distill_cosmos.fusion import CrossAttention
+from distill_cosmos.losses import Contrastive, CrossModalDistillation
+
+
+class Clock:
+    """Seconds of this process (user and system) by part; `mark(part)` gives it what passed since the last mark."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[float]] = defaultdict(list)
+        self._last = 0.0
+
+    def start(self) -> None:
+        """A step begins."""
+        self._last = time.process_time()
+
+    def mark(self, part: str) -> None:
+        """A part has ended."""
+        now = time.process_time()
+        self.parts[part].append(now - self._last)
+        self._last = now
+
+
+def make_batch(recipe: Recipe, size: int, global_tokens: int, local_tokens: int, seed: int = 0) -> Batch:
+    """Random crops, and captions whose lengths vary by a third around the given means."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = recipe.augment["image"].config, recipe.backbone["text"].config
+    roles = {name: modality.roles for name, modality in recipe.plan.modalities.items()}
+
+    def crops(role: str, side: int) -> list[Group]:
+        number = roles["image"].count(role)
+        return [Group(torch.randn(number, size, 3, side, side, generator=generator), role)] if number else []
+
+    def captions(role: str, mean: int) -> list[Group]:
+        number = roles["text"].count(role)
+        ids = torch.zeros(number, size, text.context, dtype=torch.long)
+        for row in ids.view(-1, text.context):
+            spread = max(1, mean // 3)
+            length = mean + int(torch.randint(-spread, spread + 1, (1,), generator=generator))
+            length = min(max(length, 3), text.context)
+            row[: length - 1] = torch.randint(1, text.vocabulary - 2, (length - 1,), generator=generator)
+            row[length - 1] = text.vocabulary - 1
+        longest = int(ids.argmax(-1).max()) + 1 if number else 0
+        return [Group(ids[..., :longest], role)] if number else []
+
+    views = {
+        "image": Views(crops("global", image.size) + crops("local", image.local_size)),
+        "text": Views(captions("global", global_tokens) + captions("local", local_tokens)),
+    }
+    return Batch(views, [str(i) for i in range(size)])
+
+
+class Ours:
+    """The framework's step."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
+        self.objective, self.batch, self.clock = objective, batch, clock
+        maker = recipe.optimizer.build()
+        self.optimizer = maker.build(maker.groups(objective.trainable([], {})))
+
+    def losses(self) -> dict[str, Tensor]:
+        """Forward pass."""
+        objective, clock, progress = self.objective, self.clock, Progress(0, 1000)
+        teacher = objective.represent_teacher(self.batch)
+        clock.mark("teacher")
+        student = {}
+        for name, part in (("image", "image tower"), ("text", "text tower")):
+            student[name] = objective.represent_student(self.batch, name)
+            clock.mark(part)
+        self.outputs = objective.fuse(self.batch, student, teacher, progress)
+        clock.mark("fusion")
+        result = objective.losses(self.outputs)
+        clock.mark("losses")
+        return result.terms
+
+    def update(self) -> None:
+        """Teacher and optimiser."""
+        progress = Progress(0, 1000)
+        self.objective.before_step(progress)
+        self.optimizer.step()
+        self.objective.after_step(self.outputs, progress)
+        self.optimizer.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By public name."""
+        own = dict(self.objective.named_parameters())
+        names = official.public_names(self.objective)
+        return {key: grad.clone() for key, name in names.items() if (grad := own[name].grad) is not None}
+
+
+class Plain:
+    """The straightforward step."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
+        vit, text = recipe.backbone["image"].config, recipe.backbone["text"].config
+        fusion: Any = recipe.fusion
+        self.student, self.teacher = (plain.PlainCosmos(vit, text, fusion.config.heads) for _ in range(2))
+        states = official.public_state_dict(objective)
+        self.student.load_state_dict(states["student"])
+        self.teacher.load_state_dict(states["teacher"], strict=False)
+        # the teacher runs under no_grad; with requires_grad off as well, torch sends products of its padded, transposed
+        # sequences through bmm with a copied weight (16 times slower in bf16), which would flatter ours
+        self.clock = clock
+        self.momentum = recipe.teacher.momentum if recipe.teacher is not None else 0.0
+        self.crops = [x for group in batch.views["image"].groups for x in group.x]
+        self.texts = [
+            torch.nn.functional.pad(x, (0, text.context - x.shape[1]))
+            for group in batch.views["text"].groups
+            for x in group.x
+        ]
+        self.globals = [recipe.plan.modalities[name].roles.count("global") for name in ("image", "text")]
+        options = recipe.optimizer.config
+        decayed = [p for p in self.student.parameters() if p.ndim >= 2]
+        others = [p for p in self.student.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+        )
+
+    def losses(self) -> dict[str, Tensor]:
+        """Forward pass."""
+        images, texts = self.globals
+        return plain.losses(self.student, self.teacher, self.crops, self.texts, images, texts, self.clock.mark)
+
+    def update(self) -> None:
+        """Teacher and optimiser."""
+        plain.move_teacher(self.student, self.teacher, self.momentum)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.student.logit_scale.clamp_(0, 4.6052)
+            self.student.distill_logit_scale.clamp_(0, 4.6052)
+        self.optimizer.zero_grad()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By public name."""
+        return {key: p.grad.clone() for key, p in self.student.named_parameters() if p.grad is not None}
+
+
+def _step(side: Ours | Plain, precision: str) -> dict[str, Tensor]:
+    side.clock.start()
+    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+        terms = side.losses()
+    total = torch.stack(list(terms.values())).sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    side.clock.mark("backward")
+    return terms
+
+
+def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
+    """Largest relative difference in fp32 of a loss, and of a parameter's gradient (key biases,
+    whose gradients are noise, apart).
+
+    Raises `UserError` when the two steps are not the same step.
+    """
+    mine, theirs = _step(ours, "fp32"), _step(other, "fp32")
+    loss = max(abs(mine[name].item() / theirs[name].item() - 1) for name in mine)
+    gradient = 0.0
+    expected = other.gradients()
+    for key, value in ours.gradients().items():
+        wanted = expected[key]
+        if key.endswith("in_proj_bias"):
+            third = len(wanted) // 3
+            keep = torch.ones(len(wanted), dtype=torch.bool)
+            keep[third : 2 * third] = False
+            value, wanted = value[keep], wanted[keep]
+        gradient = max(gradient, ((value - wanted).norm() / wanted.norm()).item())
+    ours.optimizer.zero_grad()
+    other.optimizer.zero_grad()
+    if loss > 1e-5 or gradient > 1e-4:
+        raise UserError(f"the two steps differ: losses by {loss:.1e}, gradients by {gradient:.1e}")
+    return loss, gradient
+
+
+def check(recipe: Recipe) -> None:
+    """Raises `UserError` for a recipe that is not COSMOS with the built-in towers."""
+    wanted = {CrossAttention, Contrastive, CrossModalDistillation}
+    have = {node.cls for node in [*recipe.loss, *([recipe.fusion] if recipe.fusion else [])]}
+    towers = {name: node.cls.name for name, node in recipe.backbone.items()}
+    if have != wanted or towers != {"image": "vit", "text": "clip_text"} or recipe.teacher is None:
+        raise UserError("distill bench step: the straightforward step is COSMOS with vit and clip_text, and a teacher")
+
+
+def bench_step(
+    recipe: Recipe, *, batch_size: int, global_tokens: int, local_tokens: int, rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows by precision and part: median process seconds of both, and their ratio. One thread, interleaved."""
+    check(recipe)
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    torch.manual_seed(0)
+    objective = Objective.from_recipe(recipe)
+    if objective.fusion is not None and objective.fusion.config.mask_padding:
+        objective.fusion.config = objective.fusion.config.model_copy(update={"mask_padding": False})
+    batch = make_batch(recipe, batch_size, global_tokens, local_tokens)
+    ours = Ours(recipe, objective, batch, Clock())
+    other = Plain(recipe, objective, batch, Clock())
+    loss, gradient = agreement(ours, other)
+    say(f"same step: losses agree to {loss:.1e}, gradients to {gradient:.1e} (relative, fp32)")
+    for precision in ("fp32", "bf16"):
+        totals: dict[str, list[float]] = {"ours": [], "plain": []}
+        ours.clock.parts.clear()
+        other.clock.parts.clear()
+        for i in range(rounds + 1):
+            for name, side in (("ours", ours), ("plain", other)) if i % 2 else (("plain", other), ("ours", ours)):
+                began = time.process_time()
+                _step(side, precision)
+                side.update()
+                side.clock.mark("update")
+                if i == 0:
+                    side.clock.parts.clear()
+                else:
+                    totals[name].append(time.process_time() - began)
+        for part in [*ours.clock.parts, "step"]:
+            a = statistics.median(totals["ours"] if part == "step" else ours.clock.parts[part])
+            b = statistics.median(totals["plain"] if part == "step" else other.clock.parts[part])
+            ratios = [y / x for x, y in zip(totals["ours"], totals["plain"], strict=True)]
+            row = {
+                "precision": precision,
+                "part": part,
+                "plain_s": round(b, 4),
+                "ours_s": round(a, 4),
+                "ratio": round(b / a, 3),
+            }
+            if part == "step":
+                row["ratio"] = round(statistics.median(ratios), 3)
+            rows.append(row)
+            say(f"{precision}  {part:12}  plain {b:7.3f} s   ours {a:7.3f} s   {row['ratio']:.2f} x")
+    return rows
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], recipe: str, batch_size: int) -> None:
+    """The rows, with recipe, batch, processor and torch."""
+    about = {"recipe": recipe, "batch": batch_size, "device": _processor(), "torch": torch.__version__.split("+")[0]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | about for row in rows)
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine()

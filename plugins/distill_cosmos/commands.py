@@ -1,0 +1,45 @@
+"""Commands that COSMOS adds to `distill`. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast steps and kernels are, as ratios on this machine."""
+
+
+@bench.command()
+@click.argument("recipe")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
+@click.option("--batch", default=4, show_default=True, help="Samples in the batch.")
+@click.option("--global-tokens", default=41, show_default=True, help="Mean tokens of a global caption.")
+@click.option("--local-tokens", default=19, show_default=True, help="Mean tokens of a local caption.")
+@click.option("--rounds", default=5, show_default=True, help="Measured rounds, each a step of both.")
+@click.option("--csv", "output", help="Write the rows to this file.")
+def step(
+    recipe: str,
+    overrides: tuple[str, ...],
+    batch: int,
+    global_tokens: int,
+    local_tokens: int,
+    rounds: int,
+    output: str | None,
+) -> None:
+    """COSMOS's step against a straightforward one written from the equations (CPU, one thread, process time).
+
+    First both must give the same losses and gradients.
+    """
+    from pathlib import Path
+
+    from distill_core.registry import Registry
+    from distill_core.resolve import load_recipe
+    from distill_cosmos.bench import bench_step, write_csv
+
+    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
+    rows = bench_step(
+        loaded, batch_size=batch, global_tokens=global_tokens, local_tokens=local_tokens, rounds=rounds, say=click.echo
+    )
+    if output is not None:
+        write_csv(Path(output), rows, Path(recipe).name, batch)

@@ -1,0 +1,218 @@
+"""Who may import whom, and that the core knows no method and no modality. Read from the syntax tree, nothing is run."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    path.parent.name: path.parent
+    for place in (ROOT, ROOT / "plugins", ROOT / "kernels")
+    for path in place.glob("distill_*/__init__.py")
+}
+SHARED = {"distill_core", "distill_kernels", "distill_towers"}
+MAY_IMPORT = {
+    "distill_core": {"distill_core"},
+    "distill_kernels": {"distill_kernels"},
+    "distill_towers": SHARED,
+}
+INSIDE_FUNCTIONS = {"torchvision", "timm", "webdataset", "torchdata", "aim", "matplotlib", "transformers", "ftfy"}
+"""Too slow to import for a component module: every command would pay for it."""
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """(line, top-level package, whether it is imported with the module) of every import, of strings too."""
+    inside = {
+        id(below)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for below in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "" if node.level == 0 else "."]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        for name in names:
+            yield node.lineno, name.split(".")[0], id(node) not in inside
+
+
+def files(package: str) -> list[Path]:
+    found = sorted(PACKAGES[package].rglob("*.py"))
+    assert found
+    return found
+
+
+def forbidden_imports(source: str, package: str) -> list[tuple[int, str]]:
+    may = MAY_IMPORT.get(package, SHARED | {package})
+    return [
+        (line, name)
+        for line, name, _ in imports(ast.parse(source))
+        if (name.startswith("distill_") and name not in may) or name in ("plugins", "kernels", "tests")
+    ]
+
+
+def test_all_packages_are_found() -> None:
+    """Guards the tests below against an empty list."""
+    assert set(PACKAGES) >= SHARED | {"distill_cosmos", "distill_clip", "distill_emoji", "distill_aim"}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_who_may_import_whom(package: str) -> None:
+    """Core and kernels import no local package; a plugin core, kernels, towers and itself, never another method."""
+    wrong = {
+        f"{path.relative_to(ROOT)}:{line}": name
+        for path in files(package)
+        for line, name in forbidden_imports(path.read_text(), package)
+    }
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_slow_packages_are_imported_inside_functions(package: str) -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)}:{line}": name
+        for path in files(package)
+        for line, name, at_once in imports(ast.parse(path.read_text()))
+        if at_once and name in INSIDE_FUNCTIONS
+    }
+    assert wrong == {}
+
+
+def test_the_import_check_finds_what_it_should() -> None:
+    """Guards the tests above."""
+    source = (
+        "import distill_core.types\nfrom distill_clip.components import Clip\n"
+        "def f():\n    import distill_emoji, torchvision\n    importlib.import_module('distill_aim.tracker')\n"
+        "from plugins.distill_towers import vit\nimport aim.sdk\n"
+    )
+    assert sorted(forbidden_imports(source, "distill_cosmos")) == [
+        (2, "distill_clip"),
+        (4, "distill_emoji"),
+        (5, "distill_aim"),
+        (6, "plugins"),
+    ]
+    assert [name for _, name, at_once in imports(ast.parse(source)) if at_once and name in INSIDE_FUNCTIONS] == ["aim"]
+
+
+METHODS = {
+    "cosmos",
+    "clip",
+    "openclip",
+    "siglip",
+    "slip",
+    "silc",
+    "flair",
+    "flava",
+    "dino",
+    "dinov2",
+    "ibot",
+    "tips",
+    "byol",
+    "simclr",
+    "moco",
+    "vit",
+    "bert",
+}
+MODALITIES = {
+    "image",
+    "images",
+    "text",
+    "texts",
+    "caption",
+    "captions",
+    "audio",
+    "video",
+    "pixel",
+    "pixels",
+    "sentence",
+    "sentences",
+    "language",
+    "vision",
+    "visual",
+}
+TORCH_S = {"clip_grad", "clip_grads_with_norm_"}
+"""Gradient clipping, by torch's own names."""
+
+
+def parts(identifier: str) -> set[str]:
+    """The words of a snake_case or CamelCase name."""
+    return {word.lower() for word in re.findall(r"[A-Z]?[a-z]+\d*|[A-Z]+(?![a-z])", identifier)}
+
+
+def words_of_methods(source: str) -> list[tuple[int, str]]:
+    """Names and strings (docstrings too) that speak of a method, and names and keys that speak of a modality.
+
+    A modality's word is looked for in strings without spaces (`image`, `student.text`: keys) and in compound names
+    (`image_size`, `text_width`). Alone, `text` is what a file holds, and `image` is a Tracker's method for pictures.
+    """
+    tree = ast.parse(source)
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    tracker = {
+        id(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.func).endswith("tracker.call")
+    }
+    found = []
+    for node in ast.walk(tree):
+        for field in ("id", "attr", "name", "arg", "asname", "module"):
+            identifier = getattr(node, field, None)
+            if not isinstance(identifier, str) or identifier in TORCH_S:
+                continue
+            words = parts(identifier)
+            compound = len(words) > 1 and not identifier.endswith(("read_text", "write_text"))
+            if words & METHODS or (compound and words & MODALITIES and identifier != "TextColumn"):
+                found.append((node.lineno, identifier))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words = set(re.findall(r"[a-z]+\d*", node.value.lower().replace("clip_grad", "")))
+            key = not re.search(r"\s", node.value) and id(node) not in prose and id(node) not in tracker
+            if words & METHODS or (key and words & MODALITIES):
+                found.append((node.lineno, node.value))
+    return found
+
+
+@pytest.mark.parametrize("path", files("distill_core"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_core_names_no_method_and_no_modality(path: Path) -> None:
+    """Would catch an `if modality == "image"`, an option `image_size`, or a rule for one method, in the core."""
+    assert words_of_methods(path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'x = views["image"]',
+        'key = "student.text"',
+        'y = f"teacher.{m}.image"',
+        "def image_width(): ...",
+        "self.text_tower = 1",
+        "def f(caption_length=3): ...",
+        "class CosmosLoss: ...",
+        "clip_loss = 1",
+        '"""As in SigLIP."""',
+        "raise ValueError('CLIP needs pairs')",
+    ],
+)
+def test_the_word_check_finds_what_it_should(line: str) -> None:
+    """Guards the test above."""
+    assert words_of_methods(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "text = path.read_text()",
+        "config.clip_grad = 1.0",
+        'tracker.call("image", step)',
+        '"""Factors by path, as {backbone.text: 0.1}."""',
+        "from rich.progress import TextColumn",
+    ],
+)
+def test_the_word_check_passes_what_it_should(line: str) -> None:
+    assert words_of_methods(line) == []

@@ -1,0 +1,315 @@
+"""Plugins and components: what is refused and who is named, what `distill plugins` prints, that all is documented."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from distill_core import catalogue, hookimpl, hookspecs, recipe
+from distill_core.cli import cli, main
+from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
+from distill_core.errors import PluginError
+from distill_core.registry import Entry, Plugins, Registry
+
+LOCAL = ("distill_core", "distill_towers", "distill_cosmos", "distill_clip", "distill_emoji", "distill_aim")
+
+
+class Good(Loss):
+    """A loss."""
+
+    name = "good"
+
+    def forward(self, outputs):
+        raise NotImplementedError
+
+
+class Same(Good):
+    """Another class of the same name."""
+
+
+class NoName(Loss):
+    """A loss that recipes cannot name."""
+
+    def forward(self, outputs):
+        raise NotImplementedError
+
+
+class NoKind(Component):
+    """A component of no interface."""
+
+    name = "no_kind"
+
+
+class SaysKind(Component):
+    """A component that only says it is a loss."""
+
+    kind = "loss"
+    name = "says_kind"
+
+
+class Unfinished(Loss):
+    """A loss without forward."""
+
+    name = "unfinished"
+
+
+class LaxConfig(Good):
+    """A loss whose options pass over unknown keys."""
+
+    name = "lax"
+
+    class Config(BaseModel):
+        """Not a ComponentConfig."""
+
+
+def plugin(components: Callable[[], Any], name: str = "mine", **attributes: Any) -> ModuleType:
+    """A plugin module as a package would hold it."""
+    module = ModuleType(name)
+    module.distill_components = hookimpl(lambda: components())  # type: ignore[attr-defined]
+    for attribute, value in attributes.items():
+        setattr(module, attribute, value)
+    return module
+
+
+def fails() -> list[type]:
+    raise ImportError("No module named 'numba'")
+
+
+def test_a_registry_of_modules_holds_their_components_alone() -> None:
+    """Would catch a registry that a plugin fills by being imported."""
+    registry = Registry.of(plugin(lambda: [Good]))
+    assert list(registry.entries) == [("loss", "good")]
+    assert registry.get("loss", "good") == Entry(Good, "mine", "mine")
+    assert [entry.cls for entry in registry.named("good")] == [Good]
+
+
+def test_did_you_mean(registry: Registry) -> None:
+    with pytest.raises(KeyError, match=r"no loss named 'contrastiv', did you mean 'contrastive'\?"):
+        registry.get("loss", "contrastiv")
+    with pytest.raises(KeyError, match="'vit' is a component of kind backbone, not loss"):
+        registry.get("loss", "vit")
+    with pytest.raises(KeyError, match=r"no loss named 'zzz' \(there are: .*clip, contrastive"):
+        registry.get("loss", "zzz")
+
+
+def test_two_packages_that_claim_one_name_are_both_named() -> None:
+    """Would catch the last one winning. The same class from two entry points is no conflict."""
+    with pytest.raises(PluginError, match="two packages claim the loss 'good': first and second"):
+        Registry.of(plugin(lambda: [Good], "first"), plugin(lambda: [Same], "second"))
+    assert len(Registry.of(plugin(lambda: [Good], "first"), plugin(lambda: [Good], "second")).entries) == 1
+
+
+def test_a_plugin_for_another_version_of_the_hooks_is_refused_by_name() -> None:
+    with pytest.raises(PluginError) as caught:
+        Plugins().add("mine", plugin(lambda: [Good], distill_api=2), "their-package")
+    assert str(caught.value) == (
+        "plugin 'mine' (package their-package) asks for hooks of version 2; this distill has version 1. "
+        "Install a release of their-package for it, or uninstall it."
+    )
+
+
+def test_a_misspelt_hook_is_refused() -> None:
+    """Would catch a plugin that seems installed and gives nothing."""
+    wrong = SimpleNamespace(distill_componets=hookimpl(lambda: [Good]))
+    with pytest.raises(PluginError, match=r"plugin 'mine' \(package their-package\): unknown hook 'distill_componets'"):
+        Plugins().add("mine", wrong, "their-package")
+
+
+@pytest.mark.parametrize(
+    ("components", "message"),
+    [
+        (fails, "fails to import its components: ImportError: No module named 'numba'. Repair or uninstall mine."),
+        (lambda: None, "fails to import its components: TypeError"),
+        (lambda: [NoName], "package mine: component .*NoName.* needs a `name`"),
+        (lambda: [NoKind], "package mine: component .*NoKind.* needs one of the interfaces"),
+        (lambda: [SaysKind], "package mine: component .*SaysKind.* needs one of the interfaces"),
+        (lambda: ["good"], "package mine: component 'good' needs one of the interfaces"),
+        (lambda: [Unfinished], "package mine: component .*Unfinished.* does not define forward"),
+        (lambda: [LaxConfig], "package mine: component .*LaxConfig.* needs a `Config` that extends"),
+    ],
+)
+def test_what_is_no_component_names_its_package(components: Callable[[], Any], message: str) -> None:
+    """Would catch a traceback in the middle of a run for what is known when the plugin is found."""
+    with pytest.raises(PluginError, match=message):
+        Registry.of(plugin(components))
+
+
+def test_commands_that_fail_name_their_package() -> None:
+    """`distill --help` asks every plugin for its commands: would catch a traceback there."""
+    plugins = Plugins()
+    plugins.add("mine", SimpleNamespace(distill_commands=hookimpl(lambda: fails())), "their-package")
+    with pytest.raises(PluginError, match=r"plugin 'mine' \(package their-package\) fails to import its commands"):
+        plugins.commands()
+
+
+def write_project(folder: Path, name: str, source: str, point: str = "") -> Path:
+    """A package of one module, and its pyproject.toml with an entry point."""
+    module = name.replace("-", "_")
+    (folder / module).mkdir(parents=True)
+    (folder / module / "__init__.py").write_text(source)
+    (folder / "pyproject.toml").write_text(
+        f'[project]\nname = "{name}"\nversion = "1"\n[project.entry-points.distill]\n{point or module} = "{module}"\n'
+    )
+    return folder
+
+
+Install = Callable[[Path, Path], Path]
+
+
+def test_an_entry_point_that_fails_to_import_names_its_package(
+    tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = write_project(tmp_path / "project", "distill-broken-import", "import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(install_plugin(project, tmp_path / "site"))
+    with pytest.raises(PluginError) as caught:
+        Registry.discover()
+    assert str(caught.value) == (
+        "plugin 'distill_broken_import' (package distill-broken-import) fails to import 'distill_broken_import': "
+        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Repair or uninstall distill-broken-import."
+    )
+
+
+def test_two_packages_that_register_one_plugin_are_both_named(
+    tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = write_project(tmp_path / "project", "distill-takes-cosmos", "", point="cosmos")
+    monkeypatch.syspath_prepend(install_plugin(project, tmp_path / "site"))
+    with pytest.raises(PluginError) as caught:
+        Registry.discover()
+    for package in ("distill-takes-cosmos", "distill-framework"):
+        assert package in str(caught.value)
+
+
+def test_built_in_methods_come_through_the_strangers_door(registry: Registry) -> None:
+    """Would catch a component that is registered in any other way than by an entry point of the group."""
+    ours = {point.name: point.value for point in entry_points(group="distill")}
+    assert {"core", "towers", "cosmos", "clip", "emoji", "aim"} <= set(ours)
+    for entry in registry.entries.values():
+        module = ours[entry.plugin].split(".")[0]
+        assert entry.cls.__module__.split(".")[0] == module, f"{entry.cls} was not brought by its own package"
+
+
+def test_the_command_line_lists_every_component(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a component, or its package, missing from the list."""
+    main(["plugins"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for (_, name), entry in registry.entries.items():
+        assert any(name in words and entry.package in words and entry.plugin in words for words in lines), name
+    main(["plugins", "--json"])
+    listed = json.loads(capsys.readouterr().out)
+    assert {(row["kind"], row["name"], row["package"]) for row in listed} == {
+        (kind, name, entry.package) for (kind, name), entry in registry.entries.items()
+    }
+
+
+def test_one_component_prints_its_options(
+    registry: Registry, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a missing option, type, default or docstring."""
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["plugins", "cross_attention"])
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line.strip()}
+    assert out.startswith("cross_attention  (fusion, plugin cosmos of distill-framework)")
+    assert "int 8 Attention heads" in rows["heads"]
+    assert "bool true Attend to real tokens only." in rows["mask_padding"]
+    assert '[str, str] ["image", "text"]' in rows["modalities"]
+    main(["plugins", "multi_crop"])
+    out = capsys.readouterr().out
+    assert "[float, float, float, float] [0.4, 0.4, 0.2, 0.1]" in " ".join(out.split())
+    assert "\nglobal " in out, "options go by the name that recipes use"
+    assert "globals_" not in out
+    main(["plugins", "webdataset"])
+    assert "required" in capsys.readouterr().out
+
+
+def test_an_unknown_component_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plugins", "cros_attention"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "no component named 'cros_attention', did you mean 'cross_attention'?\n"
+
+
+def sections() -> Iterable[type[ComponentConfig]]:
+    """The configs of a recipe's sections."""
+    return [
+        member
+        for member in vars(recipe).values()
+        if isinstance(member, type) and issubclass(member, ComponentConfig) and member is not ComponentConfig
+    ]
+
+
+def test_every_component_option_and_hook_is_documented(registry: Registry) -> None:
+    """Docstrings are what `distill plugins` prints: one that is missing is a bug. Inherited ones do not count."""
+    bare = []
+    for entry in registry.entries.values():
+        if entry.cls.__module__.split(".")[0] not in LOCAL:
+            continue
+        where = f"{entry.cls.kind} {entry.cls.name}"
+        bare += [f"{where}: {cls.__name__}" for cls in (entry.cls, entry.cls.Config) if not vars(cls).get("__doc__")]
+        bare += [f"{where}: {option['name']}" for option in catalogue.options(entry.cls.Config) if not option["doc"]]
+    for section in sections():
+        bare += [] if vars(section).get("__doc__") else [section.__name__]
+        bare += [f"{section.__name__}.{row['name']}" for row in catalogue.options(section) if not row["doc"]]
+    hooks = [hook for name, hook in vars(hookspecs).items() if name.startswith("distill_")]
+    assert hooks
+    bare += [hook.__name__ for hook in hooks if not inspect.getdoc(hook)]
+    for interface in INTERFACES.values():
+        own = [m for m in vars(interface).values() if inspect.isfunction(m) or isinstance(m, classmethod)]
+        names = [m.__name__ for m in own if not m.__name__.startswith("_") and not m.__doc__]
+        bare += [f"{interface.__name__}.{name}" for name in names]
+    for command in cli.commands.values():
+        bare += [] if command.help else [f"command {command.name}"]
+        bare += [f"{command.name} {p.name}" for p in command.params if p.param_type_name == "option" and not p.help]  # type: ignore[attr-defined]
+    assert bare == []
+
+
+def test_an_option_without_a_docstring_would_be_found() -> None:
+    """Guards the test above: pydantic takes docstrings of fields only where the config asks for it."""
+
+    class Config(ComponentConfig):
+        """Two options."""
+
+        bare: int = 1
+        told: int = 2
+        """What it is."""
+
+    assert {row["name"]: row["doc"] for row in catalogue.options(Config)} == {"bare": "", "told": "What it is."}
+
+
+HEAVY = ("torch", "torchvision", "webdataset", "aim", "pydantic", "numpy", "yaml", "rich")
+
+
+def loaded_by(arguments: list[str], modules: Iterable[str]) -> list[str]:
+    """Which of the modules are imported when `distill ARGUMENTS` is through."""
+    code = (
+        "import sys\nfrom distill_core.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        f"print('LOADED', *[name for name in {tuple(modules)!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`distill --help` is to take less than 0.3 s; torch alone takes six times that. Would catch a plugin module (or
+    the core) that imports it outside the hook."""
+    assert loaded_by(["--help"], HEAVY) == []
+
+
+def test_listing_plugins_imports_torch_at_most() -> None:
+    """Component modules import torch; torchvision, webdataset and aim are for inside functions (3.7 s against 1.8)."""
+    assert loaded_by(["plugins"], ("torchvision", "torchdata", "webdataset", "aim", "matplotlib", "transformers")) == []
+
+
+def test_the_installed_command_is_the_one_tested() -> None:
+    (script,) = entry_points(group="console_scripts", name="distill")
+    assert script.load() is main

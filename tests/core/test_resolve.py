@@ -1,0 +1,411 @@
+"""YAML to a checked recipe: where errors point, that all come at once, strict types, what components need."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill_core import hookimpl
+from distill_core.components import Backbone, ComponentConfig, Dims, Loss, LossConfig, Needs
+from distill_core.errors import RecipeErrors
+from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.resolve import load_recipe, parse_recipe
+
+BASE = """\
+augment:
+  image: {name: multi_crop, size: 16, local_size: 8, global: 2, local: 1}
+  text: {name: text_crop, global: 2, local: 1}
+backbone:
+  image: {name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}
+  text: {name: clip_text, width: 16, layers: 1, heads: 2, dim: 16}
+fusion: {name: cross_attention, heads: 2}
+loss:
+  - {name: contrastive}
+  - {name: cross_modal_distillation}
+teacher: {momentum: 0.9}
+data:
+  source: {name: webdataset, urls: x.tar}
+train: {steps: 4}
+evaluate:
+  tasks: [retrieval]
+"""
+
+Check = Callable[..., Recipe]
+
+
+@pytest.fixture
+def check(registry: Registry) -> Check:
+    """The base recipe (or `text`) with overrides."""
+
+    def parse(*overrides: str, text: str = BASE, **options: bool) -> Recipe:
+        return parse_recipe(text, "r.yaml", registry=registry, overrides=overrides, **options)
+
+    return parse
+
+
+@pytest.fixture
+def errors(check: Check) -> Callable[..., list[str]]:
+    def lines(*overrides: str, text: str = BASE, **options: bool) -> list[str]:
+        with pytest.raises(RecipeErrors) as caught:
+            check(*overrides, text=text, **options)
+        assert str(caught.value).splitlines() == caught.value.lines, "each error is one line"
+        return caught.value.lines
+
+    return lines
+
+
+Errors = Callable[..., list[str]]
+
+
+def test_all_errors_of_a_file_at_once_with_their_lines(errors: Errors) -> None:
+    """The example of the architecture page. Would catch a check that stops at the first error, or a wrong line."""
+    text = """\
+augment: {image: multi_crop, text: text_crop}
+backbone: {image: vit, text: clip_text}
+data: {source: {name: webdataset, urls: x.tar}}
+train: {steps: 3}
+fusion: {name: cross_attention,
+  heads: many}
+loss: [contrastive,
+  cross_modal_distilation,
+  cross_modal_distillation]
+"""
+    assert errors(text=text) == [
+        "r.yaml:6: fusion.heads: Input should be a valid integer, got 'many'",
+        "r.yaml:8: loss.1: no loss named 'cross_modal_distilation', did you mean 'cross_modal_distillation'?",
+        "r.yaml:9: loss.2: 'cross_modal_distillation' needs a teacher; this recipe has none",
+    ]
+
+
+def test_an_empty_file_names_every_section_that_it_lacks(errors: Errors) -> None:
+    assert errors(text="") == [
+        f"r.yaml:1: {section}: is required and not given"
+        for section in ("augment", "backbone", "data", "loss", "train")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.steps=1", "trian: unknown option 'trian', did you mean 'train'?"),
+        ("train.stepps=1", "train.stepps: unknown option 'stepps', did you mean 'steps'?"),
+        ("train.checkpoint.kep=1", "train.checkpoint.kep: unknown option 'kep', did you mean 'keep'?"),
+        ("teacher.momentun=1", "teacher.momentun: unknown option 'momentun', did you mean 'momentum'?"),
+        ("fusion.haeds=1", "fusion.haeds: unknown option 'haeds', did you mean 'heads'?"),
+        ("loss.1.wieght=1", "loss.1.wieght: unknown option 'wieght', did you mean 'weight'?"),
+        # the option is written `global`; its Python name must neither be taken nor proposed
+        ("augment.image.globals_=1", "augment.image.globals_: unknown option 'globals_', did you mean 'global'?"),
+        ("fusion=cros_attention", "fusion: no fusion named 'cros_attention', did you mean 'cross_attention'?"),
+        ("data.source.name=webdatset", "data.source: no source named 'webdatset', did you mean 'webdataset'?"),
+        ("fusion=contrastive", "fusion: 'contrastive' is a component of kind loss, not fusion"),
+        ("loss.0={id: x}", "loss.0: needs a name: a component of kind loss, as {name: ...}"),
+    ],
+)
+def test_did_you_mean(errors: Errors, override: str, message: str) -> None:
+    """Would catch an unknown key that is passed over, and an error of an override that points into the file."""
+    assert errors(override) == [f"--set {override.partition('=')[0]}: {message}"]
+
+
+def test_did_you_mean_for_files(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "cosmos_tiny.yaml").write_text("")
+    with pytest.raises(RecipeErrors, match=r"cosmos_tinny.yaml: no such recipe, did you mean 'cosmos_tiny.yaml'\?$"):
+        load_recipe(tmp_path / "cosmos_tinny.yaml", registry=registry)
+    with pytest.raises(RecipeErrors, match=r"none/x.yaml: no such recipe$"):
+        load_recipe(tmp_path / "none" / "x.yaml", registry=registry)
+    with pytest.raises(RecipeErrors, match="cannot be read"):
+        load_recipe(tmp_path, registry=registry)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.clip_grad=off", "Input should be a valid number, got 'off'"),  # lax pydantic over YAML 1.1: 0.0
+        ("train.clip_grad=true", "Input should be a valid number, got True"),
+        ("fusion.heads=true", "Input should be a valid integer, got True"),
+        ('fusion.heads="12"', "Input should be a valid integer, got '12'"),
+        ("fusion.heads=2.0", "Input should be a valid integer, got 2.0"),
+        ("fusion.heads=null", "Input should be a valid integer, got None"),
+        ("fusion.form=fast", "Input should be 'auto', 'projected', 'absorbed' or 'reference', got 'fast'"),
+        ("fusion.mask_padding=1", "Input should be a valid boolean, got 1"),
+        ("fusion.modalities=image", "Input should be a valid array, got 'image'"),
+        ("teacher.momentum=1.5", "Input should be less than or equal to 1, got 1.5"),
+        ("loss.0.weight=.nan", "Input should be greater than or equal to 0, got nan"),
+        ("train.steps=0", "Input should be greater than 0, got 0"),
+        ("name=a/b", "String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a/b'"),
+        ("train=null", "Input should be an object, got None"),
+        ("data.source=null", "Input should be an object, got None"),
+        ("train.optimizer=null", "Input should be an object, got None"),
+        ("teacher=3", "Input should be an object, got 3"),
+        ("loss=contrastive", "Input should be a valid array, got 'contrastive'"),
+        # unions: one line, and of its branches the one that fits best
+        ("data.source.urls=3", "Input should be a valid string or a valid array or an object, got 3"),
+        ("train.schedule.warmup=1.5", "Input should be a valid integer or less than 1, got 1.5"),
+    ],
+)
+def test_strict_types(errors: Errors, override: str, message: str) -> None:
+    """Would catch a coercion that trains another recipe than the one written, and an error without its path."""
+    path = override.partition("=")[0]
+    found = [line for line in errors(override) if line.startswith(f"--set {path}: ")]
+    assert found == [f"--set {path}: {path}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("augment.image.jitter=[0.4, 0.4, 0.2]", "augment.image.jitter.3"),
+        ("augment.image.jitter=[0.4, 0.4, 0.2, 0.9]", "augment.image.jitter.3"),
+        ("data.source.urls=[a, 3]", "data.source.urls.1"),
+        ("data.source.urls={a: [x, 3]}", "data.source.urls.a.1"),
+        ("evaluate.tasks=[{name: retrieval, ks: [1, 0]}]", "evaluate.tasks.0.ks.1"),
+    ],
+)
+def test_errors_inside_a_value_have_its_whole_path(errors: Errors, override: str, path: str) -> None:
+    (line,) = errors(override)
+    assert line.startswith(f"--set {override.partition('=')[0]}: {path}: ")
+
+
+def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
+    """Would catch strictness that refuses what a person writes."""
+    recipe = check("train.steps=1e3", "train.clip_grad=1", "train.optimizer.lr=5e-4", "train.optimizer.betas=[0, .98]")
+    assert recipe.train.steps == 1000
+    assert type(recipe.train.steps) is int
+    assert recipe.optimizer.config.lr == 5e-4
+    assert recipe.optimizer.config.betas == (0.0, 0.98)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["teacher=null"], ["r.yaml:10: loss.1: 'cross_modal_distillation' needs a teacher; this recipe has none"]),
+        (
+            ["fusion=null"],
+            ["r.yaml:10: loss.1: 'cross_modal_distillation' needs fused views; this recipe has no fusion"],
+        ),
+        (
+            ["teacher.modalities=[image]"],
+            [
+                "r.yaml:10: loss.1: 'cross_modal_distillation' needs a teacher of 'text'; this recipe's teacher sees "
+                "none of its views"
+            ],
+        ),
+        (
+            ["loss.0.modalities=[image, txt]"],
+            ["r.yaml:9: loss.0: 'contrastive' needs a modality 'txt', did you mean 'text'?"],
+        ),
+        (
+            ["augment.audio=multi_crop"],
+            ["--set augment.audio: augment.audio: 'audio' has no entry in backbone; a modality needs both"],
+        ),
+        (
+            ["backbone.audio=vit"],
+            ["--set backbone.audio: backbone.audio: 'audio' has no entry in augment; a modality needs both"],
+        ),
+        (
+            ["augment.text=null"],
+            ["r.yaml:6: backbone.text: 'text' has no entry in augment; a modality needs both"],
+        ),
+        (
+            ["fusion.heads=3"],
+            ["r.yaml:7: fusion: 'cross_attention' has 3 heads, which do not divide the embedding width 16"],
+        ),
+        (
+            ["backbone.text.dim=8"],
+            [
+                "r.yaml:7: fusion: 'cross_attention' needs one embedding width; the backbones have "
+                "{'image': 16, 'text': 8}"
+            ],
+        ),
+        (["fusion.modalities=[image, image]"], ["r.yaml:7: fusion: 'cross_attention' needs two different modalities"]),
+        (
+            ["loss.2=contrastive"],
+            ["--set loss.2: loss.2: a second 'contrastive': give it an `id:` of its own"],
+        ),
+        (
+            ["evaluate.tasks.1=retrieval"],
+            ["--set evaluate.tasks.1: evaluate.tasks.1: a second 'retrieval': give it an `id:` of its own"],
+        ),
+        (["train.steps=null"], ["r.yaml:14: train: give `steps` or `epochs`"]),
+        (
+            ["train.checkpoint.best=student/retrieval/M"],
+            [
+                "--set train.checkpoint.best: train.checkpoint.best: needs `evaluate.every`: scores on the "
+                "validation split"
+            ],
+        ),
+        (["backbone.image.patch=7"], ["r.yaml:5: backbone.image: image_size 16 is not a multiple of patch 7"]),
+        (["loss.0.id=a.b"], ["--set loss.0.id: loss.0.id: an id is a word without dots, got 'a.b'"]),
+        (
+            ["evaluate.tasks=[{name: retrieval, modalities: [image, audio]}]"],
+            ["--set evaluate.tasks: evaluate.tasks.0: 'retrieval' needs a modality 'audio' (there are: image, text)"],
+        ),
+    ],
+)
+def test_what_components_need_of_one_another(errors: Errors, overrides: list[str], messages: list[str]) -> None:
+    """Each would otherwise fail (or train something else) after the data is read. Would catch the check's absence."""
+    assert errors(*overrides) == messages
+
+
+class _PooledConfig(ComponentConfig):
+    """No options."""
+
+
+class _Pooled(Backbone):
+    """A backbone without tokens."""
+
+    name = "pooled_only"
+    Config = _PooledConfig
+
+    @classmethod
+    def dims(cls, config):
+        return Dims(16, 16, has_tokens=False)
+
+    @classmethod
+    def collator(cls, config):
+        raise NotImplementedError
+
+    def encode(self, x, *, tokens, token_mask):
+        raise NotImplementedError
+
+
+class _LocalLoss(Loss):
+    """A loss that reads local views, a later view's tokens and the teacher's tokens."""
+
+    name = "local_loss"
+    Config = LossConfig
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(views={"text": {"local": 3}}, tokens={"image": (2, 5)}, teacher_tokens={"text": (0,)})
+
+    def forward(self, outputs):
+        raise NotImplementedError
+
+
+class _Plugin:
+    @staticmethod
+    @hookimpl
+    def distill_components():
+        return [_Pooled, _LocalLoss]
+
+
+def test_needs_of_tokens_and_local_views(registry: Registry) -> None:
+    """Would catch a need that is declared and never checked: tokens, the teacher's tokens, views by role."""
+    more = Registry([*registry.entries.values(), *Registry.of(_Plugin).entries.values()])
+    with pytest.raises(RecipeErrors) as caught:
+        parse_recipe(
+            BASE, "r.yaml", registry=more, overrides=["loss=[local_loss]", "backbone.text={name: pooled_only}"]
+        )
+    assert caught.value.lines == [
+        "r.yaml:7: fusion: 'cross_attention' needs tokens of 'text'; its backbone gives none",
+        "--set loss: loss.0: 'local_loss' needs 3 local view(s) of 'text'; its augmentation makes 1",
+        "--set loss: loss.0: 'local_loss' needs the tokens of view 5 of 'image'; it has 3 views",
+        "--set loss: loss.0: 'local_loss' needs tokens of 'text'; its backbone gives none",
+    ]
+    enough = ["loss=[local_loss]", "augment.text.local=3", "augment.image.local=4"]
+    recipe = parse_recipe(BASE, "r.yaml", registry=more, overrides=enough)
+    assert recipe.plan.modalities["text"].views("local") == (2, 3, 4)
+
+
+def test_a_broken_component_does_not_hide_or_double_other_errors(errors: Errors) -> None:
+    """Would catch follow-on errors ("needs a modality") for a backbone whose options alone are wrong."""
+    assert errors("backbone.text.width=x", "loss.1.wieght=2") == [
+        "--set backbone.text.width: backbone.text.width: Input should be a valid integer, got 'x'",
+        "--set loss.1.wieght: loss.1.wieght: unknown option 'wieght', did you mean 'weight'?",
+    ]
+
+
+def test_every_bad_override_is_reported(errors: Errors) -> None:
+    assert errors("train.steps", "loss.9.weight=1") == [
+        "--set train.steps: write it as path=value, for example loss.1.weight=0.5",
+        "--set loss.9.weight: loss.9.weight: the list has no item 9; it has 2, counted from 0",
+    ]
+
+
+@pytest.mark.parametrize("word", ["null", "none", "None", "~"])
+def test_null_removes_nodes(check: Check, word: str) -> None:
+    """Would catch `none` taken for the name of a component, and a removed node that is still built."""
+    recipe = check(*(f"{path}={word}" for path in ("fusion", "loss.1", "teacher", "tracking", "evaluate")))
+    assert (recipe.fusion, recipe.teacher, recipe.tracking) == (None, None, None)
+    assert [node.id for node in recipe.loss] == ["contrastive"]
+    assert list(recipe.tasks) == []
+    assert all(modality.teacher_views == () for modality in recipe.plan.modalities.values())
+
+
+def test_removing_the_last_loss_is_refused(errors: Errors) -> None:
+    assert "no loss is left" in errors("loss.0=null", "loss.1=null")[0]
+
+
+def test_null_in_the_file_can_be_set_again(check: Check) -> None:
+    """Would catch a section that `null` makes unreachable for --set."""
+    text = BASE.replace("teacher: {momentum: 0.9}", "teacher: null").replace(
+        "evaluate:\n  tasks: [retrieval]", "evaluate: none"
+    )
+    recipe = check("teacher.momentum=0.5", "evaluate.tasks.0=retrieval", text=text)
+    assert recipe.teacher is not None
+    assert recipe.teacher.momentum == 0.5
+    assert [node.id for node in recipe.tasks] == ["retrieval"]
+
+
+def test_bare_names_take_options_of_overrides(check: Check) -> None:
+    """`retrieval` is `{name: retrieval}`. Would catch "has no parts to set", in the file's names and in --set's own."""
+    recipe = check("evaluate.tasks.retrieval.ks=[2]", "loss.2=clip", "loss.2.weight=0.5", "loss.clip.max_scale=50")
+    assert recipe.tasks[0].config.ks == (2,)
+    assert (recipe.loss[2].config.weight, recipe.loss[2].config.max_scale) == (0.5, 50.0)
+
+
+def test_a_text_option_is_not_taken_for_a_bare_name(errors: Errors) -> None:
+    """Would catch `urls` (a text, or a mapping of sets) turning into a set called `name` under an override."""
+    assert errors("data.source.urls.extra=y.tar") == [
+        "--set data.source.urls.extra: data.source.urls.extra: data.source.urls has no parts to set"
+    ]
+
+
+def test_options_of_defaults_need_no_name(check: Check) -> None:
+    """Would catch `--set train.optimizer.lr=1e-3` asking for the name that the recipe has by default."""
+    recipe = check("train.optimizer.lr=1e-2", "train.schedule.warmup=3", "tracking.experiment=x")
+    assert (recipe.optimizer.cls.name, recipe.optimizer.config.lr) == ("adamw", 1e-2)
+    assert (recipe.schedule.cls.name, recipe.schedule.config.warmup) == ("warmup_cosine", 3)
+    assert recipe.tracking is not None
+    assert (recipe.tracking.cls.name, recipe.tracking.config.experiment) == ("aim", "x")
+
+
+def test_an_id_names_a_second_loss(check: Check) -> None:
+    recipe = check("loss.2={name: contrastive, id: again}", "loss.again.weight=0.25")
+    assert [(node.id, node.config.weight) for node in recipe.loss] == [
+        ("contrastive", 1.0),
+        ("cross_modal_distillation", 1.0),
+        ("again", 0.25),
+    ]
+
+
+UNSET = "the environment variable DISTILL_TEST_UNSET is not set; set it, or give a value with --set"
+
+
+def test_an_unset_variable_stops_a_run_and_warns_validate(
+    check: Check, errors: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch shards named `${CC3M}/...` being looked for, and a validate that needs the user's machine."""
+    monkeypatch.delenv("DISTILL_TEST_UNSET", raising=False)
+    text = BASE.replace("urls: x.tar", "urls: '${DISTILL_TEST_UNSET}/x.tar'")
+    line = f"r.yaml:13: data.source.urls: {UNSET}"
+    assert errors(text=text) == [line]
+    assert list(check(text=text, allow_unset=True).warnings) == [line]
+    assert check("data.source.urls=y.tar", text=text).source.config.urls == "y.tar"
+    monkeypatch.setenv("DISTILL_TEST_UNSET", "/data")
+    assert check(text=text).source.config.urls == "/data/x.tar"
+
+
+def test_a_variable_may_be_a_number(check: Check, errors: Errors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a number of the environment that stays text, and one that is unset blamed on its type."""
+    monkeypatch.setenv("DISTILL_TEST_N", "12")
+    assert check("data.batch_size=${DISTILL_TEST_N}").data.batch_size == 12
+    monkeypatch.delenv("DISTILL_TEST_UNSET", raising=False)
+    line = f"--set data.batch_size: data.batch_size: {UNSET}"
+    assert errors("data.batch_size=${DISTILL_TEST_UNSET}") == [line]
+    assert errors("data.batch_size=${DISTILL_TEST_UNSET}", allow_unset=True) == [line]
+
+
+def test_a_variable_may_name_a_component(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTILL_TEST_LOSS", "clip")
+    assert [node.id for node in check("loss=['${DISTILL_TEST_LOSS}']").loss] == ["clip"]

@@ -1,0 +1,265 @@
+"""Bad input through the command line: each is one clear line on stderr, exit code 2, and nothing left behind."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distill_core.cli import main
+
+
+@dataclass
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Distill = Callable[..., Ended]
+
+
+@pytest.fixture
+def distill(
+    tmp_path: Path, tiny_recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Distill:
+    """`distill ARGUMENTS` in the folder of the tiny recipe; any exception but SystemExit is a traceback to a user."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Ended:
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        assert isinstance(code, int), "an exit code, not a message"
+        return Ended(code, out, err)
+
+    return run
+
+
+def one_line(ended: Ended) -> str:
+    """The only line of an error."""
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tinny.yaml"], "tinny.yaml: no such recipe, did you mean 'tiny.yaml'?"),
+        (["shards"], "shards: cannot be read: [Errno 21] Is a directory: 'shards'"),
+        (
+            ["tiny.yaml", "--set", "trian.steps=1"],
+            "--set trian.steps: trian: unknown option 'trian', did you mean 'train'?",
+        ),
+        (
+            ["tiny.yaml", "--set", "train.steps=off"],
+            "--set train.steps: train.steps: Input should be a valid integer, got 'off'",
+        ),
+        (
+            ["tiny.yaml", "--set", "loss.0=contrastve"],
+            "--set loss.0: loss.0: no loss named 'contrastve', did you mean 'contrastive'?",
+        ),
+        (
+            ["tiny.yaml", "--set", "teacher=null"],
+            "tiny.yaml:10: loss.1: 'cross_modal_distillation' needs a teacher; this recipe has none",
+        ),
+        (
+            ["tiny.yaml", "--set", "data.source.urls=${DISTILL_TEST_UNSET}/x.tar"],
+            "--set data.source.urls: data.source.urls: the environment variable DISTILL_TEST_UNSET is not set; set it, "
+            "or give a value with --set",
+        ),
+        (
+            ["tiny.yaml", "--set", "data.source.urls=gone-{0..9}.tar"],
+            "10 of 10 shards do not exist: gone-0.tar, gone-1.tar, gone-2.tar and 7 more. Check data.source, and the "
+            "variables in it.",
+        ),
+        (
+            ["tiny.yaml", "--set", "data.source.test=gone.tar"],
+            "1 of 1 shards do not exist: gone.tar. Check data.source, and the variables in it.",
+        ),
+        (["tiny.yaml", "--set", "data.source.urls=[]"], "no shards: the data source names none"),
+        (
+            ["tiny.yaml", "--set", "freeze=[backbone.txt]"],
+            "freeze: 'backbone.txt' names no part of the model, did you mean 'backbone.text'?",
+        ),
+        (
+            ["tiny.yaml", "--set", "init.0={name: weights, source: gone.pt}"],
+            "init: gone.pt: no such file or run folder",
+        ),
+        (
+            ["tiny.yaml", "--set", "train={epochs: 1}", "--set", "data.source.samples=null"],
+            "train.epochs: the data source does not say how many samples it has; give `data.source.samples`, or "
+            "train.steps",
+        ),
+    ],
+)
+def test_a_run_that_cannot_begin(
+    distill: Distill, arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Would catch a traceback, another exit code, a vaguer line, and a run folder of a run that never was."""
+    monkeypatch.delenv("DISTILL_TEST_UNSET", raising=False)
+    assert one_line(distill("run", *arguments)) == line
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"", "{}: the shard is empty. Write it again, or leave it out of data.source."),
+        (b"\0" * 10240, "{}: the shard is empty. Write it again, or leave it out of data.source."),
+        (
+            b"not a tar file" * 100,
+            "{}: not a readable tar file: file could not be opened successfully. Write it again, or leave it out.",
+        ),
+    ],
+    ids=["no bytes", "a tar of nothing", "no tar"],
+)
+def test_shards_that_hold_nothing(distill: Distill, tmp_path: Path, content: bytes, line: str) -> None:
+    """Among good shards. Would catch one that is passed over without a word, and tarfile's report of many lines."""
+    shard = tmp_path / "shards" / "train-999.tar"
+    shard.write_bytes(content)
+    assert one_line(distill("run", "tiny.yaml", "--quiet")) == line.format(shard)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_shard_cut_off_in_its_first_sample(distill: Distill, tmp_path: Path) -> None:
+    """Its header is whole, so that only reading it tells; with a worker, so that the worker's error must travel."""
+    whole = (tmp_path / "shards" / "train-000.tar").read_bytes()
+    shard = tmp_path / "cut.tar"
+    shard.write_bytes(whole[:700])
+    line = one_line(
+        distill("run", "tiny.yaml", "--quiet", "--set", f"data.source.urls={shard}", "--set", "data.workers=1")
+    )
+    assert line == f"{shard}: cannot be read: unexpected end of data"
+
+
+def test_every_error_of_a_file_is_a_line(distill: Distill, tmp_path: Path) -> None:
+    text = (tmp_path / "tiny.yaml").read_text()
+    broken = (
+        text.replace("heads: 2}\nloss", "heds: 2}\nloss")
+        .replace("momentum: 0.9", "momentum: 9")
+        .replace("steps: 4", "steps: x")
+    )
+    (tmp_path / "broken.yaml").write_text(broken)
+    ended = distill("run", "broken.yaml")
+    assert ended.code == 2
+    assert ended.err.splitlines() == [
+        "broken.yaml:7: fusion.heds: unknown option 'heds', did you mean 'heads'?",
+        "broken.yaml:11: teacher.momentum: Input should be less than or equal to 1, got 9",
+        "broken.yaml:18: train.steps: Input should be a valid integer, got 'x'",
+    ]
+
+
+def test_validate_reports_all_files_and_warns_of_unset_variables(
+    distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a check that stops at the first file, and one that needs the variables of the machine it runs on."""
+    monkeypatch.delenv("DISTILL_TEST_UNSET", raising=False)
+    text = (tmp_path / "tiny.yaml").read_text()
+    (tmp_path / "unset.yaml").write_text(text.replace(f"{tmp_path}/shards/train", "${DISTILL_TEST_UNSET}/train"))
+    warning = (
+        "warning: unset.yaml:13: data.source.urls: the environment variable DISTILL_TEST_UNSET is not set; set it, or "
+        "give a value with --set\n"
+    )
+    assert distill("validate", "unset.yaml", "tiny.yaml") == Ended(0, "unset.yaml: ok\ntiny.yaml: ok\n", warning)
+    ended = distill("validate", "gone.yaml", "tiny.yaml", "--set", "seed=1")
+    assert (ended.code, ended.out) == (2, "tiny.yaml: ok\n")
+    assert ended.err.startswith("gone.yaml: no such recipe")
+
+
+def test_show_prints_a_recipe(distill: Distill, tmp_path: Path) -> None:
+    """Would catch warnings or progress mixed into what `distill show x > y` writes."""
+    shown = distill("show", "tiny.yaml", "--set", "seed=3")
+    assert (shown.code, shown.err) == (0, "")
+    (tmp_path / "shown.yaml").write_text(shown.out)
+    assert distill("show", "shown.yaml").out == shown.out
+    assert "seed: 3\n" in shown.out
+
+
+@pytest.mark.parametrize("command", ["resume", "eval"])
+def test_a_folder_that_is_no_run(distill: Distill, tmp_path: Path, command: str) -> None:
+    assert one_line(distill(command, "shards")) == "shards: not a run folder (it holds no recipe.yaml)"
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    shutil.copy(tmp_path / "tiny.yaml", tmp_path / "runs" / "first" / "recipe.yaml")
+    assert one_line(distill(command, "runs/frist")) == (
+        "runs/frist: not a run folder (it holds no recipe.yaml), did you mean 'first'?"
+    )
+    assert one_line(distill(command, "runs/first")) == "runs/first: no checkpoint 'last': the run has saved none yet"
+
+
+def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> None:
+    """One finished run, and all that `eval` and `resume` may be given amiss."""
+    assert distill("run", "tiny.yaml", "--quiet", "--set", "train.steps=2").code == 0
+    for arguments, line in [
+        (["--split", "nope"], "nothing to score: no task in `evaluate`, or the data source has no split 'nope'"),
+        (["--checkpoint", "7"], "runs/tiny: no checkpoint '7'; there are 2"),
+        (["--checkpoint", "best"], "runs/tiny: no checkpoint 'best'; there are 2"),
+        (["--checkpoint", "frist"], "runs/tiny: no checkpoint 'frist'; there are 2"),
+        (["--set", "evaluate.split"], "--set evaluate.split: write it as path=value, for example loss.1.weight=0.5"),
+        (
+            ["--set", "backbone.image.width=32"],
+            "runs/tiny: the checkpoint does not fit the recipe (as --set changes it): size mismatch for "
+            "backbone.image.class_embedding: copying a param with shape torch.Size([16]) from checkpoint, the shape in "
+            "current model is torch.Size([32]).",
+        ),
+    ]:
+        assert one_line(distill("eval", "runs/tiny", *arguments)) == line
+    (checkpoint,) = (tmp_path / "runs" / "tiny" / "checkpoints").glob("*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    for command in ("eval", "resume"):
+        line = one_line(distill(command, "runs/tiny"))
+        assert line.startswith("runs/tiny/checkpoints/step-00000002.pt: cannot be read (")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["rnu"], "Error: No such command 'rnu'."),
+        (["run"], "Error: Missing argument 'RECIPE'."),
+        (["run", "tiny.yaml", "--stes", "3"], "Error: No such option"),
+    ],
+)
+def test_a_command_line_that_is_not_one(distill: Distill, arguments: list[str], line: str) -> None:
+    ended = distill(*arguments)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith(line)
+
+
+@pytest.mark.parametrize("command", [["run", "tiny.yaml"], ["plugins"], ["--help"]])
+def test_a_plugin_that_fails_to_import(
+    tiny_recipe: Path, tmp_path: Path, install_plugin: Callable[[Path, Path], Path], command: list[str]
+) -> None:
+    """As a user meets it, in a process of its own. Would catch a plugin left out without a word, or a traceback."""
+    package = tmp_path / "project" / "distill_broken"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('built for another torch')\n")
+    (package.parent / "pyproject.toml").write_text(
+        '[project]\nname = "distill-broken"\nversion = "1"\n[project.entry-points.distill]\nbroken = "distill_broken"\n'
+    )
+    site = install_plugin(package.parent, tmp_path / "site")
+    done = subprocess.run(
+        [sys.executable, "-m", "distill_core.cli", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert one_line(Ended(done.returncode, done.stdout, done.stderr)) == (
+        "plugin 'broken' (package distill-broken) fails to import 'distill_broken': RuntimeError: built for another "
+        "torch. Repair or uninstall distill-broken."
+    )

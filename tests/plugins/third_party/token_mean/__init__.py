@@ -1,0 +1,12 @@
+"""A fusion and a loss from outside: what a stranger's plugin looks like."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components():
+    from token_mean.components import Agreement, TokenMean
+
+    return [TokenMean, Agreement]

@@ -1,0 +1,53 @@
+from torch import nn
+from torch.nn.functional import normalize
+
+from distill_core.components import FusionHead, Loss, LossConfig, Needs
+from distill_core.types import Fused
+
+
+class TokenMean(FusionHead):
+    """fused[m] = normalise(pooled[m] + map(mean of the other modality's tokens of view 0))."""
+
+    name = "token_mean"
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.map = nn.ModuleDict({m: nn.Linear(p.width, p.dim) for m, p in plan.modalities.items()})
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(tokens=dict.fromkeys(plan.modalities, (0,)))
+
+    def forward(self, features):
+        (a, fa), (b, fb) = features.items()
+        fused = {
+            a: self.pool(b, fa.pooled, fb.tokens[0], fb.masks.get(0)),
+            b: self.pool(a, fb.pooled, fa.tokens[0], fa.masks.get(0)),
+        }
+        return Fused({m: normalize(x.float(), dim=-1) for m, x in fused.items()})
+
+    def pool(self, modality, queries, tokens, mask=None):
+        real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
+        mean = (tokens * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return queries + self.map[modality](mean)
+
+
+class AgreementConfig(LossConfig):
+    power: float = 1.0
+    """Exponent of the distance."""
+
+
+class Agreement(Loss):
+    """Mean of (1 - cosine(student view, its fused view)) ** power."""
+
+    name = "agreement"
+    Config = AgreementConfig
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(fused=True)
+
+    def forward(self, outputs):
+        cosine = sum((outputs.embedding(f"student.{m}") * outputs.embedding(f"fused.{m}")).sum(-1).mean()
+                     for m in outputs.student) / len(outputs.student)  # fmt: skip
+        return {"agreement": (1 - cosine) ** self.config.power}, {"cosine": cosine.detach()}

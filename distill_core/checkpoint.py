@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill_core.errors import UserError
 
@@ -77,3 +78,15 @@ class Checkpoints:
         if state.get("version") != VERSION:
             raise UserError(f"{path}: written in format {state.get('version')!r}; this distill reads format {VERSION}")
         return state
+
+
+def load_into(module: nn.Module, state: dict[str, Any], what: str) -> None:
+    """`module.load_state_dict(state)`. Raises `UserError`, which begins with `what`, when they do not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(
+            f"{what}: the checkpoint does not fit the recipe (has recipe.yaml been changed, or --set given?): "
+            f"{lines[1 if len(lines) > 1 else 0].strip()[:200]}"
+        ) from error

@@ -140,7 +140,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     """Score a run's checkpoint with the recipe's evaluation tasks."""
     import json
 
-    from distill_core.checkpoint import Checkpoints
+    from distill_core.checkpoint import Checkpoints, load_into
     from distill_core.display import print_scores
     from distill_core.evaluate.run import evaluate
     from distill_core.model import models_of, run_recipe
@@ -152,11 +152,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     device = resolve_device(recipe.train.device)
     set_threads(recipe.train.threads, 0, device)
     objective = Objective.from_recipe(recipe)
-    try:
-        objective.load_state_dict(Checkpoints(Path(folder)).read(checkpoint)["objective"])
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{folder}: the checkpoint does not fit the recipe (as --set changes it): {first}") from error
+    load_into(objective, Checkpoints(Path(folder)).read(checkpoint)["objective"], folder)
     objective.to(device)
     source = (recipe.evaluate_source or recipe.source).build()
     source.prepare()

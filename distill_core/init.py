@@ -46,23 +46,27 @@ class Weights(Initializer):
         given = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
         if not to:
             wanted |= {name for name in given if name.startswith("teacher.") and name in own}
-        wrong = [
+        shapes = [
             f"{name}: shape {list(given[name].shape)}, this model has {list(own[name].shape)}"
             for name in sorted(wanted & set(given))
             if given[name].shape != own[name].shape
         ]
-        if self.config.strict:
-            wrong += [f"{name}: missing" for name in sorted(wanted - set(given))]
-            wrong += [f"{name}: not in this model" for name in sorted(set(given) - wanted)]
+        missing = [f"{name}: missing" for name in sorted(wanted - set(given))]
+        unknown = [f"{name}: not in this model" for name in sorted(set(given) - wanted)]
+        # some of each kind: a wrong prefix shows in what is missing beside what is unknown
+        wrong = _some(shapes) + (_some(missing) + _some(unknown) if self.config.strict else [])
         if not wanted:
             wrong = [f"{to!r} names no part of the model"]
         if wrong:
-            more = [f"... and {len(wrong) - 10} more"] if len(wrong) > 10 else []
-            raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong[:10] + more))
+            raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong))
         taken = wanted & set(given)
         objective.load_state_dict({name: given[name] for name in taken}, strict=False)
         rest = f"; {len(wanted - taken)} of this model keep their first weights" if wanted - taken else ""
         return f"{source}: {len(taken)} tensors into {to or 'the model'}{rest}"
+
+
+def _some(lines: list[str], most: int = 4) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more like it"]
 
 
 def _read(path: Path, checkpoint: str) -> tuple[dict[str, Tensor], bool]:

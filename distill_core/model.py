@@ -46,13 +46,13 @@ class Model:
 
     def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
         """Embeddings [N, D] of N items (pictures as paths, bytes, arrays or PIL images; texts as str), L2-normalised,
-        fp32, on the CPU.
+        fp32, on the CPU. What is no collection, or is a str or bytes, is one item.
 
         Raises `UserError` for a modality the recipe lacks, or an item that cannot be read.
         """
         if modality not in self.backbone:
             raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
-        if isinstance(items, str | bytes):
+        if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
         parts, waiting = [], []
         for i, item in enumerate(items):
@@ -106,7 +106,7 @@ def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str,
 
 def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
     """See `distill_core.load`."""
-    from distill_core.checkpoint import Checkpoints
+    from distill_core.checkpoint import Checkpoints, load_into
 
     folder = Path(run)
     recipe = run_recipe(folder, Registry.discover())
@@ -119,7 +119,7 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
         }
         if not own:
             raise UserError(f"{folder}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
-        module.load_state_dict(own)
+        load_into(module, own, str(folder))
         module.to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from distill_core import distributed
-from distill_core.checkpoint import Checkpoints
+from distill_core.checkpoint import Checkpoints, load_into
 from distill_core.data.loader import Loader
 from distill_core.display import Display
 from distill_core.errors import TrainingStopped, UserError
@@ -146,7 +146,7 @@ class Trainer:
         state = self.checkpoints.read("last")
         if len(state["ranks"]) != self.world:
             raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
-        self.objective.load_state_dict(state["objective"])
+        load_into(self.objective, state["objective"], str(self.folder.path))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]

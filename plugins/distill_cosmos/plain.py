@@ -151,7 +151,7 @@ def losses(
     timed("fusion")
 
     def views(x: Tensor) -> list[Tensor]:
-        return list(normalize(x.float(), dim=-1).split(batch))
+        return list(torch.split(normalize(x.float(), dim=-1), batch))
 
     with torch.autocast(crops[0].device.type, enabled=False):
         scale, distill_scale = student.logit_scale.exp(), student.distill_logit_scale.exp()

@@ -1,0 +1,264 @@
+"""Time and peak memory of cross-attention pooling and of its attention, forward + backward.
+
+    python kernels/bench/bench_cross_attention.py               # -> kernels/bench/cross_attention.csv
+    python kernels/bench/bench_cross_attention.py --crossover   # -> kernels/bench/cross_attention_crossover.csv
+
+Everything runs interleaved in one process; the figures are medians, and a ratio is the baseline's time over the
+row's. On CPU one thread is used and ratios are of process CPU time. Rows of another device in the CSV are kept.
+
+- `pool`: `cross_attention_pool` in its forms against nn.LayerNorm + nn.MultiheadAttention on tokens repeated for
+  each query, which is what public code does.
+- `attention`: `cross_attention` backends against SDPA on keys and values repeated for each query, each
+  attending on its own; B x H programs of V queries are what the others see.
+
+`roofline` is the share of the device's measured copy bandwidth that a row reaches, counting what must be moved
+at least once: inputs, outputs and their gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distill_kernels import cross_attention, cross_attention_pool
+from distill_kernels.backends import device_name
+from distill_kernels.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.measure import interleaved, peak_bytes
+
+HERE = Path(__file__).resolve().parent
+VIEWS, HEADS, WIDTH = 8, 8, 512
+
+
+class Row(NamedTuple):
+    op: str
+    name: str
+    dtype: str
+    batch: int
+    tokens: int
+    lengths: str
+    milliseconds: float  # CPU time on CPU, wall time on a GPU
+    wall_milliseconds: float
+    ratio: float  # the baseline's milliseconds / these
+    peak_mib: float
+    memory_ratio: float  # the baseline's peak / this
+    roofline: float
+    device: str
+    torch: str
+    python: str
+
+
+def pool_calls(dtype: torch.dtype, batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    ln_q, ln_k = nn.LayerNorm(WIDTH, device=device), nn.LayerNorm(WIDTH, device=device)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device=device)
+    parameters = [*ln_q.parameters(), *ln_k.parameters(), *attention.parameters()]
+    new = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+    queries, y = new(VIEWS, batch, WIDTH), new(batch, tokens, WIDTH)
+
+    def repeated() -> Tensor:
+        copies = y.expand(VIEWS, -1, -1, -1).reshape(VIEWS * batch, tokens, WIDTH)
+        keys = ln_k(copies)
+        x = ln_q(queries).reshape(VIEWS * batch, 1, WIDTH)
+        out = attention(x, keys, keys, need_weights=False)[0].reshape(VIEWS, batch, WIDTH)
+        return F.normalize(queries + out, dim=-1)
+
+    def ours(form: str) -> Tensor:
+        return cross_attention_pool(
+            queries,
+            y,
+            ln_q_weight=ln_q.weight,
+            ln_q_bias=ln_q.bias,
+            ln_k_weight=ln_k.weight,
+            ln_k_bias=ln_k.bias,
+            in_proj_weight=attention.in_proj_weight,
+            in_proj_bias=attention.in_proj_bias,
+            out_proj_weight=attention.out_proj.weight,
+            out_proj_bias=attention.out_proj.bias,
+            heads=HEADS,
+            form=form,
+        )
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = forward()
+        torch.autograd.grad(out, [queries, y, *parameters], torch.ones_like(out))
+
+    forms = {form: functools.partial(ours, form) for form in ("projected", "absorbed", "auto")}
+    calls: dict[str, Callable[[], Tensor]] = {"repeated": repeated, **forms}
+    return {name: functools.partial(step, f) for name, f in calls.items()}
+
+
+def attention_calls(
+    dtype: torch.dtype, batch: int, tokens: int, device: torch.device, with_lengths: bool
+) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    new = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+    # The layouts of the pooling: queries [V, B, H, K]; keys and values from one projection, [B, L, 2, H, K].
+    q_leaf, kv = new(VIEWS, batch, HEADS, WIDTH // HEADS), new(batch, tokens, 2, HEADS, WIDTH // HEADS)
+    lengths = torch.randint(1, tokens + 1, (batch,), device=device) if with_lengths else None
+
+    def views() -> tuple[Tensor, Tensor, Tensor]:
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        return q_leaf.permute(1, 2, 0, 3), k, v
+
+    def repeated() -> Tensor:
+        q, k, v = views()
+        q = q.permute(2, 0, 1, 3).reshape(VIEWS * batch, HEADS, 1, -1)
+        k, v = (t.expand(VIEWS, -1, -1, -1, -1).reshape(VIEWS * batch, *t.shape[1:]) for t in (k, v))
+        if lengths is None:
+            return F.scaled_dot_product_attention(q, k, v)
+        valid = (torch.arange(tokens, device=device) < lengths[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=valid.repeat(VIEWS, 1, 1, 1))
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        out = forward()
+        torch.autograd.grad(out, (q_leaf, kv), torch.ones_like(out))
+
+    calls: dict[str, Callable[[], Tensor]] = {"repeated": repeated}
+    inputs = CrossAttentionInputs(*views(), lengths, None, (WIDTH // HEADS) ** -0.5)
+    for backend in OP.backends:
+        reason = backend.why_not(inputs)
+        if reason is None:
+            run = functools.partial(lambda name: cross_attention(*views(), lengths, backend=name), backend.name)
+            calls[backend.name] = run
+        else:
+            print(f"attention: no row for {backend.name}: {reason}")
+    return {name: functools.partial(step, f) for name, f in calls.items()}
+
+
+def measure(device: torch.device, rounds: int, batch: int) -> Iterator[Row]:
+    bandwidth = copy_bandwidth(device)
+    print(f"{device_name(device)}: copies {bandwidth / 1e9:.1f} GB/s")
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (77, 196):
+            size = dtype.itemsize
+            least = {  # queries or q, tokens or k and v, the output, and the gradients of all
+                "pool": 2 * size * WIDTH * batch * (2 * VIEWS + tokens),
+                "attention": 2 * size * WIDTH * batch * (2 * VIEWS + 2 * tokens),
+            }
+            cases = [("pool", "all", pool_calls(dtype, batch, tokens, device))]
+            for with_lengths in (False, True):
+                calls = attention_calls(dtype, batch, tokens, device, with_lengths)
+                cases.append(("attention", "random" if with_lengths else "all", calls))
+            for op, lengths, calls in cases:
+                seconds = interleaved(calls, rounds=rounds, device=device)
+                peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+                taken = {n: s.process if device.type == "cpu" else s.wall for n, s in seconds.items()}
+                for name in calls:
+                    row = Row(
+                        op,
+                        name,
+                        str(dtype).removeprefix("torch."),
+                        batch,
+                        tokens,
+                        lengths,
+                        round(taken[name] * 1e3, 3),
+                        round(seconds[name].wall * 1e3, 3),
+                        round(taken["repeated"] / taken[name], 2),
+                        round(peaks[name] / 2**20, 2),
+                        round(peaks["repeated"] / peaks[name], 2),
+                        round(least[op] / taken[name] / bandwidth, 3),
+                        device_name(device),
+                        torch.__version__,
+                        platform.python_version(),
+                    )
+                    print(*row[:12], flush=True)
+                    yield row
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a large copy."""
+    source = torch.empty(1 << (30 if device.type == "cuda" else 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = interleaved({"copy": lambda: target.copy_(source)}, rounds=9, device=device)["copy"]
+    return 2 * source.numel() / (seconds.process if device.type == "cpu" else seconds.wall)
+
+
+class Crossing(NamedTuple):
+    dtype: str
+    views: int
+    heads: int
+    tokens: int
+    width: int
+    batch: int
+    projected_ms: float
+    absorbed_ms: float
+    device: str
+    torch: str
+
+
+def crossover(device: torch.device, rounds: int) -> Iterator[Crossing]:
+    """Both forms over V, H, L, D, B: what `MULTIPLICATIONS_PER_ELEMENT` is fitted to."""
+    global VIEWS, HEADS, WIDTH
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch in (8, 32):
+            for WIDTH, HEADS in ((512, 8), (768, 12), (256, 4), (512, 16)):
+                for tokens in (49, 77, 196):
+                    for VIEWS in (1, 4, 8, 16, 24, 32, 48) if batch == 8 else (2, 8, 16, 32):
+                        calls = pool_calls(dtype, batch, tokens, device)
+                        forms = {name: calls[name] for name in ("projected", "absorbed")}
+                        seconds = interleaved(forms, rounds=rounds, device=device)
+                        p, a = (s.process if device.type == "cpu" else s.wall for s in seconds.values())
+                        row = Crossing(
+                            str(dtype).removeprefix("torch."),
+                            VIEWS,
+                            HEADS,
+                            tokens,
+                            WIDTH,
+                            batch,
+                            round(p * 1e3, 3),
+                            round(a * 1e3, 3),
+                            device_name(device),
+                            torch.__version__,
+                        )
+                        print(*row, flush=True)
+                        yield row
+
+
+def save(path: Path, rows: list[Row] | list[Crossing], device: str) -> None:
+    """Replace this device's rows of the file."""
+    fields = list(rows[0]._fields)
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [[r[f] for f in fields] for r in csv.DictReader(file) if r["device"] != device]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(fields)
+        writer.writerows(kept)
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cross-attention benchmark")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="32 on CPU, 512 on a GPU")
+    parser.add_argument("--crossover", action="store_true", help="measure where the two forms cross instead")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(arguments.device)
+    if arguments.crossover:
+        out = arguments.out or HERE / "cross_attention_crossover.csv"
+        save(out, list(crossover(device, arguments.rounds)), device_name(device))
+    else:
+        batch = arguments.batch or (512 if device.type == "cuda" else 32)
+        out = arguments.out or HERE / "cross_attention.csv"
+        save(out, list(measure(device, arguments.rounds, batch)), device_name(device))
+
+
+if __name__ == "__main__":
+    main()

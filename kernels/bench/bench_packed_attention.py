@@ -1,0 +1,176 @@
+"""Self-attention of the towers, padded and packed: every backend, training and inference.
+
+    python kernels/bench/bench_packed_attention.py     # every case -> kernels/bench/packed_attention-<device>.csv
+    python kernels/bench/bench_packed_attention.py --op packed_attention --rounds 5
+
+Inputs are strided as a fused projection leaves them; training is forward + backward to the projection's output.
+Results are compared with `reference` before anything is timed. `ratio` is process time (GPU: wall time) of the
+baseline over this row's: above 1 is faster. The baseline of self_attention is `sdpa`; that of packed_attention is
+`padded`, scaled_dot_product_attention over [N, longest], to which the copies in and out are not charged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from distill_kernels.backends import choose, device_name
+from distill_kernels.measure import interleaved, peak_bytes
+from distill_kernels.packed_attention import OP as PACKED
+from distill_kernels.packed_attention import PackedInputs, packed_attention
+from distill_kernels.self_attention import OP as DENSE
+from distill_kernels.self_attention import SelfAttention, self_attention
+
+# N, L, H, K, causal: images and texts of the tiny recipe, ViT-B at 224 and 96 px, CLIP text.
+DENSE_CASES = (
+    (256, 37, 4, 32, False),
+    (8, 197, 12, 64, False),
+    (32, 37, 12, 64, False),
+    (256, 40, 4, 32, True),
+    (32, 77, 8, 64, True),
+)
+# N, shortest, longest, H, K, causal: captions at batch 4 and 32, tiny captions, long captions, dropped patches.
+PACKED_CASES = (
+    (48, 10, 41, 8, 64, True),
+    (256, 6, 41, 8, 64, True),
+    (1024, 4, 15, 4, 32, True),
+    (32, 20, 77, 8, 64, True),
+    (8, 100, 196, 12, 64, False),
+)
+
+Call = Callable[[Tensor], Tensor]
+
+
+def step(call: Call, x: Tensor, training: bool) -> Tensor:
+    with torch.set_grad_enabled(training):
+        out = call(x)
+        if training:
+            (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+            return gradient
+        return out
+
+
+def dense_calls(x: Tensor, causal: bool) -> tuple[dict[str, Call], str]:
+    """x [N, L, 3, H, K]. Also the name of what `auto` chooses."""
+
+    def attend(x: Tensor, backend: str) -> Tensor:
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        return self_attention(q, k, v, causal=causal, backend=backend).transpose(1, 2)
+
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    inputs = SelfAttention(q, k, v, causal, None)
+    names = [b.name for b in DENSE.backends if b.why_not(inputs) is None]
+    calls: dict[str, Call] = {name: functools.partial(attend, backend=name) for name in names}
+    return calls, choose(DENSE, "auto", inputs).name
+
+
+def packed_calls(x: Tensor, lengths: tuple[int, ...], causal: bool) -> tuple[dict[str, Call], str]:
+    """x [T, 3, H, K]. Also the name of what `auto` chooses."""
+    cu_lengths = torch.tensor((0, *lengths), device=x.device).cumsum(0)
+
+    def attend(x: Tensor, backend: str) -> Tensor:
+        q, k, v = x.unbind(1)
+        return packed_attention(q, k, v, cu_lengths, causal=causal, backend=backend)
+
+    q, k, v = x.unbind(1)
+    inputs = PackedInputs(q, k, v, cu_lengths, lengths, causal)
+    names = [b.name for b in PACKED.backends if b.why_not(inputs) is None]
+    calls: dict[str, Call] = {name: functools.partial(attend, backend=name) for name in names}
+    return calls, choose(PACKED, "auto", inputs).name
+
+
+def padded_call(lengths: tuple[int, ...], causal: bool) -> Call:
+    """x [N, longest, 3, H, K], what a tower without packing computes."""
+    mask = None if causal else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+    def attend(x: Tensor) -> Tensor:
+        q, k, v = x.permute(2, 0, 3, 1, 4)
+        keys = None if mask is None else mask[:, None, None, :].to(x.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
+
+    return attend
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--op", nargs="+", default=["self_attention", "packed_attention"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    rows: list[dict[str, object]] = []
+    for dtype in arguments.dtypes:
+        new = functools.partial(torch.randn, device=device, dtype=getattr(torch, dtype))
+        for training in (True, False):
+            common = {"dtype": dtype, "training": training}
+            for n, length, heads, width, causal in DENSE_CASES if "self_attention" in arguments.op else ():
+                x = new(n, length, 3, heads, width, requires_grad=training)
+                with torch.set_grad_enabled(training):
+                    calls, auto = dense_calls(x, causal)
+                steps = {name: functools.partial(step, call, x, training) for name, call in calls.items()}
+                case = {"op": "self_attention", "n": n, "length": length, "heads": heads, "width": width}
+                case |= {"causal": causal} | common
+                rows += measure(steps, case, "sdpa", auto, arguments.rounds, device)
+            for n, low, high, heads, width, causal in PACKED_CASES if "packed_attention" in arguments.op else ():
+                lengths = tuple(torch.randint(low, high + 1, (n,)).tolist())
+                x = new(sum(lengths), 3, heads, width, requires_grad=training)
+                with torch.set_grad_enabled(training):
+                    calls, auto = packed_calls(x, lengths, causal)
+                steps = {name: functools.partial(step, call, x, training) for name, call in calls.items()}
+                y = new(n, max(lengths), 3, heads, width, requires_grad=training)
+                steps["padded"] = functools.partial(step, padded_call(lengths, causal), y, training)
+                case = {"op": "packed_attention", "n": n, "length": f"{low}-{high}", "heads": heads}
+                case |= {"width": width, "causal": causal} | common
+                rows += measure(steps, case, "padded", auto, arguments.rounds, device)
+    path = arguments.out or Path(__file__).with_name(f"packed_attention-{device.type}.csv")
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(
+    steps: Mapping[str, Callable[[], Tensor]],
+    case: dict[str, object],
+    baseline: str,
+    auto: str,
+    rounds: int,
+    device: torch.device,
+) -> list[dict[str, object]]:
+    true = steps["reference"]()
+    for name, call in steps.items():
+        got = call()
+        if got.shape != true.shape:
+            continue  # padded: other rows
+        error = ((got - true).abs().max() / true.abs().max()).item()
+        if not error <= (1e-4 if true.dtype == torch.float32 else 0.04):
+            raise SystemExit(f"{case}: {name} differs from the reference by {error:.1e} of the largest")
+    timed = {name: call for name, call in steps.items() if name != "reference"}
+    seconds = interleaved(timed, rounds=rounds, device=device)
+    of = {n: t.wall if device.type == "cuda" else t.process for n, t in seconds.items()}
+    rows = []
+    for name, taken in seconds.items():
+        peak = peak_bytes(timed[name], device) / 2**20
+        row = case | {"name": name, "auto": name == auto, "wall_ms": round(1e3 * taken.wall, 3)}
+        row |= {"process_ms": round(1e3 * taken.process, 3), "peak_extra_mib": round(peak, 1)}
+        row |= {"ratio": round(of[baseline] / of[name], 3)}
+        rows.append(row | {"device": device_name(device), "torch": torch.__version__})
+        print(*case.values(), f"{name:>9}{'*' if name == auto else ' '} {1e3 * taken.wall:9.2f}", end="")
+        print(f" {1e3 * taken.process:9.2f} ms {peak:7.1f} MiB {row['ratio']:6.2f} x", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""What every op shares: a backend record, the choice between backends, the listing of `distill kernels`.
+
+An op is one public function. Its module holds an `Op`: its backends, the order in which `auto` tries
+them, and the shape bucket under which a measured table (see `tune.py`) keeps its own order. An explicit
+choice that cannot run raises `BackendError` with the reason; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# Where each op's `Op` lives, "module:attribute". Imported only when asked about.
+OPS: dict[str, str] = {
+    "cross_attention": "distill_kernels.cross_attention:OP",
+    "multi_view_info_nce": "distill_kernels.info_nce:OP",
+    "multi_view_sigmoid": "distill_kernels.sigmoid_loss:OP",
+    "packed_attention": "distill_kernels.packed_attention:OP",
+    "self_attention": "distill_kernels.self_attention:OP",
+}
+
+
+def _constant(function: _F) -> _F:
+    """torch.compiler.assume_constant_result, whose call alone would import torch._dynamo (over a second)."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+class BackendError(ValueError):
+    """A backend was asked for by name and cannot run: the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op.
+
+    `why_not(inputs)` is None when the backend can run, else the reason in words. `why_not(None)` asks
+    only whether this machine has it. `run(inputs)` computes the op. `inputs` is the op's own record (a
+    NamedTuple of arguments).
+    """
+
+    name: str
+    why_not: Callable[[Any], str | None]
+    run: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op: its backends and how `auto` chooses among them.
+
+    `order(inputs)` is what `auto` tries, best guess first; `bucket(inputs)` names the shape class in the
+    measured table; `cases(device)` makes the inputs that `tune.tune` times.
+    """
+
+    name: str
+    backends: tuple[Backend, ...]
+    order: Callable[[Any], Sequence[str]]
+    bucket: Callable[[Any], str]
+    cases: Callable[[torch.device], Iterable[Any]]
+    device: Callable[[Any], torch.device]
+
+    def get(self, name: str) -> Backend:
+        """The backend of that name. Raises `BackendError` for an unknown one."""
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        names = ", ".join(b.name for b in self.backends)
+        raise BackendError(f"{self.name}: no backend named {name!r}; there are {names}, and auto")
+
+
+def choose(op: Op, backend: str, inputs: Any) -> Backend:
+    """The backend that will run `inputs`.
+
+    Raises `BackendError` when `backend` names one that is unknown or cannot run these inputs, or when
+    `auto` finds none that can.
+    """
+    if backend != "auto":
+        chosen = op.get(backend)
+        reason = chosen.why_not(inputs)
+        if reason is not None:
+            raise BackendError(f"{op.name}: backend {backend!r} cannot run this: {reason}")
+        return chosen
+    order = list(op.order(inputs))
+    device = str(op.device(inputs))
+    # Without a table the bucket is not asked for: under torch.compile it would fix dynamic sizes.
+    if _has_table(device):
+        measured = _measured(device, op.name, op.bucket(inputs)).split()
+        order = [n for n in measured if n in order] + order
+    reasons = []
+    for name in order:
+        candidate = op.get(name)
+        reason = candidate.why_not(inputs)
+        if reason is None:
+            return candidate
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"{op.name}: no backend can run this ({'; '.join(reasons)})")
+
+
+def load_op(name: str) -> Op:
+    """The `Op` of a registered name. Raises `BackendError` for an unknown one."""
+    if name not in OPS:
+        raise BackendError(f"no op named {name!r}; there are {', '.join(OPS)}")
+    module, attribute = OPS[name].split(":")
+    op = getattr(importlib.import_module(module), attribute)
+    assert isinstance(op, Op), f"{OPS[name]} is not an Op"
+    return op
+
+
+def listing() -> list[tuple[str, str, str]]:
+    """Rows (op, backend, "yes" or why this machine cannot), for `distill kernels`."""
+    return [(name, backend.name, backend.why_not(None) or "yes") for name in OPS for backend in load_op(name).backends]
+
+
+@_constant
+def why_not_installed(package: str) -> str | None:
+    """None when `package` can be imported, without importing it."""
+    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+@_constant
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU (set before triton is first imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself: the GPU's or the CPU's model name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")  # platform.processor() is only "x86_64" on Linux
+    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def table_path(device: torch.device) -> Path:
+    """The measured table's file, one per device name and torch version.
+
+    It lies in `$DISTILL_KERNEL_TABLES`, or in the user's cache folder.
+    """
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{device_name(device)}-torch{torch.__version__}")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "kernels"
+    return Path(os.environ.get("DISTILL_KERNEL_TABLES") or default) / f"{slug}.json"
+
+
+# torch.compile may take the table for a constant: it is read once a process.
+# Plain bools and strings, because those are the constants that it can take.
+@_constant
+def _has_table(device: str) -> bool:
+    return bool(_table(device))
+
+
+@_constant
+def _measured(device: str, op: str, bucket: str) -> str:
+    return " ".join(_table(device).get(op, {}).get(bucket, ()))
+
+
+@functools.cache
+def _table(device: str) -> dict[str, dict[str, list[str]]]:
+    path = table_path(torch.device(device))
+    if not path.exists():
+        return {}
+    table: dict[str, dict[str, list[str]]] = json.loads(path.read_text())
+    return table
+
+
+def forget_table() -> None:
+    """Read the measured table again at the next choice."""
+    _table.cache_clear()

@@ -1,0 +1,96 @@
+"""The sweep that the pairwise losses share: view pairs' logits, one chunk at a time.
+
+Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i rows, j columns of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows and columns of a chunk: 2 MiB of fp32 logits stay in a core's second-level cache on a CPU; a GPU wants
+# larger matmuls. Measured with bench_info_nce.py.
+CHUNK = {"cpu": (1024, 512), "cuda": (4096, 4096)}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Logits of a block of `x` rows against a block of `y` rows.
+
+    `z` is [nu * ni, nv * nj]; `z4` is the same memory as [nu, ni, nv, nj].
+    """
+
+    us: slice
+    rows: slice
+    vs: slice
+    columns: slice
+    x: Tensor  # [nu * ni, D], times scale
+    y: Tensor  # [nv * nj, D]
+    z: Tensor
+    z4: Tensor
+    spare: Tensor  # as z4, free for the caller
+
+
+def blocks(views: int, rows: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Cut [views, rows] in blocks of about `limit` rows.
+
+    Short views go several to a block, whole; a long view is cut in runs. Either way a block of a
+    contiguous tensor is contiguous.
+    """
+    if rows == 0 or views == 0:
+        return
+    if rows >= limit:
+        parts = -(-rows // limit)
+        step = -(-rows // parts)
+        for u in range(views):
+            for start in range(0, rows, step):
+                yield slice(u, u + 1), slice(start, min(start + step, rows))
+    else:
+        step = max(1, limit // rows)
+        for u in range(0, views, step):
+            yield slice(u, min(u + step, views)), slice(0, rows)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """At least fp32: logits near 100 are good to half a unit in bf16."""
+    dtype = torch.float32
+    for t in tensors:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
+def sweep(x: Tensor, y: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
+    """Every chunk of scale * x[u] @ y[v].T, in row-major order; each overwrites the one before."""
+    limit_rows, limit_columns = CHUNK.get(x.device.type, CHUNK["cuda"])
+    d = x.shape[2]
+    row_blocks = list(blocks(x.shape[0], x.shape[1], limit_rows))
+    column_blocks = list(blocks(y.shape[0], y.shape[1], limit_columns))
+    if not row_blocks or not column_blocks:
+        return
+    height, width = (max(block_size(b) for b in some) for some in (row_blocks, column_blocks))
+    memory = x.new_empty((2, height * width), dtype=dtype)
+    for us, rows in row_blocks:
+        xs = (x[us, rows].to(dtype) * scale.to(dtype)).reshape(-1, d)
+        for vs, columns in column_blocks:
+            ys = y[vs, columns].to(dtype).reshape(-1, d)
+            z = memory[0, : xs.shape[0] * ys.shape[0]].view(xs.shape[0], ys.shape[0])
+            torch.mm(xs, ys.T, out=z)
+            four = [s.stop - s.start for s in (us, rows, vs, columns)]
+            spare = memory[1, : z.numel()].view(four)
+            yield Chunk(us, rows, vs, columns, xs, ys, z, z.view(four), spare)
+
+
+def target_mean(x: Tensor, y: Tensor, scale: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """Mean of each view pair's target logits, [Va, Vb], as one [Va, B * D] @ [B * D, Vb] product."""
+    n = x.shape[1]
+    own = y[:, offset : offset + n].to(dtype).reshape(y.shape[0], -1)
+    return x.to(dtype).reshape(x.shape[0], -1) @ own.T * scale.to(dtype) / n
+
+
+def block_size(block: tuple[slice, slice]) -> int:
+    """Rows in a block, over its views."""
+    views, rows = block
+    return int((views.stop - views.start) * (rows.stop - rows.start))

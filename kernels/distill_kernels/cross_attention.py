@@ -1,0 +1,263 @@
+"""Cross-attention of a handful of queries over one sample's tokens.
+
+Shape letters: B samples, H heads, V queries a sample (views), L tokens, K head width. V is about 8 and L
+about 77 or 196 here: the keys and values of a sample are shared by its V queries and never repeated.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_installed
+
+
+class CrossAttentionInputs(NamedTuple):
+    """The arguments of one call, as a backend sees them (already cast for autocast)."""
+
+    q: Tensor  # [B, H, V, K]
+    k: Tensor  # [B, H, L, K]
+    v: Tensor  # [B, H, L, K]
+    lengths: Tensor | None  # [B] int
+    mask: Tensor | None  # [B, L] bool
+    scale: float
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale * q k^T) v over each sample's own tokens: -> [B, H, V, K] in q's dtype.
+
+    Scores, softmax and sums are computed in at least fp32 by `reference` and `triton`; under autocast q, k
+    and v are cast to its dtype first, as scaled_dot_product_attention does. A sample without any valid token
+    gives zeros and sends zero gradients. Masked keys and values must be finite (pad with zeros): some
+    backends multiply them by a probability of exactly zero.
+
+    Args:
+        q: [B, H, V, K] queries; any strides, like k and v.
+        k: [B, H, L, K] keys.
+        v: [B, H, L, K] values.
+        lengths: [B] integers, the number of valid tokens of each sample, a prefix; not with `mask`.
+        mask: [B, L] bool, True where a token may be attended to.
+        scale: factor on the scores; K ** -0.5 when None.
+        backend: auto, reference, matmul, sdpa, xformers or triton.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        BackendError: a backend that is unknown, or that cannot run these inputs.
+    """
+    _check(q, k, v, lengths, mask)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    inputs = CrossAttentionInputs(q, k, v, lengths, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+    chosen = choose(OP, backend, inputs)
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = chosen.run(inputs)
+    return out
+
+
+def key_mask(lengths: Tensor | None, mask: Tensor | None, tokens: int) -> Tensor | None:
+    """[B, L] bool, True where a token is valid, or None when all are."""
+    if lengths is not None:
+        return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+    return mask
+
+
+def check_valid_tokens(lengths: Tensor | None, mask: Tensor | None, tokens: Tensor) -> None:
+    """Raise ValueError unless lengths or mask fit `tokens`, a tensor that starts [B] and has L at dim -2."""
+    b, n = tokens.shape[0], tokens.shape[-2]
+    if lengths is not None and mask is not None:
+        raise ValueError("give lengths or mask, not both")
+    if lengths is not None and (lengths.shape != (b,) or lengths.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"lengths must be [{b}] int32 or int64, got {[*lengths.shape]} {lengths.dtype}")
+    if mask is not None and (mask.shape != (b, n) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be [{b}, {n}] bool, got {[*mask.shape]} {mask.dtype}")
+    for name, given in (("lengths", lengths), ("mask", mask)):
+        if given is not None and given.device != tokens.device:
+            raise ValueError(f"{name} is on {given.device}, the tokens on {tokens.device}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        shapes = f"{[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        raise ValueError(f"q, k and v must be [B,H,V,K], [B,H,L,K] and [B,H,L,K], got {shapes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {[*q.shape]} and k {[*k.shape]} must share B, H and K")
+    if not (q.dtype == k.dtype == v.dtype) and not torch.is_autocast_enabled(q.device.type):
+        raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+    check_valid_tokens(lengths, mask, k)
+
+
+def reference(inputs: CrossAttentionInputs) -> Tensor:
+    """The plain formula, in fp32 or wider."""
+    q, k, v, lengths, mask, scale = inputs
+    wide = torch.promote_types(q.dtype, torch.float32)
+    valid = key_mask(lengths, mask, k.shape[2])
+    return _explicit(q.to(wide), k.to(wide), v.to(wide), valid, scale).to(q.dtype)
+
+
+def matmul(inputs: CrossAttentionInputs) -> Tensor:
+    """The plain formula with products in q's own dtype and the softmax in fp32.
+
+    With so few queries the scores are small, and two batched products beat a flash kernel on CPU.
+    """
+    q, k, v, lengths, mask, scale = inputs
+    return _explicit(q, k, v, key_mask(lengths, mask, k.shape[2]), scale)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, V, L]
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if valid is None:
+        return scores.softmax(-1).to(v.dtype) @ v
+    hidden = ~valid[:, None, None, :]
+    # A row without valid keys is NaN after the softmax; the second fill makes it zero, and both fills stop
+    # its gradient.
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
+    return p.to(v.dtype) @ v
+
+
+def sdpa(inputs: CrossAttentionInputs) -> Tensor:
+    """torch.nn.functional.scaled_dot_product_attention."""
+    q, k, v, lengths, mask, scale = inputs
+    valid = key_mask(lengths, mask, k.shape[2])
+    if valid is None:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
+    some = valid.any(-1, keepdim=True)  # [B, 1]
+    allowed = (valid | ~some)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
+    return out.masked_fill(~some[:, :, None, None], 0.0)
+
+
+def xformers(inputs: CrossAttentionInputs) -> Tensor:
+    """xformers.ops.memory_efficient_attention."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v, lengths, mask, scale = inputs
+    b, h, queries, tokens = *q.shape[:3], k.shape[2]
+    valid = key_mask(lengths, mask, tokens)
+    bias = some = None
+    if valid is not None:
+        some = valid.any(-1, keepdim=True)
+        # xformers wants rows aligned to 8 elements: allocate wider and slice.
+        padded = q.new_zeros(b, 1, 1, -(-tokens // 8) * 8)
+        padded[..., :tokens].masked_fill_(~(valid | ~some)[:, None, None, :], float("-inf"))
+        bias = padded.expand(b, h, queries, -1)[..., :tokens]
+    out: Tensor = memory_efficient_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias, scale=scale
+    ).transpose(1, 2)
+    return out if some is None else out.masked_fill(~some[:, :, None, None], 0.0)
+
+
+def _triton(inputs: CrossAttentionInputs) -> Tensor:
+    from distill_kernels.triton_cross_attention import triton_cross_attention
+
+    return triton_cross_attention(*inputs)
+
+
+def _always(inputs: CrossAttentionInputs | None) -> str | None:
+    return None
+
+
+def _why_not_sdpa(inputs: CrossAttentionInputs | None) -> str | None:
+    if inputs is not None and inputs.k.shape[2] == 0:
+        return "there are no tokens (L = 0)"
+    return None
+
+
+def _why_not_xformers(inputs: CrossAttentionInputs | None) -> str | None:
+    missing: str | None = why_not_installed("xformers")
+    if missing is not None:
+        return missing
+    if inputs is None:
+        return None if torch.cuda.is_available() else "needs a CUDA device"
+    if inputs.q.device.type != "cuda":
+        return f"needs tensors on a CUDA device, these are on {inputs.q.device.type}"
+    if inputs.q.dtype == torch.float64:
+        return "no float64"
+    if inputs.q.shape[-1] % 8:
+        return f"needs a head width that is a multiple of 8, got {inputs.q.shape[-1]}"
+    if 0 in inputs.q.shape or inputs.k.shape[2] == 0:
+        return "no empty inputs"
+    return None
+
+
+def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
+    missing: str | None = why_not_installed("triton")
+    if missing is not None:
+        return missing
+    interpreted = interpreting()
+    if inputs is None:
+        if interpreted or torch.cuda.is_available():
+            return None
+        return "needs a GPU (or TRITON_INTERPRET=1, to debug)"
+    q = inputs.q
+    if q.device.type == "cpu" and not interpreted:
+        return "needs tensors on a GPU (or TRITON_INTERPRET=1, to debug)"
+    if q.device.type not in ("cpu", "cuda"):
+        return f"not written for {q.device.type} devices"
+    if q.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not (interpreted and q.dtype == torch.float64):
+        return f"takes float16, bfloat16 or float32, got {q.dtype}"
+    if not 1 <= q.shape[3] <= 128:
+        return f"takes head widths up to 128, got {q.shape[3]}"
+    return None
+
+
+def _order(inputs: CrossAttentionInputs) -> Sequence[str]:
+    if inputs.q.device.type == "cuda":
+        return ("triton", "xformers", "sdpa", "matmul")
+    # Measured: the flash kernel wins in fp32 and wider, and its backward is slow in half precision.
+    return ("matmul",) if inputs.q.dtype.itemsize < 4 else ("sdpa", "matmul")
+
+
+def _bucket(inputs: CrossAttentionInputs) -> str:
+    queries, width = inputs.q.shape[2:]
+    wide = 1 << (max(inputs.k.shape[2], 1) - 1).bit_length()
+    masked = "all" if inputs.lengths is None and inputs.mask is None else "masked"
+    return f"{inputs.q.dtype} V<={1 << (max(queries, 1) - 1).bit_length()} L<={wide} K{width} {masked}"
+
+
+def _cases(device: torch.device) -> Iterable[CrossAttentionInputs]:
+    batch = 512 if device.type == "cuda" else 16
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (77, 196):
+            new = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
+            q, k, v = (new(batch, 8, n, 64) for n in (8, tokens, tokens))
+            lengths = torch.randint(1, tokens + 1, (batch,), device=device)
+            yield CrossAttentionInputs(q, k, v, None, None, 0.125)
+            yield CrossAttentionInputs(q, k, v, lengths, None, 0.125)
+
+
+OP = Op(
+    name="cross_attention",
+    backends=(
+        Backend("reference", _always, reference),
+        Backend("matmul", _always, matmul),
+        Backend("sdpa", _why_not_sdpa, sdpa),
+        Backend("xformers", _why_not_xformers, xformers),
+        Backend("triton", _why_not_triton, _triton),
+    ),
+    order=_order,
+    bucket=_bucket,
+    cases=_cases,
+    device=lambda inputs: inputs.q.device,
+)

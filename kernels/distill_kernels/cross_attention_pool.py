@@ -1,0 +1,263 @@
+"""Cross-attention pooling: a sample's V pooled embeddings query one set of its tokens.
+
+COSMOS (arXiv 2412.01814, cross-attention module) fuses modalities this way. Shape letters: V queries a
+sample (views), B samples, L tokens, D embedding, H heads, K = D / H.
+
+Two forms give the same numbers:
+
+- *projected*: keys and values are made once a sample, V queries attend to them.
+- *absorbed*: a score is (W_q x) . (W_k y) = (W_k^T W_q x) . y, so each head's query absorbs its W_k and
+  attends to the normalised tokens themselves; a head's output is W_v (sum of p y), so W_v is applied after
+  the sum. LayerNorm's affine map is absorbed too, and what adds one number to all scores of a row (its bias,
+  the key bias) leaves the softmax alone. Keys and values never exist.
+
+The cost model counts, for a sample's forward pass, multiplications and the elements moved to and from memory
+(the backward pass about doubles every term; what both forms do alike is left out):
+
+                multiplications                           elements
+    projected   2 L D^2  (keys, values)                   5 L D    (LN(tokens); keys and values, out and in)
+                + 2 V L D  (scores, sums)
+    absorbed    2 V D^2  (absorb W_k, apply W_v)          5 H V D  (queries out, in; sums out, placed, in)
+                + 2 H V L D  (scores, sums over all D)    + 4 D^2 / B  (W_k, W_v scaled, cast, once a batch)
+
+An element costs as much as `MULTIPLICATIONS_PER_ELEMENT` multiplications. With free memory, absorbed is
+cheaper when V (H - 1) / D + V / L < 1; with fast matrix units memory decides, and it is when H V < L.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_kernels.absorbed_attention import absorbed_attention, unit_weight
+from distill_kernels.backends import BackendError
+from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
+
+FORMS = ("auto", "projected", "absorbed", "reference")
+
+# The machine's balance by element size of the products, fitted to the 264 timings of
+# kernels/bench/cross_attention_crossover.csv (forward + backward, one core with AMX): the form that it picks
+# costs 0.2 % more than the better one on average, and never more than 10 %. GPUs are not measured; their data
+# sheets give 150 to 250 in half precision and 20 to 40 in fp32.
+MULTIPLICATIONS_PER_ELEMENT = {2: 80, 4: 30, 8: 30}
+
+
+class _Weights(NamedTuple):
+    ln_q_weight: Tensor  # [D]
+    ln_q_bias: Tensor  # [D]
+    ln_k_weight: Tensor  # [D]
+    ln_k_bias: Tensor  # [D]
+    in_proj_weight: Tensor  # [3D, D]
+    in_proj_bias: Tensor  # [3D]
+    out_proj_weight: Tensor  # [D, D]
+    out_proj_bias: Tensor  # [D]
+
+
+def cross_attention_pool(
+    queries: Tensor,
+    tokens: Tensor,
+    *,
+    ln_q_weight: Tensor,
+    ln_q_bias: Tensor,
+    ln_k_weight: Tensor,
+    ln_k_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor,
+    heads: int,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    normalize: bool = True,
+    form: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """normalise(queries + attention(LN(queries), LN(tokens))): [V, B, D], [B, L, D] -> [V, B, D].
+
+    Weights are as nn.LayerNorm and nn.MultiheadAttention hold them. LayerNorm, softmax, residual and
+    normalisation are in at least fp32; products are in the dtype of `queries`, or in autocast's. The result
+    is fp32 under autocast, else in the dtype of `queries`. A sample without any valid token attends to
+    nothing: its attention output is zero before the output projection, and it sends no gradient to tokens.
+    The gradient of the key bias (the middle third of `in_proj_bias`) is exactly zero, as in mathematics.
+    Masked tokens must be finite.
+
+    Args:
+        queries: [V, B, D] pooled embeddings, not normalised.
+        tokens: [B, L, D], one set a sample; may be of another dtype than `queries`.
+        ln_q_weight: [D], LayerNorm of the queries.
+        ln_q_bias: [D].
+        ln_k_weight: [D], LayerNorm of the tokens.
+        ln_k_bias: [D].
+        in_proj_weight: [3D, D], W_q, W_k and W_v stacked.
+        in_proj_bias: [3D].
+        out_proj_weight: [D, D].
+        out_proj_bias: [D].
+        heads: H, a divisor of D.
+        lengths: [B] integers, the number of valid tokens of each sample, a prefix; not with `mask`.
+        mask: [B, L] bool, True where a token may be attended to.
+        eps: of both LayerNorms.
+        normalize: L2-normalise the result over D.
+        form: auto (by `absorbed_is_cheaper`), projected, absorbed or reference.
+        backend: of `cross_attention`, in the projected form; naming one makes `auto` the projected form.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown form.
+        BackendError: a backend that is unknown, cannot run this, or is named with a form that has none.
+    """
+    weights = _Weights(
+        ln_q_weight,
+        ln_q_bias,
+        ln_k_weight,
+        ln_k_bias,
+        in_proj_weight,
+        in_proj_bias,
+        out_proj_weight,
+        out_proj_bias,
+    )
+    _check(queries, tokens, weights, heads, lengths, mask, form)
+    if form == "auto" and backend != "auto":
+        form = "projected"
+    elif form not in ("auto", "projected") and backend != "auto":
+        raise BackendError(f"form {form!r} has no backends; name one ({backend!r}) with form 'projected'")
+
+    device = queries.device.type
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    compute = result = queries.dtype
+    if torch.is_autocast_enabled(device) and wide == torch.float32:
+        compute, result = torch.get_autocast_dtype(device), wide
+    if form == "auto":
+        views, b, d = queries.shape
+        cheaper = absorbed_is_cheaper(views, heads, tokens.shape[1], d, b, compute.itemsize)
+        form = "absorbed" if cheaper else "projected"
+    weights = _Weights(*(w.to(wide) for w in weights))
+    valid = key_mask(lengths, mask, tokens.shape[1])
+    with torch.autocast(device, enabled=False):
+        if form == "reference":
+            attended = _reference(queries.to(wide), tokens.to(wide), weights, heads, valid, eps)
+        else:
+            x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
+            if form == "absorbed":
+                values = _absorbed(x.to(compute), tokens, weights, heads, valid, eps)
+            else:
+                values = _projected(x.to(compute), tokens, weights, heads, lengths, mask, eps, backend)
+            attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
+        fused = queries.to(wide) + attended.to(wide)
+        return (F.normalize(fused, dim=-1) if normalize else fused).to(result)
+
+
+def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: int, itemsize: int) -> bool:
+    """The cost model of this module's docstring: whether to absorb W_k and W_v for V, H, L, D, B.
+
+    `itemsize` is that of the products' dtype, in bytes.
+    """
+    element = MULTIPLICATIONS_PER_ELEMENT[itemsize]
+    projected = 2 * tokens * width * width + 2 * views * tokens * width + element * 5 * tokens * width
+    absorbed = 2 * views * width * width + 2 * heads * views * tokens * width
+    absorbed += element * (5 * heads * views * width + 4 * width * width // max(batch, 1))
+    return absorbed < projected
+
+
+def _projected(
+    x: Tensor,
+    tokens: Tensor,
+    w: _Weights,
+    heads: int,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    backend: str,
+) -> Tensor:
+    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+    views, b, d = x.shape
+    n = tokens.shape[1]
+    y = F.layer_norm(tokens, (d,), unit_weight(tokens), None, eps).to(x.dtype)
+    # Each weight is cut once: every further slice would cost a [3D, D] of zeros in the backward pass.
+    w_q, w_k, w_v = w.in_proj_weight.chunk(3)
+    q = _linear(x, w_q, w.in_proj_bias[:d])
+    # LayerNorm's affine map goes into the weights: no pass over [B, L, D] for it or for its gradients. The
+    # bias of the keys, LayerNorm's part included, leaves the softmax alone.
+    bias = torch.cat([torch.zeros_like(w.out_proj_bias), _value_bias(w, w_v)])
+    kv = _linear(y, torch.cat([w_k, w_v]) * w.ln_k_weight, bias)
+    k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
+    q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
+    out = cross_attention(q, k, v, lengths, mask, backend=backend)
+    return out.permute(2, 0, 1, 3).reshape(views, b, d)
+
+
+def _absorbed(x: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:
+    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+    views, b, d = x.shape
+    k = d // heads
+    w_q, w_k, w_v = w.in_proj_weight.chunk(3)
+    q = _linear(x, w_q, w.in_proj_bias[:d]).view(views * b, heads, k).transpose(0, 1)  # [H, VB, K]
+    key = (w_k * (w.ln_k_weight * k**-0.5)).to(x.dtype).view(heads, k, d)
+    value = (w_v * w.ln_k_weight).to(x.dtype).view(heads, k, d)
+    rows = torch.bmm(q, key).view(heads * views, b, d)
+    z = absorbed_attention(rows, tokens, valid, eps=eps).view(heads, views * b, d)
+    values = torch.bmm(z, value.mT).transpose(0, 1).reshape(views, b, d)
+    bias = _value_bias(w, w_v).to(x.dtype)  # the probabilities of a row sum to one,
+    if valid is not None:
+        bias = bias * valid.any(-1, keepdim=True)  # [B, D]: or, without valid tokens, to zero
+    return values + bias if tokens.shape[1] else values
+
+
+def _value_bias(w: _Weights, w_v: Tensor) -> Tensor:
+    """[D], W_v applied to LayerNorm's bias, plus the value bias."""
+    return torch.mv(w_v, w.ln_k_bias) + w.in_proj_bias[2 * w_v.shape[0] :]
+
+
+def _reference(queries: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:
+    """[V, B, D] attention output after the output projection, as nn.MultiheadAttention has it."""
+    d = queries.shape[2]
+    x = F.layer_norm(queries, (d,), w.ln_q_weight, w.ln_q_bias, eps)
+    y = F.layer_norm(tokens, (d,), w.ln_k_weight, w.ln_k_bias, eps).transpose(0, 1)  # [L, B, D]
+    some = y.new_ones(y.shape[1:2], dtype=torch.bool) if valid is None else valid.any(-1)
+    out, _ = F.multi_head_attention_forward(
+        x,
+        y,
+        y,
+        d,
+        heads,
+        w.in_proj_weight,
+        w.in_proj_bias,
+        None,
+        None,
+        False,
+        0.0,
+        w.out_proj_weight,
+        w.out_proj_bias,
+        key_padding_mask=None if valid is None else ~valid & some[:, None],
+        need_weights=False,
+    )
+    return torch.where(some[:, None], out, w.out_proj_bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+def _check(
+    queries: Tensor,
+    tokens: Tensor,
+    w: _Weights,
+    heads: int,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    form: str,
+) -> None:
+    if form not in FORMS:
+        raise ValueError(f"no form named {form!r}; there are {', '.join(FORMS)}")
+    if queries.ndim != 3 or tokens.ndim != 3 or queries.shape[1:] != (tokens.shape[0], tokens.shape[2]):
+        raise ValueError(f"queries must be [V,B,D], tokens [B,L,D]; got {[*queries.shape]}, {[*tokens.shape]}")
+    d = queries.shape[2]
+    if heads < 1 or d % heads:
+        raise ValueError(f"heads must divide D = {d}, got {heads}")
+    expected = _Weights((d,), (d,), (d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,))  # type: ignore[arg-type]
+    for name, weight, shape in zip(_Weights._fields, w, expected, strict=True):
+        if weight.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(weight.shape)}")
+    check_valid_tokens(lengths, mask, tokens)

@@ -1,0 +1,254 @@
+"""Dense self-attention over short sequences: the towers' padded form.
+
+Shape letters: N sequences, H heads, L tokens, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_kernels.backends import Backend, Op, choose, why_not_installed
+
+
+class SelfAttention(NamedTuple):
+    """The arguments of `self_attention`, with the mask broadcastable to [N, H, L, L]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    mask: Tensor | None
+
+
+def self_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v of q, k, v [N, H, L, K] -> [N, H, L, K].
+
+    A query that may attend to nothing gives zeros, and zero gradients.
+
+    Args:
+        q: [N, H, L, K].
+        k: [N, H, L, K].
+        v: [N, H, L, K].
+        causal: token i attends to tokens 0..i.
+        mask: bool, True where attention is allowed: [N, L] (the keys that exist) or four dimensions that
+            broadcast to [N, H, L, L].
+        backend: "reference", "explicit" (matmul, softmax, matmul; no second derivative), "sdpa", "xformers"
+            (GPU, no mask), or "auto".
+
+    Raises:
+        ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
+    """
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(f"q, k, v must be [N, H, L, K], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+    if mask is not None:
+        mask = _four_dims(mask, q)
+    q, k, v = autocast(q, k, v)
+    inputs = SelfAttention(q, k, v, causal, mask)
+    chosen = choose(OP, backend, inputs)
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = chosen.run(inputs)
+    return out
+
+
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in autocast's dtype, as scaled_dot_product_attention casts them; unchanged when it is off."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _four_dims(mask: Tensor, q: Tensor) -> Tensor:
+    n, h, length, _ = q.shape
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool (True where attention is allowed), got {mask.dtype}")
+    if mask.shape == (n, length):
+        return mask[:, None, None, :]
+    fits = mask.ndim == 4 and all(m in (1, s) for m, s in zip(mask.shape, (n, h, length, length), strict=True))
+    if not fits:
+        raise ValueError(
+            f"mask must be [{n}, {length}] or broadcast to [{n}, {h}, {length}, {length}], got {[*mask.shape]}"
+        )
+    return mask
+
+
+def _allowed(x: SelfAttention) -> Tensor | None:
+    """Mask and causality in one, [1 or N, 1 or H, 1 or L, L]; None when everything is allowed."""
+    if not x.causal:
+        return x.mask
+    length = x.q.shape[2]
+    below = torch.ones(length, length, dtype=torch.bool, device=x.q.device).tril()[None, None]
+    return below if x.mask is None else below & x.mask
+
+
+def _reference(x: SelfAttention) -> Tensor:
+    """Plain maths in at least fp32, one step a line."""
+    dtype = torch.promote_types(x.q.dtype, torch.float32)
+    q, k, v = x.q.to(dtype), x.k.to(dtype), x.v.to(dtype)
+    scores = torch.einsum("nhik,nhjk->nhij", q, k) / math.sqrt(q.shape[-1])
+    allowed = _allowed(x)
+    if allowed is None:
+        weights = scores.softmax(-1)
+    else:
+        # A finite fill, then zeros: a row without any key has finite gradients.
+        low = torch.finfo(dtype).min
+        weights = scores.masked_fill(~allowed, low).softmax(-1).masked_fill(~allowed, 0.0)
+    return torch.einsum("nhij,nhjk->nhik", weights, v).to(x.q.dtype)
+
+
+class _Explicit(torch.autograd.Function):
+    """softmax(q k^T / sqrt(K) + bias) v with the scale and the mask's bias inside the products.
+
+    The gradient is written out because autograd scales and adds in passes of their own, which cost 15 to
+    20 % at these lengths. Saved: q, k, v and the weights [N * H, L, L].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, masked: bool) -> Tensor:
+        n, h, length, width = q.shape
+        q3, k3, v3 = (t.reshape(n * h, length, width) for t in (q, k, v))
+        bias = q.new_zeros(())
+        if allowed is not None:
+            bias = q.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
+        scores = torch.baddbmm(
+            bias.expand(n, h, length, length).reshape(n * h, length, length),
+            q3,
+            k3.transpose(1, 2),
+            beta=0.0 if allowed is None else 1.0,
+            alpha=width**-0.5,
+        )
+        weights = scores.softmax(-1)
+        if masked and allowed is not None:  # a query without keys has NaN here; causality alone leaves one
+            weights.view(n, h, length, length).masked_fill_(~allowed, 0.0)
+        ctx.save_for_backward(q3, k3, v3, weights)
+        return torch.bmm(weights, v3).view(n, h, length, width)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        shape, width = grad.shape, grad.shape[-1]
+        with torch.autocast(grad.device.type, enabled=False):
+            g = grad.reshape(q.shape).to(q.dtype)
+            dv = torch.bmm(weights.transpose(1, 2), g)
+            d_weights = torch.bmm(g, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            nothing = q.new_zeros(()).expand(q.shape)
+            dq = torch.baddbmm(nothing, d_scores, k, beta=0.0, alpha=width**-0.5)
+            dk = torch.baddbmm(nothing, d_scores.transpose(1, 2), q, beta=0.0, alpha=width**-0.5)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None, None
+
+
+def _explicit(x: SelfAttention) -> Tensor:
+    """Three library calls; scores and weights are stored in the working dtype."""
+    out: Tensor = _Explicit.apply(x.q, x.k, x.v, _allowed(x), x.mask is not None)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _sdpa(x: SelfAttention) -> Tensor:
+    if x.mask is None:
+        out: Tensor = F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=x.causal)
+    else:
+        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=_allowed(x))
+    return out
+
+
+def _xformers(x: SelfAttention) -> Tensor:
+    from xformers import ops
+
+    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))  # [N, L, H, K]
+    bias = ops.LowerTriangularMask() if x.causal else None
+    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return out.transpose(1, 2)
+
+
+def _why_not_xformers(x: SelfAttention | None) -> str | None:
+    missing: str | None = why_not_installed("xformers")
+    if missing is not None:
+        return missing
+    if x is None:
+        return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
+    if not x.q.is_cuda:
+        return f"needs tensors on a GPU, these are on {x.q.device}"
+    if x.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"dtype {x.q.dtype} is not supported"
+    if x.q.shape[3] % 8:
+        return f"head width {x.q.shape[3]} is not a multiple of 8"
+    if x.q.numel() == 0:
+        return "there are no tokens"
+    return "takes no mask; use sdpa" if x.mask is not None else None
+
+
+def _runs(x: SelfAttention | None) -> str | None:
+    return None
+
+
+def _order(x: SelfAttention) -> Sequence[str]:
+    if x.q.is_cuda:
+        return ("sdpa", "explicit")
+    # Measured on one AMX core (bench_packed_attention.py). bf16: the flash kernel's backward is 2 to 7 times
+    # slower than matmuls at a tower's lengths, its forward faster from about 64 tokens on. fp32: matmuls win
+    # only in training, on short sequences whose scores stay in the second-level cache.
+    n, h, length, _ = x.q.shape
+    training, short = _trains(x), length < 64
+    if x.q.dtype.itemsize < 4:
+        explicit = training or short
+    else:
+        explicit = training and short and n * h * length**2 <= 1 << 20
+    return ("explicit", "sdpa") if explicit else ("sdpa", "explicit")
+
+
+def _trains(x: SelfAttention) -> bool:
+    return torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)
+
+
+def _bucket(x: SelfAttention) -> str:
+    length, k = x.q.shape[2:]
+    bucket = max(16, 1 << max(0, length - 1).bit_length())
+    return f"{x.q.dtype} L{bucket} K{k} causal={x.causal} masked={x.mask is not None} train={_trains(x)}"
+
+
+def _cases(device: torch.device) -> Iterable[SelfAttention]:
+    for n, length, h, width, causal in (
+        (256, 37, 4, 32, False),
+        (8, 197, 12, 64, False),
+        (32, 37, 12, 64, False),
+        (256, 40, 4, 32, True),
+        (32, 77, 8, 64, True),
+    ):
+        for dtype in (torch.float32, torch.bfloat16):
+            for training in (True, False):
+                # Strided, as a fused projection leaves them.
+                qkv = torch.randn(n, length, 3, h, width, device=device, dtype=dtype, requires_grad=training)
+                q, k, v = qkv.permute(2, 0, 3, 1, 4)
+                yield SelfAttention(q, k, v, causal, None)
+
+
+OP = Op(
+    name="self_attention",
+    backends=(
+        Backend("reference", _runs, _reference),
+        Backend("explicit", _runs, _explicit),
+        Backend("sdpa", _runs, _sdpa),
+        Backend("xformers", _why_not_xformers, _xformers),
+    ),
+    order=_order,
+    bucket=_bucket,
+    cases=_cases,
+    device=lambda x: x.q.device,
+)

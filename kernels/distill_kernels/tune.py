@@ -1,0 +1,68 @@
+"""Measure every backend that can run here and write the table by which `auto` then chooses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_kernels.backends import OPS, Backend, BackendError, forget_table, interpreting, load_op, table_path
+from distill_kernels.measure import interleaved
+
+
+def tune(device: torch.device, *, rounds: int = 7) -> tuple[Path, list[tuple[str, str, str, float]]]:
+    """Time all backends of all ops on `device`, forward and backward, and write the measured table.
+
+    Returns the table's path and rows (op, bucket, backend, milliseconds), fastest first in each bucket. On
+    CPU the time is this process's CPU time, else wall time. `reference` is not a candidate where another
+    backend can run. The current process uses the new table from its next call on.
+
+    Raises:
+        BackendError: under TRITON_INTERPRET=1, whose times mean nothing.
+    """
+    if interpreting():
+        raise BackendError("unset TRITON_INTERPRET before tuning: interpreted kernels are not what would run")
+    table: dict[str, dict[str, list[str]]] = {}
+    rows = []
+    for op_name in OPS:
+        op = load_op(op_name)
+        for inputs in op.cases(device):
+            runnable = [b for b in op.backends if b.why_not(inputs) is None]
+            candidates = [b for b in runnable if b.name != "reference"] or runnable
+            calls = {b.name: _forward_backward(b, inputs) for b in candidates}
+            seconds = interleaved(calls, rounds=rounds, device=device)
+            times = {n: s.process if device.type == "cpu" else s.wall for n, s in seconds.items()}
+            order = sorted(times, key=lambda n: times[n])
+            bucket = op.bucket(inputs)
+            table.setdefault(op_name, {})[bucket] = order
+            rows += [(op_name, bucket, name, times[name] * 1e3) for name in order]
+    path = table_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(table, indent=1))
+    partial.replace(path)
+    forget_table()
+    return path, rows
+
+
+def _forward_backward(backend: Backend, inputs: Any) -> Callable[[], None]:
+    def call() -> None:
+        outputs = [t for t in _tensors(backend.run(inputs)) if t.requires_grad]
+        if outputs:
+            leaves = [t for t in _tensors(tuple(inputs)) if t.requires_grad]
+            ones = [torch.ones_like(t) for t in outputs]
+            torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
+
+    return call
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)

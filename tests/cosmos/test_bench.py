@@ -1,0 +1,84 @@
+"""`distill bench step` first shows that both steps are the same step, and refuses to time different ones."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.resolve import load_recipe
+from distill_cosmos import bench
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(registry: Registry) -> Recipe:
+    overrides = ["fusion.mask_padding=false", "backbone.text.padding=context", "backbone.text.vocabulary=300"]
+    return load_recipe(ROOT / "recipes/cosmos_tiny.yaml", registry=registry, overrides=overrides)
+
+
+def sides(recipe: Recipe) -> tuple[bench.Ours, bench.Plain]:
+    torch.manual_seed(0)
+    objective = Objective.from_recipe(recipe)
+    batch = bench.make_batch(recipe, 3, global_tokens=12, local_tokens=6)
+    return bench.Ours(recipe, objective, batch, bench.Clock()), bench.Plain(recipe, objective, batch, bench.Clock())
+
+
+def test_the_fast_step_is_the_straightforward_step(recipe: Recipe) -> None:
+    """Losses and gradients to 1e-5 in fp32: packed captions, last block at one token, one set of keys and values."""
+    ours, other = sides(recipe)
+    loss, gradient = bench.agreement(ours, other)
+    assert loss < 1e-6
+    assert gradient < 1e-5
+
+
+def test_both_move_student_and_teacher_alike(recipe: Recipe) -> None:
+    ours, other = sides(recipe)
+    first = {key: value.clone() for key, value in other.student.state_dict().items()}
+    for _ in range(3):
+        for side in (ours, other):
+            bench._step(side, "fp32")
+            side.update()
+    from distill_cosmos.official import public_state_dict
+
+    mine = public_state_dict(ours.objective)
+    for who, module in (("student", other.student), ("teacher", other.teacher)):
+        theirs = dict(module.named_parameters())
+        for key, value in mine[who].items():
+            if not key.endswith("in_proj_bias"):  # key biases: Adam makes steps of rounding noise
+                moved = (theirs[key] - first[key]).norm()
+                assert moved > 0, key
+                # Adam divides by the gradient's size, so that single elements differ; the whole may not
+                assert (value - theirs[key]).norm() < 0.1 * moved, key
+
+
+def test_a_different_step_is_refused(recipe: Recipe) -> None:
+    ours, other = sides(recipe)
+    with torch.no_grad():
+        other.student.image_token_mapping.weight[0, 0] += 0.5
+    with pytest.raises(UserError, match="the two steps differ"):
+        bench.agreement(ours, other)
+
+
+def test_rows_and_csv(recipe: Recipe, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    rows = bench.bench_step(recipe, batch_size=2, global_tokens=8, local_tokens=5, rounds=1, say=lambda line: None)
+    torch.set_num_threads(threads)
+    parts = {"teacher", "image tower", "text tower", "fusion", "losses", "backward", "update", "step"}
+    assert {(row["precision"], row["part"]) for row in rows} == {(p, part) for p in ("fp32", "bf16") for part in parts}
+    assert all(row["plain_s"] > 0 and row["ours_s"] > 0 for row in rows if row["part"] == "step")
+    bench.write_csv(tmp_path / "step.csv", rows, "cosmos_tiny.yaml", 2)
+    with (tmp_path / "step.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == len(rows)
+    assert written[0]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_other_recipes_are_refused(registry: Registry) -> None:
+    with pytest.raises(UserError, match="is COSMOS"):
+        bench.check(load_recipe(ROOT / "recipes/clip_tiny.yaml", registry=registry))

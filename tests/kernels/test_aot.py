@@ -1,0 +1,92 @@
+"""Ahead-of-time compilation of the shipped kernels, without a GPU, in processes without TRITON_INTERPRET."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# Bytes of shared memory that a block may use (CUDA programming guide, compute capabilities; CDNA3 guide).
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
+
+def resources(*arguments: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, str(BENCH / "resources.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_compiles_for_every_target(tmp_path: Path) -> None:
+    """The recipes' variants, freshly compiled; they must be what the committed file says of this Triton."""
+    out = tmp_path / "resources.csv"
+    done = resources(
+        "--only",
+        "cross_attention_forward bf16 V=8 K=64 lengths",
+        "cross_attention_backward bf16 V=8 K=64 lengths",
+        "--out",
+        str(out),
+        cache=tmp_path / "cache",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(out)
+    assert {(r["kernel"], r["target"]) for r in rows} == {
+        (f"cross_attention_{name}", target) for name in ("forward", "backward") for target in TARGETS
+    }
+    for row in rows:
+        assert int(row["registers"]) >= 32, row  # read from the binary, not a default
+        assert int(row["shared_bytes"]) > 0, row
+    committed = [r for r in read(BENCH / "resources.csv") if r["triton"] == rows[0]["triton"]]
+    if committed:
+        assert [r for r in rows if r not in committed] == []
+
+
+def test_committed_resources_are_complete_and_within_bounds(tmp_path: Path) -> None:
+    rows = read(BENCH / "resources.csv")
+    listed = resources("--list", cache=tmp_path)
+    assert listed.returncode == 0, listed.stderr
+    variants = {tuple(line.split(",", 1)) for line in listed.stdout.splitlines()}
+    assert len(variants) > 40
+    assert {(r["kernel"], r["variant"], r["target"]) for r in rows} == {
+        (*variant, target) for variant in variants for target in TARGETS
+    }
+    for row in rows:
+        assert row["spills"] == "0", row
+        assert int(row["shared_bytes"]) <= SHARED[row["target"]], row
+
+
+def test_spills_are_seen(tmp_path: Path) -> None:
+    """Blocks far too large for the registers must fail: the measure would otherwise be blind."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(BENCH)!r})
+import resources
+from distill_kernels import triton_cross_attention_kernels as kernels
+kernels.blocks = lambda *_: kernels.Blocks(64, 64, 32, 32, 4)
+(spec,) = [s for s in kernels.compile_specs() if (s.name[-7:], s.variant[:14]) == ("forward", "fp32 V=64 K=64")]
+row = resources.measure(spec, "sm_90")
+print(*resources.failures([row]), row.spills)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "spilled" in done.stdout, done.stdout + done.stderr
+
+
+def test_interpreter_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCH / "resources.py"), "--out", str(tmp_path / "x.csv")]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr

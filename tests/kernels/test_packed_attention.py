@@ -1,0 +1,254 @@
+"""`self_attention` and `packed_attention` against softmax row by row in float64, for every CPU backend."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill_kernels import packed_attention, self_attention
+from distill_kernels.backends import BackendError, choose
+from distill_kernels.packed_attention import OP as PACKED
+from distill_kernels.packed_attention import PackedInputs
+from distill_kernels.self_attention import OP as DENSE
+from distill_kernels.self_attention import SelfAttention
+
+DENSE_BACKENDS = ("reference", "explicit", "sdpa")
+PACKED_BACKENDS = ("reference", "loop", "grouped")
+# fp32: sums of at most 49 terms of order 1. bf16: scores and weights may be stored in bf16.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def row_by_row(q: Tensor, k: Tensor, v: Tensor, causal: bool, allowed: Tensor | None = None) -> Tensor:
+    """The definition, one query at a time: q, k, v [L, K], allowed [L, L] -> [L, K] in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    rows = []
+    for i, query in enumerate(q):
+        keys = [j for j in range(len(k)) if (j <= i or not causal) and (allowed is None or bool(allowed[i, j]))]
+        if keys:
+            weights = (k[keys] @ query / math.sqrt(len(query))).softmax(0)
+            rows.append(weights @ v[keys])
+        else:
+            rows.append(torch.zeros_like(query))
+    return torch.stack(rows) if rows else v
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
+    n, h = q.shape[:2]
+    outs = [
+        row_by_row(q[i, j], k[i, j], v[i, j], causal, None if mask is None else mask[i, j])
+        for i in range(n)
+        for j in range(h)
+    ]
+    return torch.stack(outs).view(q.shape)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], causal: bool) -> Tensor:
+    sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    outs = [
+        torch.stack([row_by_row(a[:, h], b[:, h], c[:, h], causal) for h in range(q.shape[1])], 1)
+        for a, b, c in sequences
+    ]
+    return torch.cat(outs)
+
+
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def check(out: Tensor, expected: Tensor, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Values and gradients under a random output gradient."""
+    close = functools.partial(torch.testing.assert_close, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    close(out.double(), expected)
+    weight = torch.randn(out.shape, dtype=torch.float64)
+    got = torch.autograd.grad((out.double() * weight).sum(), tensors)
+    true = torch.autograd.grad((expected * weight).sum(), tensors, retain_graph=True)
+    for g, t in zip(got, true, strict=True):
+        close(g.double(), t.double(), atol=TOLERANCE[dtype] * max(1.0, t.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 2, 5, 7), (1, 2, 49, 16)])
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+def test_dense(backend: str, shape: tuple[int, ...], causal: bool, dtype: torch.dtype) -> None:
+    tensors = inputs(*shape, dtype=dtype)
+    out = self_attention(*tensors, causal=causal, backend=backend)
+    assert out.dtype == dtype
+    check(out, dense(*tensors, causal), tensors, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("form", ["keys", "pairs"])
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+def test_masks(backend: str, form: str, causal: bool) -> None:
+    # Sequence 1 has no key at all: zeros, and zero gradients instead of NaN.
+    tensors = inputs(3, 2, 6, 4)
+    if form == "keys":
+        mask = torch.rand(3, 6) > 0.4
+        mask[1] = False
+        full = mask[:, None, None, :].expand(3, 2, 6, 6)
+    else:
+        mask = torch.rand(3, 1, 6, 6) > 0.4
+        mask[1] = False
+        full = mask.expand(3, 2, 6, 6)
+    out = self_attention(*tensors, causal=causal, mask=mask, backend=backend)
+    assert (out[1] == 0).all()
+    check(out, dense(*tensors, causal, full), tensors)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck_of_the_written_out_gradient(causal: bool) -> None:
+    q, k, v = (torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    for m in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, m=m: self_attention(q, k, v, causal=causal, mask=m, backend="explicit"), (q, k, v)
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+def test_compile_autocast_checkpoint(backend: str, causal: bool) -> None:
+    tensors = inputs(2, 2, 5, 8)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self_attention(q * 1, k, v, causal=causal, backend=backend)
+
+    expected = dense(*tensors, causal)
+    check(torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors), expected, tensors)
+    check(torch.utils.checkpoint.checkpoint(attend, *tensors, use_reentrant=False), expected, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(*tensors)
+    assert out.dtype == torch.bfloat16
+    check(out, expected, tensors, torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", DENSE_BACKENDS)
+def test_strides_nan_and_empty(backend: str) -> None:
+    # As a fused projection leaves them: [N, L, 3, H, K].
+    qkv = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    check(self_attention(q, k, v, backend=backend), dense(q, k, v, False), [qkv])
+    poisoned = v.detach().clone()
+    poisoned[1, 1, 2, 0] = float("nan")
+    out = self_attention(q, k, poisoned, backend=backend)
+    assert out[1, 1, :, 0].isnan().all()
+    assert out[0].isfinite().all()
+    nothing = torch.randn(0, 2, 5, 4, requires_grad=True)
+    out = self_attention(nothing, nothing, nothing, causal=True, backend=backend)
+    assert out.shape == (0, 2, 5, 4)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[7], [3, 0, 1, 17, 8, 3, 9], [4, 4, 4], [0, 0, 5]])
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def test_packed(backend: str, lengths: list[int], causal: bool, dtype: torch.dtype) -> None:
+    tensors = inputs(sum(lengths), 2, 8, dtype=dtype)
+    out = packed_attention(*tensors, bounds(lengths), causal=causal, backend=backend)
+    assert out.dtype == dtype
+    check(out, packed(*tensors, lengths, causal), tensors, dtype)
+
+
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
+    lengths = [3, 9, 1, 12]
+    qkv = torch.randn(25, 3, 2, 4, requires_grad=True)
+    cu_lengths = bounds(lengths).int()
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = (qkv * 1).unbind(1)
+        return packed_attention(q, k, v, cu_lengths, causal=True, backend=backend)
+
+    expected = packed(*qkv.unbind(1), lengths, True)
+    check(torch.compile(attend, backend="aot_eager")(qkv), expected, [qkv])
+    check(torch.utils.checkpoint.checkpoint(attend, qkv, use_reentrant=False), expected, [qkv])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(qkv)
+    assert out.dtype == torch.bfloat16
+    check(out, expected, [qkv], torch.bfloat16)
+    with torch.inference_mode():  # whose tensors have no version to key a cache on
+        out = packed_attention(*qkv.unbind(1), bounds(lengths), causal=True, backend=backend)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def test_packed_nan_stays_in_its_sequence(backend: str) -> None:
+    q, k, v = (t.detach() for t in inputs(12, 2, 4))
+    k[5, 0, 0] = float("nan")  # sequence 1: rows 3..8, padded beside rows 8..12 in `grouped`
+    out = packed_attention(q, k, v, bounds([3, 5, 4]), backend=backend)
+    assert out[3:8, 0].isnan().all()
+    assert out[3:8, 1].isfinite().all()
+    assert out[:3].isfinite().all()
+    assert out[8:].isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0]])
+@pytest.mark.parametrize("backend", PACKED_BACKENDS)
+def test_packed_without_tokens(backend: str, lengths: list[int]) -> None:
+    q, k, v = inputs(0, 2, 4)
+    out = packed_attention(q, k, v, bounds(lengths), causal=True, backend=backend)
+    assert out.shape == (0, 2, 4)
+    out.sum().backward()
+
+
+def test_lengths_changed_in_place_are_read_again() -> None:
+    q, k, v = inputs(6, 1, 4)
+    cu_lengths = bounds([2, 4])
+    packed_attention(q, k, v, cu_lengths)
+    cu_lengths[1] = 5
+    out = packed_attention(q, k, v, cu_lengths)
+    torch.testing.assert_close(out.double(), packed(q, k, v, [5, 1], False), rtol=2e-5, atol=2e-5)
+
+
+def test_auto_follows_the_measurements() -> None:
+    def dense_choice(length: int, dtype: torch.dtype, training: bool) -> str:
+        q = torch.zeros(1, 1, length, 8, dtype=dtype, requires_grad=training)
+        return choose(DENSE, "auto", SelfAttention(q, q, q, False, None)).name
+
+    assert dense_choice(197, torch.bfloat16, True) == "explicit"
+    assert dense_choice(197, torch.bfloat16, False) == "sdpa"
+    assert dense_choice(197, torch.float32, True) == "sdpa"
+    assert dense_choice(37, torch.float32, True) == "explicit"
+    assert dense_choice(37, torch.float32, False) == "sdpa"
+    assert dense_choice(37, torch.bfloat16, False) == "explicit"
+
+    def packed_choice(lengths: list[int]) -> str:
+        q = torch.zeros(sum(lengths), 1, 8)
+        return choose(PACKED, "auto", PackedInputs(q, q, q, bounds(lengths), tuple(lengths), True)).name
+
+    assert packed_choice([10] * 64) == "grouped"
+    assert packed_choice([10] * 8) == "loop"
+    assert packed_choice([150] * 20) == "loop"
+
+
+def test_errors_say_what_is_wrong() -> None:
+    x, y = torch.zeros(2, 2, 5, 8), torch.zeros(10, 2, 8)
+    with pytest.raises(ValueError, match=r"q, k, v must be \[N, H, L, K\]"):
+        self_attention(x, x, x[:1])
+    with pytest.raises(ValueError, match="mask must be bool"):
+        self_attention(x, x, x, mask=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"mask must be \[2, 5\] or broadcast to"):
+        self_attention(x, x, x, mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(BackendError, match="needs tensors on a GPU"):
+        self_attention(x, x, x, backend="xformers")
+    with pytest.raises(ValueError, match=r"q, k, v must be \[T, H, K\]"):
+        packed_attention(y, y, y[:, :1], bounds([10]))
+    with pytest.raises(ValueError, match="ends at 9, but there are 10 tokens"):
+        packed_attention(y, y, y, bounds([4, 5]))
+    with pytest.raises(ValueError, match="start at 0 and not fall"):
+        packed_attention(y, y, y, torch.tensor([0, 7, 5, 10]))
+    with pytest.raises(ValueError, match=r"must be \[N \+ 1\] integers"):
+        packed_attention(y, y, y, torch.tensor([0.0, 10.0]))
+    for backend in ("varlen", "xformers"):
+        with pytest.raises(BackendError, match="needs tensors on a GPU"):
+            packed_attention(y, y, y, bounds([10]), backend=backend)

@@ -1,0 +1,158 @@
+"""`multi_view_sigmoid` against a loop over rows and columns of its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill_kernels import chunks, multi_view_sigmoid
+from distill_kernels.sigmoid_loss import sigmoid_chunked, sigmoid_chunked_backward
+
+BACKENDS = ("reference", "chunked")
+
+
+def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1).to(dtype).requires_grad_()
+
+
+def term_by_term(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
+    """The definition, one dot product at a time, in float64."""
+    a, b, scale, bias = (t.double() for t in (a, b, scale, bias))
+    pairs = []
+    for u in a:
+        for v in b:
+            total = a.new_zeros(())
+            for i, row in enumerate(u):
+                for j, column in enumerate(v):
+                    sign = 1.0 if j == i + offset else -1.0
+                    total = total + torch.log1p(torch.exp(-sign * (scale * (row @ column) + bias)))
+            pairs.append(total / len(u))
+    return torch.stack(pairs).view(len(a), len(b))
+
+
+def check(loss: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Values and gradients of a weighted sum over pairs; fp32 rounding of logits up to 20."""
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(loss.shape, dtype=torch.float64)
+    got = torch.autograd.grad((loss.double() * weight).sum(), inputs)
+    true = torch.autograd.grad((expected * weight).sum(), inputs)
+    for g, t in zip(got, true, strict=True):
+        torch.testing.assert_close(g, t, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many chunks":
+        monkeypatch.setitem(chunks.CHUNK, "cpu", (7, 4))
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize(("va", "vb", "n", "d"), [(1, 1, 1, 1), (2, 3, 5, 7), (3, 1, 13, 6)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
+    a, b = embeddings(va, n, d), embeddings(vb, n, d)
+    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+    check(loss, term_by_term(a, b, scale, bias, 0), [a, b, scale, bias])
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_average_to_one_batch(backend: str) -> None:
+    a, b = embeddings(2, 12, 5), embeddings(3, 12, 5)
+    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
+    loss = torch.stack(
+        [
+            multi_view_sigmoid(a[:, p], b[:, p], scale, bias, a_all=a, b_all=b, offset=p.start, backend=backend)
+            for p in parts
+        ]
+    ).mean(0)
+    check(loss, term_by_term(a, b, scale, bias, 0), [a, b, scale, bias])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_rows_against_gathered(backend: str) -> None:
+    a, b, a_all, b_all = (embeddings(*s, 6) for s in ((3, 5), (2, 5), (3, 11), (2, 11)))
+    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    loss = multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=3, backend=backend)
+    check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
+
+
+def test_gradcheck() -> None:
+    a, b = embeddings(2, 3, 4, dtype=torch.float64), embeddings(1, 3, 4, dtype=torch.float64)
+    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
+    assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend="chunked"), (a, b, scale, bias))
+
+
+def test_opcheck() -> None:
+    x, y = embeddings(2, 4, 6), embeddings(3, 7, 6)
+    scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    torch.library.opcheck(sigmoid_chunked, (x, y, scale, bias, 2))
+    with torch.no_grad():
+        torch.library.opcheck(sigmoid_chunked_backward, (torch.randn(2, 3), x, y, scale, bias, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_autocast_checkpoint(backend: str) -> None:
+    # The logits stay fp32 under bf16 autocast: at scale 100 bf16 ones would be off by .5.
+    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-60.0, requires_grad=True)
+
+    def loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return multi_view_sigmoid(a * 1, b, scale, bias, backend=backend)
+
+    inputs = (a, b, scale, bias)
+    expected = term_by_term(*inputs, 0)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outs = [torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)]
+    # A compiled backward pass is traced under autocast and lowers plain matmuls, but not the custom ops.
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backend != "reference"):
+        outs.append(compiled(*inputs))
+    weight = torch.randn(2, 3, dtype=torch.float64)
+    true = torch.autograd.grad((expected * weight).sum(), inputs)
+    for out in outs:
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+        grads = torch.autograd.grad((out.double() * weight).sum(), inputs)
+        for g, t in zip(grads, true, strict=True):
+            torch.testing.assert_close(g, t, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_inputs_keep_fp32_logits(backend: str) -> None:
+    a, b = embeddings(2, 9, 16, dtype=torch.bfloat16), embeddings(2, 9, 16, dtype=torch.bfloat16)
+    scale, bias = torch.tensor(100.0), torch.tensor(-60.0)
+    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+    torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-4)
+    assert torch.autograd.grad(loss.sum(), a)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_empty_and_strides(backend: str) -> None:
+    scale, bias = torch.tensor(4.0), torch.tensor(-1.0)
+    a, b = torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
+    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+    torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-5)
+    a = a.clone()
+    a[1, 2, 3] = float("nan")
+    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+    assert loss[0].isfinite().all()
+    assert loss[1].isnan().all()
+    empty = torch.randn(2, 0, 4, requires_grad=True)
+    every = embeddings(2, 5, 4)
+    loss = multi_view_sigmoid(empty, empty, scale, bias, a_all=every, b_all=every, offset=1, backend=backend)
+    assert loss.isnan().all()
+    assert (torch.autograd.grad(loss.sum(), every)[0] == 0).all()
+
+
+def test_errors_say_what_is_wrong() -> None:
+    a, scale = torch.zeros(1, 5, 3), torch.tensor(1.0)
+    with pytest.raises(ValueError, match="bias must be a 0-dim"):
+        multi_view_sigmoid(a, a, scale, torch.zeros(1))
+    with pytest.raises(ValueError, match="a and b must be"):
+        multi_view_sigmoid(a, a[0], scale, scale)
+    with pytest.raises(ValueError, match="no backend named 'triton'; there are reference, chunked, and auto"):
+        multi_view_sigmoid(a, a, scale, scale, backend="triton")

@@ -75,7 +75,7 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
     folder = distributed.gather_objects(made)[0]
     try:
         trainer = Trainer(loaded, folder, quiet=quiet)
-    except UserError:
+    except BaseException:
         if made is not None:
             _forget(made.path)
         raise
@@ -91,15 +91,16 @@ def _forget(folder: Path) -> None:
 
 @cli.command()
 @click.argument("folder")
+@click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
-def resume(folder: str, quiet: bool) -> None:
+def resume(folder: str, checkpoint: str, quiet: bool) -> None:
     """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been."""
     from distill_core.model import run_recipe
     from distill_core.tracking import RunFolder
-    from distill_core.train import train
+    from distill_core.train import Trainer
 
     recipe = run_recipe(Path(folder), _registry())
-    _end(train(recipe, RunFolder(Path(folder)), resume=True, quiet=quiet))
+    _end(Trainer(recipe, RunFolder(Path(folder)), resume=checkpoint, quiet=quiet).run())
 
 
 def _end(result: Result) -> None:
@@ -128,6 +129,11 @@ def _end(result: Result) -> None:
             )
         lines.append(f"report: {result.folder / 'report.json'}, {result.folder / 'report.png'}")
         print_scores(result.scores, f"{report['name']} on {report['split']}", lines)
+        if result.failed:
+            raise UserError(
+                f"{len(result.failed)} evaluation task(s) failed, as warned above. The run is complete; score it again "
+                f"with distill eval {result.folder} --set evaluate.tasks=..."
+            )
 
 
 @cli.command("eval")
@@ -157,13 +163,15 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     source = (recipe.evaluate_source or recipe.source).build()
     source.prepare()
     which = split or recipe.evaluate.split
-    scores = evaluate(recipe, models_of(recipe, objective, device), source, which)
-    if not scores:
-        raise UserError(f"nothing to score: no task in `evaluate`, or the data source has no split {which!r}")
-    if as_json:
-        click.echo(json.dumps(scores, indent=1))
-    else:
-        print_scores(scores, f"{Path(folder).name} ({checkpoint}) on {which}")
+    evaluated = evaluate(recipe, models_of(recipe, objective, device), source, which)
+    if as_json and evaluated.scores:
+        click.echo(json.dumps(evaluated.scores, indent=1))
+    elif evaluated.scores:
+        print_scores(evaluated.scores, f"{Path(folder).name} ({checkpoint}) on {which}")
+    for skipped in evaluated.skipped[:5]:
+        click.echo(f"warning: not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}", err=True)
+    if evaluated.failed or not recipe.tasks:
+        raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
 
 @cli.command()

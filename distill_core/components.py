@@ -48,6 +48,7 @@ class ModalityPlan:
     dim: int
     """Embedding width D."""
     has_tokens: bool
+    can_mask: bool = False
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""
@@ -67,7 +68,9 @@ class Plan:
 class Needs:
     """What a component needs of the recipe around it.
 
-    `tokens` and `teacher_tokens` name the views whose tokens are read; a backbone need not compute any other.
+    `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles` does (the
+    teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names modalities
+    whose backbone must be able to hide tokens.
     `views` asks for a least number of views: {modality: {role: number}}.
     """
 
@@ -77,6 +80,7 @@ class Needs:
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
 
 
 class Component:
@@ -133,13 +137,18 @@ class Augmentation(Component, ABC):
         """
 
 
+Collator = Callable[[list[list[View]], Sequence[int]], Views]
+"""The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
+
+
 @dataclass(frozen=True)
 class Dims:
-    """Tower width W of the tokens, embedding width D, and whether there are tokens at all."""
+    """Tower width W of the tokens, embedding width D, whether there are tokens, and whether some can be hidden."""
 
     width: int
     dim: int
     has_tokens: bool = True
+    can_mask: bool = False
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -158,12 +167,16 @@ class Backbone(nn.Module, Component, ABC):
 
     @classmethod
     @abstractmethod
-    def collator(cls, config: Any) -> Callable[[list[list[View]]], Views]:
-        """A picklable callable for the workers: the views of B samples (a list of V each) -> `Views`."""
+    def collator(cls, config: Any) -> Collator:
+        """A picklable callable for the workers: the views of B samples, and B seeds -> `Views`.
+
+        Whatever it draws (masks, targets) it draws from generators of those seeds, one a sample.
+        """
 
     @abstractmethod
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """Features of N inputs of one shape: `pooled` [1, N, D] and, if `tokens`, tokens {0: [N, L, W]} and mask.
+        """Features of N inputs of one shape: `pooled` [1, N, D]; if `tokens`, tokens {0: [N, L, W]} and mask;
+        `class_tokens` [1, N, C, W] where there are any.
 
         `token_mask` [N, L] is True where the input token must be hidden.
         """
@@ -175,6 +188,7 @@ class Backbone(nn.Module, Component, ABC):
         stops early where nobody reads the tokens, overrides this.
         """
         pooled: list[Tensor] = []
+        classes: list[Tensor] = []
         features = Features(pooled=torch.empty(0))
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
@@ -184,6 +198,8 @@ class Backbone(nn.Module, Component, ABC):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
                 part = self.encode(group.x[first:last].flatten(0, 1), tokens=wanted[first], token_mask=hidden)
                 pooled.append(part.pooled.reshape(last - first, batch, -1))
+                if part.class_tokens is not None:
+                    classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
                 if wanted[first]:
                     for i in range(first, last):
                         rows = slice((i - first) * batch, (i - first + 1) * batch)
@@ -191,6 +207,7 @@ class Backbone(nn.Module, Component, ABC):
                         if 0 in part.masks:
                             features.masks[start + i] = part.masks[0][rows]
         features.pooled = torch.cat(pooled)
+        features.class_tokens = torch.cat(classes) if len(classes) == len(pooled) else None
         return features
 
 
@@ -336,6 +353,14 @@ class Tracker(Component, ABC):
         """Flush and close."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What an initializer did: one line for the user, and the names of the objective's tensors that it loaded."""
+
+    line: str
+    names: frozenset[str]
+
+
 class Initializer(Component, ABC):
     """Weights to start from: an entry of a recipe's `init`."""
 
@@ -345,8 +370,11 @@ class Initializer(Component, ABC):
         self.config = config
 
     @abstractmethod
-    def apply(self, objective: Objective) -> str:
-        """Load weights into the objective; returns one line of what was loaded. Raises `UserError`."""
+    def apply(self, objective: Objective) -> Loaded:
+        """Load weights into the objective. Raises `UserError`, and has loaded nothing then.
+
+        What the teacher is not given it takes from the student afterwards.
+        """
 
 
 INTERFACES: dict[str, type[Component]] = {
@@ -355,3 +383,11 @@ INTERFACES: dict[str, type[Component]] = {
         Augmentation, Backbone, FusionHead, Loss, DataSource, Evaluation, Optimizer, Schedule, Tracker, Initializer,
     )
 }  # fmt: skip
+
+
+def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
+    """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
+    dims = {m: plan.modalities[m].dim for m in modalities if m in plan.modalities}
+    if len(set(dims.values())) > 1:
+        shown = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
+        yield f"{name!r} compares embeddings of one width D; the backbones give {shown}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def start(device: torch.device) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # other ranks wait while the first evaluates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
 
 
@@ -66,12 +68,20 @@ def all_gather(x: Tensor, dim: int = 0) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over ranks, in one collective a dtype."""
+    """Replace each gradient by its mean over ranks, in one collective a dtype.
+
+    A parameter that no rank has used keeps no gradient, as in one process: the optimiser leaves it alone.
+    """
     if world_size() == 1:
         return
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    used = torch.tensor(
+        [parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device
+    )
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
+    for parameter, is_used in zip(trained, used.tolist(), strict=True):
+        if is_used:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for group in by_dtype.values():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
@@ -80,6 +90,14 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat /= world_size()
         for parameter, part in zip(group, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view_as(parameter)
+
+
+@torch.no_grad()
+def broadcast(module: torch.nn.Module) -> None:
+    """Give every rank the first one's tensors."""
+    if world_size() > 1:
+        for value in module.state_dict().values():
+            dist.broadcast(value, 0)
 
 
 def any_rank(flag: bool) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distill_core.checkpoint import Checkpoints
-from distill_core.components import ComponentConfig, Initializer
+from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 
 
@@ -34,7 +34,7 @@ class Weights(Initializer):
     name = "weights"
     Config = WeightsConfig
 
-    def apply(self, objective: Any) -> str:
+    def apply(self, objective: Any) -> Loaded:
         """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
         source, to = self.config.source, self.config.to
         state, is_run = _read(Path(source), self.config.checkpoint)
@@ -62,7 +62,7 @@ class Weights(Initializer):
         taken = wanted & set(given)
         objective.load_state_dict({name: given[name] for name in taken}, strict=False)
         rest = f"; {len(wanted - taken)} of this model keep their first weights" if wanted - taken else ""
-        return f"{source}: {len(taken)} tensors into {to or 'the model'}{rest}"
+        return Loaded(f"{source}: {len(taken)} tensors into {to or 'the model'}{rest}", frozenset(taken))
 
 
 def _some(lines: list[str], most: int = 4) -> list[str]:

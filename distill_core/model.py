@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.components import Augmentation, Backbone
+from distill_core.components import Augmentation, Backbone, Collator, FusionHead
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
-from distill_core.types import View, Views
+from distill_core.types import Features, View
 
 
 class Model:
@@ -26,8 +26,9 @@ class Model:
         self,
         backbone: Mapping[str, Backbone],
         augment: Mapping[str, Augmentation],
-        collators: Mapping[str, Callable[[list[list[View]]], Views]],
+        collators: Mapping[str, Collator],
         *,
+        fusion: FusionHead | None = None,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
         precision: str = "fp32",
@@ -35,6 +36,7 @@ class Model:
         self.backbone = dict(backbone)
         self.augment = dict(augment)
         self.collators = dict(collators)
+        self.fusion = fusion
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.precision = precision
@@ -69,19 +71,27 @@ class Model:
             return torch.empty(0, self.backbone[modality].dims(self.backbone[modality].config).dim)
         return torch.cat(parts)
 
-    @torch.no_grad()
     def _encode(self, modality: str, views: list[list[View]]) -> Tensor:
+        return normalize(self.features(modality, views).pooled[0].float(), dim=-1).cpu()
+
+    @torch.no_grad()
+    def features(self, modality: str, views: list[list[View]], *, need: Sequence[int] = ()) -> Features:
+        """Features of the views of B samples (V each), in one batch, with the tokens of the views in `need`.
+
+        For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
+        """
         module = self.backbone[modality]
-        was_training = module.training
+        modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
-            batch = self.collators[modality](views).map(lambda x: x.to(self.device))
+            batch = self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
             bf16 = self.precision == "bf16"
             with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-                pooled = module(batch).pooled[0]
-            return normalize(pooled.float(), dim=-1).cpu()
+                found: Features = module(batch, need=need)
+            return found
         finally:
-            module.train(was_training)
+            for part, mode in modes.items():
+                part.training = mode
 
 
 def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:
@@ -96,6 +106,7 @@ def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str,
             dict(backbone.items()),
             augment,
             collators,
+            fusion=objective.fusion if side == "student" else None,
             device=device,
             batch_size=recipe.evaluate.batch_size,
             precision=recipe.train.precision,
@@ -121,9 +132,16 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
             raise UserError(f"{folder}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
         load_into(module, own, str(folder))
         module.to(device).eval().requires_grad_(False)
+    fusion = None
+    if recipe.fusion is not None and not teacher:
+        fusion = recipe.fusion.build(recipe.plan)
+        load_into(
+            fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, str(folder)
+        )
+        fusion.to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
-    return Model(backbone, augment, collators, device=device, batch_size=recipe.evaluate.batch_size)
+    return Model(backbone, augment, collators, fusion=fusion, device=device, batch_size=recipe.evaluate.batch_size)
 
 
 def run_recipe(folder: Path, registry: Registry) -> Recipe:

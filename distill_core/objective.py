@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,6 +42,7 @@ class Teacher(nn.Module):
         self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
         self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
         self._students = [*backbones.values(), *heads.values()]
+        super().train(False)
 
     def train(self, mode: bool = True) -> Teacher:
         """Always in evaluation mode: no dropout, no batch statistics."""
@@ -56,15 +57,32 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def move(self, progress: Progress) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, over parameters (buffers are the teacher's own)."""
+        """teacher = momentum * teacher + (1 - momentum) * student over parameters; buffers are the student's."""
         own: list[Tensor] = []
         students: list[Tensor] = []
-        for copied, module in zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True):
+        for copied, module in self._pairs():
             own += list(copied.parameters())
             students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
         momentum = self.momentum(progress)
         torch._foreach_mul_(own, momentum)
         torch._foreach_add_(own, students, alpha=1 - momentum)
+        for copied, module in self._pairs():
+            for mine, theirs in zip(copied.buffers(), module.buffers(), strict=True):
+                mine.copy_(theirs)
+
+    @torch.no_grad()
+    def start_from_student(self, keep: Collection[str]) -> None:
+        """Make every tensor the student's, but those named in `keep` (paths below `teacher.`): weights given to it."""
+        inside = {id(module): name for name, module in self.named_modules()}
+        for copied, module in self._pairs():
+            state = module.state_dict()
+            for name, mine in copied.state_dict().items():
+                if f"{inside[id(copied)]}.{name}" not in keep:
+                    mine.copy_(state[name])
+
+    def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(own module, the student's)."""
+        return zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True)
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
@@ -100,6 +118,7 @@ class Objective(nn.Module):
         self.need = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
         self.teacher_need = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
         self.fused_needed = any(n.fused for n in needs)
+        self.frozen: list[nn.Module] = []
         self.teacher: Teacher | None = None
         if teacher is not None:
             taught = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
@@ -126,6 +145,13 @@ class Objective(nn.Module):
                         return self.teacher.heads[f"{id}/{head}"]
         raise KeyError("not one of this recipe's teacher_modules, or the recipe has no teacher")
 
+    def train(self, mode: bool = True) -> Objective:
+        """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""
+        super().train(mode)
+        for module in self.frozen:
+            module.train(False)
+        return self
+
     def represent(self, batch: Batch, progress: Progress) -> Outputs:
         """Encode the batch with student and teacher, and fuse the student's features."""
         teacher = self.represent_teacher(batch)
@@ -134,12 +160,14 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def represent_teacher(self, batch: Batch) -> dict[str, Features]:
-        """The teacher's features of the views it is given; {} without a teacher."""
+        """The teacher's features of the views it is given, numbered among themselves; {} without a teacher."""
         features: dict[str, Features] = {}
         if self.teacher is not None:
             for name, module in self.teacher.backbone.items():
                 seen = batch.views[name].only(self.teacher.config.views)
-                features[name] = module(seen, need=self.teacher_need[name])
+                own = self.plan.modalities[name].teacher_views
+                need = [own.index(view) for view in self.teacher_need[name]]
+                features[name] = module(seen, need=need)
         return features
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
@@ -198,6 +226,9 @@ class Objective(nn.Module):
         def under(name: str, path: str) -> bool:
             return name == path or name.startswith(path + ".")
 
+        modules = dict(self.named_modules())
+        self.frozen = [modules[path] for path in freeze if path in modules]
+        self.train(self.training)
         trained = []
         for name, parameter in own:
             if any(under(name, path) for path in freeze):

@@ -75,7 +75,8 @@ class TrainConfig(ComponentConfig):
     lr_factors: dict[str, Annotated[float, Field(ge=0)]] = {}  # noqa: RUF012
     """Factors of the learning rate by component path, as {backbone.text: 0.1}; the longest path wins."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the forward pass under autocast; weights, teacher, logits and losses stay fp32."""
+    """bf16 runs the forward pass under autocast; weights and teacher stay fp32, and so do the embeddings that losses
+    read and the built-in losses' logits."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Scale the gradients down where their global L2 norm is above this value."""
     device: str = "auto"

@@ -6,11 +6,13 @@ What the components need of one another is checked here, before any data or weig
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import ValidationError
+from torch import nn
 
 from distill_core.components import ComponentConfig, ModalityPlan, Needs, Plan
 from distill_core.document import Document, Path, read_document
@@ -91,6 +93,10 @@ def parse_recipe(
         raise RecipeErrors(failed)
     document.data.setdefault("name", default_name)
     return resolver.resolve()
+
+
+# attributes of torch's containers, which a module below them cannot be named after
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 class _Resolver:
@@ -232,8 +238,8 @@ class _Resolver:
             if not isinstance(name, str):
                 self.error(path, f"needs a name: a component of kind {kind}, as {{name: ...}}")
                 continue
-            if given_id is not None and (not isinstance(given_id, str) or not given_id or "." in given_id):
-                self.error((*path, "id"), f"an id is a word without dots, got {given_id!r}")
+            if given_id is not None and not _is_word(given_id):
+                self.error((*path, "id"), f"an id is a word of letters, digits, - and _, got {given_id!r}")
             try:
                 entry = self.registry.get(kind, name)
             except KeyError as error:
@@ -269,7 +275,12 @@ class _Resolver:
             seen = tuple(i for i, r in enumerate(roles) if isinstance(views, list) and r in views)
             if not has_teacher or (isinstance(taught, list) and name not in taught):
                 seen = ()
-            modalities[name] = ModalityPlan(roles, seen, dims.width, dims.dim, dims.has_tokens)
+            if len([r for i, r in enumerate(roles) if i == 0 or r != roles[i - 1]]) != len(set(roles)):
+                self.error(
+                    path, f"{node.cls.name!r} makes views in the order {', '.join(roles)}; each role must be together"
+                )
+                continue
+            modalities[name] = ModalityPlan(roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask)
         fusion = isinstance(self._get(("fusion",)), dict)
         return Plan(modalities, has_teacher, fusion)
 
@@ -284,6 +295,9 @@ class _Resolver:
                 for name in here:
                     if name not in there:
                         self.error((one, name), f"{name!r} has no entry in {other}; a modality needs both")
+            for name in here if isinstance(here, dict) else ():
+                if not _is_word(name):
+                    self.error((one, name), "a modality is a word of letters, digits, - and _")
         for path, node in self.nodes.items():
             try:
                 needs = node.cls.needs(node.config, plan)
@@ -306,7 +320,7 @@ class _Resolver:
             yield f"{who} needs a teacher; this recipe has none"
         if needs.fused and not plan.fusion:
             yield f"{who} needs fused views; this recipe has no fusion"
-        names = {*needs.modalities, *needs.tokens, *needs.teacher_tokens, *needs.views}
+        names = {*needs.modalities, *needs.tokens, *needs.teacher_tokens, *needs.views, *needs.masked}
         for name in sorted(names - self._modalities()):
             yield f"{who} needs a modality {name!r}{did_you_mean(name, sorted(self._modalities()))}"
         for name in sorted(names & set(plan.modalities)):
@@ -316,6 +330,11 @@ class _Resolver:
             if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
                 last = max(needs.tokens[name])
                 yield f"{who} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
+            unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
+            if unseen and plan.teacher:
+                yield f"{who} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
+            if name in needs.masked and not modality.can_mask:
+                yield f"{who} needs masked views of {name!r}; its backbone cannot hide tokens"
             if needs.teacher and plan.teacher and name in needs.modalities and not modality.teacher_views:
                 yield f"{who} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
             for role, number in needs.views.get(name, {}).items():
@@ -389,6 +408,11 @@ class _Resolver:
             file=self.document.name,
             warnings=tuple(warnings),
         )
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it can name a part of a path, of a score, and of a torch module."""
+    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value)) and value not in _TAKEN
 
 
 def _options(model: Any, path: Path) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
 from distill_core.data.loader import Loader
 from distill_core.display import Display
-from distill_core.errors import TrainingStopped, UserError
-from distill_core.evaluate.run import evaluate
+from distill_core.errors import TrainingStopped, UserError, did_you_mean
+from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
 from distill_core.recipe import Recipe
@@ -32,17 +32,19 @@ from distill_core.types import Batch, Progress
 
 @dataclass
 class Result:
-    """How a run ended: `signal` is None when it came to its end."""
+    """How a run ended: `signal` is None when it came to its end; `failed` names tasks that could not be scored."""
 
     folder: Path
     scores: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
     signal: int | None = None
 
 
 class Interrupt:
     """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
         self.signal: int | None = None
 
     @contextmanager
@@ -64,6 +66,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
+        self.say(f"{signal.Signals(number).name}: saving behind this step ...")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -90,7 +93,7 @@ def set_threads(threads: int | None, workers: int, device: torch.device) -> None
 class Trainer:
     """One run: build, loop, evaluate, report."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, *, quiet: bool = False) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, *, resume: str | None = None, quiet: bool = False) -> None:
         self.recipe, self.folder = recipe, folder
         train, data = recipe.train, recipe.data
         self.device = distributed.start(resolve_device(train.device))
@@ -105,10 +108,16 @@ class Trainer:
         self.batch = data.batch_size * self.world
         self.steps = self._count_steps()
 
-        torch.manual_seed(recipe.seed)
+        _seed_all(recipe.seed)
         self.objective = Objective.from_recipe(recipe)
-        self.loaded = [node.build().apply(self.objective) for node in recipe.init]
+        self.loaded = [node.build().apply(self.objective) for node in recipe.init] if resume is None else []
+        if self.loaded and self.objective.teacher is not None:
+            given = {name for loaded in self.loaded for name in loaded.names}
+            self.objective.teacher.start_from_student(
+                {n.removeprefix("teacher.") for n in given if n.startswith("teacher.")}
+            )
         self.objective.to(self.device)
+        distributed.broadcast(self.objective)
         named = self.objective.trainable(recipe.freeze, train.lr_factors)
         self.parameters = [parameter for _, parameter, _ in named]
         maker = recipe.optimizer.build()
@@ -120,7 +129,7 @@ class Trainer:
         self.loader = Loader(recipe, shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(self.display.warn)
         self.tracker: TrackerThread | None = None
         self.step = 0
         self.skipped_samples = 0
@@ -128,6 +137,8 @@ class Trainer:
         self.best: float | None = None
         self.seconds = 0.0
         _seed_all(recipe.seed + 1 + self.rank)
+        if resume is not None:
+            self._resume(resume)
 
     def _count_steps(self) -> int:
         train = self.recipe.train
@@ -141,9 +152,9 @@ class Trainer:
             )
         return max(1, int(train.epochs * self.size) // self.batch)
 
-    def resume(self) -> None:
-        """Take everything from the last checkpoint: weights, optimiser, data, random state, counts."""
-        state = self.checkpoints.read("last")
+    def _resume(self, checkpoint: str) -> None:
+        """Take everything from a checkpoint: weights, optimiser, data, random state, counts."""
+        state = self.checkpoints.read(checkpoint)
         if len(state["ranks"]) != self.world:
             raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
         load_into(self.objective, state["objective"], str(self.folder.path))
@@ -177,18 +188,22 @@ class Trainer:
                 self._stop_early()
                 return Result(self.folder.path, signal=self.interrupt.signal)
             self._save()
-            scores = self._evaluate(self.recipe.evaluate.split)
-            if not scores and self.recipe.tasks and self.rank == 0:
-                self.display.warn(f"nothing was evaluated: the data source has no split {self.recipe.evaluate.split!r}")
+        try:
+            evaluated = self._evaluate(self.recipe.evaluate.split)
+        except KeyboardInterrupt:
+            self.display.warn(f"trained and saved, but not evaluated. Evaluate with: distill resume {self.folder.path}")
+            return Result(self.folder.path, signal=signal.SIGINT)
+        for line in evaluated.failed:
+            self.display.warn(f"not evaluated: {line}")
         skipped = sum(distributed.gather_objects(self.skipped_samples))
         if self.rank == 0:
-            self._finish(scores, skipped)
-        return Result(self.folder.path, scores)
+            self._finish(evaluated.scores, skipped)
+        return Result(self.folder.path, evaluated.scores, evaluated.failed)
 
     def _greet(self, resumed: bool) -> None:
         recipe, say = self.recipe, self.display.say
-        for line in self.loaded:
-            say(f"init: {line}")
+        for loaded in self.loaded:
+            say(f"init: {loaded.line}")
         count = sum(p.numel() for p in self.parameters)
         start = f"resumed at step {self.step} of " if resumed else ""
         say(
@@ -274,20 +289,21 @@ class Trainer:
             what = "the loss or the gradient of another rank is not finite"
         else:
             what = f"the gradient's norm is {norm}"
-        line = f"step {self.step + 1}: {what}: {terms}; samples {', '.join(batch.keys[:8])}" + (
-            f", ... ({len(batch.keys)} in all)" if len(batch.keys) > 8 else ""
-        )
+        keys = [key for keys in distributed.gather_objects(batch.keys) for key in keys]
+        more = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
+        line = f"step {self.step + 1}: {what}: {terms}; samples {', '.join(keys[:8])}{more}"
         self.skipped_steps += 1
         if self.rank == 0:
-            self.folder.log({"step": self.step + 1, "not_finite": what, "keys": batch.keys})
+            self.folder.log({"step": self.step + 1, "not_finite": what, "keys": keys})
         if self.recipe.train.nonfinite == "stop":
             self.optimizer.zero_grad(set_to_none=True)
             self._save()
             raise TrainingStopped(
-                f"{line}.\nThe state before this step is saved in {self.folder.path}. Lower the learning rate, "
-                "train in fp32, or pass over such steps with --set train.nonfinite=skip."
+                f"{line}.\nThe weights from before this step are saved; distill resume {self.folder.path} goes on "
+                "behind this batch. Or start again with a lower learning rate, in fp32, or with train.nonfinite=skip."
             )
-        self.display.warn(f"{line}; the step is skipped")
+        if self.rank == 0:
+            self.display.warn(f"{line}; the step is skipped")
 
     def _note_skipped(self, batch: Batch) -> None:
         if batch.skipped:
@@ -321,32 +337,45 @@ class Trainer:
             flat |= {k: row[k] for k in ("lr", "grad_norm", "samples_per_s", "momentum") if k in row}
             self.tracker.call("log", self.step, flat, {"subset": "train"})
 
-    def _evaluate(self, split: str) -> dict[str, float]:
+    def _evaluate(self, split: str) -> Evaluated:
         if not self.recipe.tasks or self.rank > 0:
             distributed.barrier()
-            return {}
+            return Evaluated()
         models = models_of(self.recipe, self.objective, self.device)
-        scores = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing)
+        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing)
         self.display.doing("")
-        if scores:
-            self.folder.log({"step": self.step, "split": split, "scores": scores})
+        if evaluated.skipped:
+            first = evaluated.skipped[0]
+            self.display.warn(
+                f"{split}: {len(evaluated.skipped)} items cannot be read and are not scored; the first: {first.key!r} "
+                f"of {first.url}: {first.reason}"
+            )
+        if evaluated.scores:
+            self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
             if self.tracker is not None:
-                self.tracker.call("log", self.step, scores, {"subset": split})
+                self.tracker.call("log", self.step, evaluated.scores, {"subset": split})
         distributed.barrier()
-        return scores
+        return evaluated
 
     def _validate(self) -> bool:
         """Evaluate on the validation split; whether this is the best so far."""
-        scores = self._evaluate(self.recipe.evaluate.validation)
-        name = self.recipe.train.checkpoint.best
-        better = False
-        if name is not None and self.rank == 0:
-            if name not in scores:
-                raise UserError(f"train.checkpoint.best: no score {name!r}; there are: {', '.join(scores) or 'none'}")
-            better = self.best is None or scores[name] > self.best
-            if better:
-                self.best = scores[name]
+        evaluated = self._evaluate(self.recipe.evaluate.validation)
+        scores, name = evaluated.scores, self.recipe.train.checkpoint.best
+        if not self._validated:
+            self._validated = True
+            for line in evaluated.failed:
+                self.display.warn(f"not validated: {line}")
+            if name is not None and name not in scores and self.rank == 0:
+                self.display.warn(
+                    f"train.checkpoint.best: no score {name!r}, so no best checkpoint is kept"
+                    f"{did_you_mean(name, list(scores))}"
+                )
+        better = name in scores and (self.best is None or scores[name] > self.best)
+        if better and name is not None:
+            self.best = scores[name]
         return distributed.any_rank(better)
+
+    _validated = False
 
     def _save(self, best: bool = False) -> None:
         state = {
@@ -423,11 +452,3 @@ def _set_random(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def train(recipe: Recipe, folder: RunFolder, *, resume: bool = False, quiet: bool = False) -> Result:
-    """Run (or go on with) a recipe in its folder. Raises `UserError`."""
-    trainer = Trainer(recipe, folder, quiet=quiet)
-    if resume:
-        trainer.resume()
-    return trainer.run()

@@ -125,14 +125,16 @@ class Batch:
 class Features:
     """What a backbone makes of its views.
 
-    pooled  [V, B, D]          one embedding a view, projected, not normalised
-    tokens  view -> [B, L, W]  only of the views that something needs
-    masks   view -> [B, L]     True where a token is real; a view without an entry has no padding
+    pooled        [V, B, D]          one embedding a view, projected, not normalised
+    tokens        view -> [B, L, W]  only of the views that something needs
+    masks         view -> [B, L]     True where a token is real; a view without an entry has no padding
+    class_tokens  [V, B, C, W]       what `pooled` was projected from (class or end-of-text tokens), where there is such
     """
 
     pooled: Tensor
     tokens: dict[int, Tensor] = field(default_factory=dict)
     masks: dict[int, Tensor] = field(default_factory=dict)
+    class_tokens: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -176,19 +178,19 @@ class Outputs:
     progress: Progress
     ema: Callable[[nn.Module], nn.Module]
     """The teacher's copy of one of the loss's own `teacher_modules`."""
-    _gathered: dict[str, Tensor] = field(default_factory=dict)
-    _normalised: dict[str, Tensor] = field(default_factory=dict)
+    _gathered: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
+    _embeddings: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
 
-    def embedding(self, key: str) -> Tensor:
-        """L2-normalised embeddings [V, B, D], at least fp32, of this rank.
+    def embedding(self, key: str, *, normalised: bool = True) -> Tensor:
+        """Embeddings [V, B, D] of this rank, at least fp32, L2-normalised unless asked otherwise.
 
-        `key` is `student.NAME`, `teacher.NAME` or `fused.NAME`, NAME being a modality of the recipe. Each key is
-        normalised once, however many losses read it. Raises KeyError for another key.
+        `key` is `student.NAME`, `teacher.NAME` or `fused.NAME`, NAME being a modality of the recipe. Each is made once,
+        however many losses read it. Raises KeyError for another key.
         """
         import torch
         from torch.nn.functional import normalize
 
-        if key not in self._normalised:
+        if (key, normalised) not in self._embeddings:
             who, _, modality = key.partition(".")
             if who == "fused" and self.fused is not None:
                 value = self.fused.pooled[modality]
@@ -198,13 +200,15 @@ class Outputs:
                 raise KeyError(key)
             with torch.autocast(value.device.type, enabled=False):
                 value = value.to(torch.promote_types(value.dtype, torch.float32))
-                self._normalised[key] = value if who == "fused" else normalize(value, dim=-1)
-        return self._normalised[key]
+                if normalised and who != "fused":
+                    value = normalize(value, dim=-1)
+            self._embeddings[key, normalised] = value
+        return self._embeddings[key, normalised]
 
-    def gather(self, key: str) -> Tensor:
+    def gather(self, key: str, *, normalised: bool = True) -> Tensor:
         """`embedding(key)` of all ranks, [V, M, D], with gradients; one collective a key and step."""
         from distill_core.distributed import all_gather
 
-        if key not in self._gathered:
-            self._gathered[key] = all_gather(self.embedding(key), dim=1)
-        return self._gathered[key]
+        if (key, normalised) not in self._gathered:
+            self._gathered[key, normalised] = all_gather(self.embedding(key, normalised=normalised), dim=1)
+        return self._gathered[key, normalised]

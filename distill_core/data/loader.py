@@ -7,20 +7,21 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from distill_core.components import Collator
 from distill_core.data.shards import check
 from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
 from distill_core.errors import DataError
 from distill_core.recipe import Recipe
-from distill_core.types import Batch, Skipped, View, Views
+from distill_core.types import Batch, Skipped
 
 
 class Collate:
     """Items -> a batch, by each modality's collator. Picklable."""
 
-    def __init__(self, collators: Mapping[str, Callable[[list[list[View]]], Views]]) -> None:
+    def __init__(self, collators: Mapping[str, Collator]) -> None:
         self.collators = dict(collators)
 
     def __call__(self, items: Sequence[Item | Failure]) -> Batch | Failure:
@@ -32,8 +33,11 @@ class Collate:
                 return item
             good.append(item)
             skipped += item.skipped
+        seeds = [item.seed for item in good]
         try:
-            views = {name: collate([item.views[name] for item in good]) for name, collate in self.collators.items()}
+            views = {
+                name: collate([item.views[name] for item in good], seeds) for name, collate in self.collators.items()
+            }
         except Exception as error:
             keys = ", ".join(item.key for item in good[:3])
             return Failure(f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}")

@@ -27,6 +27,8 @@ class Item:
 
     key: str
     views: dict[str, list[View]]
+    seed: int
+    """For what its collators draw: a function of (seed, epoch, key), as the views are."""
     skipped: list[Skipped] = field(default_factory=list)
 
 
@@ -99,6 +101,7 @@ class ShardStream(IterableDataset[Item | Failure]):
         self.epoch = 0
         self.position = 0  # in this epoch's list of shards
         self.offset = 0  # samples already read of that shard
+        self.before = 0  # samples of the shards before it
         self.drawn = 0  # picks from the buffer so far in this epoch
         self.waiting: list[tuple[int, int]] = []  # (shard, offset) of each sample in the buffer
         self.bad_in_a_row = 0
@@ -109,6 +112,7 @@ class ShardStream(IterableDataset[Item | Failure]):
             "epoch": self.epoch,
             "position": self.position,
             "offset": self.offset,
+            "before": self.before,
             "drawn": self.drawn,
             "waiting": [value for pair in self.waiting for value in pair],
             "bad_in_a_row": self.bad_in_a_row,
@@ -123,7 +127,7 @@ class ShardStream(IterableDataset[Item | Failure]):
                 "an exact resume needs the same shards"
             )
         self.epoch, self.position, self.offset = state["epoch"], state["position"], state["offset"]
-        self.drawn, self.bad_in_a_row = state["drawn"], state["bad_in_a_row"]
+        self.before, self.drawn, self.bad_in_a_row = state["before"], state["drawn"], state["bad_in_a_row"]
         flat = state["waiting"]
         self.waiting = list(zip(flat[::2], flat[1::2], strict=True))
 
@@ -172,7 +176,7 @@ class ShardStream(IterableDataset[Item | Failure]):
                     f"no sample can be used: the last {self.bad_in_a_row} were all skipped, the last one "
                     f"{skipped[-1].url}: {skipped[-1].key!r}: {skipped[-1].reason}"
                 )
-            self.epoch, self.position, self.offset, self.drawn = self.epoch + 1, 0, 0, 0
+            self.epoch, self.position, self.offset, self.before, self.drawn = self.epoch + 1, 0, 0, 0, 0
 
     def _use(
         self, buffer: list[tuple[int, int, Sample]], skipped: list[Skipped], mine: int
@@ -191,7 +195,7 @@ class ShardStream(IterableDataset[Item | Failure]):
             skipped.append(Skipped(sample["__key__"], str(sample["__url__"]), str(error)))
             return
         self.bad_in_a_row = 0
-        item = Item(sample["__key__"], views, list(skipped))
+        item = Item(sample["__key__"], views, number(self.seed, self.epoch, sample["__key__"]), list(skipped))
         skipped.clear()
         yield item
 
@@ -209,7 +213,7 @@ class ShardStream(IterableDataset[Item | Failure]):
                         continue
                     self.offset = offset + 1
                     # counted on from shard to shard, or shards of few samples would leave the last streams none
-                    if (offset + self.position) % shares == share:
+                    if (self.before + offset) % shares == share:
                         yield shard, offset, sample
             except DataError as error:
                 if count == 0:
@@ -217,7 +221,7 @@ class ShardStream(IterableDataset[Item | Failure]):
                 skipped.append(Skipped("(rest of the shard)", self.shards[shard], str(error)))
             if count == 0:
                 raise DataError(f"{self.shards[shard]}: the shard is empty. Write it again, or leave it out.")
-            self.position, self.offset = self.position + 1, 0
+            self.position, self.offset, self.before = self.position + 1, 0, self.before + count
 
     def _restore(self) -> list[tuple[int, int, Sample]]:
         """Read the buffered samples again, by their references."""

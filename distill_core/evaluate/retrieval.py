@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import DataError
+from distill_core.errors import DataError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 
@@ -38,6 +38,9 @@ class Retrieval(Evaluation):
     def problems(cls, config: RetrievalConfig, plan: Plan) -> Iterator[str]:
         """Two modalities that the recipe has."""
         yield from two_modalities(cls.name, config.modalities, plan)
+        for name in config.fields:
+            if name not in plan.modalities:
+                yield f"{cls.name!r}: fields: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """`SET/A_to_B/R@k`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and both directions)."""

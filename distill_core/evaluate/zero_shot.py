@@ -53,8 +53,7 @@ class ZeroShot(Evaluation):
         items_of, words_of = self.config.modalities or model.modalities
         labels_of: dict[str, dict[int, str]] = {}
         for samples in sets:
-            words, owners = samples.items(model, words_of, self.config.label)
-            labels_of[samples.name] = dict(zip(owners.tolist(), words, strict=True))
+            labels_of[samples.name] = dict(samples.items(model, words_of, self.config.label))
         classes = sorted({label for labels in labels_of.values() for label in labels.values()})
         if not classes:
             raise DataError(f"no sample has a field {self.config.label!r} that names its class")

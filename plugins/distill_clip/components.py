@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Loss, LossConfig, Needs, Plan
+from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
 from distill_core.types import GLOBAL, Outputs, Progress, Sample, View
 from distill_kernels import multi_view_info_nce
-from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
 from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
 
 
@@ -70,7 +71,7 @@ class WholeCaption(CaptionAugmentation):
         """View.source is the sentence's place in the pool; 0 for all."""
         pool = self.pool(sample)
         if self.config.take == "all":
-            return [View(". ".join(pool))]
+            return [View(join(pool))]
         chosen = int(rng.integers(len(pool)))
         return [View(pool[chosen], source=chosen)]
 
@@ -100,6 +101,11 @@ class Clip(Loss):
     def needs(cls, config: ClipConfig, plan: Plan) -> Needs:
         """Both modalities."""
         return Needs(modalities=config.modalities)
+
+    @classmethod
+    def problems(cls, config: ClipConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides."""
+        return same_dim(cls.name, config.modalities, plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""

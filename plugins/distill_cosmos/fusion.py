@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import ComponentConfig, FusionHead, Needs, Plan
+from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
 from distill_core.types import Features, Fused
 from distill_kernels import cross_attention_pool
 
@@ -82,8 +82,7 @@ class CrossAttention(FusionHead):
         if config.modalities[0] == config.modalities[1]:
             yield "'cross_attention' needs two different modalities"
         dims = {m: plan.modalities[m].dim for m in config.modalities if m in plan.modalities}
-        if len(set(dims.values())) > 1:
-            yield f"'cross_attention' needs one embedding width; the backbones have {dims}"
+        yield from same_dim(cls.name, config.modalities, plan)
         for dim in sorted(set(dims.values())):
             if dim % config.heads:
                 yield f"'cross_attention' has {config.heads} heads, which do not divide the embedding width {dim}"

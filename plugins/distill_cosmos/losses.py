@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Loss, LossConfig, Needs, Plan
+from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
 from distill_core.types import Outputs, Progress
 from distill_kernels import multi_view_info_nce
@@ -34,6 +35,11 @@ class InfoNCE(Loss):
     def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    @classmethod
+    def problems(cls, config: InfoNCEConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides."""
+        return same_dim(cls.name, config.modalities, plan)
 
     def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the global batch M."""

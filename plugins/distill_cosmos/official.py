@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_core.components import ComponentConfig, Initializer
+from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_cosmos.losses import Contrastive, CrossModalDistillation
@@ -32,8 +32,8 @@ _TOWERS = {
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What was loaded, and the teacher's keys that nothing uses (their shapes were checked)."""
+class Counts:
+    """How many tensors were loaded, and the teacher's keys that nothing uses (their shapes were checked)."""
 
     student: int
     teacher: int
@@ -54,7 +54,7 @@ def own_name(key: str, objective: Objective) -> str | None:
 
 
 @torch.no_grad()
-def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Loaded:
+def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Counts:
     """Load `{"student": ..., "teacher": ...}` strictly; nothing is changed when anything is wrong.
 
     Raises `UserError` with every key that is missing, unknown or of a wrong shape. The teacher's scales, poolers and
@@ -95,7 +95,7 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Lo
         raise UserError("the checkpoint does not fit this model:\n  " + "\n  ".join(shown))
     for destination, value in copies:
         destination.copy_(value)
-    return Loaded(counts["student"], counts["teacher"], tuple(unused))
+    return Counts(counts["student"], counts["teacher"], tuple(unused))
 
 
 def public_state_dict(objective: Objective) -> dict[str, dict[str, Tensor]]:
@@ -136,7 +136,7 @@ class PublicCheckpoint(Initializer):
     name = "cosmos_checkpoint"
     Config = PublicCheckpointConfig
 
-    def apply(self, objective: Objective) -> str:
+    def apply(self, objective: Objective) -> Loaded:
         """Raises `UserError` for a file that is missing, unsafe or does not fit."""
         try:
             states = torch.load(self.config.file, map_location="cpu", weights_only=True)
@@ -144,8 +144,9 @@ class PublicCheckpoint(Initializer):
             raise UserError(f"{self.config.file}: cannot be loaded: {error}") from error
         if not isinstance(states, dict):
             raise UserError(f"{self.config.file}: holds no `student` and `teacher` state dicts")
-        loaded = load_state_dict(objective, states)
-        return (
-            f"{self.config.file}: {loaded.student} student and {loaded.teacher} teacher tensors; "
-            f"{len(loaded.unused)} teacher tensors that nothing uses"
+        counts = load_state_dict(objective, states)
+        line = (
+            f"{self.config.file}: {counts.student} student and {counts.teacher} teacher tensors; "
+            f"{len(counts.unused)} teacher tensors that nothing uses"
         )
+        return Loaded(line, frozenset(name for name, _ in objective.named_parameters()))

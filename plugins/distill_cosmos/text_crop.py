@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
 
 
 class TextCropConfig(CaptionConfig):
@@ -40,7 +40,7 @@ class TextCrop(CaptionAugmentation):
         views = []
         for _ in range(self.config.globals_):
             chosen = draw(len(pool), int(rng.integers(1, self.config.sentences + 1)), rng)
-            views.append(View(". ".join(pool[i] for i in chosen), GLOBAL, chosen[0]))
+            views.append(View(join([pool[i] for i in chosen]), GLOBAL, chosen[0]))
         views += [View(pool[i], LOCAL, i) for i in draw(len(pool), self.config.local, rng)]
         return views
 

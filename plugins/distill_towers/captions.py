@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from distill_core.components import Augmentation, ComponentConfig
@@ -40,6 +40,11 @@ def sentences(text: str) -> list[str]:
     return [part for part in parts if part]
 
 
+def join(parts: Sequence[str]) -> str:
+    """Sentences as one text: a full stop behind each but the last, unless it ends in a mark of its own."""
+    return " ".join([part if part.endswith(("?", "!")) else f"{part}." for part in parts[:-1]] + list(parts[-1:]))
+
+
 class CaptionAugmentation(Augmentation):
     """Base of text augmentations: finds the sample's sentences; the evaluation view is the whole caption."""
 
@@ -67,7 +72,7 @@ class CaptionAugmentation(Augmentation):
     def read(self, sample: Sample, field: str | None = None) -> list[str]:
         """The whole caption (all sentences), or what a field of the json holds: one text, or each of a list."""
         if field is None:
-            return [". ".join(self.pool(sample))]
+            return [join(self.pool(sample))]
         found = [text for text in _texts(_json(sample), field) if text.strip()]
         if not found:
             raise BadSample(f"no text in the json's field {field!r}")
@@ -85,7 +90,7 @@ def _json(sample: Sample) -> Mapping[str, Any]:
         return {}
     try:
         document = json.loads(sample["json"])
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise BadSample(f"not readable json: {error}") from error
     if not isinstance(document, dict):
         raise BadSample("the json is not an object")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from distill_core.components import Backbone, ComponentConfig, Dims
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.types import Features, Group, View, Views
 from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
 from distill_towers.transformer import Block, Transformer
@@ -79,7 +79,13 @@ class ClipText(Backbone):
         return Dims(config.width, config.dim)
 
     @classmethod
-    def collator(cls, config: ClipTextConfig) -> Callable[[list[list[View]]], Views]:
+    def problems(cls, config: ClipTextConfig, plan: Plan) -> Iterable[str]:
+        """Room for every id of the tokenizer."""
+        if config.vocabulary < VOCABULARY:
+            yield f"vocabulary {config.vocabulary} is too small: CLIP's tokenizer has {VOCABULARY} ids"
+
+    @classmethod
+    def collator(cls, config: ClipTextConfig) -> Collator:
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
 
@@ -142,7 +148,7 @@ class TextCollator:
     def __init__(self, context: int) -> None:
         self.tokenize = ClipTokenizer(context)
 
-    def __call__(self, samples: list[list[View]]) -> Views:
+    def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
         """View i of every sample has the same role."""
         groups: dict[str, list[int]] = {}
         for i, view in enumerate(samples[0]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from distill_core.components import Backbone, ComponentConfig, Dims
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims
 from distill_core.types import Features, Group, View, Views
 from distill_towers.transformer import Transformer
 
@@ -75,7 +75,7 @@ class VisionTransformer(Backbone):
         return Dims(config.width, config.dim)
 
     @classmethod
-    def collator(cls, config: VisionTransformerConfig) -> Callable[[list[list[View]]], Views]:
+    def collator(cls, config: VisionTransformerConfig) -> Collator:
         """Stacks pictures [3, S, S] of one size and role."""
         return PictureCollator(config.patch)
 
@@ -101,10 +101,11 @@ class VisionTransformer(Backbone):
         sequence = self.ln_pre(torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch))
         if not tokens:
             zeros = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            pooled = self.ln_post(self.transformer.at(sequence, zeros, causal=False)) @ self.proj
-            return Features(pooled[None])
+            first = self.ln_post(self.transformer.at(sequence, zeros, causal=False))
+            return Features((first @ self.proj)[None], class_tokens=first[None, :, None])
         sequence = self.ln_post(self.transformer(sequence, causal=False))
-        return Features((sequence[:, 0] @ self.proj)[None], {0: sequence[:, 1:]})
+        first = sequence[:, 0]
+        return Features((first @ self.proj)[None], {0: sequence[:, 1:]}, class_tokens=first[None, :, None])
 
 
 def _position_map(grid: int, rows: int, columns: int) -> Tensor:
@@ -123,7 +124,7 @@ class PictureCollator:
     def __init__(self, patch: int) -> None:
         self.patch = patch
 
-    def __call__(self, samples: list[list[View]]) -> Views:
+    def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
         """Raises ValueError for a crop that patches do not tile."""
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for i, view in enumerate(samples[0]):

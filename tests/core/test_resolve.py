@@ -212,8 +212,12 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         (
             ["backbone.text.dim=8"],
             [
-                "r.yaml:7: fusion: 'cross_attention' needs one embedding width; the backbones have "
-                "{'image': 16, 'text': 8}"
+                f"r.yaml:{line}: {where} compares embeddings of one width D; the backbones give image 16, text 8"
+                for line, where in (
+                    (7, "fusion: 'cross_attention'"),
+                    (9, "loss.0: 'contrastive'"),
+                    (10, "loss.1: 'cross_modal_distillation'"),
+                )
             ],
         ),
         (["fusion.modalities=[image, image]"], ["r.yaml:7: fusion: 'cross_attention' needs two different modalities"]),
@@ -234,7 +238,7 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
             ],
         ),
         (["backbone.image.patch=7"], ["r.yaml:5: backbone.image: image_size 16 is not a multiple of patch 7"]),
-        (["loss.0.id=a.b"], ["--set loss.0.id: loss.0.id: an id is a word without dots, got 'a.b'"]),
+        (["loss.0.id=a.b"], ["--set loss.0.id: loss.0.id: an id is a word of letters, digits, - and _, got 'a.b'"]),
         (
             ["evaluate.tasks=[{name: retrieval, modalities: [image, audio]}]"],
             ["--set evaluate.tasks: evaluate.tasks.0: 'retrieval' needs a modality 'audio' (there are: image, text)"],

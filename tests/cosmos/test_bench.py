@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def recipe(registry: Registry) -> Recipe:
-    overrides = ["fusion.mask_padding=false", "backbone.text.padding=context", "backbone.text.vocabulary=300"]
+    overrides = ["fusion.mask_padding=false", "backbone.text.padding=context", "teacher.update=before_optimizer"]
     return load_recipe(ROOT / "recipes/cosmos_tiny.yaml", registry=registry, overrides=overrides)
 
 
@@ -49,12 +49,12 @@ def test_both_move_student_and_teacher_alike(recipe: Recipe) -> None:
     mine = public_state_dict(ours.objective)
     for who, module in (("student", other.student), ("teacher", other.teacher)):
         theirs = dict(module.named_parameters())
-        for key, value in mine[who].items():
-            if not key.endswith("in_proj_bias"):  # key biases: Adam makes steps of rounding noise
-                moved = (theirs[key] - first[key]).norm()
-                assert moved > 0, key
-                # Adam divides by the gradient's size, so that single elements differ; the whole may not
-                assert (value - theirs[key]).norm() < 0.1 * moved, key
+        # key biases: Adam makes steps of rounding noise
+        keys = [key for key in mine[who] if not key.endswith("in_proj_bias")]
+        moved = torch.stack([(theirs[key] - first[key]).norm() for key in keys]).norm()
+        apart = torch.stack([(mine[who][key] - theirs[key]).norm() for key in keys]).norm()
+        assert moved > 1e-3
+        assert apart < 0.02 * moved
 
 
 def test_a_different_step_is_refused(recipe: Recipe) -> None:

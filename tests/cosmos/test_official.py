@@ -17,7 +17,7 @@ RECIPE = """
 augment: {image: {name: multi_crop, size: 12, local_size: 8}, text: {name: text_crop}}
 backbone:
   image: {name: vit, image_size: 12, patch: 4, width: 12, layers: 2, heads: 2, dim: 6}
-  text: {name: clip_text, context: 7, vocabulary: 23, width: 8, layers: 2, heads: 2, dim: 6}
+  text: {name: clip_text, context: 7,  width: 8, layers: 2, heads: 2, dim: 6}
 fusion: {name: cross_attention, heads: 2}
 loss: [{name: contrastive}, {name: cross_modal_distillation}]
 teacher: {}
@@ -33,7 +33,10 @@ def objective() -> Objective:
 
 @pytest.fixture
 def states(transcription: ModuleType) -> dict[str, dict[str, Tensor]]:
-    return {who: transcription.make_weights(seed, torch.float32) for seed, who in enumerate(("student", "teacher"))}
+    return {
+        who: transcription.make_weights(seed, torch.float32, vocab=49408)
+        for seed, who in enumerate(("student", "teacher"))
+    }
 
 
 def test_every_weight_arrives_where_it_belongs(objective: Objective, states: dict[str, dict[str, Tensor]]) -> None:
@@ -96,7 +99,7 @@ def test_from_a_file_in_a_recipe(objective: Objective, states: dict[str, dict[st
     text = RECIPE + f"init: [{{name: cosmos_checkpoint, file: {file}}}]\n"
     recipe = parse_recipe(text, "r.yaml", registry=Registry.discover())
     report = recipe.init[0].build().apply(objective)
-    assert f"{len(states['student'])} student" in report
+    assert f"{len(states['student'])} student" in report.line
     assert torch.equal(objective.backbone["image"].proj, states["student"]["visual.proj"])
     file.write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be loaded"):

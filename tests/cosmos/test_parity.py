@@ -14,7 +14,7 @@ from distill_core.types import Batch, Group, Progress, Views
 from distill_cosmos import official
 
 HEADS, TEXT_HEADS, FUSION_HEADS, PATCH = 2, 2, 2, 4
-B, IMAGE_LOCALS, TEXT_LOCALS, CONTEXT, VOCABULARY = 5, 3, 4, 9, 31
+B, IMAGE_LOCALS, TEXT_LOCALS, CONTEXT, VOCABULARY = 5, 3, 4, 9, 49408
 
 
 def recipe_text(*, mask_padding: bool, update: str, form: str = "auto") -> str:

@@ -16,7 +16,7 @@ RECIPE = """
 augment: {image: {name: multi_crop, size: 16, local_size: 8}, text: {name: text_crop}}
 backbone:
   image: {name: vit, image_size: 16, patch: 4, width: 32, layers: 2, heads: 2, dim: 32}
-  text: {name: clip_text, context: 12, vocabulary: 50, width: 32, layers: 2, heads: 2, dim: 32}
+  text: {name: clip_text, context: 12, width: 32, layers: 2, heads: 2, dim: 32}
 fusion: {name: cross_attention, heads: 2}
 loss: [{name: contrastive}, {name: cross_modal_distillation}]
 teacher: {}
@@ -35,8 +35,8 @@ def objective() -> Objective:
 @pytest.fixture
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 48, (8, B, 9), generator=generator)
-    ids[..., -1] = 49
+    ids = torch.randint(1, 49000, (8, B, 9), generator=generator)
+    ids[..., -1] = 49407
     image = Views(
         [
             Group(torch.randn(2, B, 3, 16, 16, generator=generator), "global"),
@@ -102,7 +102,7 @@ def test_padding_is_masked_only_when_asked(objective: Objective, batch: Batch) -
     """With the mask, what stands behind the end-of-text token cannot reach the fused image views."""
     first = batch.views["text"].groups[0]
     short = first.x.clone()
-    short[..., 5] = 49
+    short[..., 5] = 49407
     short[..., 6:] = 0
     other = short.clone()
     other[..., 6:] = 7

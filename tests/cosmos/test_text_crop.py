@@ -84,6 +84,12 @@ def test_one_full_stop_between_sentences() -> None:
             assert not view.data.endswith(".")
 
 
+def test_marks_of_their_own_are_kept() -> None:
+    """Not "Is it?. Wow!. A dog"."""
+    document = {"captions": ["Is it a cat?", "Wow!", "A dog", "it sits."]}
+    assert crop().read(sample(document)) == ["Is it a cat? Wow! A dog. it sits"]
+
+
 def test_layouts() -> None:
     dreamlip = {
         "raw_caption": "a raw one",
@@ -114,6 +120,7 @@ def test_layouts() -> None:
         sample({"captions": ["", " . "]}),
         sample({"captions": [3]}),
         sample(b"{not json"),
+        sample(b'{"a":' + b"[" * 100_000),
         sample([1, 2]),
         sample(txt=b"\xff\xfe"),
         sample(txt=b"  "),

@@ -1,5 +1,7 @@
 """What vision-language methods share: towers in the CLIP layout, tokenizer, reading of pictures and captions."""
 
+import click
+
 from distill_core import hookimpl
 
 distill_api = 1
@@ -12,3 +14,11 @@ def distill_components() -> list[type]:
     from distill_towers.vit import VisionTransformer
 
     return [VisionTransformer, ClipText]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill kernels`."""
+    from distill_towers.commands import kernels
+
+    return [kernels]

@@ -1,0 +1,40 @@
+"""Every kernel benchmark, one after the other, each in its own process: on a GPU in under 8 minutes.
+
+    python kernels/bench/run_all.py [--only cross_attention info_nce packed_attention resources]
+
+Each writes its CSV beside this file, with device and versions. A benchmark that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SCRIPTS = {
+    "cross_attention": "bench_cross_attention.py",
+    "info_nce": "bench_info_nce.py",
+    "packed_attention": "bench_packed_attention.py",
+    "resources": "resources.py",
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
+    failed = []
+    for name in parser.parse_args().only:
+        start = time.perf_counter()
+        print(f"== {name}", flush=True)
+        code = subprocess.run([sys.executable, str(HERE / SCRIPTS[name])], check=False).returncode
+        print(f"== {name}: exit {code}, {time.perf_counter() - start:.0f} s", flush=True)
+        if code:
+            failed.append(name)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

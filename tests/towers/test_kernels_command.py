@@ -1,0 +1,42 @@
+"""`distill kernels` says what runs here, and why the rest does not."""
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from torch import device
+
+from distill_kernels import tune as tuning
+from distill_kernels.backends import OPS, table_path
+from distill_towers.commands import kernels
+
+
+def test_every_op_is_listed_with_a_reason_for_what_cannot_run() -> None:
+    rows = json.loads(CliRunner().invoke(kernels, ["--json"], catch_exceptions=False).output)
+    assert {row["op"] for row in rows} == set(OPS)
+    for op in OPS:
+        answers = {row["backend"]: row["runs"] for row in rows if row["op"] == op}
+        assert answers["reference"] == "yes"
+        assert all(answer == "yes" or len(answer) > 10 for answer in answers.values())
+    text = CliRunner().invoke(kernels, [], catch_exceptions=False).output
+    assert "cross_attention" in text
+    assert "auto" in text.splitlines()[-1]
+
+
+def test_tune_writes_the_table_that_auto_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real measurement on the smallest op's cases; the table names every bucket's backends, fastest first."""
+    monkeypatch.setenv("DISTILL_KERNEL_TABLES", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    name = "cross_attention"
+    monkeypatch.setattr(tuning, "OPS", {name: OPS[name]})
+    result = CliRunner().invoke(kernels, ["--tune", "--device", "cpu", "--json"], catch_exceptions=False)
+    rows = json.loads(result.output)
+    written = json.loads(table_path(device("cpu")).read_text())
+    assert set(written) == {name}
+    for inputs, order in written[name].items():
+        times = {row["backend"]: row["ms"] for row in rows if row["inputs"] == inputs}
+        assert order == sorted(times, key=lambda backend: times[backend])
+    from distill_kernels.backends import forget_table
+
+    forget_table()

@@ -166,7 +166,7 @@ def test_resumes_from_any_state(
     Catches any state that is not saved (picks drawn, buffered references, place in a shard), and views that depend on
     what was read before.
     """
-    paths = write_shards(tmp_path, shards, 6)
+    paths = write_shards(tmp_path, shards, 7)
     be_worker(worker, workers)
     views = sample_views(registry)
     whole, states = [], []
@@ -212,7 +212,7 @@ def test_state_can_be_saved_again_after_a_resume(tmp_path: Path, write_shards: W
 def test_views_depend_on_seed_epoch_and_key_alone(
     tmp_path: Path, write_shards: Write, registry: Registry, be_worker: OneOf
 ) -> None:
-    """Catches randomness taken from a worker's or a process's history, or the same views in each epoch or for each key."""
+    """Catches randomness from a worker's or a process's history, and the same views every epoch or for all keys."""
     paths = write_shards(tmp_path, 2, 6)
     views = sample_views(registry)
 
@@ -250,13 +250,9 @@ def _fields(shard: Path) -> dict[str, bytes]:
         return {m.name.rsplit(".", 1)[1]: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
 
 
-def good(shard: Path) -> dict[str, bytes]:
-    return _fields(shard)
-
-
 def test_bad_samples_are_passed_over_and_reported(tmp_path: Path, write_shards: Write, registry: Registry) -> None:
     """Catches a bad sample that stops the stream, is handed on, or is lost without its key, shard and reason."""
-    fields = good(write_shards(tmp_path / "model", 1, 1)[0])
+    fields = _fields(write_shards(tmp_path / "model", 1, 1)[0])
     bad = {
         (0, 1): {"png": b"\x89PNG\r\n\x1a\n nothing more", "txt": fields["txt"]},
         (0, 3): {"png": fields["png"], "json": b'{"captions": ["a bird"'},
@@ -320,6 +316,16 @@ def test_one_bad_shard_of_one_worker_does_not_stop_it(
         assert not any(item.key.startswith("train-1-") for item in items)
         met += sum(len(item.skipped) for item in items)
     assert met >= 4, "no worker was dealt the bad shard: this test shows nothing"
+
+
+def test_small_shards_are_shared_out_evenly(tmp_path: Path, write_shards: Write, be_worker: OneOf) -> None:
+    """Catches streams that get nothing because each shard by itself has fewer samples than there are streams."""
+    paths = write_shards(tmp_path, 4, 3)
+    counts = []
+    for worker in range(6):
+        be_worker(worker, 6)
+        counts.append(len(epochs_of(stream_of(paths), 1)[0]))
+    assert counts == [2] * 6
 
 
 def test_fewer_samples_than_streams(tmp_path: Path, write_shards: Write, be_worker: OneOf) -> None:
@@ -396,7 +402,7 @@ def test_a_changed_data_set_is_refused(tmp_path: Path, write_shards: Write) -> N
     paths = write_shards(tmp_path, 3, 6)
     stream = stream_of(paths)
     take(stream, 4)
-    with pytest.raises(DataError, match="3 shards and data.source now names 2"):
+    with pytest.raises(DataError, match=r"3 shards and data\.source now names 2"):
         stream_of(paths[:2]).load_state_dict(stream.state_dict())
     state = stream.state_dict()
     write_shards(tmp_path, 3, 1)

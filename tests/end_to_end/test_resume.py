@@ -24,7 +24,7 @@ from distill_core.model import run_recipe
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
-from distill_core.train import Trainer, train
+from distill_core.train import Trainer
 
 GATE = Path(__file__).with_name("gate")
 STEPS = 10
@@ -160,7 +160,7 @@ def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def go_on(run: Path, registry: Registry) -> None:
-    train(run_recipe(run, registry), RunFolder(run), resume=True, quiet=True)
+    Trainer(run_recipe(run, registry), RunFolder(run), resume="last", quiet=True).run()
 
 
 # the middle of the second epoch is also a step whose validation is due

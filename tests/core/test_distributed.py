@@ -1,0 +1,109 @@
+"""Two processes over gloo: the joint batch's gradients, and a whole run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from distill_core.checkpoint import Checkpoints
+from distill_core.errors import UserError
+from distill_core.model import run_recipe
+from distill_core.registry import Registry
+from distill_core.tracking import RunFolder
+from distill_core.train import Trainer
+
+SCRIPT = Path(__file__).with_name("distributed_step.py")
+
+
+def two(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def step() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distributed_step", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleType) -> None:
+    """Catches negatives of one rank alone, gradients that stop at the gather, a sum in place of a mean, and positives
+    looked for in the wrong rows (all but the last give right losses in one process)."""
+    done = two(str(SCRIPT), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    joint = step.step(0, step.SAMPLES)
+    assert set(joint["terms"]) == {"contrastive", "cross_modal_distillation", "clip"}
+    for name, term in joint["terms"].items():
+        mean = (ranks[0]["terms"][name] + ranks[1]["terms"][name]) / 2
+        torch.testing.assert_close(mean, term, rtol=1e-10, atol=1e-10)
+        assert (ranks[0]["terms"][name] - ranks[1]["terms"][name]).abs() > 1e-4, "ranks see other rows"
+    for name, gradient in joint["gradients"].items():
+        for rank in ranks:
+            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    alone = step.step(0, step.SAMPLES // 2)["gradients"]["backbone.image.proj"]
+    assert (alone - joint["gradients"]["backbone.image.proj"]).abs().max() > 1e-4
+    for i, rank in enumerate(ranks):
+        assert rank["lonely"].tolist() == [1.0, 2.0], "a parameter without a gradient on one rank counts as 0 there"
+        assert rank["any"] == [True, False]
+        assert rank["objects"] == [{"rank": 0}, {"rank": 1}], i
+
+
+def test_a_run_of_two_ranks(
+    tmp_path: Path, tiny_recipe: Path, registry: Registry, write_shards: Callable[..., list[Path]]
+) -> None:
+    """Catches a folder or rows for each rank, samples that both ranks see, skipped samples of rank 1 that nobody
+    counts, and a resume that loses a rank's place in the data."""
+    bad = {(i, 1): {"png": b"no", "txt": b"a"} for i in range(4)}
+    write_shards(tiny_recipe.parent / "shards", 4, 5, replace=bad)
+    options = ("data.batch_size=2", "train.steps=7", "train.checkpoint={every: 4, keep: 9}", "data.source.samples=16")
+    settings = [part for option in options for part in ("--set", option)]
+    runs = tmp_path / "runs"
+    done = two("-m", "distill_core.cli", "run", str(tiny_recipe), "--runs", str(runs), *settings)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in runs.iterdir()] == ["tiny"]
+    folder = RunFolder(runs / "tiny")
+    assert [row["step"] for row in folder.rows() if "terms" in row] == list(range(1, 8))
+    assert len([row for row in folder.rows() if "scores" in row]) == 1
+    report = json.loads((folder.path / "report.json").read_text())
+    assert report["samples"] == 7 * 4
+    skipped = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
+    assert report["skipped_samples"] == len(skipped)
+    assert {row["key"] for row in skipped} == {f"train-{i}-1" for i in range(4)}
+    assert done.stdout.count("report.json") == 1
+    assert "warning: skipped sample" in done.stderr
+
+    whole = Checkpoints(folder.path).read()
+    assert len(whole["ranks"]) == 2
+    assert whole["ranks"][0]["data"] != whole["ranks"][1]["data"]
+    rows = folder.rows()
+    Checkpoints(folder.path).path(7).unlink()
+    done = two("-m", "distill_core.cli", "resume", str(folder.path))
+    assert done.returncode == 0, done.stderr
+    again = Checkpoints(folder.path).read()
+    assert again["step"] == 7
+    assert all(torch.equal(again["objective"][key], value) for key, value in whole["objective"].items())
+    assert again["ranks"][1]["data"] == whole["ranks"][1]["data"]
+    assert [row.get("terms") for row in folder.rows()] == [row.get("terms") for row in rows]
+    assert sorted(folder.skipped.read_text().splitlines()) == sorted(json.dumps(row) for row in skipped)
+    with pytest.raises(UserError, match="saved by 2 processes; resume it with as many"):
+        Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)

@@ -1,0 +1,312 @@
+"""Student, teacher, fusion and losses put together, against hand arithmetic on towers of a few numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill_core.components import Backbone, Dims, FusionHead, Loss, LossConfig, ModalityPlan, Needs, Plan
+from distill_core.objective import Objective, Teacher
+from distill_core.recipe import TeacherConfig
+from distill_core.types import Batch, Features, Fused, Group, Outputs, Progress, View, Views
+
+W, D, L, B = 3, 2, 4, 5
+
+
+class Mean(Backbone):
+    """x [N, L, W] -> pooled: the mean token times a matrix; tokens: x plus a number."""
+
+    name = "mean"
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config)
+        self.proj = nn.Parameter(torch.randn(W, D))
+        self.shift = nn.Parameter(torch.randn(()))
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls: list[tuple[int, bool, bool]] = []
+
+    @classmethod
+    def dims(cls, config: Any) -> Dims:
+        return Dims(W, D)
+
+    @classmethod
+    def collator(cls, config: Any) -> Callable[[list[list[View]]], Views]:
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        self.calls.append((x.shape[0], tokens, token_mask is not None))
+        if self.training:
+            self.seen += 1
+        if token_mask is not None:
+            x = x.masked_fill(token_mask[..., None], 0.0)
+        features = Features((x.mean(1) @ self.proj)[None])
+        if tokens:
+            features.tokens[0], features.masks[0] = x + self.shift, x[..., 0] > 0
+        return features
+
+
+class SumFusion(FusionHead):
+    name = "sum"
+    forwards = 0
+
+    def forward(self, features: dict[str, Features]) -> Fused:
+        self.forwards += 1
+        return Fused({m: nn.functional.normalize(f.pooled, dim=-1) for m, f in features.items()})
+
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        return queries
+
+
+class Pull(Loss):
+    """Mean squared distance between the student and a number, or the teacher."""
+
+    name = "pull"
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        target = outputs.teacher["a"].pooled if outputs.teacher else torch.ones(())
+        return {"pull": (outputs.student["a"].pooled[:1] - target[:1]).square().mean()}, {"one": torch.ones(())}
+
+
+class Two(Loss):
+    """Two terms, and a head that the teacher keeps an average of."""
+
+    name = "two"
+    teacher_modules = ("head",)
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.head = nn.Linear(D, D)
+        self.other = nn.Linear(D, D)
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        mine = self.head(outputs.student["a"].pooled)
+        with torch.no_grad():
+            theirs = outputs.ema(self.head)(outputs.student["a"].pooled)
+        return {"x": (mine - theirs).square().mean() + mine.mean(), "y": self.other(mine).mean()}, {}
+
+
+def objective_of(
+    *losses: Loss | type[Loss],
+    teacher: TeacherConfig | None = None,
+    needs: Sequence[Needs] = (),
+    taught: Sequence[str] = ("a", "b"),
+    weights: Sequence[float] = (),
+) -> Objective:
+    plan = Plan(
+        {
+            name: ModalityPlan(
+                ("global", "global", "local"), (0, 1) if teacher and name in taught else (), W, D, has_tokens=True
+            )
+            for name in ("a", "b")
+        },
+        teacher is not None,
+        True,
+    )
+    built = {}
+    for i, cls in enumerate(losses):
+        weight = weights[i] if weights else 1.0
+        built[cls.name] = cls(LossConfig(weight=weight), plan)  # type: ignore[operator]
+    return Objective({"a": Mean(), "b": Mean()}, SumFusion(None, plan), built, teacher, plan, needs)
+
+
+@pytest.fixture
+def batch() -> Batch:
+    def views() -> Views:
+        mask = torch.rand(2, B, L) < 0.5
+        mask[..., 0] = False  # a sample without any token has no direction
+        groups = [Group(torch.randn(2, B, L, W), "global", token_mask=mask), Group(torch.randn(1, B, L, W), "local")]
+        return Views(groups)
+
+    return Batch({"a": views(), "b": views()}, ["k"] * B)
+
+
+def test_momentum() -> None:
+    """Hand-computed. Catches a cosine that runs the wrong way, or is measured in other than the whole run."""
+    fixed = Teacher(TeacherConfig(momentum=0.97), {}, {})
+    assert [fixed.momentum(Progress(step, 10)) for step in (0, 5, 9)] == [0.97] * 3
+    cosine = Teacher(TeacherConfig(momentum=0.9, momentum_end=1.0), {}, {})
+    expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
+    assert [cosine.momentum(Progress(step, 8)) for step in range(8)] == pytest.approx(expected, rel=1e-12)
+    assert cosine.momentum(Progress(0, 8)) == pytest.approx(0.9)
+    assert cosine.momentum(Progress(4, 8)) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("order", ["before_optimizer", "after_optimizer"])
+def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
+    """teacher = m teacher + (1 - m) student, with the student from before or from after the step."""
+    config = TeacherConfig(momentum=0.75, momentum_end=0.25, update=order)  # type: ignore[arg-type]
+    objective = objective_of(Pull, teacher=config)
+    objective.teacher.backbone["a"].proj.data.add_(1.0)  # type: ignore[union-attr]
+    optimizer = torch.optim.SGD(objective.backbone.parameters(), lr=0.5)
+    for step in range(3):
+        progress = Progress(step, 4)
+        momentum = 0.25 + 0.5 * (1 + math.cos(math.pi * step / 4)) / 2
+        optimizer.zero_grad()
+        outputs = objective.represent(batch, progress)
+        objective.losses(outputs).total.backward()
+        old_teacher = objective.teacher.backbone["a"].proj.clone()  # type: ignore[union-attr]
+        old_student = objective.backbone["a"].proj.detach().clone()
+        new_student = old_student - 0.5 * objective.backbone["a"].proj.grad
+        objective.before_step(progress)
+        optimizer.step()
+        objective.after_step(outputs, progress)
+        student = old_student if order == "before_optimizer" else new_student
+        torch.testing.assert_close(objective.backbone["a"].proj.data, new_student)
+        torch.testing.assert_close(
+            objective.teacher.backbone["a"].proj,
+            momentum * old_teacher + (1 - momentum) * student,  # type: ignore[union-attr]
+        )
+        assert (new_student - old_student).abs().max() > 1e-4
+
+
+def test_teacher_is_out_of_the_gradients_reach(batch: Batch) -> None:
+    """Catches gradients into the teacher, teacher parameters that are trained, a teacher in training mode, and buffers
+    that it moves itself or never takes from the student."""
+    objective = objective_of(Pull, Two, teacher=TeacherConfig())
+    objective.train()
+    outputs = objective.represent(batch, Progress(0, 1))
+    assert not outputs.teacher["a"].pooled.requires_grad
+    assert outputs.student["a"].pooled.requires_grad
+    objective.losses(outputs).total.backward()
+    teacher = objective.teacher
+    assert teacher is not None
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert objective.backbone["a"].proj.grad is not None
+    assert not any(name.startswith("teacher") for name, _, _ in objective.trainable([], {}))
+    assert objective.backbone["a"].training
+    assert not teacher.backbone["a"].training
+    assert teacher.backbone["a"].seen == 0
+    objective.after_step(outputs, Progress(0, 1))
+    assert teacher.backbone["a"].seen == objective.backbone["a"].seen > 0
+
+
+def test_teacher_starts_as_the_student_and_keeps_a_copy() -> None:
+    objective = objective_of(Pull, teacher=TeacherConfig())
+    assert objective.teacher is not None
+    mine, theirs = objective.backbone["a"].proj, objective.teacher.backbone["a"].proj
+    assert torch.equal(mine, theirs)
+    assert mine.data_ptr() != theirs.data_ptr()
+
+
+def test_a_half_precision_student_has_a_float32_teacher() -> None:
+    """Catches an average that never moves: 0.001 of a bf16 difference is below its resolution."""
+    student = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    nn.init.ones_(student.weight)
+    teacher = Teacher(TeacherConfig(momentum=0.999), {"a": student}, {})
+    nn.init.constant_(student.weight, 1.5)
+    teacher.move(Progress(0, 1))
+    torch.testing.assert_close(teacher.backbone["a"].weight, torch.full((2, 2), 1.0005))
+
+
+def test_the_teachers_copy_of_a_losses_head(batch: Batch) -> None:
+    """Catches a head that is not averaged, one that is though it was not asked for, and a lost copy in the state."""
+    objective = objective_of(Two, teacher=TeacherConfig(momentum=0.5))
+    loss = objective.loss["two"]
+    copy = objective.ema(loss.head)
+    assert torch.equal(copy.weight, loss.head.weight)
+    assert copy is not loss.head
+    with pytest.raises(KeyError):
+        objective.ema(loss.other)
+    before = copy.weight.clone()
+    loss.head.weight.data += 2.0
+    outputs = objective.represent(batch, Progress(0, 1))
+    assert outputs.ema(loss.head) is copy
+    objective.after_step(outputs, Progress(0, 1))
+    torch.testing.assert_close(copy.weight, before + 1.0)
+    assert any(key.startswith("teacher.heads.") for key in objective.state_dict())
+    with pytest.raises(KeyError):
+        objective_of(Two).ema(loss.head)
+
+
+def test_tokens_of_the_needed_views_alone(batch: Batch) -> None:
+    """Catches tokens computed for nobody, of the wrong view, or in the wrong rows, and masks lost on the way."""
+    needs = [Needs(tokens={"a": (1,)}), Needs(tokens={"a": (1, 2), "b": (0,)}, teacher_tokens={"a": (0,)})]
+    objective = objective_of(Pull, teacher=TeacherConfig(), needs=needs)
+    outputs = objective.represent(batch, Progress(0, 1))
+    a, b = objective.backbone["a"], objective.backbone["b"]
+    assert [(n, tokens) for n, tokens, _ in a.calls] == [(B, False), (B, True), (B, True)]
+    assert [(n, tokens) for n, tokens, _ in b.calls] == [(B, True), (B, False), (B, False)]
+    assert sorted(outputs.student["a"].tokens) == sorted(outputs.student["a"].masks) == [1, 2]
+    assert sorted(outputs.student["b"].tokens) == [0]
+    assert sorted(outputs.teacher["a"].tokens) == [0]
+    assert sorted(outputs.teacher["b"].tokens) == []
+    x = [group.x for group in batch.views["a"].groups]
+    hidden = batch.views["a"].groups[0].token_mask
+    assert hidden is not None
+    seen = x[0].masked_fill(hidden[..., None], 0.0)
+    torch.testing.assert_close(outputs.student["a"].tokens[1], seen[1] + a.shift)
+    torch.testing.assert_close(outputs.student["a"].tokens[2], x[1][0] + a.shift)
+    assert torch.equal(outputs.student["a"].masks[2], x[1][0, ..., 0] > 0)
+    expected = torch.cat([seen, x[1]]).mean(2) @ a.proj
+    torch.testing.assert_close(outputs.student["a"].pooled, expected)
+
+
+def test_views_without_tokens_go_in_one_call_a_group(batch: Batch) -> None:
+    objective = objective_of(Pull)
+    objective.represent(batch, Progress(0, 1))
+    assert [(n, tokens) for n, tokens, _ in objective.backbone["a"].calls] == [(2 * B, False), (B, False)]
+
+
+def test_only_the_student_sees_masks(batch: Batch) -> None:
+    """As in masked modelling. Catches a teacher that is given masked input."""
+    objective = objective_of(Pull, teacher=TeacherConfig())
+    outputs = objective.represent(batch, Progress(0, 1))
+    assert [masked for _, _, masked in objective.backbone["a"].calls] == [True, False]
+    assert objective.teacher is not None
+    assert [masked for _, _, masked in objective.teacher.backbone["a"].calls] == [False]
+    x = batch.views["a"].groups[0].x
+    torch.testing.assert_close(outputs.teacher["a"].pooled, x.mean(2) @ objective.teacher.backbone["a"].proj)
+
+
+def test_terms_are_weighted_and_named(batch: Batch) -> None:
+    """Catches a weight that scales one term of several, or the logged value, and names that collide."""
+    objective = objective_of(Pull, Two, teacher=TeacherConfig(), weights=(0.5, 3.0))
+    losses = objective.losses(objective.represent(batch, Progress(0, 1)))
+    assert set(losses.terms) == {"pull", "two/x", "two/y"}
+    assert set(losses.metrics) == {"pull/one"}
+    expected = 0.5 * losses.terms["pull"] + 3 * (losses.terms["two/x"] + losses.terms["two/y"])
+    torch.testing.assert_close(losses.total, expected)
+    assert losses.terms["pull"] > 0 or losses.terms["two/x"] != 0
+
+
+def test_modalities_of_the_teacher(batch: Batch) -> None:
+    objective = objective_of(Pull, teacher=TeacherConfig(modalities=("a",)), taught=("a",))
+    assert objective.teacher is not None
+    assert list(objective.teacher.backbone) == ["a"]
+    assert list(objective.represent(batch, Progress(0, 1)).teacher) == ["a"]
+
+
+@pytest.mark.parametrize(("roles", "count"), [(("global",), 2), (("local",), 1), (("global", "local"), 3)])
+def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) -> None:
+    objective = objective_of(Pull, teacher=TeacherConfig(views=roles))
+    assert objective.represent(batch, Progress(0, 1)).teacher["b"].pooled.shape == (count, B, D)
+
+
+def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
+    assert objective_of(Pull).represent(batch, Progress(0, 1)).fused is None
+    objective = objective_of(Pull, needs=[Needs(fused=True)])
+    outputs = objective.represent(batch, Progress(0, 1))
+    assert outputs.fused is not None
+    assert objective.fusion.forwards == 1  # type: ignore[union-attr]
+
+
+def test_embeddings_by_key(batch: Batch) -> None:
+    """Catches half-precision or un-normalised embeddings, and another tensor for each loss that asks."""
+    objective = objective_of(Pull, needs=[Needs(fused=True)], teacher=TeacherConfig())
+    outputs = objective.represent(batch, Progress(0, 1))
+    outputs.student["a"].pooled = outputs.student["a"].pooled.to(torch.bfloat16)
+    embedding = outputs.embedding("student.a")
+    assert embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(3, B))
+    assert outputs.embedding("student.a") is embedding
+    assert outputs.gather("student.a") is embedding, "one process gathers nothing"
+    assert outputs.embedding("fused.b").shape == (3, B, D)
+    assert outputs.embedding("teacher.b").shape == (2, B, D)
+    for key in ("pupil.a", "student.c"):
+        with pytest.raises(KeyError):
+            outputs.embedding(key)

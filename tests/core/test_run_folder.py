@@ -1,0 +1,286 @@
+"""What a run leaves behind, and trackers that misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distill_core.cli
+from distill_core.checkpoint import Checkpoints
+from distill_core.components import Tracker
+from distill_core.errors import UserError
+from distill_core.registry import Entry, Registry
+from distill_core.report import headline
+from distill_core.resolve import load_recipe
+from distill_core.tracking import RunFolder, TrackerThread
+from distill_core.train import Trainer
+from distill_core.types import Skipped
+
+
+class Keeps(Tracker):
+    """Keeps what it is told."""
+
+    name = "keeps"
+    calls: ClassVar[list[tuple[str, tuple[Any, ...]]]] = []
+
+    def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
+        Keeps.calls = [("start", (folder, name, recipe, resume))]
+
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        self.calls.append(("log", (step, values, context)))
+
+    def image(self, step: int, name: str, path: str) -> None:
+        self.calls.append(("image", (step, name, path)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", ()))
+
+
+class Fails(Keeps):
+    """Its store is full from the second row on."""
+
+    name = "fails"
+
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        super().log(step, values, context)
+        if step >= 2:
+            raise OSError("no space left")
+
+
+class Blocks(Keeps):
+    """Never comes back from its first row."""
+
+    name = "blocks"
+    held: ClassVar[threading.Event] = threading.Event()
+
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        self.held.wait(60)
+
+
+@pytest.fixture
+def more(registry: Registry) -> Registry:
+    return Registry([*registry.entries.values(), *(Entry(cls, "mine", "mine") for cls in (Keeps, Fails, Blocks))])
+
+
+@pytest.fixture
+def run(
+    tiny_recipe: Path, more: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[RunFolder, str]]:
+    """Trains the tiny recipe; gives its folder and what stood on standard error."""
+
+    def train(*overrides: str) -> tuple[RunFolder, str]:
+        recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
+        folder = RunFolder.create(tmp_path / "runs", recipe)
+        Trainer(recipe, folder, quiet=True).run()
+        return folder, capsys.readouterr().err
+
+    return train
+
+
+Run = Callable[..., tuple[RunFolder, str]]
+
+
+def assert_complete(folder: RunFolder) -> None:
+    assert [row["step"] for row in folder.rows() if "terms" in row] == [1, 2, 3, 4]
+    assert (folder.path / "report.json").exists()
+    assert Checkpoints(folder.path).steps() == [4]
+
+
+def test_a_tracker_hears_everything(run: Run) -> None:
+    """Catches rows, scores or the picture that do not reach a tracker, and calls out of order."""
+    folder, errors = run("tracking={name: keeps}")
+    kinds = [name for name, _ in Keeps.calls]
+    assert kinds == ["start", *["log"] * 5, "image", "finish"]
+    _, (path, name, recipe, resume) = Keeps.calls[0]
+    assert (path, name, resume) == (str(folder.path), "tiny", False)
+    assert recipe["train"]["steps"] == 4
+    logged = [arguments for kind, arguments in Keeps.calls if kind == "log"]
+    for (step, values, context), row in zip(logged[:4], folder.rows(), strict=False):
+        assert (step, context) == (row["step"], {"subset": "train"})
+        assert values["loss"] == row["loss"]
+        assert values["loss/contrastive"] == row["terms"]["contrastive"]
+        assert values["metric/contrastive/scale"] == row["metrics"]["contrastive/scale"]
+        assert {"lr", "grad_norm", "samples_per_s", "momentum"} <= set(values)
+    step, values, context = logged[4]
+    assert (step, context) == (4, {"subset": "test"})
+    assert values == folder.rows()[-1]["scores"]
+    assert Path(dict(Keeps.calls)["image"][2]).name == "report.png"
+    assert "warning" not in errors
+
+
+def test_a_tracker_that_fails(run: Run) -> None:
+    """Catches a tracker that stops training, is called again after it failed, or warns at every row."""
+    folder, errors = run("tracking={name: fails}")
+    assert_complete(folder)
+    assert errors.count("warning") == 1
+    assert "tracker 'fails' failed (OSError: no space left); training goes on" in errors
+    assert [name for name, _ in Keeps.calls] == ["start", "log", "log"]
+
+
+def test_a_tracker_that_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches training or the end of a run that waits for a tracker for ever."""
+    monkeypatch.setattr(TrackerThread.finish, "__defaults__", (0.3,))
+    started = time.monotonic()
+    folder, errors = run("tracking={name: blocks}")
+    Blocks.held.set()
+    assert time.monotonic() - started < 30
+    assert_complete(folder)
+    assert errors.count("warning") == 1
+    assert "tracker 'blocks' did not finish" in errors
+
+
+def test_a_slow_tracker_loses_rows_but_never_blocks() -> None:
+    """Catches a queue that grows without end, and a call that waits for room in it."""
+    held, warnings = threading.Event(), []
+
+    class Slow(Keeps):
+        name = "slow"
+
+        def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+            held.wait(30)
+
+    thread = TrackerThread(Slow(None), warnings.append, size=3)
+    started = time.monotonic()
+    for step in range(50):
+        thread.call("log", step, {}, {})
+    assert time.monotonic() - started < 5
+    assert len(warnings) == 1
+    assert "rows are dropped" in warnings[0]
+    held.set()
+    thread.finish(10)
+    assert len(warnings) == 1
+
+
+def test_report(run: Run) -> None:
+    """Catches a picture that does not open, scores that are not the last evaluation's, and what is not JSON."""
+    folder, _ = run("evaluate.every=2")
+    report = json.loads((folder.path / "report.json").read_text())
+    scored = [row for row in folder.rows() if "scores" in row]
+    assert report["scores"] == scored[-1]["scores"]
+    assert [row["step"] for row in report["validation"]] == [2, 4]
+    assert (report["name"], report["steps"], report["samples"], report["split"]) == ("tiny", 4, 16, "test")
+    assert report["parameters"] > 49408 * 16
+    assert report["samples_per_s"] == pytest.approx(16 / report["seconds"])
+    assert {"student/retrieval/test/M", "teacher/retrieval/M"} & set(report["scores"]) == {"teacher/retrieval/M"}
+    with Image.open(folder.path / "report.png") as picture:
+        picture.load()
+        assert picture.size[0] > 600
+        assert len(np.unique(np.asarray(picture.convert("RGB")))) > 20, "an empty picture"
+
+
+def test_a_run_without_evaluation_reports_too(run: Run) -> None:
+    folder, _ = run("evaluate=null", "fusion=null", "teacher=null", "loss=[{name: contrastive}]")
+    assert json.loads((folder.path / "report.json").read_text())["scores"] == {}
+    with Image.open(folder.path / "report.png") as picture:
+        picture.load()
+
+
+def test_headline_takes_means_over_sets() -> None:
+    scores = {"student/retrieval/M": 1.0, "student/retrieval/a/M": 2.0, "teacher/names/R@1": 3.0, "x/y/a/b/R@1": 4.0}
+    assert headline(scores) == {("student", "retrieval M"): 1.0, ("teacher", "names R@1"): 3.0}
+
+
+def test_the_summary_names_skipped_samples(
+    tiny_recipe: Path,
+    more: Registry,
+    tmp_path: Path,
+    write_shards: Callable[..., list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches samples lost in silence: a warning with key and shard, a file of all, a count at the end."""
+    monkeypatch.setattr(distill_core.cli, "_registry", lambda: more)
+    bad = {(0, j): {"png": b"no", "txt": b"a"} for j in range(3)} | {(1, j): {"txt": b"a"} for j in range(3)}
+    write_shards(tiny_recipe.parent / "shards", 3, 4, replace=bad)
+    distill_core.cli.main(["run", str(tiny_recipe), "--runs", str(tmp_path / "runs"), "--set", "data.shuffle=1"])
+    seen = capsys.readouterr()
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    rows = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
+    assert len(rows) >= 12
+    assert {row["key"] for row in rows} == {f"train-{i}-{j}" for i in range(2) for j in range(3)}
+    assert {Path(row["shard"]).name for row in rows} == {"train-000.tar", "train-001.tar"}
+    assert all(row["reason"] and 1 <= row["step"] <= 4 for row in rows)
+    assert json.loads((folder.path / "report.json").read_text())["skipped_samples"] == len(rows)
+    assert f"{len(rows)} samples were skipped; their keys: {folder.skipped}" in seen.out.replace("\n", " ")
+    assert "warning: skipped sample 'train-" in seen.err
+    assert seen.err.count("skipped sample") <= 5, "a warning for each of millions of samples"
+
+
+def test_rewind(tmp_path: Path) -> None:
+    """Catches rows of steps that are going to be written again, and a row cut off by a kill that ends the reading."""
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3, 4):
+        folder.log({"step": step, "terms": {}})
+        folder.skip(step, [Skipped(f"k{step}", "s.tar", "bad")])
+        if step % 2 == 0:
+            folder.log({"step": step, "split": "validation", "scores": {}})
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 5, "te')
+    folder.rewind(2, 9)
+    assert [(row["step"], "scores" in row) for row in folder.rows()] == [(1, False), (2, False), (2, True)]
+    assert [json.loads(line)["key"] for line in folder.skipped.read_text().splitlines()] == ["k1", "k2"]
+    folder.rewind(2, 2)  # the run ended at step 2: its evaluations are made again
+    assert [(row["step"], "scores" in row) for row in folder.rows()] == [(1, False), (2, False)]
+    folder.metrics.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
+    with pytest.raises(UserError, match="not a row of json"):
+        folder.rows()
+
+
+def test_run_folders_do_not_overwrite_one_another(tiny_recipe: Path, more: Registry, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny_recipe, registry=more)
+    made = [RunFolder.create(tmp_path / "runs", recipe).path.name for _ in range(3)]
+    assert made == ["tiny", "tiny-2", "tiny-3"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        RunFolder.create(tmp_path / "file", recipe)
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a half-written checkpoint in place of a good one, and left-over files."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (5, 10, 15):
+        checkpoints.save(step, {"objective": {"x": torch.full((3,), float(step))}}, best=step == 5)
+    assert checkpoints.steps() == [10, 15]
+    assert checkpoints.read("best")["objective"]["x"][0] == 5
+    real = torch.save
+
+    def half(state: Any, file: Any) -> None:
+        real(state, file)
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(15, {"objective": {"x": torch.zeros(3)}}, best=True)
+    assert checkpoints.read("last")["objective"]["x"][0] == 15
+    assert checkpoints.read("best")["objective"]["x"][0] == 5
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
+        "best.pt",
+        "step-00000010.pt",
+        "step-00000015.pt",
+    ]
+
+
+def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="the run has saved none yet"):
+        checkpoints.read()
+    checkpoints.save(3, {})
+    checkpoints.save(6, {})
+    with pytest.raises(UserError, match="no checkpoint '4'; there are 3, 6"):
+        checkpoints.read("4")
+    path = checkpoints.path(6)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"step-00000006\.pt: cannot be read .* Try --checkpoint 3"):
+        checkpoints.read()
+    torch.save({"version": 99}, checkpoints.path(3))
+    with pytest.raises(UserError, match="written in format 99; this distill reads format 1"):
+        checkpoints.read("3")

@@ -1,0 +1,320 @@
+"""The loop: values that are not finite, clipping, the schedule, precision, evaluation on the way, interrupts."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distill_core.cli
+from distill_core.checkpoint import Checkpoints
+from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig, Optimizer
+from distill_core.errors import TrainingStopped, UserError
+from distill_core.optimizers import Constant, WarmupCosine
+from distill_core.registry import Entry, Registry
+from distill_core.resolve import load_recipe
+from distill_core.tracking import RunFolder
+from distill_core.train import Interrupt, Trainer
+from distill_core.types import Outputs
+
+
+class PoisonConfig(LossConfig):
+    at: int
+    what: Literal["loss", "gradient"] = "loss"
+
+
+class Poison(Loss):
+    """Not finite at one step: its value, or only its gradient (the square root of 0)."""
+
+    name = "poison"
+    Config = PoisonConfig
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        value = outputs.student["image"].pooled.sum() * 0
+        if outputs.progress.step == self.config.at:
+            value = value + torch.nan if self.config.what == "loss" else value.sqrt()
+        return {"poison": value}, {}
+
+
+class Recording(torch.optim.SGD):
+    norms: ClassVar[list[float]] = []
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients)))
+        return super().step(closure)
+
+
+class Sgd(Optimizer):
+    """Plain SGD that keeps the norm of the gradients it is given."""
+
+    name = "recording_sgd"
+
+    def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
+        return [{"params": [p for _, p, _ in parameters], "lr": 0.1}]
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        Recording.norms.clear()
+        return Recording(groups)
+
+
+class ScriptedConfig(ComponentConfig):
+    scores: tuple[float, ...]
+
+
+class Scripted(Evaluation):
+    """Gives its scores one after the other."""
+
+    name = "scripted"
+    Config = ScriptedConfig
+    calls: ClassVar[int] = 0
+
+    def run(self, model: Any, sets: Any) -> dict[str, float]:
+        Scripted.calls += 1
+        return {"M": self.config.scores[Scripted.calls - 1]}
+
+
+Run = Callable[..., RunFolder]
+PLAIN = ("fusion=null", "teacher=null", "loss=[{name: contrastive}]", "evaluate=null")
+
+
+@pytest.fixture
+def more(registry: Registry) -> Registry:
+    mine = [Entry(cls, "mine", "mine") for cls in (Poison, Sgd, Scripted)]
+    return Registry([*registry.entries.values(), *mine])
+
+
+@pytest.fixture
+def run(tiny_recipe: Path, more: Registry, tmp_path: Path) -> Run:
+    """Trains the tiny recipe with these overrides, in this process."""
+
+    def train(*overrides: str) -> RunFolder:
+        recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
+        folder = RunFolder.create(tmp_path / "runs", recipe)
+        Trainer(recipe, folder, quiet=True).run()
+        return folder
+
+    return train
+
+
+def training(folder: RunFolder) -> list[dict[str, Any]]:
+    return [row for row in folder.rows() if "terms" in row]
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize(("what", "said"), [("loss", "the loss is not finite"), ("gradient", "gradient's norm is nan")])
+def test_not_finite_stops(
+    tiny_recipe: Path,
+    more: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    said: str,
+) -> None:
+    """Catches a run that trains on NaN, and an end that does not say where: step, terms, samples."""
+    monkeypatch.setattr(distill_core.cli, "_registry", lambda: more)
+    losses = f"loss=[{{name: contrastive}}, {{name: poison, at: 2, what: {what}}}]"
+    arguments = ["run", str(tiny_recipe), "--runs", str(tmp_path / "runs"), "--quiet"]
+    for override in ("fusion=null", "teacher=null", losses):
+        arguments += ["--set", override]
+    with pytest.raises(SystemExit) as end:
+        distill_core.cli.main(arguments)
+    assert end.value.code == 3
+    error = capsys.readouterr().err
+    folder = RunFolder(tmp_path / "runs" / "tiny")
+    first = error.splitlines()[0]
+    assert first.startswith("step 3: ")
+    assert said in first
+    assert "contrastive = " in first
+    assert re.search("poison = nan" if what == "loss" else "poison = -?0;", first)
+    (row,) = [row for row in folder.rows() if "not_finite" in row]
+    assert len(row["keys"]) == 4
+    assert all(key in first for key in row["keys"])
+    assert "Traceback" not in error
+    saved = Checkpoints(folder.path).read()
+    assert saved["step"] == 2
+    assert all(torch.isfinite(value).all() for value in saved["objective"].values())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_not_finite_may_be_passed_over(run: Run, what: str) -> None:
+    """Catches a skipped step that moves weights, teacher or optimiser all the same, or is not counted."""
+    losses = f"loss=[{{name: contrastive}}, {{name: cross_modal_distillation}}, {{name: poison, at: 2, what: {what}}}]"
+    folder = run(losses, "train.nonfinite=skip", "train.steps=5", "train.checkpoint={every: 1, keep: 9}")
+    saved = [Checkpoints(folder.path).read(str(step)) for step in range(1, 6)]
+    assert equal(saved[1]["objective"], saved[2]["objective"])
+    for before, after in zip(
+        saved[1]["optimizer"]["state"].values(), saved[2]["optimizer"]["state"].values(), strict=True
+    ):
+        assert equal(before, after)
+    for i in (0, 2, 3):
+        for part in ("backbone.image", "backbone.text", "fusion", "teacher.backbone.image"):
+            a, b = saved[i]["objective"], saved[i + 1]["objective"]
+            assert any(not torch.equal(a[key], b[key]) for key in a if key.startswith(part)), (i, part)
+    assert all(torch.isfinite(value).all() for value in saved[-1]["objective"].values())
+    assert json.loads((folder.path / "report.json").read_text())["skipped_steps"] == 1
+    assert [row["step"] for row in training(folder)] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in folder.rows() if "not_finite" in row] == [3]
+
+
+def test_rows_are_json_even_when_values_are_not_finite(run: Run) -> None:
+    """Catches bare NaN in metrics.jsonl, which other readers of JSON refuse."""
+    folder = run(*PLAIN[:2], "loss=[{name: contrastive}, {name: poison, at: 1}]", "train.nonfinite=skip")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    rows = [json.loads(line, parse_constant=refuse) for line in folder.metrics.read_text().splitlines()]
+    row = next(row for row in rows if "terms" in row and row["step"] == 2)
+    assert row["loss"] is None
+    assert row["terms"]["poison"] is None
+    assert row["grad_norm"] is None
+    assert math.isfinite(row["terms"]["contrastive"])
+
+
+def test_clipping_bounds_the_gradient(run: Run) -> None:
+    """The norm is measured by the optimiser. Catches clipping that is only logged, comes after the step, or is per
+    tensor."""
+    options = (*PLAIN, "train.optimizer={name: recording_sgd}", "train.schedule={name: constant}", "train.steps=3")
+    folder = run(*options)
+    for row, norm in zip(training(folder), list(Recording.norms), strict=True):
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    clip = min(Recording.norms) / 3
+    folder = run(*options, f"train.clip_grad={clip}")
+    assert list(Recording.norms) == pytest.approx([clip] * 3, rel=1e-4)
+    assert all(row["grad_norm"] > clip for row in training(folder)), "metrics give the norm before clipping"
+
+
+def test_learning_rate_of_each_step(run: Run) -> None:
+    """Hand-computed. Catches an off-by-one in the warm-up or the cosine, and a schedule that is applied a step late."""
+    folder = run(
+        *PLAIN,
+        "train.steps=8",
+        "train.optimizer={name: adamw, lr: 0.002}",
+        "train.schedule={name: warmup_cosine, warmup: 3, final: 0.1}",
+    )
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 5)) / 2 for i in range(5)]
+    expected = [0.002 * factor for factor in (1 / 3, 2 / 3, 1, *cosine)]
+    assert [row["lr"] for row in training(folder)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_schedules_by_hand() -> None:
+    half = WarmupCosine(WarmupCosine.Config.model_validate({"warmup": 0.25}))
+    assert [half.factor(i, 8) for i in (0, 1, 2, 5)] == pytest.approx([0.5, 1, 1, 0.5])
+    none = WarmupCosine(WarmupCosine.Config.model_validate({"warmup": 0}))
+    assert [none.factor(i, 4) for i in range(4)] == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+    flat = Constant(Constant.Config.model_validate({"warmup": 4}))
+    assert [flat.factor(i, 9) for i in (0, 1, 3, 4, 8)] == pytest.approx([0.25, 0.5, 1, 1, 1])
+
+
+def test_bf16(run: Run) -> None:
+    """Catches weights, teacher or optimiser state that end up in bf16, and a bf16 run that is fp32 in truth."""
+    rough, exact = (run(f"train.precision={precision}", "seed=3") for precision in ("bf16", "fp32"))
+    saved = Checkpoints(rough.path).read()
+    assert {value.dtype for value in saved["objective"].values()} == {torch.float32}
+    assert {v.dtype for state in saved["optimizer"]["state"].values() for v in state.values()} == {torch.float32}
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(training(rough), training(exact), strict=True)]
+    assert all(a != b for a, b in pairs)
+    assert all(a == pytest.approx(b, rel=0.05) for a, b in pairs)
+    assert json.loads((rough.path / "report.json").read_text())["scores"]
+
+
+def test_evaluates_on_the_way_and_keeps_the_best(run: Run) -> None:
+    """Catches a best checkpoint by the last or the lowest score or by the test split, one that `keep` deletes, and
+    evaluations at the wrong steps."""
+    Scripted.calls = 0
+    folder = run(
+        *PLAIN[:3],
+        "train.steps=9",
+        "train.checkpoint={every: 1, keep: 2, best: student/scripted/M}",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [3.0, 9.0, 5.0, 9.0, 1.0, 50.0]}]}",
+    )
+    rows = [
+        (row["step"], row["split"], row["scores"]["student/scripted/M"]) for row in folder.rows() if "scores" in row
+    ]
+    assert rows == [
+        (2, "validation", 3.0),
+        (4, "validation", 9.0),
+        (6, "validation", 5.0),
+        (8, "validation", 9.0),
+        (9, "validation", 1.0),
+        (9, "test", 50.0),
+    ]
+    checkpoints = Checkpoints(folder.path)
+    assert checkpoints.steps() == [8, 9]
+    assert checkpoints.read("best")["step"] == 4
+    assert checkpoints.read("last")["step"] == 9
+    report = json.loads((folder.path / "report.json").read_text())
+    assert report["scores"] == {"student/scripted/M": 50.0}
+    assert [row["step"] for row in report["validation"]] == [2, 4, 6, 8, 9]
+
+
+def test_the_last_step_may_be_the_best(run: Run) -> None:
+    Scripted.calls = 0
+    folder = run(
+        *PLAIN[:3],
+        "train.checkpoint={every: null, best: student/scripted/M}",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [3.0, 4.0, 0.0]}]}",
+    )
+    assert Checkpoints(folder.path).read("best")["step"] == 4
+
+
+def test_an_unknown_best_score_is_told_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a long run that dies of a misspelt score at its first validation, or keeps no best in silence."""
+    Scripted.calls = 0
+    folder = run(
+        *PLAIN[:3],
+        "train.checkpoint.best=student/scripted/N",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [3.0, 4.0, 5.0]}]}",
+    )
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1
+    assert "no score 'student/scripted/N'" in error
+    assert "did you mean 'student/scripted/M'?" in error
+    with pytest.raises(UserError, match="no checkpoint 'best'"):
+        Checkpoints(folder.path).read("best")
+
+
+def test_epochs_make_steps(tiny_recipe: Path, more: Registry, run: Run) -> None:
+    """12 samples, batches of 4. Catches a wrong length, and epochs that win over steps."""
+    folder = run(*PLAIN, "train.steps=null", "train.epochs=1.7")
+    assert [row["step"] for row in training(folder)] == [1, 2, 3, 4, 5]
+    assert training(folder)[2]["epoch"] == 1.0
+    assert len(training(run(*PLAIN, "train.steps=2", "train.epochs=5"))) == 2
+    with pytest.raises(UserError, match=r"data\.source\.samples"):
+        run(*PLAIN, "train.steps=null", "train.epochs=1", "data.source.samples=null")
+
+
+def test_a_device_that_is_not_there(run: Run) -> None:
+    with pytest.raises(UserError, match=r"train\.device: 'cuda:77'"):
+        run("train.device=cuda:77")
+
+
+def test_second_signal_stops_at_once() -> None:
+    """The first only asks the loop to stop; handlers are given back afterwards."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    said: list[str] = []
+    interrupt = Interrupt(said.append)
+    with interrupt.listening():
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupt.signal == signal.SIGTERM
+        assert [line.split(":")[0] for line in said] == ["SIGTERM"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_training_stopped_has_its_exit_code() -> None:
+    assert (TrainingStopped.exit_code, UserError.exit_code) == (3, 2)

@@ -66,8 +66,9 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
     """Train a recipe, evaluate it, and report."""
     loaded = _load(recipe, overrides)
     from distill_core import distributed
+    from distill_core.process import resolve_device
     from distill_core.tracking import RunFolder
-    from distill_core.train import Trainer, resolve_device
+    from distill_core.train import Trainer
 
     distributed.start(resolve_device(loaded.train.device))
     # one folder for all ranks
@@ -151,7 +152,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     from distill_core.evaluate.run import evaluate
     from distill_core.model import models_of, run_recipe
     from distill_core.objective import Objective
-    from distill_core.train import resolve_device, set_threads
+    from distill_core.process import resolve_device, set_threads
 
     run_recipe(Path(folder), _registry())  # says so when it is not a run
     recipe = _load(str(Path(folder) / "recipe.yaml"), overrides, allow_unset=True)

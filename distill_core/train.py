@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distill_core import distributed
@@ -24,6 +21,7 @@ from distill_core.errors import TrainingStopped, UserError, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
+from distill_core.process import Interrupt, get_random, resolve_device, seed_all, set_random, set_threads
 from distill_core.recipe import Recipe
 from distill_core.report import Report, write_report
 from distill_core.tracking import RunFolder, TrackerThread
@@ -38,56 +36,6 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     signal: int | None = None
-
-
-class Interrupt:
-    """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
-        self.signal: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While training goes on, and only in the main thread (signals belong to it)."""
-        before = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, self._take)
-        except ValueError:
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _take(self, number: int, frame: object) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-        self.say(f"{signal.Signals(number).name}: saving behind this step ...")
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` or a torch device name. Raises `UserError` for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
-    """As asked; on a CPU, else, the cores that the loader's workers leave."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif device.type == "cpu":
-        torch.set_num_threads(max(1, cores - workers))
 
 
 class Trainer:
@@ -108,7 +56,7 @@ class Trainer:
         self.batch = data.batch_size * self.world
         self.steps = self._count_steps()
 
-        _seed_all(recipe.seed)
+        seed_all(recipe.seed)
         self.objective = Objective.from_recipe(recipe)
         self.loaded = [node.build().apply(self.objective) for node in recipe.init] if resume is None else []
         if self.loaded and self.objective.teacher is not None:
@@ -136,7 +84,7 @@ class Trainer:
         self.skipped_steps = 0
         self.best: float | None = None
         self.seconds = 0.0
-        _seed_all(recipe.seed + 1 + self.rank)
+        seed_all(recipe.seed + 1 + self.rank)
         if resume is not None:
             self._resume(resume)
 
@@ -175,7 +123,7 @@ class Trainer:
         resumed = self.step > 0
         batches = iter(self.loader)  # workers fork here, before any thread starts
         if self._random is not None:
-            _set_random(self._random)
+            set_random(self._random)
         with self.display, self.interrupt.listening():
             self._greet(resumed)
             try:
@@ -380,7 +328,7 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         state = {
             "data": self.loader.state_dict(),
-            "random": _get_random(),
+            "random": get_random(),
             "skipped_samples": self.skipped_samples,
         }
         ranks = distributed.gather_objects(state)
@@ -423,32 +371,3 @@ class Trainer:
         if self.tracker is not None:
             self.tracker.call("image", self.step, "report", str(picture))
             self.tracker.finish()
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-
-
-def _get_random() -> dict[str, Any]:
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_random(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])

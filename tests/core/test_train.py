@@ -19,10 +19,11 @@ from distill_core.checkpoint import Checkpoints
 from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig, Optimizer
 from distill_core.errors import TrainingStopped, UserError
 from distill_core.optimizers import Constant, WarmupCosine
+from distill_core.process import Interrupt
 from distill_core.registry import Entry, Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
-from distill_core.train import Interrupt, Trainer
+from distill_core.train import Trainer
 from distill_core.types import Outputs
 
 

@@ -211,8 +211,9 @@ def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> Non
         (["--set", "evaluate.split"], "--set evaluate.split: write it as path=value, for example loss.1.weight=0.5"),
         (
             ["--set", "backbone.image.width=32"],
-            "runs/tiny: the checkpoint does not fit the recipe (has recipe.yaml been changed, or --set given?): size mismatch "
-            "for backbone.image.class_embedding: copying a param with shape torch.Size([16]) from checkpoint, the shape in "
+            "runs/tiny: the checkpoint does not fit the recipe (has recipe.yaml been changed, or --set given?): size "
+            "mismatch for backbone.image.class_embedding: copying a param with shape torch.Size([16]) from "
+            "checkpoint, the shape in "
             "current model is torch.Size([32]).",
         ),
     ]:

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from distill_core.components import ComponentConfig, ModalityPlan, Needs, Plan
+from distill_core.compatibility import unmet
+from distill_core.components import ComponentConfig, ModalityPlan, Plan
 from distill_core.document import Document, Path, read_document
 from distill_core.errors import RecipeErrors, did_you_mean
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
@@ -311,36 +312,8 @@ class _Resolver:
                         f"{node.id!r} needs a modality {name!r}{did_you_mean(name, list(self._modalities()))}",
                     )
                 continue
-            for problem in [*self._unmet(node, needs, plan), *problems]:
+            for problem in [*unmet(node.cls.name, needs, plan, self._modalities()), *problems]:
                 self.error(path, problem)
-
-    def _unmet(self, node: Node, needs: Needs, plan: Plan) -> Iterable[str]:
-        who = repr(node.cls.name)
-        if needs.teacher and not plan.teacher:
-            yield f"{who} needs a teacher; this recipe has none"
-        if needs.fused and not plan.fusion:
-            yield f"{who} needs fused views; this recipe has no fusion"
-        names = {*needs.modalities, *needs.tokens, *needs.teacher_tokens, *needs.views, *needs.masked}
-        for name in sorted(names - self._modalities()):
-            yield f"{who} needs a modality {name!r}{did_you_mean(name, sorted(self._modalities()))}"
-        for name in sorted(names & set(plan.modalities)):
-            modality = plan.modalities[name]
-            if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.has_tokens:
-                yield f"{who} needs tokens of {name!r}; its backbone gives none"
-            if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
-                last = max(needs.tokens[name])
-                yield f"{who} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
-            unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
-            if unseen and plan.teacher:
-                yield f"{who} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
-            if name in needs.masked and not modality.can_mask:
-                yield f"{who} needs masked views of {name!r}; its backbone cannot hide tokens"
-            if needs.teacher and plan.teacher and name in needs.modalities and not modality.teacher_views:
-                yield f"{who} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
-            for role, number in needs.views.get(name, {}).items():
-                have = len(modality.views(role))
-                if have < number:
-                    yield f"{who} needs {number} {role} view(s) of {name!r}; its augmentation makes {have}"
 
     def _whole(self, frame: Frame) -> None:
         if frame.train.steps is None and frame.train.epochs is None:

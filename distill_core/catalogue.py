@@ -106,10 +106,10 @@ def _columns(rows: list[tuple[str, ...]]) -> None:
 
 def print_all(registry: Registry) -> None:
     """A table of every component."""
-    rows: list[tuple[str, ...]] = [("kind", "name", "package", "plugin", "")]
+    rows: list[tuple[str, ...]] = [("kind", "name", "package", "")]
     for entry in _entries(registry, None):
         kind = entry.cls.kind
-        rows.append((kind, entry.cls.name, entry.package, entry.plugin, summary(entry.cls)))
+        rows.append((kind, entry.cls.name, entry.package, summary(entry.cls)))
     _columns(rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
     # one folder for all ranks
     made = RunFolder.create(Path(runs), loaded) if distributed.rank() == 0 else None
     folder = distributed.gather_objects(made)[0]
+    if made is not None and made.path.name != loaded.name:
+        click.echo(f"{Path(runs) / loaded.name} exists; this run is {made.path}", err=True)
     try:
         trainer = Trainer(loaded, folder, quiet=quiet)
     except BaseException:
@@ -118,7 +121,7 @@ def _end(result: Result) -> None:
         report = json.loads((result.folder / "report.json").read_text())
         lines = [
             f"{report['steps']} steps, {report['samples']} samples in {report['seconds']:.0f} s of training "
-            f"({report['samples_per_s'] or 0:.0f} samples/s)",
+            f"({report['samples_per_s'] or 0:.3g} samples/s)",
         ]
         if report["skipped_samples"]:
             lines.append(
@@ -236,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except UserError as error:
-        click.echo(str(error), err=True)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank meets the same mistake
+            click.echo(str(error), err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         _close_stdout()
@@ -244,8 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _close_stdout() -> None:
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

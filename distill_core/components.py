@@ -271,6 +271,11 @@ class DataSource(Component, ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...] | None:
+        """The splits it has, if its options tell: a recipe that evaluates on another is refused at once."""
+        return None
+
     def prepare(self) -> None:
         """Write what must be written once (a cache), with a progress bar. Raises `DataError`."""
 

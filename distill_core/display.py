@@ -15,7 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 
 class Display:
@@ -28,17 +28,18 @@ class Display:
         self.seconds = seconds
         self._last = 0.0
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("eta", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[losses]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
             console=self.console,
             disable=quiet or not self.console.is_terminal,
             refresh_per_second=4,
+            expand=True,
         )
         self._task = self._progress.add_task("train", total=steps, rate="", losses="")
 
@@ -52,7 +53,7 @@ class Display:
     def step(self, step: int, rate: float | None, losses: Mapping[str, float]) -> None:
         """`step` steps are done."""
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        speed = f"{rate:.0f} samples/s" if rate is not None else ""
+        speed = f"{rate:.{0 if rate >= 10 else 1}f}/s" if rate is not None else ""
         self._progress.update(self._task, completed=step, rate=speed, losses=shown)
         if not self.quiet and not self.console.is_terminal and time.monotonic() - self._last >= self.seconds:
             self._last = time.monotonic()

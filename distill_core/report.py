@@ -59,7 +59,8 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     curves, scores = figure.subplots(1, 2, width_ratios=[1.2, 1])
     steps = [row["step"] for row in training]
     for name in training[-1]["terms"] if training else ():
-        curves.plot(steps, [row["terms"].get(name) for row in training], label=name, linewidth=1.6)
+        values = [row["terms"].get(name) for row in training]
+        curves.plot(steps, values, label=name, linewidth=1.6, marker="o" if len(steps) < 5 else None)
     if training and len(training[-1]["terms"]) > 1:
         curves.plot(
             steps,
@@ -72,6 +73,7 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     curves.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{report.name}: losses")
     if training:
         curves.legend(frameon=False)
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.25)
 
     sides = sorted({side for side, _ in bars}, key=lambda side: side != "student")
@@ -89,6 +91,7 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     if sides:
         scores.legend(frameon=False)
     else:
+        scores.set_axis_off()
         scores.text(0.5, 0.5, "nothing was evaluated", ha="center", va="center", transform=scores.transAxes)
     for axes in (curves, scores):
         axes.spines[["top", "right"]].set_visible(False)

@@ -320,11 +320,31 @@ class _Resolver:
             self.error(("train",), "give `steps` or `epochs`")
         if frame.train.checkpoint.best is not None and frame.evaluate.every is None:
             self.error(("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split")
+        self._splits(frame)
         if not any(node is not None for node in frame.loss):
             self.error(("loss",), "no loss is left")
         for name in frame.teacher.modalities or () if frame.teacher else ():
             if name not in self._modalities():
                 self.error(("teacher", "modalities"), f"no modality {name!r}")
+
+    def _splits(self, frame: Frame) -> None:
+        """The splits that are evaluated must be there, where the source can tell."""
+        own = ("evaluate", "source") in self.nodes
+        node = self.nodes.get(("evaluate", "source") if own else ("data", "source"))
+        have = node.cls.splits(node.config) if node is not None else None  # type: ignore[attr-defined]
+        if have is None or not any(task is not None for task in frame.evaluate.tasks):
+            return
+        wanted = [("split", frame.evaluate.split)]
+        if frame.evaluate.every is not None:
+            wanted.append(("validation", frame.evaluate.validation))
+        for option, split in wanted:
+            if split not in have:
+                where = "evaluate.source" if own else "data.source"
+                self.error(
+                    ("evaluate", option),
+                    f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has, give it one, or "
+                    "leave out evaluate.tasks",
+                )
 
     def _recipe(self, frame: Frame, plan: Plan, warnings: Sequence[str]) -> Recipe:
         def all_of(*prefix: str) -> list[Node]:

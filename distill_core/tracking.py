@@ -40,6 +40,18 @@ class RunFolder:
             return cls(path)
         raise UserError(f"{base / recipe.name}: too many runs of this name; give another with --set name=...")
 
+    def lock(self) -> None:
+        """Keep other processes from training into this folder while this one lives. Raises `UserError`."""
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{self.path}: another process is training in this run folder") from error
+
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; what is not finite is null there, which JSON has no number for."""
         with self.metrics.open("a", encoding="utf-8") as file:

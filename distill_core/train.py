@@ -46,6 +46,8 @@ class Trainer:
         train, data = recipe.train, recipe.data
         self.device = distributed.start(resolve_device(train.device))
         self.rank, self.world = distributed.rank(), distributed.world_size()
+        if self.rank == 0:
+            folder.lock()
         set_threads(train.threads, data.workers, self.device)
         self.source = recipe.source.build()
         self.source.prepare()
@@ -124,6 +126,7 @@ class Trainer:
         batches = iter(self.loader)  # workers fork here, before any thread starts
         if self._random is not None:
             set_random(self._random)
+        self.display.step(self.step, None, {})
         with self.display, self.interrupt.listening():
             self._greet(resumed)
             try:
@@ -298,6 +301,8 @@ class Trainer:
                 f"{split}: {len(evaluated.skipped)} items cannot be read and are not scored; the first: {first.key!r} "
                 f"of {first.url}: {first.reason}"
             )
+        if evaluated.skipped:
+            self.folder.skip(self.step, evaluated.skipped)
         if evaluated.scores:
             self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
             if self.tracker is not None:
@@ -318,6 +323,13 @@ class Trainer:
                     f"train.checkpoint.best: no score {name!r}, so no best checkpoint is kept"
                     f"{did_you_mean(name, list(scores))}"
                 )
+        means = ", ".join(
+            f"{key} {value:.1f}"
+            for key, value in scores.items()
+            if key.count("/") == 2 and key.endswith(("/M", "/top1"))
+        )
+        if means:
+            self.display.say(f"step {self.step}, {self.recipe.evaluate.validation}: {means}")
         better = name in scores and (self.best is None or scores[name] > self.best)
         if better and name is not None:
             self.best = scores[name]

@@ -31,6 +31,11 @@ class WebDatasetSource(DataSource):
     name = "webdataset"
     Config = WebDatasetConfig
 
+    @classmethod
+    def splits(cls, config: WebDatasetConfig) -> tuple[str, ...]:
+        """Those whose shards are named."""
+        return ("train", *(split for split in ("validation", "test") if getattr(config, split) is not None))
+
     def prepare(self) -> None:
         """Checks the local shards of every split."""
         for split in ("train", "validation", "test"):

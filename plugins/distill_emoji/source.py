@@ -62,6 +62,11 @@ class EmojiSource(DataSource):
         super().__init__(config)
         self.config: EmojiConfig = config
 
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...]:
+        """All three."""
+        return ("train", "validation", "test")
+
     def prepare(self) -> None:
         """Write the shards that are missing or damaged; quick where all are there. Raises `DataError`."""
         made_from, folder, font = self._made_from()

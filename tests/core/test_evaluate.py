@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 import distill_core
 from distill_core.components import ComponentConfig, Evaluation
+from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.retrieval import Retrieval
 from distill_core.evaluate.sets import EvaluationSet
@@ -351,11 +352,21 @@ def test_what_cannot_be_loaded(trained: SimpleNamespace, tmp_path: Path, tiny_re
 Write = Callable[..., list[Path]]
 
 
-def test_a_run_whose_evaluation_data_lack_a_split(
+def test_a_source_that_turns_out_to_lack_a_split(
     tiny_recipe: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches a silent run without scores."""
-    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["data.source.test=null", "train.steps=1"])
+    """Catches a silent run without scores, where the source could not tell beforehand."""
+
+    class Vague(WebDatasetSource):
+        name = "vague"
+
+        @classmethod
+        def splits(cls, config: Any) -> None:
+            return None
+
+    more = Registry([*registry.entries.values(), Entry(Vague, "mine", "mine")])
+    overrides = ["data.source.name=vague", "data.source.test=null", "train.steps=1"]
+    recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
     folder = RunFolder.create(tmp_path / "runs", recipe)
     result = Trainer(recipe, folder, quiet=True).run()
     assert result.scores == {}

@@ -25,7 +25,7 @@ loss:
   - {name: cross_modal_distillation}
 teacher: {momentum: 0.9}
 data:
-  source: {name: webdataset, urls: x.tar}
+  source: {name: webdataset, urls: x.tar, test: y.tar}
 train: {steps: 4}
 evaluate:
   tasks: [retrieval]
@@ -413,3 +413,23 @@ def test_a_variable_may_be_a_number(check: Check, errors: Errors, monkeypatch: p
 def test_a_variable_may_name_a_component(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTILL_TEST_LOSS", "clip")
     assert [node.id for node in check("loss=['${DISTILL_TEST_LOSS}']").loss] == ["clip"]
+
+
+def test_splits_that_are_evaluated_must_be_there(errors: Errors, check: Check) -> None:
+    """Would catch a run that trains to its end and then has nothing to evaluate on."""
+    said = "name one that it has, give it one, or leave out evaluate.tasks"
+    assert errors("data.source.test=null") == [
+        f"r.yaml:15: evaluate.split: data.source has no split 'test' (it has train); {said}"
+    ]
+    assert errors("evaluate.every=2") == [
+        f"r.yaml:15: evaluate.validation: data.source has no split 'validation' (it has train, test); {said}"
+    ]
+    assert errors("evaluate.split=tset") == [
+        f"--set evaluate.split: evaluate.split: data.source has no split 'tset' (it has train, test); {said}"
+    ]
+    assert errors("evaluate.source={name: webdataset, urls: z.tar}") == [
+        f"r.yaml:15: evaluate.split: evaluate.source has no split 'test' (it has train); {said}"
+    ]
+    check("data.source.test=null", "evaluate.tasks=[]")
+    check("evaluate.split=train", "data.source.test=null")
+    check("evaluate.source={name: emoji}", "data.source.test=null", "evaluate.every=2")

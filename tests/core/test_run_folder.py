@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -284,3 +286,26 @@ def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
     torch.save({"version": 99}, checkpoints.path(3))
     with pytest.raises(UserError, match="written in format 99; this distill reads format 1"):
         checkpoints.read("3")
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
+    """Would catch two resumes of one run that mix their rows and checkpoints."""
+    tmp_path.mkdir(exist_ok=True)
+    code = (
+        "import sys; from pathlib import Path; from distill_core.tracking import RunFolder; "
+        "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print('locked', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another process is training"):
+            RunFolder(tmp_path).lock()
+    finally:
+        holder.stdin.close()
+        holder.wait(20)
+        holder.stdout.close()
+    RunFolder(tmp_path).lock()

@@ -1,6 +1,7 @@
 """What several folders of tests share: the installed plugins, small shards, and a recipe that trains in a second."""
 
 import io
+import os
 import shutil
 import tarfile
 import tomllib
@@ -9,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill_core.registry import Registry
+
+if not torch.cuda.is_available():
+    # kernels run in Triton's interpreter, which is chosen when triton is first imported (by torch, too)
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = ("red", "green", "blue", "small", "large", "round", "old", "quiet", "bird", "boat", "tree", "house", "river")
 

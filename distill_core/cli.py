@@ -88,7 +88,8 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
 
 def _forget(folder: Path) -> None:
     """Take back the folder of a run that could not begin."""
-    (folder / "recipe.yaml").unlink(missing_ok=True)
+    for name in ("recipe.yaml", ".lock"):
+        (folder / name).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 

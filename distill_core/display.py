@@ -55,7 +55,8 @@ class Display:
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = f"{rate:.{0 if rate >= 10 else 1}f}/s" if rate is not None else ""
         self._progress.update(self._task, completed=step, rate=speed, losses=shown)
-        if not self.quiet and not self.console.is_terminal and time.monotonic() - self._last >= self.seconds:
+        due = time.monotonic() - self._last >= self.seconds
+        if losses and due and not self.quiet and not self.console.is_terminal:
             self._last = time.monotonic()
             self.say(f"step {step}/{self.steps}  {speed}  {shown}")
 

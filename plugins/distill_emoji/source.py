@@ -21,7 +21,7 @@ from distill_emoji import concepts, render, shards
 from distill_emoji.concepts import Concept
 from distill_emoji.shards import Entry
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same options and packages would give other shards."""
 
 SPLITS = ("train", "validation", "test")

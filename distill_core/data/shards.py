@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from distill_core.errors import DataError
 from distill_core.types import Sample
+
+_BLOCK = 512
 
 
 def expand(pattern: str) -> list[str]:
@@ -69,6 +72,17 @@ def read_shard(shard: str) -> Iterator[Sample]:
         reason = str(error.args[0]) if error.args else type(error).__name__
         reason = reason.splitlines()[0].partition(" @ <")[0]  # webdataset adds its stream's repr
         raise DataError(f"{shard}: cannot be read: {reason[:200]}") from error
+    if _cut_off(shard):
+        raise DataError(f"{shard}: ends without a tar's closing block of zeros: it was cut off. Write it again.")
+
+
+def _cut_off(shard: str) -> bool:
+    """Whether a local, uncompressed tar lacks its last block: `tarfile` takes a cut inside a header for the end."""
+    if not is_local(shard) or not shard.endswith(".tar"):
+        return False
+    with open(shard, "rb") as file:
+        file.seek(-min(_BLOCK, Path(shard).stat().st_size), os.SEEK_END)
+        return file.read() != bytes(_BLOCK)
 
 
 def as_sets(urls: Any) -> dict[str, list[str]]:

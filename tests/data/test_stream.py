@@ -366,6 +366,19 @@ def test_the_rest_of_a_truncated_shard_is_passed_over(tmp_path: Path, write_shar
         assert [item.key for item in take(resumed, 5)] == [item.key for item in whole[done : done + 5]]
 
 
+def test_a_cut_inside_a_tar_header_is_told(tmp_path: Path, write_shards: Write) -> None:
+    """tarfile takes it for the end of the shard; catches a loss without a word."""
+    (path,) = write_shards(tmp_path, 1, 8)
+    with tarfile.open(path) as tar:
+        header = tar.getmember("train-0-5.png").offset
+    path.write_bytes(path.read_bytes()[: header + 100])
+    items = take(stream_of([path], shuffle=1), 12)
+    assert {item.key for item in items} == {f"train-0-{j}" for j in range(5)}
+    (skip,) = [skip for item in items[:8] for skip in item.skipped][:1]
+    assert skip.url == str(path)
+    assert "cut off" in skip.reason
+
+
 @pytest.mark.parametrize("damage", ["missing", "zero bytes", "no entries", "not a tar"])
 def test_shards_that_cannot_be_read_are_named(tmp_path: Path, write_shards: Write, damage: str) -> None:
     """Both before training (`check`) and when a shard goes bad later; catches errors without the shard's name."""

@@ -151,6 +151,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     """Score a run's checkpoint with the recipe's evaluation tasks."""
     import json
 
+    from distill_core import distributed
     from distill_core.checkpoint import Checkpoints, load_into
     from distill_core.display import print_scores
     from distill_core.evaluate.run import evaluate
@@ -160,7 +161,7 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
 
     run_recipe(Path(folder), _registry())  # says so when it is not a run
     recipe = _load(str(Path(folder) / "recipe.yaml"), overrides, allow_unset=True)
-    device = resolve_device(recipe.train.device)
+    device = distributed.start(resolve_device(recipe.train.device))
     set_threads(recipe.train.threads, 0, device)
     objective = Objective.from_recipe(recipe)
     load_into(objective, Checkpoints(Path(folder)).read(checkpoint)["objective"], folder)
@@ -169,6 +170,10 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     source.prepare()
     which = split or recipe.evaluate.split
     evaluated = evaluate(recipe, models_of(recipe, objective, device), source, which)
+    first = distributed.rank() == 0
+    distributed.stop()
+    if not first:
+        return
     if as_json and evaluated.scores:
         click.echo(json.dumps(evaluated.scores, indent=1))
     elif evaluated.scores:

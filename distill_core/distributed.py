@@ -28,7 +28,7 @@ def start(device: torch.device) -> torch.device:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        # other ranks wait while the first evaluates
+        # other ranks wait while the first writes data and checkpoints
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return device
 

@@ -289,12 +289,11 @@ class Trainer:
             self.tracker.call("log", self.step, flat, {"subset": "train"})
 
     def _evaluate(self, split: str) -> Evaluated:
-        if not self.recipe.tasks or self.rank > 0:
-            distributed.barrier()
-            return Evaluated()
         models = models_of(self.recipe, self.objective, self.device)
         evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing)
         self.display.doing("")
+        if self.rank > 0:
+            return evaluated
         if evaluated.skipped:
             first = evaluated.skipped[0]
             self.display.warn(
@@ -307,7 +306,6 @@ class Trainer:
             self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
             if self.tracker is not None:
                 self.tracker.call("log", self.step, evaluated.scores, {"subset": split})
-        distributed.barrier()
         return evaluated
 
     def _validate(self) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_core import distributed
 from distill_core.data.shards import read_shard
-from distill_core.errors import BadSample
+from distill_core.errors import BadSample, UserError
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
 
@@ -28,9 +29,17 @@ class EvaluationSet:
         for shard in self.shards:
             yield from read_shard(shard)
 
-    def items(self, model: Model, modality: str, field: str | None = None) -> Iterator[tuple[int, Any]]:
-        """(number of the sample, item) of one modality, read anew. Samples that cannot be read have none."""
+    def items(
+        self, model: Model, modality: str, field: str | None = None, *, share: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of the sample, item) of one modality, read anew. Samples that cannot be read have none.
+
+        With `share`, only those of this rank's share of the samples: every world-size-th.
+        """
+        rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
         for i, sample in enumerate(self):
+            if i % world != rank:
+                continue
             try:
                 found = model.augment[modality].read(sample, field)
             except BadSample as error:
@@ -41,16 +50,36 @@ class EvaluationSet:
                 yield i, item
 
     def embeddings(self, model: Model, modality: str, field: str | None = None) -> tuple[Tensor, Tensor]:
-        """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N]."""
+        """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N], in the order of the samples.
+
+        Each rank encodes its share; all ranks get all of them, so every rank must ask. Raises `UserError` on every rank
+        when one cannot go on.
+        """
         key = (id(model), modality, field)
         if key not in self._embedded:
-            owners: list[int] = []
-
-            def items() -> Iterator[Any]:
-                for owner, item in self.items(model, modality, field):
-                    owners.append(owner)
-                    yield item
-
-            embedded = model.encode(modality, items())
-            self._embedded[key] = embedded, torch.tensor(owners, dtype=torch.long)
+            parts = distributed.gather_objects(self._share(model, modality, field))
+            for part in parts:
+                if isinstance(part, UserError):
+                    raise part
+                self.skipped |= part[2]
+            embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+            order = torch.argsort(owners, stable=True)
+            self._embedded[key] = embedded[order], owners[order]
         return self._embedded[key]
+
+    def _share(
+        self, model: Model, modality: str, field: str | None
+    ) -> tuple[Tensor, Tensor, dict[tuple[str, str], Skipped]] | UserError:
+        """This rank's embeddings, their samples' numbers and what was skipped, or why there are none."""
+        owners: list[int] = []
+
+        def items() -> Iterator[Any]:
+            for owner, item in self.items(model, modality, field, share=True):
+                owners.append(owner)
+                yield item
+
+        try:
+            embedded = model.encode(modality, items())
+        except UserError as error:
+            return error
+        return embedded, torch.tensor(owners, dtype=torch.long), dict(self.skipped)

@@ -75,6 +75,7 @@ def test_a_run_of_two_ranks(
     counts, and a resume that loses a rank's place in the data."""
     bad = {(i, 1): {"png": b"no", "txt": b"a"} for i in range(4)}
     write_shards(tiny_recipe.parent / "shards", 4, 5, replace=bad)
+    write_shards(tiny_recipe.parent / "shards", 1, 9, prefix="test", replace={(0, 2): {"png": b"no", "txt": b"a"}})
     options = ("data.batch_size=2", "train.steps=7", "train.checkpoint={every: 4, keep: 9}", "data.source.samples=16")
     settings = [part for option in options for part in ("--set", option)]
     runs = tmp_path / "runs"
@@ -86,7 +87,9 @@ def test_a_run_of_two_ranks(
     assert len([row for row in folder.rows() if "scores" in row]) == 1
     report = json.loads((folder.path / "report.json").read_text())
     assert report["samples"] == 7 * 4
-    skipped = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
+    rows = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
+    skipped = [row for row in rows if row["key"] != "test-0-2"]
+    assert len(rows) == len(skipped) + 1
     assert report["skipped_samples"] == len(skipped)
     assert {row["key"] for row in skipped} == {f"train-{i}-1" for i in range(4)}
     assert done.stdout.count("report.json") == 1
@@ -104,6 +107,15 @@ def test_a_run_of_two_ranks(
     assert all(torch.equal(again["objective"][key], value) for key, value in whole["objective"].items())
     assert again["ranks"][1]["data"] == whole["ranks"][1]["data"]
     assert [row.get("terms") for row in folder.rows()] == [row.get("terms") for row in rows]
-    assert sorted(folder.skipped.read_text().splitlines()) == sorted(json.dumps(row) for row in skipped)
+    again_skipped = [line for line in folder.skipped.read_text().splitlines() if "test-0-2" not in line]
+    assert sorted(again_skipped) == sorted(json.dumps(row) for row in skipped)
+
+    # each rank encodes its share of the samples: all scores are those of one process
+    command = ("-m", "distill_core.cli", "eval", str(folder.path), "--json")
+    alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=150, check=True)
+    shared = two(*command)
+    assert shared.returncode == 0, shared.stderr
+    assert json.loads(shared.stdout) == json.loads(alone.stdout) == report["scores"]
+    assert shared.stderr.count("'test-0-2'") == alone.stderr.count("'test-0-2'") == 1
     with pytest.raises(UserError, match="saved by 2 processes; resume it with as many"):
         Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)

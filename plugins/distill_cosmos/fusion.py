@@ -1,16 +1,38 @@
-"""Cross-attention fusion (COSMOS, section 3.3): each view's embedding attends to the other modality's tokens."""
+"""Fusion: each view's embedding takes something from the other modality's tokens, or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
 from distill_core.types import Features, Fused
 from distill_kernels import cross_attention_pool
+
+
+class Identity(FusionHead):
+    """No fusion: fused[m] = normalise(pooled[m]), for every modality of the recipe, one being enough."""
+
+    name = "identity"
+
+    def forward(self, features: dict[str, Features]) -> Fused:
+        """No tokens are read."""
+        return Fused({m: unit(f.pooled) for m, f in features.items()})
+
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """queries [V, B, D] as they are."""
+        return queries
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last axis, in at least fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 class CrossAttentionConfig(ComponentConfig):
@@ -59,7 +81,10 @@ class CrossPooler(nn.Module):
 
 
 class CrossAttention(FusionHead):
-    """fused[m] = normalise(pooled[m] + attention(LN(pooled[m]), LN(map(tokens of the other's global 0))))."""
+    """fused[m] = normalise(pooled[m] + attention(LN(pooled[m]), LN(map(tokens of the other's global 0)))).
+
+    COSMOS, section 3.3.
+    """
 
     name = "cross_attention"
     Config = CrossAttentionConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
+from distill_core.errors import did_you_mean
 from distill_core.types import Outputs, Progress
 from distill_kernels import multi_view_info_nce
 
@@ -35,11 +36,6 @@ class InfoNCE(Loss):
     def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
-
-    @classmethod
-    def problems(cls, config: InfoNCEConfig, plan: Plan) -> Iterable[str]:
-        """One width D on both sides."""
-        return same_dim(cls.name, config.modalities, plan)
 
     def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the global batch M."""
@@ -72,6 +68,11 @@ class Contrastive(InfoNCE):
         """Both modalities."""
         return Needs(modalities=config.modalities)
 
+    @classmethod
+    def problems(cls, config: InfoNCEConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides."""
+        return same_dim(cls.name, config.modalities, plan)
+
     def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.global_views = plan.modalities[config.modalities[0]].views("global")
@@ -89,35 +90,81 @@ class Contrastive(InfoNCE):
         return {"contrastive": pairs.mean()}, self.metrics()
 
 
+class DistillationConfig(InfoNCEConfig):
+    """Options of the distillation between modalities."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The blocks STUDENT_to_TEACHER that enter, as [image_to_image, text_to_image]; null is all four."""
+
+
 class CrossModalDistillation(InfoNCE):
-    """Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs."""
+    """Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs.
+
+    `pairs` chooses among these four blocks; what no chosen block reads is neither gathered nor asked for.
+    """
 
     name = "cross_modal_distillation"
+    Config = DistillationConfig
+
+    def __init__(self, config: DistillationConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.products = _products(_chosen(config))
 
     @classmethod
-    def needs(cls, config: InfoNCEConfig, plan: Plan) -> Needs:
-        """A teacher of both modalities, and fused views."""
-        return Needs(teacher=True, fused=True, modalities=config.modalities)
+    def needs(cls, config: DistillationConfig, plan: Plan) -> Needs:
+        """Fused views of each student, and a teacher of each teacher, among the chosen blocks."""
+        chosen = _chosen(config)
+        teachers = tuple(dict.fromkeys(teacher for _, teacher in chosen))
+        # a modality in `views` must be there, without a teacher
+        return Needs(teacher=True, fused=True, modalities=teachers, views={student: {} for student, _ in chosen})
+
+    @classmethod
+    def problems(cls, config: DistillationConfig, plan: Plan) -> Iterable[str]:
+        """Blocks that exist, each named once; one width D in all of them."""
+        known = list(_blocks(config))
+        named = config.pairs or ()
+        for name in dict.fromkeys(named):
+            if name not in known:
+                yield f"{cls.name!r} has no pair {name!r}{did_you_mean(name, known)}"
+            elif named.count(name) > 1:
+                yield f"{cls.name!r} has the pair {name!r} twice"
+        yield from same_dim(cls.name, list(dict.fromkeys(m for block in _chosen(config) for m in block)), plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term: the mean of the four blocks of pairs, each a mean itself; a metric for each block."""
-        students = [f"fused.{m}" for m in self.config.modalities]
-        teachers = [f"teacher.{m}" for m in self.config.modalities]
-        pairs = self.pairs(
-            torch.cat([outputs.embedding(key) for key in students]),
-            torch.cat([outputs.embedding(key) for key in teachers]),
-            torch.cat([outputs.gather(key) for key in students]),
-            torch.cat([outputs.gather(key) for key in teachers]),
-        )
-        rows = torch.split(pairs, [outputs.embedding(key).shape[0] for key in students])
-        blocks = {
-            f"{student}_to_{teacher}": block.mean()
-            for student, row in zip(self.config.modalities, rows, strict=True)
-            for teacher, block in zip(
-                self.config.modalities,
-                torch.split(row, [outputs.embedding(key).shape[0] for key in teachers], dim=1),
-                strict=True,
+        """One term: the mean of the chosen blocks of pairs, each a mean itself; a metric for each block."""
+        blocks: dict[str, Tensor] = {}
+        for students, teachers in self.products:
+            rows, columns = [f"fused.{m}" for m in students], [f"teacher.{m}" for m in teachers]
+            pairs = self.pairs(
+                torch.cat([outputs.embedding(key) for key in rows]),
+                torch.cat([outputs.embedding(key) for key in columns]),
+                torch.cat([outputs.gather(key) for key in rows]),
+                torch.cat([outputs.gather(key) for key in columns]),
             )
-        }
+            heights, widths = ([outputs.embedding(key).shape[0] for key in keys] for keys in (rows, columns))
+            for student, row in zip(students, torch.split(pairs, heights), strict=True):
+                for teacher, block in zip(teachers, torch.split(row, widths, dim=1), strict=True):
+                    blocks[f"{student}_to_{teacher}"] = block.mean()
         term = torch.stack(list(blocks.values())).mean()
         return {"cross_modal_distillation": term}, self.metrics() | {name: x.detach() for name, x in blocks.items()}
+
+
+def _blocks(config: DistillationConfig) -> dict[str, tuple[str, str]]:
+    """Every block's name -> (student's modality, teacher's modality)."""
+    return {f"{s}_to_{t}": (s, t) for s in config.modalities for t in config.modalities}
+
+
+def _chosen(config: DistillationConfig) -> list[tuple[str, str]]:
+    """The chosen blocks in the order of all; names that are not blocks are left to `problems`."""
+    return [block for name, block in _blocks(config).items() if config.pairs is None or name in config.pairs]
+
+
+def _products(chosen: Sequence[tuple[str, str]]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The chosen blocks as few products students x teachers, each of which is one call of the loss."""
+    teachers: dict[str, tuple[str, ...]] = {}
+    for student, teacher in chosen:
+        teachers[student] = (*teachers.get(student, ()), teacher)
+    return [
+        (tuple(student for student, own in teachers.items() if own == shared), shared)
+        for shared in dict.fromkeys(teachers.values())
+    ]

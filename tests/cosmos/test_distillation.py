@@ -1,0 +1,222 @@
+"""Distillation between modalities: which blocks of pairs enter, against a loop over pairs of views."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import distill_cosmos.losses
+from distill_core.components import ModalityPlan, Plan
+from distill_core.errors import RecipeErrors
+from distill_core.objective import Objective
+from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.resolve import parse_recipe
+from distill_core.types import Batch, Features, Fused, Group, Outputs, Progress, Views
+from distill_cosmos.losses import CrossModalDistillation
+
+D = 5
+STUDENT_VIEWS = {"image": 4, "text": 3}
+TEACHER_VIEWS = {"image": 2, "text": 1}
+NAMES = ("image_to_image", "image_to_text", "text_to_image", "text_to_text")
+SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(NAMES, n)]
+
+
+def make_loss(**options: Any) -> CrossModalDistillation:
+    plan = Plan(
+        {
+            name: ModalityPlan(("global",) * views, tuple(range(TEACHER_VIEWS[name])), 7, D, has_tokens=True)
+            for name, views in STUDENT_VIEWS.items()
+        },
+        teacher=True,
+        fusion=True,
+    )
+    loss = CrossModalDistillation(CrossModalDistillation.Config(**options), plan).double()
+    with torch.no_grad():
+        loss.logit_scale.fill_(1.3)
+    return loss
+
+
+def make_outputs(seed: int, batch: int, *, teachers: tuple[str, ...] = ("image", "text")) -> Outputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(views: int) -> Tensor:
+        return torch.randn(views, batch, D, generator=generator, dtype=torch.float64)
+
+    pooled = {name: random(views).requires_grad_() for name, views in STUDENT_VIEWS.items()}
+    fused = {name: F.normalize(x, dim=-1) for name, x in pooled.items()}
+    teacher = {name: Features(random(TEACHER_VIEWS[name])) for name in teachers}
+    student = {name: Features(x) for name, x in pooled.items()}
+    return Outputs({}, student, teacher, Fused(fused), None, Progress(0, 1), lambda module: module)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / (x * x).sum(-1, keepdim=True).sqrt()
+
+
+def one_pair(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """a, b [B, D]: row by row, minus the log-probability of its own column, in both directions."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in ((a, b), (b, a)):
+        for i in range(len(x)):
+            logits = torch.stack([scale * (x[i] * y[j]).sum() for j in range(len(y))])
+            total = total - (logits[i] - torch.log(torch.exp(logits).sum()))
+    return total / (2 * len(a))
+
+
+def by_hand(outputs: Outputs, names: tuple[str, ...], scale: Tensor) -> dict[str, Tensor]:
+    blocks = {}
+    for name in names:
+        student, teacher = name.split("_to_")
+        rows = unit(outputs.student[student].pooled)
+        columns = unit(outputs.teacher[teacher].pooled)
+        blocks[name] = torch.stack([one_pair(a, b, scale) for a in rows for b in columns]).mean()
+    return blocks
+
+
+@pytest.mark.parametrize("names", [None, *SUBSETS])
+def test_mean_over_the_chosen_blocks(names: tuple[str, ...] | None) -> None:
+    """Catches a block that enters unasked, one left out, weights by views instead of by blocks, and lost gradients."""
+    loss, outputs = make_loss(pairs=names), make_outputs(3, 4)
+    terms, metrics = loss(outputs)
+    expected = by_hand(outputs, names or NAMES, loss.logit_scale.exp())
+    total = torch.stack(list(expected.values())).mean()
+    torch.testing.assert_close(terms["cross_modal_distillation"], total, rtol=1e-10, atol=1e-10)
+    assert set(metrics) == {"scale", *(names or NAMES)}
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-10, atol=1e-10)
+    leaves = [loss.logit_scale, *(f.pooled for f in outputs.student.values())]
+    ours = torch.autograd.grad(terms["cross_modal_distillation"], leaves, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(total, leaves, allow_unused=True)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert (mine is None) == (wanted is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_the_order_of_names_does_not_matter() -> None:
+    outputs = make_outputs(5, 3)
+    one, other = (make_loss(pairs=names)(outputs)[0] for names in (NAMES[:3], NAMES[2::-1]))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "calls", "read"),
+    [
+        (None, [(7, 3)], {"fused.image", "fused.text", "teacher.image", "teacher.text"}),
+        (("image_to_image",), [(4, 2)], {"fused.image", "teacher.image"}),
+        (("text_to_image", "image_to_image"), [(7, 2)], {"fused.image", "fused.text", "teacher.image"}),
+        (("image_to_image", "text_to_text"), [(4, 2), (3, 1)], set()),
+        (("image_to_text", "text_to_image", "text_to_text"), [(4, 1), (3, 3)], set()),
+    ],
+)
+def test_only_what_is_needed_is_computed_and_gathered(
+    names: tuple[str, ...] | None, calls: list[tuple[int, int]], read: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    original = distill_cosmos.losses.multi_view_info_nce
+
+    def counting(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
+        seen.append((a.shape[0], b.shape[0]))
+        return original(a, b, *rest, **options)
+
+    monkeypatch.setattr(distill_cosmos.losses, "multi_view_info_nce", counting)
+    outputs = make_outputs(1, 4)
+    make_loss(pairs=names)(outputs)
+    assert seen == calls
+    if read:
+        assert {key for key, _ in outputs._gathered} == read
+
+
+def test_a_teacher_of_one_modality_is_enough_for_its_blocks() -> None:
+    outputs = make_outputs(2, 4, teachers=("image",))
+    loss = make_loss(pairs=("image_to_image", "text_to_image"))
+    assert torch.isfinite(loss(outputs)[0]["cross_modal_distillation"])
+    with pytest.raises(KeyError):
+        make_loss()(outputs)
+
+
+RECIPE = """\
+augment:
+  image: {{name: multi_crop, size: 16, local_size: 8, global: 2, local: 1}}
+{text_views}
+backbone:
+  image: {{name: vit, image_size: 16, patch: 8, width: 16, layers: 1, heads: 2, dim: 16}}
+{text_tower}
+fusion: identity
+loss:
+  - {{name: cross_modal_distillation, pairs: {pairs}}}
+teacher: {{modalities: [image]}}
+data: {{source: {{name: webdataset, urls: x.tar}}}}
+train: {{steps: 4}}
+tracking: null
+"""
+TEXT_VIEWS = "  text: {name: text_crop, global: 2, local: 1}"
+TEXT_TOWER = "  text: {name: clip_text, context: 8, width: 16, layers: 1, heads: 2, dim: %d}"
+
+
+@pytest.fixture
+def parse(registry: Registry) -> Callable[..., Recipe]:
+    def parse(pairs: str, *, text: bool = True, dim: int = 16) -> Recipe:
+        recipe = RECIPE.format(
+            pairs=pairs, text_views=TEXT_VIEWS if text else "", text_tower=TEXT_TOWER % dim if text else ""
+        )
+        return parse_recipe(recipe, "r.yaml", registry=registry)
+
+    return parse
+
+
+def picture_views(generator: torch.Generator) -> Views:
+    sizes = ((2, 16, "global"), (1, 8, "local"))
+    return Views([Group(torch.randn(v, 3, 3, s, s, generator=generator), role) for v, s, role in sizes])
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_self_distillation_of_pictures_alone(parse: Callable[..., Recipe], text: bool) -> None:
+    """A teacher of pictures only, with texts in the recipe or without any, as the user would write it."""
+    torch.manual_seed(0)
+    objective = Objective.from_recipe(parse("[image_to_image]", text=text))
+    generator = torch.Generator().manual_seed(1)
+    views = {"image": picture_views(generator)}
+    if text:
+        ids = torch.randint(1, 48, (3, 3, 6), generator=generator)
+        views["text"] = Views([Group(ids[:2], "global"), Group(ids[2:], "local")])
+    losses = objective.losses(objective.represent(Batch(views, ["a", "b", "c"]), Progress(0, 1)))
+    losses.total.backward()
+    assert set(losses.metrics) == {f"cross_modal_distillation/{name}" for name in ("scale", "image_to_image")}
+    for name, parameter in objective.named_parameters():
+        if name.startswith("backbone.image."):
+            assert parameter.grad is not None, name
+        if name.startswith("backbone.text."):
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ("[image_to_txt]", "'cross_modal_distillation' has no pair 'image_to_txt', did you mean 'image_to_text'?"),
+        ("[q]", "no pair 'q' (there are: image_to_image, image_to_text, text_to_image, text_to_text)"),
+        ("[image_to_image, image_to_image]", "'cross_modal_distillation' has the pair 'image_to_image' twice"),
+        ("[image_to_text]", "needs a teacher of 'text'; this recipe's teacher sees none of its views"),
+        ("null", "needs a teacher of 'text'; this recipe's teacher sees none of its views"),
+        ("[]", "at least 1 item"),
+    ],
+)
+def test_what_is_wrong_with_pairs_is_one_line(parse: Callable[..., Recipe], pairs: str, message: str) -> None:
+    with pytest.raises(RecipeErrors) as caught:
+        parse(pairs)
+    assert len(caught.value.lines) == 1
+    assert caught.value.lines[0].startswith("r.yaml:9: loss.0")
+    assert message in caught.value.lines[0]
+
+
+def test_modalities_that_are_read_must_be_there_and_of_one_width(parse: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeErrors, match="needs a modality 'text'"):
+        parse("[text_to_image]", text=False)
+    parse("[image_to_image]", dim=8)
+    with pytest.raises(RecipeErrors, match="one width D; the backbones give text 8, image 16"):
+        parse("[text_to_image]", dim=8)

@@ -9,15 +9,18 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Text cropping, multi-crop, cross-attention fusion, the two losses, and public checkpoints to start from."""
-    from distill_cosmos.fusion import CrossAttention, Identity
+    """Views, fusions, the two losses, and public checkpoints to start from."""
+    from distill_cosmos.fusion import CrossAttention, GatedCrossAttention, Identity, MeanPooling
     from distill_cosmos.losses import Contrastive, CrossModalDistillation
     from distill_cosmos.multi_crop import MultiCrop
     from distill_cosmos.official import PublicCheckpoint
+    from distill_cosmos.q_former import QFormer
     from distill_cosmos.text_crop import TextCrop
 
     return [
-        MultiCrop, TextCrop, CrossAttention, Identity, Contrastive, CrossModalDistillation, PublicCheckpoint,
+        MultiCrop, TextCrop,
+        CrossAttention, GatedCrossAttention, QFormer, MeanPooling, Identity,
+        Contrastive, CrossModalDistillation, PublicCheckpoint,
     ]  # fmt: skip
 
 

@@ -1,0 +1,97 @@
+"""Q-Former-style fusion (BLIP-2, arXiv 2301.12597, section 3.1): learned queries read the other modality's tokens.
+
+A Q-Former's queries attend to each other, to the tokens of one picture, and, in the same self-attention, to a text that
+conditions them (as InstructBLIP, arXiv 2305.06500, does with an instruction). A fusion has V views a sample and wants
+one embedding for each, so here
+
+- the condition is the view's pooled embedding: one more key and value of the queries' self-attention, itself unchanged;
+- each view has its own copy of the N learned queries, since its condition differs: V * N queries a sample, over ONE set
+  of keys and values made from the other modality's tokens, which are never repeated;
+- the N answers are averaged, projected, and added to the view's embedding. (BLIP-2 keeps all N and lets its contrastive
+  loss take the best; a fused view is one embedding.)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.components import Plan
+from distill_cosmos.fusion import AttentionConfig, AttentionFusion, CrossPooler
+from distill_towers.transformer import MLP, Attention
+
+
+class QFormerConfig(AttentionConfig):
+    """Options of the learned queries."""
+
+    queries: Annotated[int, Field(gt=0)] = 8
+    """N, learned queries a view (BLIP-2 has 32)."""
+    layers: Annotated[int, Field(gt=0)] = 1
+    """Blocks of self-attention, cross-attention and feed-forward."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Width of the feed-forward layers, in D."""
+
+
+class QFormerBlock(nn.Module):
+    """x + self-attention(LN([x, view])), then + cross-attention(LN(x), LN(tokens)), then + MLP(LN(x))."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads)
+        self.cross = CrossPooler(dim, heads)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_ratio)
+
+    def forward(self, x: Tensor, view: Tensor, tokens: Tensor, mask: Tensor | None, views: int) -> Tensor:
+        """x [V B, N, D], view [V B, 1, D], tokens [B, L, D], mask [B, L], V -> [V B, N, D]."""
+        sequence = self.ln_1(torch.cat([x, view], 1))
+        x = x + self.attn(sequence, causal=False)[:, : x.shape[1]]
+        # a sample's V N queries side by side: [V N, B, D]
+        rows = rearrange(x, "(v b) n d -> (v n) b d", v=views)
+        x = rearrange(self.cross(rows, tokens, mask), "(v n) b d -> (v b) n d", v=views)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class QueryFormer(nn.Module):
+    """view + Linear(mean over N of LN(queries after all blocks)), for one modality's tokens."""
+
+    def __init__(self, dim: int, config: QFormerConfig) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(config.queries, dim))
+        self.blocks = nn.ModuleList([QFormerBlock(dim, config.heads, config.mlp_ratio) for _ in range(config.layers)])
+        self.ln_post = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, views: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """views [V, B, D], tokens [B, L, D], mask [B, L] -> [V, B, D]."""
+        wide = torch.promote_types(views.dtype, torch.float32)
+        view = views.flatten(0, 1)[:, None].to(self.queries.dtype)
+        x = self.queries.expand(view.shape[0], -1, -1)
+        for block in self.blocks:
+            x = block(x, view, tokens, mask, views.shape[0])
+        answer: Tensor = self.proj(self.ln_post(x).mean(1))
+        return views.to(wide) + answer.view(views.shape)
+
+
+class QFormer(AttentionFusion):
+    """fused[m] = normalise(pooled[m] + what N learned queries, conditioned by it, find in the other's tokens).
+
+    Q-Former-style (BLIP-2, section 3.1); `distill_cosmos.q_former` says how for V views. Padding is masked.
+    """
+
+    name = "q_former"
+    Config = QFormerConfig
+
+    def __init__(self, config: QFormerConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.former = nn.ModuleDict({m: QueryFormer(self.dim, config) for m in config.modalities})
+
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """queries [V, B, D], the views that condition, plus what is found in `modality`'s tokens; not normalised."""
+        result: Tensor = self.former[modality](queries, self.token_map[modality](tokens), mask)
+        return result

@@ -16,9 +16,10 @@ def distill_components() -> list[type]:
     from distill_cosmos.official import PublicCheckpoint
     from distill_cosmos.q_former import QFormer
     from distill_cosmos.text_crop import TextCrop
+    from distill_cosmos.text_views import MaskedText, SentenceCrop, WordDropout
 
     return [
-        MultiCrop, TextCrop,
+        MultiCrop, TextCrop, MaskedText, SentenceCrop, WordDropout,
         CrossAttention, GatedCrossAttention, QFormer, MeanPooling, Identity,
         Contrastive, CrossModalDistillation, PublicCheckpoint,
     ]  # fmt: skip

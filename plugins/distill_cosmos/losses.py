@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
 from distill_core.errors import did_you_mean
 from distill_core.types import Outputs, Progress
+from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
 from distill_kernels import multi_view_info_nce
 
 
@@ -95,12 +96,18 @@ class DistillationConfig(InfoNCEConfig):
 
     pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The blocks STUDENT_to_TEACHER that enter, as [image_to_image, text_to_image]; null is all four."""
+    targets: Literal["hard", "soft"] = "hard"
+    """`hard`: InfoNCE, the one positive is the same sample. `soft`: cross-entropy with the teacher's own similarities
+    (SEED; ALBEF, equation 6). For a mixture give the loss twice, with an `id` and a `weight` each."""
+    teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
+    """Of the teacher's similarities, where targets are soft; the student's temperature is learned."""
 
 
 class CrossModalDistillation(InfoNCE):
     """Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs.
 
-    `pairs` chooses among these four blocks; what no chosen block reads is neither gathered nor asked for.
+    `pairs` chooses among these four blocks; what no chosen block reads is neither gathered nor asked for. With soft
+    targets (`distill_cosmos.soft_targets`) the metric `target_entropy` is what the loss cannot fall below.
     """
 
     name = "cross_modal_distillation"
@@ -112,9 +119,13 @@ class CrossModalDistillation(InfoNCE):
 
     @classmethod
     def needs(cls, config: DistillationConfig, plan: Plan) -> Needs:
-        """Fused views of each student, and a teacher of each teacher, among the chosen blocks."""
+        """Fused views of each student, and a teacher of each teacher, among the chosen blocks.
+
+        Soft targets ask for a teacher of the student's modality as well.
+        """
         chosen = _chosen(config)
-        teachers = tuple(dict.fromkeys(teacher for _, teacher in chosen))
+        soft = config.targets == "soft"
+        teachers = tuple(dict.fromkeys(m for student, teacher in chosen for m in (teacher, *[student] * soft)))
         # a modality in `views` must be there, without a teacher
         return Needs(teacher=True, fused=True, modalities=teachers, views={student: {} for student, _ in chosen})
 
@@ -133,6 +144,7 @@ class CrossModalDistillation(InfoNCE):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term: the mean of the chosen blocks of pairs, each a mean itself; a metric for each block."""
         blocks: dict[str, Tensor] = {}
+        entropies: list[Tensor] = []
         for students, teachers in self.products:
             rows, columns = [f"fused.{m}" for m in students], [f"teacher.{m}" for m in teachers]
             pairs = self.pairs(
@@ -144,9 +156,29 @@ class CrossModalDistillation(InfoNCE):
             heights, widths = ([outputs.embedding(key).shape[0] for key in keys] for keys in (rows, columns))
             for student, row in zip(students, torch.split(pairs, heights), strict=True):
                 for teacher, block in zip(teachers, torch.split(row, widths, dim=1), strict=True):
+                    if self.config.targets == "soft":
+                        difference, entropy = self.soften(outputs, student, teacher)
+                        block = block + difference
+                        entropies.append(entropy)
                     blocks[f"{student}_to_{teacher}"] = block.mean()
         term = torch.stack(list(blocks.values())).mean()
-        return {"cross_modal_distillation": term}, self.metrics() | {name: x.detach() for name, x in blocks.items()}
+        metrics = self.metrics() | {name: x.detach() for name, x in blocks.items()}
+        if entropies:
+            metrics["target_entropy"] = torch.stack(entropies).mean()
+        return {"cross_modal_distillation": term}, metrics
+
+    def soften(self, outputs: Outputs, student: str, teacher: str) -> tuple[Tensor, Tensor]:
+        """What soft targets add to the block's InfoNCEs, [Vs, Vt], and the targets' mean entropy."""
+        keys, queries, fused = f"teacher.{teacher}", f"teacher.{student}", f"fused.{student}"
+        targets = soft_targets(
+            outputs.embedding(queries),
+            outputs.embedding(keys),
+            outputs.gather(queries),
+            outputs.gather(keys),
+            self.config.teacher_temperature,
+        )
+        own, every = outputs.embedding(fused), outputs.gather(fused)
+        return soft_minus_hard(own, every, outputs.embedding(keys), targets, self.logit_scale.exp()), targets.entropy
 
 
 def _blocks(config: DistillationConfig) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Distillation between modalities: which blocks of pairs enter, against a loop over pairs of views."""
+"""Distillation between modalities against plain loops: which blocks of pairs enter, hard and soft targets."""
 
 import itertools
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distill_cosmos.losses
+import distill_cosmos.soft_targets
 from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
 from distill_core.objective import Objective
@@ -220,3 +221,125 @@ def test_modalities_that_are_read_must_be_there_and_of_one_width(parse: Callable
     parse("[image_to_image]", dim=8)
     with pytest.raises(RecipeErrors, match="one width D; the backbones give text 8, image 16"):
         parse("[text_to_image]", dim=8)
+
+
+# soft targets
+
+
+def soft_by_hand(outputs: Outputs, name: str, scale: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """One block with all its logits: (mean cross-entropy, mean entropy of the targets)."""
+    student, teacher = name.split("_to_")
+    losses, entropies = [], []
+    for f in unit(outputs.student[student].pooled):
+        for t in unit(outputs.teacher[teacher].pooled):
+            for turned in (False, True):
+                a, b = (t, f) if turned else (f, t)
+                p = torch.exp(scale * a @ b.T)
+                p = p / p.sum(1, keepdim=True)
+                q = torch.zeros_like(p)
+                own_views = unit(outputs.teacher[student].pooled)
+                for w in own_views:
+                    c, d = (t, w) if turned else (w, t)
+                    e = torch.exp(c @ d.T / temperature)
+                    q = q + e / e.sum(1, keepdim=True) / len(own_views)
+                losses.append(-(q * p.log()).sum(1).mean())
+                entropies.append(-(q * q.log()).sum(1).mean())
+    return torch.stack(losses).mean(), torch.stack(entropies).mean()
+
+
+@pytest.mark.parametrize("names", [NAMES, ("image_to_image",), ("text_to_image", "image_to_text"), NAMES[1:]])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_soft_targets_are_the_teachers_own_similarities(names: tuple[str, ...], batch: int) -> None:
+    """Catches targets of another sample, modality or direction, a temperature on the wrong side, wrong gradients."""
+    outputs = make_outputs(11, batch)
+    loss = make_loss(pairs=names, targets="soft", teacher_temperature=0.3)
+    terms, metrics = loss(outputs)
+    blocks = {name: soft_by_hand(outputs, name, loss.logit_scale.exp(), 0.3) for name in names}
+    total = torch.stack([value for value, _ in blocks.values()]).mean()
+    torch.testing.assert_close(terms["cross_modal_distillation"], total, rtol=1e-10, atol=1e-10)
+    for name, (value, _) in blocks.items():
+        torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-10, atol=1e-10)
+    entropy = torch.stack([value for _, value in blocks.values()]).mean()
+    torch.testing.assert_close(metrics["target_entropy"], entropy, rtol=1e-10, atol=1e-10)
+    assert total >= entropy - 1e-12
+    leaves = [loss.logit_scale, *(f.pooled for f in outputs.student.values())]
+    ours = torch.autograd.grad(terms["cross_modal_distillation"], leaves, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(total, leaves, allow_unused=True)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert (mine is None) == (wanted is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-10)
+
+
+def test_sharp_targets_within_a_modality_are_hard_ones() -> None:
+    """One teacher view: as the temperature goes to 0, its similarities become the sample itself."""
+    outputs = make_outputs(4, 6)
+    outputs.teacher["image"].pooled = outputs.teacher["image"].pooled[:1]
+    soft = make_loss(pairs=("image_to_image",), targets="soft", teacher_temperature=1e-4)(outputs)
+    hard = make_loss(pairs=("image_to_image",))(outputs)
+    torch.testing.assert_close(soft[0], hard[0], rtol=1e-12, atol=1e-12)
+    assert soft[1]["target_entropy"] < 1e-12
+
+
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_runs_of_rows_do_not_change_soft_targets(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs, loss = make_outputs(8, 7), make_loss(targets="soft", teacher_temperature=0.1)
+    whole, metrics = loss(outputs)
+    monkeypatch.setattr(distill_cosmos.soft_targets, "_BLOCK", block)
+    parts, more = loss(outputs)
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(more, metrics, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks of two rows, each given what its gather would bring."""
+    joint, loss = make_outputs(13, 6), make_loss(targets=targets, teacher_temperature=0.2)
+    leaves = [loss.logit_scale, *(f.pooled for f in joint.student.values())]
+    whole = loss(joint)[0]["cross_modal_distillation"]
+    wanted = torch.autograd.grad(whole, leaves, retain_graph=True)
+    monkeypatch.setattr(distill_cosmos.losses, "world_size", lambda: 3)
+    terms = []
+    for rank in range(3):
+        rows = slice(2 * rank, 2 * rank + 2)
+        monkeypatch.setattr(distill_cosmos.losses, "rank", lambda rank=rank: rank)
+        assert joint.fused is not None
+        own = Outputs(
+            {},
+            {},
+            {m: Features(f.pooled[:, rows]) for m, f in joint.teacher.items()},
+            Fused({m: x[:, rows] for m, x in joint.fused.pooled.items()}),
+            None,
+            Progress(0, 1),
+            lambda module: module,
+        )
+        for key in ("fused.image", "fused.text", "teacher.image", "teacher.text"):
+            own._gathered[key, True] = joint.embedding(key)
+        terms.append(loss(own)[0]["cross_modal_distillation"])
+    mean = torch.stack(terms).mean()
+    torch.testing.assert_close(mean, whole, rtol=1e-10, atol=1e-10)
+    for mine, reference in zip(torch.autograd.grad(mean, leaves), wanted, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
+
+
+def test_soft_targets_ask_for_a_teacher_of_the_students_modality(parse: Callable[..., Recipe]) -> None:
+    parse("[image_to_image], targets: soft")
+    parse("[text_to_image]")
+    with pytest.raises(RecipeErrors, match="needs a teacher of 'text'"):
+        parse("[text_to_image], targets: soft")
+
+
+@pytest.mark.parametrize("targets", ["hard", "soft"])
+def test_bf16_autocast(parse: Callable[..., Recipe], targets: str) -> None:
+    torch.manual_seed(0)
+    objective = Objective.from_recipe(parse(f"[image_to_image], targets: {targets}", text=False))
+    views = {"image": picture_views(torch.Generator().manual_seed(1))}
+    exact = objective.losses(objective.represent(Batch(views, ["a", "b", "c"]), Progress(0, 1))).total
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = objective.losses(objective.represent(Batch(views, ["a", "b", "c"]), Progress(0, 1))).total
+    assert rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=5e-2, atol=0)
+    rough.backward()
+    for name, parameter in objective.backbone["image"].named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name

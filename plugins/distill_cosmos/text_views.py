@@ -62,7 +62,7 @@ class WordDropoutConfig(TextCropConfig):
 
     probability: Probability = 0.1
     """Each word is left out with this probability, by itself."""
-    roles: tuple[Literal["global", "local"], ...] = (GLOBAL, LOCAL)
+    roles: tuple[Literal["global", "local"], ...] = ("global", "local")
     """Roles of the views that lose words."""
 
 

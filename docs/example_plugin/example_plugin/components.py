@@ -1,0 +1,41 @@
+from torch import nn
+
+from distill_core.components import FusionHead, Loss, Needs
+from distill_core.types import Fused
+
+
+class MaxPooling(FusionHead):
+    """normalise(pooled + map(the largest of the other modality's tokens, feature by feature))."""
+
+    name = "max_pooling"
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.map = nn.ModuleDict({m: nn.Linear(p.width, p.dim) for m, p in plan.modalities.items()})
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(tokens=dict.fromkeys(plan.modalities, (0,)))
+
+    def forward(self, features):
+        (a, x), (b, y) = features.items()
+        fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for m, f, n, g in ((a, x, b, y), (b, y, a, x))}
+        return Fused({m: nn.functional.normalize(value.float(), dim=-1) for m, value in fused.items()})
+
+    def pool(self, modality, queries, tokens, mask=None):
+        real = tokens if mask is None else tokens.masked_fill(~mask[..., None], -1e4)  # [B, L, W]
+        return queries + self.map[modality](real.amax(1))
+
+
+class FusedAgreement(Loss):
+    """Mean of 1 - cosine of each fused view and the teacher's first view of its modality."""
+
+    name = "fused_agreement"
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(teacher=True, fused=True, modalities=tuple(plan.modalities))
+
+    def forward(self, outputs):
+        pairs = [(outputs.embedding(f"fused.{m}"), outputs.embedding(f"teacher.{m}")[:1]) for m in outputs.teacher]
+        return {"agreement": sum((1 - (x * y).sum(-1)).mean() for x, y in pairs) / len(pairs)}, {}

@@ -7,6 +7,6 @@ distill_api = 1
 
 @hookimpl
 def distill_components():
-    from example_plugin.components import MaxPooling, FusedAgreement
+    from example_plugin.components import FusedAgreement, MaxPooling
 
     return [MaxPooling, FusedAgreement]

@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from pydantic import Field
 
 from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
-
-Strength = Annotated[float, Field(ge=0)]
+from distill_towers.pictures import (
+    Area,
+    Jitter,
+    PictureAugmentation,
+    PictureConfig,
+    Probability,
+    colour_jitter,
+    random_resized_crop,
+)
 
 
 class MultiCropConfig(PictureConfig):
@@ -29,7 +35,7 @@ class MultiCropConfig(PictureConfig):
     """Share of the picture's area that a local crop covers."""
     flip: Probability = 0.5
     """Probability of a horizontal flip."""
-    jitter: tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]] = (0.4, 0.4, 0.2, 0.1)
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1)
     """Strengths of brightness, contrast, saturation and hue, in random order."""
     jitter_p: Probability = 0.8
     """Probability of the colour jitter."""
@@ -79,26 +85,3 @@ class MultiCrop(PictureAugmentation):
         if rng.random() < solarise:
             picture = ImageOps.solarize(picture, 128)
         return picture
-
-
-def colour_jitter(
-    picture: Image.Image, strengths: tuple[float, float, float, float], rng: np.random.Generator
-) -> Image.Image:
-    """Brightness, contrast, saturation (factors uniform in 1 -+ strength) and hue (shift of the colour circle)."""
-    for step in rng.permutation(4):
-        strength = strengths[step]
-        if strength == 0:
-            continue
-        if step == 3:
-            picture = shift_hue(picture, rng.uniform(-strength, strength))
-        else:
-            enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
-            picture = enhancer(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-    return picture
-
-
-def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """Hues moved by `turn` of the colour circle, -0.5 to 0.5."""
-    hue, saturation, value = picture.convert("HSV").split()
-    moved = np.array(hue, dtype=np.uint8) + np.uint8(int(turn * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
 from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
+from distill_towers.captions import CaptionAugmentation, CaptionConfig, draw, join
 
 
 class TextCropConfig(CaptionConfig):
@@ -47,9 +46,3 @@ class TextCrop(CaptionAugmentation):
             chosen = draw(len(pool), int(rng.integers(1, self.config.sentences + 1)), rng)
             views.append(View(join([pool[i] for i in chosen]), GLOBAL, chosen[0]))
         return views
-
-
-def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
-    """`count` of 0..population-1 without replacement; one that is too small is repeated whole, then topped up."""
-    whole = list(range(population)) * (count // population)
-    return whole + [int(i) for i in rng.permutation(population)[: count % population]]

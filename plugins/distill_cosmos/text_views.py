@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 
 from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_cosmos.text_crop import TextCrop, TextCropConfig, draw
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
+from distill_cosmos.text_crop import TextCrop, TextCropConfig
+from distill_towers.captions import CaptionAugmentation, CaptionConfig, draw, join
 from distill_towers.pictures import Probability
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from distill_core.components import Augmentation, ComponentConfig
 from distill_core.errors import BadSample
 from distill_core.types import Sample, View
@@ -43,6 +45,12 @@ def sentences(text: str) -> list[str]:
 def join(parts: Sequence[str]) -> str:
     """Sentences as one text: a full stop behind each but the last, unless it ends in a mark of its own."""
     return " ".join([part if part.endswith(("?", "!")) else f"{part}." for part in parts[:-1]] + list(parts[-1:]))
+
+
+def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
+    """`count` of 0..population-1 without replacement; one that is too small is repeated whole, then topped up."""
+    whole = list(range(population)) * (count // population)
+    return whole + [int(i) for i in rng.permutation(population)[: count % population]]
 
 
 class CaptionAugmentation(Augmentation):

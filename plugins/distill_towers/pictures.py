@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageEnhance, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from distill_core.types import Sample, View
 Probability = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
+Strength = Annotated[float, Field(ge=0)]
+Jitter = tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]]
+"""Strengths of brightness, contrast, saturation and hue."""
 
 
 class PictureConfig(ComponentConfig):
@@ -118,3 +121,26 @@ def random_resized_crop(
     left, top, width, height = crop_box(*picture.size, scale, rng)
     crop = picture.crop((left, top, left + width, top + height))
     return crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def colour_jitter(
+    picture: Image.Image, strengths: tuple[float, float, float, float], rng: np.random.Generator
+) -> Image.Image:
+    """Brightness, contrast, saturation (factors uniform in 1 -+ strength) and hue (shift of the colour circle)."""
+    for step in rng.permutation(4):
+        strength = strengths[step]
+        if strength == 0:
+            continue
+        if step == 3:
+            picture = shift_hue(picture, rng.uniform(-strength, strength))
+        else:
+            enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+            picture = enhancer(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
+    return picture
+
+
+def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
+    """Hues moved by `turn` of the colour circle, -0.5 to 0.5."""
+    hue, saturation, value = picture.convert("HSV").split()
+    moved = np.array(hue, dtype=np.uint8) + np.uint8(int(turn * 255) % 256)
+    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")

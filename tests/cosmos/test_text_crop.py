@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from distill_core.errors import BadSample
-from distill_cosmos.text_crop import TextCrop, draw
-from distill_towers.captions import sentences
+from distill_cosmos.text_crop import TextCrop
+from distill_towers.captions import draw, sentences
 
 POOL = [f"sentence {chr(97 + i)}" for i in range(12)]
 

@@ -1,0 +1,36 @@
+"""Sub-captions (DreamLIP, section 3.2): single sentences out of a picture's long captions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from distill_core.types import GLOBAL, Sample, View
+from distill_towers.captions import CaptionAugmentation, CaptionConfig, draw
+
+
+class SubCaptionsConfig(CaptionConfig):
+    """How many sentences a step sees."""
+
+    count: Annotated[int, Field(gt=0)] = 8
+    """Sub-captions K a sample: one sentence each, drawn without replacement; a sample with fewer repeats some, which
+    then are negatives of each other in `subcaption_grouping`."""
+
+
+class SubCaptions(CaptionAugmentation):
+    """K sentences of the sample's pool, each a global view."""
+
+    name = "sub_captions"
+    Config = SubCaptionsConfig
+
+    @classmethod
+    def roles(cls, config: SubCaptionsConfig) -> tuple[str, ...]:
+        """K global views."""
+        return (GLOBAL,) * config.count
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """View.source is the sentence's place in the pool."""
+        pool = self.pool(sample)
+        return [View(pool[i], source=i) for i in draw(len(pool), self.config.count, rng)]

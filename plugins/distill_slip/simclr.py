@@ -1,0 +1,126 @@
+"""SimCLR's loss (arXiv 2002.05709, equation 1) behind SLIP's MLP head (arXiv 2112.12750, section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize, relu
+
+from distill_core.components import Loss, LossConfig, Needs, Plan
+from distill_core.distributed import all_gather, rank
+from distill_core.errors import UserError
+from distill_core.types import Outputs
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class SimClrConfig(LossConfig):
+    """Defaults are SLIP's: a head of 3 layers, 4096 wide, temperature 0.1."""
+
+    modality: str = "image"
+    """The modality whose two views are compared."""
+    role: str = "simclr"
+    """The role of the views; the first two of them are taken."""
+    source: Literal["class_tokens", "pooled"] = "class_tokens"
+    """What the head reads: the first class token, before the projection (SLIP), or the projected embedding."""
+    hidden: Positive = 4096
+    """Width of the head's two hidden layers."""
+    dim: Positive = 256
+    """Width of what is compared."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """Cosines are divided by it; it is not learned."""
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation by the rows of all ranks, each view by itself.
+
+    It keeps no moving statistics: the head is not used after training.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [V, B, C] -> [V, B, C], at least fp32; B is the same on all ranks."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            centred = x - _mean(x)
+            return centred * (_mean(centred.square()) + self.eps).rsqrt() * self.weight + self.bias
+
+
+def _mean(x: Tensor) -> Tensor:
+    """[V, B, C] -> [V, 1, C], over the rows of all ranks."""
+    return all_gather(x.mean(1, keepdim=True), dim=1).mean(1, keepdim=True)
+
+
+class Head(nn.Module):
+    """Linear, batch norm, ReLU, twice; then linear."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.layer1, self.bn1 = nn.Linear(width, hidden), BatchNorm(hidden)
+        self.layer2, self.bn2 = nn.Linear(hidden, hidden), BatchNorm(hidden)
+        self.layer3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [V, B, W] -> [V, B, dim]."""
+        x = relu(self.bn1(self.layer1(x)))
+        return self.layer3(relu(self.bn2(self.layer2(x))))  # type: ignore[no-any-return]
+
+
+class SimClr(Loss):
+    """NT-Xent: each of the 2B embeddings against the 2M - 1 others of all ranks, the other view of its sample right.
+
+    An embedding is not compared with itself.
+    """
+
+    name = "simclr"
+    Config = SimClrConfig
+
+    def __init__(self, config: SimClrConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        modality = plan.modalities[config.modality]
+        self.views = list(modality.views(config.role)[:2])
+        width = modality.width if config.source == "class_tokens" else modality.dim
+        self.head = Head(width, config.hidden, config.dim)
+
+    @classmethod
+    def needs(cls, config: SimClrConfig, plan: Plan) -> Needs:
+        """Two views of the role."""
+        return Needs(modalities=(config.modality,), views={config.modality: {config.role: 2}})
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One term, and the share of embeddings whose nearest is the right one. Raises `UserError` where a backbone
+        gives no class tokens."""  # fmt: skip
+        embedding = self.head(self._read(outputs))
+        with torch.autocast(embedding.device.type, enabled=False):
+            own = normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
+            every = all_gather(own, dim=1)
+            (_, batch, _), rows = own.shape, every.shape[1]
+            logits = own.flatten(0, 1) @ every.flatten(0, 1).T / self.config.temperature  # [2B, 2M]
+            itself = rank() * batch + torch.arange(batch, device=own.device)
+            first, second = itself, itself + rows
+            logits = logits.scatter(1, torch.cat([first, second])[:, None], float("-inf"))
+            positives = torch.cat([second, first])
+            loss = cross_entropy(logits, positives)
+        accuracy = (logits.detach().argmax(1) == positives).to(loss.dtype).mean()
+        return {"simclr": loss}, {"accuracy": accuracy}
+
+    def _read(self, outputs: Outputs) -> Tensor:
+        """[2, B, W or D]."""
+        features = outputs.student[self.config.modality]
+        if self.config.source == "pooled":
+            return features.pooled[self.views]
+        if features.class_tokens is None:
+            raise UserError(
+                f"'simclr' reads the class tokens of {self.config.modality!r}, whose backbone gives none; "
+                f"set its option source: pooled"
+            )
+        return features.class_tokens[self.views, :, 0]

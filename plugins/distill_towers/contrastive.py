@@ -1,0 +1,65 @@
+"""What losses over pairs of embeddings share: two modalities, a learned scale, and its clamp."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
+from distill_core.distributed import rank, world_size
+from distill_core.types import Outputs, Progress
+from distill_kernels import multi_view_info_nce
+
+
+class ContrastiveConfig(LossConfig):
+    """Options of losses with a learned temperature."""
+
+    modalities: tuple[str, str] = ("image", "text")
+    """The two modalities that are paired."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """The scale starts at 1 / temperature."""
+    max_scale: Annotated[float, Field(ge=1)] | None = 100.0
+    """The scale is clamped to 1..max_scale after each step; null leaves it free."""
+
+
+class ContrastiveLoss(Loss):
+    """Base: pairs of embeddings under a learned scale s = exp(logit_scale)."""
+
+    Config = ContrastiveConfig
+
+    def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    @classmethod
+    def needs(cls, config: ContrastiveConfig, plan: Plan) -> Needs:
+        """Both modalities."""
+        return Needs(modalities=config.modalities)
+
+    @classmethod
+    def problems(cls, config: ContrastiveConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides."""
+        return same_dim(cls.name, config.modalities, plan)
+
+    def info_nce(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+        """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
+        with torch.autocast(a.device.type, enabled=False):
+            scale = self.logit_scale.exp()
+            if world_size() == 1:
+                return multi_view_info_nce(a, b, scale)
+            return multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=rank() * a.shape[1])
+
+    @torch.no_grad()
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Clamp the learned scale."""
+        if self.config.max_scale is not None:
+            self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scale itself, exp(logit_scale)."""
+        return {"scale": self.logit_scale.detach().exp()}

@@ -1,0 +1,133 @@
+"""One step of each method in float64 on this rank's rows of a joint batch; run by test_distributed.
+
+`python -m torch.distributed.run --nproc-per-node N distributed_methods.py OUT` writes OUT/rank-R.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core import distributed
+from distill_core.objective import Objective
+from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.resolve import parse_recipe
+from distill_core.types import Batch, Group, Progress, Views
+from distill_siglip.ring import ring_sigmoid
+
+RECIPE = """
+augment: {{image: {image}, text: {text}}}
+backbone:
+  image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6}}
+  text: {{name: clip_text, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
+fusion: {fusion}
+loss: {loss}
+teacher: {teacher}
+data: {{source: {{name: webdataset, urls: none.tar}}}}
+train: {{steps: 1}}
+"""
+CROP, CAPTION = "{name: random_crop, size: 8}", "caption"
+CASES: dict[str, dict[str, str]] = {
+    "siglip gather": {"image": CROP, "text": CAPTION, "loss": "[{name: siglip, temperature: .5, bias: -1.0}]"},
+    "siglip ring": {
+        "image": CROP,
+        "text": CAPTION,
+        "loss": "[{name: siglip, temperature: .5, bias: -1.0, exchange: ring}]",
+    },
+    "cosmos sigmoid": {
+        "image": "{name: multi_crop, size: 8, local_size: 4, local: 1}",
+        "text": "{name: text_crop, global: 2, local: 1}",
+        "fusion": "{name: cross_attention, heads: 2}",
+        "loss": "[{name: sigmoid_contrastive, bias: -1.0}, {name: sigmoid_distillation, weight: 0.7, bias: -1.0}]",
+        "teacher": "{}",
+    },
+    "slip": {
+        "image": "{name: slip_views, size: 8}",
+        "text": CAPTION,
+        "loss": "[clip, {name: simclr, hidden: 5, dim: 4}]",
+    },
+    "dreamlip": {
+        "image": CROP,
+        "text": "{name: sub_captions, count: 3}",
+        "loss": "[multi_positive, {name: subcaption_grouping, id: batch}, "
+        "{name: subcaption_grouping, id: sample, negatives: sample, threshold: 0.4}]",
+    },
+}
+SAMPLES = 6
+
+
+def recipe(case: str, registry: Registry) -> Recipe:
+    text = RECIPE.format(**{"fusion": "null", "teacher": "null"} | CASES[case])
+    return parse_recipe(text, "r.yaml", registry=registry)
+
+
+def batch(parsed: Recipe, first: int, last: int) -> Batch:
+    """Rows first..last of a batch of SAMPLES."""
+    generator = torch.Generator().manual_seed(1)
+    views = {}
+    for name, modality in parsed.plan.modalities.items():
+        groups = []
+        for role, members in groupby(modality.roles):
+            count = len(list(members))
+            if name == "image":
+                side = 4 if role == "local" else 8
+                x = torch.randn(count, SAMPLES, 3, side, side, generator=generator, dtype=torch.float64)
+            else:
+                x = torch.randint(1, 48, (count, SAMPLES, 7), generator=generator)
+                x[..., -1] = 49407  # end of text
+            groups.append(Group(x[:, first:last], role))
+        views[name] = Views(groups)
+    return Batch(views, [f"k{i}" for i in range(first, last)])
+
+
+def step(case: str, registry: Registry, first: int, last: int) -> dict[str, Any]:
+    """Terms of these rows and the averaged gradients."""
+    parsed = recipe(case, registry)
+    torch.manual_seed(0)
+    made = Objective.from_recipe(parsed).double()
+    with torch.no_grad():
+        for parameter in [*made.backbone.parameters(), *made.loss.parameters()]:  # away from ones and zeros
+            parameter += 0.1 * torch.randn_like(parameter)
+    losses = made.losses(made.represent(batch(parsed, first, last), Progress(0, 1)))
+    losses.total.backward()
+    named = [(name, p) for name, p in made.named_parameters() if not name.startswith("teacher.")]
+    distributed.average_gradients([p for _, p in named])
+    return {
+        "terms": {name: term.detach() for name, term in losses.terms.items()},
+        "gradients": {name: p.grad for name, p in named if p.grad is not None},
+    }
+
+
+def ring_inputs() -> list[Tensor]:
+    """a [2, SAMPLES, 5], b [3, SAMPLES, 5], scale, bias, and a weight for each of the 2 x 3 view pairs."""
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((2, SAMPLES, 5), (3, SAMPLES, 5), (), (), (2, 3))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def ring(first: int, last: int) -> list[Tensor]:
+    """The ring's loss for several views on these rows of a and b, and the gradients of all four inputs."""
+    a, b, scale, bias, weight = ring_inputs()
+    inputs = [x.clone().requires_grad_() for x in (a[:, first:last], b[:, first:last], scale, bias)]
+    pairs = ring_sigmoid(*inputs)
+    return [pairs.detach(), *torch.autograd.grad((pairs * weight).sum(), inputs)]
+
+
+def main() -> None:
+    distributed.start(torch.device("cpu"))
+    rank, share = distributed.rank(), SAMPLES // distributed.world_size()
+    rows = (rank * share, (rank + 1) * share)
+    registry = Registry.discover()
+    results: dict[str, Any] = {case: step(case, registry, *rows) for case in CASES}
+    torch.save({"cases": results, "ring": ring(*rows)}, Path(sys.argv[1]) / f"rank-{rank}.pt")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Two and three processes over gloo: each method's losses and gradients are those of the joint batch in one process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from distill_core.registry import Registry
+
+SCRIPT = Path(__file__).with_name("distributed_methods.py")
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture(scope="module")
+def methods() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distributed_methods", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank made of its share of the rows."""
+    count, folder = request.param, tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run(
+        [*launch, str(SCRIPT), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank-{i}.pt", weights_only=True) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def joint(methods: ModuleType, registry: Registry) -> dict[str, Any]:
+    return {case: methods.step(case, registry, 0, methods.SAMPLES) for case in methods.CASES}
+
+
+@pytest.mark.parametrize("case", ["siglip gather", "siglip ring", "cosmos sigmoid", "slip", "dreamlip"])
+def test_ranks_have_the_joint_batchs_losses_and_gradients(
+    case: str, ranks: list[dict[str, Any]], joint: dict[str, Any], methods: ModuleType
+) -> None:
+    """Catches negatives or batch statistics of one rank alone, gradients that stop at an exchange or come home to the
+    wrong rank, and positives looked for in the wrong rows."""
+    assert set(methods.CASES) == set(joint)
+    own, whole = [rank["cases"][case] for rank in ranks], joint[case]
+    for name, term in whole["terms"].items():
+        torch.testing.assert_close(torch.stack([rank["terms"][name] for rank in own]).mean(), term, **CLOSE)
+        assert (own[0]["terms"][name] - own[1]["terms"][name]).abs() > 1e-6, "ranks see other rows"
+    assert len(whole["gradients"]) > 20
+    for name, gradient in whole["gradients"].items():
+        for rank in own:
+            torch.testing.assert_close(rank["gradients"][name], gradient, **CLOSE, msg=f"{case}: {name}")
+
+
+def test_ring_and_gather_are_one_loss(joint: dict[str, Any]) -> None:
+    """In one process as well; the ranks' are compared with these above."""
+    gather, ring = joint["siglip gather"], joint["siglip ring"]
+    torch.testing.assert_close(ring["terms"]["siglip"], gather["terms"]["siglip"], **CLOSE)
+
+
+def test_the_ring_carries_every_view_pair(ranks: list[dict[str, Any]], methods: ModuleType) -> None:
+    """Against the definition, entry by entry: the logits of all rows and columns, the diagonal positive."""
+    a, b, scale, bias, weight = methods.ring_inputs()
+    inputs = [x.requires_grad_() for x in (a, b, scale, bias)]
+    logits = scale * torch.einsum("uid,vjd->uvij", a, b) + bias
+    sign = 2 * torch.eye(methods.SAMPLES, dtype=torch.float64) - 1
+    expected = torch.log1p(torch.exp(-sign * logits)).sum(3).mean(2)
+    true = torch.autograd.grad((expected * weight).sum(), inputs)
+    pairs, d_a, d_b, d_scale, d_bias = zip(*(rank["ring"] for rank in ranks), strict=True)
+    torch.testing.assert_close(torch.stack(pairs).mean(0), expected.detach(), **CLOSE)
+    # each rank's loss is a mean over its own rows: the mean over ranks is the joint loss
+    for got, wanted in zip((torch.cat(d_a, 1), torch.cat(d_b, 1)), true, strict=False):
+        torch.testing.assert_close(got / len(ranks), wanted, **CLOSE)
+    for got, wanted in zip((d_scale, d_bias), true[2:], strict=True):
+        torch.testing.assert_close(torch.stack(got).mean(), wanted, **CLOSE)

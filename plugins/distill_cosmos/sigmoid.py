@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -55,7 +55,16 @@ class SigmoidContrastive(Sigmoid, Contrastive):
     name = "sigmoid_contrastive"
 
 
+class SigmoidDistillationConfig(SigmoidConfig):
+    """Options of the distillation; its targets are always hard, since soft ones are a softmax's."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The blocks STUDENT_to_TEACHER that enter, as [image_to_image, text_to_image]; null is all four."""
+    targets: ClassVar[str] = "hard"
+
+
 class SigmoidDistillation(Sigmoid, CrossModalDistillation):
     """`cross_modal_distillation` with the sigmoid loss: {fused views of each modality} x {teacher's views of each}."""
 
     name = "sigmoid_distillation"
+    Config = SigmoidDistillationConfig

@@ -94,6 +94,9 @@ def test_distillation(outputs: Outputs) -> None:
     terms, metrics = loss(outputs)
     check(loss, terms["cross_modal_distillation"], mean(blocks), list(outputs.fused.pooled.values()))
     assert metrics["text_to_image"].item() == pytest.approx(blocks[2].item(), rel=1e-10)
+    config = SigmoidDistillation.Config(temperature=0.3, bias=-2.0, pairs=("text_to_image",))
+    chosen, _ = SigmoidDistillation(config, plan()).double()(outputs)
+    assert chosen["cross_modal_distillation"].item() == pytest.approx(blocks[2].item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("cls", [SigmoidContrastive, SigmoidDistillation])
@@ -112,6 +115,8 @@ def test_it_starts_as_siglip_and_is_clamped_as_cosmos(cls: type[InfoNCE], output
     [
         ("teacher=null", "'sigmoid_distillation' needs a teacher; this recipe has none"),
         ("fusion=null", "'sigmoid_distillation' needs fused views; this recipe has no fusion"),
+        ("loss.1.pairs=[image_to_txt]", "'sigmoid_distillation' has no pair 'image_to_txt', did you mean"),
+        ("loss.1.targets=soft", "unknown option 'targets'"),
     ],
 )
 def test_what_cannot_work_is_refused(registry: Registry, override: str, message: str) -> None:

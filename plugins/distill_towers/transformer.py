@@ -41,7 +41,8 @@ class Attention(nn.Module):
         return rearrange(packed_attention(q, k, v, starts, causal=causal), "r h k -> r (h k)")
 
     def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """One query a sequence: row [N, W] attends over x [N, L, W], of which the first `lengths` [N] count."""
+        """Few queries a sequence: row [N, W] or [N, Q, W] attends over x [N, L, W], of which the first `lengths` [N]
+        count; shaped as `row`."""  # fmt: skip
         width = x.shape[-1]
         q = linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
         k, v = rearrange(
@@ -50,9 +51,9 @@ class Attention(nn.Module):
             t=2,
             h=self.heads,
         )
-        q = rearrange(q, "n (h k) -> n h 1 k", h=self.heads)
-        out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h 1 k -> n (h k)"))
-        return out
+        q = rearrange(q.reshape(len(x), -1, width), "n q (h k) -> n h q k", h=self.heads)
+        out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h q k -> n q (h k)"))
+        return out.reshape(row.shape)
 
 
 class MLP(nn.Module):
@@ -93,15 +94,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
-        """The output at one position a sequence, `index` [N], of x [N, L, W] -> [N, W]; the rest is not computed."""
+        """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W] -> [N, W] or [N, Q, W]; the
+        rest is not computed."""  # fmt: skip
         normed = self.ln_1(x)
-        rows = torch.arange(x.shape[0], device=x.device)
+        rows = torch.arange(x.shape[0], device=x.device).reshape(-1, *[1] * (index.ndim - 1))
         row = x[rows, index] + self.attn.at(normed[rows, index], normed, lengths)
         return row + self.mlp(self.ln_2(row))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; the last may be computed at one position a sequence only."""
+    """A stack of blocks; the last may be computed at few positions a sequence only."""
 
     def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class Transformer(nn.Module):
         return x
 
     def at(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
-        """The output at `index` [N] alone, [N, W]. Causal stacks see tokens 0..index."""
+        """The output at `index` [N] alone, [N, W]; not causal, [N, Q] as well. Causal stacks see tokens 0..index."""
         for block in self.resblocks[:-1]:
             x = block(x, causal=causal)
         last = self.resblocks[-1]

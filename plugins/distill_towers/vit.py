@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
+from distill_core.errors import did_you_mean
 from distill_core.types import Features, Group, View, Views
+from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels
 from distill_towers.transformer import Transformer
 
 Positive = Annotated[int, Field(gt=0)]
@@ -35,6 +38,10 @@ class VisionTransformerConfig(ComponentConfig):
     """Hidden width of each block's MLP, in widths W."""
     dim: Positive = 512
     """Width D of the embedding."""
+    class_tokens: Positive = 1
+    """Class tokens C; the first makes the embedding. Further ones have no position (TIPS has two)."""
+    masking: MaskingConfig | None = None
+    """Patches that are hidden from the student, as {ratio: [0.1, 0.5]}; null for none."""
 
     @model_validator(mode="after")
     def _fits(self) -> VisionTransformerConfig:
@@ -47,6 +54,8 @@ class VisionTransformerConfig(ComponentConfig):
 
 class VisionTransformer(Backbone):
     """ViT: pooled = class token after the final LayerNorm, times `proj`; tokens = patches after that LayerNorm.
+
+    With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT).
 
     Crops of another size resize the position embeddings bicubically by the scale factor (size / patch + 0.1) / grid,
     class position apart, as DINO does: a fixed linear map, computed once a size.
@@ -67,17 +76,29 @@ class VisionTransformer(Backbone):
         self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, config.dim))
+        if config.class_tokens > 1:
+            self.more_class_embeddings = nn.Parameter(scale * torch.randn(config.class_tokens - 1, width))
+        if config.masking is not None:
+            self.mask_token = nn.Parameter(torch.zeros(width))
         self._maps: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def dims(cls, config: VisionTransformerConfig) -> Dims:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim)
+        return Dims(config.width, config.dim, can_mask=config.masking is not None)
+
+    @classmethod
+    def problems(cls, config: VisionTransformerConfig, plan: Plan) -> Iterable[str]:
+        """Roles to be masked that no view has."""
+        have = sorted({role for modality in plan.modalities.values() for role in modality.roles})
+        for role in config.masking.roles if config.masking else ():
+            if have and role not in have:
+                yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
 
     @classmethod
     def collator(cls, config: VisionTransformerConfig) -> Collator:
-        """Stacks pictures [3, S, S] of one size and role."""
-        return PictureCollator(config.patch)
+        """Stacks pictures [3, S, S] of one size and role; draws masks."""
+        return PictureCollator(config.patch, config.masking)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1 + rows * columns, W] for a grid of patches."""
@@ -91,21 +112,32 @@ class VisionTransformer(Backbone):
             return torch.cat([table[:1], self._maps[key] @ table[1:]])
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W]. Masked patches are not supported."""
-        if token_mask is not None:
-            raise ValueError("vit cannot hide tokens")
+        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W], class tokens [1, N, C, W].
+
+        Raises ValueError for a `token_mask` [N, L] without the option `masking`.
+        """
         patch, (height, width) = self.config.patch, x.shape[-2:]
         patches = rearrange(x, "n c (i p) (j q) -> n (i j) (c p q)", p=patch, q=patch)
         embedded = linear(patches, self.conv1.weight.flatten(1))
+        if token_mask is not None:
+            if self.config.masking is None:
+                raise ValueError("vit hides patches only with the option `masking`")
+            embedded = torch.where(token_mask[..., None], self.mask_token.to(embedded.dtype), embedded)
         start = self.class_embedding.to(embedded.dtype).expand(x.shape[0], 1, -1)
-        sequence = self.ln_pre(torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch))
-        if not tokens:
-            zeros = torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-            first = self.ln_post(self.transformer.at(sequence, zeros, causal=False))
-            return Features((first @ self.proj)[None], class_tokens=first[None, :, None])
-        sequence = self.ln_post(self.transformer(sequence, causal=False))
-        first = sequence[:, 0]
-        return Features((first @ self.proj)[None], {0: sequence[:, 1:]}, class_tokens=first[None, :, None])
+        sequence = torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch)
+        count = self.config.class_tokens
+        if count > 1:
+            more = self.more_class_embeddings.to(sequence.dtype).expand(x.shape[0], -1, -1)
+            sequence = torch.cat([sequence[:, :1], more, sequence[:, 1:]], 1)
+        sequence = self.ln_pre(sequence)
+        if tokens:
+            sequence = self.ln_post(self.transformer(sequence, causal=False))
+            classes = sequence[:, :count]
+        else:
+            index = torch.arange(count, device=x.device).expand(x.shape[0], -1)
+            classes = self.ln_post(self.transformer.at(sequence, index, causal=False))
+        pooled = classes[:, 0] @ self.proj
+        return Features(pooled[None], {0: sequence[:, count:]} if tokens else {}, class_tokens=classes[None])
 
 
 def _position_map(grid: int, rows: int, columns: int) -> Tensor:
@@ -119,13 +151,15 @@ def _position_map(grid: int, rows: int, columns: int) -> Tensor:
 
 
 class PictureCollator:
-    """The views of B samples -> groups [V, B, 3, S, S] by role and size."""
+    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks (and targets) of patches."""
 
-    def __init__(self, patch: int) -> None:
+    def __init__(self, patch: int, masking: MaskingConfig | None = None) -> None:
         self.patch = patch
+        self.masking = masking
 
     def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
-        """Raises ValueError for a crop that patches do not tile."""
+        """Masks are drawn from the samples' seeds. Raises ValueError for a crop that patches do not tile."""
+        generators = [np.random.default_rng(seed) for _, seed in zip(samples, seeds, strict=True)] if seeds else []
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for i, view in enumerate(samples[0]):
             groups.setdefault((view.role, tuple(view.data.shape)), []).append(i)
@@ -135,5 +169,22 @@ class PictureCollator:
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
             source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-            result.append(Group(x, role, source))
+            result.append(self._masked(Group(x, role, source), generators))
         return Views(result)
+
+    def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
+        masking = self.masking
+        if masking is None or group.role not in masking.roles:
+            return group
+        if len(generators) != group.x.shape[1]:
+            raise ValueError("masks are drawn from a seed for each sample; no seeds were given")
+        rows, columns = (side // self.patch for side in group.x.shape[-2:])
+        group.token_mask = torch.stack(
+            [
+                torch.stack([draw_mask(rows, columns, masking, generator) for generator in generators])
+                for _ in range(group.x.shape[0])
+            ]
+        )
+        if masking.targets == "pixels":
+            group.targets = patch_pixels(group.x, self.patch)
+        return group

@@ -49,6 +49,8 @@ class ModalityPlan:
     """Embedding width D."""
     has_tokens: bool
     can_mask: bool = False
+    class_tokens: int = 0
+    """Class tokens C that come with the embedding; 0 where the backbone gives none."""
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""
@@ -143,12 +145,14 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 
 @dataclass(frozen=True)
 class Dims:
-    """Tower width W of the tokens, embedding width D, whether there are tokens, and whether some can be hidden."""
+    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, and the
+    number C of `Features.class_tokens`."""  # fmt: skip
 
     width: int
     dim: int
     has_tokens: bool = True
     can_mask: bool = False
+    class_tokens: int = 0
 
 
 class Backbone(nn.Module, Component, ABC):

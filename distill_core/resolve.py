@@ -281,7 +281,9 @@ class _Resolver:
                     path, f"{node.cls.name!r} makes views in the order {', '.join(roles)}; each role must be together"
                 )
                 continue
-            modalities[name] = ModalityPlan(roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask)
+            modalities[name] = ModalityPlan(
+                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens
+            )
         fusion = isinstance(self._get(("fusion",)), dict)
         return Plan(modalities, has_teacher, fusion)
 

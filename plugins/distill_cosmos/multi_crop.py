@@ -6,9 +6,10 @@ from typing import Annotated
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_core.types import GLOBAL, LOCAL, Sample, View
+from distill_towers.masking import MASKED
 from distill_towers.pictures import (
     Area,
     Jitter,
@@ -27,6 +28,8 @@ class MultiCropConfig(PictureConfig):
     """Global crops, of `size` pixels."""
     local: Annotated[int, Field(ge=0)] = 6
     """Local crops, of `local_size` pixels."""
+    masked: Annotated[int, Field(ge=0)] = 0
+    """Copies of the first global crops, of role `masked`: for methods that hide patches from a view of its own."""
     local_size: Annotated[int, Field(gt=0)] = 96
     """Pixels of a local crop's side."""
     global_scale: tuple[Area, Area] = (0.4, 1.0)
@@ -46,6 +49,12 @@ class MultiCropConfig(PictureConfig):
     solarise: Probability = 0.2
     """Probability of solarising (at 128) a global crop after the first."""
 
+    @model_validator(mode="after")
+    def _fits(self) -> MultiCropConfig:
+        if self.masked > self.globals_:
+            raise ValueError(f"masked {self.masked} is more than global {self.globals_}, of which they are copies")
+        return self
+
 
 class MultiCrop(PictureAugmentation):
     """One picture -> global and local crops [3, S, S], normalised."""
@@ -55,8 +64,8 @@ class MultiCrop(PictureAugmentation):
 
     @classmethod
     def roles(cls, config: MultiCropConfig) -> tuple[str, ...]:
-        """Globals, then locals."""
-        return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
+        """Globals, locals, then the globals' copies."""
+        return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local + (MASKED,) * config.masked
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source numbers the crops."""
@@ -70,6 +79,7 @@ class MultiCrop(PictureAugmentation):
             crop = random_resized_crop(picture, config.local_size, config.local_scale, rng)
             crop = self._recolour(crop, config.blur[2], 0.0, rng)
             views.append(View(self.normalise(crop), LOCAL, config.globals_ + i))
+        views += [View(view.data, MASKED, view.source) for view in views[: config.masked]]
         return views
 
     def _recolour(self, picture: Image.Image, blur: float, solarise: float, rng: np.random.Generator) -> Image.Image:

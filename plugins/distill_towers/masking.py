@@ -15,6 +15,8 @@ from distill_core.components import ComponentConfig
 from distill_core.types import GLOBAL
 
 Share = Annotated[float, Field(ge=0, le=1)]
+MASKED = "masked"
+"""The usual role of a view that is there only to be masked."""
 LOG_ASPECT = math.log(0.3)
 """Blocks have aspects of 0.3 to 1 / 0.3, log-uniform (BEiT)."""
 ATTEMPTS = 10

@@ -85,7 +85,8 @@ class VisionTransformer(Backbone):
     @classmethod
     def dims(cls, config: VisionTransformerConfig) -> Dims:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim, can_mask=config.masking is not None)
+        masked = config.masking is not None
+        return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens)
 
     @classmethod
     def problems(cls, config: VisionTransformerConfig, plan: Plan) -> Iterable[str]:

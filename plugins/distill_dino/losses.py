@@ -1,0 +1,158 @@
+"""Self-distillation onto prototypes: of class tokens across views (DINO), of hidden patches within a view (iBOT)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.components import Needs, Plan
+from distill_core.errors import UserError
+from distill_core.types import GLOBAL, LOCAL, Outputs, Progress
+from distill_dino.prototypes import Positive, PrototypeConfig, PrototypeLoss, class_problems, spread, views_of
+from distill_dino.targets import Targets
+
+
+class DinoConfig(PrototypeConfig):
+    """Options of DINO's loss."""
+
+    class_token: Annotated[int, Field(ge=0)] = 0
+    """Which of the backbone's class tokens, from 0."""
+    student_roles: tuple[str, ...] = (GLOBAL, LOCAL)
+    """Views of the student that are compared with the teacher's."""
+
+
+class Dino(PrototypeLoss):
+    """Every view's class token predicts the teacher's of every other view that the teacher sees: local to global."""
+
+    name = "dino"
+    Config = DinoConfig
+
+    def __init__(self, config: DinoConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.targets = Targets(config.prototypes, config.centring, config.center_momentum)
+        self.students = views_of(config.modality, config.student_roles, plan)
+
+    @classmethod
+    def needs(cls, config: DinoConfig, plan: Plan) -> Needs:
+        """A teacher of the modality."""
+        return Needs(teacher=True, modalities=(config.modality,))
+
+    @classmethod
+    def problems(cls, config: DinoConfig, plan: Plan) -> Iterable[str]:
+        """A class token, and two views at least."""
+        return class_problems(cls.name, config.modality, config.class_token, config.student_roles, plan)
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One term; metrics show a collapse."""
+        term, metrics = self.class_term(outputs, self.targets, self.students, self.config.class_token)
+        return {"dino": term}, metrics | {"teacher_temperature": torch.tensor(self.temperature(outputs.progress))}
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Move the centre."""
+        self.targets.move()
+
+
+class IbotConfig(PrototypeConfig):
+    """Options of iBOT's loss."""
+
+    prototypes: Positive = 8192
+    """Outputs K of the head."""
+    role: str = GLOBAL
+    """The student's masked views; the backbone's `masking` must hide patches of them."""
+    target_role: str | None = None
+    """The teacher's views, the same pictures in the same order; null: the same views."""
+    shared_head: bool = True
+    """Class tokens across views (DINO's loss) by the same head, a second term; false: patches alone, to stand beside
+    `dino` (as in DINOv2)."""
+
+
+class Ibot(PrototypeLoss):
+    """A hidden patch predicts what the teacher, who sees it, says of it (iBOT, equation 2).
+
+    The mean over a view's hidden patches, then over all samples, those left whole counting 0. With `shared_head` also
+    DINO's loss of class tokens. The centre is that of hidden patches alone (as in DINOv2).
+    """
+
+    name = "ibot"
+    Config = IbotConfig
+
+    def __init__(self, config: IbotConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.targets = Targets(config.prototypes, config.centring, config.center_momentum)
+        if config.shared_head:
+            self.class_targets = Targets(config.prototypes, config.centring, config.center_momentum)
+            self.students = views_of(config.modality, (GLOBAL, LOCAL), plan)
+        self.pairs = _pairs(config, plan)
+
+    @classmethod
+    def needs(cls, config: IbotConfig, plan: Plan) -> Needs:
+        """A backbone that hides patches, a teacher that sees the views whole, and the tokens of both."""
+        m, pairs = config.modality, _pairs(config, plan)
+        target = config.target_role or config.role
+        count = max(1, len(plan.modalities[m].views(config.role)))
+        return Needs(
+            teacher=True,
+            modalities=(m,),
+            tokens={m: tuple(s for s, _ in pairs)},
+            teacher_tokens={m: tuple(t for _, t in pairs)},
+            masked=(m,),
+            views={m: {config.role: 1, target: count}},
+        )
+
+    @classmethod
+    def problems(cls, config: IbotConfig, plan: Plan) -> Iterable[str]:
+        """A class token and two views for the shared head."""
+        if config.shared_head:
+            yield from class_problems(cls.name, config.modality, 0, (GLOBAL, LOCAL), plan)
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Terms `patch`, and `class` with a shared head. Raises `UserError` where no view of the role is masked."""
+        m = self.config.modality
+        student, teacher = outputs.student[m], outputs.teacher[m]
+        masks = self._masks(outputs)
+        hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
+        said = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], N patches hidden in all
+        seen = torch.cat([teacher.tokens[self.taught.index(t)][masks[s]] for s, t in self.pairs])
+        temperature = self.temperature(outputs.progress)
+        log_p = self.student_logits(said, outputs.progress)
+        logits = self.teacher_logits(seen, outputs)
+        with torch.autocast(logits.device.type, enabled=False):
+            targets = self.targets(logits, temperature)
+            each = -(targets * log_p).sum(-1)
+            beside = hidden.sum(-1, keepdim=True).expand_as(hidden)[hidden]  # [N] hidden patches of the same picture
+            terms = {"patch": (each / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
+        metrics = {"masked": hidden.float().mean()} | (spread(targets, "patch_") if len(targets) else {})
+        if self.config.shared_head:
+            terms["class"], class_metrics = self.class_term(outputs, self.class_targets, self.students)
+            metrics |= class_metrics
+        return terms, metrics | {"teacher_temperature": torch.tensor(temperature)}
+
+    def _masks(self, outputs: Outputs) -> dict[int, Tensor]:
+        """The student's masked views -> [B, L], True where a patch is hidden."""
+        m = self.config.modality
+        masks: dict[int, Tensor] = {}
+        for start, group in outputs.views[m].numbered():
+            if group.token_mask is not None:
+                masks |= {start + i: mask for i, mask in enumerate(group.token_mask)}
+        if not all(s in masks for s, _ in self.pairs):
+            raise UserError(
+                f"{self.name!r} needs the {self.config.role} views of {m!r} masked; "
+                f"name the role in backbone.{m}.masking.roles"
+            )
+        return masks
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Move the centres."""
+        self.targets.move()
+        if self.config.shared_head:
+            self.class_targets.move()
+
+
+def _pairs(config: IbotConfig, plan: Plan) -> tuple[tuple[int, int], ...]:
+    """(the student's masked view, the teacher's whole one), by the plan's numbers."""
+    m = plan.modalities[config.modality]
+    return tuple(zip(m.views(config.role), m.views(config.target_role or config.role), strict=False))

@@ -1,0 +1,144 @@
+"""What DINO's and iBOT's losses share: a head of prototypes with an EMA copy, and class tokens across views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from distill_core.components import Loss, LossConfig, Plan
+from distill_core.types import Outputs, Progress
+from distill_dino.targets import Targets, entropy
+from distill_towers.heads import DINOHead
+
+Positive = Annotated[int, Field(gt=0)]
+Temperature = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PrototypeConfig(LossConfig):
+    """What `dino` and `ibot` share: the head, the temperatures, the centring. Defaults are DINO's for ViT-B/16."""
+
+    modality: str = "image"
+    """The modality that learns from its own teacher."""
+    prototypes: Positive = 65536
+    """Outputs K of the head."""
+    hidden: Positive = 2048
+    """Hidden width of the head's MLP."""
+    bottleneck: Positive = 256
+    """Width of the L2-normalised bottleneck."""
+    layers: Positive = 3
+    """Linear layers of the MLP, the bottleneck's included."""
+    norm_last_layer: bool = True
+    """Prototypes of length 1; false learns their lengths."""
+    student_temperature: Temperature = 0.1
+    """Divides the student's logits."""
+    teacher_temperature: Temperature = 0.07
+    """Divides the teacher's logits, after the warm-up."""
+    warmup_teacher_temperature: Temperature = 0.04
+    """The teacher's temperature at the start; it rises linearly."""
+    warmup: Share = 0.3
+    """Part of the run in which the teacher's temperature rises."""
+    centring: Literal["ema", "sinkhorn_knopp"] = "ema"
+    """Against collapse: subtract a moving mean from the teacher's logits, or share the batch among prototypes."""
+    center_momentum: Share = 0.9
+    """Of the moving mean."""
+    freeze_last_layer: Share = 0.01
+    """Part of the run, from its start, in which the prototypes stay as they are (DINO: one epoch of a hundred)."""
+
+
+class PrototypeLoss(Loss):
+    """Base: a head of K prototypes with an EMA copy, and the teacher's targets."""
+
+    Config = PrototypeConfig
+    teacher_modules = ("head",)
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.head = DINOHead(
+            plan.modalities[config.modality].width,
+            config.prototypes,
+            hidden=config.hidden,
+            bottleneck=config.bottleneck,
+            layers=config.layers,
+            norm_last_layer=config.norm_last_layer,
+        )
+        self.taught = plan.modalities[config.modality].teacher_views
+
+    def temperature(self, progress: Progress) -> float:
+        """The teacher's temperature at this step."""
+        config = self.config
+        part = min(1.0, progress.fraction / config.warmup) if config.warmup > 0 else 1.0
+        start, end = config.warmup_teacher_temperature, config.teacher_temperature
+        return float(start + (end - start) * part)
+
+    def student_logits(self, x: Tensor, progress: Progress) -> Tensor:
+        """[..., W] -> log-probabilities [..., K]."""
+        frozen = progress.fraction < self.config.freeze_last_layer
+        logits: Tensor = self.head(x, freeze_last_layer=frozen)
+        return log_softmax(logits / self.config.student_temperature, dim=-1)
+
+    @torch.no_grad()
+    def teacher_logits(self, x: Tensor, outputs: Outputs) -> Tensor:
+        """[..., W] -> [..., K] by the teacher's copy of the head."""
+        logits: Tensor = outputs.ema(self.head)(x)
+        return logits
+
+    def class_term(
+        self, outputs: Outputs, targets: Targets, students: Sequence[int], token: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DINO's loss of one of the class tokens, and what shows a collapse."""
+        m = self.config.modality
+        student, teacher = outputs.student[m].class_tokens, outputs.teacher[m].class_tokens
+        assert student is not None
+        assert teacher is not None
+        said = self.student_logits(student[list(students), :, token], outputs.progress)
+        logits = self.teacher_logits(teacher[:, :, token], outputs)
+        with torch.autocast(logits.device.type, enabled=False):
+            p = targets(logits.flatten(0, 1), self.temperature(outputs.progress)).view_as(logits)
+            return across_views(said, p, students, self.taught), spread(p)
+
+
+def across_views(
+    student: Tensor, teacher: Tensor, student_views: Sequence[int], teacher_views: Sequence[int]
+) -> Tensor:
+    """Mean cross-entropy over all pairs of a teacher's and another student's view (DINO, equation 3).
+
+    student [S, B, K] log-probabilities, teacher [T, B, K] probabilities, and the views' numbers: a pair of the same
+    view does not count.
+    """
+    pairs = -torch.einsum("tbk,sbk->ts", teacher, student) / student.shape[1]
+    other = [[s != t for s in student_views] for t in teacher_views]
+    return pairs[torch.tensor(other, device=pairs.device)].mean()
+
+
+def spread(targets: Tensor, name: str = "") -> dict[str, Tensor]:
+    """Metrics of targets [..., K], in nats, that show a collapse.
+
+    `teacher_entropy` is the mean entropy of a target: at ln K the teacher says nothing. `mean_target_entropy` is that
+    of this rank's mean target: near 0 one prototype has taken everything.
+    """
+    flat = targets.flatten(0, -2)
+    return {
+        f"{name}teacher_entropy": entropy(flat).mean(),
+        f"{name}mean_target_entropy": entropy(flat.mean(0)),
+    }
+
+
+def views_of(modality: str, roles: Sequence[str], plan: Plan) -> tuple[int, ...]:
+    """The numbers of the views of several roles."""
+    return tuple(i for i, role in enumerate(plan.modalities[modality].roles) if role in roles)
+
+
+def class_problems(name: str, modality: str, token: int, roles: Sequence[str], plan: Plan) -> Iterable[str]:
+    """What class tokens across views need that the recipe lacks."""
+    m = plan.modalities[modality]
+    if token >= m.class_tokens:
+        have = f"gives {m.class_tokens}" if m.class_tokens else "gives none"
+        yield f"{name!r} needs class token {token} of {modality!r}; its backbone {have}"
+    if m.teacher_views and not any(s != t for s in views_of(modality, roles, plan) for t in m.teacher_views):
+        yield f"{name!r} needs a view of {modality!r} beside the teacher's own; its augmentation makes none"

@@ -1,0 +1,77 @@
+"""From the teacher's logits to what the student should say: centred or balanced, then sharpened, so that neither one
+prototype nor all of them alike can be the answer to everything (DINO, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill_core.distributed import world_size
+
+ITERATIONS = 3
+"""Of Sinkhorn-Knopp (SwAV; DINOv2, section 4)."""
+
+
+class Targets(nn.Module):
+    """Teacher logits [N, K] -> probabilities [N, K]; holds the centre [K] of the teacher's logits."""
+
+    center: Tensor
+
+    def __init__(self, prototypes: int, centring: Literal["ema", "sinkhorn_knopp"], momentum: float) -> None:
+        super().__init__()
+        self.centring = centring
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(prototypes))
+        self._seen: tuple[Tensor, int] | None = None
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """Each row sums to 1. With `ema`, these logits are what `move` moves the centre by."""
+        if self.centring == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits, temperature)
+        self._seen = logits.sum(0), len(logits)
+        return ((logits - self.center) / temperature).softmax(-1)
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """centre = momentum * centre + (1 - momentum) * mean over the rows of all ranks (DINO, equation 4)."""
+        if self._seen is None:
+            return
+        total, count = self._seen
+        self._seen = None
+        flat = torch.cat([total, total.new_tensor([count])])
+        if world_size() > 1:
+            dist.all_reduce(flat)
+        if flat[-1] > 0:
+            self.center.lerp_((flat[:-1] / flat[-1]).to(self.center.dtype), 1 - self.momentum)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
+    """exp(logits / temperature) [N, K] scaled until the prototypes share the rows of all ranks alike; rows sum to 1.
+
+    Ranks may have different numbers of rows, none included.
+    """
+    # in logarithms: at a low temperature a whole row of exponentials may be 0
+    log_q = logits / temperature
+    for _ in range(ITERATIONS):
+        top = log_q.amax(0) if len(log_q) else log_q.new_full(log_q.shape[1:], -torch.inf)
+        _reduce(top, dist.ReduceOp.MAX)
+        column = (log_q - top).exp().sum(0)
+        _reduce(column, dist.ReduceOp.SUM)
+        log_q = (log_q - top - column.log()).log_softmax(1)
+    return log_q.exp()
+
+
+def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    if world_size() > 1:
+        dist.all_reduce(x, op=op)
+
+
+def entropy(p: Tensor) -> Tensor:
+    """-sum p ln p over the last dimension, in nats; 0 ln 0 is 0."""
+    each: Tensor = torch.special.entr(p)
+    return each.sum(-1)

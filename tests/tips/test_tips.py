@@ -1,0 +1,166 @@
+"""TIPS: each caption meets its own class token; the loss is that of plain loops, on one rank and on two."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from distill_core.errors import RecipeErrors
+from distill_core.registry import Registry
+from distill_core.resolve import parse_recipe
+from distill_core.types import Progress
+from distill_cosmos.multi_crop import MultiCrop, MultiCropConfig
+from distill_tips.captions import TwoCaptions, TwoCaptionsConfig
+
+SCRIPT = Path(__file__).with_name("steps.py")
+
+
+@pytest.fixture(scope="module")
+def steps() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tips_steps", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def info_nce(a: list[list[float]], b: list[list[float]], scale: float) -> float:
+    """Mean of the two cross-entropies whose targets stand on the diagonal, of cosines times the scale."""
+
+    def cosine(x: list[float], y: list[float]) -> float:
+        return sum(p * q for p, q in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y)
+
+    logits = [[scale * cosine(x, y) for y in b] for x in a]
+    total = 0.0
+    for i in range(len(a)):
+        row = sum(math.exp(x) for x in logits[i])
+        column = sum(math.exp(other[i]) for other in logits)
+        total += (math.log(row) + math.log(column)) / 2 - logits[i][i]
+    return total / len(a)
+
+
+def test_two_token_contrastive(steps: ModuleType) -> None:
+    """Catches captions that are swapped, one class token for both, a local crop, and a projection that is not used."""
+    made = steps.objective()
+    outputs = made.represent(steps.batch(), Progress(0, 1))
+    losses = made.losses(outputs)
+    loss, features = made.loss["two_token_contrastive"], outputs.student["image"]
+    web, synthetic = (view.tolist() for view in outputs.student["text"].pooled)
+    scale = math.exp(math.log(1 / 0.07))
+    projected = features.class_tokens[:, :, 1] @ loss.projection
+    first = sum(info_nce(features.pooled[v].tolist(), web, scale) for v in range(2)) / 2
+    second = sum(info_nce(projected[v].tolist(), synthetic, scale) for v in range(2)) / 2
+    # 1 / 0.07 is held in fp32, as a parameter starts
+    assert losses.terms["two_token_contrastive"].item() == pytest.approx((first + second) / 2, rel=1e-7)
+    with torch.no_grad():
+        loss.logit_scale.fill_(math.log(9.0))
+    scale = 9.0
+    first = sum(info_nce(features.pooled[v].tolist(), web, scale) for v in range(2)) / 2
+    second = sum(info_nce(projected[v].tolist(), synthetic, scale) for v in range(2)) / 2
+    losses = made.losses(outputs)
+    assert losses.terms["two_token_contrastive"].item() == pytest.approx((first + second) / 2, rel=1e-10)
+    assert losses.metrics["two_token_contrastive/web"].item() == pytest.approx(first, rel=1e-10)
+    assert losses.metrics["two_token_contrastive/synthetic"].item() == pytest.approx(second, rel=1e-10)
+    assert abs(first - second) > 1e-3
+    with torch.no_grad():
+        loss.logit_scale.fill_(7.0)
+    loss.after_step(outputs, Progress(0, 1))
+    assert loss.logit_scale.item() == pytest.approx(math.log(100.0))
+
+
+def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, steps: ModuleType) -> None:
+    """Catches negatives of one rank alone, of either caption."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=500, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    joint = steps.step(0, steps.SAMPLES)
+    torch.testing.assert_close((ranks[0]["term"] + ranks[1]["term"]) / 2, joint["term"], rtol=1e-10, atol=1e-10)
+    assert "loss.two_token_contrastive.projection" in joint["gradients"]
+    for name, gradient in joint["gradients"].items():
+        for rank in ranks:
+            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+    alone = steps.step(0, steps.SAMPLES // 2)["gradients"]["loss.two_token_contrastive.projection"]
+    assert (alone - joint["gradients"]["loss.two_token_contrastive.projection"]).abs().max() > 1e-4
+
+
+def captions(*texts: str) -> dict[str, bytes]:
+    return {"json": json.dumps({"captions": list(texts)}).encode()}
+
+
+def test_two_captions() -> None:
+    """Catches a web caption that is in both texts, a synthetic one that loses its order, and a sample of one sentence
+    that is thrown away."""
+    texts = [f"sentence {i}" for i in range(6)]
+    rng = np.random.default_rng(0)
+    whole = TwoCaptions(TwoCaptionsConfig())
+    first, second = whole.views(captions(*texts), rng)
+    assert (first.data, first.role, first.source) == ("sentence 0", "global", 0)
+    assert (second.data, second.role, second.source) == (". ".join(texts[1:]), "global", 1)
+    drawn = TwoCaptions(TwoCaptionsConfig(sentences=3))
+    seen = set()
+    for _ in range(200):
+        first, second = drawn.views(captions(*texts), rng)
+        parts = [int(part.removeprefix("sentence ")) for part in second.data.split(". ")]
+        assert first.data == "sentence 0"
+        assert len(parts) == 3
+        assert parts == sorted(set(parts) - {0})
+        assert second.source == parts[0]
+        seen.add(tuple(parts))
+    assert len(seen) == 10, "all of the choices of 3 of 5"
+    alone = whole.views(captions("a cat"), rng)
+    assert [view.data for view in alone] == ["a cat", "a cat"]
+    assert len(alone) == len(TwoCaptions.roles(TwoCaptionsConfig()))
+    dreamlip = {"json": json.dumps({"raw_caption": "web", "shortIB_captions": ["one. two."]}).encode()}
+    assert [view.data for view in whole.views(dreamlip, rng)] == ["web", "one. two"]
+
+
+def test_masked_copies_are_the_global_crops() -> None:
+    """Catches a copy that is cropped or coloured anew, and copies that change what other views are drawn."""
+    picture = np.random.default_rng(3).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    from PIL import Image
+
+    def views(**more: int) -> list[torch.Tensor]:
+        config = MultiCropConfig(size=16, local_size=8, local=2, **{"global": 2}, **more)  # type: ignore[arg-type]
+        augment = MultiCrop(config)
+        augment.read = lambda sample, field=None: [Image.fromarray(picture)]  # type: ignore[method-assign]
+        found = augment.views({}, np.random.default_rng(7))
+        assert tuple(view.role for view in found) == MultiCrop.roles(config)
+        return [view.data for view in found]
+
+    plain, copied = views(), views(masked=1)
+    assert len(copied) == len(plain) + 1
+    assert all(torch.equal(a, b) for a, b in zip(plain, copied, strict=False))
+    assert torch.equal(copied[-1], copied[0])
+    with pytest.raises(ValueError, match="masked 3 is more than global 2"):
+        views(masked=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("class_tokens: 2", "class_tokens: 1", "needs 2 class tokens of 'image'; its backbone gives 1"),
+        ("name: two_captions", "name: caption", r"needs 2 global view\(s\) of 'text'; its augmentation makes 1"),
+        ("dim: 6}\nloss", "dim: 8}\nloss", "compares embeddings of one width D"),
+        ("[{name: two", "[{modalities: [image, words], name: two", "needs a modality 'words'"),
+    ],
+)
+def test_needs(steps: ModuleType, registry: Registry, old: str, new: str, line: str) -> None:
+    parse_recipe(steps.RECIPE, "r.yaml", registry=registry)
+    assert old in steps.RECIPE
+    with pytest.raises(RecipeErrors, match=line):
+        parse_recipe(steps.RECIPE.replace(old, new), "r.yaml", registry=registry)

@@ -20,6 +20,7 @@ from distill_core.errors import PluginError
 from distill_core.registry import Entry, Plugins, Registry
 
 LOCAL = ("distill_core", "distill_towers", "distill_cosmos", "distill_clip", "distill_emoji", "distill_aim")
+LOCAL += ("distill_dino", "distill_tips")
 
 
 class Good(Loss):

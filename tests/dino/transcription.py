@@ -100,10 +100,11 @@ def ibot(
 
 
 def koleo(views: list[list[Row]]) -> float:
-    """-mean ln of the distance to the nearest other of the batch, on the unit sphere."""
+    """-mean ln of the distance to the nearest other of the batch, on the unit sphere; 1e-8 as in DINOv2's code."""
     logs = []
     for view in views:
         rows = [unit(row) for row in view]
         for i, row in enumerate(rows):
-            logs.append(math.log(min(math.dist(row, other) for j, other in enumerate(rows) if j != i)))
+            nearest = min(math.dist(row, other) for j, other in enumerate(rows) if j != i)
+            logs.append(math.log(nearest + 1e-8))
     return -sum(logs) / len(logs)

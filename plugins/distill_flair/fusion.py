@@ -1,0 +1,113 @@
+"""Text-conditioned attention pooling (FLAIR, section 3.2): an embedding asks, the other modality's tokens answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import linear, normalize, pad
+
+from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
+from distill_core.errors import UserError
+from distill_core.types import Features, Fused
+from distill_kernels import cross_attention
+
+
+class TextConditionedPoolConfig(ComponentConfig):
+    """Two modalities; in FLAIR texts alone ask."""
+
+    modalities: tuple[str, str] = ("image", "text")
+    """The two modalities."""
+    queries: tuple[str, ...] = ("image", "text")
+    """Those whose embeddings pool the other's tokens. FLAIR's is [text]; a loss over fused views needs both."""
+    heads: Annotated[int, Field(gt=0)] = 8
+    """Attention heads; they divide the embedding width D."""
+
+
+class ConditionedPooler(nn.Module):
+    """attention(LN(query), LN(tokens), LN(tokens)), no residual; parameters as `nn.MultiheadAttention` holds them.
+
+    A token of zeros stands beside the keys and values (`add_zero_attn`), for a query that finds nothing.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.ln_q = nn.LayerNorm(dim)
+        self.ln_k = nn.LayerNorm(dim)
+        self.ln_v = nn.LayerNorm(dim)
+        self.attn = nn.MultiheadAttention(dim, heads)
+
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """queries [V, B, D], tokens [B, L, D], mask [B, L] -> [V, B, D]."""
+        heads = self.attn.num_heads
+        weights, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
+        q = rearrange(linear(self.ln_q(queries), weights[0], biases[0]), "v b (h k) -> b h v k", h=heads)
+        k = rearrange(linear(self.ln_k(tokens), weights[1], biases[1]), "b l (h k) -> b h l k", h=heads)
+        v = rearrange(linear(self.ln_v(tokens), weights[2], biases[2]), "b l (h k) -> b h l k", h=heads)
+        k, v = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1))
+        found = cross_attention(q, k, v, mask=None if mask is None else pad(mask, (0, 1), value=True))
+        out: Tensor = self.attn.out_proj(rearrange(found, "b h v k -> v b (h k)"))
+        return out
+
+
+class TextConditionedPool(FusionHead):
+    """fused[m] = normalise(attention(LN(pooled[m]), LN(map(tokens of the other's view 0)) and a zero token))."""
+
+    name = "text_conditioned_pool"
+    Config = TextConditionedPoolConfig
+
+    def __init__(self, config: TextConditionedPoolConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        first, second = config.modalities
+        self.other = {first: second, second: first}
+        pooled = {self.other[m]: plan.modalities[self.other[m]] for m in config.queries}
+        self.token_map = nn.ModuleDict({m: nn.Linear(p.width, p.dim, bias=False) for m, p in pooled.items()})
+        self.pooler = nn.ModuleDict({m: ConditionedPooler(p.dim, config.heads) for m, p in pooled.items()})
+        for linear_map in self.token_map.values():
+            assert isinstance(linear_map, nn.Linear)
+            nn.init.normal_(linear_map.weight, std=linear_map.in_features**-0.5)
+
+    @classmethod
+    def needs(cls, config: TextConditionedPoolConfig, plan: Plan) -> Needs:
+        """Tokens of the first view of what is pooled."""
+        first, second = config.modalities
+        tokens = {other: (0,) for m, other in ((first, second), (second, first)) if m in config.queries}
+        return Needs(modalities=config.modalities, tokens=tokens)
+
+    @classmethod
+    def problems(cls, config: TextConditionedPoolConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides, divisible by the heads; queries of the two modalities."""
+        if config.modalities[0] == config.modalities[1]:
+            yield f"{cls.name!r} needs two different modalities"
+        if not config.queries or not set(config.queries) <= set(config.modalities):
+            yield f"{cls.name!r} lets {', '.join(config.modalities)} ask; `queries` must name one or both"
+        yield from same_dim(cls.name, config.modalities, plan)
+        for dim in sorted({plan.modalities[m].dim for m in config.modalities if m in plan.modalities}):
+            if dim % config.heads:
+                yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+
+    def forward(self, features: dict[str, Features]) -> Fused:
+        """All views of each modality over the tokens of the other's view 0. Raises `UserError` where one cannot ask."""
+        silent = [m for m in self.config.modalities if m not in self.config.queries]
+        if silent:
+            raise UserError(
+                f"fusion.queries: a loss reads fused views, but {', '.join(silent)} does not ask; "
+                f"set fusion.queries to [{', '.join(self.config.modalities)}]"
+            )
+        fused = {}
+        for mine, other in self.other.items():
+            theirs = features[other]
+            found = self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))
+            with torch.autocast(found.device.type, enabled=False):
+                fused[mine] = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1)
+        return Fused(fused)
+
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What queries [V, B, D] find in `modality`'s tokens [B, L, W]: [V, B, D], not normalised, no residual."""
+        pooler: Any = self.pooler[modality]
+        found: Tensor = pooler(queries, self.token_map[modality](tokens), mask)
+        return found

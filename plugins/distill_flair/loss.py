@@ -1,0 +1,127 @@
+"""FLAIR's loss (section 3.3): text-conditioned and multi-positive sigmoid losses with one scale and bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
+from torch.utils.checkpoint import checkpoint
+
+from distill_core.components import FusionHead, Loss, LossConfig, Needs, Plan, same_dim
+from distill_core.distributed import rank
+from distill_core.types import Outputs, Progress
+from distill_kernels import multi_view_sigmoid
+
+
+class FlairConfig(LossConfig):
+    """Defaults are the public code's."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.5
+    """Factor of both terms in the total: the public code takes their mean."""
+    modalities: tuple[str, str] = ("image", "text")
+    """What is pooled (its first view), and what conditions the pooling (all its views)."""
+    negatives: Literal["one", "all"] = "one"
+    """Texts of other samples that condition the pooling: one a sample, drawn at random (the public code), or all."""
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """The scale starts at ln(1 / temperature)."""
+    bias: float = -10.0
+    """The bias of the logits starts here."""
+    max_scale: Annotated[float, Field(ge=1)] = 100.0
+    """The scale is clamped to [0, ln max_scale] after each step."""
+    chunk: Annotated[int, Field(gt=0)] = 64
+    """Samples whose tokens are pooled at a time. In a larger batch only one chunk's activations are held: the
+    backward pass computes them again."""
+
+
+class Flair(Loss):
+    """K texts a sample, each a positive of its picture.
+
+    `conditioned`: <pool(picture i, text), text> over the K texts of i and, as negatives, texts of other samples;
+    `multi_positive`: <picture i, text> over all texts. Each is the sum over pairs of -log sigmoid(+-logit), divided by
+    the number of texts that a picture meets, as in the public code.
+    """
+
+    name = "flair"
+    Config = FlairConfig
+
+    def __init__(self, config: FlairConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.logit_bias = nn.Parameter(torch.tensor(config.bias))
+
+    @classmethod
+    def needs(cls, config: FlairConfig, plan: Plan) -> Needs:
+        """Tokens of the first picture."""
+        return Needs(modalities=config.modalities, tokens={config.modalities[0]: (0,)})
+
+    @classmethod
+    def problems(cls, config: FlairConfig, plan: Plan) -> Iterable[str]:
+        """A fusion to pool with, and one width D."""
+        if not plan.fusion:
+            yield f"{cls.name!r} pools with the fusion; this recipe has none: add `fusion: text_conditioned_pool`"
+        yield from same_dim(cls.name, config.modalities, plan)
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Two terms. Over several ranks, texts are those of all ranks, pictures this rank's."""
+        fusion = outputs.fusion
+        assert fusion is not None
+        picture, text = self.config.modalities
+        texts = outputs.gather(f"student.{text}", normalised=False)  # [K, M, D]
+        features = outputs.student[picture]
+        tokens, mask = features.tokens[0], features.masks.get(0)
+        (k, m), b, step = texts.shape[:2], len(tokens), self.config.chunk
+        chosen = self.choose(k, m, b, texts.device)
+        total = texts.new_zeros(())
+        for rows in (slice(i, i + step) for i in range(0, b, step)):
+            part = (fusion, texts, tokens[rows], None if mask is None else mask[rows], chosen[rows])
+            if step < b and torch.is_grad_enabled():
+                total = total + checkpoint(self.conditioned, *part, use_reentrant=False)
+            else:
+                total = total + self.conditioned(*part)
+        with torch.autocast(texts.device.type, enabled=False):
+            pairs = multi_view_sigmoid(
+                outputs.embedding(f"student.{picture}")[:1],
+                outputs.embedding(f"student.{text}"),
+                self.logit_scale.exp(),
+                self.logit_bias,
+                a_all=outputs.gather(f"student.{picture}")[:1],
+                b_all=normalize(texts, dim=-1),
+                offset=rank() * b,
+            )
+        terms = {"conditioned": total / b * m / chosen.shape[1], "multi_positive": pairs.mean()}
+        return terms, {"scale": self.logit_scale.detach().exp(), "bias": self.logit_bias.detach()}
+
+    def choose(self, k: int, m: int, b: int, device: torch.device) -> Tensor:
+        """The texts that each of this rank's b pictures meets: [b, T] places in [k, m] flattened, its own k first.
+
+        Which one of another sample's, is drawn from torch's generator.
+        """
+        row = rank() * b + torch.arange(b, device=device)[:, None]
+        own = torch.arange(k, device=device) * m + row  # [b, k]
+        others = torch.arange(m - 1, device=device)
+        others = others + (others >= row)  # [b, m - 1]
+        if self.config.negatives == "one":
+            return torch.cat([own, torch.randint(k, others.shape, device=device) * m + others], 1)
+        every = torch.arange(k, device=device)[:, None] * m + others[:, None]  # [b, k, m - 1]
+        return torch.cat([own, every.flatten(1)], 1)
+
+    def conditioned(
+        self, fusion: FusionHead, texts: Tensor, tokens: Tensor, mask: Tensor | None, chosen: Tensor
+    ) -> Tensor:
+        """Sum over pictures and their texts: texts [K, M, D], tokens [b, L, W], chosen [b, T]."""
+        queries = texts.flatten(0, 1)[chosen.T]  # [T, b, D]
+        found = fusion.pool(self.config.modalities[0], queries, tokens, mask)
+        with torch.autocast(found.device.type, enabled=False):
+            similarity = (normalize(found.to(queries.dtype), dim=-1) * normalize(queries, dim=-1)).sum(-1)
+            logits = self.logit_scale.exp() * similarity + self.logit_bias
+            return softplus(-logits[: len(texts)]).sum() + softplus(logits[len(texts) :]).sum()
+
+    @torch.no_grad()
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Clamp the learned scale to [0, ln max_scale]."""
+        self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))

@@ -11,9 +11,10 @@ distill_api = 1
 def distill_components() -> list[type]:
     """The towers."""
     from distill_towers.clip_text import ClipText
+    from distill_towers.masked_text import BertText
     from distill_towers.vit import VisionTransformer
 
-    return [VisionTransformer, ClipText]
+    return [VisionTransformer, ClipText, BertText]
 
 
 @hookimpl

@@ -123,8 +123,8 @@ class Transformer(nn.Module):
         assert isinstance(last, Block)
         return last.at(x, index, index + 1 if causal else None)
 
-    def packed(self, x: Tensor, starts: Tensor, rows: Tensor, *, causal: bool) -> Tensor:
-        """The output at `rows` [N] alone, [N, W], of packed sequences x [T, W]."""
+    def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
+        """The output of packed sequences x [T, W]: at `rows` [N] alone, [N, W], or [T, W]."""
         last = len(self.resblocks) - 1
         for i, block in enumerate(self.resblocks):
             assert isinstance(block, Block)

@@ -1,0 +1,109 @@
+"""FLAVA's multimodal encoder (section 3.1): a transformer over a class token and the tokens of all modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
+from distill_core.types import GLOBAL, Features, Fused
+from distill_towers.transformer import Transformer
+
+
+class MultimodalEncoderConfig(ComponentConfig):
+    """Defaults are the paper's: 6 layers of 12 heads."""
+
+    modalities: tuple[str, str] = ("image", "text")
+    """The two modalities, in the order of their tokens."""
+    role: str = GLOBAL
+    """The first view of this role of each modality is fused; FLAVA's is `masked`."""
+    layers: Annotated[int, Field(gt=0)] = 6
+    """Transformer blocks."""
+    heads: Annotated[int, Field(gt=0)] = 12
+    """Attention heads of each block; they divide the embedding width D."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of each block's MLP, in widths D."""
+
+
+class MultimodalEncoder(FusionHead):
+    """LN(transformer([class token; map(tokens of a); map(tokens of b)])); padding is never computed.
+
+    `pooled[m]` [1, B, D] is the normalised class token, the same for both modalities; `tokens[m]` [B, L, D] the
+    outputs at m's tokens, zeros at padding.
+    """
+
+    name = "multimodal_encoder"
+    Config = MultimodalEncoderConfig
+
+    def __init__(self, config: MultimodalEncoderConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        plans = {m: plan.modalities[m] for m in config.modalities}
+        dim = plans[config.modalities[0]].dim
+        self.view = {m: p.views(config.role)[0] for m, p in plans.items()}
+        self.token_map = nn.ModuleDict({m: nn.Linear(p.width, dim) for m, p in plans.items()})
+        self.class_token = nn.Parameter(0.02 * torch.randn(dim))
+        self.transformer = Transformer(dim, config.layers, config.heads, config.mlp_ratio)
+        self.ln_post = nn.LayerNorm(dim)
+
+    @classmethod
+    def needs(cls, config: MultimodalEncoderConfig, plan: Plan) -> Needs:
+        """Tokens of one view of both modalities."""
+        tokens = {m: plan.modalities[m].views(config.role)[:1] for m in config.modalities}
+        return Needs(modalities=config.modalities, tokens=tokens, views={m: {config.role: 1} for m in tokens})
+
+    @classmethod
+    def problems(cls, config: MultimodalEncoderConfig, plan: Plan) -> Iterable[str]:
+        """One width D on both sides, divisible by the heads."""
+        if config.modalities[0] == config.modalities[1]:
+            yield f"{cls.name!r} needs two different modalities"
+        yield from same_dim(cls.name, config.modalities, plan)
+        for dim in sorted({plan.modalities[m].dim for m in config.modalities if m in plan.modalities}):
+            if dim % config.heads:
+                yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+
+    def forward(self, features: Mapping[str, Features]) -> Fused:
+        """The chosen view of both modalities, pair by pair."""
+        first, second = self.config.modalities
+        tokens = {m: features[m].tokens[self.view[m]] for m in (first, second)}
+        real = {m: _real(x, features[m].masks.get(self.view[m])) for m, x in tokens.items()}
+        mapped = {m: self.token_map[m](x) for m, x in tokens.items()}
+        start = self.class_token.expand(len(mapped[first]), 1, -1)
+        always = real[first].new_ones(len(start), 1)
+        sequence = self._encode(
+            torch.cat([start, mapped[first], mapped[second]], 1), torch.cat([always, real[first], real[second]], 1)
+        )
+        middle = 1 + tokens[first].shape[1]
+        with torch.autocast(sequence.device.type, enabled=False):
+            pooled = normalize(sequence[:, 0].to(torch.promote_types(sequence.dtype, torch.float32)), dim=-1)[None]
+        return Fused({first: pooled, second: pooled}, {first: sequence[:, 1:middle], second: sequence[:, middle:]})
+
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Each query [V, B, D] in the class token's place before `modality`'s tokens [B, L, W]: its output, [V, B, D].
+
+        V sequences a sample: queries do not see one another. Not normalised.
+        """
+        mapped, count = self.token_map[modality](tokens), len(queries)
+        sequence = torch.cat(
+            [queries.flatten(0, 1)[:, None], mapped.repeat(count, 1, 1)], 1
+        )  # [V * B, 1 + L, D]
+        real = _real(tokens, mask).repeat(count, 1)
+        out = self._encode(sequence, torch.cat([real.new_ones(len(real), 1), real], 1))
+        return out[:, 0].view(queries.shape)
+
+    def _encode(self, sequence: Tensor, real: Tensor) -> Tensor:
+        """sequence [N, S, D], real [N, S] -> [N, S, D]; what is not real is neither seen nor computed."""
+        starts = torch.zeros(len(real) + 1, dtype=torch.long, device=real.device)
+        starts[1:] = real.sum(1).cumsum(0)
+        packed = self.ln_post(self.transformer.packed(sequence[real], starts, None, causal=False))
+        padded = packed.new_zeros(sequence.shape)
+        padded[real] = packed
+        return padded
+
+
+def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask

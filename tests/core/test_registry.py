@@ -21,6 +21,7 @@ from distill_core.registry import Entry, Plugins, Registry
 
 LOCAL = ("distill_core", "distill_towers", "distill_cosmos", "distill_clip", "distill_emoji", "distill_aim")
 LOCAL += ("distill_dino", "distill_tips")
+LOCAL += ("distill_flair", "distill_flava")
 
 
 class Good(Loss):

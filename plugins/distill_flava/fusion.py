@@ -88,9 +88,7 @@ class MultimodalEncoder(FusionHead):
         V sequences a sample: queries do not see one another. Not normalised.
         """
         mapped, count = self.token_map[modality](tokens), len(queries)
-        sequence = torch.cat(
-            [queries.flatten(0, 1)[:, None], mapped.repeat(count, 1, 1)], 1
-        )  # [V * B, 1 + L, D]
+        sequence = torch.cat([queries.flatten(0, 1)[:, None], mapped.repeat(count, 1, 1)], 1)  # [V * B, 1 + L, D]
         real = _real(tokens, mask).repeat(count, 1)
         out = self._encode(sequence, torch.cat([real.new_ones(len(real), 1), real], 1))
         return out[:, 0].view(queries.shape)
@@ -99,7 +97,7 @@ class MultimodalEncoder(FusionHead):
         """sequence [N, S, D], real [N, S] -> [N, S, D]; what is not real is neither seen nor computed."""
         starts = torch.zeros(len(real) + 1, dtype=torch.long, device=real.device)
         starts[1:] = real.sum(1).cumsum(0)
-        packed = self.ln_post(self.transformer.packed(sequence[real], starts, None, causal=False))
+        packed: Tensor = self.ln_post(self.transformer.packed(sequence[real], starts, None, causal=False))
         padded = packed.new_zeros(sequence.shape)
         padded[real] = packed
         return padded

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
-from distill_core.distributed import rank, world_size
+from distill_core.components import ComponentConfig, Needs, Plan, same_dim
 from distill_core.errors import did_you_mean
-from distill_core.types import Outputs, Progress
+from distill_core.types import Outputs
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
-from distill_kernels import multi_view_info_nce
+from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
-class InfoNCEConfig(LossConfig):
-    """Options of losses with a learned temperature."""
-
-    modalities: tuple[str, str] = ("image", "text")
-    """The two modalities that are paired."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """The scale starts at ln(1 / temperature)."""
-    max_scale: Annotated[float, Field(ge=1)] = 100.0
-    """The scale is clamped to [0, ln max_scale] after each step."""
-
-
-class InfoNCE(Loss):
-    """Base: InfoNCE with a learned scale s = exp(logit_scale) over all pairs of two stacks of views."""
-
-    Config = InfoNCEConfig
-
-    def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
-
-    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
-        """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the global batch M."""
-        with torch.autocast(a.device.type, enabled=False):
-            scale = self.logit_scale.exp()
-            if world_size() == 1:
-                return multi_view_info_nce(a, b, scale)
-            return multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=rank() * a.shape[1])
-
-    @torch.no_grad()
-    def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Clamp the learned scale to [0, ln max_scale]."""
-        self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))
-
-    def metrics(self) -> dict[str, Tensor]:
-        """The scale itself, exp(logit_scale)."""
-        return {"scale": self.logit_scale.detach().exp()}
-
-
-class Contrastive(InfoNCE):
+class Contrastive(ContrastiveLoss):
     """Mean over the first modality's global views x all views of the second of InfoNCE(student, student).
 
     Local image crops stay out: they make it overfit.
@@ -64,17 +24,7 @@ class Contrastive(InfoNCE):
 
     name = "contrastive"
 
-    @classmethod
-    def needs(cls, config: InfoNCEConfig, plan: Plan) -> Needs:
-        """Both modalities."""
-        return Needs(modalities=config.modalities)
-
-    @classmethod
-    def problems(cls, config: InfoNCEConfig, plan: Plan) -> Iterable[str]:
-        """One width D on both sides."""
-        return same_dim(cls.name, config.modalities, plan)
-
-    def __init__(self, config: InfoNCEConfig, plan: Plan) -> None:
+    def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.global_views = plan.modalities[config.modalities[0]].views("global")
 
@@ -91,7 +41,7 @@ class Contrastive(InfoNCE):
         return {"contrastive": pairs.mean()}, self.metrics()
 
 
-class DistillationConfig(InfoNCEConfig):
+class DistillationConfig(ContrastiveConfig):
     """Options of the distillation between modalities."""
 
     pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -103,7 +53,7 @@ class DistillationConfig(InfoNCEConfig):
     """Of the teacher's similarities, where targets are soft; the student's temperature is learned."""
 
 
-class CrossModalDistillation(InfoNCE):
+class CrossModalDistillation(ContrastiveLoss):
     """Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs.
 
     `pairs` chooses among these four blocks; what no chosen block reads is neither gathered nor asked for. With soft
@@ -111,7 +61,7 @@ class CrossModalDistillation(InfoNCE):
     """
 
     name = "cross_modal_distillation"
-    Config = DistillationConfig
+    Config: ClassVar[type[ComponentConfig]] = DistillationConfig
 
     def __init__(self, config: DistillationConfig, plan: Plan) -> None:
         super().__init__(config, plan)

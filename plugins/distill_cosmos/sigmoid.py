@@ -8,13 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Plan
+from distill_core.components import ComponentConfig, Plan
 from distill_core.distributed import rank, world_size
-from distill_cosmos.losses import Contrastive, CrossModalDistillation, InfoNCE, InfoNCEConfig
+from distill_cosmos.losses import Contrastive, CrossModalDistillation
 from distill_kernels import multi_view_sigmoid
+from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
-class SigmoidConfig(InfoNCEConfig):
+class SigmoidConfig(ContrastiveConfig):
     """Defaults are SigLIP's: scale 10 and bias -10 to start from."""
 
     temperature: Annotated[float, Field(gt=0)] = 0.1
@@ -23,10 +24,10 @@ class SigmoidConfig(InfoNCEConfig):
     """The learned bias starts here: at first, every pair is taken for a negative."""
 
 
-class Sigmoid(InfoNCE):
-    """Base: as `InfoNCE`, but each pair of rows is a yes or no of its own, with a learned bias beside the scale."""
+class Sigmoid(ContrastiveLoss):
+    """Base: as `ContrastiveLoss`, but each pair of rows is a yes or no of its own, with a learned bias."""
 
-    Config = SigmoidConfig
+    Config: ClassVar[type[ComponentConfig]] = SigmoidConfig
 
     def __init__(self, config: SigmoidConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -67,4 +68,4 @@ class SigmoidDistillation(Sigmoid, CrossModalDistillation):
     """`cross_modal_distillation` with the sigmoid loss: {fused views of each modality} x {teacher's views of each}."""
 
     name = "sigmoid_distillation"
-    Config = SigmoidDistillationConfig
+    Config: ClassVar[type[ComponentConfig]] = SigmoidDistillationConfig

@@ -27,7 +27,7 @@ class MultiPositive(ContrastiveLoss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
         a, b = (f"student.{modality}" for modality in self.config.modalities)
-        pairs = self.info_nce(
+        pairs = self.pairs(
             outputs.embedding(a)[:1], outputs.embedding(b), outputs.gather(a)[:1], outputs.gather(b)
         )  # [1, K]
         return {"multi_positive": pairs.mean()}, self.metrics()
@@ -90,7 +90,7 @@ class SubcaptionGrouping(ContrastiveLoss):
             else:
                 every = outputs.gather(f"student.{grouper}").transpose(0, 1)  # [M, K, D]
                 rows = grouped.flatten(0, 1)[None]  # [1, BK, D], a rank's rows together
-                loss = self.info_nce(
+                loss = self.pairs(
                     rows, texts.flatten(0, 1)[None], all_gather(rows, dim=1), every.flatten(0, 1)[None]
                 ).mean()
         return {"subcaption_grouping": loss}, self.metrics() | {"patches": (weights.detach() > 0).float().mean()}

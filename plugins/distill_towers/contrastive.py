@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
+from distill_core.components import ComponentConfig, Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
 from distill_core.types import Outputs, Progress
 from distill_kernels import multi_view_info_nce
@@ -30,23 +30,23 @@ class ContrastiveConfig(LossConfig):
 class ContrastiveLoss(Loss):
     """Base: pairs of embeddings under a learned scale s = exp(logit_scale)."""
 
-    Config = ContrastiveConfig
+    Config: ClassVar[type[ComponentConfig]] = ContrastiveConfig
 
-    def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
+    def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__(config, plan)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
     @classmethod
-    def needs(cls, config: ContrastiveConfig, plan: Plan) -> Needs:
+    def needs(cls, config: Any, plan: Plan) -> Needs:
         """Both modalities."""
         return Needs(modalities=config.modalities)
 
     @classmethod
-    def problems(cls, config: ContrastiveConfig, plan: Plan) -> Iterable[str]:
+    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
         """One width D on both sides."""
         return same_dim(cls.name, config.modalities, plan)
 
-    def info_nce(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
         with torch.autocast(a.device.type, enabled=False):
             scale = self.logit_scale.exp()

@@ -19,9 +19,10 @@ from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
 from distill_core.errors import PluginError
 from distill_core.registry import Entry, Plugins, Registry
 
-LOCAL = ("distill_core", "distill_towers", "distill_cosmos", "distill_clip", "distill_emoji", "distill_aim")
-LOCAL += ("distill_dino", "distill_tips")
-LOCAL += ("distill_flair", "distill_flava")
+LOCAL = (
+    "distill_core",
+    *sorted(path.parent.name for path in (Path(__file__).parents[2] / "plugins").glob("*/__init__.py")),
+)
 
 
 class Good(Loss):

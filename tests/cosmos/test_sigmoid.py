@@ -13,8 +13,8 @@ from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.types import Features, Fused, Outputs, Progress
-from distill_cosmos.losses import InfoNCE
 from distill_cosmos.sigmoid import SigmoidContrastive, SigmoidDistillation
+from distill_towers.contrastive import ContrastiveLoss
 
 RECIPE = Path(__file__).parents[2] / "recipes/cosmos_sigmoid_tiny.yaml"
 IMAGE_GLOBALS, IMAGES, TEXT_GLOBALS, TEXTS, BATCH, DIM = 2, 3, 1, 4, 3, 5
@@ -100,7 +100,7 @@ def test_distillation(outputs: Outputs) -> None:
 
 
 @pytest.mark.parametrize("cls", [SigmoidContrastive, SigmoidDistillation])
-def test_it_starts_as_siglip_and_is_clamped_as_cosmos(cls: type[InfoNCE], outputs: Outputs) -> None:
+def test_it_starts_as_siglip_and_is_clamped_as_cosmos(cls: type[ContrastiveLoss], outputs: Outputs) -> None:
     loss = cls(cls.Config(), plan())
     assert loss.logit_scale.item() == pytest.approx(math.log(10))
     assert loss.get_parameter("logit_bias").item() == -10

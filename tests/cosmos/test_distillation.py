@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import distill_cosmos.losses
 import distill_cosmos.soft_targets
+import distill_towers.contrastive
 from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
 from distill_core.objective import Objective
@@ -119,13 +119,13 @@ def test_only_what_is_needed_is_computed_and_gathered(
     names: tuple[str, ...] | None, calls: list[tuple[int, int]], read: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    original = distill_cosmos.losses.multi_view_info_nce
+    original = distill_towers.contrastive.multi_view_info_nce
 
     def counting(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
         seen.append((a.shape[0], b.shape[0]))
         return original(a, b, *rest, **options)
 
-    monkeypatch.setattr(distill_cosmos.losses, "multi_view_info_nce", counting)
+    monkeypatch.setattr(distill_towers.contrastive, "multi_view_info_nce", counting)
     outputs = make_outputs(1, 4)
     make_loss(pairs=names)(outputs)
     assert seen == calls
@@ -298,11 +298,11 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
     leaves = [loss.logit_scale, *(f.pooled for f in joint.student.values())]
     whole = loss(joint)[0]["cross_modal_distillation"]
     wanted = torch.autograd.grad(whole, leaves, retain_graph=True)
-    monkeypatch.setattr(distill_cosmos.losses, "world_size", lambda: 3)
+    monkeypatch.setattr(distill_towers.contrastive, "world_size", lambda: 3)
     terms = []
     for rank in range(3):
         rows = slice(2 * rank, 2 * rank + 2)
-        monkeypatch.setattr(distill_cosmos.losses, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distill_towers.contrastive, "rank", lambda rank=rank: rank)
         assert joint.fused is not None
         own = Outputs(
             {},

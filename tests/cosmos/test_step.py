@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import distill_cosmos.fusion
-import distill_cosmos.losses
+import distill_towers.contrastive
 from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
@@ -51,7 +51,7 @@ def test_one_set_of_tokens_a_sample_and_two_loss_calls(
 ) -> None:
     pools: list[tuple[torch.Size, torch.Size]] = []
     calls: list[tuple[int, int]] = []
-    pool, nce = distill_cosmos.fusion.cross_attention_pool, distill_cosmos.losses.multi_view_info_nce
+    pool, nce = distill_cosmos.fusion.cross_attention_pool, distill_towers.contrastive.multi_view_info_nce
 
     def counting_pool(queries: torch.Tensor, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         pools.append((queries.shape, tokens.shape))
@@ -62,7 +62,7 @@ def test_one_set_of_tokens_a_sample_and_two_loss_calls(
         return nce(a, b, *rest, **options)
 
     monkeypatch.setattr(distill_cosmos.fusion, "cross_attention_pool", counting_pool)
-    monkeypatch.setattr(distill_cosmos.losses, "multi_view_info_nce", counting_nce)
+    monkeypatch.setattr(distill_towers.contrastive, "multi_view_info_nce", counting_nce)
     objective.losses(objective.represent(batch, Progress(0, 1)))
     assert sorted(pools) == [((8, B, 32), (B, 12, 32)), ((8, B, 32), (B, 16, 32))]
     # 2 x 8 pairs of the contrastive loss, then (8 + 8) x (2 + 2) of the distillation

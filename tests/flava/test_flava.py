@@ -331,7 +331,7 @@ def test_views_are_the_same_twice() -> None:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(file, "PNG")
     sample = {"png": file.getvalue(), "json": json.dumps({"captions": ["one", "two", "three"]}).encode()}
-    image = FlavaImage(FlavaImageConfig(size=12))
+    image = FlavaImage(FlavaImageConfig(size=12, scale=(0.3, 1.0)))
     crops = set()
     for seed in range(20):
         whole, masked = image.views(sample, np.random.default_rng(seed))
@@ -339,7 +339,7 @@ def test_views_are_the_same_twice() -> None:
         assert whole.data.shape == (3, 12, 12)
         assert torch.equal(whole.data, masked.data)
         crops.add(tuple(whole.data.flatten().tolist()))
-    assert len(crops) == 20
+    assert len(crops) > 10, "crops are drawn from the generator"
     text = FlavaText(FlavaTextConfig())
     assert [v.data for v in text.views(sample, np.random.default_rng(0))] == ["one. two. three"] * 2
     one = FlavaText(FlavaTextConfig(take="one"))

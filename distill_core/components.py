@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from distill_core.media import Media, Shown
 from distill_core.types import Features, Fused, Outputs, Progress, Sample, View, Views
 
 if TYPE_CHECKING:
@@ -137,6 +138,15 @@ class Augmentation(Component, ABC):
 
         Raises `BadSample` for an item that cannot be read.
         """
+
+    def show(self, view: View) -> Shown:
+        """What a view looks like to a person, for trackers: a PIL image or a str; None where there is nothing to see.
+
+        The default shows what is one of the two already.
+        """
+        from PIL.Image import Image
+
+        return view.data if isinstance(view.data, str | Image) else None
 
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]
@@ -307,6 +317,13 @@ class Evaluation(Component, ABC):
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""
 
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
+        """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
+
+        About `samples` pictures. It may read tokens (`model.features(..., need=...)`) and call `model.fusion`.
+        """
+        return ()
+
 
 class Optimizer(Component, ABC):
     """Builds a torch optimiser."""
@@ -338,10 +355,25 @@ class Schedule(Component, ABC):
         """Factor for optimiser step `step` (from 0) of `steps`."""
 
 
+class TrackerConfig(ComponentConfig):
+    """Options that every tracker has."""
+
+    tags: tuple[str, ...] = ()
+    """Words to find the run by, beside the names of its components."""
+    media: Annotated[int, Field(ge=0)] = 4
+    """Samples whose views, and queries whose matches, are shown as pictures; 0 sends no pictures or distributions."""
+    media_every: Annotated[int, Field(gt=0)] = 200
+    """Steps between pictures of training views; those of evaluations come with each evaluation."""
+
+
 class Tracker(Component, ABC):
-    """A place that metrics go to beside `metrics.jsonl`. Called on rank 0, in a thread of its own."""
+    """A place that metrics go to beside `metrics.jsonl`. Called on rank 0, in a thread of its own.
+
+    Only `start`, `log` and `finish` must be there. A tracker whose `Config` is no `TrackerConfig` gets no media.
+    """
 
     kind = "tracker"
+    Config: ClassVar[type[ComponentConfig]] = TrackerConfig
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -354,8 +386,17 @@ class Tracker(Component, ABC):
     def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
         """Scalars of one step."""
 
-    def image(self, step: int, name: str, path: str) -> None:
-        """A picture that the run made."""
+    def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """What the run is made with (`distill_core.environment`: versions, device, git), and words to find it by.
+
+        Called behind `start`, when a run is resumed as well.
+        """
+
+    def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:
+        """A picture: a path, a PIL image, or an array [H, W, 3] of uint8."""
+
+    def distribution(self, step: int, name: str, values: np.ndarray, context: Mapping[str, str]) -> None:
+        """Values [N], to be seen as a histogram."""
 
     @abstractmethod
     def finish(self) -> None:

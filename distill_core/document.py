@@ -70,7 +70,7 @@ class Document:
             value, _ = _read(text)
         except _NotPlain as error:
             above = tuple(key.strip().split("."))
-            lines = [f"{origin}: {_dotted((*above, *below))}: {what} in {text!r}" for _, below, what in error.problems]
+            lines = [f"{located(origin, (*above, *below))}: {what} in {text!r}" for _, below, what in error.problems]
             raise RecipeErrors(lines) from error
         parts: list[str | int] = list(key.strip().split("."))
         node = self.data
@@ -79,11 +79,11 @@ class Document:
                 part = parts[depth] = _item(node, part)
                 if not isinstance(part, int) or part > len(node):
                     reason = f"the list has no item {part!r}; it has {len(node)}, counted from 0"
-                    raise RecipeErrors([f"{origin}: {_dotted(parts)}: {reason}"])
+                    raise RecipeErrors([f"{located(origin, parts)}: {reason}"])
                 if part == len(node):
                     node.append(None)
             elif not isinstance(node, dict):
-                raise RecipeErrors([f"{origin}: {_dotted(parts)}: {_dotted(parts[:depth])} has no parts to set"])
+                raise RecipeErrors([f"{located(origin, parts)}: {_dotted(parts[:depth])} has no parts to set"])
             if depth + 1 == len(parts):
                 break
             below = _child(node, part)
@@ -154,6 +154,12 @@ def _item(items: list[Any], part: str | int) -> str | int:
 
 def _dotted(path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in path)
+
+
+def located(origin: str, path: Sequence[str | int]) -> str:
+    """`recipe.yaml:6: fusion.heads`; an origin that names the path itself (`--set fusion.heads`) says it once."""
+    dotted = _dotted(path)
+    return origin if not dotted or origin == f"--set {dotted}" else f"{origin}: {dotted}"
 
 
 def read_document(text: str, name: str) -> Document:

@@ -194,6 +194,18 @@ class Recipe:
         nodes = [*([self.fusion] if self.fusion else []), *self.loss]
         return [(node, node.cls.needs(node.config, self.plan)) for node in nodes]
 
+    def components(self) -> list[Node]:
+        """Every component that it is made of, but the tracker."""
+        some = [self.fusion, self.source, self.optimizer, self.schedule, self.evaluate_source]
+        return [
+            *self.augment.values(),
+            *self.backbone.values(),
+            *self.loss,
+            *(node for node in some if node is not None),
+            *self.tasks,
+            *self.init,
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe with every default, as plain data."""
 

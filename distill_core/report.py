@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,10 @@ from distill_core.tracking import RunFolder
 
 @dataclass(frozen=True)
 class Report:
-    """The end of a run. `seconds` is the time of the training steps alone; scores are `SIDE/TASK/...`."""
+    """The end of a run. `seconds` is the time of the training steps alone; scores are `SIDE/TASK/...`.
+
+    `skipped_samples` counts different samples, `skipped_reads` how often, over all passes, one was passed over.
+    """
 
     name: str
     steps: int
@@ -24,30 +25,21 @@ class Report:
     scores: Mapping[str, float]
     split: str
     skipped_samples: int
+    skipped_reads: int
     skipped_steps: int
     parameters: int
 
 
-def write_report(folder: RunFolder, report: Report) -> Path:
-    """Writes both files; returns the picture's path."""
+def write_report(folder: RunFolder, report: Report, facts: Mapping[str, Any]) -> Path:
+    """Writes both files; returns the picture's path. `facts` are the run's `environment`."""
     rows = folder.rows()
     document = asdict(report) | {
         "samples_per_s": report.samples / report.seconds if report.seconds else None,
         "validation": [row for row in rows if "scores" in row and row["split"] != report.split],
-        "versions": _versions(),
+        **facts,
     }
     (folder.path / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     return _picture(folder.path / "report.png", rows, report)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("distill-framework", "torch", "triton", "xformers", "webdataset", "torchdata"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:

@@ -16,7 +16,7 @@ from torch import nn
 
 from distill_core.compatibility import unmet
 from distill_core.components import ComponentConfig, ModalityPlan, Plan
-from distill_core.document import Document, Path, read_document
+from distill_core.document import Document, Path, located, read_document
 from distill_core.errors import RecipeErrors, did_you_mean
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
@@ -136,8 +136,7 @@ class _Resolver:
         return self._recipe(frame, plan, warnings)
 
     def _line(self, path: Path, message: str, at: Path | None = None) -> str:
-        dotted = ".".join(str(part) for part in path)
-        return f"{self.document.origin(at or path)}: {dotted}{': ' if dotted else ''}{message}"
+        return f"{located(self.document.origin(at or path), path)}: {message}"
 
     def _get(self, path: Path) -> Any:
         node = self.document.data

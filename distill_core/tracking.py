@@ -6,13 +6,14 @@ import json
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distill_core.components import Tracker
 from distill_core.errors import UserError
+from distill_core.media import Media, Picture
 from distill_core.recipe import Recipe
 from distill_core.types import Skipped
 
@@ -61,12 +62,16 @@ class RunFolder:
         """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
         return list(_jsonl(self.metrics))
 
-    def skip(self, step: int, samples: Sequence[Skipped]) -> None:
-        """Append the samples that were passed over on the way to a step's batch to skipped.jsonl."""
+    def skip(self, step: int, samples: Sequence[Skipped], split: str = "train") -> None:
+        """Append to skipped.jsonl what was passed over on the way to a step's batch, or in scoring a split."""
         with self.skipped.open("a", encoding="utf-8") as file:
             for sample in samples:
-                row = {"step": step, "key": sample.key, "shard": sample.url, "reason": sample.reason}
+                row = {"step": step, "split": split, "key": sample.key, "shard": sample.url, "reason": sample.reason}
                 file.write(json.dumps(row) + "\n")
+
+    def skipped_in_training(self) -> int:
+        """How many different samples training has passed over."""
+        return len({(row["shard"], row["key"]) for row in _jsonl(self.skipped) if row.get("split", "train") == "train"})
 
     def rewind(self, step: int, steps: int) -> None:
         """Drop what a run of `steps` steps that is resumed at `step` is going to write again."""
@@ -110,6 +115,7 @@ class TrackerThread:
         self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
         self._warned = False
         self._failed = False
+        self._no_media = False
         self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
         self._thread.start()
 
@@ -121,12 +127,47 @@ class TrackerThread:
 
     def call(self, method: str, *arguments: Any) -> None:
         """Ask for `tracker.method(*arguments)`; returns at once."""
+        self._put(lambda: getattr(self.tracker, method)(*arguments))
+
+    def _put(self, job: Callable[[], None]) -> None:
         if self._failed:
             return
         try:
-            self._queue.put_nowait(lambda: getattr(self.tracker, method)(*arguments))
+            self._queue.put_nowait(job)
         except queue.Full:
             self.warn_once(f"tracker {self.tracker.name!r} is too slow: rows are dropped (metrics.jsonl has them all)")
+
+    def show(self, step: int, make: Callable[[], Iterable[Media]], context: Mapping[str, str]) -> None:
+        """Have pictures and distributions made and sent, both in the tracker's thread; returns at once.
+
+        Where making them fails, that is said once, and the tracker goes on with numbers alone.
+        """
+
+        def job() -> None:
+            if self._no_media:
+                return
+            try:
+                made = list(make())
+            except Exception as error:
+                self.no_media(error)
+                return
+            for item in made:
+                whole = {**context, **item.context}
+                if isinstance(item, Picture):
+                    self.tracker.image(step, item.name, item.picture, item.caption, whole)
+                else:
+                    self.tracker.distribution(step, item.name, item.values, whole)
+
+        self._put(job)
+
+    def no_media(self, error: Exception) -> None:
+        """Pictures cannot be made: say why, once, and ask for no more."""
+        if not self._no_media:
+            self._no_media = True
+            self._warn(
+                f"no pictures for tracker {self.tracker.name!r} from here on ({type(error).__name__}: {error}); "
+                "numbers go on. Turn them off with --set tracking.media=0"
+            )
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:

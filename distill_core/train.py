@@ -15,10 +15,13 @@ import torch
 
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
+from distill_core.components import TrackerConfig
 from distill_core.data.loader import Loader
 from distill_core.display import Display
+from distill_core.environment import environment
 from distill_core.errors import TrainingStopped, UserError, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.media import Showcase
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
 from distill_core.process import Interrupt, get_random, resolve_device, seed_all, set_random, set_threads
@@ -75,12 +78,14 @@ class Trainer:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = recipe.schedule.build()
 
-        shards = [shard for shards in self.source.sets("train").values() for shard in shards]
-        self.loader = Loader(recipe, shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
+        self.shards = [shard for shards in self.source.sets("train").values() for shard in shards]
+        self.loader = Loader(recipe, self.shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
         self.interrupt = Interrupt(self.display.warn)
         self.tracker: TrackerThread | None = None
+        self.showcase: Showcase | None = None
+        self.facts: dict[str, Any] = {}
         self.step = 0
         self.skipped_samples = 0
         self.skipped_steps = 0
@@ -161,9 +166,33 @@ class Trainer:
             f"{self.folder.path}: {start}{self.steps} steps of {self.batch} samples, {count / 1e6:.1f} M trained "
             f"parameters, {recipe.train.precision} on {self.device}"
         )
-        if recipe.tracking is not None and self.rank == 0:
-            self.tracker = TrackerThread(recipe.tracking.build(), self.display.warn)
-            self.tracker.call("start", str(self.folder.path), self.folder.path.name, recipe.to_dict(), resumed)
+        if self.size is not None and self.batch > self.size:
+            self.display.warn(
+                f"a step takes {self.batch} samples and there are only {self.size} to train on: a sample comes more "
+                "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."
+            )
+        if self.rank == 0:
+            self.facts = environment(self.device, [node.package for node in recipe.components()])
+            self._track(resumed)
+
+    def _track(self, resumed: bool) -> None:
+        """Start the recipe's tracker."""
+        recipe = self.recipe
+        if recipe.tracking is None:
+            return
+        self.tracker = TrackerThread(recipe.tracking.build(), self.display.warn)
+        self.tracker.call("start", str(self.folder.path), self.folder.path.name, recipe.to_dict(), resumed)
+        tags = [node.cls.name for node in recipe.components()]
+        options = recipe.tracking.config
+        if isinstance(options, TrackerConfig):
+            tags += options.tags
+            self.media, self.media_every = options.media, options.media_every
+            if self.media:
+                self.showcase = Showcase(recipe, self.shards, self.media)
+        self.tracker.call("describe", self.facts, list(dict.fromkeys(tags)))
+
+    media = 0
+    media_every = 1
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         recipe, train = self.recipe, self.recipe.train
@@ -182,6 +211,8 @@ class Trainer:
                 self.seconds += elapsed
                 self._log(losses, values, progress, norm, rate)
                 clock, since = time.perf_counter(), self.step
+            if self.showcase is not None and (self.step == 1 or self.step % self.media_every == 0):
+                self._show(self.showcase, int(progress.epoch))
             self.display.step(self.step, rate if rate is not None else self._rate, values)
             self._rate = rate if rate is not None else self._rate
             every, last = train.checkpoint.every, self.step == self.steps
@@ -249,9 +280,10 @@ class Trainer:
         if self.recipe.train.nonfinite == "stop":
             self.optimizer.zero_grad(set_to_none=True)
             self._save()
+            in_fp32 = ", in fp32" if self.recipe.train.precision != "fp32" else ""
             raise TrainingStopped(
                 f"{line}.\nThe weights from before this step are saved; distill resume {self.folder.path} goes on "
-                "behind this batch. Or start again with a lower learning rate, in fp32, or with train.nonfinite=skip."
+                f"behind this batch. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
             )
         if self.rank == 0:
             self.display.warn(f"{line}; the step is skipped")
@@ -288,9 +320,14 @@ class Trainer:
             flat |= {k: row[k] for k in ("lr", "grad_norm", "samples_per_s", "momentum") if k in row}
             self.tracker.call("log", self.step, flat, {"subset": "train"})
 
+    def _show(self, showcase: Showcase, epoch: int) -> None:
+        """Training views of a few samples, made and sent in the tracker's thread."""
+        if self.tracker is not None:
+            self.tracker.show(self.step, lambda: showcase.media(epoch), {"subset": "train"})
+
     def _evaluate(self, split: str) -> Evaluated:
         models = models_of(self.recipe, self.objective, self.device)
-        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing)
+        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing, self.media)
         self.display.doing("")
         if self.rank > 0:
             return evaluated
@@ -300,12 +337,14 @@ class Trainer:
                 f"{split}: {len(evaluated.skipped)} items cannot be read and are not scored; the first: {first.key!r} "
                 f"of {first.url}: {first.reason}"
             )
-        if evaluated.skipped:
-            self.folder.skip(self.step, evaluated.skipped)
+            self.folder.skip(self.step, evaluated.skipped, split)
         if evaluated.scores:
             self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
             if self.tracker is not None:
                 self.tracker.call("log", self.step, evaluated.scores, {"subset": split})
+                self.tracker.show(self.step, lambda: evaluated.media, {"subset": split})
+                if evaluated.no_media is not None:
+                    self.tracker.no_media(evaluated.no_media)
         return evaluated
 
     def _validate(self) -> bool:
@@ -373,11 +412,12 @@ class Trainer:
             seconds=self.seconds,
             scores=scores,
             split=self.recipe.evaluate.split,
-            skipped_samples=skipped,
+            skipped_samples=self.folder.skipped_in_training(),
+            skipped_reads=skipped,
             skipped_steps=self.skipped_steps,
             parameters=sum(p.numel() for p in self.parameters),
         )
-        picture = write_report(self.folder, report)
+        picture = write_report(self.folder, report, self.facts)
         if self.tracker is not None:
-            self.tracker.call("image", self.step, "report", str(picture))
+            self.tracker.call("image", self.step, "report", str(picture), self.folder.path.name, {})
             self.tracker.finish()

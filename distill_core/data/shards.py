@@ -13,6 +13,7 @@ from distill_core.errors import DataError
 from distill_core.types import Sample
 
 _BLOCK = 512
+WILD = "*?["
 
 
 def expand(pattern: str) -> list[str]:
@@ -22,7 +23,7 @@ def expand(pattern: str) -> list[str]:
     names = list(braceexpand(pattern)) if "{" in pattern else [pattern]
     found: list[str] = []
     for name in names:
-        if is_local(name) and any(sign in name for sign in "*?["):
+        if is_local(name) and any(sign in name for sign in WILD):
             found += sorted(glob.glob(name)) or [name]
         else:
             found.append(name)
@@ -39,6 +40,11 @@ def check(shards: Sequence[str]) -> None:
     if not shards:
         raise DataError("no shards: the data source names none")
     local = [shard for shard in shards if is_local(shard)]
+    for shard in local:
+        if Path(shard).is_dir():
+            raise DataError(f"{shard}: is a folder; name the shards in it, as {Path(shard) / '*.tar'}")
+        if any(sign in shard for sign in WILD) and not Path(shard).is_file():
+            raise DataError(f"{shard}: no file matches. Check data.source, and the variables in it.")
     missing = [shard for shard in local if not Path(shard).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

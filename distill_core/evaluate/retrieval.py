@@ -11,7 +11,9 @@ from torch import Tensor
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError, did_you_mean
+from distill_core.evaluate import matches
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.media import Media
 from distill_core.model import Model
 
 
@@ -73,6 +75,15 @@ class Retrieval(Evaluation):
             found = [scores[f"{x.name}/{m}_to_{n}/R@{k}"] for x in sets for m, n in ((a, b), (b, a))]
             scores[f"R@{k}"] = sum(found) / len(found)
         return scores | {"M": sum(means) / len(means)}
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """The nearest five of a few queries, and the similarities of pairs that belong together and of others."""
+        pair = self.config.modalities or model.modalities
+        for i, here in enumerate(sets):
+            share = samples // len(sets) + (i < samples % len(sets))
+            yield from matches.similarities(model, here, pair, self.config.fields)
+            for query, target in (pair, pair[::-1]):
+                yield from matches.nearest(model, here, query, target, self.config.fields, share)
 
 
 def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:

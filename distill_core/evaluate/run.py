@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distill_core.components import DataSource
 from distill_core.data.shards import check
 from distill_core.errors import UserError
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.media import Media
 from distill_core.model import Model
 from distill_core.recipe import Recipe
 from distill_core.types import Skipped
@@ -21,6 +22,9 @@ class Evaluated:
     scores: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    media: list[Media] = field(default_factory=list)
+    no_media: Exception | None = None
+    """Why there are no (more) pictures, where a task could not make them: scores do not suffer from it."""
 
 
 def evaluate(
@@ -29,8 +33,12 @@ def evaluate(
     source: DataSource,
     split: str,
     progress: Callable[[str], None] = lambda what: None,
+    media: int = 0,
 ) -> Evaluated:
-    """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores."""
+    """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores.
+
+    `media` asks each task for pictures of about so many samples.
+    """
     result = Evaluated()
     if not recipe.tasks:
         return result
@@ -55,5 +63,15 @@ def evaluate(
                 result.failed.append(f"{node.path} ({node.id}): {error}")
                 break
             result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
+            if media and result.no_media is None:
+                try:
+                    made = list(task.media(model, sets, media))
+                except Exception as error:
+                    result.no_media = error
+                    continue
+                result.media += [
+                    replace(item, name=f"{node.id}/{item.name}", context={"model": side, **item.context})
+                    for item in made
+                ]
     result.skipped = [skipped for samples in sets for skipped in samples.skipped.values()]
     return result

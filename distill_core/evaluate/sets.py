@@ -29,6 +29,16 @@ class EvaluationSet:
         for shard in self.shards:
             yield from read_shard(shard)
 
+    def samples(self, numbers: Sequence[int]) -> dict[int, Sample]:
+        """These samples by number, undecoded."""
+        wanted, found = set(numbers), {}
+        for i, sample in enumerate(self):
+            if i in wanted:
+                found[i] = sample
+            if len(found) == len(wanted):
+                break
+        return found
+
     def items(
         self, model: Model, modality: str, field: str | None = None, *, share: bool = False
     ) -> Iterator[tuple[int, Any]]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_core.components import ComponentConfig, Tracker
+import numpy as np
+
+from distill_core.components import Tracker, TrackerConfig
 
 
-class AimConfig(ComponentConfig):
+class AimConfig(TrackerConfig):
     """Where Aim keeps its runs."""
 
     repo: str | None = None
@@ -52,11 +54,25 @@ class AimTracker(Tracker):
             if math.isfinite(value):
                 self.run.track(value, name=name, step=step, context=dict(context))
 
-    def image(self, step: int, name: str, path: str) -> None:
-        """A picture."""
+    def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """Run parameters `environment`, and Aim's tags: `"vit" in run.tags and run.environment.git.dirty == False`."""
+        self.run["environment"] = dict(facts)
+        known = set(self.run.tags)
+        for tag in tags:
+            if tag not in known:
+                self.run.add_tag(tag)
+
+    def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:
+        """In Aim's images, with its caption."""
         from aim.sdk.objects.image import Image
 
-        self.run.track(Image(path), name=name, step=step)
+        self.run.track(Image(picture, caption), name=name, step=step, context=dict(context))
+
+    def distribution(self, step: int, name: str, values: np.ndarray, context: Mapping[str, str]) -> None:
+        """In Aim's distributions, in 64 bins."""
+        from aim.sdk.objects.distribution import Distribution
+
+        self.run.track(Distribution(values), name=name, step=step, context=dict(context))
 
     def finish(self) -> None:
         """Flushes and closes."""

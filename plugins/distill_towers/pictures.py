@@ -88,6 +88,14 @@ class PictureAugmentation(Augmentation):
         left, top = (width - size) // 2, (height - size) // 2
         return View(self.normalise(picture.crop((left, top, left + size, top + size))))
 
+    def show(self, view: View) -> Image.Image | None:
+        """The picture that `normalise` was given."""
+        if not isinstance(view.data, Tensor):
+            return None
+        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.config.mean, self.config.std))
+        pixels = (view.data * std + mean).round().clamp(0, 255).to(torch.uint8)
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std."""
         pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distill_core import __version__
+from distill_core import __version__, completion
 from distill_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from distill_core.train import Result
 
 SET_HELP = "Change the recipe: path=value, as loss.1.weight=0.5 or 'data.source={name: emoji}'. Repeatable."
+SET = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP, shell_complete=completion.set_paths
+)
+CHECKPOINT = click.option(
+    "--checkpoint",
+    default="last",
+    show_default=True,
+    help="`last`, `best`, or a step's number.",
+    shell_complete=completion.checkpoints,
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
 class _Commands(click.Group):
@@ -49,7 +60,9 @@ def cli() -> None:
 def _registry() -> Registry:
     from distill_core.registry import Registry
 
-    return Registry.discover()
+    registry = Registry.discover()
+    completion.remember(registry)
+    return registry
 
 
 def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
@@ -59,8 +72,8 @@ def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -
 
 
 @cli.command()
-@click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
+@click.argument("recipe", shell_complete=completion.recipes)
+@SET
 @click.option("--runs", default="runs", show_default=True, help="Folder that the run's folder is made in.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
@@ -95,8 +108,8 @@ def _forget(folder: Path) -> None:
 
 
 @cli.command()
-@click.argument("folder")
-@click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
+@click.argument("folder", shell_complete=completion.run_folders)
+@CHECKPOINT
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
 def resume(folder: str, checkpoint: str, quiet: bool) -> None:
     """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been."""
@@ -126,13 +139,14 @@ def _end(result: Result) -> None:
         ]
         if report["skipped_samples"]:
             lines.append(
-                f"{report['skipped_samples']} samples were skipped; their keys: {result.folder / 'skipped.jsonl'}"
+                f"{report['skipped_samples']} samples could not be used and were skipped, {report['skipped_reads']} "
+                f"times over all passes; their keys: {result.folder / 'skipped.jsonl'}"
             )
         if report["skipped_steps"]:
             lines.append(
                 f"{report['skipped_steps']} steps were skipped: not finite; see {result.folder / 'metrics.jsonl'}"
             )
-        lines.append(f"report: {result.folder / 'report.json'}, {result.folder / 'report.png'}")
+        lines.append(f"every score: {result.folder / 'report.json'}; picture: {result.folder / 'report.png'}")
         print_scores(result.scores, f"{report['name']} on {report['split']}", lines)
         if result.failed:
             raise UserError(
@@ -142,12 +156,15 @@ def _end(result: Result) -> None:
 
 
 @cli.command("eval")
-@click.argument("folder")
-@click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
+@click.argument("folder", shell_complete=completion.run_folders)
+@CHECKPOINT
 @click.option("--split", help="Split to score; the recipe's test split otherwise.")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+@SET
+@click.option("--full", is_flag=True, help="Every score of every set, not the means over sets alone.")
+@JSON
+def evaluate_run(
+    folder: str, checkpoint: str, split: str | None, overrides: tuple[str, ...], full: bool, as_json: bool
+) -> None:
     """Score a run's checkpoint with the recipe's evaluation tasks."""
     import json
 
@@ -174,10 +191,10 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
     distributed.stop()
     if not first:
         return
-    if as_json and evaluated.scores:
+    if as_json:
         click.echo(json.dumps(evaluated.scores, indent=1))
     elif evaluated.scores:
-        print_scores(evaluated.scores, f"{Path(folder).name} ({checkpoint}) on {which}")
+        print_scores(evaluated.scores, f"{Path(folder).name} ({checkpoint}) on {which}", full=full)
     for skipped in evaluated.skipped[:5]:
         click.echo(f"warning: not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}", err=True)
     if evaluated.failed or not recipe.tasks:
@@ -185,42 +202,71 @@ def evaluate_run(folder: str, checkpoint: str, split: str | None, overrides: tup
 
 
 @cli.command()
-@click.argument("recipes", nargs=-1, required=True)
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
-def validate(recipes: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+@click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
+@SET
+@click.option("--quiet", is_flag=True, help="Only what is wrong.")
+@JSON
+def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Check recipes without touching data or weights; prints every error."""
     from distill_core.resolve import load_recipe
 
     registry = _registry()
-    failed = False
+    rows = []
     for name in recipes:
+        errors: list[str] = []
+        warnings: list[str] = []
         try:
-            loaded = load_recipe(name, registry=registry, overrides=overrides, allow_unset=True)
+            warnings += load_recipe(name, registry=registry, overrides=overrides, allow_unset=True).warnings
         except UserError as error:
-            click.echo(str(error), err=True)
-            failed = True
-            continue
-        for warning in loaded.warnings:
-            click.echo(f"warning: {warning}", err=True)
-        click.echo(f"{name}: ok")
-    if failed:
+            errors += str(error).splitlines()
+        rows.append({"recipe": name, "ok": not errors, "errors": errors, "warnings": warnings})
+        if not as_json:
+            for line in [*errors, *(f"warning: {warning}" for warning in warnings if not quiet)]:
+                click.echo(line, err=True)
+            if not errors and not quiet:
+                click.echo(f"{name}: ok")
+    if as_json:
+        import json
+
+        click.echo(json.dumps(rows, indent=1))
+    if not all(row["ok"] for row in rows):
         sys.exit(UserError.exit_code)
 
 
 @cli.command()
-@click.argument("recipe")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help=SET_HELP)
-def show(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.argument("recipe", shell_complete=completion.recipes)
+@SET
+@JSON
+def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in; the output is a recipe itself."""
     loaded = _load(recipe, overrides, allow_unset=True)
     for warning in loaded.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(loaded.to_yaml(), nl=False)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(loaded.to_dict(), indent=1))
+    else:
+        click.echo(loaded.to_yaml(), nl=False)
 
 
 @cli.command()
-@click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--runs", default="runs", show_default=True, help="Folder of runs, for the room there is.")
+@JSON
+def doctor(runs: str, as_json: bool) -> None:
+    """Say what is here, and what is amiss: versions, devices, plugins, kernels, data, disk."""
+    from distill_core.doctor import as_json as to_json
+    from distill_core.doctor import diagnose, print_all
+
+    found = list(diagnose(Path(runs)))
+    click.echo(to_json(found)) if as_json else print_all(found)
+    if any(row.broken for row in found):
+        sys.exit(UserError.exit_code)
+
+
+@cli.command()
+@click.argument("name", required=False, shell_complete=completion.components)
+@JSON
 def plugins(name: str | None, as_json: bool) -> None:
     """List every component, or show one component's options."""
     from distill_core import catalogue

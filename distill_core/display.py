@@ -74,6 +74,31 @@ class Display:
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
+def mean_table(scores: Mapping[str, float], title: str) -> Table:
+    """A row for each task's score, mean over sets (`SIDE/TASK/SCORE`), a column for each side."""
+    sides: dict[str, None] = {}
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for key, value in scores.items():
+        side, task, *rest = key.split("/")
+        if len(rest) == 1:
+            sides[side] = None
+            rows.setdefault((task, rest[0]), {})[side] = value
+    table = Table(title=title, title_justify="left")
+    for head in ("task", "score"):
+        table.add_column(head)
+    for side in sides:
+        table.add_column(side, justify="right")
+    previous = None
+    for (task, score), values in rows.items():
+        if previous is not None and task != previous:
+            table.add_section()
+        table.add_row(
+            task if task != previous else "", score, *(f"{values[s]:.1f}" if s in values else "" for s in sides)
+        )
+        previous = task
+    return table
+
+
 def score_table(scores: Mapping[str, float], title: str) -> Table:
     """A row for each side and task score, a column for each set."""
     rows: dict[tuple[str, str, str], dict[str, float]] = {}
@@ -105,10 +130,13 @@ def score_table(scores: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def print_scores(scores: Mapping[str, float], title: str, lines: Sequence[str] = ()) -> None:
-    """The summary on standard output."""
+def print_scores(scores: Mapping[str, float], title: str, lines: Sequence[str] = (), *, full: bool = False) -> None:
+    """The summary on standard output: the means over sets, or `full`: every score of every set."""
     console = Console()
+    table = mean_table(scores, title)
+    if full or not table.row_count:
+        table = score_table(scores, title)
     if scores:
-        console.print(score_table(scores, title))
+        console.print(table)
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import click
 
     from distill_core.components import Component
+    from distill_core.doctor import Diagnostic
 
 hookspec = pluggy.HookspecMarker("distill")
 
@@ -35,3 +36,10 @@ def distill_components() -> list[type[Component]]:  # type: ignore[empty-body]
 @hookspec
 def distill_commands() -> list[click.Command]:  # type: ignore[empty-body]
     """Further commands of the `distill` command line. Called for `distill --help` too: import nothing heavy."""
+
+
+@hookspec
+def distill_diagnostics() -> list[Diagnostic]:  # type: ignore[empty-body]
+    """What `distill doctor` should say of this plugin (`distill_core.doctor.Diagnostic`): what it found here, and what
+    is amiss. To take well under a second, and to train, fetch and write nothing.
+    """

@@ -1,6 +1,15 @@
-"""Aim as a tracker: runs go to a local repository beside the run folders; look at it with `aim up`."""
+"""Aim as a tracker: runs go to a local repository beside the run folders; look at it with `distill ui`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
 
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core.doctor import Diagnostic
 
 distill_api = 1
 
@@ -11,3 +20,22 @@ def distill_components() -> list[type]:
     from distill_aim.tracker import AimTracker
 
     return [AimTracker]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill ui`."""
+    from distill_aim.commands import ui
+
+    return [ui]
+
+
+@hookimpl
+def distill_diagnostics() -> list[Diagnostic]:
+    """Whether Aim is there."""
+    from distill_core.doctor import Diagnostic
+    from distill_core.environment import installed
+
+    release = installed("aim")
+    missing = "runs need --set tracking=null, or pip install aim"
+    return [Diagnostic("tracking", "aim", release or "not installed", "" if release else missing)]

@@ -8,6 +8,7 @@ from distill_core import hookimpl
 
 if TYPE_CHECKING:
     from distill_core.components import Component
+    from distill_core.doctor import Diagnostic
 
 distill_api = 1
 
@@ -18,3 +19,11 @@ def distill_components() -> list[type[Component]]:
     from distill_emoji.source import EmojiSource
 
     return [EmojiSource]
+
+
+@hookimpl
+def distill_diagnostics() -> list[Diagnostic]:
+    """The packages that the pictures and sentences come from, the font of the third style, and the cached shards."""
+    from distill_emoji.source import diagnostics
+
+    return diagnostics()

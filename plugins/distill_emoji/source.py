@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +15,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from distill_core.components import ComponentConfig, DataSource
+from distill_core.doctor import Diagnostic
 from distill_core.errors import DataError
+from distill_core.folders import cache_folder, in_words, size_of
 from distill_emoji import concepts, render, shards
 from distill_emoji.concepts import Concept
 from distill_emoji.shards import Entry
@@ -194,9 +195,7 @@ def _distinct(paint: render.Painter, concept: Concept, before: list[Concept]) ->
 
 def _cache(given: str | None) -> Path:
     """The folder that caches live in."""
-    if given or (given := os.environ.get("DISTILL_CACHE")):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distill"
+    return Path(given).expanduser().absolute() if given else cache_folder()
 
 
 def _versions(styles: list[str]) -> dict[str, str]:
@@ -212,6 +211,22 @@ def _versions(styles: list[str]) -> dict[str, str]:
     missing = [package for package in needed if package not in found]
     if missing:
         raise DataError(f"emoji data needs {', '.join(missing)}: pip install 'distill-framework[emoji]'")
+    return found
+
+
+def diagnostics() -> list[Diagnostic]:
+    """What `distill doctor` says of the default options."""
+    found = []
+    try:
+        known = _versions(list(render.TRAINED))
+        found.append(Diagnostic("data", "emoji packages", ", ".join(f"{name} {v}" for name, v in known.items())))
+    except DataError as error:
+        found.append(Diagnostic("data", "emoji packages", "not all installed", str(error)))
+    font = render.noto_font(None)
+    found.append(Diagnostic("data", "emoji font", str(font) if font else "no Noto Color Emoji: two styles, not three"))
+    for folder in sorted(cache_folder().glob("emoji-*")):
+        samples = sum(entry.samples for entry in shards.read_manifest(folder).values())
+        found.append(Diagnostic("data", folder.name, f"{samples} pictures, {in_words(size_of(folder))}"))
     return found
 
 

@@ -90,7 +90,7 @@ def test_a_run_of_two_ranks(
     rows = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
     skipped = [row for row in rows if row["key"] != "test-0-2"]
     assert len(rows) == len(skipped) + 1
-    assert report["skipped_samples"] == len(skipped)
+    assert report["skipped_reads"] == len(skipped)
     assert {row["key"] for row in skipped} == {f"train-{i}-1" for i in range(4)}
     assert done.stdout.count("report.json") == 1
     assert "warning: skipped sample" in done.stderr

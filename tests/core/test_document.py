@@ -174,11 +174,11 @@ def test_a_replaced_part_forgets_the_lines_below_it() -> None:
     [
         ("a.b", "--set a.b: write it as path=value, for example loss.1.weight=0.5"),
         ("=3", "--set =3: write it as path=value, for example loss.1.weight=0.5"),
-        ("a.x=3", "--set a.x: a.x: a has no parts to set"),
-        ("c.0=3", "--set c.0: c.0: c has no parts to set"),
-        ("a=[", "--set a: a: not YAML: expected the node content, but found '<stream end>' in '['"),
+        ("a.x=3", "--set a.x: a has no parts to set"),
+        ("c.0=3", "--set c.0: c has no parts to set"),
+        ("a=[", "--set a: not YAML: expected the node content, but found '<stream end>' in '['"),
         ("a={b: 1, b: 2}", "--set a: a.b: given twice, first in line 1; keep one in '{b: 1, b: 2}'"),
-        ("a=!!binary aGk=", "--set a: a: tag:yaml.org,2002:binary is not a recipe's value in '!!binary aGk='"),
+        ("a=!!binary aGk=", "--set a: tag:yaml.org,2002:binary is not a recipe's value in '!!binary aGk='"),
     ],
 )
 def test_bad_overrides_are_one_line(assignment: str, line: str) -> None:

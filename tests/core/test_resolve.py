@@ -195,11 +195,11 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         ),
         (
             ["augment.audio=multi_crop"],
-            ["--set augment.audio: augment.audio: 'audio' has no entry in backbone; a modality needs both"],
+            ["--set augment.audio: 'audio' has no entry in backbone; a modality needs both"],
         ),
         (
             ["backbone.audio=vit"],
-            ["--set backbone.audio: backbone.audio: 'audio' has no entry in augment; a modality needs both"],
+            ["--set backbone.audio: 'audio' has no entry in augment; a modality needs both"],
         ),
         (
             ["augment.text=null"],
@@ -223,22 +223,19 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         (["fusion.modalities=[image, image]"], ["r.yaml:7: fusion: 'cross_attention' needs two different modalities"]),
         (
             ["loss.2=contrastive"],
-            ["--set loss.2: loss.2: a second 'contrastive': give it an `id:` of its own"],
+            ["--set loss.2: a second 'contrastive': give it an `id:` of its own"],
         ),
         (
             ["evaluate.tasks.1=retrieval"],
-            ["--set evaluate.tasks.1: evaluate.tasks.1: a second 'retrieval': give it an `id:` of its own"],
+            ["--set evaluate.tasks.1: a second 'retrieval': give it an `id:` of its own"],
         ),
         (["train.steps=null"], ["r.yaml:14: train: give `steps` or `epochs`"]),
         (
             ["train.checkpoint.best=student/retrieval/M"],
-            [
-                "--set train.checkpoint.best: train.checkpoint.best: needs `evaluate.every`: scores on the "
-                "validation split"
-            ],
+            ["--set train.checkpoint.best: needs `evaluate.every`: scores on the validation split"],
         ),
         (["backbone.image.patch=7"], ["r.yaml:5: backbone.image: image_size 16 is not a multiple of patch 7"]),
-        (["loss.0.id=a.b"], ["--set loss.0.id: loss.0.id: an id is a word of letters, digits, - and _, got 'a.b'"]),
+        (["loss.0.id=a.b"], ["--set loss.0.id: an id is a word of letters, digits, - and _, got 'a.b'"]),
         (
             ["evaluate.tasks=[{name: retrieval, modalities: [image, audio]}]"],
             ["--set evaluate.tasks: evaluate.tasks.0: 'retrieval' needs a modality 'audio' (there are: image, text)"],
@@ -314,15 +311,15 @@ def test_needs_of_tokens_and_local_views(registry: Registry) -> None:
 def test_a_broken_component_does_not_hide_or_double_other_errors(errors: Errors) -> None:
     """Would catch follow-on errors ("needs a modality") for a backbone whose options alone are wrong."""
     assert errors("backbone.text.width=x", "loss.1.wieght=2") == [
-        "--set backbone.text.width: backbone.text.width: Input should be a valid integer, got 'x'",
-        "--set loss.1.wieght: loss.1.wieght: unknown option 'wieght', did you mean 'weight'?",
+        "--set backbone.text.width: Input should be a valid integer, got 'x'",
+        "--set loss.1.wieght: unknown option 'wieght', did you mean 'weight'?",
     ]
 
 
 def test_every_bad_override_is_reported(errors: Errors) -> None:
     assert errors("train.steps", "loss.9.weight=1") == [
         "--set train.steps: write it as path=value, for example loss.1.weight=0.5",
-        "--set loss.9.weight: loss.9.weight: the list has no item 9; it has 2, counted from 0",
+        "--set loss.9.weight: the list has no item 9; it has 2, counted from 0",
     ]
 
 
@@ -361,7 +358,7 @@ def test_bare_names_take_options_of_overrides(check: Check) -> None:
 def test_a_text_option_is_not_taken_for_a_bare_name(errors: Errors) -> None:
     """Would catch `urls` (a text, or a mapping of sets) turning into a set called `name` under an override."""
     assert errors("data.source.urls.extra=y.tar") == [
-        "--set data.source.urls.extra: data.source.urls.extra: data.source.urls has no parts to set"
+        "--set data.source.urls.extra: data.source.urls has no parts to set"
     ]
 
 
@@ -405,7 +402,7 @@ def test_a_variable_may_be_a_number(check: Check, errors: Errors, monkeypatch: p
     monkeypatch.setenv("DISTILL_TEST_N", "12")
     assert check("data.batch_size=${DISTILL_TEST_N}").data.batch_size == 12
     monkeypatch.delenv("DISTILL_TEST_UNSET", raising=False)
-    line = f"--set data.batch_size: data.batch_size: {UNSET}"
+    line = f"--set data.batch_size: {UNSET}"
     assert errors("data.batch_size=${DISTILL_TEST_UNSET}") == [line]
     assert errors("data.batch_size=${DISTILL_TEST_UNSET}", allow_unset=True) == [line]
 
@@ -425,7 +422,7 @@ def test_splits_that_are_evaluated_must_be_there(errors: Errors, check: Check) -
         f"r.yaml:15: evaluate.validation: data.source has no split 'validation' (it has train, test); {said}"
     ]
     assert errors("evaluate.split=tset") == [
-        f"--set evaluate.split: evaluate.split: data.source has no split 'tset' (it has train, test); {said}"
+        f"--set evaluate.split: data.source has no split 'tset' (it has train, test); {said}"
     ]
     assert errors("evaluate.source={name: webdataset, urls: z.tar}") == [
         f"r.yaml:15: evaluate.split: evaluate.source has no split 'test' (it has train); {said}"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -40,8 +40,14 @@ class Keeps(Tracker):
     def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
         self.calls.append(("log", (step, values, context)))
 
-    def image(self, step: int, name: str, path: str) -> None:
-        self.calls.append(("image", (step, name, path)))
+    def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
+        self.calls.append(("describe", (facts, tags)))
+
+    def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:
+        self.calls.append(("image", (step, name, picture, caption, context)))
+
+    def distribution(self, step: int, name: str, values: np.ndarray, context: Mapping[str, str]) -> None:
+        self.calls.append(("distribution", (step, name, values, context)))
 
     def finish(self) -> None:
         self.calls.append(("finish", ()))
@@ -99,9 +105,9 @@ def assert_complete(folder: RunFolder) -> None:
 
 def test_a_tracker_hears_everything(run: Run) -> None:
     """Catches rows, scores or the picture that do not reach a tracker, and calls out of order."""
-    folder, errors = run("tracking={name: keeps}")
+    folder, errors = run("tracking={name: keeps, media: 0}")
     kinds = [name for name, _ in Keeps.calls]
-    assert kinds == ["start", *["log"] * 5, "image", "finish"]
+    assert kinds == ["start", "describe", *["log"] * 5, "image", "finish"]
     _, (path, name, recipe, resume) = Keeps.calls[0]
     assert (path, name, resume) == (str(folder.path), "tiny", False)
     assert recipe["train"]["steps"] == 4
@@ -119,13 +125,72 @@ def test_a_tracker_hears_everything(run: Run) -> None:
     assert "warning" not in errors
 
 
+def test_what_a_run_is_made_with(run: Run) -> None:
+    """Catches a run that cannot be found by its components, and a report and a tracker that do not say the same."""
+    folder, _ = run("tracking={name: keeps, tags: [mine]}")
+    facts, tags = dict(Keeps.calls)["describe"]
+    assert {"vit", "clip_text", "cross_attention", "contrastive", "retrieval", "webdataset", "mine"} <= set(tags)
+    assert len(tags) == len(set(tags))
+    assert torch.__version__.startswith(facts["versions"]["torch"].partition("+")[0])
+    assert facts["device"].startswith("cpu")
+    report = json.loads((folder.path / "report.json").read_text())
+    assert {key: report[key] for key in facts} == facts
+
+
+def test_pictures_of_a_run(run: Run) -> None:
+    """Catches views, matches or similarities that do not reach a tracker, or come at steps nobody asked for."""
+    _, errors = run("tracking={name: keeps, media: 2, media_every: 3}", "evaluate.every=2")
+    assert "warning" not in errors
+    pictures = [arguments for kind, arguments in Keeps.calls if kind == "image"]
+    views = [(step, context["subset"]) for step, name, _, _, context in pictures if name == "views"]
+    assert views == [(1, "train")] * 2 + [(3, "train")] * 2
+    found = {(step, name, c["subset"], c["model"]) for step, name, _, _, c in pictures if name.startswith("retrieval")}
+    assert found == {
+        (step, f"retrieval/{name}", subset, side)
+        for step, subset in ((2, "validation"), (4, "validation"), (4, "test"))
+        for name in ("image_to_text", "text_to_image")
+        for side in ("student", "teacher")
+    }
+    values = [arguments for kind, arguments in Keeps.calls if kind == "distribution"]
+    assert {c["pairs"]: len(v) for _, name, v, c in values if name == "retrieval/similarity"} == {
+        "positive": 4,
+        "negative": 12,
+    }
+
+
+def test_pictures_that_cannot_be_made_cost_pictures_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, more: Registry
+) -> None:
+    """Catches an augmentation's or a task's mistake in showing that ends training, scores or the other rows."""
+
+    def fails(self: Any, *arguments: Any) -> Any:
+        raise RuntimeError("no eyes")
+
+    monkeypatch.setattr(more.get("augmentation", "multi_crop").cls, "show", fails)
+    monkeypatch.setattr(more.get("evaluation", "retrieval").cls, "media", fails)
+    folder, errors = run("tracking={name: keeps}")
+    assert_complete(folder)
+    assert errors.count("warning") == 1
+    assert "no pictures for tracker 'keeps' from here on (RuntimeError: no eyes); numbers go on" in errors
+    kinds = [name for name, _ in Keeps.calls]
+    assert kinds == ["start", "describe", *["log"] * 5, "image", "finish"]
+
+
+def test_a_batch_larger_than_the_data(run: Run) -> None:
+    """Catches a run whose batches hold a sample twice, without a word."""
+    _, errors = run("data.batch_size=16", "train.steps=1")
+    assert "a step takes 16 samples and there are only 12 to train on" in errors
+    _, errors = run("data.batch_size=12", "train.steps=1")
+    assert "warning" not in errors
+
+
 def test_a_tracker_that_fails(run: Run) -> None:
     """Catches a tracker that stops training, is called again after it failed, or warns at every row."""
     folder, errors = run("tracking={name: fails}")
     assert_complete(folder)
     assert errors.count("warning") == 1
     assert "tracker 'fails' failed (OSError: no space left); training goes on" in errors
-    assert [name for name, _ in Keeps.calls] == ["start", "log", "log"]
+    assert [name for name, _ in Keeps.calls if name != "image"] == ["start", "describe", "log", "log"]
 
 
 def test_a_tracker_that_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +276,10 @@ def test_the_summary_names_skipped_samples(
     assert {row["key"] for row in rows} == {f"train-{i}-{j}" for i in range(2) for j in range(3)}
     assert {Path(row["shard"]).name for row in rows} == {"train-000.tar", "train-001.tar"}
     assert all(row["reason"] and 1 <= row["step"] <= 4 for row in rows)
-    assert json.loads((folder.path / "report.json").read_text())["skipped_samples"] == len(rows)
-    assert f"{len(rows)} samples were skipped; their keys: {folder.skipped}" in seen.out.replace("\n", " ")
+    report = json.loads((folder.path / "report.json").read_text())
+    assert (report["skipped_samples"], report["skipped_reads"]) == (6, len(rows))
+    line = f"6 samples could not be used and were skipped, {len(rows)} times over all passes; their keys: "
+    assert f"{line}{folder.skipped}" in seen.out.replace("\n", " ")
     assert "warning: skipped sample 'train-" in seen.err
     assert seen.err.count("skipped sample") <= 5, "a warning for each of millions of samples"
 

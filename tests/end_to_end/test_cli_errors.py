@@ -1,5 +1,6 @@
 """Bad input through the command line: each is one clear line on stderr, exit code 2, and nothing left behind."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -66,11 +67,11 @@ def one_line(ended: Ended) -> str:
         ),
         (
             ["tiny.yaml", "--set", "train.steps=off"],
-            "--set train.steps: train.steps: Input should be a valid integer, got 'off'",
+            "--set train.steps: Input should be a valid integer, got 'off'",
         ),
         (
             ["tiny.yaml", "--set", "loss.0=contrastve"],
-            "--set loss.0: loss.0: no loss named 'contrastve', did you mean 'contrastive'?",
+            "--set loss.0: no loss named 'contrastve', did you mean 'contrastive'?",
         ),
         (
             ["tiny.yaml", "--set", "teacher=null"],
@@ -78,7 +79,7 @@ def one_line(ended: Ended) -> str:
         ),
         (
             ["tiny.yaml", "--set", "data.source.urls=${DISTILL_TEST_UNSET}/x.tar"],
-            "--set data.source.urls: data.source.urls: the environment variable DISTILL_TEST_UNSET is not set; set it, "
+            "--set data.source.urls: the environment variable DISTILL_TEST_UNSET is not set; set it, "
             "or give a value with --set",
         ),
         (
@@ -89,6 +90,14 @@ def one_line(ended: Ended) -> str:
         (
             ["tiny.yaml", "--set", "data.source.test=gone.tar"],
             "1 of 1 shards do not exist: gone.tar. Check data.source, and the variables in it.",
+        ),
+        (
+            ["tiny.yaml", "--set", "data.source.urls=shards/gone-*.tar"],
+            "shards/gone-*.tar: no file matches. Check data.source, and the variables in it.",
+        ),
+        (
+            ["tiny.yaml", "--set", "data.source.urls=shards"],
+            "shards: is a folder; name the shards in it, as shards/*.tar",
         ),
         (["tiny.yaml", "--set", "data.source.urls=[]"], "no shards: the data source names none"),
         (
@@ -180,6 +189,18 @@ def test_validate_reports_all_files_and_warns_of_unset_variables(
     assert ended.err.startswith("gone.yaml: no such recipe")
 
 
+def test_validate_and_show_as_json(distill: Distill, tmp_path: Path) -> None:
+    """Would catch JSON mixed with lines for people, and an exit code that says all is well."""
+    (tmp_path / "broken.yaml").write_text((tmp_path / "tiny.yaml").read_text().replace("steps: 4", "steps: x"))
+    ended = distill("validate", "tiny.yaml", "broken.yaml", "--json")
+    assert (ended.code, ended.err) == (2, "")
+    good, bad = json.loads(ended.out)
+    assert good == {"recipe": "tiny.yaml", "ok": True, "errors": [], "warnings": []}
+    assert bad["errors"] == ["broken.yaml:18: train.steps: Input should be a valid integer, got 'x'"]
+    assert distill("validate", "tiny.yaml", "--quiet") == Ended(0, "", "")
+    assert json.loads(distill("show", "tiny.yaml", "--set", "seed=3", "--json").out)["seed"] == 3
+
+
 def test_show_prints_a_recipe(distill: Distill, tmp_path: Path) -> None:
     """Would catch warnings or progress mixed into what `distill show x > y` writes."""
     shown = distill("show", "tiny.yaml", "--set", "seed=3")
@@ -208,6 +229,10 @@ def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> Non
         (["--checkpoint", "7"], "runs/tiny: no checkpoint '7'; there are 2"),
         (["--checkpoint", "best"], "runs/tiny: no checkpoint 'best'; there are 2"),
         (["--checkpoint", "frist"], "runs/tiny: no checkpoint 'frist'; there are 2"),
+        (
+            ["--checkpoint", "runs/tiny/checkpoints/step-00000002.pt"],
+            "--checkpoint takes `last`, `best` or a step's number, not a file: 'runs/tiny/checkpoints/step-00000002.pt'",
+        ),
         (["--set", "evaluate.split"], "--set evaluate.split: write it as path=value, for example loss.1.weight=0.5"),
         (
             ["--set", "backbone.image.width=32"],

@@ -1,0 +1,43 @@
+"""Where distill keeps what can be made again, and how much room there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """`$DISTILL_CACHE`, else `$XDG_CACHE_HOME/distill`, else `~/.cache/distill`."""
+    if given := os.environ.get("DISTILL_CACHE"):
+        return Path(given).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distill"
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder, a file of two names counted once; 0 where there is none."""
+    seen: dict[tuple[int, int], int] = {}
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(root, name))
+            except FileNotFoundError:  # a run that goes on has just dropped it
+                continue
+            seen[found.st_dev, found.st_ino] = found.st_size
+    return sum(seen.values())
+
+
+def free_at(folder: Path) -> int:
+    """Bytes that are free where a folder is, or would be made."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def in_words(size: float) -> str:
+    """Bytes as `12 MB` or `3.4 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.{0 if size >= 10 or unit == 'B' else 1}f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

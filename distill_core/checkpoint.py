@@ -65,7 +65,7 @@ class Checkpoints:
             path = self.folder / "step-*.pt"
         if not path.is_file():
             if os.sep in which or which.endswith(".pt"):
-                raise UserError(f"--checkpoint takes `last`, `best` or a step's number, not a file: {which!r}")
+                raise UserError("--checkpoint takes `last`, `best` or a step's number, not a file")
             have = [str(step) for step in steps] + (["best"] if (self.folder / "best.pt").is_file() else [])
             raise UserError(
                 f"{self.folder.parent}: no checkpoint {which!r}"

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -117,7 +118,8 @@ def _plugins_and_theirs() -> Iterator[Diagnostic]:
             release = version(package)
         except PackageNotFoundError:
             release = "?"
-        many = f", {counts.get(name, 0)} components" if problem is None else ""
+        count = counts.get(name, 0)
+        many = f", {count} component{'s' * (count != 1)}" if problem is None else ""
         yield Diagnostic("plugins", name, f"{package} {release}, hooks of version {API_VERSION}{many}")
     if problem is not None:
         yield Diagnostic("plugins", "-", "cannot be used", problem, broken=True)
@@ -155,21 +157,22 @@ def as_json(found: list[Diagnostic]) -> str:
 
 
 def print_all(found: list[Diagnostic]) -> None:
-    """Sections with aligned names; long values go on below themselves; warnings stand out."""
+    """Sections with aligned names. A terminal wraps long values below themselves; piped, each is one line."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(soft_wrap=True)
+    indent = max(len(row.name) for row in found) + 4
     section = None
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, min_width=max(len(row.name) for row in found) + 2)
-    table.add_column(overflow="fold")
     for row in found:
         if row.section != section:
-            table.add_row(Text(row.section, style="bold"), "")
+            console.print(Text(row.section, style="bold"))
             section = row.section
-        table.add_row(Text(f"  {row.name}"), Text(row.value))
+        texts = [(f"  {row.name}".ljust(indent), row.value, "")]
         if row.warning:
-            table.add_row("", Text(f"{'error' if row.broken else 'warning'}: {row.warning}", style="yellow"))
-    console.print(table)
+            texts.append((" " * indent, f"{'error' if row.broken else 'warning'}: {row.warning}", "yellow"))
+        for head, text, style in texts:
+            lines = textwrap.wrap(text, max(20, console.width - indent)) if console.is_terminal else [text]
+            for line in lines or [""]:
+                console.print(Text(head).append(line, style=style))
+                head = " " * indent

@@ -1,0 +1,99 @@
+"""What a run leaves in Aim's repository, read back by Aim."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill_core.tracking import RunFolder
+
+
+@pytest.fixture(scope="module")
+def kept(aim_run: RunFolder) -> Iterator[Any]:
+    from aim import Repo
+
+    repo = Repo(str(aim_run.path.parent))
+    yield repo.get_run(json.loads((aim_run.path / "aim.json").read_text())["run"])
+    repo.close()
+
+
+def test_curves_are_the_rows(aim_run: RunFolder, kept: Any) -> None:
+    """Would catch series that are cut off, shifted by a step, or mixed up between splits."""
+    rows = [row for row in aim_run.rows() if "terms" in row]
+    found = {(m.name, m.context.to_dict()["subset"]): m.values.sparse_numpy() for m in kept.metrics()}
+    steps, losses = found["loss", "train"]
+    assert list(steps) == [row["step"] for row in rows] == list(range(1, 13))
+    assert np.allclose(losses, [row["loss"] for row in rows])
+    assert np.allclose(found["loss/contrastive", "train"][1], [row["terms"]["contrastive"] for row in rows])
+    for split, at in (("validation", [6, 12]), ("test", [12])):
+        steps, values = found["teacher/retrieval/M", split]
+        assert list(steps) == at
+        assert np.allclose(
+            values, [row["scores"]["teacher/retrieval/M"] for row in aim_run.rows() if row.get("split") == split]
+        )
+
+
+def test_a_run_is_found_by_its_components(aim_run: RunFolder, kept: Any) -> None:
+    """By Aim's own query language. Would catch tags, recipe or environment that cannot be searched."""
+    from aim import Repo
+
+    report = json.loads((aim_run.path / "report.json").read_text())
+    assert {"vit", "cross_attention", "retrieval"} <= set(kept.tags)
+    assert kept["recipe"]["train"]["steps"] == 12
+    assert kept["environment"]["versions"] == report["versions"]
+    assert kept["environment"].get("git") == report.get("git")
+    repo = Repo(str(aim_run.path.parent))
+    for query, runs in [
+        ("'cross_attention' in run.tags and run.recipe.fusion.name == 'cross_attention'", 1),
+        ("'clip' in run.tags", 0),
+        ("run.recipe.teacher.momentum < 0.5", 0),
+        (f"run.environment.versions.python == '{report['versions']['python']}'", 1),
+    ]:
+        assert len(list(repo.query_runs(query, report_mode=0).iter_runs())) == runs, query
+    repo.close()
+
+
+def test_pictures_and_distributions(aim_run: RunFolder, kept: Any) -> None:
+    """Would catch pictures that do not open, captions that are lost, and histograms of something else."""
+    pictures = [
+        (sequence.name, sequence.context.to_dict(), int(step), record.value)
+        for sequence in kept.images()
+        for step, record in zip(*_records(sequence), strict=True)
+    ]
+    views = [(context, step, image) for name, context, step, image in pictures if name == "views"]
+    assert sorted({step for _, step, _ in views}) == [1, 6, 12]
+    assert {context["sample"] for context, _, _ in views} == {"train-0-0", "train-1-0"}
+    for context, _, image in views:
+        assert image.caption.splitlines()[0] == context["sample"]
+        assert image.caption.count("text, global: ") == 2
+        assert image.to_pil_image().size[0] == 640
+    assert {(name, context["subset"]) for name, context, _, _ in pictures if name.startswith("retrieval")} == {
+        (f"retrieval/{way}", split) for way in ("image_to_text", "text_to_image") for split in ("validation", "test")
+    }
+    (report,) = [image for name, _, _, image in pictures if name == "report"]
+    with Image.open(aim_run.path / "report.png") as drawn:
+        assert report.to_pil_image().size == drawn.size
+    totals = {
+        context["pairs"]: sum(record.value.weights)
+        for sequence in kept.distributions()
+        if (context := sequence.context.to_dict())["subset"] == "test" and context["model"] == "student"
+        for record in _records(sequence)[1]
+    }
+    assert totals == {"positive": 4, "negative": 12}
+
+
+def _records(sequence: Any) -> tuple[list[int], list[Any]]:
+    steps, values = sequence.data.items_list()
+    records = [type("Record", (), {"value": value[0]}) for value in values]
+    return list(steps), [_one(record) for record in records]
+
+
+def _one(record: Any) -> Any:
+    if isinstance(record.value, (list, tuple)):
+        record.value = record.value[0]
+    return record

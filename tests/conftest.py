@@ -108,6 +108,12 @@ def write_shards() -> Callable[..., list[Path]]:
     return write
 
 
+@pytest.fixture(scope="session")
+def recipe_text() -> str:
+    """`tiny_recipe`'s text, with {folder} for that of the shards."""
+    return RECIPE
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, write_shards: Callable[..., list[Path]]) -> Path:
     """`tmp_path/tiny.yaml`: COSMOS on 16 px, 4 steps of 4 samples on the CPU, without a tracker.

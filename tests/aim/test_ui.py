@@ -15,13 +15,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distill_aim.commands import where
 from distill_core.cli import main
 from distill_core.tracking import RunFolder
-from tests.aim.browser import CHROMIUM, Browser
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -94,23 +94,18 @@ def page(aim_run: RunFolder) -> Iterator[str]:
         process.stdout.close()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed")
-def test_a_browser_sees_the_curves(page: str, tmp_path: Path) -> None:
+def test_a_browser_sees_the_curves(browser: Any, page: str) -> None:
     """Would catch an empty repository, a page of another run, and series that Aim cannot draw.
 
-    `DISTILL_SCREENSHOT=FILE` keeps a picture of the page, as the one in docs/tracking.md.
+    `DISTILL_SCREENSHOT=FILE` keeps a picture of the page.
     """
-    browser = Browser(tmp_path / "profile")
-    try:
-        browser.open(f"{page}/metrics")
-        browser.wait("document.body && document.body.innerText.includes('loss/contrastive')")
-        # each curve is an SVG path with a line of at least 12 points
-        curves = "[...document.querySelectorAll('path')].filter(p => /^M.*([LC].*){5}/.test(p.getAttribute('d') || ''))"
-        browser.wait(f"{curves}.some(p => p.getBoundingClientRect().width > 100)")
-        text = browser.evaluate("document.body.innerText")
-        assert "tiny" in text
-        assert {"loss", "lr", "grad_norm"} <= set(re.findall(r"[\w/]+", text))
-        if keep := os.environ.get("DISTILL_SCREENSHOT"):
-            browser.screenshot(Path(keep))
-    finally:
-        browser.close()
+    browser.open(f"{page}/metrics")
+    browser.wait("document.body && document.body.innerText.includes('loss/contrastive')")
+    # a curve is an SVG path that goes through several points
+    curves = "[...document.querySelectorAll('path')].filter(p => /^M.*([LC].*){5}/.test(p.getAttribute('d') || ''))"
+    browser.wait(f"{curves}.some(p => p.getBoundingClientRect().width > 100)")
+    text = browser.evaluate("document.body.innerText")
+    assert "tiny" in text
+    assert {"loss", "lr", "grad_norm"} <= set(re.findall(r"[\w/]+", text))
+    if keep := os.environ.get("DISTILL_SCREENSHOT"):
+        browser.screenshot(Path(keep))

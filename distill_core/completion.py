@@ -41,9 +41,10 @@ def run_folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 
 def checkpoints(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """`last`, `best` and the steps that the run has kept."""
-    files = Path(ctx.params.get("folder") or ".", "checkpoints").glob("*.pt")
-    names = {path.stem if path.stem == "best" else str(int(path.stem.rpartition("-")[2])) for path in files}
-    return [name for name in ("last", *sorted(names)) if name.startswith(incomplete)]
+    folder = Path(_given(ctx) or ".", "checkpoints")
+    steps = sorted(int(number) for path in folder.glob("step-*.pt") if (number := path.stem[5:]).isdigit())
+    best = ["best"] if (folder / "best.pt").is_file() else []
+    return [name for name in ("last", *best, *map(str, steps)) if name.startswith(incomplete)]
 
 
 def components(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -57,15 +58,23 @@ def set_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
         return []
     known = _remembered()
     found = set(known["sections"])
-    given = ctx.params.get("recipe") or ctx.params.get("recipes") or ctx.params.get("folder")
-    file = Path(given[0] if isinstance(given, tuple) else given) if given else None
-    if file is not None:
+    if (given := _given(ctx)) is not None:
         from distill_core.document import read_document
 
+        file = Path(given)
         file = file / "recipe.yaml" if file.is_dir() else file
         with suppress(OSError, UnicodeDecodeError, UserError):  # a recipe that is being written has nothing to offer
             found |= set(_paths(read_document(file.read_text(encoding="utf-8"), str(file)).data, known["options"]))
     return sorted(path for path in found if path.startswith(incomplete))
+
+
+def _given(ctx: click.Context) -> str | None:
+    """The recipe or run folder of the command line so far."""
+    for name in ("recipe", "recipes", "folder"):
+        if value := ctx.params.get(name):
+            return str(value[0] if isinstance(value, tuple) else value)
+    # click assigns no arguments while the value of the last option is missing
+    return ctx.args[0] if ctx.args else None
 
 
 def _paths(node: Any, options: dict[str, list[str]], above: str = "") -> Iterator[str]:

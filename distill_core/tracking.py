@@ -182,7 +182,7 @@ class TrackerThread:
                     "without it (metrics.jsonl has every row)"
                 )
 
-    def finish(self, timeout: float = 30.0) -> None:
+    def finish(self, timeout: float = 60.0) -> None:
         """Flush and close; give up after `timeout` seconds."""
         self.call("finish")
         with suppress(queue.Full):

@@ -29,7 +29,7 @@ from distill_towers.tokenizer import ClipTokenizer
 
 def test_a_showcase_shows_what_training_saw(tiny_recipe: Path, registry: Registry) -> None:
     """Against the batches of the loader: would catch views of another seed, epoch or sample."""
-    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["backbone.text.padding=max_length"])
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["backbone.text.padding=context"])
     shards = sorted(str(path) for path in (tiny_recipe.parent / "shards").glob("train-*.tar"))
     made = Showcase(recipe, shards, 3).media(epoch=0)
     assert [picture.context["sample"] for picture in made] == ["train-0-0", "train-1-0", "train-2-0"]

@@ -60,7 +60,7 @@ def test_commands_files_and_names_are_completed(complete: Complete, tmp_path: Pa
     assert complete("validate", "c.yaml", "recipes/b") == ["recipes/b.yaml"]
     assert complete("resume", "") == ["runs/one", "runs/two"]
     assert complete("eval", "runs/t") == ["runs/two"]
-    assert complete("eval", "runs/one", "--checkpoint", "") == ["last", "10", "5"]
+    assert complete("eval", "runs/one", "--checkpoint", "") == ["last", "5", "10"]
     assert complete("plugins", "cross") == ["cross_attention", "cross_modal_distillation"]
 
 

@@ -144,9 +144,9 @@ class Augmentation(Component, ABC):
 
         The default shows what is one of the two already.
         """
-        from PIL.Image import Image
+        from PIL import Image
 
-        return view.data if isinstance(view.data, str | Image) else None
+        return view.data if isinstance(view.data, str | Image.Image) else None
 
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]

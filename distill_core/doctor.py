@@ -159,14 +159,13 @@ def as_json(found: list[Diagnostic]) -> str:
 def print_all(found: list[Diagnostic]) -> None:
     """Sections with aligned names. A terminal wraps long values below themselves; piped, each is one line."""
     from rich.console import Console
-    from rich.text import Text
 
     console = Console(soft_wrap=True)
     indent = max(len(row.name) for row in found) + 4
     section = None
     for row in found:
         if row.section != section:
-            console.print(Text(row.section, style="bold"))
+            console.print(row.section, style="bold", markup=False, highlight=False)
             section = row.section
         texts = [(f"  {row.name}".ljust(indent), row.value, "")]
         if row.warning:
@@ -174,5 +173,6 @@ def print_all(found: list[Diagnostic]) -> None:
         for head, text, style in texts:
             lines = textwrap.wrap(text, max(20, console.width - indent)) if console.is_terminal else [text]
             for line in lines or [""]:
-                console.print(Text(head).append(line, style=style))
+                console.print(head, end="", markup=False, highlight=False)
+                console.print(line, style=style, markup=False, highlight=False)
                 head = " " * indent

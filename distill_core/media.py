@@ -18,8 +18,7 @@ from distill_core.types import Sample
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont
+    from PIL import Image
 
     from distill_core.components import Augmentation
     from distill_core.recipe import Recipe
@@ -105,7 +104,7 @@ def words(head: str, rows: Mapping[str, Sequence[Shown]]) -> str:
     return "\n".join([head, *lines])
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: int = 96) -> Image:
+def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: int = 96) -> Image.Image:
     """Rows of (label, pictures or texts), one below another, on white; a `width` of pixels, whatever height it takes.
 
     Pictures keep their sizes relative to one another; the largest is `side` pixels or a little less.
@@ -145,7 +144,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: i
     return page
 
 
-def _font(size: int) -> FreeTypeFont:
+def _font(size: int) -> Any:
     """DejaVu, which matplotlib brings and which has most scripts' letters."""
     import matplotlib
     from PIL import ImageFont

@@ -138,8 +138,8 @@ MODALITIES = {
     "vision",
     "visual",
 }
-TORCH_S = {"clip_grad", "clip_grads_with_norm_"}
-"""Gradient clipping, by torch's own names."""
+THEIRS = {"clip_grad", "clip_grads_with_norm_", "ImageDraw", "ImageFont"}
+"""Gradient clipping by torch's own names, and Pillow's, with which sheets for trackers are drawn."""
 
 
 def parts(identifier: str) -> set[str]:
@@ -164,7 +164,7 @@ def words_of_methods(source: str) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         for field in ("id", "attr", "name", "arg", "asname", "module"):
             identifier = getattr(node, field, None)
-            if not isinstance(identifier, str) or identifier in TORCH_S:
+            if not isinstance(identifier, str) or identifier in THEIRS:
                 continue
             words = parts(identifier)
             compound = len(words) > 1 and not identifier.endswith(("read_text", "write_text"))

@@ -27,7 +27,10 @@ def kept(aim_run: RunFolder) -> Iterator[Any]:
 def test_curves_are_the_rows(aim_run: RunFolder, kept: Any) -> None:
     """Would catch series that are cut off, shifted by a step, or mixed up between splits."""
     rows = [row for row in aim_run.rows() if "terms" in row]
-    found = {(m.name, m.context.to_dict()["subset"]): m.values.sparse_numpy() for m in kept.metrics()}
+    found = {}
+    for metric in kept.metrics():
+        at, (values, *_) = metric.data.items_list()
+        found[metric.name, metric.context.to_dict()["subset"]] = at, values
     steps, losses = found["loss", "train"]
     assert list(steps) == [row["step"] for row in rows] == list(range(1, 13))
     assert np.allclose(losses, [row["loss"] for row in rows])
@@ -64,7 +67,8 @@ def test_pictures_and_distributions(aim_run: RunFolder, kept: Any) -> None:
     """Would catch pictures that do not open, captions that are lost, and histograms of something else."""
     pictures = [
         (sequence.name, sequence.context.to_dict(), step, image)
-        for sequence in kept.images()
+        for name, context, _ in kept.iter_sequence_info_by_type(("aim.image",))
+        for sequence in [kept.get_image_sequence(name, context)]
         for step, image in _values(sequence)
     ]
     views = [(context, step, image) for name, context, step, image in pictures if name == "views"]
@@ -82,7 +86,8 @@ def test_pictures_and_distributions(aim_run: RunFolder, kept: Any) -> None:
         assert report.to_pil_image().size == drawn.size
     totals = {
         context["pairs"]: sum(distribution.weights)
-        for sequence in kept.distributions()
+        for name, where, _ in kept.iter_sequence_info_by_type(("aim.distribution",))
+        for sequence in [kept.get_distribution_sequence(name, where)]
         if (context := sequence.context.to_dict())["subset"] == "test" and context["model"] == "student"
         for _, distribution in _values(sequence)
     }

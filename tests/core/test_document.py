@@ -138,7 +138,7 @@ def test_a_name_of_two_items_or_of_none_is_refused(path: str) -> None:
     """Would catch an override that silently takes the first of two, or the last for -1."""
     item = path if path == "9" else repr(path)
     assert set_refused(read(LOSSES), f"loss.{path}.weight=1") == [
-        f"--set loss.{path}.weight: loss.{path}.weight: the list has no item {item}; it has 4, counted from 0"
+        f"--set loss.{path}.weight: the list has no item {item}; it has 4, counted from 0"
     ]
 
 

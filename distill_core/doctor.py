@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distill_core.errors import PluginError
 
@@ -129,11 +129,12 @@ def _plugins_and_theirs() -> Iterator[Diagnostic]:
 def _theirs(plugins: Plugins) -> Iterator[Diagnostic]:
     for implementation in plugins.manager.hook.distill_diagnostics.get_hookimpls():
         try:
-            yield from implementation.function()
+            said: Any = implementation.function()
+            yield from said
         except Exception as error:  # the others are to be heard nevertheless
             name = implementation.plugin_name
-            said = f"{type(error).__name__}: {error}. Repair or uninstall {plugins.packages[name]}."
-            yield Diagnostic("plugins", name, "its diagnostics fail", said)
+            why = f"{type(error).__name__}: {error}. Repair or uninstall {plugins.packages[name]}."
+            yield Diagnostic("plugins", name, "its diagnostics fail", why)
 
 
 def _disk(runs: Path) -> Iterator[Diagnostic]:

@@ -46,7 +46,7 @@ def nearest(
     count = min(count, len(queries))
     if not count or not len(targets):
         return
-    chosen = torch.linspace(0, len(queries) - 1, count).long().unique()
+    chosen = torch.linspace(0, len(queries) - 1, count).long()  # all different: count <= len(queries)
     cosine, best = (queries[chosen] @ targets.T).topk(min(NEAREST, len(targets)))
     wanted = {*of_query[chosen].tolist(), *of_target[best].flatten().tolist()}
     raw = samples.samples(sorted(wanted))

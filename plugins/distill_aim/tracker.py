@@ -72,7 +72,8 @@ class AimTracker(Tracker):
         """In Aim's distributions, in 64 bins."""
         from aim.sdk.objects.distribution import Distribution
 
-        self.run.track(Distribution(values), name=name, step=step, context=dict(context))
+        histogram = Distribution(values)  # type: ignore[no-untyped-call]
+        self.run.track(histogram, name=name, step=step, context=dict(context))
 
     def finish(self) -> None:
         """Flushes and closes."""

@@ -12,6 +12,7 @@ import click
 
 from distill_core import __version__, completion
 from distill_core.errors import UserError
+from distill_core.study.commands import ablate, compare
 
 if TYPE_CHECKING:
     from distill_core.recipe import Recipe
@@ -276,6 +277,10 @@ def plugins(name: str | None, as_json: bool) -> None:
         click.echo(catalogue.as_json(registry, name))
     else:
         catalogue.print_all(registry) if name is None else catalogue.print_one(registry, name)
+
+
+cli.add_command(ablate)
+cli.add_command(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

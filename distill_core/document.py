@@ -60,12 +60,13 @@ class Document:
             path = path[:-1]
         return self.origins.get(path, f"{self.name}:1")
 
-    def set(self, assignment: str) -> None:
-        """Apply `path=value`. Raises `RecipeErrors`."""
+    def set(self, assignment: str, origin: str | None = None) -> None:
+        """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`."""
         key, equals, text = assignment.partition("=")
-        origin = f"--set {key.strip()}"
         if not equals or not key.strip():
-            raise RecipeErrors([f"--set {assignment}: write it as path=value, for example loss.1.weight=0.5"])
+            where = f"{origin}: {assignment}" if origin else f"--set {assignment}"
+            raise RecipeErrors([f"{where}: write it as path=value, for example loss.1.weight=0.5"])
+        origin = origin or f"--set {key.strip()}"
         try:
             value, _ = _read(text)
         except _NotPlain as error:

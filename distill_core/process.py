@@ -16,10 +16,14 @@ from distill_core.errors import UserError
 
 
 class Interrupt:
-    """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once."""
+    """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once.
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    `doing` is said when one comes.
+    """
+
+    def __init__(self, say: Callable[[str], None], doing: str = "saving behind this step ...") -> None:
         self.say = say
+        self.doing = doing
         self.signal: int | None = None
 
     @contextmanager
@@ -41,7 +45,7 @@ class Interrupt:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        self.say(f"{signal.Signals(number).name}: saving behind this step ...")
+        self.say(f"{signal.Signals(number).name}: {self.doing}")
 
 
 def resolve_device(name: str) -> torch.device:

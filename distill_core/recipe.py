@@ -115,6 +115,8 @@ class Frame(ComponentConfig):
     """The run folder's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, shuffling and views."""
+    tags: dict[str, str | int | float] = {}  # noqa: RUF012
+    """What the run belongs to, as {study: NAME, variant: NAME}: the context of all that the tracker gets."""
     augment: Annotated[dict[str, NodeDict | str | None], Field(min_length=1)]
     """Modality -> a component of kind `augmentation`."""
     backbone: Annotated[dict[str, NodeDict | str | None], Field(min_length=1)]
@@ -169,6 +171,7 @@ class Recipe:
 
     name: str
     seed: int
+    tags: Mapping[str, str | int | float]
     augment: Mapping[str, Node]
     backbone: Mapping[str, Node]
     fusion: Node | None
@@ -215,6 +218,7 @@ class Recipe:
         return {
             "name": self.name,
             "seed": self.seed,
+            "tags": dict(self.tags),
             "augment": {name: one(node) for name, node in self.augment.items()},
             "backbone": {name: one(node) for name, node in self.backbone.items()},
             "fusion": one(self.fusion),

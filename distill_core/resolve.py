@@ -40,17 +40,21 @@ _DEFAULTS: dict[Path, str] = {
     ("tracking",): Frame.model_fields["tracking"].default["name"],
 }
 
+Override = str | tuple[str, str]
+"""`path=value`, or that and where it was written."""
+
 
 def load_recipe(
     file: str | FilePath,
     *,
     registry: Registry,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
     allow_unset: bool = False,
 ) -> Recipe:
     """Read and check a recipe. Raises `RecipeErrors` with all that is wrong.
 
-    `overrides` are `path=value` strings. `allow_unset` turns unset `${NAME}` into warnings.
+    `overrides` are `path=value` strings, each with the place it was written at where that is not the command line.
+    `allow_unset` turns unset `${NAME}` into warnings.
     """
     path = FilePath(file)
     try:
@@ -75,7 +79,7 @@ def parse_recipe(
     file: str,
     *,
     registry: Registry,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
     allow_unset: bool = False,
     default_name: str = "run",
 ) -> Recipe:
@@ -86,7 +90,7 @@ def parse_recipe(
     failed: list[str] = []
     for override in overrides:
         try:
-            document.set(override)
+            document.set(*((override,) if isinstance(override, str) else override))
         except RecipeErrors as error:
             failed.extend(error.lines)
         resolver.write_out()  # so that the next one finds loss.1.weight where `loss.1` was a bare name
@@ -382,6 +386,7 @@ class _Resolver:
         return Recipe(
             name=frame.name,
             seed=frame.seed,
+            tags=frame.tags,
             augment=named("augment"),
             backbone=named("backbone"),
             fusion=self.nodes.get(("fusion",)),

@@ -318,12 +318,15 @@ class Trainer:
             flat = {"loss": row["loss"], **{f"loss/{k}": v for k, v in terms.items()}}
             flat |= {f"metric/{k}": v for k, v in row["metrics"].items()}
             flat |= {k: row[k] for k in ("lr", "grad_norm", "samples_per_s", "momentum") if k in row}
-            self.tracker.call("log", self.step, flat, {"subset": "train"})
+            self.tracker.call("log", self.step, flat, self._context("train"))
+
+    def _context(self, subset: str) -> dict[str, str]:
+        return {**{name: str(value) for name, value in self.recipe.tags.items()}, "subset": subset}
 
     def _show(self, showcase: Showcase, epoch: int) -> None:
         """Training views of a few samples, made and sent in the tracker's thread."""
         if self.tracker is not None:
-            self.tracker.show(self.step, lambda: showcase.media(epoch), {"subset": "train"})
+            self.tracker.show(self.step, lambda: showcase.media(epoch), self._context("train"))
 
     def _evaluate(self, split: str) -> Evaluated:
         models = models_of(self.recipe, self.objective, self.device)
@@ -341,8 +344,8 @@ class Trainer:
         if evaluated.scores:
             self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
             if self.tracker is not None:
-                self.tracker.call("log", self.step, evaluated.scores, {"subset": split})
-                self.tracker.show(self.step, lambda: evaluated.media, {"subset": split})
+                self.tracker.call("log", self.step, evaluated.scores, self._context(split))
+                self.tracker.show(self.step, lambda: evaluated.media, self._context(split))
                 if evaluated.no_media is not None:
                     self.tracker.no_media(evaluated.no_media)
         return evaluated

@@ -1,0 +1,93 @@
+"""A budget of seconds: time each variant for a few steps, and give it the steps that fit.
+
+So every run knows its number of steps before it starts: its schedules go to their end, and it can be resumed and
+repeated exactly. A clock in the trainer could promise neither. The price is that runs are as long as the budget only
+as far as the machine is as fast as it was while they were timed; the table has the seconds that they took.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distill_core.errors import UserError
+from distill_core.recipe import Recipe
+from distill_core.study.plan import Plan, Run, method, with_steps
+from distill_core.tracking import RunFolder
+
+
+def _memory(folder: Path) -> Path:
+    return folder / "calibration.json"
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    path = _memory(folder)
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
+def _mark(recipe: Recipe) -> str:
+    """What a time belongs to: the recipe, whatever its length."""
+    return hashlib.sha256(json.dumps(method(with_steps(recipe, 1)), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def calibration_runs(plan: Plan, folder: Path) -> list[Run]:
+    """A short run, with the first seed, of each variant that was not timed yet: nothing evaluated, nothing tracked."""
+    assert plan.study.budget is not None
+    known = _read(folder)
+    runs = []
+    for variant in plan.variants:
+        recipe = plan.recipes[variant.name]
+        if known.get(variant.name, {}).get("recipe") == _mark(recipe):
+            continue
+        short = with_steps(recipe, plan.study.budget.calibrate)
+        checkpoint = short.train.checkpoint.model_copy(update={"every": None, "best": None})
+        short = replace(
+            short,
+            name=variant.name,
+            seed=plan.study.seeds[0],
+            train=short.train.model_copy(update={"log_every": 1, "checkpoint": checkpoint}),
+            evaluate=short.evaluate.model_copy(update={"every": None, "tasks": []}),
+            tasks=(),
+            tracking=None,
+        )
+        runs.append(Run(variant.name, variant, plan.study.seeds[0], short))
+    return runs
+
+
+def keep_times(plan: Plan, folder: Path, runs: Sequence[Run]) -> None:
+    """Write down the seconds a step took in the later half of each calibration, and drop the calibration's runs."""
+    known = _read(folder)
+    for run in runs:
+        rows = [row for row in RunFolder(folder / "calibration" / run.name).rows() if "terms" in row]
+        half, end = rows[len(rows) // 2 - 1], rows[-1]
+        steps = end["step"] - half["step"]
+        per_step = (end["seconds"] - half["seconds"]) / steps
+        known[run.name] = {"seconds_per_step": per_step, "steps": steps, "recipe": _mark(plan.recipes[run.name])}
+        shutil.rmtree(folder / "calibration" / run.name)
+    temporary = _memory(folder).with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
+    temporary.replace(_memory(folder))
+
+
+def calibrated_steps(plan: Plan, folder: Path) -> dict[str, int]:
+    """Variant -> the steps that fit in the budget. Raises `UserError` where not even one does."""
+    budget = plan.study.budget
+    assert budget is not None
+    assert budget.seconds is not None
+    known = _read(folder)
+    steps = {}
+    for variant in plan.variants:
+        per_step = known[variant.name]["seconds_per_step"]
+        steps[variant.name] = int(budget.seconds / per_step)
+        if steps[variant.name] < 1:
+            raise UserError(
+                f"{plan.study.where('budget')}: budget.seconds: a step of variant {variant.name!r} takes "
+                f"{per_step:.3g} s; give it more than {budget.seconds:g} s"
+            )
+    return steps

@@ -1,0 +1,70 @@
+"""study.png: a bar with its interval for each variant and score, and the curves of the training loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill_core.study.statistics import interval
+from distill_core.study.table import Group, StudyTable
+from distill_core.tracking import RunFolder
+
+COLUMNS = 3
+
+
+def draw(table: StudyTable, path: Path) -> None:
+    """Writes the picture."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    few = len(table.groups) <= 10
+    places = range(len(table.groups))
+    colours = colormaps["tab10" if few else "turbo"]([i if few else i / (len(table.groups) - 1) for i in places])
+    panels = len(table.scores) + 1
+    columns = min(COLUMNS, panels)
+    rows = math.ceil(panels / columns)
+    height = max(3.6, 0.34 * len(table.groups) + 1.4)
+    figure = Figure(figsize=(5.0 * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+    for axis, score in zip(axes, table.scores, strict=False):
+        for i, group in enumerate(table.groups):
+            cell = table.cells[group.name][score]
+            if cell.summary is None:
+                continue
+            values = list(cell.values.values())
+            axis.barh(i, cell.summary.mean, 0.7, color=colours[i], alpha=0.75)
+            ends = interval(values)
+            if ends is not None:
+                reach = [[cell.summary.mean - ends[0]], [ends[1] - cell.summary.mean]]
+                axis.errorbar(cell.summary.mean, i, xerr=reach, color="0.15", capsize=3, linewidth=1.2)
+            axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)
+        axis.set_yticks(range(len(table.groups)), [group.label for group in table.groups], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(title=score, xlabel="score; interval over seeds; a dot a seed")
+    curves = axes[len(table.scores)]
+    for i, group in enumerate(table.groups):
+        steps, low, mean, high = _loss(group)
+        curves.plot(steps, mean, color=colours[i], label=group.label, linewidth=1.4)
+        if len(group.runs) > 1:
+            curves.fill_between(steps, low, high, color=colours[i], alpha=0.15, linewidth=0)
+    curves.set(xlabel="optimiser step", ylabel="total loss (nats)", title="training loss: each variant's own losses")
+    if any(group.runs for group in table.groups):
+        curves.legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    figure.suptitle(table.title)
+    figure.savefig(path, dpi=120)
+
+
+def _loss(group: Group) -> tuple[list[int], list[float], list[float], list[float]]:
+    """(steps, least, mean, greatest) over the seeds, at the steps that all of them logged."""
+    curves: list[dict[int, float]] = []
+    for run in group.runs:
+        rows: Sequence[dict[str, float]] = RunFolder(Path(run.folder)).rows()
+        curves.append({int(row["step"]): row["loss"] for row in rows if row.get("loss") is not None})
+    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    values = [[curve[step] for curve in curves] for step in steps]
+    return steps, [min(v) for v in values], [sum(v) / len(v) for v in values], [max(v) for v in values]

@@ -1,0 +1,217 @@
+"""Studies of real runs in processes of their own: to the end, stopped and killed in the middle, through submitit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distill_core.checkpoint import Checkpoints
+from distill_core.cli import main
+from distill_core.study.launch import in_use, state
+from distill_core.tracking import RunFolder
+
+GATE = Path(__file__).parents[1] / "end_to_end" / "gate"
+LESS = "{loss.1: null, fusion: null, teacher: null}"
+
+
+def ablate(*arguments: str | Path) -> int:
+    """The exit code of `distill ablate` in this process."""
+    try:
+        main(["ablate", *map(str, arguments)])
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+def test_a_study_with_a_variant_that_fails(
+    tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The init file is looked for when the run is built: a mistake that no check of recipes can find."""
+    study = tmp_path / "small.yaml"
+    study.write_text(
+        "recipe: tiny.yaml\nseeds: [0, 1]\nbudget: {steps: 3}\nscores: [student/retrieval/M]\nvariants:\n"
+        f"  less: {LESS}\n  broken:\n    init: [{{name: weights, source: {tmp_path}/nowhere.safetensors}}]\n"
+        "  loud: {loss.1: null, fusion: null, teacher: null, loss.0.temperature: 0.5}\n",
+        encoding="utf-8",
+    )
+    assert ablate(study, "--runs", tmp_path / "runs", "--jobs", 2) == 3
+    out, err = capfd.readouterr()
+    assert "2 run(s) failed; try them again with:" in err
+    assert "broken-seed0: exit code 2:" in err
+    assert "Traceback" not in err
+    folder = tmp_path / "runs" / "small"
+    table = json.loads((folder / "table.json").read_text())
+    rows = {row["name"]: row for row in table["variants"]}
+    for seed in ("0", "1"):
+        report = json.loads((folder / f"loud-seed{seed}" / "report.json").read_text())
+        assert report["steps"] == 3
+        cell = rows["loud"]["scores"]["student/retrieval/M"]
+        assert cell["values"][seed] == report["scores"]["student/retrieval/M"]
+    assert rows["broken"]["runs"] == []
+    assert "| broken | missing |" in (folder / "table.md").read_text()
+    assert "75%" not in out  # two seeds: 50 %
+    assert "(" in out
+    assert (folder / "study.png").stat().st_size > 10_000
+    recipe = (folder / "loud-seed1" / "recipe.yaml").read_text()
+    assert "tags:\n  study: small\n  variant: loud\n  seed: 1\n" in recipe
+    assert "\nseed: 1\n" in recipe
+    assert "name: loud-seed1\n" in recipe
+
+
+def start(study: Path, runs: Path, gate: Path, step: int) -> subprocess.Popen[str]:
+    """`distill ablate` in a process of its own, whose first run waits in the middle of its step `step` (from 0)."""
+    for name in ("reached", "go"):
+        (gate / name).unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill_core.cli", "ablate", str(study), "--runs", str(runs)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(GATE), "GATE": str(gate), "GATE_STEP": str(step)},
+    )
+    wait_for(lambda: (gate / "reached").exists(), process)
+    return process
+
+
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    end = time.monotonic() + 600
+    while not there():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_stopped_then_killed_in_the_middle_then_finished(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches runs that train on when the study is killed, that start anew, and a step that is taken twice."""
+    study, runs = tmp_path / "gated.yaml", tmp_path / "runs"
+    study.write_text(
+        f"recipe: tiny.yaml\nset: {{loss.1: null, fusion: null, teacher: null, loss.2: gate}}\nbudget: {{steps: 6}}\n"
+        "variants:\n  plain: {}\n  loud: {loss.0.temperature: 0.5}\n",
+        encoding="utf-8",
+    )
+    run = runs / "gated" / "plain-seed0"
+    process = start(study, runs, tmp_path, 1)
+    os.killpg(process.pid, signal.SIGTERM)
+    (tmp_path / "go").touch()
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert f"stopped: 0 of 2 runs are done. Go on with: distill ablate {study} --runs {runs}" in errors
+    assert Checkpoints(run).steps() == [2]
+    assert not (runs / "gated" / "loud-seed0").exists()
+
+    process = start(study, runs, tmp_path, 3)
+    process.kill()
+    process.communicate(timeout=600)
+    (tmp_path / "go").touch()
+    wait_for(lambda: not in_use(run))  # on its own: it was told that its study had died
+    assert Checkpoints(run).steps() == [2, 4]
+    assert state(run) == "half"
+
+    monkeypatch.setenv("PYTHONPATH", str(GATE))
+    monkeypatch.syspath_prepend(str(GATE))
+    assert ablate(study, "--runs", runs) == 0
+    out = capfd.readouterr().out
+    assert "plain" in out
+    assert "loud" in out
+    assert [row["step"] for row in RunFolder(run).rows() if "terms" in row] == [1, 2, 3, 4, 5, 6]
+    log = (runs / "gated" / "logs" / "plain-seed0.log").read_text()
+    assert "resumed at step 2 of 6" in log
+    assert "resumed at step 4 of 6" in log
+
+
+def test_through_submitit(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its `local` cluster is processes of this machine, with SLURM's life of a job."""
+    pytest.importorskip("submitit")
+    study = tmp_path / "jobs.yaml"
+    study.write_text(
+        f"recipe: tiny.yaml\nbudget: {{steps: 2}}\nvariants:\n  less: {LESS}\n"
+        "  broken: {loss.1: null, fusion: null, teacher: null, "
+        f"init: [{{name: weights, source: {tmp_path}/nowhere.safetensors}}]}}\n",
+        encoding="utf-8",
+    )
+    code = ablate(study, "--runs", tmp_path / "runs", "--slurm", "cluster=local", "--slurm", "timeout_min=10")
+    out, err = capfd.readouterr()
+    assert code == 3, err
+    folder = tmp_path / "runs" / "jobs"
+    assert state(folder / "less-seed0") == "done"
+    assert "broken-seed0: exit code 2:" in err
+    assert list((folder / "slurm").glob("*_log.out"))
+    assert "less" in out
+
+
+def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's signal before the time is up: the run saves, and the requeued job goes on from there."""
+    pytest.importorskip("submitit")
+    from distill_core.registry import Registry
+    from distill_core.resolve import load_recipe
+    from distill_core.study.launch import Slurm
+
+    for key, value in {"PYTHONPATH": str(GATE), "GATE": str(tmp_path), "GATE_STEP": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.syspath_prepend(str(GATE))
+    changes = ["loss.1=null", "fusion=null", "teacher=null", "loss.2=gate", "name=one"]
+    recipe = load_recipe(tiny_recipe, registry=Registry.discover(), overrides=changes)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "one.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    job = Slurm(tmp_path / "slurm", {"cluster": "local", "timeout_min": 10}).start(tmp_path, "one")
+    wait_for(lambda: (tmp_path / "reached").exists())
+    job.job._interrupt()  # submitit's own way to try it
+    (tmp_path / "go").touch()
+    wait_for(lambda: job.poll() is not None)
+    assert job.poll() == 0
+    assert state(tmp_path / "one") == "done"
+    assert "resumed at step 2 of 4" in (tmp_path / "logs" / "one.log").read_text()
+
+
+def test_checking_trains_nothing(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = [tiny_recipe, "--swap", "fusion.heads=1,2", "--swap", "loss.1.weight=0,1", "--runs", tmp_path / "runs"]
+    assert ablate(*arguments, "--check", "--seeds", "0,1", "--budget", "samples=40") == 0
+    out = capfd.readouterr().out
+    assert "4 variants, 2 seeds" in out
+    assert "fusion.heads=1, loss.1.weight=0 (base)" in " ".join(out.split())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: no such study"),
+        (["tiny.yaml"], "tiny.yaml: is a recipe; say what to try with --swap PATH=A,B, or write a study file"),
+        (["s.yaml", "--swap", "a=1"], "s.yaml: is a study; --swap is for recipes. Write the swap in its `swaps`."),
+        (["s.yaml", "--seeds", "0,x"], "--seeds: seeds.1: Input should be a valid integer, got 'x'"),
+        (["s.yaml", "--budget", "step=3"], "--budget: budget: unknown option 'step', did you mean 'steps'?"),
+        (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
+        (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': fusion.heads: Input should be a"),
+        (["s.yaml", "--slurm", "fast"], "--slurm fast: write it as key=value"),
+        (["s.yaml", "--slurm", "a=1"], "--slurm: no sbatch on this machine"),
+        (["s.yaml", "--slurm", "cluster=local", "--slurm", "speed=1"], "--slurm: "),
+    ],
+)
+def test_mistakes_are_one_line(
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    error: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    Path("s.yaml").write_text("recipe: tiny.yaml\nvariants: {a: {}}\n")
+    assert ablate(*arguments) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(error), err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*/a-seed0"))

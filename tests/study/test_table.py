@@ -1,0 +1,106 @@
+"""Tables of hand-made runs: the words of each cell, and the same numbers as JSON."""
+
+import json
+from pathlib import Path
+
+from distill_core.study.picture import draw
+from distill_core.study.table import Group, RunResult, StudyTable, as_json, as_latex, as_markdown, default_scores
+
+M, TOP = "student/retrieval/M", "student/zero_shot/top1"
+
+
+def group(name: str, scores: dict[int, float], label: str | None = None, wanted: int = 3) -> Group:
+    runs = tuple(
+        RunResult(f"{name}-seed{seed}", seed, {M: score, TOP: score / 2}, 40, 160, 2.0 + seed, 7, "test")
+        for seed, score in scores.items()
+    )
+    return Group(name, label or name, runs, wanted)
+
+
+def table() -> StudyTable:
+    groups = [
+        group("clip", {0: 10.0, 1: 12.0, 2: 14.0}),
+        group("cosmos", {0: 11.0, 1: 15.0, 2: 16.0}, "a_b, 50% & x|y"),
+        group("cut", {1: 11.0}),
+        group("none", {}),
+    ]
+    return StudyTable.of("t", groups, "clip", [M])
+
+
+def test_cells() -> None:
+    heads, rows = table().rows()
+    assert heads == ["variant", M, "difference", "seeds", "steps", "samples", "s"]
+    assert rows == [
+        ["clip", "12.00 ± 2.00", "base", "3/3", "40", "160", "3"],
+        # +1, +3, +2: the interval of three is their range; std of 11, 15, 16 is sqrt(7)
+        ["a_b, 50% & x|y", "14.00 ± 2.65", "+2.00 [1.00, 3.00]", "3/3", "40", "160", "3"],
+        ["cut", "11.00 (n=1)", "-1.00", "1/3", "40", "160", "3"],
+        ["none", "missing", "", "0/3", "", "", ""],
+    ]
+
+
+def test_the_notes_say_how_little_few_seeds_are() -> None:
+    """1 - 2 / 2^3 = 75 %: the chance that the range of three draws holds their median."""
+    groups = [group("a", {0: 1.0, 1: 2.0, 2: 3.0}), group("b", {0: 2.0, 1: 2.0, 2: 9.0})]
+    notes = " ".join(StudyTable.of("t", groups, "a", [M]).notes())
+    assert "the range of 3 would cover it in 75% of studies" in notes
+    one = StudyTable.of("t", [group("a", {0: 1.0}), group("b", {0: 2.0})], "a", [M]).notes()
+    assert one[-1].startswith("One seed: no spread and no interval")
+
+
+def test_markdown() -> None:
+    lines = as_markdown(table()).splitlines()
+    assert lines[0] == "# t"
+    assert lines[2] == f"| variant | {M} | difference | seeds | steps | samples | s |"
+    assert lines[3] == "|---|---:|---:|---:|---:|---:|---:|"
+    assert lines[5] == r"| a_b, 50% & x\|y | 14.00 ± 2.65 | +2.00 [1.00, 3.00] | 3/3 | 40 | 160 | 3 |"
+
+
+def test_latex_is_escaped_and_every_row_has_every_column() -> None:
+    text = as_latex(table())
+    assert r"a\_b, 50\% \& x|y & 14.00 $\pm$ 2.65 & $+$2.00 [1.00, 3.00]" in text
+    assert r"& $-$1.00 &" in text
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 5
+    assert {line.replace(r"\&", "").count("&") for line in rows} == {6}
+    assert r"\begin{tabular}{lrrrrrr}" in text
+
+
+def test_json_has_the_numbers_behind_the_words() -> None:
+    found = json.loads(json.dumps(as_json(table())))
+    cosmos = found["variants"][1]["scores"][M]
+    assert cosmos["values"] == {"0": 11.0, "1": 15.0, "2": 16.0}
+    assert cosmos["difference"] == {"seeds": [0, 1, 2], "mean": 2.0, "low": 1.0, "high": 3.0, "above": 3}
+    assert found["variants"][0]["scores"][M]["difference"] is None
+    assert found["variants"][1]["runs"][2]["scores"][TOP] == 8.0
+
+
+def test_default_scores_are_the_students_means() -> None:
+    scores = {
+        "student/r/M": 1.0,
+        "student/r/R@1": 1.0,
+        "student/r/set/M": 1.0,
+        "teacher/r/M": 1.0,
+        "student/z/top1": 1.0,
+    }
+    run = RunResult("f", 0, scores, 1, 1, 1.0, 1, "test")
+    assert default_scores([run]) == ["student/r/M", "student/z/top1"]
+    other = RunResult("f", 0, {"student/t/iou": 1.0}, 1, 1, 1.0, 1, "test")
+    assert default_scores([other]) == ["student/t/iou"]
+    assert default_scores([]) == []
+
+
+def test_the_picture_has_a_panel_for_each_score_and_takes_missing_runs(tmp_path: Path) -> None:
+    run = tmp_path / "a-seed0"
+    run.mkdir()
+    rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = RunResult(str(run), 0, {M: 1.0}, 3, 3, 1.0, 1, "test")
+    groups = [Group("a", "a", (result,), 1), Group("b", "b", (), 1)]
+    draw(StudyTable.of("t", groups, "a", [M]), tmp_path / "small.png")
+    draw(StudyTable.of("t", groups, "a", [M, TOP, "x/y/z"]), tmp_path / "large.png")
+    from PIL import Image
+
+    small, large = Image.open(tmp_path / "small.png"), Image.open(tmp_path / "large.png")
+    assert large.width > small.width  # four panels in two rows of three
+    assert large.height > small.height

@@ -100,7 +100,7 @@ def read_study_document(file: str | FilePath) -> Document:
         return read_document(path.read_text(encoding="utf-8"), str(file))
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise RecipeErrors([f"{file}: no such study{did_you_mean(path.name, near)}"]) from None
+        raise RecipeErrors([f"{file}: no such file{did_you_mean(path.name, near)}"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeErrors([f"{file}: cannot be read: {error}"]) from error
 
@@ -178,7 +178,7 @@ class _Reader:
                 if item["type"] == "extra_forbidden":
                     model = Budget if path[0] == "budget" else StudyFile
                     known = [field.alias or name for name, field in model.model_fields.items()]
-                    self.error(path[:-1], f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}")
+                    self.error(path, f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}")
                 elif item["type"] == "missing":
                     self.error(path, "is required and not given")
                 else:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -173,7 +174,7 @@ class SlurmRun:
         """The run's exit code; run by submitit on the machine that SLURM gives."""
         self.job = Local().start(self.study, self.name)
         try:
-            return self.job.process.wait()
+            return self._wait()
         except KeyboardInterrupt:
             return self._save()
 
@@ -188,7 +189,14 @@ class SlurmRun:
         assert self.job is not None
         if self.job.poll() is None:
             self.job.stop(signal.SIGTERM)
-        return self.job.process.wait()
+        return self._wait()
+
+    def _wait(self) -> int:
+        assert self.job is not None
+        # not Popen.wait: it holds a lock that `checkpoint`, called in a signal's handler, would wait for
+        while (code := self.job.poll()) is None:
+            time.sleep(0.1)
+        return code
 
 
 class SlurmJob:

@@ -19,7 +19,17 @@ MAY_IMPORT = {
     "distill_kernels": {"distill_kernels"},
     "distill_towers": SHARED,
 }
-INSIDE_FUNCTIONS = {"torchvision", "timm", "webdataset", "torchdata", "aim", "matplotlib", "transformers", "ftfy"}
+INSIDE_FUNCTIONS = {
+    "torchvision",
+    "timm",
+    "webdataset",
+    "torchdata",
+    "aim",
+    "matplotlib",
+    "transformers",
+    "ftfy",
+    "submitit",
+}
 """Too slow to import for a component module: every command would pay for it."""
 
 

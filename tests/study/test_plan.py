@@ -92,6 +92,14 @@ def test_scores_that_no_task_gives(tiny_recipe: Path, tmp_path: Path, registry: 
     ]
 
 
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml")))
+def test_the_studies_that_come_with_distill_are_good(file: Path, registry: Registry) -> None:
+    study = make_study(read_document(file.read_text(encoding="utf-8"), str(file)), file.parent, file.stem)
+    made = check_study(study, registry)
+    assert made.warnings == []
+    assert len(made.runs()) == len(study.variants) * len(study.seeds)
+
+
 def test_lengths_that_differ_without_a_budget_are_said(tiny_recipe: Path, tmp_path: Path, registry: Registry) -> None:
     made = plan("variants: {a: {}, b: {train.steps: 9}}\n", tmp_path, registry)
     assert len(made.warnings) == 1

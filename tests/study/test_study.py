@@ -24,12 +24,13 @@ LESS = "{loss.1: null, fusion: null, teacher: null}"
 
 def ablate(*arguments: str | Path) -> int:
     """The exit code of `distill ablate` in this process."""
+    code: object = 0
     try:
         main(["ablate", *map(str, arguments)])
     except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+        code = end.code
+    assert isinstance(code, int)
+    return code
 
 
 def test_a_study_with_a_variant_that_fails(
@@ -58,8 +59,7 @@ def test_a_study_with_a_variant_that_fails(
         assert cell["values"][seed] == report["scores"]["student/retrieval/M"]
     assert rows["broken"]["runs"] == []
     assert "| broken | missing |" in (folder / "table.md").read_text()
-    assert "75%" not in out  # two seeds: 50 %
-    assert "(" in out
+    assert "the range of 2 would cover it in 50% of studies" in out
     assert (folder / "study.png").stat().st_size > 10_000
     recipe = (folder / "loud-seed1" / "recipe.yaml").read_text()
     assert "tags:\n  study: small\n  variant: loud\n  seed: 1\n" in recipe
@@ -91,19 +91,21 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str] | None = 
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only there a run hears of its study's death")
 def test_stopped_then_killed_in_the_middle_then_finished(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Catches runs that train on when the study is killed, that start anew, and a step that is taken twice."""
     study, runs = tmp_path / "gated.yaml", tmp_path / "runs"
     study.write_text(
-        f"recipe: tiny.yaml\nset: {{loss.1: null, fusion: null, teacher: null, loss.2: gate}}\nbudget: {{steps: 6}}\n"
+        "recipe: tiny.yaml\nset: {loss.1: null, fusion: null, teacher: null, loss.2: gate}\nbudget: {steps: 6}\n"
         "variants:\n  plain: {}\n  loud: {loss.0.temperature: 0.5}\n",
         encoding="utf-8",
     )
-    run = runs / "gated" / "plain-seed0"
+    run, log = runs / "gated" / "plain-seed0", runs / "gated" / "logs" / "plain-seed0.log"
     process = start(study, runs, tmp_path, 1)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the run has a group of its own: it hears of it from the study
+    wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 1)
     (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -114,8 +116,9 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     process = start(study, runs, tmp_path, 3)
     process.kill()
     process.communicate(timeout=600)
+    wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 2)  # its study had died
     (tmp_path / "go").touch()
-    wait_for(lambda: not in_use(run))  # on its own: it was told that its study had died
+    wait_for(lambda: not in_use(run))
     assert Checkpoints(run).steps() == [2, 4]
     assert state(run) == "half"
 
@@ -126,9 +129,8 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     assert "plain" in out
     assert "loud" in out
     assert [row["step"] for row in RunFolder(run).rows() if "terms" in row] == [1, 2, 3, 4, 5, 6]
-    log = (runs / "gated" / "logs" / "plain-seed0.log").read_text()
-    assert "resumed at step 2 of 6" in log
-    assert "resumed at step 4 of 6" in log
+    assert "resumed at step 2 of 6" in log.read_text()
+    assert "resumed at step 4 of 6" in log.read_text()
 
 
 def test_through_submitit(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -151,9 +153,10 @@ def test_through_submitit(tiny_recipe: Path, tmp_path: Path, capfd: pytest.Captu
     assert "less" in out
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the job's process in /proc")
 def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's signal before the time is up: the run saves, and the requeued job goes on from there."""
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
     from distill_core.registry import Registry
     from distill_core.resolve import load_recipe
     from distill_core.study.launch import Slurm
@@ -167,7 +170,11 @@ def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pyt
     (tmp_path / "recipes" / "one.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     job = Slurm(tmp_path / "slurm", {"cluster": "local", "timeout_min": 10}).start(tmp_path, "one")
     wait_for(lambda: (tmp_path / "reached").exists())
-    job.job._interrupt()  # submitit's own way to try it
+    controller = job.job._process.pid
+    task = int(Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0])
+    os.kill(task, submitit.JobEnvironment._usr_sig())
+    log = tmp_path / "logs" / "one.log"
+    wait_for(lambda: "SIGTERM: saving behind this step" in log.read_text())
     (tmp_path / "go").touch()
     wait_for(lambda: job.poll() is not None)
     assert job.poll() == 0
@@ -187,11 +194,11 @@ def test_checking_trains_nothing(tiny_recipe: Path, tmp_path: Path, capfd: pytes
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["nowhere.yaml"], "nowhere.yaml: no such study"),
+        (["nowhere.yaml"], "nowhere.yaml: no such file"),
         (["tiny.yaml"], "tiny.yaml: is a recipe; say what to try with --swap PATH=A,B, or write a study file"),
         (["s.yaml", "--swap", "a=1"], "s.yaml: is a study; --swap is for recipes. Write the swap in its `swaps`."),
         (["s.yaml", "--seeds", "0,x"], "--seeds: seeds.1: Input should be a valid integer, got 'x'"),
-        (["s.yaml", "--budget", "step=3"], "--budget: budget: unknown option 'step', did you mean 'steps'?"),
+        (["s.yaml", "--budget", "step=3"], "--budget: budget.step: unknown option 'step', did you mean 'steps'?"),
         (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
         (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': fusion.heads: Input should be a"),
         (["s.yaml", "--slurm", "fast"], "--slurm fast: write it as key=value"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from distill_core.study.plan import Run
@@ -73,7 +74,9 @@ class StudyDisplay:
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
         for variant in dict.fromkeys(run.variant for run in self.runs):
-            table.add_row(variant.label, *(self.cells.get(f"{variant.name}-seed{seed}", "waiting") for seed in seeds))
+            table.add_row(
+                escape(variant.label), *(self.cells.get(f"{variant.name}-seed{seed}", "waiting") for seed in seeds)
+            )
         self._live.update(table, refresh=True)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from distill_core.report import headline
@@ -156,13 +157,18 @@ def default_scores(results: Sequence[RunResult]) -> list[str]:
 
 
 def as_rich(table: StudyTable) -> RichTable:
-    """For the terminal."""
+    """For the terminal, whose width is dear: a difference stands below its mean."""
     heads, rows = table.rows()
     shown = RichTable(title=table.title, title_justify="left")
-    for i, head in enumerate(heads):
-        shown.add_column(head, justify="left" if i == 0 else "right")
+    scores = range(1, 2 * len(table.scores), 2)
+    shown.add_column(heads[0], overflow="fold")
+    for i in scores:
+        shown.add_column(heads[i].replace("/", "/\n", 1), justify="right", overflow="fold")
+    for head in heads[1 + 2 * len(table.scores) :]:
+        shown.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
+        cells = [escape(f"{row[i]}\n{row[i + 1]}".strip()) for i in scores]
+        shown.add_row(escape(row[0]), *cells, *row[1 + 2 * len(table.scores) :], end_section=row is not rows[-1])
     return shown
 
 

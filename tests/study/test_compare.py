@@ -42,7 +42,7 @@ def finished(base: Path, name: str, recipe: Recipe, scores: dict[str, float] | N
         (["fusion=null", "loss.1=null"], {"fusion": ["cross_attention(heads=2)", "none"],
          "loss.cross_modal_distillation": ["cross_modal_distillation", "-"]}),
         (["augment.text={name: caption, take: one}", "loss.0=clip"], {
-            "augment.text": ["text_crop(global=2, local=1)", "caption(take=one)"],
+            "augment.text": ["text_crop(local=1)", "caption(take=one)"],
             "loss.contrastive": ["contrastive", "-"], "loss.clip": ["-", "clip"]}),
         (["train.lr_factors={backbone.text: 0.1}"], {"train.lr_factors.backbone.text": ["-", "0.1"]}),
         (["evaluate.tasks=[]"], {"evaluate.tasks.retrieval": ["retrieval", "-"]}),

@@ -1,0 +1,97 @@
+"""What a tracker is told of a study and of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from distill_core.components import ComponentConfig, Tracker
+from distill_core.document import read_document
+from distill_core.recipe import Node
+from distill_core.registry import Registry
+from distill_core.study.grammar import make_study
+from distill_core.study.outcome import publish, study_table, write_files
+from distill_core.study.plan import Plan, check_study
+from distill_core.tracking import RunFolder
+from distill_core.train import Trainer
+
+M = "student/retrieval/M"
+
+
+class Recorder(Tracker):
+    """Keeps what it is told."""
+
+    name = "recorder"
+    calls: ClassVar[list[tuple[Any, ...]]] = []
+
+    def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
+        self.calls.append(("start", folder, name, recipe["tags"]))
+
+    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+        self.calls.append(("log", step, dict(values), dict(context)))
+
+    def image(self, step: int, name: str, path: str) -> None:
+        self.calls.append(("image", name, Path(path).is_file()))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+@pytest.fixture
+def recorded() -> list[tuple[Any, ...]]:
+    Recorder.calls.clear()
+    return Recorder.calls
+
+
+NODE = Node("tracking", "recorder", Recorder, ComponentConfig(), "tests")
+
+
+def make(tmp_path: Path, registry: Registry) -> Plan:
+    text = f"recipe: tiny.yaml\nseeds: [0, 1]\nscores: [{M}, teacher/retrieval/M]\nvariants:\n  a: {{}}\n  b: {{fusion.heads: 4}}\n"
+    plan = check_study(make_study(read_document(text, "s.yaml"), tmp_path, "s"), registry)
+    plan.recipes = {name: replace(recipe, tracking=NODE) for name, recipe in plan.recipes.items()}
+    return plan
+
+
+def test_the_study_is_a_run_of_the_tracker(
+    tiny_recipe: Path,
+    tmp_path: Path,
+    registry: Registry,
+    recorded: list[tuple[Any, ...]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    plan = make(tmp_path, registry)
+    folder = tmp_path / "s"
+    for run, value in zip(plan.runs(), (10.0, 13.0, 12.0), strict=False):  # b with seed 1 is missing
+        (folder / run.name).mkdir(parents=True)
+        report = {"scores": {M: value}, "steps": 4, "samples": 16, "seconds": 1.0, "parameters": 1, "split": "test"}
+        (folder / run.name / "report.json").write_text(json.dumps(report))
+    table = study_table(plan, folder, plan.runs())
+    assert "no run has a score 'teacher/retrieval/M', did you mean 'student/retrieval/M'?" in capfd.readouterr().err
+    assert [path.name for path in write_files(table, folder)] == ["table.md", "table.tex", "table.json", "study.png"]
+    assert "| b | 13.00 (n=1) | +3.00 | 1/2 |" in (folder / "table.md").read_text()
+    publish(plan, table, folder)
+    assert recorded == [
+        ("start", str(folder / "summary"), "s", {"study": "s"}),
+        ("log", 0, {M: 11.0, f"{M}/std": pytest.approx(2**0.5)}, {"study": "s", "variant": "a", "subset": "study"}),
+        ("log", 0, {M: 13.0}, {"study": "s", "variant": "b", "subset": "study"}),
+        ("image", "study", True),
+        ("finish",),
+    ]
+
+
+def test_a_run_of_a_study_is_tracked_with_its_tags_as_context(
+    tiny_recipe: Path, tmp_path: Path, registry: Registry, recorded: list[tuple[Any, ...]]
+) -> None:
+    recipe = make(tmp_path, registry).runs()[3].recipe
+    Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe), quiet=True).run()
+    tags = {"study": "s", "variant": "b", "seed": 1}
+    assert recorded[0] == ("start", str(tmp_path / "runs" / "b-seed1"), "b-seed1", tags)
+    contexts = [call[3] for call in recorded if call[0] == "log"]
+    words = {"study": "s", "variant": "b", "seed": "1"}
+    assert contexts == [{**words, "subset": "train"}] * 4 + [{**words, "subset": "test"}]

@@ -52,7 +52,8 @@ NODE = Node("tracking", "recorder", Recorder, ComponentConfig(), "tests")
 
 
 def make(tmp_path: Path, registry: Registry) -> Plan:
-    text = f"recipe: tiny.yaml\nseeds: [0, 1]\nscores: [{M}, teacher/retrieval/M]\nvariants:\n  a: {{}}\n  b: {{fusion.heads: 4}}\n"
+    head = f"recipe: tiny.yaml\nseeds: [0, 1]\nscores: [{M}, teacher/retrieval/M]\n"
+    text = head + "variants:\n  a: {}\n  b: {fusion.heads: 4}\n"
     plan = check_study(make_study(read_document(text, "s.yaml"), tmp_path, "s"), registry)
     plan.recipes = {name: replace(recipe, tracking=NODE) for name, recipe in plan.recipes.items()}
     return plan

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,15 @@ def test_a_study_with_a_variant_that_fails(
     assert "name: loud-seed1\n" in recipe
 
 
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that must not outlive the test."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+
+
 def start(study: Path, runs: Path, gate: Path, step: int) -> subprocess.Popen[str]:
     """`distill ablate` in a process of its own, whose first run waits in the middle of its step `step` (from 0)."""
     for name in ("reached", "go"):
@@ -93,7 +102,11 @@ def wait_for(there: Callable[[], bool], process: subprocess.Popen[str] | None = 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only there a run hears of its study's death")
 def test_stopped_then_killed_in_the_middle_then_finished(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    started: list[subprocess.Popen[str]],
 ) -> None:
     """Catches runs that train on when the study is killed, that start anew, and a step that is taken twice."""
     study, runs = tmp_path / "gated.yaml", tmp_path / "runs"
@@ -104,6 +117,7 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     )
     run, log = runs / "gated" / "plain-seed0", runs / "gated" / "logs" / "plain-seed0.log"
     process = start(study, runs, tmp_path, 1)
+    started.append(process)
     os.killpg(process.pid, signal.SIGTERM)  # the run has a group of its own: it hears of it from the study
     wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 1)
     (tmp_path / "go").touch()
@@ -114,6 +128,7 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     assert not (runs / "gated" / "loud-seed0").exists()
 
     process = start(study, runs, tmp_path, 3)
+    started.append(process)
     process.kill()
     process.communicate(timeout=600)
     wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 2)  # its study had died

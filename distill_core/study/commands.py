@@ -119,7 +119,7 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
             for path in [path for path in document.origins if path[0] == key]:
                 del document.origins[path]
             document.origins[key,] = "--score" if key == "scores" else f"--{key}"
-    folder = Path("." if swaps else target).parent if not swaps else Path()
+    folder = Path() if swaps else Path(target).parent
     study = make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""))
     from dataclasses import replace
 
@@ -131,6 +131,7 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
 def _list(plan: Plan) -> None:
     """What --check prints."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     study = plan.study
@@ -142,8 +143,9 @@ def _list(plan: Plan) -> None:
         seconds = study.budget is not None and study.budget.seconds is not None
         length = "timed" if seconds else str(train.steps) if train.steps is not None else f"{train.epochs} epochs"
         label = variant.label + (" (base)" if variant.name == study.base else "")
-        table.add_row(label, variant.recipe, length, "\n".join(change for change, _ in variant.changes))
-    Console().print(table, markup=False) if False else Console().print(table)
+        changes = "\n".join(change for change, _ in variant.changes)
+        table.add_row(*map(escape, (label, Path(variant.recipe).name, length, changes)))
+    Console().print(table)
 
 
 def _end(plan: Plan, folder: Path, outcome: Outcome) -> None:

@@ -95,9 +95,8 @@ def ablate(
             parameters[key.strip()] = option_values(value, "--slurm")[0]
         launcher = Slurm(folder / "slurm", parameters)
     display = StudyDisplay(f"{study.name}: {many} runs", folder, study.scores, quiet=quiet)
-    runner = StudyRunner(
-        plan, folder, launcher, registry, display, jobs=jobs or (many if slurm else 1), retry=retry
-    )  # fmt: skip
+    at_once = jobs or (many if slurm else 1)
+    runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)
     _end(plan, folder, runner.run())
 
 

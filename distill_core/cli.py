@@ -13,6 +13,7 @@ import click
 from distill_core import __version__, completion
 from distill_core.errors import UserError
 from distill_core.study.commands import ablate, compare
+from distill_core.without import without_option
 
 if TYPE_CHECKING:
     from distill_core.recipe import Recipe
@@ -50,10 +51,11 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="distill")
+@without_option
 def cli() -> None:
     """Multimodal self-distillation from a YAML recipe.
 
-    Exit codes: 0 done; 2 something to mend in what was asked for; 3 training cannot go on; 128 + the signal's number
+    Exit codes: 0 done; 1 checks failed (check-plugin); 2 something to mend in what was asked for; 3 training cannot go on; 128 + the signal's number
     when interrupted (the run is saved).
     """
 
@@ -77,6 +79,7 @@ def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -
 @SET
 @click.option("--runs", default="runs", show_default=True, help="Folder that the run's folder is made in.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@without_option
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
     loaded = _load(recipe, overrides)
@@ -112,6 +115,7 @@ def _forget(folder: Path) -> None:
 @click.argument("folder", shell_complete=completion.run_folders)
 @CHECKPOINT
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@without_option
 def resume(folder: str, checkpoint: str, quiet: bool) -> None:
     """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been."""
     from distill_core.model import run_recipe
@@ -163,6 +167,7 @@ def _end(result: Result) -> None:
 @SET
 @click.option("--full", is_flag=True, help="Every score of every set, not the means over sets alone.")
 @JSON
+@without_option
 def evaluate_run(
     folder: str, checkpoint: str, split: str | None, overrides: tuple[str, ...], full: bool, as_json: bool
 ) -> None:
@@ -207,6 +212,7 @@ def evaluate_run(
 @SET
 @click.option("--quiet", is_flag=True, help="Only what is wrong.")
 @JSON
+@without_option
 def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Check recipes without touching data or weights; prints every error."""
     from distill_core.resolve import load_recipe
@@ -238,6 +244,7 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
 @click.argument("recipe", shell_complete=completion.recipes)
 @SET
 @JSON
+@without_option
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in; the output is a recipe itself."""
     loaded = _load(recipe, overrides, allow_unset=True)
@@ -254,6 +261,7 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @cli.command()
 @click.option("--runs", default="runs", show_default=True, help="Folder of runs, for the room there is.")
 @JSON
+@without_option
 def doctor(runs: str, as_json: bool) -> None:
     """Say what is here, and what is amiss: versions, devices, plugins, kernels, data, disk."""
     from distill_core.doctor import as_json as to_json
@@ -268,6 +276,7 @@ def doctor(runs: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("name", required=False, shell_complete=completion.components)
 @JSON
+@without_option
 def plugins(name: str | None, as_json: bool) -> None:
     """List every component, or show one component's options."""
     from distill_core import catalogue

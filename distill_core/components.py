@@ -92,6 +92,8 @@ class Component:
     kind: ClassVar[str]
     name: ClassVar[str]
     Config: ClassVar[type[ComponentConfig]] = ComponentConfig
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Options, as recipes write them, of small instances that `distill check-plugin` builds; {} is the defaults."""
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
@@ -148,6 +150,11 @@ class Augmentation(Component, ABC):
 
         return view.data if isinstance(view.data, str | Image.Image) else None
 
+    @classmethod
+    def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
+        """A raw sample drawn from `rng` that these options can use, for `distill check-plugin`: bytes by field."""
+        raise NotImplementedError(f"{cls.__name__}.example_sample(config, rng) is not written")
+
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]
 """The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
@@ -186,6 +193,14 @@ class Backbone(nn.Module, Component, ABC):
 
         Whatever it draws (masks, targets) it draws from generators of those seeds, one a sample.
         """
+
+    @classmethod
+    def example_views(cls, config: Any, rng: np.random.Generator) -> list[View]:
+        """One sample's views drawn from `rng`, as an augmentation hands them over, for `distill check-plugin`.
+
+        Roles and shapes are the same for every sample; a local view beside global ones checks more.
+        """
+        raise NotImplementedError(f"{cls.__name__}.example_views(config, rng) is not written")
 
     @abstractmethod
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
@@ -264,6 +279,11 @@ class Loss(nn.Module, Component, ABC):
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
         self.config = config
+
+    @classmethod
+    def example_targets(cls, config: Any, modality: str, token_mask: Tensor) -> Tensor | None:
+        """`Group.targets` [V, B, L, ...] of a modality that `needs` calls masked, for `distill check-plugin`."""
+        return None
 
     @abstractmethod
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -33,6 +33,7 @@ class Weights(Initializer):
 
     name = "weights"
     Config = WeightsConfig
+    examples = ({"source": "no-such-file.pt"},)
 
     def apply(self, objective: Any) -> Loaded:
         """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from distill_core.components import Component
 
 ENTRY_POINTS = "distill"
+WITHOUT = "DISTILL_WITHOUT"
+"""The environment variable that `--without` sets: plugins or packages to leave out, with commas between. In the
+environment, since loader workers, ranks and further runs that a command starts must leave out the same."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Plugins:
         self.manager = pluggy.PluginManager("distill")
         self.manager.add_hookspecs(hookspecs)
         self.packages: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
 
     def add(self, name: str, module: Any, package: str) -> None:
         """Register one plugin module. Raises `PluginError` when it asks for another version of the hooks."""
@@ -42,35 +47,48 @@ class Plugins:
         if wanted != API_VERSION:
             raise PluginError(
                 f"plugin {name!r} (package {package}) asks for hooks of version {wanted}; this distill has version "
-                f"{API_VERSION}. Install a release of {package} for it, or uninstall it."
+                f"{API_VERSION}. Install a release of {package} for it, uninstall it, or add --without {name}."
             )
         self.manager.register(module, name=name)
         try:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise PluginError(f"plugin {name!r} (package {package}): {error}") from error
+            raise PluginError(
+                f"plugin {name!r} (package {package}): {error}. Mend it, or add --without {name}."
+            ) from error
         self.packages[name] = package
 
     @classmethod
     def discover(cls) -> Plugins:
-        """All installed plugins. Raises `PluginError`, which names the package, when one fails to import."""
+        """All installed plugins but those that `DISTILL_WITHOUT` names by plugin or package.
+
+        Raises `PluginError`, which names the package, when one fails to import.
+        """
         plugins = cls()
         found: dict[tuple[str, str], importlib.metadata.EntryPoint] = {}
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
             found.setdefault((point.name, point.value), point)
-        for point in sorted(found.values(), key=lambda point: point.name):
-            package = point.dist.name if point.dist is not None else point.value
+        packages = {key: point.dist.name if point.dist is not None else point.value for key, point in found.items()}
+        unwanted = {name.strip() for name in os.environ.get(WITHOUT, "").split(",")} - {""}
+        known = {name for name, _ in found} | set(packages.values())
+        for name in sorted(unwanted - known):
+            raise PluginError(f"--without {name}: no such plugin or package{did_you_mean(name, sorted(known))}")
+        for key, point in sorted(found.items()):
+            package = packages[key]
+            if point.name in unwanted or package in unwanted:
+                plugins.left_out[point.name] = package
+                continue
             try:
                 module = point.load()
             except Exception as error:
                 raise PluginError(
                     f"plugin {point.name!r} (package {package}) fails to import {point.value!r}: "
-                    f"{type(error).__name__}: {error}. Repair or uninstall {package}."
+                    f"{type(error).__name__}: {error}. Repair or uninstall {package}, or add --without {point.name}."
                 ) from error
             if plugins.manager.has_plugin(point.name):
                 raise PluginError(
                     f"two packages register a plugin {point.name!r}: {plugins.packages[point.name]} and {package}. "
-                    "Uninstall one."
+                    "Uninstall one, or add --without PACKAGE."
                 )
             plugins.add(point.name, module, package)
         return plugins
@@ -90,7 +108,7 @@ class Plugins:
             except Exception as error:
                 raise PluginError(
                     f"plugin {plugin!r} (package {package}) fails to import its {what}: "
-                    f"{type(error).__name__}: {error}. Repair or uninstall {package}."
+                    f"{type(error).__name__}: {error}. Repair or uninstall {package}, or add --without {plugin}."
                 ) from error
             for item in items:
                 yield plugin, package, item
@@ -99,8 +117,9 @@ class Plugins:
 class Registry:
     """Components by (kind, name)."""
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    def __init__(self, entries: Iterable[Entry], left_out: Iterable[str] = ()) -> None:
         self.entries: dict[tuple[str, str], Entry] = {}
+        self.left_out = tuple(left_out)
         for entry in entries:
             if problem := _unfit(entry.cls):
                 raise PluginError(f"package {entry.package}: component {entry.cls!r} {problem}")
@@ -108,15 +127,17 @@ class Registry:
             other = self.entries.get((kind, name))
             if other is not None and other.cls is not entry.cls:
                 raise PluginError(
-                    f"two packages claim the {kind} {name!r}: {other.package} and {entry.package}. Uninstall one."
+                    f"two packages claim the {kind} {name!r}: {other.package} and {entry.package}. Uninstall one, or "
+                    "add --without PACKAGE."
                 )
             self.entries[kind, name] = entry
 
     @classmethod
     def discover(cls, plugins: Plugins | None = None) -> Registry:
         """The components of all installed plugins. Raises `PluginError` with the package's name."""
-        found = (plugins or Plugins.discover()).call("distill_components")
-        return cls(Entry(item, plugin, package) for plugin, package, item in found)
+        plugins = plugins or Plugins.discover()
+        found = plugins.call("distill_components")
+        return cls((Entry(item, plugin, package) for plugin, package, item in found), plugins.left_out)
 
     @classmethod
     def of(cls, *modules: ModuleType | Any) -> Registry:
@@ -135,7 +156,8 @@ class Registry:
             elsewhere = sorted(k for k, known in self.entries if known == name)
             if elsewhere:
                 raise KeyError(f"{name!r} is a component of kind {elsewhere[0]}, not {kind}")
-            raise KeyError(f"no {kind} named {name!r}{did_you_mean(name, names)}")
+            without = f"; plugins left out: {', '.join(self.left_out)}" if self.left_out else ""
+            raise KeyError(f"no {kind} named {name!r}{did_you_mean(name, names)}{without}")
         return entry
 
     def named(self, name: str) -> list[Entry]:

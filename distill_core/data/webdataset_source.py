@@ -30,6 +30,10 @@ class WebDatasetSource(DataSource):
 
     name = "webdataset"
     Config = WebDatasetConfig
+    examples = (
+        {"urls": "no-such-folder/train-{00..03}.tar"},
+        {"urls": {"set": ["no-such-folder/*.tar"]}, "test": "t.tar"},
+    )
 
     @classmethod
     def splits(cls, config: WebDatasetConfig) -> tuple[str, ...]:

@@ -135,6 +135,7 @@ class PublicCheckpoint(Initializer):
 
     name = "cosmos_checkpoint"
     Config = PublicCheckpointConfig
+    examples = ({"file": "no-such-file.pt"},)
 
     def apply(self, objective: Objective) -> Loaded:
         """Raises `UserError` for a file that is missing, unsafe or does not fit."""

@@ -58,6 +58,7 @@ class EmojiSource(DataSource):
 
     name = "emoji"
     Config = EmojiConfig
+    examples = ({"limit": 40, "shards": 1, "size": 16},)
 
     def __init__(self, config: EmojiConfig) -> None:
         super().__init__(config)

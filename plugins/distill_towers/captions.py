@@ -58,6 +58,15 @@ class CaptionAugmentation(Augmentation):
 
     config: Any
 
+    @classmethod
+    def example_sample(cls, config: CaptionConfig, rng: np.random.Generator) -> Sample:
+        """Four sentences, in the layout of the options."""
+        words = [" ".join(rng.choice(["a", "red", "old", "bird", "boat", "by", "the", "sea"], 6)) for _ in range(4)]
+        if config.layout in ("auto", "txt"):
+            return {"txt": ". ".join(words).encode()}
+        keys = {"dreamlip": DREAMLIP, "pixelprose": ("original_caption", "caption"), "captions": ("captions",)}
+        return {"json": json.dumps(dict.fromkeys(keys[config.layout], words)).encode()}
+
     def pool(self, sample: Sample) -> list[str]:
         """All sentences of the sample, in order. Raises `BadSample` when there is none."""
         document, layout = _json(sample), self.config.layout

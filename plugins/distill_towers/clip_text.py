@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
-from distill_core.types import Features, Group, View, Views
+from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
 from distill_towers.transformer import Block, Transformer
 
@@ -54,6 +55,10 @@ class ClipText(Backbone):
 
     name = "clip_text"
     Config = ClipTextConfig
+    examples = (
+        {"context": 16, "width": 32, "layers": 2, "heads": 2, "dim": 24},
+        {"context": 16, "width": 32, "layers": 2, "heads": 2, "dim": 24, "padding": "longest"},
+    )
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__(config)
@@ -88,6 +93,13 @@ class ClipText(Backbone):
     def collator(cls, config: ClipTextConfig) -> Collator:
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
+
+    @classmethod
+    def example_views(cls, config: ClipTextConfig, rng: np.random.Generator) -> list[View]:
+        """Two global texts of three to eight words, and a local one of two."""
+        counts = ((GLOBAL, rng.integers(3, 9)), (GLOBAL, rng.integers(3, 9)), (LOCAL, 2))
+        words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
+        return [View(" ".join(rng.choice(words, int(n))), role, i) for i, (role, n) in enumerate(counts)]
 
     def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
         """As the base does, but texts whose tokens nobody needs are encoded in one packed sequence.

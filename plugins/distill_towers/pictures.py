@@ -45,6 +45,13 @@ class PictureAugmentation(Augmentation):
 
     config: Any
 
+    @classmethod
+    def example_sample(cls, config: PictureConfig, rng: np.random.Generator) -> Sample:
+        """A PNG of noise, 40 x 50 px."""
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
+        return {config.fields[0]: file.getvalue()}
+
     def read(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
         """The sample's picture, RGB."""
         names = (field,) if field is not None else self.config.fields

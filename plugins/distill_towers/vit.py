@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, linear
 
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.errors import did_you_mean
-from distill_core.types import Features, Group, View, Views
+from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels
 from distill_towers.transformer import Transformer
 
@@ -63,6 +63,7 @@ class VisionTransformer(Backbone):
 
     name = "vit"
     Config = VisionTransformerConfig
+    examples = ({"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},)
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__(config)
@@ -100,6 +101,15 @@ class VisionTransformer(Backbone):
     def collator(cls, config: VisionTransformerConfig) -> Collator:
         """Stacks pictures [3, S, S] of one size and role; draws masks."""
         return PictureCollator(config.patch, config.masking)
+
+    @classmethod
+    def example_views(cls, config: VisionTransformerConfig, rng: np.random.Generator) -> list[View]:
+        """Two global crops of noise, and a local one of one patch less."""
+        sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size - config.patch))
+        return [
+            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role, i)
+            for i, (role, side) in enumerate(sides)
+        ]
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1 + rows * columns, W] for a grid of patches."""

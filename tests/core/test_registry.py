@@ -115,7 +115,7 @@ def test_a_plugin_for_another_version_of_the_hooks_is_refused_by_name() -> None:
         Plugins().add("mine", plugin(lambda: [Good], distill_api=2), "their-package")
     assert str(caught.value) == (
         "plugin 'mine' (package their-package) asks for hooks of version 2; this distill has version 1. "
-        "Install a release of their-package for it, or uninstall it."
+        "Install a release of their-package for it, uninstall it, or add --without mine."
     )
 
 
@@ -129,7 +129,10 @@ def test_a_misspelt_hook_is_refused() -> None:
 @pytest.mark.parametrize(
     ("components", "message"),
     [
-        (fails, "fails to import its components: ImportError: No module named 'numba'. Repair or uninstall mine."),
+        (
+            fails,
+            "fails to import its components: ImportError: No module named 'numba'. Repair or uninstall mine, or add",
+        ),
         (lambda: None, "fails to import its components: TypeError"),
         (lambda: [NoName], "package mine: component .*NoName.* needs a `name`"),
         (lambda: [NoKind], "package mine: component .*NoKind.* needs one of the interfaces"),
@@ -176,7 +179,8 @@ def test_an_entry_point_that_fails_to_import_names_its_package(
         Registry.discover()
     assert str(caught.value) == (
         "plugin 'distill_broken_import' (package distill-broken-import) fails to import 'distill_broken_import': "
-        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Repair or uninstall distill-broken-import."
+        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Repair or uninstall distill-broken-import, "
+        "or add --without distill_broken_import."
     )
 
 

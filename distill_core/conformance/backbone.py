@@ -1,0 +1,265 @@
+"""Checks of backbones and their collators."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill_core.components import Dims
+from distill_core.conformance.augmentation import same
+from distill_core.conformance.modules import close, finite, generic, require_copy, require_gradients, require_state_dict
+from distill_core.conformance.suite import Case, DoesNotFit, checks, require
+from distill_core.types import Features, Group, View, Views
+
+KIND = "backbone"
+BATCH = 3
+
+
+def raw_views(case: Case, batch: int = BATCH) -> list[list[View]]:
+    """The views of B samples."""
+    return [case.cls.example_views(case.config, np.random.default_rng(seed)) for seed in range(batch)]
+
+
+def collated(case: Case, batch: int = BATCH) -> Views:
+    """The collator's views of B samples."""
+    views: Views = case.cls.collator(case.config)(raw_views(case, batch), list(range(10, 10 + batch)))
+    return views
+
+
+def build(case: Case, seed: int = 0) -> nn.Module:
+    """A backbone with weights of this seed, for evaluation."""
+    torch.manual_seed(seed)
+    module: nn.Module = case.cls(case.config)
+    return module.eval()
+
+
+def flat(features: Features) -> list[Tensor]:
+    """Every floating tensor of the features."""
+    extra = [features.class_tokens] if features.class_tokens is not None else []
+    return [features.pooled, *(features.tokens[view] for view in sorted(features.tokens)), *extra]
+
+
+def everything(case: Case, views: Views) -> tuple[int, ...]:
+    """The views whose tokens can be asked for."""
+    return tuple(range(len(views))) if case.cls.dims(case.config).has_tokens else ()
+
+
+def fields(group: Group) -> list[Tensor | None]:
+    """The tensors of a group."""
+    return [group.x, group.source, group.token_mask, group.targets]
+
+
+@checks(KIND)
+def collator(case: Case) -> None:
+    """The collator is picklable, a function of its arguments, keeps views in order, and takes one sample."""
+    raw = raw_views(case)
+    collate = case.cls.collator(case.config)
+    views = collate(raw, [10, 11, 12])
+    require(views.roles == tuple(view.role for view in raw[0]), "the groups do not keep the views' roles in order")
+    for group in views.groups:
+        count, batch = group.x.shape[:2]
+        require(batch == BATCH, f"a group's x is [V, B, ...]; B is {BATCH}, the second dimension {batch}")
+        require(
+            group.source is None or group.source.shape == (count, batch), "a group's source is [V, B], of View.source"
+        )
+        if group.token_mask is not None:
+            require(
+                group.token_mask.dtype == torch.bool and group.token_mask.shape[:2] == (count, batch),
+                "a group's token_mask is bool, [V, B, L]",
+            )
+        if group.targets is not None and group.token_mask is not None:
+            require(
+                group.targets.shape[:3] == group.token_mask.shape, "a group's targets are [V, B, L, ...], as token_mask"
+            )
+    for what, other in (
+        ("a pickled copy", pickle.loads(pickle.dumps(collate))),
+        ("the same collator, asked again,", collate),
+    ):
+        torch.manual_seed(3)
+        again = other(raw, [10, 11, 12])
+        require(
+            all(same(fields(a), fields(b)) for a, b in zip(views.groups, again.groups, strict=True)),
+            f"{what} gives other views for the same samples and seeds: draw from generators of the seeds alone",
+        )
+    alone = collate(raw[1:2], [11])
+    for group, one in zip(views.groups, alone.groups, strict=True):
+        require(one.x.shape[1] == 1, "one sample is collated to B = 1")
+        if group.token_mask is not None and one.token_mask is not None:
+            shared = min(group.token_mask.shape[2], one.token_mask.shape[2])
+            require(
+                torch.equal(group.token_mask[:, 1, :shared], one.token_mask[:, 0, :shared]),
+                "a sample's token_mask depends on the other samples of its batch: draw it from the sample's own seed",
+            )
+
+
+@checks(KIND)
+def shapes(case: Case) -> None:
+    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; one sample too."""
+    dims = case.cls.dims(case.config)
+    require(isinstance(dims, Dims), "`dims` must return Dims(width, dim)")
+    module = build(case)
+    for batch in (BATCH, 1):
+        views = collated(case, batch)
+        found = module(views, need=everything(case, views))
+        require(
+            found.pooled.shape == (len(views), batch, dims.dim),
+            f"pooled is {list(found.pooled.shape)}, not [V, B, D] = {[len(views), batch, dims.dim]}",
+        )
+        for view, tokens in found.tokens.items():
+            require(
+                tokens.ndim == 3 and tokens.shape[0] == batch and tokens.shape[2] == dims.width,
+                f"tokens of view {view} are {list(tokens.shape)}, not [B, L, W] with B = {batch}, W = {dims.width}",
+            )
+        for view, mask in found.masks.items():
+            require(view in found.tokens, f"view {view} has a mask and no tokens")
+            require(
+                mask.dtype == torch.bool and mask.shape == found.tokens[view].shape[:2],
+                f"the mask of view {view} must be bool, [B, L] as its tokens",
+            )
+            require(bool(mask.any(1).all()), f"the mask of view {view} leaves a sample without any token")
+        if found.class_tokens is not None:
+            shape = found.class_tokens.shape
+            require(
+                len(shape) == 4 and shape[:2] == (len(views), batch) and shape[3] == dims.width,
+                f"class_tokens are {list(shape)}, not [V, B, C, W]",
+            )
+        require(finite(flat(found)), "an output is not finite")
+
+
+@checks(KIND)
+def need(case: Case) -> None:
+    """Tokens come for exactly the views in `need`, and neither they nor pooled depend on which those are."""
+    module, views = build(case), collated(case)
+    if not everything(case, views):
+        require(not module(views, need=()).tokens, "`dims` says has_tokens=False, yet there are tokens")
+        raise DoesNotFit("it has no tokens")
+    with torch.no_grad():
+        full = module(views, need=everything(case, views))
+        for wanted in ((), (0,), (len(views) - 1,), everything(case, views)):
+            found = module(views, need=wanted)
+            require(
+                set(found.tokens) == set(wanted),
+                f"with need={wanted} there are tokens of {tuple(sorted(found.tokens))}: give those asked for",
+            )
+            require(
+                close([found.pooled], [full.pooled]), f"pooled changes with need={wanted}; it must not depend on it"
+            )
+            for view in found.tokens:
+                one, other = _real(found, view), _real(full, view)
+                require(close([one], [other]), f"the tokens of view {view} change with need={wanted}")
+
+
+def _real(features: Features, view: int) -> Tensor:
+    tokens, mask = features.tokens[view], features.masks.get(view)
+    return tokens if mask is None else tokens[mask]
+
+
+@checks(KIND)
+def independence(case: Case) -> None:
+    """Packing and padding mix nothing: a sample, or a group of views, encoded alone gives the same embedding."""
+    module, views = build(case), collated(case)
+    with torch.no_grad():
+        together = module(views).pooled
+        alone = module(case.cls.collator(case.config)(raw_views(case)[1:2], [11])).pooled
+        require(
+            close([together[:, 1:2]], [alone]),
+            "a sample's embedding depends on the others of its batch (in eval)",
+        )
+        for start, group in views.numbered():
+            one = module(Views([group])).pooled
+            require(
+                close([together[start : start + len(one)]], [one]), "a view's embedding depends on the other groups"
+            )
+
+
+@checks(KIND)
+def hidden_tokens(case: Case) -> None:
+    """`masked=True` hides the tokens of token_mask; where none is hidden it changes nothing."""
+    module, views = generic(build(case)), collated(case)
+    if not case.cls.dims(case.config).can_mask:
+        raise DoesNotFit("`dims` says that it cannot hide tokens")
+    if all(group.token_mask is None for group in views.groups):
+        raise DoesNotFit("its collator draws no token_mask with these options; add an example that does")
+    bare = Views(
+        [Group(g.x, g.role, g.source, None if g.token_mask is None else g.token_mask & False) for g in views.groups]
+    )
+    with torch.no_grad():
+        seen, hidden, none = module(views), module(views, masked=True), module(bare, masked=True)
+    require(close([seen.pooled], [none.pooled]), "masked=True changes the embedding though no token is hidden")
+    require(not close([seen.pooled], [hidden.pooled], 1e-6), "masked=True changes nothing: token_mask is not used")
+    require(finite(flat(hidden)), "an output is not finite with hidden tokens")
+
+
+def _scalar(module: nn.Module, views: Views, need: tuple[int, ...]) -> Tensor:
+    """A number that all outputs go into, with fixed weights."""
+    draw = torch.Generator().manual_seed(5)
+    masked = any(group.token_mask is not None for group in views.groups)
+    parts = []
+    for hide in {False, masked}:
+        found = module(views, need=need, masked=hide)
+        parts += [(x.float() * torch.randn(x.shape, generator=draw)).mean() for x in flat(found)]
+    return torch.stack(parts).sum()
+
+
+@checks(KIND)
+def gradients(case: Case) -> None:
+    """A finite gradient reaches every parameter."""
+    module, views = generic(build(case)).train(), collated(case)
+    require_gradients(module, _scalar(module, views, everything(case, views)), "the features")
+
+
+@checks(KIND)
+def state_dict(case: Case) -> None:
+    """A state dict carries all its state, through a file that holds tensors alone."""
+    views = collated(case)
+    require_state_dict(lambda: build(case, torch.initial_seed()), lambda module: _features(case, module, views))
+
+
+@checks(KIND)
+def teacher_copy(case: Case) -> None:
+    """A deep copy, which the teacher is, computes the same and shares nothing."""
+    views = collated(case)
+    require_copy(build(case), lambda module: _features(case, module, views))
+
+
+@checks(KIND)
+def determinism(case: Case) -> None:
+    """The same seed gives the same weights, and in evaluation mode the same features."""
+    one, other, views = build(case, 4), build(case, 4), collated(case)
+    require(
+        close(one.state_dict().values(), other.state_dict().values(), 0.0),
+        "the same seed gives other weights: draw them from torch's global generator",
+    )
+    require(
+        close(_features(case, one, views), _features(case, other, views)),
+        "the same weights give other features",
+    )
+
+
+@checks(KIND)
+def autocast(case: Case) -> None:
+    """bf16 autocast runs, forward and backward, and stays near fp32."""
+    module, views = generic(build(case)), collated(case)
+    with torch.no_grad():
+        full = _features(case, module, views)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = flat(module(views, need=everything(case, views)))
+    torch.stack([x.float().mean() for x in half]).sum().backward()  # type: ignore[no-untyped-call]
+    require_near(half, full)
+
+
+def require_near(half: list[Tensor], full: list[Tensor]) -> None:
+    """bf16 against fp32, by the cosine of all of an output's numbers."""
+    require(finite(half), "an output is not finite under bf16 autocast")
+    for a, b in zip(half, full, strict=True):
+        require(a.shape == b.shape, "an output has another shape under bf16 autocast")
+        cosine: Any = nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0)
+        require(float(cosine) > 0.98, f"bf16 autocast is far from fp32 (cosine {float(cosine):.3f})")
+
+
+def _features(case: Case, module: nn.Module, views: Views) -> list[Tensor]:
+    return flat(module(views, need=everything(case, views)))

@@ -1,0 +1,155 @@
+"""Checks of fusion heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.conformance.backbone import require_near
+from distill_core.conformance.inputs import BATCH, Fit, features, fits
+from distill_core.conformance.modules import close, finite, generic, require_copy, require_gradients, require_state_dict
+from distill_core.conformance.suite import Case, DoesNotFit, checks, require
+from distill_core.types import Features, Fused
+
+KIND = "fusion"
+
+
+def build(case: Case, fit: Fit) -> nn.Module:
+    """A fusion head in evaluation mode."""
+    module: nn.Module = case.cls(case.config, fit.plan)
+    return module.eval()
+
+
+def flat(fused: Fused) -> list[Tensor]:
+    """Every tensor of the result, in a fixed order."""
+    return [part[name] for part in (fused.pooled, fused.tokens) for name in sorted(part)]
+
+
+def first(case: Case) -> Fit:
+    """The richest plan that it accepts."""
+    return fits(case.cls, case.config)[0]
+
+
+@checks(KIND)
+def shapes(case: Case) -> None:
+    """pooled[m] is [V, B, D], of norm 1, for each modality; on rich and bare plans, and for one sample."""
+    for fit in fits(case.cls, case.config):
+        module = build(case, fit)
+        for batch in (BATCH, 1):
+            fused = module(features(fit.plan, fit.needs.tokens, batch=batch))
+            require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
+            for name in fit.needs.modalities or fit.plan.modalities:
+                require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
+                wanted = (len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim)
+                shape = tuple(fused.pooled[name].shape)
+                require(shape == wanted, f"pooled[{name!r}] is {list(shape)}, not [V, B, D] = {list(wanted)}")
+            for name, value in fused.pooled.items():
+                norms = value.float().norm(dim=-1)
+                require(finite([value]), f"pooled[{name!r}] is not finite")
+                require(
+                    bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-3)),
+                    f"pooled[{name!r}] is not L2-normalised (norms {norms.min():.3g} to {norms.max():.3g})",
+                )
+            for name, tokens in fused.tokens.items():
+                require(tokens.ndim == 3 and tokens.shape[0] == batch, f"tokens[{name!r}] are not [B, L, D]")
+
+
+def _spoil(given: dict[str, Features]) -> dict[str, Features]:
+    """Other numbers where tokens are padding."""
+    return {
+        name: Features(
+            f.pooled,
+            {
+                view: torch.where(f.masks[view][..., None], x, torch.full_like(x, 9.0)) if view in f.masks else x
+                for view, x in f.tokens.items()
+            },
+            f.masks,
+            f.class_tokens,
+        )
+        for name, f in given.items()
+    }
+
+
+@checks(KIND)
+def masks(case: Case) -> None:
+    """What stands in padded tokens changes nothing."""
+    fit = first(case)
+    module, given = generic(build(case, fit)), features(fit.plan, fit.needs.tokens)
+    if not any(f.masks for f in given.values()):
+        raise DoesNotFit("it reads no tokens of a modality with padding")
+    with torch.no_grad():
+        require(
+            close(flat(module(given)), flat(module(_spoil(given)))),
+            "padded tokens change the result: use features[m].masks, True where a token is real (an option that turns "
+            "this off belongs in no example)",
+        )
+
+
+@checks(KIND)
+def pool(case: Case) -> None:
+    """`pool` takes any stack of queries [V, B, D] over one modality's tokens, with a mask or without."""
+    fit = first(case)
+    module = generic(build(case, fit))
+    draw = torch.Generator().manual_seed(1)
+    for name in fit.needs.modalities or fit.plan.modalities:
+        modality = fit.plan.modalities[name]
+        tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
+        mask = torch.arange(6) < torch.tensor([[6], [3], [2]])
+        for count in (1, 4):
+            queries = torch.randn(count, BATCH, modality.dim, generator=draw)
+            try:
+                found = [module.pool(name, queries, tokens, m) for m in (None, mask)]  # type: ignore[operator]
+                other = torch.where(mask[..., None], tokens, torch.full_like(tokens, 9.0))
+                spoilt = module.pool(name, queries, other, mask)  # type: ignore[operator]
+            except NotImplementedError as error:
+                raise DoesNotFit(f"its `pool` is not implemented: {error}") from error
+            for value in found:
+                require(value.shape == queries.shape, f"`pool` gives {list(value.shape)}, not {list(queries.shape)}")
+                require(finite([value]), "`pool` gives something that is not finite")
+            require(close([found[1]], [spoilt]), "`pool` lets padded tokens (mask False) change the result")
+
+
+def _scalar(fused: Fused) -> Tensor:
+    draw = torch.Generator().manual_seed(5)
+    return torch.stack([(x.float() * torch.randn(x.shape, generator=draw)).mean() for x in flat(fused)]).sum()
+
+
+@checks(KIND)
+def gradients(case: Case) -> None:
+    """A finite gradient reaches every parameter, and the student's embeddings or tokens."""
+    fit = first(case)
+    module, given = generic(build(case, fit)).train(), features(fit.plan, fit.needs.tokens)
+    scalar = _scalar(module(given))
+    require_gradients(module, scalar, "the fused views")
+    inputs = [x for f in given.values() for x in (f.pooled, f.class_tokens, *f.tokens.values()) if x is not None]
+    got = [x.grad for x in inputs if x.grad is not None]
+    require(got and finite(got), "no finite gradient reaches the features: something detaches them")
+
+
+@checks(KIND)
+def state_dict(case: Case) -> None:
+    """A state dict carries all its state."""
+    fit = first(case)
+    given = features(fit.plan, fit.needs.tokens)
+    require_state_dict(lambda: build(case, fit), lambda module: flat(module(given)))
+
+
+@checks(KIND)
+def copied(case: Case) -> None:
+    """A deep copy computes the same and shares nothing."""
+    fit = first(case)
+    given = features(fit.plan, fit.needs.tokens)
+    require_copy(build(case, fit), lambda module: flat(module(given)))
+
+
+@checks(KIND)
+def autocast(case: Case) -> None:
+    """bf16 autocast runs, forward and backward, and stays near fp32."""
+    fit = first(case)
+    module, given = generic(build(case, fit)), features(fit.plan, fit.needs.tokens)
+    with torch.no_grad():
+        full = flat(module(given))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = flat(module(given))
+    torch.stack([x.float().mean() for x in half]).sum().backward()  # type: ignore[no-untyped-call]
+    require_near(half, full)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distill_core import __version__, completion
+from distill_core import __version__, authors, completion
 from distill_core.errors import UserError
 from distill_core.study.commands import ablate, compare
 from distill_core.without import without_option
@@ -55,9 +55,13 @@ class _Commands(click.Group):
 def cli() -> None:
     """Multimodal self-distillation from a YAML recipe.
 
-    Exit codes: 0 done; 1 checks failed (check-plugin); 2 something to mend in what was asked for; 3 training cannot go on; 128 + the signal's number
-    when interrupted (the run is saved).
+    Exit codes: 0 done; 1 a check failed (check-plugin); 2 something to mend in what was asked for; 3 training cannot go
+    on; 128 + the signal's number when interrupted (the run is saved).
     """
+
+
+for _command in authors.COMMANDS:
+    cli.add_command(_command)
 
 
 def _registry() -> Registry:

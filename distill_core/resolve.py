@@ -21,7 +21,7 @@ from distill_core.errors import RecipeErrors, did_you_mean
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
 
-_SLOTS: tuple[tuple[Path, str], ...] = (
+SLOTS: tuple[tuple[Path, str], ...] = (
     (("augment", "*"), "augmentation"),
     (("backbone", "*"), "backbone"),
     (("fusion",), "fusion"),
@@ -34,11 +34,17 @@ _SLOTS: tuple[tuple[Path, str], ...] = (
     (("tracking",), "tracker"),
     (("init", "#"), "init"),
 )
-_DEFAULTS: dict[Path, str] = {
+"""The places of components, and their kinds: `*` stands for any key, `#` for any item."""
+
+DEFAULTS: dict[Path, str] = {
     ("train", "optimizer"): TrainConfig.model_fields["optimizer"].default["name"],
     ("train", "schedule"): TrainConfig.model_fields["schedule"].default["name"],
     ("tracking",): Frame.model_fields["tracking"].default["name"],
 }
+"""The component of a place where options are given without a name."""
+
+OPTIONAL: tuple[Path, ...] = (("teacher",), ("evaluate",), ("evaluate", "tasks"), ("init",), ("freeze",))
+"""Sections that `null` and `none` empty."""
 
 Override = str | tuple[str, str]
 """`path=value`, or that and where it was written."""
@@ -154,7 +160,7 @@ class _Resolver:
         return node
 
     def _places(self) -> Iterable[tuple[Path, str]]:
-        for pattern, kind in _SLOTS:
+        for pattern, kind in SLOTS:
             paths: list[Path] = [()]
             for part in pattern:
                 if part == "*":
@@ -180,17 +186,16 @@ class _Resolver:
 
     def write_out(self) -> None:
         """`none` for a component or a section is `null`; a bare name is `{name: NAME}`."""
-        sections: list[Path] = [("teacher",), ("evaluate",), ("evaluate", "tasks"), ("init",), ("freeze",)]
-        for path in [*(path for path, _ in self._places()), *sections]:
+        for path in [*(path for path, _ in self._places()), *OPTIONAL]:
             value, above = self._get(path), self._get(path[:-1])
             if isinstance(value, str) and value.lower() == "none":
                 above[path[-1]] = None
-            elif isinstance(value, str) and path not in sections and "${" not in value:
+            elif isinstance(value, str) and path not in OPTIONAL and "${" not in value:
                 above[path[-1]] = {"name": value}
         for section in ("augment", "backbone"):
             if isinstance(self._get((section,)), dict):
                 self.document.data[section] = {k: v for k, v in self.document.data[section].items() if v is not None}
-        for path in sections[1:]:
+        for path in OPTIONAL[1:]:
             if self._has(path) and self._get(path) is None:
                 del self._get(path[:-1])[path[-1]]
 
@@ -238,7 +243,7 @@ class _Resolver:
             if not isinstance(value, dict):
                 continue  # the frame's check has said what it should be
             options = dict(value)
-            name, given_id = options.pop("name", _DEFAULTS.get(path)), options.pop("id", None)
+            name, given_id = options.pop("name", DEFAULTS.get(path)), options.pop("id", None)
             if not isinstance(name, str):
                 self.error(path, f"needs a name: a component of kind {kind}, as {{name: ...}}")
                 continue

@@ -201,9 +201,8 @@ def outputs(
             pooled[name] = normalize(torch.randn(len(m.roles), batch, m.dim, generator=draw), dim=-1).requires_grad_()
             tokens[name] = torch.randn(batch, length(plan, name, GLOBAL), m.dim, generator=draw).requires_grad_()
         fused = Fused(pooled, tokens)
-    copies = {
-        id(getattr(loss, name)): copy.deepcopy(getattr(loss, name)) for name in getattr(loss, "teacher_modules", ())
-    }
+    heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
+    copies = {id(head): copy.deepcopy(head).requires_grad_(False) for head in heads}
     return Outputs(
         groups(plan, needs, cls, config, batch=batch, seed=seed + 2, hidden=hidden),
         features(plan, needs.tokens, batch=batch, seed=seed + 3),

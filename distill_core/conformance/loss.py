@@ -101,9 +101,7 @@ def after_step(case: Case) -> None:
     with torch.no_grad():
         module.after_step(given, PROGRESS)
     require(finite(x for x in module.state_dict().values() if x.is_floating_point()), "its state is not finite then")
-    require(
-        finite(call(module, inputs(case, fit, module, seed=20))[0].values()), "the next step's terms are not finite"
-    )
+    require(finite(call(module, inputs(case, fit, module, seed=20))[0].values()), "the next terms are not finite")
 
     def run(one: nn.Module) -> list[Tensor]:
         return list(call(one, inputs(case, fit, one))[0].values())

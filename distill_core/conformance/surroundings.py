@@ -1,4 +1,4 @@
-"""A small recipe's worth of parts around a component: two modalities of hashed items, a model, a shard, an objective."""
+"""A small recipe's worth of parts around a component: two modalities of hashed items, a model, a shard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NAMES = ("first", "second")
 
 
 class Items(Augmentation):
-    """Any item -> a vector that its hash decides. A sample's item is its number; any other field is one of two words."""
+    """Any item -> a vector that its hash decides. A sample's item is its number; another field is one of two words."""
 
     name = "items"
 

@@ -61,6 +61,7 @@ class MultiCrop(PictureAugmentation):
 
     name = "multi_crop"
     Config = MultiCropConfig
+    examples = ({"size": 16, "local_size": 8},)
 
     @classmethod
     def roles(cls, config: MultiCropConfig) -> tuple[str, ...]:

@@ -1,0 +1,19 @@
+"""A plugin of distill. Keep this module light: `distill --help` imports it; components are imported inside the hook."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components():
+    """One component of each kind."""
+    from my_plugin.data import Waves
+    from my_plugin.evaluation import Agreement
+    from my_plugin.fusion import MeanFusion
+    from my_plugin.loss import Match
+    from my_plugin.schedule import Linear
+    from my_plugin.tower import Tower
+    from my_plugin.views import Noisy
+
+    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Linear]

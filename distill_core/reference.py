@@ -95,7 +95,7 @@ def _component(entry: Entry) -> str:
         for name, method in _methods(cls)
         if method.__doc__ and not name.startswith("example_")
     ]
-    parts += ["## Notes", *(f"- {line}" for line in methods)] if methods else []
+    parts += ["## Notes", "\n".join(f"- {line}" for line in methods)] if methods else []
     parts.append(f"Source: `{cls.__module__}.{cls.__qualname__}`.")
     return _joined(parts)
 
@@ -111,11 +111,15 @@ def _interfaces() -> str:
         if name.startswith("distill_"):
             parts += [f"### {name}", _doc(hook)]
     parts += ["## Every component", _doc(Component)]
-    parts += [f"- `{name}{_signature(method)}`: {_line(method)}" for name, method in _methods(Component)]
+    parts.append(_listed(Component))
     for kind, interface in INTERFACES.items():
         parts += [f"## {kind}", f"`distill_core.components.{interface.__name__}`", _doc(interface)]
-        parts += [f"- `{name}{_signature(method)}`: {_line(method)}" for name, method in _methods(interface)]
+        parts.append(_listed(interface))
     return _joined(parts)
+
+
+def _listed(cls: type) -> str:
+    return "\n".join(f"- `{name}{_signature(method)}`: {_line(method)}" for name, method in _methods(cls))
 
 
 def _commands(plugins: Plugins) -> str:
@@ -162,15 +166,16 @@ def _options(config: type[BaseModel], above: str = "") -> Iterator[str]:
     if rows:
         yield _table(("option", "type", "default", ""), rows)
     for name, field in config.model_fields.items():
-        for inner in _configs(field.annotation):
+        for inner in configs(field.annotation):
             title = f"{above}{field.alias or name}"
             yield from (f"### {title}", _doc(inner), *_options(inner, f"{title}."))
 
 
-def _configs(annotation: Any) -> list[type[BaseModel]]:
+def configs(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that an option's type nests."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [config for argument in typing.get_args(annotation) for config in _configs(argument)]
+    return [config for argument in typing.get_args(annotation) for config in configs(argument)]
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ def _plugin(plugins: Plugins, name: str) -> list[Result]:
         status: Status = "failed" if problem else "ok"
         return Result("plugin", name, check, about, status, problem)
 
-    done = subprocess.run([sys.executable, "-c", _LIGHT, where], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _LIGHT, where]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     heavy = done.stdout.strip().strip("[]").replace("'", "")
     slow = f"importing {where} (or its commands) imports {heavy}: import inside the hook and inside commands"
     if done.returncode:

@@ -6,7 +6,7 @@ import inspect
 import json
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -94,11 +94,16 @@ def checks_of(kind: str) -> list[Check]:
     return [check for check in _CHECKS if not check.kinds or kind in check.kinds]
 
 
-def check(component: type[Component]) -> list[Result]:
-    """One result for each check of the component's kind; a check fails where it fails for one of the `examples`."""
+def check(component: type[Component], only: Collection[str] = ()) -> list[Result]:
+    """One result for each check of the component's kind; a check fails where it fails for one of the `examples`.
+
+    `only` names some of the checks.
+    """
     cases, broken = _cases(component)
     results = []
     for one in checks_of(component.kind):
+        if only and one.name not in only:
+            continue
         if one.once:
             found = [_outcome(one, component, component)]
         elif broken:

@@ -4,25 +4,22 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 from pydantic import BaseModel
 
-from distill_core import catalogue, hookimpl, hookspecs, recipe
+from distill_core import catalogue, hookimpl, hookspecs, recipe, reference
 from distill_core.cli import cli, main
 from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
 from distill_core.errors import PluginError
 from distill_core.registry import Entry, Plugins, Registry
 
-LOCAL = (
-    "distill_core",
-    *sorted(path.parent.name for path in (Path(__file__).parents[2] / "plugins").glob("*/__init__.py")),
-)
 
 
 class Good(Loss):
@@ -254,15 +251,20 @@ def sections() -> Iterable[type[ComponentConfig]]:
     ]
 
 
+def undocumented(config: type[BaseModel]) -> list[str]:
+    """Options without a docstring, those of nested configs too."""
+    bare = [row["name"] for row in catalogue.options(config) if not row["doc"]]
+    inner = [nested for field in config.model_fields.values() for nested in reference.configs(field.annotation)]
+    return bare + [f"{nested.__name__}.{name}" for nested in inner for name in undocumented(nested)]
+
+
 def test_every_component_option_and_hook_is_documented(registry: Registry) -> None:
     """Docstrings are what `distill plugins` prints: one that is missing is a bug. Inherited ones do not count."""
     bare = []
     for entry in registry.entries.values():
-        if entry.cls.__module__.split(".")[0] not in LOCAL:
-            continue
         where = f"{entry.cls.kind} {entry.cls.name}"
         bare += [f"{where}: {cls.__name__}" for cls in (entry.cls, entry.cls.Config) if not vars(cls).get("__doc__")]
-        bare += [f"{where}: {option['name']}" for option in catalogue.options(entry.cls.Config) if not option["doc"]]
+        bare += [f"{where}: {option}" for option in undocumented(entry.cls.Config)]
     for section in sections():
         bare += [] if vars(section).get("__doc__") else [section.__name__]
         bare += [f"{section.__name__}.{row['name']}" for row in catalogue.options(section) if not row["doc"]]
@@ -273,10 +275,22 @@ def test_every_component_option_and_hook_is_documented(registry: Registry) -> No
         own = [m for m in vars(interface).values() if inspect.isfunction(m) or isinstance(m, classmethod)]
         names = [m.__name__ for m in own if not m.__name__.startswith("_") and not m.__doc__]
         bare += [f"{interface.__name__}.{name}" for name in names]
-    for command in cli.commands.values():
-        bare += [] if command.help else [f"command {command.name}"]
-        bare += [f"{command.name} {p.name}" for p in command.params if p.param_type_name == "option" and not p.help]  # type: ignore[attr-defined]
+    plugins = Plugins.discover()
+    for hook in plugins.manager.hook.__dict__.values():
+        for implementation in getattr(hook, "get_hookimpls", list)():
+            bare += [] if implementation.function.__doc__ else [f"{implementation.plugin_name}: {hook.name}"]
+    for name, command in [*walk(cli.commands.values()), *walk(plugins.commands())]:
+        bare += [] if command.help else [f"command {name}"]
+        bare += [f"{name} {p.name}" for p in command.params if isinstance(p, click.Option) and not p.help]
     assert bare == []
+
+
+def walk(commands: Iterable[click.Command]) -> Iterator[tuple[str, click.Command]]:
+    """(name, command), those of groups too."""
+    for command in commands:
+        yield str(command.name), command
+        if isinstance(command, click.Group):
+            yield from walk(command.commands.values())
 
 
 def test_an_option_without_a_docstring_would_be_found() -> None:
@@ -289,6 +303,13 @@ def test_an_option_without_a_docstring_would_be_found() -> None:
         told: int = 2
         """What it is."""
 
+    class Outer(ComponentConfig):
+        """One that nests them."""
+
+        inner: Config | None = None
+        """Nested."""
+
+    assert undocumented(Outer) == ["Config.bare"]
     assert {row["name"]: row["doc"] for row in catalogue.options(Config)} == {"bare": "", "told": "What it is."}
 
 

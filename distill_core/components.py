@@ -285,6 +285,11 @@ class Loss(nn.Module, Component, ABC):
         """`Group.targets` [V, B, L, ...] of a modality that `needs` calls masked, for `distill check-plugin`."""
         return None
 
+    @classmethod
+    def example_fusion(cls, config: Any, plan: Plan) -> FusionHead | None:
+        """The fusion that this loss works with, for `distill check-plugin`; None where any will do."""
+        return None
+
     @abstractmethod
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(terms, metrics): 0-dim tensors by name. The framework multiplies terms by `weight` and adds them up.

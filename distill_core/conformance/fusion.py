@@ -32,7 +32,7 @@ def first(case: Case) -> Fit:
 
 @checks(KIND)
 def shapes(case: Case) -> None:
-    """pooled[m] is [V, B, D], of norm 1, for each modality; on rich and bare plans, and for one sample."""
+    """pooled[m] is [V, B, D] (or [1, B, D]), of norm 1, for each modality; on several plans, and for one sample."""
     for fit in fits(case.cls, case.config):
         module = build(case, fit)
         for batch in (BATCH, 1):
@@ -40,9 +40,12 @@ def shapes(case: Case) -> None:
             require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
             for name in fit.needs.modalities or fit.plan.modalities:
                 require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
-                wanted = (len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim)
-                shape = tuple(fused.pooled[name].shape)
-                require(shape == wanted, f"pooled[{name!r}] is {list(shape)}, not [V, B, D] = {list(wanted)}")
+                wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
+                shape = list(fused.pooled[name].shape)
+                require(
+                    shape in (wanted, [1, *wanted[1:]]),
+                    f"pooled[{name!r}] is {shape}, not [V, B, D] = {wanted} (nor [1, B, D], one for all views)",
+                )
             for name, value in fused.pooled.items():
                 norms = value.float().norm(dim=-1)
                 require(finite([value]), f"pooled[{name!r}] is not finite")

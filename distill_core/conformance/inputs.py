@@ -20,6 +20,10 @@ WIDTH, DIM = 48, 32
 """W and D: different, and both divided by the usual numbers of heads."""
 
 BATCH = 3
+CLASSES = 2
+"""Class tokens C of every view."""
+
+_CLASS_TOKENS: dict[str, Any] = {"class_tokens": CLASSES} if "class_tokens" in ModalityPlan.__annotations__ else {}
 PROGRESS = Progress(step=3, steps=10, epoch=0.5)
 
 _ROLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -90,7 +94,7 @@ def _fit(
 def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
     """With tokens, and a teacher that sees the global views."""
     seen = tuple(i for i, role in enumerate(roles) if teacher and role == GLOBAL)
-    return ModalityPlan(tuple(roles), seen, WIDTH, DIM, has_tokens=True)
+    return ModalityPlan(tuple(roles), seen, WIDTH, DIM, has_tokens=True, **_CLASS_TOKENS)
 
 
 def _grow(plan: Plan, needs: Needs) -> Plan:
@@ -136,7 +140,9 @@ def features(
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).requires_grad_(not teacher)
 
-        found = Features(leaf(len(views), batch, modality.dim), class_tokens=leaf(len(views), batch, 1, modality.width))
+        found = Features(
+            leaf(len(views), batch, modality.dim), class_tokens=leaf(len(views), batch, CLASSES, modality.width)
+        )
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
             found.tokens[place] = leaf(batch, count, modality.width)
@@ -177,8 +183,10 @@ class MeanFusion(FusionHead):
         self.map = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
 
     def forward(self, features: dict[str, Features]) -> Fused:
-        """Not called: the fused features of the checks are made."""
-        raise NotImplementedError
+        """Each modality over its own first tokens, where there are any."""
+        pooled = {name: self.pool(name, f.pooled, f.tokens[0], f.masks.get(0)) if 0 in f.tokens else f.pooled
+                  for name, f in features.items()}  # fmt: skip
+        return Fused({name: normalize(x.float(), dim=-1) for name, x in pooled.items()})
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries [V, B, D], tokens [B, L, W], mask [B, L] -> [V, B, D]."""
@@ -191,10 +199,19 @@ class MeanFusion(FusionHead):
 def outputs(
     fit: Fit, cls: Any, config: Any, loss: Any = None, *, batch: int = BATCH, seed: int = 0, hidden: bool = True
 ) -> Outputs:
-    """What a loss reads of one step: only what it needs, so that reading more is an error."""
+    """What a loss reads of one step: only what it needs, so that reading more is an error.
+
+    Fused features are leaves, or what the loss's own `example_fusion` makes of the student's.
+    """
     plan, needs = fit.plan, fit.needs
+    fusion: FusionHead | None = cls.example_fusion(config, plan)
+    wanted = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
+    tokens_of = {name: (*needs.tokens.get(name, ()), *wanted.get(name, ())) for name in {**needs.tokens, **wanted}}
+    student = features(plan, tokens_of, batch=batch, seed=seed + 3)
     fused = None
-    if needs.fused:
+    if needs.fused and fusion is not None:
+        fused = fusion(student)
+    elif needs.fused:
         draw = torch.Generator().manual_seed(seed + 1)
         pooled, tokens = {}, {}
         for name, m in plan.modalities.items():
@@ -205,10 +222,10 @@ def outputs(
     copies = {id(head): copy.deepcopy(head).requires_grad_(False) for head in heads}
     return Outputs(
         groups(plan, needs, cls, config, batch=batch, seed=seed + 2, hidden=hidden),
-        features(plan, needs.tokens, batch=batch, seed=seed + 3),
+        student,
         features(plan, needs.teacher_tokens, batch=batch, seed=seed + 4, teacher=True) if plan.teacher else {},
         fused,
-        MeanFusion(ComponentConfig(), plan) if plan.fusion else None,
+        fusion or (MeanFusion(ComponentConfig(), plan) if plan.fusion else None),
         PROGRESS,
         lambda module: copies[id(module)],
     )
@@ -217,4 +234,5 @@ def outputs(
 def leaves(given: Outputs) -> list[Tensor]:
     """What the student made: a loss's gradient must reach some of it."""
     found = [x for f in given.student.values() for x in (f.pooled, f.class_tokens, *f.tokens.values()) if x is not None]
-    return found + ([*given.fused.pooled.values(), *given.fused.tokens.values()] if given.fused else [])
+    made = [*given.fused.pooled.values(), *given.fused.tokens.values()] if given.fused else []
+    return found + [x for x in made if x.is_leaf]

@@ -149,7 +149,7 @@ def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, st
         return "failed", f"{error or 'NotImplementedError'}: write it{_shown(subject, cls)}"
     except Exception as error:
         where = _blame(traceback.extract_tb(error.__traceback__), cls)
-        return "failed", f"{type(error).__name__}: {error}{where}{_hint(error)}{_shown(subject, cls)}"
+        return "failed", f"{type(error).__name__}: {error}{where}{_hint(error, cls)}{_shown(subject, cls)}"
     finally:
         torch.set_num_threads(threads)
     return "ok", ""
@@ -167,7 +167,7 @@ def _blame(frames: Iterable[traceback.FrameSummary], cls: type[Component]) -> st
     return f" ({Path(mine[-1].filename).name}:{mine[-1].lineno})" if mine else ""
 
 
-def _hint(error: Exception) -> str:
-    if isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+def _hint(error: Exception, cls: type[Component]) -> str:
+    if cls.kind in ("fusion", "loss") and isinstance(error, KeyError | IndexError | AttributeError | TypeError):
         return ". The inputs hold only what `needs` asks for: name what is read there"
     return ""

@@ -94,8 +94,9 @@ def plan() -> Plan:
 
 def backbones() -> dict[str, Backbone]:
     """A backbone each."""
-    torch.manual_seed(0)
-    return {name: Linear(ComponentConfig()) for name in NAMES}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: Linear(ComponentConfig()) for name in NAMES}
 
 
 def model() -> Model:

@@ -187,9 +187,10 @@ def hidden_tokens(case: Case) -> None:
         raise DoesNotFit("`dims` says that it cannot hide tokens")
     if all(group.token_mask is None for group in views.groups):
         raise DoesNotFit("its collator draws no token_mask with these options; add an example that does")
-    bare = Views(
-        [Group(g.x, g.role, g.source, None if g.token_mask is None else g.token_mask & False) for g in views.groups]
-    )
+    if not any(bool(group.token_mask.any()) for group in views.groups if group.token_mask is not None):
+        raise DoesNotFit("its collator hides nothing of three samples with these options; add an example that does")
+    nothing = [None if g.token_mask is None else torch.zeros_like(g.token_mask) for g in views.groups]
+    bare = Views([Group(g.x, g.role, g.source, mask) for g, mask in zip(views.groups, nothing, strict=True)])
     with torch.no_grad():
         seen, hidden, none = module(views), module(views, masked=True), module(bare, masked=True)
     require(close([seen.pooled], [none.pooled]), "masked=True changes the embedding though no token is hidden")

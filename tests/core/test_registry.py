@@ -21,7 +21,6 @@ from distill_core.errors import PluginError
 from distill_core.registry import Entry, Plugins, Registry
 
 
-
 class Good(Loss):
     """A loss."""
 

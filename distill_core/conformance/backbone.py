@@ -127,9 +127,8 @@ def shapes(case: Case) -> None:
                 len(shape) == 4 and shape[:2] == (len(views), batch) and shape[3] == dims.width,
                 f"class_tokens are {list(shape)}, not [V, B, C, W]",
             )
-        told = getattr(dims, "class_tokens", None)
         given = 0 if found.class_tokens is None else found.class_tokens.shape[2]
-        require(told in (None, given), f"`dims` says class_tokens={told}; there are {given}")
+        require(dims.class_tokens == given, f"`dims` says class_tokens={dims.class_tokens}; there are {given}")
         require(finite(flat(found)), "an output is not finite")
 
 

@@ -22,8 +22,6 @@ WIDTH, DIM = 48, 32
 BATCH = 3
 CLASSES = 2
 """Class tokens C of every view."""
-
-_CLASS_TOKENS: dict[str, Any] = {"class_tokens": CLASSES} if "class_tokens" in ModalityPlan.__annotations__ else {}
 PROGRESS = Progress(step=3, steps=10, epoch=0.5)
 
 _ROLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -94,7 +92,7 @@ def _fit(
 def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
     """With tokens, and a teacher that sees the global views."""
     seen = tuple(i for i, role in enumerate(roles) if teacher and role == GLOBAL)
-    return ModalityPlan(tuple(roles), seen, WIDTH, DIM, has_tokens=True, **_CLASS_TOKENS)
+    return ModalityPlan(tuple(roles), seen, WIDTH, DIM, has_tokens=True, class_tokens=CLASSES)
 
 
 def _grow(plan: Plan, needs: Needs) -> Plan:

@@ -56,6 +56,10 @@ class PrototypeLoss(Loss):
 
     Config = PrototypeConfig
     teacher_modules = ("head",)
+    examples = (
+        {"prototypes": 32, "hidden": 32, "bottleneck": 16},
+        {"prototypes": 32, "hidden": 32, "bottleneck": 16, "centring": "sinkhorn_knopp", "norm_last_layer": False},
+    )
 
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__(config, plan)

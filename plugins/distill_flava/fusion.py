@@ -39,6 +39,7 @@ class MultimodalEncoder(FusionHead):
 
     name = "multimodal_encoder"
     Config = MultimodalEncoderConfig
+    examples = ({"layers": 2, "heads": 2}, {"layers": 1, "heads": 2, "role": "masked"})
 
     def __init__(self, config: MultimodalEncoderConfig, plan: Plan) -> None:
         super().__init__(config, plan)

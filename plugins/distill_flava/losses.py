@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.errors import UserError
 from distill_core.types import Features, Group, Outputs
-from distill_flava.fusion import MultimodalEncoder
+from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
 from distill_flava.views import MASKED
 from distill_towers.tokenizer import VOCABULARY
 
@@ -81,6 +81,16 @@ def masked_needs(config: MaskedLanguageConfig | MaskedImageConfig, plan: Plan) -
     )  # fmt: skip
 
 
+def example_ids(token_mask: Tensor) -> Tensor:
+    """An id for each token."""
+    return torch.arange(token_mask.numel(), device=token_mask.device).view_as(token_mask)
+
+
+def example_pixels(token_mask: Tensor, patch: int) -> Tensor:
+    """The pixels of each patch."""
+    return torch.randn(*token_mask.shape, 3 * patch**2, generator=torch.Generator().manual_seed(0))
+
+
 class MaskedLanguageConfig(LossConfig):
     """Which views are read."""
 
@@ -101,6 +111,11 @@ class MaskedLanguage(Loss):
     def __init__(self, config: MaskedLanguageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.head = PredictionHead(plan.modalities[config.modality].width, config.vocabulary)
+
+    @classmethod
+    def example_targets(cls, config: MaskedLanguageConfig, modality: str, token_mask: Tensor) -> Tensor:
+        """Ids."""
+        return example_ids(token_mask)
 
     @classmethod
     def needs(cls, config: MaskedLanguageConfig, plan: Plan) -> Needs:
@@ -142,6 +157,11 @@ class MaskedImage(Loss):
         self.head = PredictionHead(plan.modalities[config.modality].width, 3 * config.patch**2)
 
     @classmethod
+    def example_targets(cls, config: MaskedImageConfig, modality: str, token_mask: Tensor) -> Tensor:
+        """Pixels."""
+        return example_pixels(token_mask, config.patch)
+
+    @classmethod
     def needs(cls, config: MaskedImageConfig, plan: Plan) -> Needs:
         """Masked views and their tokens."""
         return masked_needs(config, plan)
@@ -179,6 +199,18 @@ class MaskedMultimodal(Loss):
         dim = plan.modalities[config.modalities[0]].dim
         self.image_head = PredictionHead(dim, 3 * config.patch**2)
         self.text_head = PredictionHead(dim, config.vocabulary)
+
+    @classmethod
+    def example_targets(cls, config: MaskedMultimodalConfig, modality: str, token_mask: Tensor) -> Tensor:
+        """Pixels of the first modality, ids of the second."""
+        first = modality == config.modalities[0]
+        return example_pixels(token_mask, config.patch) if first else example_ids(token_mask)
+
+    @classmethod
+    def example_fusion(cls, config: MaskedMultimodalConfig, plan: Plan) -> MultimodalEncoder:
+        """The encoder, over the masked views."""
+        small = MultimodalEncoderConfig(modalities=config.modalities, role=config.role, layers=1, heads=2)
+        return MultimodalEncoder(small, plan)
 
     @classmethod
     def needs(cls, config: MaskedMultimodalConfig, plan: Plan) -> Needs:

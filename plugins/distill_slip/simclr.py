@@ -83,6 +83,7 @@ class SimClr(Loss):
 
     name = "simclr"
     Config = SimClrConfig
+    examples = ({"hidden": 32, "dim": 16}, {"hidden": 32, "dim": 16, "source": "pooled"})
 
     def __init__(self, config: SimClrConfig, plan: Plan) -> None:
         super().__init__(config, plan)

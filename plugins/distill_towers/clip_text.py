@@ -96,10 +96,8 @@ class ClipText(Backbone):
 
     @classmethod
     def example_views(cls, config: ClipTextConfig, rng: np.random.Generator) -> list[View]:
-        """Two global texts of three to eight words, and a local one of two."""
-        counts = ((GLOBAL, rng.integers(3, 9)), (GLOBAL, rng.integers(3, 9)), (LOCAL, 2))
-        words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
-        return [View(" ".join(rng.choice(words, int(n))), role, i) for i, (role, n) in enumerate(counts)]
+        """Global and local texts."""
+        return example_texts(rng)
 
     def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
         """As the base does, but texts whose tokens nobody needs are encoded in one packed sequence.
@@ -152,6 +150,13 @@ class ClipText(Backbone):
         pooled = sequence[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection
         mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
         return Features(pooled[None], {0: sequence}, {0: mask})
+
+
+def example_texts(rng: np.random.Generator) -> list[View]:
+    """Two global texts of three to eight words, and a local one of two."""
+    counts = ((GLOBAL, rng.integers(3, 9)), (GLOBAL, rng.integers(3, 9)), (LOCAL, 2))
+    words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
+    return [View(" ".join(rng.choice(words, int(n))), role, i) for i, (role, n) in enumerate(counts)]
 
 
 class TextCollator:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.errors import did_you_mean
 from distill_core.types import GLOBAL, Features, View, Views
-from distill_towers.clip_text import Positive, TextCollator
+from distill_towers.clip_text import Positive, TextCollator, example_texts
 from distill_towers.tokenizer import VOCABULARY
 from distill_towers.transformer import Transformer
 
@@ -63,6 +63,10 @@ class BertText(Backbone):
 
     name = "bert_text"
     Config = BertTextConfig
+    examples = (
+        {"context": 16, "width": 32, "layers": 2, "heads": 2, "dim": 24},
+        {"context": 16, "width": 32, "layers": 2, "heads": 2, "dim": 24, "masking": {"share": 0.3}},
+    )
 
     def __init__(self, config: BertTextConfig) -> None:
         super().__init__(config)
@@ -80,7 +84,7 @@ class BertText(Backbone):
     @classmethod
     def dims(cls, config: BertTextConfig) -> Dims:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim, can_mask=config.masking is not None)
+        return Dims(config.width, config.dim, can_mask=config.masking is not None, class_tokens=1)
 
     @classmethod
     def problems(cls, config: BertTextConfig, plan: Plan) -> Iterable[str]:
@@ -91,6 +95,11 @@ class BertText(Backbone):
         for role in config.masking.roles if config.masking else ():
             if have and role not in have:
                 yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
+
+    @classmethod
+    def example_views(cls, config: BertTextConfig, rng: np.random.Generator) -> list[View]:
+        """Global and local texts."""
+        return example_texts(rng)
 
     @classmethod
     def collator(cls, config: BertTextConfig) -> Collator:

@@ -63,7 +63,13 @@ class VisionTransformer(Backbone):
 
     name = "vit"
     Config = VisionTransformerConfig
-    examples = ({"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},)
+    examples = (
+        {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},
+        {
+            "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "class_tokens": 2,
+            "masking": {"share": 1.0, "ratio": [0.3, 0.6], "targets": "pixels"},
+        },
+    )  # fmt: skip
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__(config)

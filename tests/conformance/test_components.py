@@ -1,10 +1,14 @@
-"""Every component of every installed plugin conforms."""
+"""Every component of every installed plugin conforms, and so do the packages that stand for a third party's."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from distill_core.conformance import assert_conforms
 from distill_core.registry import Entry, Registry
 
+ROOT = Path(__file__).parents[2]
 ENTRIES = sorted(Registry.discover().entries.values(), key=lambda entry: (entry.plugin, entry.cls.kind, entry.cls.name))
 
 
@@ -12,3 +16,16 @@ ENTRIES = sorted(Registry.discover().entries.values(), key=lambda entry: (entry.
 def test_component_conforms(entry: Entry) -> None:
     """Whatever a third party's component is held to, the built-in ones keep; plugins that are installed beside, too."""
     assert_conforms(entry.cls)
+
+
+@pytest.mark.parametrize("project", ["docs/example_plugin", "tests/plugins/third_party"])
+def test_packages_from_outside_conform(
+    project: str, tmp_path: Path, install_plugin: Callable[[Path, Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a check that asks more than the shortest honest plugin gives."""
+    known = {entry.package for entry in ENTRIES}
+    monkeypatch.syspath_prepend(install_plugin(ROOT / project, tmp_path / "site"))
+    new = [entry for entry in Registry.discover().entries.values() if entry.package not in known]
+    assert {entry.cls.kind for entry in new} == {"fusion", "loss"}
+    for entry in new:
+        assert_conforms(entry.cls)

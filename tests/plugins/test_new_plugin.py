@@ -15,6 +15,7 @@ from distill_core.cli import main
 from distill_core.components import INTERFACES
 from distill_core.registry import Registry
 
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -154,3 +155,13 @@ def test_check_plugin_takes_a_built_in_plugin(capsys: pytest.CaptureFixture[str]
     assert all(name in out for name in names)
     assert out.splitlines()[-1].startswith(f"{len(names)} component(s): ")
     assert out.splitlines()[-1].endswith("0 failed")
+
+
+def test_the_template_is_in_the_wheel() -> None:
+    """Would catch an installed distill that cannot write a plugin."""
+    builders = pytest.importorskip("hatchling.builders.wheel")
+    packed = {file.distribution_path for file in builders.WheelBuilder(str(ROOT)).recurse_included_files()}
+    template = ROOT / "distill_core" / "plugin_template"
+    files = [path for path in template.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert len(files) >= 10
+    assert {str(path.relative_to(ROOT)) for path in files} <= packed

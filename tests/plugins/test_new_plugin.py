@@ -40,14 +40,16 @@ def site(project: Path, install_plugin: Callable[[Path, Path], Path], tmp_path_f
 
 
 @pytest.fixture(scope="module")
-def run(site: Path, project: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs `python -m ...` with the package installed."""
+    # not in the project's folder, which `python -m` would import the package from
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     environment = os.environ | {"PYTHONPATH": str(site), "DISTILL_CACHE": str(tmp_path_factory.mktemp("cache"))}
 
     def call(*arguments: str | Path, **more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", *map(str, arguments)]
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=550, check=False, cwd=project, env=environment | more
+            command, capture_output=True, text=True, timeout=550, check=False, cwd=elsewhere, env=environment | more
         )
 
     return call
@@ -65,9 +67,9 @@ def test_nothing_of_the_template_is_left(project: Path) -> None:
         assert len(path.read_text().splitlines()) <= 120, "small and readable"
 
 
-def test_it_passes_its_own_tests_where_it_is_installed(run: Run) -> None:
+def test_it_passes_its_own_tests_where_it_is_installed(run: Run, project: Path) -> None:
     """Among them: all components conform, the loss is its formula, the recipe trains."""
-    done = run("pytest", "-q", "-p", "no:cacheprovider")
+    done = run("pytest", "-q", "-p", "no:cacheprovider", project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "9 passed" in done.stdout
 

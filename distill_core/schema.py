@@ -146,7 +146,7 @@ def _value(schema: Schema, name: str = "") -> Schema:
     """The schema of a value, or a variable in its place."""
     if schema == VARIABLE or (name == "name" and "const" in schema) or _takes_any_string(schema):
         return schema
-    kept = {key: schema[key] for key in ("description", "default", "title") if key in schema}
+    kept: Schema = {key: schema[key] for key in ("description", "default", "title") if key in schema}
     return {"anyOf": [schema, VARIABLE], **kept}
 
 

@@ -35,7 +35,7 @@ def generic(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
-                parameter += 0.02 * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+                parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype), alpha=0.02)
     return module
 
 

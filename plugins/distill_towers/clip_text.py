@@ -154,9 +154,9 @@ class ClipText(Backbone):
 
 def example_texts(rng: np.random.Generator) -> list[View]:
     """Two global texts of three to eight words, and a local one of two."""
-    counts = ((GLOBAL, rng.integers(3, 9)), (GLOBAL, rng.integers(3, 9)), (LOCAL, 2))
+    counts = ((GLOBAL, int(rng.integers(3, 9))), (GLOBAL, int(rng.integers(3, 9))), (LOCAL, 2))
     words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
-    return [View(" ".join(rng.choice(words, int(n))), role, i) for i, (role, n) in enumerate(counts)]
+    return [View(" ".join(rng.choice(words, n)), role, i) for i, (role, n) in enumerate(counts)]
 
 
 class TextCollator:

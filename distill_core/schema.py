@@ -112,7 +112,7 @@ def _component(entry: Entry) -> dict[str, Schema]:
     own["description"] = about
     own["properties"] = {
         "name": {"const": name, "description": f"{INTERFACES[kind].kind}: {about}"},
-        "id": {"$ref": "#/$defs/id"},
+        "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
         **own.get("properties", {}),
     }
     return {f"{kind}.{name}": own, **nested}

@@ -272,7 +272,7 @@ class LocalsFirst(Noisy):
 @broken("determinism", "draw from `rng` alone")
 class GlobalRandom(Noisy):
     def views(self, sample, rng):
-        return super().views(sample, np.random)
+        return super().views(sample, np.random.default_rng(np.random.randint(1 << 30)))
 
 
 @broken("determinism", "keep nothing between samples")
@@ -438,12 +438,11 @@ class OwnSeed(Tower):
         self.position = nn.Parameter(torch.from_numpy(np.random.default_rng().random((4, 16), dtype=np.float32)))
 
 
-@broken("autocast", "RuntimeError")
+@broken("autocast", "TypeError: Got unsupported ScalarType BFloat16")
 class FixedType(Tower):
     def encode(self, x, *, tokens, token_mask):
         features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        fixed = torch.zeros(len(x), self.config.dim)
-        features.pooled = fixed.index_copy(0, torch.arange(len(x)), features.pooled[0])[None]
+        features.pooled = features.pooled - float(features.pooled.detach().numpy().max())
         return features
 
 
@@ -513,12 +512,11 @@ class CachesFused(MeanFusion):
         return self.last
 
 
-@broken("autocast", "RuntimeError")
+@broken("autocast", "TypeError: Got unsupported ScalarType BFloat16")
 class FixedTypeFusion(MeanFusion):
     def pool(self, modality, queries, tokens, mask=None):
         found = super().pool(modality, queries, tokens, mask)
-        mapped = self.map[modality](tokens.mean(1))
-        return found + torch.zeros(len(mapped), 32).index_copy(0, torch.arange(len(mapped)), mapped)
+        return found - float(self.map[modality](tokens).detach().numpy().max())
 
 
 @broken("terms", "the term 'match' must be a 0-dim tensor")
@@ -744,6 +742,30 @@ def test_each_check_has_a_broken_component():
     wanted = {(kind, one.name) for kind in INTERFACES for one in checks_of(kind) if one.name not in general}
     assert wanted - set(seen) == set()
     assert general <= {name for _, name in seen}
+
+
+def test_a_loss_may_bring_the_fusion_it_works_with():
+    """`example_fusion` makes the fused features, from the tokens that it needs. Would catch leaves in their place."""
+
+    class Own(MeanFusion):
+        """Known by its class."""
+
+        name = "own"
+
+    class NeedsOwn(Match):
+        """Works with one fusion alone."""
+
+        def forward(self, outputs):
+            if not isinstance(outputs.fusion, Own):
+                raise UserError("needs the fusion 'own'")
+            assert outputs.fused.pooled["left"].grad_fn is not None
+            return super().forward(outputs)
+
+    (result,) = check(NeedsOwn, only=["terms"])
+    assert result.status == "failed"
+    assert "needs the fusion 'own'" in result.message
+    NeedsOwn.example_fusion = classmethod(lambda cls, config, plan: Own(ComponentConfig(), plan))
+    assert {r.status for r in check(NeedsOwn)} == {"ok", "skipped"}
 
 
 def test_a_component_that_no_plan_suits_is_told_so():

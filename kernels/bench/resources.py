@@ -29,7 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distill_kernels.compile_specs import Spec
 
-MODULES = ("distill_kernels.triton_cross_attention_kernels", "distill_kernels.triton_info_nce")
+MODULES = (
+    "distill_kernels.triton_cross_attention_kernels",
+    "distill_kernels.triton_info_nce",
+    "distill_kernels.triton_sigmoid_loss",
+)
 
 
 class Target(NamedTuple):

@@ -8,12 +8,12 @@ the fourth.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill_kernels.chunks import Chunk, compute_dtype, sweep, target_mean
+from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
+from distill_kernels.pairwise_ops import register_gradients
 
 # Below this sum, exponentials that a shared shift pushed under fp32's smallest number could matter.
 _LEAST_SUM = math.exp(-60.0)
@@ -87,24 +87,12 @@ def info_nce_chunked_backward(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `info_nce_chunked` for x, y and scale, of their dtypes; grad is [Va, Vb]."""
-    (va, n, d), (vb, m, _) = x.shape, y.shape
-    dtype = compute_dtype(x, y)
-    with torch.autocast(x.device.type, enabled=False):
-        weight = grad.to(dtype) / max(n, 1)  # [Va, Vb], each row's share
-        s = scale.to(dtype)
-        own = slice(offset, offset + n)
-        # Targets first: minus one per row, for all pairs, and no zero fill.
-        own_y = y[:, own].to(dtype).reshape(vb, -1)
-        dx = (weight @ own_y).neg_().view(va, n, d)  # not yet times scale
-        dy = x.new_zeros((vb, m, d), dtype=dtype)
-        dy[:, own] = (weight.T @ x.to(dtype).reshape(va, -1)).mul_(-s).view(vb, n, d)
-        half = 0.5 * weight if symmetric else weight
-        for chunk in sweep(x, y, scale, dtype):
-            dz = _chunk_dz(chunk, half, row_lse, column_lse, symmetric).view(chunk.z.shape)
-            dx[chunk.us, chunk.rows].view(-1, d).addmm_(dz, chunk.y)
-            dy[chunk.vs, chunk.columns].view(-1, d).addmm_(dz.T, chunk.x)
-        d_scale = torch.dot(x.to(dtype).reshape(-1), dx.view(-1))
-        return dx.mul_(s).to(x.dtype), dy.to(y.dtype), d_scale.to(scale.dtype)
+    half = grad.to(compute_dtype(x, y)) / ((2 if symmetric else 1) * max(x.shape[1], 1))
+
+    def dz(chunk: Chunk) -> Tensor:
+        return _chunk_dz(chunk, half, row_lse, column_lse, symmetric)
+
+    return chunked_gradients(grad, x, y, scale, offset, dz)
 
 
 def _chunk_dz(chunk: Chunk, weight: Tensor, row_lse: Tensor, column_lse: Tensor, symmetric: bool) -> Tensor:
@@ -126,30 +114,4 @@ def _chunk_dz(chunk: Chunk, weight: Tensor, row_lse: Tensor, column_lse: Tensor,
     return z4.sub_(row).exp_().add_(spare).mul_(w)
 
 
-@info_nce_chunked_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    offset: int,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), torch.empty_like(scale)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, ctx.offset, ctx.symmetric = inputs
-    ctx.save_for_backward(x, y, scale, output[1], output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, scale, row_lse, column_lse = ctx.saved_tensors
-    out = info_nce_chunked_backward(grad, x, y, scale, row_lse, column_lse, ctx.offset, ctx.symmetric)
-    return (*out, None, None)
-
-
-info_nce_chunked.register_autograd(_backward, setup_context=_setup)
+register_gradients(info_nce_chunked, info_nce_chunked_backward)

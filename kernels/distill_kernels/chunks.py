@@ -5,7 +5,7 @@ Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,31 @@ def target_mean(x: Tensor, y: Tensor, scale: Tensor, offset: int, dtype: torch.d
     n = x.shape[1]
     own = y[:, offset : offset + n].to(dtype).reshape(y.shape[0], -1)
     return x.to(dtype).reshape(x.shape[0], -1) @ own.T * scale.to(dtype) / n
+
+
+def chunked_gradients(
+    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, offset: int, dz: Callable[[Chunk], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, y and scale, of their dtypes, of a loss that is a mean over rows less `target_mean`.
+
+    grad is [Va, Vb]; `dz(chunk)` is the gradient [nu, ni, nv, nj] of a chunk's logits, targets aside.
+    """
+    (va, n, d), (vb, m, _) = x.shape, y.shape
+    dtype = compute_dtype(x, y)
+    with torch.autocast(x.device.type, enabled=False):
+        weight = grad.to(dtype) / max(n, 1)  # [Va, Vb], each row's share
+        s = scale.to(dtype)
+        own = slice(offset, offset + n)
+        # Targets first: minus one a row, for all pairs, and no zero fill.
+        dx = (weight @ y[:, own].to(dtype).reshape(vb, -1)).neg_().view(va, n, d)  # not yet times scale
+        dy = x.new_zeros((vb, m, d), dtype=dtype)
+        dy[:, own] = (weight.T @ x.to(dtype).reshape(va, -1)).mul_(-s).view(vb, n, d)
+        for chunk in sweep(x, y, scale, dtype):
+            of_logits = dz(chunk).view(chunk.z.shape)
+            dx[chunk.us, chunk.rows].view(-1, d).addmm_(of_logits, chunk.y)
+            dy[chunk.vs, chunk.columns].view(-1, d).addmm_(of_logits.T, chunk.x)
+        d_scale = torch.dot(x.to(dtype).reshape(-1), dx.view(-1))
+        return dx.mul_(s).to(x.dtype), dy.to(y.dtype), d_scale.to(scale.dtype)
 
 
 def block_size(block: tuple[slice, slice]) -> int:

@@ -5,7 +5,6 @@ Shape letters: Va, Vb views of the two sides, B rows of this rank, M rows of all
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, choose, why_not_installed
+from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_installed
 from distill_kernels.chunked_info_nce import info_nce_chunked
 from distill_kernels.chunks import compute_dtype
 
@@ -129,22 +128,31 @@ def _runs(x: InfoNCEInputs | None) -> str | None:
     return None
 
 
-def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
+def why_not_triton(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor] = ()) -> str | None:
+    """Why Triton's kernels cannot take these, or, without any, why this machine cannot run them."""
     missing: str | None = why_not_installed("triton")
     if missing is not None:
         return missing
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if x is None:
+    interpreted = interpreting()
+    if not embeddings:
         return None if interpreted or torch.cuda.is_available() else "needs a GPU, and torch sees none"
-    if not x.a.is_cuda and not interpreted:
-        return f"needs tensors on a GPU, these are on {x.a.device}"
-    dtypes = {t.dtype for t in (x.a, x.b, x.a_all, x.b_all) if t is not None}
+    device = embeddings[0].device
+    if device.type != "cuda" and not interpreted:
+        return f"needs tensors on a GPU, these are on {device}"
+    dtypes = {t.dtype for t in embeddings}
     known = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if interpreted else set())
     if len(dtypes) != 1 or not dtypes <= known:
         return f"needs one dtype among float32, float16 and bfloat16, got {sorted(map(str, dtypes))}"
-    if x.scale.device != x.a.device:
-        return f"scale is on {x.scale.device}, the embeddings on {x.a.device}"
+    for scalar in scalars:
+        if scalar.device != device:
+            return f"scale or bias is on {scalar.device}, the embeddings on {device}"
     return None
+
+
+def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
+    if x is None:
+        return why_not_triton()
+    return why_not_triton([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
 
 
 def _order(x: InfoNCEInputs) -> Sequence[str]:

@@ -6,15 +6,16 @@ Shape letters: Va, Vb views of the two sides, B rows of this rank, M rows of all
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.backends import Backend, Op, choose
-from distill_kernels.chunks import compute_dtype, sweep, target_mean
-from distill_kernels.info_nce import check_inputs
+from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
+from distill_kernels.info_nce import check_inputs, why_not_triton
+from distill_kernels.pairwise_ops import register_gradients
 
 
 class SigmoidInputs(NamedTuple):
@@ -55,7 +56,7 @@ def multi_view_sigmoid(
             each entry of the M x M logits, and the rows of `a` against `b_all` are this rank's share.
         b_all: [Vb, M, D] the rows of all ranks, in rank order; with `a_all`, or neither.
         offset: this rank's first row among the M.
-        backend: "reference", "chunked" or "auto".
+        backend: "reference", "chunked" (memory grows as B), "triton" (the same on a GPU), or "auto".
 
     Raises:
         ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
@@ -106,44 +107,21 @@ def sigmoid_chunked_backward(
     grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `sigmoid_chunked` for x, y, scale and bias, of their dtypes; grad is [Va, Vb]."""
-    (va, n, d), (vb, m, _) = x.shape, y.shape
     dtype = compute_dtype(x, y)
-    with torch.autocast(x.device.type, enabled=False):
-        weight = grad.to(dtype) / max(n, 1)  # [Va, Vb], each row's share
-        s = scale.to(dtype)
-        own = slice(offset, offset + n)
-        # The own column's -z first, for all pairs.
-        dx = (weight @ y[:, own].to(dtype).reshape(vb, -1)).neg_().view(va, n, d)  # not yet times scale
-        dy = x.new_zeros((vb, m, d), dtype=dtype)
-        dy[:, own] = (weight.T @ x.to(dtype).reshape(va, -1)).mul_(-s).view(vb, n, d)
-        d_bias = -(weight.double().sum() * n)
-        for chunk in sweep(x, y, scale, dtype):
-            dz4 = chunk.z4.add_(bias.to(dtype)).sigmoid_().mul_(weight[chunk.us, None, chunk.vs, None])
-            d_bias += dz4.sum()
-            dz = dz4.view(chunk.z.shape)
-            dx[chunk.us, chunk.rows].view(-1, d).addmm_(dz, chunk.y)
-            dy[chunk.vs, chunk.columns].view(-1, d).addmm_(dz.T, chunk.x)
-        d_scale = torch.dot(x.to(dtype).reshape(-1), dx.view(-1))
-        return dx.mul_(s).to(x.dtype), dy.to(y.dtype), d_scale.to(scale.dtype), d_bias.to(bias.dtype)
+    weight = grad.to(dtype) / max(x.shape[1], 1)  # [Va, Vb], each row's share
+    d_bias = -(weight.double().sum() * x.shape[1])
+
+    def dz(chunk: Chunk) -> Tensor:
+        nonlocal d_bias
+        dz4 = chunk.z4.add_(bias.to(dtype)).sigmoid_().mul_(weight[chunk.us, None, chunk.vs, None])
+        d_bias = d_bias + dz4.sum()
+        return dz4
+
+    dx, dy, d_scale = chunked_gradients(grad, x, y, scale, offset, dz)
+    return dx, dy, d_scale, d_bias.to(bias.dtype)
 
 
-@sigmoid_chunked_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), torch.empty_like(scale), torch.empty_like(bias)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.offset = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*sigmoid_chunked_backward(grad, *ctx.saved_tensors, ctx.offset), None)
-
-
-sigmoid_chunked.register_autograd(_backward, setup_context=_setup)
+register_gradients(sigmoid_chunked, sigmoid_chunked_backward)
 
 
 def _chunked(x: SigmoidInputs) -> Tensor:
@@ -151,12 +129,23 @@ def _chunked(x: SigmoidInputs) -> Tensor:
     return out
 
 
+def _triton(x: SigmoidInputs) -> Tensor:
+    from distill_kernels.triton_sigmoid_loss import sigmoid_triton
+
+    out: Tensor = sigmoid_triton(*x)
+    return out
+
+
+def _why_not_triton(x: SigmoidInputs | None) -> str | None:
+    return why_not_triton() if x is None else why_not_triton((x.a, x.b), (x.scale, x.bias))
+
+
 def _runs(x: SigmoidInputs | None) -> str | None:
     return None
 
 
 def _order(x: SigmoidInputs) -> Sequence[str]:
-    return ("chunked",)
+    return ("triton", "chunked") if x.a.is_cuda else ("chunked",)
 
 
 def _bucket(x: SigmoidInputs) -> str:
@@ -173,7 +162,11 @@ def _cases(device: torch.device) -> Iterable[SigmoidInputs]:
 
 OP = Op(
     name="multi_view_sigmoid",
-    backends=(Backend("reference", _runs, _reference), Backend("chunked", _runs, _chunked)),
+    backends=(
+        Backend("reference", _runs, _reference),
+        Backend("chunked", _runs, _chunked),
+        Backend("triton", _why_not_triton, _triton),
+    ),
     order=_order,
     bucket=_bucket,
     cases=_cases,

@@ -1,65 +1,32 @@
 """Triton kernels of `multi_view_info_nce`: logits exist as tiles in registers, and as one chunk of gradients.
 
-Forward: a program owns a block of rows of one view pair and walks all columns with an online log-sum-exp;
-the other direction is the same kernel with the sides exchanged, since a column's sum belongs to no single
-program.
-Backward: a kernel turns tiles of logits into their gradient, one chunk of it is stored, and two library
-matmuls take that to the embeddings. A kernel that kept a [rows, D] sum itself would need D = 512 fp32 numbers
-a row in registers, or compute each logit once for every slice of D.
+Forward: an online log-sum-exp over the columns; the other direction is the same kernel with the sides
+exchanged, since a column's sum belongs to no single program.
 
-Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i rows, j columns.
+Shape letters as in triton_pairwise.py.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 # (a kernel's arguments are pointers, integers and constants that only triton can type)
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.chunks import CHUNK, block_size, blocks, compute_dtype, target_mean
+from distill_kernels.chunks import compute_dtype, target_mean
 from distill_kernels.compile_specs import Spec, make_spec
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _tile(
-    x_ptr, y_ptr, offs_i, offs_j, n, m,
-    x_si, x_sd, y_sj, y_sd,
-    D: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    # x rows offs_i times y rows offs_j: [BLOCK_I, BLOCK_J], zero outside.
-    offs_d = tl.arange(0, BLOCK_D)
-    x_at = x_ptr + offs_i.to(tl.int64)[:, None] * x_si + offs_d[None, :] * x_sd
-    y_at = y_ptr + offs_j.to(tl.int64)[None, :] * y_sj + offs_d[:, None] * y_sd
-    acc = tl.zeros([BLOCK_I, BLOCK_J], ACC)
-    for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            x = tl.load(x_at, mask=(offs_i < n)[:, None], other=0.0)
-            y = tl.load(y_at, mask=(offs_j < m)[None, :], other=0.0)
-        else:
-            in_d = offs_d < D - start
-            x = tl.load(x_at, mask=(offs_i < n)[:, None] & in_d[None, :], other=0.0)
-            y = tl.load(y_at, mask=(offs_j < m)[None, :] & in_d[:, None], other=0.0)
-        if UPCAST:
-            x = x.to(tl.float32)
-            y = y.to(tl.float32)
-        acc = tl.dot(x, y, acc, input_precision=PRECISION, out_dtype=ACC)
-        x_at += BLOCK_D * x_sd
-        y_at += BLOCK_D * y_sd
-    return acc
+from distill_kernels.pairwise_ops import register_gradients
+from distill_kernels.triton_pairwise import (
+    LOG2_E,
+    Part,
+    block_sizes,
+    launch_constants,
+    pairwise_gradients,
+    tile,
+    variants,
+)
 
 
 @triton.jit
@@ -85,7 +52,7 @@ def _lse_kernel(
     total = tl.zeros([BLOCK_I], ACC)
     for start in range(0, m, BLOCK_J):
         offs_j = start + tl.arange(0, BLOCK_J)
-        z = scale * _tile(
+        z = scale * tile(
             x_ptr + u * x_su, y_ptr + v * y_sv, offs_i, offs_j, n, m, x_si, x_sd, y_sj, y_sd,
             D, BLOCK_I, BLOCK_J, BLOCK_D, ACC, PRECISION, UPCAST,
         )  # fmt: skip
@@ -125,7 +92,7 @@ def _gradient_kernel(
     offs_j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     in_i = offs_i < n
     in_j = offs_j < m
-    dot = _tile(
+    dot = tile(
         x_ptr + u * x_su, y_ptr + v * y_sv, offs_i, offs_j, n, m, x_si, x_sd, y_sj, y_sd,
         D, BLOCK_I, BLOCK_J, BLOCK_D, ACC, PRECISION, UPCAST,
     )  # fmt: skip
@@ -148,95 +115,51 @@ def _gradient_kernel(
     tl.store(dz_ptr + at[:, None] + offs_j[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
-class Blocks(NamedTuple):
-    """Block sizes for an element size; `kernels/bench/resources.py` holds their resources."""
-
-    i: int
-    j: int
-    d: int
-    warps: int
-    stages: int
-
-
-def block_sizes(itemsize: int) -> Blocks:
-    """The shipped block sizes: what tensor cores like in half precision, what registers hold in fp32."""
-    return Blocks(128, 128, 32, 8, 3) if itemsize <= 2 else Blocks(64, 64, 16, 4, 3)
-
-
 def launch_lse(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor) -> None:
     """Fill lse [Va, Vb, B] with the log-sum-exp over columns of scale * x [Va, B, D] @ y [Vb, M, D].T."""
     if lse.numel() == 0:
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
-    size = block_sizes(x.element_size())
-    _lse_kernel[(triton.cdiv(n, size.i), va * vb)](
-        x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **_constants(x, size)
-    )
+    grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
+    _lse_kernel[grid](x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x))
 
 
-def launch_gradient(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor | None,
-    shift: int,
-    dz: Tensor,
-) -> Tensor:
-    """Fill dz [nu * ni, nv * nj], contiguous: the logits' gradient for x [nu, ni, D] and y [nv, nj, D].
+def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Tensor:
+    """Fill part.dz, contiguous, with the logits' gradient; returns the gradient of scale, 0-dim.
 
-    Returns the gradient of scale, 0-dim.
-
-    weight is [nu, nv], row_lse [nu, nv, ni], column_lse [nv, nu, nj] or None for one direction; row i's
-    target is column i + shift.
+    row_lse is [nu, nv, ni], column_lse [nv, nu, nj], or None for one direction.
     """
-    (nu, ni, _), (nv, nj, _) = x.shape, y.shape
-    size = block_sizes(x.element_size())
+    (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
+    size = block_sizes(part.x.element_size())
     grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
-    d_scale = row_lse.new_empty(math.prod(grid))
+    d_scale = row_lse.new_empty(grid)
     _gradient_kernel[grid](
-        x,
-        y,
+        part.x,
+        part.y,
         scale,
-        weight,
+        part.weight,
         row_lse,
         column_lse,
-        dz,
+        part.dz,
         d_scale,
-        *x.stride(),
-        *y.stride(),
+        *part.x.stride(),
+        *part.y.stride(),
         *row_lse.stride()[:2],
         *((0, 0) if column_lse is None else column_lse.stride()[:2]),
-        *weight.stride(),
+        *part.weight.stride(),
         nv,
         ni,
         nj,
-        shift,
+        part.shift,
         SYMMETRIC=column_lse is not None,
-        **_constants(x, size),
+        **launch_constants(part.x),
     )
     return d_scale.sum()
 
 
-def _constants(x: Tensor, size: Blocks) -> dict[str, Any]:
-    return {
-        "D": x.shape[2],
-        "BLOCK_I": size.i,
-        "BLOCK_J": size.j,
-        "BLOCK_D": size.d,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
-        "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        "num_warps": size.warps,
-        "num_stages": size.stages,
-    }
-
-
 @torch.library.custom_op("distill::info_nce_triton", mutates_args=())
 def info_nce_triton(x: Tensor, y: Tensor, scale: Tensor, offset: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x [Va, B, D], y [Vb, M, D] of one dtype -> loss [Va, Vb], row lse [Va, Vb, B], column lse [Vb, Va, M].
+    """x [Va, B, D], y [Vb, B or M, D] of one dtype -> loss [Va, Vb], row lse [Va, Vb, B], column lse [Vb, Va, M].
 
     loss[u, v] is the cross-entropy x[u] -> y[v], row i's target being column offset + i; with `symmetric`
     (M = B) the mean of both directions. Without it the column lse is empty.
@@ -278,107 +201,27 @@ def info_nce_triton_backward(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `info_nce_triton` for x, y and scale, of their dtypes; grad is [Va, Vb]."""
-    (va, n, d), (vb, m, _) = x.shape, y.shape
-    dtype = compute_dtype(x, y)
-    # The stored gradient has the inputs' dtype: keep it of the order of a softmax, so that fp16 holds it.
-    largest = grad.abs().amax().clamp_min(torch.finfo(dtype).tiny) if grad.numel() else grad.new_zeros(())
-    weight = (grad / largest).contiguous()
-    factor = largest / (2 * n if symmetric else max(n, 1))
-    dx, dy = x.new_zeros(x.shape, dtype=dtype), y.new_zeros(y.shape, dtype=dtype)
-    d_scale = x.new_zeros((), dtype=dtype)
-    limit_i, limit_j = CHUNK["cuda"]
-    row_blocks, column_blocks = list(blocks(va, n, limit_i)), list(blocks(vb, m, limit_j))
-    sizes = [max(map(block_size, some), default=0) for some in (row_blocks, column_blocks)]
-    memory = x.new_empty(math.prod(sizes))
-    for us, rows in row_blocks:
-        xs = x[us, rows]
-        for vs, columns in column_blocks:
-            ys = y[vs, columns]
-            shape = (xs.shape[0] * xs.shape[1], ys.shape[0] * ys.shape[1])
-            dz = memory[: math.prod(shape)].view(shape)
-            d_scale += launch_gradient(
-                xs,
-                ys,
-                scale,
-                weight[us, vs],
-                row_lse[us, vs, rows],
-                column_lse[vs, us, columns] if symmetric else None,
-                offset + rows.start - columns.start,
-                dz,
-            )
-            _add_product(dx[us, rows].view(-1, d), dz, ys.reshape(-1, d))
-            _add_product(dy[vs, columns].view(-1, d), dz.T, xs.reshape(-1, d))
-    factor_scale = factor * scale.to(dtype)
-    return dx.mul_(factor_scale).to(x.dtype), dy.mul_(factor_scale).to(y.dtype), (d_scale * factor).to(scale.dtype)
+
+    def fill(part: Part) -> Tensor:
+        column = column_lse[part.vs, part.us, part.columns] if symmetric else None
+        return launch_gradient(part, scale, row_lse[part.us, part.vs, part.rows], column)
+
+    dx, dy, d_scale = pairwise_gradients(grad, x, y, scale, offset, 2 if symmetric else 1, fill)
+    return dx, dy, d_scale[0].to(scale.dtype, copy=True)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed and added in total's dtype, fp32 or wider."""
-    with torch.autocast(total.device.type, enabled=False):
-        if left.dtype != total.dtype and left.is_cuda:
-            total += torch.mm(left, right, out_dtype=total.dtype)
-        else:
-            total.addmm_(left.to(total.dtype), right.to(total.dtype))
-
-
-@info_nce_triton_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    column_lse: Tensor,
-    offset: int,
-    symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), torch.empty_like(scale)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y, scale, ctx.offset, ctx.symmetric = inputs
-    ctx.save_for_backward(x, y, scale, output[1], output[2])
-    ctx.mark_non_differentiable(output[1], output[2])
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, scale, row_lse, column_lse = ctx.saved_tensors
-    out = info_nce_triton_backward(grad, x, y, scale, row_lse, column_lse, ctx.offset, ctx.symmetric)
-    return (*out, None, None)
-
-
-info_nce_triton.register_autograd(_backward, setup_context=_setup)
+register_gradients(info_nce_triton, info_nce_triton_backward)
 
 
 def compile_specs() -> list[Spec]:
     """The variants that `kernels/bench/resources.py` compiles: dtypes x D x directions."""
     specs = []
-    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for width in (512, 100):
-            specs += _specs(dtype, itemsize, width)
-    return specs
-
-
-def _specs(dtype: str, itemsize: int, width: int) -> list[Spec]:
-    size = block_sizes(itemsize)
-    types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "scale_ptr": "*fp32"}
-    constants: dict[str, Any] = {
-        "x_sd": 1,
-        "y_sd": 1,
-        "D": width,
-        "BLOCK_I": size.i,
-        "BLOCK_J": size.j,
-        "BLOCK_D": size.d,
-        "ACC": tl.float32,
-        "PRECISION": "ieee",
-        "UPCAST": False,
-    }
-    variant = f"{dtype} D={width}"
-    options = {"warps": size.warps, "stages": size.stages}
-    specs = [make_spec(_lse_kernel, variant, types | {"lse_ptr": "*fp32"}, constants, **options)]
-    types |= {f"{name}_ptr": "*fp32" for name in ("weight", "row", "column", "d_scale")} | {"dz_ptr": f"*{dtype}"}
-    for symmetric in (False, True):
-        of_direction = constants | {"SYMMETRIC": symmetric} | ({} if symmetric else {"column_ptr": None})
-        name = f"{variant} {'both directions' if symmetric else 'one direction'}"
-        specs.append(make_spec(_gradient_kernel, name, types, of_direction, **options))
+    for v in variants():
+        specs.append(make_spec(_lse_kernel, v.name, v.types | {"lse_ptr": "*fp32"}, v.constants, **v.options))
+        types = v.types | {f"{name}_ptr": "*fp32" for name in ("weight", "row", "column", "d_scale")}
+        types |= {"dz_ptr": f"*{v.dtype}"}
+        for symmetric in (False, True):
+            constants = v.constants | {"SYMMETRIC": symmetric} | ({} if symmetric else {"column_ptr": None})
+            name = f"{v.name} {'both directions' if symmetric else 'one direction'}"
+            specs.append(make_spec(_gradient_kernel, name, types, constants, **v.options))
     return specs

@@ -294,6 +294,7 @@ def test_chunked_memory_grows_as_rows() -> None:
 
 def test_triton_writes_every_element_and_no_other() -> None:
     from distill_kernels.triton_info_nce import launch_gradient, launch_lse
+    from distill_kernels.triton_pairwise import Part
 
     x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
     scale = torch.tensor(3.0)
@@ -308,7 +309,8 @@ def test_triton_writes_every_element_and_no_other() -> None:
     guarded = torch.full((size + 64,), 777.0)
     guarded[:size] = float("nan")
     dz = guarded[:size].view(2 * 67, 3 * 131)
-    d_scale = launch_gradient(x, y, scale, weight, row, column.contiguous(), 5, dz)
+    whole = slice(None)
+    d_scale = launch_gradient(Part(whole, whole, whole, whole, x, y, weight, 5, dz), scale, row, column.contiguous())
     target = torch.zeros(67, 131, dtype=torch.float64)
     target[torch.arange(67), torch.arange(67) + 5] = 2
     expected = weight[..., None, None] * (z.softmax(3) + z.softmax(2) - target)

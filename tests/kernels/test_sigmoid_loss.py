@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels import chunks, multi_view_sigmoid
+from distill_kernels.backends import BackendError, listing
 from distill_kernels.sigmoid_loss import sigmoid_chunked, sigmoid_chunked_backward
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")
 
 
 def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,7 +46,8 @@ def check(loss: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
-        monkeypatch.setitem(chunks.CHUNK, "cpu", (7, 4))
+        for device in chunks.CHUNK:
+            monkeypatch.setitem(chunks.CHUNK, device, (7, 4))
 
 
 @pytest.mark.usefixtures("chunk")
@@ -81,18 +83,75 @@ def test_own_rows_against_gathered(backend: str) -> None:
     check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_gradcheck(backend: str) -> None:
     a, b = embeddings(2, 3, 4, dtype=torch.float64), embeddings(1, 3, 4, dtype=torch.float64)
     scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
-    assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend="chunked"), (a, b, scale, bias))
+    assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend=backend), (a, b, scale, bias))
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_opcheck(backend: str) -> None:
+    from distill_kernels.triton_sigmoid_loss import sigmoid_triton, sigmoid_triton_backward
+
+    forward, backward = {
+        "chunked": (sigmoid_chunked, sigmoid_chunked_backward),
+        "triton": (sigmoid_triton, sigmoid_triton_backward),
+    }[backend]
     x, y = embeddings(2, 4, 6), embeddings(3, 7, 6)
     scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
-    torch.library.opcheck(sigmoid_chunked, (x, y, scale, bias, 2))
+    torch.library.opcheck(forward, (x, y, scale, bias, 2))
     with torch.no_grad():
-        torch.library.opcheck(sigmoid_chunked_backward, (torch.randn(2, 3), x, y, scale, bias, 2))
+        torch.library.opcheck(backward, (torch.randn(2, 3), x, y, scale, bias, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64(backend: str) -> None:
+    a, b = embeddings(2, 9, 5, dtype=torch.float64), embeddings(2, 9, 5, dtype=torch.float64)
+    scale, bias = torch.tensor(9.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+    torch.testing.assert_close(loss, term_by_term(a, b, scale, bias, 0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_small_terms_keep_their_digits(backend: str) -> None:
+    # At bias -10 the negatives cost e^-10 each: log(1 + e) in fp32 would be off by .1 %, one by one.
+    a, b = embeddings(1, 3, 8), embeddings(1, 300, 8)
+    scale, bias = torch.tensor(1.0), torch.tensor(-10.0)
+    loss = multi_view_sigmoid(
+        a, b[:, :3], scale, bias, a_all=embeddings(1, 300, 8), b_all=b, backend=backend
+    ).double() + (a * b[:, :3]).sum(-1).mean().double() + bias.double()  # fmt: skip
+    z = a.double()[0] @ b.double()[0].T + bias.double()
+    torch.testing.assert_close(loss[0, 0], z.exp().log1p().sum(1).mean(), rtol=2e-4, atol=0)
+
+
+def test_triton_writes_every_element_and_no_other() -> None:
+    from distill_kernels.triton_pairwise import Part
+    from distill_kernels.triton_sigmoid_loss import launch_sigmoid_gradient, launch_softplus
+
+    x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
+    scale, bias, weight = torch.tensor(3.0), torch.tensor(-2.0), torch.randn(2, 3)
+    z = 3.0 * torch.einsum("uid,vjd->uvij", x.double(), y.double()) - 2.0
+
+    def guarded(size: int) -> Tensor:
+        memory = torch.full((size + 64,), 777.0)
+        memory[:size] = float("nan")
+        return memory
+
+    costs, size = guarded(2 * 3 * 67), 2 * 67 * 3 * 131
+    launch_softplus(x, y, scale, bias, costs[:-64].view(2, 3, 67))
+    torch.testing.assert_close(costs[:-64].view(2, 3, 67).double(), F.softplus(z).sum(3), rtol=1e-5, atol=1e-5)
+    memory, whole = guarded(size), slice(None)
+    part = Part(whole, whole, whole, whole, x, y, weight, 5, memory[:size].view(2 * 67, 3 * 131))
+    sums = launch_sigmoid_gradient(part, scale, bias)
+    target = torch.zeros(67, 131, dtype=torch.float64)
+    target[torch.arange(67), torch.arange(67) + 5] = 1
+    expected = weight[..., None, None] * (z.sigmoid() - target)
+    torch.testing.assert_close(part.dz.view(2, 67, 3, 131).double(), expected.transpose(1, 2), rtol=1e-4, atol=1e-6)
+    both = torch.stack([(expected * (z + 2) / 3).sum(), expected.sum()])
+    torch.testing.assert_close(sums.double(), both, rtol=1e-4, atol=1e-4)
+    assert (costs[-64:] == 777.0).all()
+    assert (memory[-64:] == 777.0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -121,15 +180,23 @@ def test_compile_autocast_checkpoint(backend: str) -> None:
             torch.testing.assert_close(g, t, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_inputs_keep_fp32_logits(backend: str) -> None:
-    a, b = embeddings(2, 9, 16, dtype=torch.bfloat16), embeddings(2, 9, 16, dtype=torch.bfloat16)
-    scale, bias = torch.tensor(100.0), torch.tensor(-60.0)
+def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
+    # Gradients have the inputs' precision, those of scale and bias fp32's.
+    a, b = embeddings(2, 9, 16, dtype=dtype), embeddings(2, 9, 16, dtype=dtype)
+    scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-60.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
-    torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-4)
-    assert torch.autograd.grad(loss.sum(), a)[0].dtype == torch.bfloat16
+    expected = term_by_term(a, b, scale, bias, 0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-4)
+    inputs, eps = (a, b, scale, bias), torch.finfo(dtype).eps
+    grads, true = (torch.autograd.grad(t.double().sum(), inputs) for t in (loss, expected))
+    assert [g.dtype for g in grads] == [dtype, dtype, torch.float32, torch.float32]
+    for g, t, relative in zip(grads, true, (4 * eps, 4 * eps, 1e-4, 1e-4), strict=True):
+        torch.testing.assert_close(g, t, rtol=relative, atol=relative * t.abs().max().item())
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_empty_and_strides(backend: str) -> None:
     scale, bias = torch.tensor(4.0), torch.tensor(-1.0)
@@ -154,5 +221,13 @@ def test_errors_say_what_is_wrong() -> None:
         multi_view_sigmoid(a, a, scale, torch.zeros(1))
     with pytest.raises(ValueError, match="a and b must be"):
         multi_view_sigmoid(a, a[0], scale, scale)
-    with pytest.raises(ValueError, match="no backend named 'triton'; there are reference, chunked, and auto"):
-        multi_view_sigmoid(a, a, scale, scale, backend="triton")
+    with pytest.raises(BackendError, match="no backend named 'fast'; there are reference, chunked, triton, and auto"):
+        multi_view_sigmoid(a, a, scale, scale, backend="fast")
+    with pytest.raises(BackendError, match="'triton' cannot run this: needs one dtype"):
+        multi_view_sigmoid(a, a.bfloat16(), scale, scale, backend="triton")
+
+
+def test_listing_names_every_backend() -> None:
+    rows = {backend: state for op, backend, state in listing() if op == "multi_view_sigmoid"}
+    assert list(rows) == list(BACKENDS)
+    assert rows["chunked"] == "yes"

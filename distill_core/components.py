@@ -210,31 +210,40 @@ class Backbone(nn.Module, Component, ABC):
         `token_mask` [N, L] is True where the input token must be hidden.
         """
 
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+        """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
+        return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
+
     def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
         """Features of all views; tokens only of those in `need`; `masked` hides the tokens of `token_mask`.
 
-        The default encodes each group's needed and other views in one call each. A backbone that packs sequences, or
-        stops early where nobody reads the tokens, overrides this.
+        Each group's needed and other views are an input of `encode_together` each.
         """
         pooled: list[Tensor] = []
         classes: list[Tensor] = []
         features = Features(pooled=torch.empty(0))
+        inputs: list[tuple[Tensor, bool, Tensor | None]] = []
+        places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
             wanted = [start + i in need for i in range(count)]
             spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
-                part = self.encode(group.x[first:last].flatten(0, 1), tokens=wanted[first], token_mask=hidden)
-                pooled.append(part.pooled.reshape(last - first, batch, -1))
-                if part.class_tokens is not None:
-                    classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
-                if wanted[first]:
-                    for i in range(first, last):
-                        rows = slice((i - first) * batch, (i - first + 1) * batch)
-                        features.tokens[start + i] = part.tokens[0][rows]
-                        if 0 in part.masks:
-                            features.masks[start + i] = part.masks[0][rows]
+                inputs.append((group.x[first:last].flatten(0, 1), wanted[first], hidden))
+                places.append((start + first, start + last, batch))
+        for part, (first, last, batch), (_, tokens, _) in zip(
+            self.encode_together(inputs), places, inputs, strict=True
+        ):
+            pooled.append(part.pooled.reshape(last - first, batch, -1))
+            if part.class_tokens is not None:
+                classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
+            if tokens:
+                for i in range(first, last):
+                    rows = slice((i - first) * batch, (i - first + 1) * batch)
+                    features.tokens[i] = part.tokens[0][rows]
+                    if 0 in part.masks:
+                        features.masks[i] = part.masks[0][rows]
         features.pooled = torch.cat(pooled)
         features.class_tokens = torch.cat(classes) if len(classes) == len(pooled) else None
         return features

@@ -63,9 +63,7 @@ class Teacher(nn.Module):
         for copied, module in self._pairs():
             own += list(copied.parameters())
             students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
-        momentum = self.momentum(progress)
-        torch._foreach_mul_(own, momentum)
-        torch._foreach_add_(own, students, alpha=1 - momentum)
+        torch._foreach_lerp_(own, students, 1 - self.momentum(progress))
         for copied, module in self._pairs():
             for mine, theirs in zip(copied.buffers(), module.buffers(), strict=True):
                 mine.copy_(theirs)

@@ -265,6 +265,8 @@ def _why_not_xformers(x: PackedInputs | None) -> str | None:
 def _order(x: PackedInputs) -> Sequence[str]:
     if x.q.is_cuda:
         return ("varlen", "xformers", "grouped")
+    if _layout(x.lengths, x.q.device).source is None:
+        return ("grouped", "loop")  # nothing to copy
     # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the
     # sooner the cheaper the attention itself is.
     if x.q.dtype.itemsize < 4:

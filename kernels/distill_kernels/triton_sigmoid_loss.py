@@ -25,6 +25,9 @@ from distill_kernels.triton_pairwise import (
     variants,
 )
 
+# Columns of a block of the forward kernel: with 128 its logarithm spills on sm_80.
+_FORWARD_J = 64
+
 
 @triton.jit
 def _softplus_kernel(
@@ -111,7 +114,7 @@ def launch_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, cost: Ten
     (va, n, _), (vb, m, _) = x.shape, y.shape
     grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
     _softplus_kernel[grid](
-        x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x)
+        x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x) | {"BLOCK_J": _FORWARD_J}
     )  # fmt: skip
 
 
@@ -177,7 +180,15 @@ def compile_specs() -> list[Spec]:
     specs = []
     for v in variants():
         types = v.types | {"bias_ptr": "*fp32"}
-        specs.append(make_spec(_softplus_kernel, v.name, types | {"cost_ptr": "*fp32"}, v.constants, **v.options))
+        specs.append(
+            make_spec(
+                _softplus_kernel,
+                v.name,
+                types | {"cost_ptr": "*fp32"},
+                v.constants | {"BLOCK_J": _FORWARD_J},
+                **v.options,
+            )
+        )
         types |= {"weight_ptr": "*fp32", "dz_ptr": f"*{v.dtype}", "sums_ptr": "*fp32"}
         specs.append(make_spec(_sigmoid_gradient_kernel, v.name, types, v.constants, **v.options))
     return specs

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,14 @@ def check(recipe: Recipe) -> None:
 
 
 def bench_step(
-    recipe: Recipe, *, batch_size: int, global_tokens: int, local_tokens: int, rounds: int, say: Callable[[str], None]
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    global_tokens: int,
+    local_tokens: int,
+    rounds: int,
+    say: Callable[[str], None],
+    precisions: Sequence[str] = ("fp32", "bf16"),
 ) -> list[dict[str, Any]]:
     """Rows by precision and part: median process seconds of both, and their ratio. One thread, interleaved."""
     check(recipe)
@@ -219,7 +226,7 @@ def bench_step(
     other = Plain(recipe, objective, batch, Clock())
     loss, gradient = agreement(ours, other)
     say(f"same step: losses agree to {loss:.1e}, gradients to {gradient:.1e} (relative, fp32)")
-    for precision in ("fp32", "bf16"):
+    for precision in precisions:
         totals: dict[str, list[float]] = {"ours": [], "plain": []}
         ours.clock.parts.clear()
         other.clock.parts.clear()

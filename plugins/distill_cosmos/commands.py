@@ -17,6 +17,7 @@ def bench() -> None:
 @click.option("--global-tokens", default=41, show_default=True, help="Mean tokens of a global caption.")
 @click.option("--local-tokens", default=19, show_default=True, help="Mean tokens of a local caption.")
 @click.option("--rounds", default=5, show_default=True, help="Measured rounds, each a step of both.")
+@click.option("--precision", type=click.Choice(["both", "fp32", "bf16"]), default="both", show_default=True)
 @click.option("--csv", "output", help="Write the rows to this file.")
 def step(
     recipe: str,
@@ -25,6 +26,7 @@ def step(
     global_tokens: int,
     local_tokens: int,
     rounds: int,
+    precision: str,
     output: str | None,
 ) -> None:
     """COSMOS's step against a straightforward one written from the equations (CPU, one thread, process time).
@@ -39,7 +41,13 @@ def step(
 
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
     rows = bench_step(
-        loaded, batch_size=batch, global_tokens=global_tokens, local_tokens=local_tokens, rounds=rounds, say=click.echo
+        loaded,
+        batch_size=batch,
+        global_tokens=global_tokens,
+        local_tokens=local_tokens,
+        rounds=rounds,
+        precisions=("fp32", "bf16") if precision == "both" else (precision,),
+        say=click.echo,
     )
     if output is not None:
         write_csv(Path(output), rows, Path(recipe).name, batch)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import embedding, pad
 
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
@@ -100,48 +100,57 @@ class ClipText(Backbone):
         return example_texts(rng)
 
     def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
-        """As the base does, but texts whose tokens nobody needs are encoded in one packed sequence.
+        """As the base does, but all texts are one packed sequence.
 
-        Attention is causal: what stands behind end-of-text is dead, and is not computed.
+        Attention is causal: what stands behind end-of-text is dead for the embedding, and is not computed for texts
+        whose tokens nobody needs.
         """
         if masked and any(group.token_mask is not None for group in views.groups):
             raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
-        rows = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
-        features = Features(torch.empty(0))
-        pooled: dict[int, Tensor] = {}
-        for view, x in rows:
-            if view in need:
-                one = self.encode(x, tokens=True, token_mask=None)
-                pooled[view], features.tokens[view], features.masks[view] = one.pooled[0], one.tokens[0], one.masks[0]
-        rest = [(view, x) for view, x in rows if view not in need]
-        if rest:
-            together = self.encode_packed([x for _, x in rest])
-            pooled |= dict(
-                zip((view for view, _ in rest), torch.split(together, [len(x) for _, x in rest]), strict=True)
-            )
-        features.pooled = torch.stack([pooled[view] for view, _ in rows])
+        texts = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
+        read = [(view, self._padded(x)) for view, x in texts if view in need]
+        rest = [(view, x) for view, x in texts if view not in need]
+        pooled, out = self._packed([x for _, x in read], [x for _, x in rest])
+        by_view = dict(zip([view for view, _ in read + rest], pooled, strict=True))
+        features = Features(torch.stack([by_view[view] for view, _ in texts]))
+        for (view, x), tokens in zip(read, out.split([x.numel() for _, x in read]) if read else [], strict=True):
+            features.tokens[view] = tokens.view(*x.shape, -1)
+            features.masks[view] = torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)
         return features
 
-    def encode_packed(self, ids: Sequence[Tensor]) -> Tensor:
-        """Embeddings [N, D] of the rows of several id matrices [.., L], N rows in all, without any padding."""
-        ends = torch.cat([x.argmax(1) for x in ids])
-        parts = [x[torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)] for x in ids]
-        flat = torch.cat(parts)
-        starts = torch.zeros(len(ends) + 1, dtype=torch.int32, device=flat.device)
-        starts[1:] = torch.cumsum(ends + 1, 0)
-        first = torch.repeat_interleave(starts[:-1], ends + 1)
-        place = torch.arange(len(flat), device=flat.device) - first
-        sequence = self.token_embedding(flat) + self.positional_embedding[place]
-        at_end = self.transformer.packed(sequence, starts, starts[1:].long() - 1, causal=True)
-        return self.ln_final(at_end) @ self.text_projection  # type: ignore[no-any-return]
+    def _packed(self, read: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """ids [B, L], those of `read` whole -> the embeddings [B, D] of all, and the tokens [T, W] of `read`."""
+        ids = [*read, *rest]
+        ends = [x.argmax(1) for x in ids]
+        ours = [torch.full_like(end, x.shape[1]) for x, end in zip(read, ends, strict=False)]
+        lengths = torch.cat([*ours, *(end + 1 for end in ends[len(read) :])])
+        columns = torch.arange(max(x.shape[1] for x in ids), device=lengths.device)
+        counts = lengths.split([len(x) for x in ids])
+        flat = torch.cat([x[columns[: x.shape[1]] < n[:, None]] for x, n in zip(ids, counts, strict=True)])
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        place = torch.arange(len(flat), device=flat.device) - torch.repeat_interleave(starts[:-1], lengths)
+        sequence = self.token_embedding(flat) + embedding(place, self.positional_embedding)
+        whole, number = sum(x.numel() for x in read), sum(len(x) for x in read)
+        kept = torch.arange(whole, device=flat.device)
+        rows = torch.cat([kept, starts[number + 1 :] - 1])
+        out = self.ln_final(self.transformer.packed(sequence, starts.int(), rows, causal=True))
+        at_end = torch.cat(
+            [starts[:number] + torch.cat(ends)[:number], torch.arange(whole, len(out), device=out.device)]
+        )
+        pooled = out.index_select(0, at_end) @ self.text_projection
+        return list(pooled.split([len(x) for x in ids])), out[:whole]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """ids [N, L] -> [N, context], where tokens are handed on padded to it."""
+        return pad(x, (0, self.config.context - x.shape[1])) if self.config.padding == "context" else x
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
         """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask."""
         if token_mask is not None:
             raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
         end = x.argmax(1)
-        if tokens and self.config.padding == "context":
-            x = pad(x, (0, self.config.context - x.shape[1]))
+        if tokens:
+            x = self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         if not tokens:
             pooled = self.ln_final(self.transformer.at(sequence, end, causal=True)) @ self.text_projection

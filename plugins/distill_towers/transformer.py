@@ -5,6 +5,9 @@ N sequences, L tokens, T tokens of all sequences one after the other (packed), W
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -27,17 +30,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         """x [N, L, W] -> [N, L, W]."""
-        q, k, v = rearrange(
-            linear(x, self.in_proj_weight, self.in_proj_bias), "n l (t h k) -> t n h l k", t=3, h=self.heads
-        )
+        q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
         out: Tensor = self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
         return out
 
+    def _project(self, x: Tensor) -> Tensor:
+        """x [..., W] -> [..., 3, H, K]: unbound there, gradients are stacked as the product's backward wants them."""
+        projected = linear(x, self.in_proj_weight, self.in_proj_bias)
+        return rearrange(projected, "... (t h k) -> ... t h k", t=3, h=self.heads)
+
     def packed(self, x: Tensor, starts: Tensor, *, causal: bool) -> Tensor:
         """x [T, W] -> [T, W]; `starts` [N + 1] are the sequences' first rows, then T. Before `out_proj`."""
-        q, k, v = rearrange(
-            linear(x, self.in_proj_weight, self.in_proj_bias), "r (t h k) -> t r h k", t=3, h=self.heads
-        )
+        q, k, v = self._project(x).unbind(1)
         return rearrange(packed_attention(q, k, v, starts, causal=causal), "r h k -> r (h k)")
 
     def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -86,10 +90,10 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
-        """x [T, W] -> [T, W], or only `rows` [N] of it, [N, W]: behind the attention the rest is not computed."""
+        """x [T, W] -> [T, W], or only `rows` [R] of it, [R, W]: behind the attention the rest is not computed."""
         mixed = self.attn.packed(self.ln_1(x), starts, causal=causal)
         if rows is not None:
-            x, mixed = x[rows], mixed[rows]
+            x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
         x = x + self.attn.out_proj(mixed)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
@@ -130,3 +134,25 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             x = block.packed(x, starts, rows if i == last else None, causal=causal)
         return x
+
+    def together(self, sequences: Sequence[Tensor], index: Sequence[Tensor | None]) -> list[Tensor]:
+        """Several [N, L, W], not causal: whole, or where an index is given as `at` has it.
+
+        All but the last block run on one packed sequence, so that each weight is read once, and its gradient is one
+        product instead of a sum of several.
+        """
+        *body, last = self.resblocks
+        # by length: sequences that attention takes together then stand together, and nothing is copied
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].shape[1])
+        shapes = [sequences[i].shape for i in order]
+        x = torch.cat([sequences[i].flatten(0, 1) for i in order])
+        lengths = [shape[1] for shape in shapes for _ in range(shape[0])]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
+        for block in body:
+            x = block.packed(x, starts, None, causal=False)  # type: ignore[operator]
+        rows = x.split([shape[:2].numel() for shape in shapes])
+        outs: list[Tensor] = [x] * len(rows)
+        for i, part, shape in zip(order, rows, shapes, strict=True):
+            part, at = part.view(shape), index[i]
+            outs[i] = last(part, causal=False) if at is None else last.at(part, at, None)  # type: ignore[operator]
+        return outs

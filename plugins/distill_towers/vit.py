@@ -133,6 +133,22 @@ class VisionTransformer(Backbone):
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
+        sequence = self._embed(x, token_mask)
+        if tokens:
+            return self._read(self.transformer(sequence, causal=False), tokens=True)
+        return self._read(self.transformer.at(sequence, self._class_index(x), causal=False), tokens=False)
+
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+        """Crops of all sizes go through the weights as one packed sequence."""
+        if len(inputs) == 1:
+            return super().encode_together(inputs)
+        sequences = [self._embed(x, token_mask) for x, _, token_mask in inputs]
+        index = [None if tokens else self._class_index(x) for x, tokens, _ in inputs]
+        outs = self.transformer.together(sequences, index)
+        return [self._read(out, tokens=tokens) for out, (_, tokens, _) in zip(outs, inputs, strict=True)]
+
+    def _embed(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """x [N, 3, S, S] -> the transformer's input [N, C + L, W]."""
         patch, (height, width) = self.config.patch, x.shape[-2:]
         patches = rearrange(x, "n c (i p) (j q) -> n (i j) (c p q)", p=patch, q=patch)
         embedded = linear(patches, self.conv1.weight.flatten(1))
@@ -142,19 +158,23 @@ class VisionTransformer(Backbone):
             embedded = torch.where(token_mask[..., None], self.mask_token.to(embedded.dtype), embedded)
         start = self.class_embedding.to(embedded.dtype).expand(x.shape[0], 1, -1)
         sequence = torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch)
-        count = self.config.class_tokens
-        if count > 1:
+        if self.config.class_tokens > 1:
             more = self.more_class_embeddings.to(sequence.dtype).expand(x.shape[0], -1, -1)
             sequence = torch.cat([sequence[:, :1], more, sequence[:, 1:]], 1)
-        sequence = self.ln_pre(sequence)
-        if tokens:
-            sequence = self.ln_post(self.transformer(sequence, causal=False))
-            classes = sequence[:, :count]
-        else:
-            index = torch.arange(count, device=x.device).expand(x.shape[0], -1)
-            classes = self.ln_post(self.transformer.at(sequence, index, causal=False))
-        pooled = classes[:, 0] @ self.proj
-        return Features(pooled[None], {0: sequence[:, count:]} if tokens else {}, class_tokens=classes[None])
+        normed: Tensor = self.ln_pre(sequence)
+        return normed
+
+    def _class_index(self, x: Tensor) -> Tensor:
+        """Where the class tokens stand in each of N sequences, [N, C]."""
+        return torch.arange(self.config.class_tokens, device=x.device).expand(x.shape[0], -1)
+
+    def _read(self, out: Tensor, *, tokens: bool) -> Features:
+        """The transformer's output, [N, C + L, W] with `tokens`, else the class tokens' [N, C, W]."""
+        out = self.ln_post(out)
+        count = self.config.class_tokens
+        classes = out[:, :count]
+        pooled = (classes[:, 0] @ self.proj)[None]
+        return Features(pooled, {0: out[:, count:]} if tokens else {}, class_tokens=classes[None])
 
 
 def _position_map(grid: int, rows: int, columns: int) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill_core.types import View
+from distill_core.components import Backbone
+from distill_core.types import Group, View, Views
 from distill_towers.clip_text import ClipText, ClipTextConfig, TextCollator
 from distill_towers.tokenizer import ClipTokenizer, clean
 from distill_towers.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
@@ -60,6 +61,54 @@ def test_text_without_tokens_gives_the_same_embedding(text: ClipText, ids: torch
     torch.testing.assert_close(full.pooled, short.pooled, rtol=1e-10, atol=1e-12)
     assert full.tokens[0].shape == (6, 16, 24)
     assert full.masks[0].sum(1).tolist() == [3, 11, 6, 2, 8, 10]
+
+
+def both_ways(tower: Backbone, views: Views, need: tuple[int, ...]) -> None:
+    """All views in one pass, as the tower does it, against each view encoded alone: features and gradients."""
+    results = []
+    for together in (True, False):
+        tower.zero_grad()
+        if together:
+            features = tower(views, need=need)
+            pooled, tokens, masks = features.pooled, features.tokens, features.masks
+        else:
+            xs = [x for group in views.groups for x in group.x]
+            alone = [tower.encode(x, tokens=i in need, token_mask=None) for i, x in enumerate(xs)]
+            pooled = torch.cat([one.pooled for one in alone])
+            tokens = {i: alone[i].tokens[0] for i in need}
+            masks = {i: alone[i].masks[0] for i in need if alone[i].masks}
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (pooled, *tokens.values())]
+        sum((t * w).sum() for t, w in zip((pooled, *tokens.values()), weights, strict=True)).backward()
+        grads = {n: p.grad.clone() for n, p in tower.named_parameters() if p.grad is not None}
+        results.append((pooled, tokens, masks, grads))
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("need", [(), (0,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_crops_of_all_sizes_in_one_pass(need: tuple[int, ...], layers: int) -> None:
+    torch.manual_seed(0)
+    config = VisionTransformerConfig(image_size=24, patch=4, width=24, layers=layers, heads=3, dim=10)
+    views = Views(
+        [
+            Group(torch.randn(2, 3, 3, 24, 24, dtype=torch.float64), "global"),
+            Group(torch.randn(2, 3, 3, 12, 12, dtype=torch.float64), "local"),
+        ]
+    )
+    both_ways(VisionTransformer(config).double(), views, need)
+
+
+@pytest.mark.parametrize("need", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("padding", ["context", "longest"])
+def test_texts_of_all_lengths_in_one_pass(
+    text: ClipText, ids: torch.Tensor, padding: str, need: tuple[int, ...]
+) -> None:
+    text.config = text.config.model_copy(update={"padding": padding})
+    short = ids.flip(0)[:, :9].clone()
+    short[:, 8] = 59
+    both_ways(text, Views([Group(ids.view(2, 3, 11), "global"), Group(short[None, :3], "local")]), need)
 
 
 def test_text_padding_never_reaches_the_embedding(text: ClipText, ids: torch.Tensor) -> None:

@@ -226,9 +226,10 @@ def test_auto_follows_the_measurements() -> None:
         q = torch.zeros(sum(lengths), 1, 8)
         return choose(PACKED, "auto", PackedInputs(q, q, q, bounds(lengths), tuple(lengths), True)).name
 
-    assert packed_choice([10] * 64) == "grouped"
-    assert packed_choice([10] * 8) == "loop"
-    assert packed_choice([150] * 20) == "loop"
+    assert packed_choice([10, 9] * 32) == "grouped"
+    assert packed_choice([10, 9] * 4) == "loop"
+    assert packed_choice([150, 149] * 10) == "loop"
+    assert packed_choice([37] * 3 + [197] * 2) == "grouped"  # no padding, nothing to copy
 
 
 def test_errors_say_what_is_wrong() -> None:

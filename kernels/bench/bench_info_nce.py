@@ -59,7 +59,7 @@ def directions(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 
 def sigmoid_pairs(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """As SigLIP's public code has it: an eye of labels and one logsigmoid a pair."""
+    """The equation: signs +1 on the diagonal and -1 elsewhere, and one logsigmoid a pair."""
     sign = 2 * torch.eye(a.shape[1], device=a.device) - 1
     losses = [-F.logsigmoid(sign * (scale * u @ v.T + bias)).sum(1).mean() for u in a.float() for v in b.float()]
     return torch.stack(losses).view(len(a), len(b))
@@ -67,12 +67,14 @@ def sigmoid_pairs(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 def implementations(kind: str, inputs: tuple[Tensor, ...]) -> dict[str, Loss]:
     """Baselines first, then every backend that can run."""
+    a, b, scale, *rest = inputs
     if kind == "sigmoid":
         losses: dict[str, Loss] = {"pairs": sigmoid_pairs}
-        runnable = [x.name for x in SIGMOID.backends if x.why_not(SigmoidInputs(*inputs, 0)) is None]
+        (bias,) = rest
+        runnable = [x.name for x in SIGMOID.backends if x.why_not(SigmoidInputs(a, b, scale, bias, 0)) is None]
         return losses | {name: functools.partial(multi_view_sigmoid, backend=name) for name in runnable}
     losses = {"pairs": pairs, "directions": directions}
-    runnable = [x.name for x in OP.backends if x.why_not(InfoNCEInputs(*inputs, None, None, 0)) is None]
+    runnable = [x.name for x in OP.backends if x.why_not(InfoNCEInputs(a, b, scale, None, None, 0)) is None]
     return losses | {name: functools.partial(multi_view_info_nce, backend=name) for name in runnable}
 
 

@@ -133,7 +133,8 @@ def pairwise_gradients(
 def _parts(x: Tensor, y: Tensor, weight: Tensor, offset: int) -> Iterator[Part]:
     """The chunks in row-major order; each overwrites the dz of the one before."""
     limit_i, limit_j = CHUNK["cuda"]
-    row_blocks, column_blocks = list(blocks(*x.shape[:2], limit_i)), list(blocks(*y.shape[:2], limit_j))
+    row_blocks = list(blocks(x.shape[0], x.shape[1], limit_i))
+    column_blocks = list(blocks(y.shape[0], y.shape[1], limit_j))
     memory = x.new_empty(math.prod(max(map(block_size, some), default=0) for some in (row_blocks, column_blocks)))
     for us, rows in row_blocks:
         for vs, columns in column_blocks:

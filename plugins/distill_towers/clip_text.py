@@ -113,7 +113,7 @@ class ClipText(Backbone):
         pooled, out = self._packed([x for _, x in read], [x for _, x in rest])
         by_view = dict(zip([view for view, _ in read + rest], pooled, strict=True))
         features = Features(torch.stack([by_view[view] for view, _ in texts]))
-        for (view, x), tokens in zip(read, out.split([x.numel() for _, x in read]) if read else [], strict=True):
+        for (view, x), tokens in zip(read, torch.split(out, [x.numel() for _, x in read]) if read else [], strict=True):
             features.tokens[view] = tokens.view(*x.shape, -1)
             features.masks[view] = torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)
         return features
@@ -125,7 +125,7 @@ class ClipText(Backbone):
         ours = [torch.full_like(end, x.shape[1]) for x, end in zip(read, ends, strict=False)]
         lengths = torch.cat([*ours, *(end + 1 for end in ends[len(read) :])])
         columns = torch.arange(max(x.shape[1] for x in ids), device=lengths.device)
-        counts = lengths.split([len(x) for x in ids])
+        counts = torch.split(lengths, [len(x) for x in ids])
         flat = torch.cat([x[columns[: x.shape[1]] < n[:, None]] for x, n in zip(ids, counts, strict=True)])
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         place = torch.arange(len(flat), device=flat.device) - torch.repeat_interleave(starts[:-1], lengths)
@@ -138,7 +138,7 @@ class ClipText(Backbone):
             [starts[:number] + torch.cat(ends)[:number], torch.arange(whole, len(out), device=out.device)]
         )
         pooled = out.index_select(0, at_end) @ self.text_projection
-        return list(pooled.split([len(x) for x in ids])), out[:whole]
+        return list(torch.split(pooled, [len(x) for x in ids])), out[:whole]
 
     def _padded(self, x: Tensor) -> Tensor:
         """ids [N, L] -> [N, context], where tokens are handed on padded to it."""

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
         for block in body:
             x = block.packed(x, starts, None, causal=False)  # type: ignore[operator]
-        rows = x.split([shape[:2].numel() for shape in shapes])
+        rows = torch.split(x, [shape[:2].numel() for shape in shapes])
         outs: list[Tensor] = [x] * len(rows)
         for i, part, shape in zip(order, rows, shapes, strict=True):
             part, at = part.view(shape), index[i]

@@ -20,7 +20,7 @@ from distill_core.registry import Entry, Registry
 
 
 def options(config: type[BaseModel]) -> list[dict[str, Any]]:
-    """name, type, default (None where required) and doc of each option."""
+    """name, type, default (None where required) and doc of each option; an option's own options come after it."""
     rows = []
     for name, field in config.model_fields.items():
         required = field.is_required()
@@ -34,6 +34,9 @@ def options(config: type[BaseModel]) -> list[dict[str, Any]]:
                 "doc": " ".join((field.description or "").split()),
             }
         )
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                rows += [row | {"name": f"{field.alias or name}.{row['name']}"} for row in options(part)]
     return rows
 
 

@@ -197,7 +197,10 @@ def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pyt
     assert "resumed at step 2 of 4" in (tmp_path / "logs" / "one.log").read_text()
 
 
-def test_checking_trains_nothing(tiny_recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_checking_trains_nothing(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     arguments = [tiny_recipe, "--swap", "fusion.heads=1,2", "--swap", "loss.1.weight=0,1", "--runs", tmp_path / "runs"]
     assert ablate(*arguments, "--check", "--seeds", "0,1", "--budget", "samples=40") == 0
     out = capfd.readouterr().out

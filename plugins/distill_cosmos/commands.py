@@ -17,7 +17,13 @@ def bench() -> None:
 @click.option("--global-tokens", default=41, show_default=True, help="Mean tokens of a global caption.")
 @click.option("--local-tokens", default=19, show_default=True, help="Mean tokens of a local caption.")
 @click.option("--rounds", default=5, show_default=True, help="Measured rounds, each a step of both.")
-@click.option("--precision", type=click.Choice(["both", "fp32", "bf16"]), default="both", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["both", "fp32", "bf16"]),
+    default="both",
+    show_default=True,
+    help="Precisions to measure; bf16 is autocast.",
+)
 @click.option("--csv", "output", help="Write the rows to this file.")
 def step(
     recipe: str,

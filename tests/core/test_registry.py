@@ -308,7 +308,7 @@ def test_an_option_without_a_docstring_would_be_found() -> None:
         inner: Config | None = None
         """Nested."""
 
-    assert undocumented(Outer) == ["Config.bare"]
+    assert undocumented(Outer) == ["inner.bare", "Config.bare"]
     assert {row["name"]: row["doc"] for row in catalogue.options(Config)} == {"bare": "", "told": "What it is."}
 
 

@@ -218,7 +218,7 @@ def test_checking_trains_nothing(
         (["s.yaml", "--seeds", "0,x"], "--seeds: seeds.1: Input should be a valid integer, got 'x'"),
         (["s.yaml", "--budget", "step=3"], "--budget: budget.step: unknown option 'step', did you mean 'steps'?"),
         (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
-        (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': fusion.heads: Input should be a"),
+        (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': Input should be a"),
         (["s.yaml", "--slurm", "fast"], "--slurm fast: write it as key=value"),
         (["s.yaml", "--slurm", "a=1"], "--slurm: no sbatch on this machine"),
         (["s.yaml", "--slurm", "cluster=local", "--slurm", "speed=1"], "--slurm: "),

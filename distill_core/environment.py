@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 PACKAGES = ("distill-framework", "torch", "torchvision", "triton", "xformers", "numpy", "webdataset", "torchdata")
 
 
-def environment(where: device, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """`versions`, `device`, and `git` where the working directory is in a repository."""
-    facts: dict[str, Any] = {"versions": versions(packages), "device": device_name(where)}
+def environment(where: device | None, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """`versions`, `device` where there is one, and `git` where the working directory is in a repository."""
+    facts: dict[str, Any] = {"versions": versions(packages)}
+    if where is not None:
+        facts["device"] = device_name(where)
     if (state := git_state()) is not None:
         facts["git"] = state
     return facts

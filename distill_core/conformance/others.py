@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from distill_core.components import Loaded
+from distill_core.components import Loaded, TrackerConfig
 from distill_core.conformance import surroundings
 from distill_core.conformance.modules import close
 from distill_core.conformance.suite import Case, DoesNotFit, Mend, checks, require
@@ -184,14 +186,26 @@ def nothing_to_score(case: Case) -> None:
 
 @checks("tracker")
 def tracked(case: Case) -> None:
-    """A run is started, logged and finished in its folder, and goes on when it is resumed."""
+    """A run is started, described, logged and finished in its folder, and goes on when it is resumed.
+
+    A tracker that is given media (its `Config` extends TrackerConfig) takes all kinds of pictures, and distributions.
+    """
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         run.mkdir()
         for resume in (False, True):
             tracker = case.cls(case.config)
             tracker.start(str(run), "run", {"name": "run", "seed": 0}, resume)
-            tracker.log(1, {"loss": 1.0, "scale": math.nan}, {"subset": "train"})
+            tracker.describe({"versions": {"python": "3"}, "device": "cpu"}, ["clip", "mine"])
+            context = {"subset": "train"}
+            tracker.log(1, {"loss": 1.0, "scale": math.nan}, context)
+            if issubclass(case.cls.Config, TrackerConfig):
+                array = np.full((8, 8, 3), 127, np.uint8)
+                picture, path = Image.fromarray(array), run / "picture.png"
+                picture.save(path)
+                for given in (array, picture, str(path)):
+                    tracker.image(1, "picture", given, "a caption", context)
+                tracker.distribution(1, "similarity", np.linspace(-1, 1, 16), context)
             tracker.finish()
             del tracker
             gc.collect()  # what it still holds open would otherwise look for its folder when that is gone

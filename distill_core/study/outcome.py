@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from distill_core.components import TrackerConfig
+from distill_core.environment import environment
 from distill_core.errors import did_you_mean
 from distill_core.study.picture import draw
 from distill_core.study.plan import Plan, Run
@@ -53,7 +55,8 @@ def write_files(table: StudyTable, folder: Path) -> list[Path]:
 def publish(plan: Plan, table: StudyTable, folder: Path) -> None:
     """Give the base recipe's tracker a run of its own: means and spreads, with the variant as context, and the picture.
 
-    The runs themselves carry study, variant and seed in their tags.
+    The runs themselves carry study, variant and seed in their tags. What the run is said to be made with has no device:
+    the runs may have been trained on other machines.
     """
     recipe = plan.recipes[plan.study.base]
     if recipe.tracking is None:
@@ -65,6 +68,10 @@ def publish(plan: Plan, table: StudyTable, folder: Path) -> None:
     tracker.call(
         "start", str(place), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True
     )
+    packages = [node.package for used in plan.recipes.values() for node in used.components()]
+    options = recipe.tracking.config
+    words = options.tags if isinstance(options, TrackerConfig) else ()
+    tracker.call("describe", environment(None, packages), list(dict.fromkeys(["study", *words])))
     for group in table.groups:
         values = {}
         for score, cell in table.cells[group.name].items():
@@ -73,5 +80,6 @@ def publish(plan: Plan, table: StudyTable, folder: Path) -> None:
                 if cell.summary.std is not None:
                     values[f"{score}/std"] = cell.summary.std
         tracker.call("log", 0, values, {**tags, "variant": group.name, "subset": "study"})
-    tracker.call("image", 0, "study", str(folder / "study.png"))
+    context = {**tags, "subset": "study"}
+    tracker.call("image", 0, "study", str(folder / "study.png"), plan.study.name, context)
     tracker.finish()

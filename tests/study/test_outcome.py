@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
-from distill_core.components import ComponentConfig, Tracker
+from distill_core.components import Tracker, TrackerConfig
 from distill_core.document import read_document
 from distill_core.recipe import Node
 from distill_core.registry import Registry
@@ -35,8 +35,11 @@ class Recorder(Tracker):
     def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
         self.calls.append(("log", step, dict(values), dict(context)))
 
-    def image(self, step: int, name: str, path: str) -> None:
-        self.calls.append(("image", name, Path(path).is_file()))
+    def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
+        self.calls.append(("describe", sorted({"versions", "device"} & facts.keys()), list(tags)))
+
+    def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:
+        self.calls.append(("image", name, Path(picture).is_file(), caption, dict(context)))
 
     def finish(self) -> None:
         self.calls.append(("finish",))
@@ -48,7 +51,7 @@ def recorded() -> list[tuple[Any, ...]]:
     return Recorder.calls
 
 
-NODE = Node("tracking", "recorder", Recorder, ComponentConfig(), "tests")
+NODE = Node("tracking", "recorder", Recorder, TrackerConfig(tags=("mine",), media=0), "tests")
 
 
 def make(tmp_path: Path, registry: Registry) -> Plan:
@@ -77,11 +80,13 @@ def test_the_study_is_a_run_of_the_tracker(
     assert [path.name for path in write_files(table, folder)] == ["table.md", "table.tex", "table.json", "study.png"]
     assert "| b | 13.00 (n=1) | +3.00 | 1/2 |" in (folder / "table.md").read_text()
     publish(plan, table, folder)
+    assert capfd.readouterr().err == ""
     assert recorded == [
         ("start", str(folder / "summary"), "s", {"study": "s"}),
+        ("describe", ["versions"], ["study", "mine"]),
         ("log", 0, {M: 11.0, f"{M}/std": pytest.approx(2**0.5)}, {"study": "s", "variant": "a", "subset": "study"}),
         ("log", 0, {M: 13.0}, {"study": "s", "variant": "b", "subset": "study"}),
-        ("image", "study", True),
+        ("image", "study", True, "s", {"study": "s", "subset": "study"}),
         ("finish",),
     ]
 

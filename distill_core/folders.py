@@ -14,6 +14,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distill"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there in full or not at all, whenever the process is killed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def size_of(folder: Path) -> int:
     """Bytes of the files in a folder, a file of two names counted once; 0 where there is none."""
     seen: dict[tuple[int, int], int] = {}

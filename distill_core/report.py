@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_core.folders import write_whole
 from distill_core.tracking import RunFolder
 
 
@@ -28,6 +29,8 @@ class Report:
     skipped_reads: int
     skipped_steps: int
     parameters: int
+    failed: Sequence[str] = ()
+    """A line for each evaluation task that could not be scored."""
 
 
 def write_report(folder: RunFolder, report: Report, facts: Mapping[str, Any]) -> Path:
@@ -38,7 +41,7 @@ def write_report(folder: RunFolder, report: Report, facts: Mapping[str, Any]) ->
         "validation": [row for row in rows if "scores" in row and row["split"] != report.split],
         **facts,
     }
-    (folder.path / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    write_whole(folder.path / "report.json", json.dumps(document, indent=1))
     return _picture(folder.path / "report.png", rows, report)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from distill_core.components import Tracker
 from distill_core.errors import UserError
+from distill_core.folders import write_whole
 from distill_core.media import Media, Picture
 from distill_core.recipe import Recipe
 from distill_core.types import Skipped
@@ -80,9 +82,7 @@ class RunFolder:
                 continue
             # the evaluations behind the last step are made again when the run ended among them
             kept = [r for r in _jsonl(path) if r["step"] <= step and not ("scores" in r and r["step"] == steps)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def _finite(value: Any) -> Any:
@@ -184,9 +184,10 @@ class TrackerThread:
 
     def finish(self, timeout: float = 60.0) -> None:
         """Flush and close; give up after `timeout` seconds."""
-        self.call("finish")
-        with suppress(queue.Full):
-            self._queue.put(None, timeout=timeout)
-        self._thread.join(timeout)
+        end = time.monotonic() + timeout
+        with suppress(queue.Full):  # said below
+            for job in (self.tracker.finish, None):  # unlike rows, worth waiting for room in the queue
+                self._queue.put(job, timeout=max(0.0, end - time.monotonic()))
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s; left behind")

@@ -208,6 +208,7 @@ def test_a_tracker_that_blocks(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_slow_tracker_loses_rows_but_never_blocks() -> None:
     """Catches a queue that grows without end, and a call that waits for room in it."""
     held, warnings = threading.Event(), []
+    Keeps.calls = []
 
     class Slow(Keeps):
         name = "slow"
@@ -222,8 +223,10 @@ def test_a_slow_tracker_loses_rows_but_never_blocks() -> None:
     assert time.monotonic() - started < 5
     assert len(warnings) == 1
     assert "rows are dropped" in warnings[0]
-    held.set()
-    thread.finish(10)
+    threading.Timer(0.3, held.set).start()
+    thread.finish(10)  # while the queue is full still
+    assert ("finish", ()) in Keeps.calls, "a row may be dropped, the end must not"
+    assert not thread._thread.is_alive()
     assert len(warnings) == 1
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from distill_core.components import Tracker
 from distill_core.errors import UserError
@@ -27,6 +27,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, base: Path, recipe: Recipe) -> RunFolder:
@@ -53,7 +54,14 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            self.unlock()
             raise UserError(f"{self.path}: another process is training in this run folder") from error
+
+    def unlock(self) -> None:
+        """Let others train into this folder again."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; what is not finite is null there, which JSON has no number for."""

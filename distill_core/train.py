@@ -153,7 +153,7 @@ class Trainer:
             self.display.warn(f"not evaluated: {line}")
         skipped = sum(distributed.gather_objects(self.skipped_samples))
         if self.rank == 0:
-            self._finish(evaluated.scores, skipped)
+            self._finish(evaluated, skipped)
         return Result(self.folder.path, evaluated.scores, evaluated.failed)
 
     def _greet(self, resumed: bool) -> None:
@@ -407,18 +407,19 @@ class Trainer:
             name = signal.Signals(self.interrupt.signal or signal.SIGTERM).name
             self.display.warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
 
-    def _finish(self, scores: dict[str, float], skipped: int) -> None:
+    def _finish(self, evaluated: Evaluated, skipped: int) -> None:
         report = Report(
             name=self.folder.path.name,
             steps=self.step,
             samples=self.step * self.batch,
             seconds=self.seconds,
-            scores=scores,
+            scores=evaluated.scores,
             split=self.recipe.evaluate.split,
             skipped_samples=self.folder.skipped_in_training(),
             skipped_reads=skipped,
             skipped_steps=self.skipped_steps,
             parameters=sum(p.numel() for p in self.parameters),
+            failed=evaluated.failed,
         )
         picture = write_report(self.folder, report, self.facts)
         if self.tracker is not None:

@@ -13,22 +13,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from distill_core.errors import UserError
+from distill_core.folders import write_whole
+from distill_core.model import run_recipe
 from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.study.compare import differences
+from distill_core.study.launch import in_use, read_memory, state
 from distill_core.study.plan import Plan, Run, method, with_steps
 from distill_core.tracking import RunFolder
 
 
 def _memory(folder: Path) -> Path:
     return folder / "calibration.json"
-
-
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    path = _memory(folder)
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
 
 
 def _mark(recipe: Recipe) -> str:
@@ -39,7 +37,7 @@ def _mark(recipe: Recipe) -> str:
 def calibration_runs(plan: Plan, folder: Path) -> list[Run]:
     """A short run, with the first seed, of each variant that was not timed yet: nothing evaluated, nothing tracked."""
     assert plan.study.budget is not None
-    known = _read(folder)
+    known = read_memory(_memory(folder))
     runs = []
     for variant in plan.variants:
         recipe = plan.recipes[variant.name]
@@ -60,9 +58,23 @@ def calibration_runs(plan: Plan, folder: Path) -> list[Run]:
     return runs
 
 
+def drop_changed(runs: Sequence[Run], folder: Path, registry: Registry) -> None:
+    """Remove calibrations in `folder` that were interrupted and are of another recipe than is to be timed now."""
+    for run in runs:
+        place = folder / run.name
+        if state(place) == "new" or in_use(place):
+            continue
+        try:
+            same = not differences([run_recipe(place, registry), run.recipe])
+        except UserError:  # it has what is not there any more
+            same = False
+        if not same:
+            shutil.rmtree(place)
+
+
 def keep_times(plan: Plan, folder: Path, runs: Sequence[Run]) -> None:
     """Write down the seconds a step took in the later half of each calibration, and drop the calibration's runs."""
-    known = _read(folder)
+    known = read_memory(_memory(folder))
     for run in runs:
         rows = [row for row in RunFolder(folder / "calibration" / run.name).rows() if "terms" in row]
         half, end = rows[len(rows) // 2 - 1], rows[-1]
@@ -70,9 +82,7 @@ def keep_times(plan: Plan, folder: Path, runs: Sequence[Run]) -> None:
         per_step = (end["seconds"] - half["seconds"]) / steps
         known[run.name] = {"seconds_per_step": per_step, "steps": steps, "recipe": _mark(plan.recipes[run.name])}
         shutil.rmtree(folder / "calibration" / run.name)
-    temporary = _memory(folder).with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=1), encoding="utf-8")
-    temporary.replace(_memory(folder))
+    write_whole(_memory(folder), json.dumps(known, indent=1))
 
 
 def calibrated_steps(plan: Plan, folder: Path) -> dict[str, int]:
@@ -80,7 +90,7 @@ def calibrated_steps(plan: Plan, folder: Path) -> dict[str, int]:
     budget = plan.study.budget
     assert budget is not None
     assert budget.seconds is not None
-    known = _read(folder)
+    known = read_memory(_memory(folder))
     steps = {}
     for variant in plan.variants:
         per_step = known[variant.name]["seconds_per_step"]

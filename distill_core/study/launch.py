@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
+from distill_core.tracking import RunFolder
 
 State = Literal["new", "half", "done"]
 
@@ -31,6 +32,22 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, json.JSONDecodeError):
         return None
     return report
+
+
+def not_scored(folder: Path) -> list[str]:
+    """A line for each evaluation task of a finished run that failed."""
+    return list((read_report(folder) or {}).get("failed", ()))
+
+
+def read_memory(path: Path) -> dict[str, Any]:
+    """What a study wrote down for its next start; {} where there is nothing. Raises `UserError`."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is no JSON ({error}); remove it") from error
+    return known
 
 
 def state(folder: Path) -> State:
@@ -79,7 +96,7 @@ class Local:
     def start(self, study: Path, name: str) -> LocalJob:
         """In a session of its own: a Ctrl-C reaches the study alone, which passes it on once."""
         folder = study / name
-        if state(folder) == "half":
+        if state(folder) != "new":
             arguments = ["resume", str(folder)]
         else:
             _clear(folder)
@@ -99,11 +116,24 @@ class Local:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a run that was stopped before its first checkpoint: there is nothing to go on from."""
+    """Remove a run that was stopped before its first checkpoint: there is nothing to go on from.
+
+    Raises `UserError` for what is no run, and for one that another process trains (a job that was submitted twice).
+    """
     if not folder.exists():
         return
     if not (folder / "recipe.yaml").is_file() and any(folder.iterdir()):
         raise UserError(f"{folder}: is in the way of a run, and is no run folder; move it")
+    run = RunFolder(folder)
+    run.lock()
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":  # held open, which some network file systems cannot remove
+                path.unlink()
+    finally:
+        run.unlock()
     shutil.rmtree(folder)
 
 
@@ -172,6 +202,8 @@ class SlurmRun:
 
     def __call__(self) -> int:
         """The run's exit code; run by submitit on the machine that SLURM gives."""
+        if state(self.study / self.name) == "done":  # by another job, while this one was in the queue
+            return 0
         self.job = Local().start(self.study, self.name)
         try:
             return self._wait()

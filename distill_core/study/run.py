@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill_core.errors import RecipeErrors, UserError
+from distill_core.folders import write_whole
 from distill_core.model import run_recipe
 from distill_core.process import Interrupt
 from distill_core.registry import Registry
-from distill_core.study.calibrate import calibrated_steps, calibration_runs, keep_times
+from distill_core.study.calibrate import calibrated_steps, calibration_runs, drop_changed, keep_times
 from distill_core.study.compare import differences
-from distill_core.study.launch import Job, Launcher, in_use, state
+from distill_core.study.launch import Job, Launcher, in_use, not_scored, read_memory, state
 from distill_core.study.live import StudyDisplay
 from distill_core.study.plan import Plan, Run
 from distill_core.tracking import RunFolder
@@ -70,6 +71,7 @@ class StudyRunner:
                 waiting = calibration_runs(self.plan, self.folder)
                 if waiting:
                     self.display.say(f"timing {len(waiting)} variant(s) for a budget of seconds ...")
+                    drop_changed(waiting, self.folder / "calibration", self.registry)
                     # one at a time, so that they do not slow one another down
                     outcome = self._go(waiting, self.folder / "calibration", 1)
                     if outcome.signal is not None:
@@ -107,17 +109,23 @@ class StudyRunner:
     def _go(self, runs: Sequence[Run], folder: Path, jobs: int) -> Outcome:
         outcome = Outcome(runs)
         memory = folder / "failed.json"
-        known: dict[str, str] = json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else {}
+        # a calibration that failed ended the study: it is tried again whenever the study is
+        known = read_memory(memory) if folder == self.folder else {}
         waiting: list[Run] = []
+        done = 0
         for run in runs:
-            if state(folder / run.name) == "done":
+            place = folder / run.name
+            unscored = not_scored(place)
+            if unscored and self.retry:
+                (place / "report.json").unlink()  # so that it is evaluated again
+            if state(place) == "done" and not unscored:
+                done += 1
                 self._finished(run, folder)
-            elif run.name in known and not self.retry:
-                outcome.failed[run.name] = known[run.name]
+            elif (unscored or run.name in known) and not self.retry:
+                outcome.failed[run.name] = _unscored(unscored) if unscored else known[run.name]
                 self.display.cells[run.name] = "failed"
             else:
                 waiting.append(run)
-        done = sum(state(folder / run.name) == "done" for run in runs)
         if done or outcome.failed:
             self.display.say(f"{folder}: {done} of {len(runs)} runs are done, {len(outcome.failed)} failed before")
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
@@ -128,9 +136,13 @@ class StudyRunner:
             self._kill(running)
             raise
         finally:
-            failed = {n: why for n, why in {**known, **outcome.failed}.items() if state(folder / n) != "done"}
+            failed = {
+                name: why
+                for name, why in {**known, **outcome.failed}.items()
+                if state(folder / name) != "done" or not_scored(folder / name)
+            }
             if failed or memory.exists():
-                memory.write_text(json.dumps(failed, indent=1), encoding="utf-8")
+                write_whole(memory, json.dumps(failed, indent=1))
         outcome.signal = self.interrupt.signal
         return outcome
 
@@ -159,7 +171,7 @@ class StudyRunner:
                     continue
                 waiting.remove(run)
                 if state(folder / run.name) == "done":  # by that other process
-                    self._finished(run, folder)
+                    self._ended(run, 0, None, folder, outcome)
                     continue
                 path = folder / "recipes" / f"{run.name}.yaml"
                 path.write_text(run.recipe.to_yaml(), encoding="utf-8")
@@ -172,11 +184,15 @@ class StudyRunner:
             self.display.update([run for run, _, _ in running.values()])
             time.sleep(0.1)
 
-    def _ended(self, run: Run, code: int, seconds: float, folder: Path, outcome: Outcome) -> None:
+    def _ended(self, run: Run, code: int, seconds: float | None, folder: Path, outcome: Outcome) -> None:
         log = folder / "logs" / f"{run.name}.log"
-        if state(folder / run.name) == "done":
+        if unscored := not_scored(folder / run.name):
+            outcome.failed[run.name] = _unscored(unscored)
+            self.display.cells[run.name] = "failed"
+            self.display.warn(f"{run.name}: {outcome.failed[run.name]} (see {log}); the others go on")
+        elif state(folder / run.name) == "done":
             self._finished(run, folder, seconds)
-            if code != 0:
+            if code != 0:  # behind its report
                 self.display.warn(f"{run.name}: {_last_lines(log)}")
         elif code < 0 or code > 128:
             outcome.stopped.append(run.name)
@@ -199,6 +215,10 @@ class StudyRunner:
         for _, job, _ in running.values():
             if job.poll() is None:
                 job.stop(signal.SIGTERM)
+
+
+def _unscored(lines: Sequence[str]) -> str:
+    return f"trained, but not evaluated: {'; '.join(lines)}"
 
 
 def _last_lines(log: Path) -> str:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from distill_core.document import read_document
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.registry import Registry
 from distill_core.study.grammar import make_study
-from distill_core.study.launch import Local
+from distill_core.study.launch import Local, SlurmRun, _clear
 from distill_core.study.live import StudyDisplay
 from distill_core.study.plan import check_study
 from distill_core.study.run import StudyRunner
@@ -42,8 +43,10 @@ class FakeJob:
             return None
         self.launcher.running.discard(self.name)
         folder = self.study / self.name
-        if self.code == 0:
+        unscored = self.launcher.unscored.get(self.name, [])
+        if self.code == 0 or unscored:
             report = {"scores": {"student/retrieval/M": 1.0}, "steps": 4, "samples": 16, "seconds": 1.0}
+            report["failed"] = unscored
             (folder / "report.json").write_text(json.dumps({**report, "parameters": 1, "split": "test"}))
             rows = [{"step": i + 1, "terms": {}, "seconds": 9 + 0.5 * i} for i in range(8)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,6 +67,8 @@ class Fake:
         self.codes = {name.replace("_", "-"): code for name, code in codes.items()}
         self.started: list[str] = []
         self.jobs: list[FakeJob] = []
+        self.unscored: dict[str, list[str]] = {}
+        """Evaluation tasks that fail, by run."""
         self.running: set[str] = set()
         self.most = 0
         self.on_poll: Callable[[FakeJob], None] = lambda job: None
@@ -135,6 +140,39 @@ def test_a_failed_run_is_reported_kept_and_tried_again_when_asked(
     assert make(Fake()).run().failed == {}
 
 
+def test_a_run_that_could_not_be_scored_failed_and_is_evaluated_again_when_asked(make: Make, tmp_path: Path) -> None:
+    """It has a report, so it would be taken for done for ever, and its missing scores for nothing."""
+    launcher = Fake(b_seed0=2)
+    launcher.unscored = {"b-seed0": ["zero_shot: no classes"]}
+    outcome = make(launcher).run()
+    assert outcome.failed == {"b-seed0": "trained, but not evaluated: zero_shot: no classes"}
+    folder = tmp_path / "runs" / "s"
+    assert json.loads((folder / "failed.json").read_text()) == outcome.failed
+    second = Fake()
+    assert make(second).run().failed == outcome.failed
+    assert second.started == []
+    third = Fake()
+    before = third.start
+
+    def start(study: Path, name: str) -> FakeJob:
+        assert not (study / name / "report.json").exists(), "a report makes it done"
+        assert list((study / name / "checkpoints").iterdir()), "it is not trained again"
+        return before(study, name)
+
+    third.start = start  # type: ignore[method-assign]
+    assert make(third, retry=True).run().failed == {}
+    assert third.started == ["b-seed0"]
+    assert json.loads((folder / "failed.json").read_text()) == {}
+
+
+def test_a_memory_that_was_cut_off_is_said(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "s"
+    folder.mkdir(parents=True)
+    (folder / "failed.json").write_text('{"b-se')
+    with pytest.raises(UserError, match=r"failed\.json: is no JSON .*; remove it"):
+        make(Fake()).run()
+
+
 def test_a_run_that_another_stopped_is_no_failure_and_goes_on_next_time(make: Make) -> None:
     launcher = Fake(a_seed0=-signal.SIGKILL, b_seed0=128 + signal.SIGTERM)
     outcome = make(launcher).run()
@@ -197,7 +235,7 @@ def test_a_run_that_another_process_trains_is_waited_for(make: Make, tmp_path: P
 
     def on_poll(job: FakeJob) -> None:
         if job.name == "b-seed1" and job.left == 1:
-            other._lock.close()
+            other.unlock()
 
     launcher.on_poll = on_poll
     make(launcher).run()
@@ -235,6 +273,28 @@ def test_only_a_changed_variant_is_timed_again(make: Make, tmp_path: Path) -> No
     assert launcher.started == ["b", "b-seed0", "b-seed1"]
 
 
+def test_an_interrupted_calibration_of_another_recipe_is_not_gone_on_with(make: Make, tmp_path: Path) -> None:
+    """It would give the changed variant the old one's seconds."""
+    launcher = Fake(b=128 + signal.SIGTERM)
+    with pytest.raises(UserError, match="calibration of b: stopped"):
+        make(launcher, SECONDS).run()
+    left = tmp_path / "runs" / "s" / "calibration" / "b" / "checkpoints"
+    assert left.exists()
+    for text, there in ((SECONDS, True), (SECONDS.replace("heads: 4", "heads: 8"), False)):
+        again = Fake(b=128 + signal.SIGTERM)
+        before, seen = again.start, []
+
+        def start(study: Path, name: str, before: Any = before, seen: Any = seen) -> FakeJob:
+            seen.append((study / name).exists())
+            return before(study, name)  # type: ignore[no-any-return]
+
+        again.start = start  # type: ignore[method-assign]
+        with pytest.raises(UserError, match="calibration of"):
+            make(again, text).run()
+        place = again.started.index("b")
+        assert seen[place] is there
+
+
 def test_a_calibration_that_fails_ends_the_study(make: Make) -> None:
     launcher = Fake(b=2)
     with pytest.raises(UserError, match="calibration of b: exit code 2: step 1: fine out of luck"):
@@ -248,3 +308,33 @@ def test_a_folder_that_is_no_run_is_not_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is in the way of a run, and is no run folder; move it"):
         Local().start(tmp_path, "a-seed0")
     assert (tmp_path / "a-seed0" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_another_process_trains_is_not_removed(tmp_path: Path) -> None:
+    """A job that waited in a queue while a second one of the same run was submitted."""
+    folder = tmp_path / "a-seed0"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("seed: 1\n")
+    other = RunFolder(folder)
+    other.lock()
+    with pytest.raises(UserError, match="another process is training in this run folder"):
+        SlurmRun(tmp_path, "a-seed0")()
+    assert (folder / "recipe.yaml").read_text() == "seed: 1\n"
+
+
+def test_a_job_whose_run_is_done_leaves_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a-seed0"
+    folder.mkdir()
+    for name in ("recipe.yaml", "report.json"):
+        (folder / name).write_text("{}")
+    assert SlurmRun(tmp_path, "a-seed0")() == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "report.json"]
+
+
+def test_a_run_without_a_checkpoint_is_cleared_away(tmp_path: Path) -> None:
+    folder = tmp_path / "a-seed0"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("recipe.yaml", ".lock", "checkpoints/.step-1.tmp"):
+        (folder / name).write_text("")
+    _clear(folder)
+    assert list(tmp_path.iterdir()) == []

@@ -69,9 +69,9 @@ def set_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 def _given(ctx: click.Context) -> str | None:
-    """The recipe or run folder of the command line so far."""
-    for name in ("recipe", "recipes", "folder"):
-        if value := ctx.params.get(name):
+    """The recipe or run folder of the command line so far: the command's first argument."""
+    for parameter in ctx.command.params:
+        if parameter.param_type_name == "argument" and (value := ctx.params.get(parameter.name or "")):
             return str(value[0] if isinstance(value, tuple) else value)
     # click assigns no arguments while the value of the last option is missing
     return ctx.args[0] if ctx.args else None

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from distill_core import completion
 from distill_core.errors import RecipeErrors, TrainingStopped, UserError
+from distill_core.without import without_option
 
 if TYPE_CHECKING:
     from distill_core.study.compare import Comparison
@@ -21,12 +23,19 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("target", metavar="STUDY.yaml|RECIPE")
+@click.argument("target", metavar="STUDY.yaml|RECIPE", shell_complete=completion.recipes)
 @click.option(
     "--swap", "swaps", multiple=True, metavar="PATH=A,B", help="Of a recipe: values to try, as fusion=none,x."
 )
 @click.option("--design", type=click.Choice(["grid", "one_at_a_time"]), help="How swaps are combined.")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change all variants. Repeatable.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change all variants. Repeatable.",
+    shell_complete=completion.set_paths,
+)
 @click.option("--seeds", metavar="0,1,2", help="Train each variant once with each seed.")
 @click.option("--budget", metavar="KIND=N", help="steps=N, samples=N or seconds=N: the length of all runs.")
 @click.option("--base", help="The variant that differences are taken to.")
@@ -40,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--retry", is_flag=True, help="Try runs again that failed before.")
 @click.option("--check", is_flag=True, help="Only check all variants and list them.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@without_option
 def ablate(
     target: str,
     swaps: tuple[str, ...],
@@ -119,12 +129,7 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
                 del document.origins[path]
             document.origins[key,] = "--score" if key == "scores" else f"--{key}"
     folder = Path() if swaps else Path(target).parent
-    study = make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""))
-    from dataclasses import replace
-
-    return replace(
-        study, shared=(*study.shared, *((change, f"--set {change.partition('=')[0]}") for change in overrides))
-    )
+    return make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""), overrides)
 
 
 def _list(plan: Plan) -> None:
@@ -180,9 +185,10 @@ def _end(plan: Plan, folder: Path, outcome: Outcome) -> None:
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...", shell_complete=completion.run_folders)
 @click.option("--score", "scores", multiple=True, help="A score to show, as student/retrieval/M. Repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@without_option
 def compare(runs: tuple[str, ...], scores: tuple[str, ...], as_json: bool) -> None:
     """Show what runs' recipes differ in, and their scores, side by side.
 

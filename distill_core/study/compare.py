@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from distill_core.errors import RecipeErrors
 from distill_core.model import run_recipe
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.study.grammar import shown
 from distill_core.study.plan import method
-from distill_core.study.table import Group, RunResult, StudyTable, default_scores
+from distill_core.study.table import Group, RunResult, StudyTable, default_scores, unknown_scores
 
 ABSENT = "-"
 
@@ -85,7 +87,10 @@ class Comparison:
 
 
 def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] = ()) -> Comparison:
-    """Read run folders; the first one's group is the base. Raises `UserError` for what is no run folder."""
+    """Read run folders; the first one's group is the base.
+
+    Raises `UserError` for what is no run folder, and for a score that no run has.
+    """
     recipes = [run_recipe(folder, registry) for folder in folders]
     kinds: list[dict[str, Any]] = []
     members: list[list[int]] = []
@@ -108,6 +113,8 @@ def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] =
         groups.append(Group(name, name, found, len(indices)))
     finished = [result for result in results.values() if result is not None]
     chosen = list(scores) or default_scores(finished)
+    if finished and (unknown := unknown_scores(chosen, finished)):
+        raise RecipeErrors([f"--score: {line}" for line in unknown.values()])
     return Comparison(
         StudyTable.of("comparison", groups, groups[0].name, chosen),
         differences([recipes[indices[0]] for indices in members]),
@@ -121,4 +128,4 @@ def _group_name(names: Sequence[str]) -> str:
         return names[0]
     same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     shared = "".join(letters[0] for letters in same)
-    return shared.removesuffix("seed").rstrip("-_.") or f"{names[0]}, ..."
+    return re.sub(r"seed\d*$", "", shared).rstrip("-_.") or f"{names[0]}, ..."

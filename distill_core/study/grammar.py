@@ -119,9 +119,12 @@ def swaps_document(recipe: str, swaps: Sequence[str]) -> Document:
     return document
 
 
-def make_study(document: Document, folder: FilePath, default_name: str) -> Study:
-    """Check a study's document; recipes are relative to `folder`. Raises `RecipeErrors` with all that is wrong."""
-    return _Reader(document, folder).study(default_name)
+def make_study(document: Document, folder: FilePath, default_name: str, overrides: Sequence[str] = ()) -> Study:
+    """Check a study's document; recipes are relative to `folder`. `overrides` are the command line's `--set`.
+
+    Raises `RecipeErrors` with all that is wrong.
+    """
+    return _Reader(document, folder).study(default_name, overrides)
 
 
 class _Reader:
@@ -134,11 +137,16 @@ class _Reader:
         dotted = ".".join(str(part) for part in path)
         self.errors.append(f"{self.document.origin(path)}: {dotted}{': ' if dotted else ''}{message}")
 
-    def study(self, default_name: str) -> Study:
+    def study(self, default_name: str, overrides: Sequence[str] = ()) -> Study:
         frame = self._frame()
         if frame is None:
             raise RecipeErrors(self.errors)
-        shared = tuple(self._changes(("set",), frame.changes, frame.budget))
+        shared = [*self._changes(("set",), frame.changes, frame.budget)]
+        for change in overrides:
+            target = change.partition("=")[0].strip()
+            if (problem := _reserved(target, frame.budget)) is not None:
+                self.errors.append(f"--set {target}: {problem}")
+            shared.append((change, f"--set {target}"))
         if (frame.variants is None) == (frame.swaps is None):
             self.error((), "give `variants` or `swaps`, one of them")
             variants = []
@@ -159,7 +167,7 @@ class _Reader:
             raise RecipeErrors(self.errors)
         return Study(
             name=frame.name or default_name,
-            shared=shared,
+            shared=tuple(shared),
             variants=tuple(variants),
             seeds=tuple(frame.seeds),
             budget=frame.budget,
@@ -256,10 +264,17 @@ class _Reader:
         return made
 
     def _allowed(self, place: Path, target: str, budget: Budget | None) -> None:
-        if target in ("name", "seed"):
-            self.error(place, f"{target!r} is the study's own to give; see `seeds`")
-        elif target in ("train", "train.steps", "train.epochs") and budget is not None:
-            self.error(place, f"{target!r} is given, and a budget too; leave one out")
+        if (problem := _reserved(target, budget)) is not None:
+            self.error(place, problem)
+
+
+def _reserved(target: str, budget: Budget | None) -> str | None:
+    """Why a change of the path `target` would have no effect in a study."""
+    if target in ("name", "seed"):
+        return f"{target!r} is the study's own to give; see `{target if target == 'name' else 'seeds'}`"
+    if target in ("train", "train.steps", "train.epochs") and budget is not None:
+        return f"{target!r} is given, and a budget too; leave one out"
+    return None
 
 
 def _assignment(path: str, value: Any) -> str:

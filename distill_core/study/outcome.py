@@ -10,10 +10,18 @@ import click
 
 from distill_core.components import TrackerConfig
 from distill_core.environment import environment
-from distill_core.errors import did_you_mean
 from distill_core.study.picture import draw
 from distill_core.study.plan import Plan, Run
-from distill_core.study.table import Group, RunResult, StudyTable, as_json, as_latex, as_markdown, default_scores
+from distill_core.study.table import (
+    Group,
+    RunResult,
+    StudyTable,
+    as_json,
+    as_latex,
+    as_markdown,
+    default_scores,
+    unknown_scores,
+)
 from distill_core.tracking import TrackerThread
 
 
@@ -30,11 +38,10 @@ def study_table(plan: Plan, folder: Path, runs: Sequence[Run]) -> StudyTable:
         results = tuple(result for result in found if result is not None)
         groups.append(Group(variant.name, variant.label, results, len(plan.study.seeds)))
     every = [run for group in groups for run in group.runs]
-    known = list(dict.fromkeys(score for run in every for score in run.scores))
     scores = list(plan.study.scores) or default_scores(every)
     if every:
-        for score in [score for score in scores if score not in known]:
-            _warn(f"scores: no run has a score {score!r}{did_you_mean(score, known)}")
+        for score, line in unknown_scores(scores, every).items():
+            _warn(f"scores: {line}")
             scores.remove(score)
     return StudyTable.of(plan.study.name, groups, plan.study.base, scores)
 

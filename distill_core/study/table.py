@@ -10,6 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from distill_core.errors import did_you_mean
 from distill_core.report import headline
 from distill_core.study.launch import read_report
 from distill_core.study.statistics import LEVEL, Difference, Summary, paired, summarise
@@ -129,18 +130,20 @@ class StudyTable:
         if len(seeds) < 2:
             return [*lines, "One seed: no spread and no interval; a difference may be chance."]
         pairs = [len(cell.difference.seeds) for row in self.cells.values() for cell in row.values() if cell.difference]
-        few = min(pairs, default=len(seeds))
+        few = min((count for count in pairs if count > 1), default=None)
         lines.append(
             f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}. Difference to "
             f"{next(g.label for g in self.groups if g.name == self.base)!r}, paired by seed, with a {LEVEL:.0%} "
             "percentile bootstrap interval over seeds."
         )
-        if few < 6:
+        if few is not None and few < 6:
             lines.append(
                 f"With {few} seeds the interval {'is the range of the differences' if few <= 3 else 'is rough'}: "
                 f"were they independent draws around a symmetric truth, the range of {few} would cover it in "
                 f"{1 - 2 * 0.5**few:.0%} of studies, whatever level is written beside it."
             )
+        if 1 in pairs:
+            lines.append("A difference without an interval is of one pair of runs: it may be chance.")
         return lines
 
 
@@ -154,6 +157,14 @@ def default_scores(results: Sequence[RunResult]) -> list[str]:
     unique = list(dict.fromkeys(means))
     first = [score for score in unique if score.startswith("student/") and score.endswith(("/M", "/top1"))]
     return first or unique
+
+
+def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[str, str]:
+    """score -> what to say of it, of the scores that none of the results has."""
+    known = list(dict.fromkeys(score for run in results for score in run.scores))
+    return {
+        score: f"no run has a score {score!r}{did_you_mean(score, known)}" for score in scores if score not in known
+    }
 
 
 def as_rich(table: StudyTable) -> RichTable:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import click
 
+from distill_core import completion
+
 START = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
 
 @click.command()
-@click.argument("runs", default="runs")
+@click.argument("runs", default="runs", shell_complete=completion.run_folders)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", default=43800, show_default=True, help="Port to listen at; 0 takes a free one.")
 def ui(runs: str, host: str, port: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from distill_core import completion
+
 
 @click.group()
 def bench() -> None:
@@ -11,7 +13,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
 @click.option("--batch", default=4, show_default=True, help="Samples in the batch.")
 @click.option("--global-tokens", default=41, show_default=True, help="Mean tokens of a global caption.")

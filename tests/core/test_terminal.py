@@ -61,6 +61,12 @@ def test_commands_files_and_names_are_completed(complete: Complete, tmp_path: Pa
     assert complete("resume", "") == ["runs/one", "runs/two"]
     assert complete("eval", "runs/t") == ["runs/two"]
     assert complete("eval", "runs/one", "--checkpoint", "") == ["last", "5", "10"]
+    assert complete("eval", "runs/one", "--set", "see") == ["seed"]
+    assert complete("compare", "runs/one", "runs/") == ["runs/one", "runs/two"]
+    assert complete("ablate", "recipes/") == ["recipes/a.yaml", "recipes/b.yaml"]
+    assert complete("ablate", "c.yaml", "--set", "loss.0.na") == ["loss.0.name"]
+    assert complete("bench", "step", "c") == ["c.yaml"]
+    assert complete("ui", "runs/o") == ["runs/one"]
     assert complete("plugins", "cross") == ["cross_attention", "cross_modal_distillation"]
 
 

@@ -12,7 +12,7 @@ from distill_core.cli import main
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
-from distill_core.study.compare import compare, differences
+from distill_core.study.compare import _group_name, compare, differences
 
 
 def load(file: Path, registry: Registry, *overrides: str) -> Recipe:
@@ -95,6 +95,33 @@ def test_the_command(tiny_recipe: Path, tmp_path: Path, registry: Registry, capf
     assert found["differences"] == {"fusion.heads": ["2", "4"]}
     assert found["variants"][0]["scores"]["student/retrieval/R@1"]["summary"]["mean"] == 4.0
     assert found["variants"][1]["scores"]["student/retrieval/R@1"]["summary"] is None
+
+
+@pytest.mark.parametrize(
+    ("names", "group"),
+    [
+        (["x-seed0", "x-seed1"], "x"),
+        (["x-seed10", "x-seed11"], "x"),
+        (["x1-seed0", "x1-seed1"], "x1"),
+        (["seed1", "seed2"], "seed1, ..."),
+        (["x-seed0"], "x-seed0"),
+    ],
+)
+def test_a_groups_name_has_no_part_of_a_seed(names: list[str], group: str) -> None:
+    assert _group_name(names) == group
+
+
+def test_a_score_that_no_run_has(
+    tiny_recipe: Path, tmp_path: Path, registry: Registry, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An empty row would pass for a score of nothing."""
+    folder = finished(tmp_path, "one", load(tiny_recipe, registry), {"student/retrieval/M": 10.0})
+    with pytest.raises(SystemExit) as end:
+        main(["compare", str(folder), "--score", "student/retreival/M"])
+    assert end.value.code == 2
+    seen = capfd.readouterr()
+    assert seen.err == ("--score: no run has a score 'student/retreival/M', did you mean 'student/retrieval/M'?\n")
+    assert seen.out == ""
 
 
 def test_what_is_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

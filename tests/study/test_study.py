@@ -219,6 +219,12 @@ def test_checking_trains_nothing(
         (["s.yaml", "--budget", "step=3"], "--budget: budget.step: unknown option 'step', did you mean 'steps'?"),
         (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
         (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': Input should be a"),
+        (["s.yaml", "--set", "seed=9"], "--set seed: 'seed' is the study's own to give; see `seeds`"),
+        (["s.yaml", "--set", "name=x"], "--set name: 'name' is the study's own to give; see `name`"),
+        (
+            ["s.yaml", "--budget", "steps=3", "--set", "train.steps=7"],
+            "--set train.steps: 'train.steps' is given, and a budget too; leave one out",
+        ),
         (["s.yaml", "--slurm", "fast"], "--slurm fast: write it as key=value"),
         (["s.yaml", "--slurm", "a=1"], "--slurm: no sbatch on this machine"),
         (["s.yaml", "--slurm", "cluster=local", "--slurm", "speed=1"], "--slurm: "),

@@ -44,6 +44,12 @@ def test_the_notes_say_how_little_few_seeds_are() -> None:
     groups = [group("a", {0: 1.0, 1: 2.0, 2: 3.0}), group("b", {0: 2.0, 1: 2.0, 2: 9.0})]
     notes = " ".join(StudyTable.of("t", groups, "a", [M]).notes())
     assert "the range of 3 would cover it in 75% of studies" in notes
+    # one pair beside three says nothing of the interval of three
+    notes = StudyTable.of("t", [*groups, group("c", {1: 4.0})], "a", [M]).notes()
+    assert "the range of 3 would cover it in 75% of studies" in notes[-2]
+    assert notes[-1] == "A difference without an interval is of one pair of runs: it may be chance."
+    pair = StudyTable.of("t", [groups[0], group("c", {1: 4.0})], "a", [M]).notes()
+    assert not any("0% of studies" in line for line in pair)
     one = StudyTable.of("t", [group("a", {0: 1.0}), group("b", {0: 2.0})], "a", [M]).notes()
     assert one[-1].startswith("One seed: no spread and no interval")
 

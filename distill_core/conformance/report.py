@@ -55,7 +55,8 @@ def _plugin(plugins: Plugins, name: str) -> list[Result]:
     heavy = done.stdout.strip().strip("[]").replace("'", "")
     slow = f"importing {where} (or its commands) imports {heavy}: import inside the hook and inside commands"
     if done.returncode:
-        slow = f"importing {where} fails in a fresh process: {done.stderr.strip().splitlines()[-1]}"
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and nothing is said"]
+        slow = f"importing {where} fails in a fresh process: {said[-1]}"
     helpless = [command.name for _, _, command in plugins.call("distill_commands") if not command.help]
     return [
         found(

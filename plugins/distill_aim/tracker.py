@@ -33,7 +33,8 @@ class AimTracker(Tracker):
         from aim.sdk.run import Run
 
         memory = Path(folder) / "aim.json"
-        repo = self.config.repo or str(Path(folder).parent)
+        # whole: `distill ui` may be asked for it from another folder
+        repo = str((Path(self.config.repo).expanduser() if self.config.repo else Path(folder).parent).absolute())
         Path(repo).mkdir(parents=True, exist_ok=True)
         known = json.loads(memory.read_text())["run"] if resume and memory.exists() else None
         self.run = Run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,20 @@ def _values(sequence: Any) -> Iterator[tuple[int, Any]]:
     """(step, picture or distribution) of a sequence that holds one at each step."""
     for step, (value, *_) in sequence.data.items():
         yield int(step), value[0] if isinstance(value, list) else value
+
+
+def test_the_repository_is_found_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--runs runs` is relative: would catch a `distill ui RUN` from elsewhere that finds no repository."""
+    from distill_aim.commands import where
+    from distill_aim.tracker import AimConfig, AimTracker
+
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tracker = AimTracker(AimConfig(repo="aim"))
+    tracker.start("runs/one", "one", {}, resume=False)
+    tracker.finish()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert where(tmp_path / "runs" / "one")[0] == tmp_path / "aim"

@@ -1,8 +1,10 @@
 """Each check fails on a component that is broken in just the way it is for, and says what to mend."""
 
+import importlib
 import inspect
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,8 +32,9 @@ from distill_core.components import (
     Optimizer,
     Tracker,
 )
-from distill_core.conformance import assert_conforms, check, checks_of
+from distill_core.conformance import assert_conforms, check, checks_of, report
 from distill_core.errors import UserError
+from distill_core.registry import Plugins
 from distill_core.types import Features, Fused
 
 # good ones, of kinds that the template has none of
@@ -802,3 +805,24 @@ def test_the_failing_example_is_named():
 def test_each_check_says_what_it_holds_a_component_to():
     assert all(inspect.cleandoc(one.about) for kind in INTERFACES for one in checks_of(kind))
     assert MatchConfig.model_fields["weight"].default == LossConfig().weight
+
+
+def test_a_plugin_that_ends_python_without_a_word(tmp_path, monkeypatch):
+    """Would catch a check that needs an error message to tell of."""
+    (tmp_path / "mute_plugin.py").write_text("import os, sys\nif '-c' in sys.argv: os._exit(7)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins = Plugins()
+    plugins.add("mute", importlib.import_module("mute_plugin"), "mute")
+    (light,) = [result for result in report._plugin(plugins, "mute") if result.check == "light"]
+    assert light.status == "failed"
+    assert "exit code 7" in light.message
+
+
+@pytest.mark.parametrize("given", ["", "/somewhere"])
+def test_the_templates_cache_is_distills(given, tmp_path, monkeypatch):
+    """An empty XDG_CACHE_HOME is none: would catch a source that writes into /distill."""
+    monkeypatch.delenv("DISTILL_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    expected = Path(given or tmp_path / ".cache") / "distill"
+    assert Waves(Waves.Config())._path("train").is_relative_to(expected)

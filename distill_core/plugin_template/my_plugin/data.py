@@ -3,7 +3,6 @@
 import io
 import os
 import tarfile
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from distill_core.components import ComponentConfig, DataSource
 from distill_core.errors import DataError
+from distill_core.folders import cache_folder
 
 SPLITS = {"train": 1.0, "validation": 0.25, "test": 0.25}
 
@@ -59,9 +59,7 @@ class Waves(DataSource):
         return int(self.config.samples * SPLITS[split]) if split in SPLITS else None
 
     def _path(self, split):
-        cache = os.environ.get("DISTILL_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/distill"
-        folder = f"my_plugin-1-{self.config.samples}-{self.config.length}"
-        return Path(cache).expanduser() / folder / f"{split}.tar"
+        return cache_folder() / f"my_plugin-1-{self.config.samples}-{self.config.length}" / f"{split}.tar"
 
     def _write(self, path, samples, rng):
         time = np.arange(self.config.length) / self.config.length

@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
 from distill_core.components import DataSource
 from distill_core.data.shards import check, expand, is_local
-from distill_core.errors import BadSample, DataError, UserError
+from distill_core.document import Document, located, read_document
+from distill_core.errors import BadSample, DataError, RecipeErrors, UserError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.registry import Registry
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
+Place = tuple[str, int]
+"""An item: its key, and its number (from 0) among the items of that key."""
+
+
+def places(keys: Sequence[str]) -> list[Place]:
+    """The places of items from their keys, in the order of `Collection.embed`."""
+    seen: Counter[str] = Counter()
+    found = []
+    for key in keys:
+        found.append((key, seen[key]))
+        seen[key] += 1
+    return found
+
 
 class Collection(ABC):
     """Items with keys."""
+
+    name: str
+    """What it is called, the same when its files change."""
 
     @abstractmethod
     def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
         """Embeddings [N, D], the key of each, and a line for each item that cannot be read. Raises `DataError`."""
 
     @abstractmethod
-    def read(self, model: Model, modality: str, keys: Sequence[str], field: str | None = None) -> dict[str, Any]:
-        """The first item of each of these keys, as it is; keys without one are left out."""
+    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
+        """The items at these places, as they are; places without one are left out."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -41,9 +59,10 @@ class Folder(Collection):
     """The pictures below a folder; keys are paths inside it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-        self.keys = sorted(path.relative_to(folder).as_posix() for path in found)
+        self.folder = folder.absolute()
+        self.name = str(self.folder)
+        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+        self.keys = sorted(path.relative_to(self.folder).as_posix() for path in found)
         if not self.keys:
             raise DataError(f"{folder}: holds no picture ({', '.join(PICTURES)}); for shards, name the tar files")
 
@@ -66,12 +85,12 @@ class Folder(Collection):
 
         return model.encode(modality, items()), keys, bad
 
-    def read(self, model: Model, modality: str, keys: Sequence[str], field: str | None = None) -> dict[str, Any]:
+    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
         """The pictures; nothing for another modality."""
         found = {}
-        for key in keys:
+        for key, number in wanted:
             try:
-                found[key] = self._read(model, modality, key)
+                found[key, number] = self._read(model, modality, key)
             except BadSample:
                 continue
         return found
@@ -79,7 +98,11 @@ class Folder(Collection):
     def _read(self, model: Model, modality: str, key: str) -> Any:
         """Raises `BadSample`."""
         path = self.folder / key
-        sample = {"__key__": key, "__url__": str(path), path.suffix[1:].lower(): path.read_bytes()}
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadSample(f"cannot be read: {error.strerror or error}") from error
+        sample = {"__key__": key, "__url__": str(path), path.suffix[1:].lower(): data}
         return model.augment[modality].read(sample)[0]
 
     def fingerprint(self) -> str:
@@ -93,6 +116,7 @@ class Shards(Collection):
     def __init__(self, shards: Sequence[str]) -> None:
         check(shards)
         self.samples = EvaluationSet("collection", shards)
+        self.name = "\n".join(shards)
 
     def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
         """One embedding an item."""
@@ -101,18 +125,25 @@ class Shards(Collection):
         bad = [f"{skipped.url}: sample {skipped.key!r}: {skipped.reason}" for skipped in self.samples.skipped.values()]
         return embedded, [names[owner] for owner in owners.tolist()], bad
 
-    def read(self, model: Model, modality: str, keys: Sequence[str], field: str | None = None) -> dict[str, Any]:
-        """Reads the shards again, up to the last of the keys."""
-        wanted = set(keys)
-        found: dict[str, Any] = {}
+    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
+        """Reads the shards again, up to the last of the places."""
+        missing, keys = set(wanted), {key for key, _ in wanted}
+        seen: Counter[str] = Counter()
+        found: dict[Place, Any] = {}
         for sample in self.samples:
-            if (key := str(sample["__key__"])) in wanted:
-                wanted.discard(key)
-                try:
-                    found[key] = model.augment[modality].read(sample, field)[0]
-                except BadSample:
-                    continue
-            if not wanted:
+            if (key := str(sample["__key__"])) not in keys:
+                continue
+            try:
+                items = model.augment[modality].read(sample)
+            except BadSample:
+                continue
+            for item in items:
+                place = (key, seen[key])
+                seen[key] += 1
+                if place in missing:
+                    missing.discard(place)
+                    found[place] = item
+            if not missing:
                 break
         return found
 
@@ -134,26 +165,54 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
     """  # fmt: skip
     if Path(source).is_dir():
         return Folder(Path(source))
-    if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
-        return Shards(expand(source))
     known = [name for kind, name in registry.entries if kind == "source"]
-    try:
-        node = yaml.safe_load(source)
-    except yaml.YAMLError as error:
-        raise UserError(f"--in {source!r}: {str(error).splitlines()[0]}") from error
-    node = {"name": node} if isinstance(node, str) else node
-    if not isinstance(node, dict) or node.get("name") not in known:
+    if source in known:
+        source = f"{{name: {source}}}"
+    if not _is_node(source):
+        if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
+            return Shards(expand(source))
         raise UserError(
             f"{source!r} is no folder of pictures, no shard (*.tar), and no data source ({', '.join(known)})"
         )
-    cls: Any = registry.get("source", node.pop("name")).cls
-    try:
-        made: DataSource = cls(cls.Config.model_validate(node))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{source!r}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    made = _source(read_document(source, "SOURCE"), registry)
     made.prepare()
     shards = [shard for found in made.sets(split).values() for shard in found]
     if not shards:
         raise DataError(f"{source!r} has no split {split!r}")
     return Shards(shards)
+
+
+def _is_node(source: str) -> bool:
+    """Whether it is a mapping; `{a,b}.tar` is a name with braces."""
+    return source.startswith("{") and source.rstrip().endswith("}")
+
+
+def _source(document: Document, registry: Registry) -> DataSource:
+    """The data source that a recipe's `data.source` would be. Raises `RecipeErrors`."""
+    if unset := document.expand():
+        raise RecipeErrors(
+            [
+                f"{located(document.origin(path), path)}: the environment variable {name} is not set"
+                for path, name in unset
+            ]
+        )
+    options = dict(document.data)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise RecipeErrors([f"{document.name}: needs a name: a data source, as {{name: ...}}"])
+    try:
+        cls: Any = registry.get("source", name).cls
+    except KeyError as error:
+        raise RecipeErrors([f"{document.name}: {error.args[0]}"]) from error
+    try:
+        made: DataSource = cls(cls.Config.model_validate_json(json.dumps(options)))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            path, what = item["loc"], item["msg"]
+            if item["type"] == "extra_forbidden":
+                known = [field.alias or option for option, field in cls.Config.model_fields.items()]
+                what = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}"
+            lines.append(f"{located(document.origin(path), path)}: {what}")
+        raise RecipeErrors(lines) from error
+    return made

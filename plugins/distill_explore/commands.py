@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from distill_core.media import Shown
     from distill_core.model import Model
     from distill_explore.collection import Collection
 
 SPLIT = click.option("--split", default="test", show_default=True, help="Split, where SOURCE is a data source.")
 TEACHER = click.option("--teacher", is_flag=True, help="Use the teacher.")
 CHECKPOINT = click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 FIELD = click.option("--field", help="Read this field of the samples in place of the one training reads.")
 
 
@@ -35,10 +37,9 @@ def embed(
     from distill_core.errors import UserError
     from distill_core.registry import Registry
     from distill_explore.collection import collect
-    from distill_explore.files import write
+    from distill_explore.files import check_out, write
 
-    if Path(out).suffix not in (".npy", ".parquet"):
-        raise UserError(f"--out {out}: ends neither in .npy nor in .parquet")
+    check_out(Path(out), (".npy", ".parquet"))
     model = _model(run, teacher, checkpoint)
     mine = _modality(model, modality)
     embedded, keys, bad = collect(source, split, Registry.discover()).embed(model, mine, field)
@@ -54,8 +55,8 @@ def embed(
 @click.argument("query")
 @click.option("--in", "source", required=True, help="A folder of pictures, shards (*.tar), or a source as in a recipe.")
 @click.option("--top", type=click.IntRange(1, 100), default=12, show_default=True, help="How many to show.")
-@click.option("--out", default="search.png", show_default=True, help="The contact sheet.")
-@click.option("--like", is_flag=True, help="QUERY is a picture's path; find what is like it.")
+@click.option("--out", default="search.png", show_default=True, help="The contact sheet: FILE.png or FILE.jpg.")
+@click.option("--like", is_flag=True, help="QUERY is of the modality searched (a picture's path).")
 @click.option("--modality", help="What is searched; the recipe's first modality otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @SPLIT
@@ -74,42 +75,66 @@ def search(
     teacher: bool,
     checkpoint: str,
 ) -> None:
-    """Show the pictures of a collection that are nearest to QUERY, a text, in a table and a contact sheet.
+    """Show what of a collection is nearest to QUERY, in a table and a contact sheet.
+
+    QUERY is of the recipe's other modality: a text, where pictures are searched.
 
     The collection's embeddings are kept in RUN/embeddings, and made anew when the checkpoint or a file changes.
     """
     import json
 
     from distill_core.errors import UserError
+    from distill_core.media import sheet
     from distill_core.registry import Registry
-    from distill_explore.collection import collect
-    from distill_explore.sheet import contact_sheet
+    from distill_explore.collection import collect, places
+    from distill_explore.files import check_out, write_whole
 
+    check_out(Path(out), tuple(FORMATS))
     model = _model(run, teacher, checkpoint)
     mine = _modality(model, modality)
     others = [name for name in model.modalities if name != mine]
     if not like and not others:
         raise UserError(f"{run}: the recipe has {mine} alone, so there is nothing to describe it in; use --like")
-    asked = model.encode(mine if like else others[-1], query)
+    asking = mine if like else others[-1]
+    asked = model.encode(asking, query)
     collection = collect(source, split, Registry.discover())
     embedded, keys = _kept(Path(run), collection, model, mine, f"{checkpoint} {teacher}")
     if not keys:
         raise UserError(f"{source}: nothing in it could be embedded")
     similarity = (embedded @ asked[0]).tolist()
     best = sorted(range(len(keys)), key=lambda i: -similarity[i])[:top]
-    chosen = [keys[i] for i in best]
-    words = collection.read(model, others[-1], chosen) if others else {}
-    pictures = collection.read(model, mine, chosen)
-    found = [{"key": keys[i], "similarity": round(similarity[i], 4), "text": str(words.get(keys[i], ""))} for i in best]
-    sheet = contact_sheet(
-        query, [(pictures.get(row["key"]), row["similarity"], row["key"]) for row in found], Path(out)
-    )
+    at = places(keys)
+    # the item itself, and what stands beside it: of another modality the first item of its key
+    looks = [(mine, [at[i] for i in best]), *((name, [(keys[i], 0) for i in best]) for name in others)]
+    items = [(name, collection.read(model, name, wanted), wanted) for name, wanted in looks]
+    rows = [("", [_shown(model, asking, query)])]
+    found = []
+    for rank, i in enumerate(best):
+        shown = [_shown(model, name, read[wanted[rank]]) for name, read, wanted in items if wanted[rank] in read]
+        words = [one for one in shown if isinstance(one, str)]
+        pictures = [one for one in shown if one is not None and not isinstance(one, str)]
+        row = {"key": keys[i], "similarity": round(similarity[i], 4), "text": words[0] if words else ""}
+        found.append(row)
+        rows.append((f"{rank + 1}.  {row['similarity']:.3f}  {keys[i]}", [*words, *pictures]))
+    page = sheet([(label, [one for one in row if one is not None]) for label, row in rows])
+    write_whole(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
     if as_json:
-        click.echo(json.dumps({"query": query, "found": found, "sheet": str(sheet)}, indent=1))
+        click.echo(json.dumps({"query": query, "found": found, "sheet": out}, indent=1))
         return
     for rank, row in enumerate(found, 1):
         click.echo(f"{rank:3}  {row['similarity']:6.3f}  {row['key']}  {_short(str(row['text']))}".rstrip())
-    click.echo(f"{sheet}: the nearest {len(found)} of {len(keys)}")
+    click.echo(f"{out}: the nearest {len(found)} of {len(keys)}")
+
+
+def _shown(model: Model, modality: str, item: Any) -> Shown:
+    """What an item looks like to a person; None where it cannot be shown."""
+    from distill_core.errors import BadSample
+
+    augmentation = model.augment[modality]
+    try:
+        return augmentation.show(augmentation.plain(item))
+    except BadSample:  # what stands beside a found item need not be usable
+        return None
 
 
 def _short(text: str) -> str:
@@ -131,21 +156,36 @@ def _modality(model: Model, given: str | None) -> str:
 
 
 def _kept(run: Path, collection: Collection, model: Model, modality: str, what: str) -> tuple[Tensor, list[str]]:
-    """Embeddings and keys, from RUN/embeddings where the same checkpoint has embedded the same files before."""
-    from hashlib import blake2b
+    """Embeddings and keys, from RUN/embeddings where the same checkpoint has embedded the same files before.
 
-    from distill_explore.files import read, write
+    One for each collection, side and modality: those of an earlier state of it are removed.
+    """
+    from distill_core.errors import UserError
+    from distill_explore.files import read, remove, write
 
     checkpoints = "\n".join(f"{p.name} {p.stat().st_mtime_ns}" for p in sorted((run / "checkpoints").glob("*.pt")))
-    made_from = "\n".join((what, modality, checkpoints, collection.fingerprint()))
-    path = run / "embeddings" / f"{blake2b(made_from.encode(), digest_size=8).hexdigest()}.npy"
+    whose = _digest(what, modality, collection.name)
+    path = run / "embeddings" / f"{whose}-{_digest(checkpoints, collection.fingerprint())}.npy"
     if (known := read(path)) is not None:
         return known
     embedded, keys, bad = collection.embed(model, modality, None)
     _tell(bad)
     if keys:
-        write(path, embedded, keys)
+        try:
+            write(path, embedded, keys)
+        except UserError as error:  # a run folder of somebody else's can be searched all the same
+            click.echo(f"warning: {error}; the next search embeds all of it again", err=True)
+            return embedded, keys
+        for old in path.parent.glob(f"{whose}-*.npy"):
+            if old != path:
+                remove(old)
     return embedded, keys
+
+
+def _digest(*parts: str) -> str:
+    from hashlib import blake2b
+
+    return blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()
 
 
 def _tell(bad: list[str]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,21 +15,33 @@ from torch import Tensor
 from distill_core.errors import UserError
 
 
+def check_out(path: Path, suffixes: Sequence[str]) -> None:
+    """Raises `UserError` where `--out` cannot be written, before anything is computed for it."""
+    if path.suffix not in suffixes:
+        raise UserError(f"--out {path}: ends in none of {', '.join(suffixes)}")
+    if path.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise UserError(f"--out {path}: parquet needs pyarrow: pip install pyarrow, or write .npy")
+    above = path.absolute().parent
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(f"--out {path}: {above} is no folder")
+    if path.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {path}: {'is a folder' if path.is_dir() else f'{above} cannot be written to'}")
+
+
 def write(path: Path, embedded: Tensor, keys: list[str]) -> None:
     """Embeddings [N, D] and N keys, whole or not at all; parquet has columns `key`, `embedding`. Raises `UserError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(f"{path}: parquet needs pyarrow: pip install pyarrow, or write .npy") from error
+        import pyarrow
+        import pyarrow.parquet
+
         values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embedded.numpy().ravel()), embedded.shape[1])
         table = pyarrow.table({"key": pyarrow.array(keys), "embedding": values})
-        _whole(path, lambda file: pyarrow.parquet.write_table(table, file))
+        write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))
         return
-    _whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
-    _whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False))
+    write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
+    write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False))
 
 
 def read(path: Path) -> tuple[Tensor, list[str]] | None:
@@ -43,11 +57,22 @@ def _keys(path: Path) -> Path:
     return path.with_suffix(".keys.txt")
 
 
-def _whole(path: Path, fill: Any) -> None:
+def remove(path: Path) -> None:
+    """What `write` wrote as npy."""
+    path.unlink(missing_ok=True)
+    _keys(path).unlink(missing_ok=True)
+
+
+def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """A file, whole or not at all, and its folder. Raises `UserError`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            fill(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                fill(file)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -3,10 +3,14 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -39,14 +43,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, registry: Registry, write_shar
 
 @pytest.fixture(scope="module")
 def call(run: Path) -> Call:
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "distill_core.cli", *arguments],
             capture_output=True,
             text=True,
             timeout=120,
             cwd=run.parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             check=False,
         )
 
@@ -124,12 +128,11 @@ def test_search_finds_the_nearest_and_draws_them(run: Path, call: Call, tmp_path
     (tmp_path / "p" / keys[order[0]]).unlink()
     again = json.loads(call(*command).stdout)
     assert keys[order[0]] not in {row["key"] for row in again["found"]}, "a stale cache"
+    assert len(list((run / "embeddings").glob("*.npy"))) == 1, "what no search will read again is removed"
 
 
 def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path: Path) -> None:
     """What is most like a picture of the collection is that picture."""
-    import tarfile
-
     shard = run.parents[1] / "shards" / "test-000.tar"
     with tarfile.open(shard) as tar:
         file = tar.extractfile("test-0-4.png")
@@ -143,12 +146,85 @@ def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path:
     assert first[3] == "a", "the caption stands beside it"
 
 
+def test_search_of_texts(run: Path, call: Call, tmp_path: Path) -> None:
+    """By a picture. Would catch texts drawn as pictures, and a picture's repr in the place of a text."""
+    shard = run.parents[1] / "shards" / "test-000.tar"
+    Image.fromarray(np.full((20, 20, 3), 90, dtype=np.uint8)).save(tmp_path / "q.png")
+    asked = (str(tmp_path / "q.png"), "--modality", "text", "--in", str(shard), "--out", str(tmp_path / "s.jpg"))
+    done = call("search", str(run), *asked, "--json")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(shard) as tar:
+        texts = {name[:-4]: tar.extractfile(name).read().decode() for name in tar.getnames() if name.endswith(".txt")}  # type: ignore[union-attr]
+    model = distill_core.load(run)
+    similarity = model.encode("text", list(texts.values())) @ model.encode("image", str(tmp_path / "q.png"))[0]
+    found = json.loads(done.stdout)["found"]
+    assert [row["key"] for row in found] == [list(texts)[i] for i in similarity.argsort(descending=True).tolist()]
+    assert [row["text"] for row in found] == [texts[row["key"]] for row in found]
+    with Image.open(tmp_path / "s.jpg") as page:
+        assert page.format == "JPEG"
+
+
+def test_items_of_one_key_are_told_apart(run: Path) -> None:
+    """Would catch the first caption of a sample in the place of the one that was found."""
+    from distill_explore.collection import Shards, places
+
+    keys = ["test-0-1", "test-0-1", "test-0-2", "test-0-2"]
+    assert places(keys) == [("test-0-1", 0), ("test-0-1", 1), ("test-0-2", 0), ("test-0-2", 1)]
+    reads = SimpleNamespace(read=lambda sample: [f"{sample['__key__']} {i}" for i in range(2)])
+    shards = Shards([str(run.parents[1] / "shards" / "test-000.tar")])
+    wanted = [("test-0-2", 1), ("test-0-1", 0), ("none", 0)]
+    found = shards.read(cast(Any, SimpleNamespace(augment={"text": reads})), "text", wanted)
+    assert found == {("test-0-2", 1): "test-0-2 1", ("test-0-1", 0): "test-0-1 0"}
+
+
+def test_a_source_is_read_as_in_a_recipe(run: Path, call: Call, tmp_path: Path) -> None:
+    """Lists and ${NAME}: would catch an option that a recipe takes and this refuses."""
+    source = "{name: webdataset, urls: ['${SHARDS}/train-*.tar'], test: ['${SHARDS}/test-*.tar']}"
+    shards = str(run.parents[1] / "shards")
+    done = call("embed", str(run), source, "--out", str(tmp_path / "e.npy"), SHARDS=shards)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "e.keys.txt").read_text().split()) == 6
+
+
+def test_a_run_that_cannot_be_written_to_is_searched(run: Path, call: Call, tmp_path: Path) -> None:
+    """Somebody else's. Would catch a search that ends because nothing can be kept."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("embeddings"))
+    (tmp_path / "run" / "embeddings").write_text("no folder")
+    pictures(tmp_path / "p")
+    done = call("search", str(tmp_path / "run"), "x", "--in", str(tmp_path / "p"), "--out", str(tmp_path / "s.png"))
+    assert done.returncode == 0, done.stderr
+    assert "embeds all of it again" in done.stderr
+    assert (tmp_path / "s.png").is_file()
+
+
+def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> None:
+    """As a broken picture is."""
+    from distill_explore.collection import Folder
+
+    made = pictures(tmp_path / "p")
+    folder = Folder(tmp_path / "p")
+    gone = sorted(made)[1]
+    (tmp_path / "p" / gone).unlink()
+    embedded, keys, bad = folder.embed(distill_core.load(run), "image", None)
+    assert keys == [key for key in sorted(made) if key != gone]
+    assert len(embedded) == 4
+    assert len(bad) == 1
+    assert "cannot be read" in bad[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("embed", "RUN", "nowhere", "--out", "x.npy"), "'nowhere' is no folder of pictures"),
         (("embed", "RUN", "none-*.tar", "--out", "x.npy"), "none-*.tar"),
-        (("embed", "RUN", "emoji", "--out", "x.csv"), "neither in .npy nor in .parquet"),
+        (("embed", "RUN", "emoji", "--out", "x.csv"), "ends in none of .npy, .parquet"),
+        (("embed", "RUN", "emoji", "--out", "RUN/recipe.yaml/x.npy"), "recipe.yaml is no folder"),
+        (("search", "RUN", "x", "--in", "EMPTY", "--out", "x.foo"), "ends in none of .png, .jpg, .jpeg"),
+        (("search", "RUN", "x", "--in", "EMPTY", "--out", "EMPTY"), "ends in none of .png, .jpg, .jpeg"),
+        (("search", "RUN", "x", "--in", "{name: webdataset, urls: '${NO_SUCH}/a.tar'}"), "variable NO_SUCH is not set"),
+        (("search", "RUN", "x", "--in", "{name: webdataset, urls: [a.tar], tests: b.tar}"), "did you mean 'test'?"),
+        (("search", "RUN", "x", "--in", "{name: webdatasets}"), "did you mean 'webdataset'?"),
+        (("search", "RUN", "x", "--in", "{name: webdataset, urls: a.tar, urls: b.tar}"), "given twice"),
         (("embed", "RUN", "EMPTY", "--out", "x.npy"), "holds no picture"),
         (("embed", "RUN", "EMPTY", "--modality", "imagge", "--out", "x.npy"), "did you mean 'image'?"),
         (("search", "RUN", "x", "--in", "{name: emoji, sizes: 3}"), "sizes"),
@@ -157,7 +233,7 @@ def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path:
 )
 def test_mistakes(run: Path, call: Call, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     places = {"RUN": str(run), "EMPTY": str(tmp_path)}
-    done = call(*(places.get(argument, argument) for argument in arguments))
+    done = call(*(places.get(argument, argument.replace("RUN/", f"{run}/")) for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

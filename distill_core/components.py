@@ -235,7 +235,7 @@ class Backbone(nn.Module, Component, ABC):
         for part, (first, last, batch), (_, tokens, _) in zip(
             self.encode_together(inputs), places, inputs, strict=True
         ):
-            pooled.append(part.pooled.reshape(last - first, batch, -1))
+            pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
             if part.class_tokens is not None:
                 classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
             if tokens:

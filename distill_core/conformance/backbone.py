@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from distill_core.components import Dims
 from distill_core.conformance.augmentation import same
-from distill_core.conformance.modules import close, finite, generic, require_copy, require_gradients, require_state_dict
+from distill_core.conformance.modules import (
+    close,
+    finite,
+    generic,
+    of_samples,
+    require_copy,
+    require_gradients,
+    require_state_dict,
+)
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Group, View, Views
 
@@ -98,13 +106,15 @@ def collator(case: Case) -> None:
 
 @checks(KIND)
 def shapes(case: Case) -> None:
-    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; one sample too."""
+    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; of one sample or none."""
     dims = case.cls.dims(case.config)
     require(isinstance(dims, Dims), "`dims` must return Dims(width, dim)")
     module = build(case)
-    for batch in (BATCH, 1):
-        views = collated(case, batch)
-        found = module(views, need=everything(case, views))
+    for batch in (BATCH, 1, 0):
+        views = collated(case, batch) if batch else collated(case, 1).map(lambda x: x[:, :0])
+        with of_samples(batch):
+            found, bare = module(views, need=everything(case, views)), module(views)
+        require(bare.pooled.shape == found.pooled.shape, "pooled has another shape where no tokens are asked for")
         require(
             found.pooled.shape == (len(views), batch, dims.dim),
             f"pooled is {list(found.pooled.shape)}, not [V, B, D] = {[len(views), batch, dims.dim]}",

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from distill_core.conformance.backbone import require_near
 from distill_core.conformance.inputs import BATCH, Fit, features, fits
-from distill_core.conformance.modules import close, finite, generic, require_copy, require_gradients, require_state_dict
+from distill_core.conformance.modules import (
+    close,
+    finite,
+    generic,
+    of_samples,
+    require_copy,
+    require_gradients,
+    require_state_dict,
+)
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Fused
 
@@ -32,11 +40,12 @@ def first(case: Case) -> Fit:
 
 @checks(KIND)
 def shapes(case: Case) -> None:
-    """pooled[m] is [V, B, D] (or [1, B, D]), of norm 1, for each modality; on several plans, and for one sample."""
+    """pooled[m] is [V, B, D] (or [1, B, D]), of norm 1, for each modality; on several plans, for one sample or none."""
     for fit in fits(case.cls, case.config):
         module = build(case, fit)
-        for batch in (BATCH, 1):
-            fused = module(features(fit.plan, fit.needs.tokens, batch=batch))
+        for batch in (BATCH, 1, 0):
+            with of_samples(batch):
+                fused = module(features(fit.plan, fit.needs.tokens, batch=batch))
             require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
             for name in fit.needs.modalities or fit.plan.modalities:
                 require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
@@ -49,10 +58,8 @@ def shapes(case: Case) -> None:
             for name, value in fused.pooled.items():
                 norms = value.float().norm(dim=-1)
                 require(finite([value]), f"pooled[{name!r}] is not finite")
-                require(
-                    bool(torch.allclose(norms, torch.ones_like(norms), atol=1e-3)),
-                    f"pooled[{name!r}] is not L2-normalised (norms {norms.min():.3g} to {norms.max():.3g})",
-                )
+                off = norms[(norms - 1).abs() > 1e-3]
+                require(not len(off), f"pooled[{name!r}] is not L2-normalised: {len(off)} norms, as {off[:1].tolist()}")
             for name, tokens in fused.tokens.items():
                 require(tokens.ndim == 3 and tokens.shape[0] == batch, f"tokens[{name!r}] are not [B, L, D]")
 

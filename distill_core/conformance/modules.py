@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distill_core.conformance.suite import require
+from distill_core.conformance.suite import Mend, require
 
 Run = Callable[[nn.Module], list[Tensor]]
 """Calls a module on fixed inputs -> its outputs."""
@@ -37,6 +38,20 @@ def generic(module: nn.Module) -> nn.Module:
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.add_(torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype), alpha=0.02)
     return module
+
+
+@contextmanager
+def of_samples(batch: int) -> Iterator[None]:
+    """An error of a batch of none says so."""
+    try:
+        yield
+    except Exception as error:
+        if batch:
+            raise
+        raise Mend(
+            f"a batch of no sample (B = 0) raises {type(error).__name__}: {error}; name sizes instead of -1 in a reshape, "
+            "and take no maximum over samples"
+        ) from error
 
 
 def require_gradients(module: nn.Module, scalar: Tensor, what: str) -> None:

@@ -114,7 +114,7 @@ class ClipText(Backbone):
         by_view = dict(zip([view for view, _ in read + rest], pooled, strict=True))
         features = Features(torch.stack([by_view[view] for view, _ in texts]))
         for (view, x), tokens in zip(read, torch.split(out, [x.numel() for _, x in read]) if read else [], strict=True):
-            features.tokens[view] = tokens.view(*x.shape, -1)
+            features.tokens[view] = tokens.view(*x.shape, tokens.shape[-1])
             features.masks[view] = torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)
         return features
 

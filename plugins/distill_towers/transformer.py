@@ -55,7 +55,7 @@ class Attention(nn.Module):
             t=2,
             h=self.heads,
         )
-        q = rearrange(q.reshape(len(x), -1, width), "n q (h k) -> n h q k", h=self.heads)
+        q = rearrange(q if q.ndim == 3 else q[:, None], "n q (h k) -> n h q k", h=self.heads)
         out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h q k -> n q (h k)"))
         return out.reshape(row.shape)
 

@@ -366,6 +366,20 @@ class FloatMask(Tower):
         return Features(features.pooled, features.tokens, {0: torch.ones(len(x), 4)} if tokens else {})
 
 
+@broken("shapes", r"a batch of no sample \(B = 0\) raises RuntimeError")
+class NeedsASample(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled.reshape(1, len(x), -1)
+        return features
+
+
+@broken("shapes", r"a batch of no sample \(B = 0\) raises RuntimeError: amax")
+class FusesASample(MeanFusion):
+    def pool(self, modality, queries, tokens, mask=None):
+        return super().pool(modality, queries, tokens, mask) + 0 * tokens.amax()
+
+
 @broken("need", "give those asked for")
 class AllTokens(Tower):
     def forward(self, views, *, need=(), masked=False):

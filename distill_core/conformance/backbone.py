@@ -106,7 +106,7 @@ def collator(case: Case) -> None:
 
 @checks(KIND)
 def shapes(case: Case) -> None:
-    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; of one sample or none."""
+    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; B may be 1 or 0."""
     dims = case.cls.dims(case.config)
     require(isinstance(dims, Dims), "`dims` must return Dims(width, dim)")
     module = build(case)

@@ -49,7 +49,7 @@ def of_samples(batch: int) -> Iterator[None]:
         if batch:
             raise
         raise Mend(
-            f"a batch of no sample (B = 0) raises {type(error).__name__}: {error}; name sizes instead of -1 in a reshape, "
+            f"a batch of no sample (B = 0) raises {type(error).__name__}: {error}; name all sizes in a reshape, "
             "and take no maximum over samples"
         ) from error
 

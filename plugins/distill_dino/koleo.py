@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -13,14 +15,20 @@ from distill_core.types import GLOBAL, Outputs
 
 
 class KoLeoConfig(LossConfig):
-    """DINOv2 weighs it 0.1."""
+    """Defaults are DINOv2's."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.1
+    """Factor of the term in the total."""
 
     modality: str = "image"
     """The modality whose class tokens are spread."""
 
 
 class KoLeo(Loss):
-    """-mean ln |x - nearest other x| over L2-normalised first class tokens of each global view, of this rank."""
+    """Sum over global views of -mean ln |x - nearest other x|, x the L2-normalised first class tokens of this rank.
+
+    A sum, not a mean, over views: so DINOv2's public code weighs it.
+    """
 
     name = "koleo"
     Config = KoLeoConfig
@@ -55,4 +63,4 @@ class KoLeo(Loss):
                 nearest = alike.argmax(-1)
             other = torch.gather(x, 1, nearest[..., None].expand_as(x))
             distance = (x - other).square().sum(-1).add(1e-16).sqrt()
-            return {"koleo": -(distance + 1e-8).log().mean()}, {}
+            return {"koleo": -(distance + 1e-8).log().mean(1).sum()}, {}

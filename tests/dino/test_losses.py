@@ -272,12 +272,13 @@ def test_metrics_tell_the_two_collapses() -> None:
 
 
 def test_koleo(steps: ModuleType, transcription: ModuleType) -> None:
-    """Catches a row that is its own nearest, views mixed, and embeddings that are not normalised."""
+    """Catches a row that is its own nearest, views mixed or averaged, lengths that count, and another weight."""
     made = steps.objective("[{name: koleo}]")
     outputs = made.represent(steps.batch(), steps.PROGRESS)
     term = made.losses(outputs).terms["koleo"]
     expected = transcription.koleo(outputs.student["image"].class_tokens[:2, :, 0].tolist())
     assert term.item() == pytest.approx(expected, rel=1e-10)
+    assert made.losses(outputs).total.item() == pytest.approx(0.1 * expected, rel=1e-10)
     single = made.represent(steps.batch(2, 3), steps.PROGRESS)
     made.losses(single).total.backward()
     assert made.losses(single).terms["koleo"].item() == 0

@@ -100,11 +100,12 @@ def ibot(
 
 
 def koleo(views: list[list[Row]]) -> float:
-    """-mean ln of the distance to the nearest other of the batch, on the unit sphere; 1e-8 as in DINOv2's code."""
-    logs = []
+    """-mean ln of the distance to the nearest other of the batch, on the unit sphere, summed over views; 1e-8 and the
+    sum as in DINOv2's code."""
+    total = 0.0
     for view in views:
         rows = [unit(row) for row in view]
         for i, row in enumerate(rows):
             nearest = min(math.dist(row, other) for j, other in enumerate(rows) if j != i)
-            logs.append(math.log(nearest + 1e-8))
-    return -sum(logs) / len(logs)
+            total -= math.log(nearest + 1e-8) / len(rows)
+    return total

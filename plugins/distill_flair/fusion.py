@@ -107,7 +107,16 @@ class TextConditionedPool(FusionHead):
         return Fused(fused)
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What queries [V, B, D] find in `modality`'s tokens [B, L, W]: [V, B, D], not normalised, no residual."""
+        """What queries [V, B, D] find in `modality`'s tokens [B, L, W]: [V, B, D], not normalised, no residual.
+
+        Raises `UserError` where the other modality does not ask.
+        """
+        if modality not in self.pooler:
+            asks = self.other[modality]
+            raise UserError(
+                f"fusion.queries: a loss lets {asks!r} pool the tokens of {modality!r}, but {asks} does not ask; "
+                f"add it to fusion.queries"
+            )
         pooler: Any = self.pooler[modality]
         found: Tensor = pooler(queries, self.token_map[modality](tokens), mask)
         return found

@@ -186,6 +186,15 @@ def test_what_is_refused(step: ModuleType, registry: Registry, change: str, mess
     assert message in str(caught.value)
 
 
+def test_a_fusion_in_which_texts_do_not_ask_is_named(registry: Registry, step: ModuleType) -> None:
+    """A loss cannot see the fusion's options before it runs; catches a bare KeyError."""
+    recipe = parse_recipe(step.RECIPE, "r.yaml", registry=registry, overrides=["fusion.queries=[image]"])
+    made = Objective.from_recipe(recipe).double()
+    outputs = made.represent(step.batch(), Progress(0, 1))
+    with pytest.raises(UserError, match=r"'text' pool the tokens of 'image', but text does not ask; add it to fusion"):
+        made.losses(outputs)
+
+
 def test_scale_is_clamped(step: ModuleType) -> None:
     made: Objective = step.objective()
     loss: Any = made.loss["flair"]

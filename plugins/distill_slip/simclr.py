@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch.nn.functional import cross_entropy, normalize, relu
 
 from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.distributed import all_gather, rank
-from distill_core.errors import UserError
 from distill_core.types import Outputs
 
 Positive = Annotated[int, Field(gt=0)]
@@ -97,9 +97,17 @@ class SimClr(Loss):
         """Two views of the role."""
         return Needs(modalities=(config.modality,), views={config.modality: {config.role: 2}})
 
+    @classmethod
+    def problems(cls, config: SimClrConfig, plan: Plan) -> Iterable[str]:
+        """A class token, where it is read."""
+        if config.source == "class_tokens" and plan.modalities[config.modality].class_tokens == 0:
+            yield (
+                f"{cls.name!r} reads the class tokens of {config.modality!r}, whose backbone gives none; "
+                f"set its option source: pooled"
+            )
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term, and the share of embeddings whose nearest is the right one. Raises `UserError` where a backbone
-        gives no class tokens."""  # fmt: skip
+        """One term, and the share of embeddings whose nearest is the right one."""
         embedding = self.head(self._read(outputs))
         with torch.autocast(embedding.device.type, enabled=False):
             own = normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
@@ -119,9 +127,5 @@ class SimClr(Loss):
         features = outputs.student[self.config.modality]
         if self.config.source == "pooled":
             return features.pooled[self.views]
-        if features.class_tokens is None:
-            raise UserError(
-                f"'simclr' reads the class tokens of {self.config.modality!r}, whose backbone gives none; "
-                f"set its option source: pooled"
-            )
+        assert features.class_tokens is not None
         return features.class_tokens[self.views, :, 0]

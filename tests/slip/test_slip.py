@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_clip.components import Clip
 from distill_core.components import ModalityPlan, Plan
-from distill_core.errors import RecipeErrors, UserError
+from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.types import Features, Outputs, Progress
@@ -115,9 +115,14 @@ def test_half_precision_keeps_the_loss() -> None:
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
 
 
-def test_a_backbone_without_class_tokens_is_named() -> None:
-    with pytest.raises(UserError, match=r"class tokens of 'image', whose backbone gives none; .*source: pooled"):
-        loss()(outputs(2, class_tokens=False))
+def test_a_backbone_without_class_tokens_is_named(registry: Registry) -> None:
+    """At once, not at the first step."""
+    given = ["augment.text={name: sub_captions, count: 2}", "loss.1.modality=text", "loss.1.role=global"]
+    with pytest.raises(RecipeErrors) as caught:
+        load_recipe(RECIPE, registry=registry, overrides=given)
+    (line,) = caught.value.lines
+    assert "'simclr' reads the class tokens of 'text', whose backbone gives none; set its option source: pooled" in line
+    load_recipe(RECIPE, registry=registry, overrides=[*given, "loss.1.source=pooled"])
     loss(source="pooled")(outputs(2, class_tokens=False))
 
 

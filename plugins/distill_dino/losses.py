@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core.components import Needs, Plan
-from distill_core.errors import UserError
+from distill_core.errors import UserError, did_you_mean
 from distill_core.types import GLOBAL, LOCAL, Outputs, Progress
 from distill_dino.prototypes import Positive, PrototypeConfig, PrototypeLoss, class_problems, spread, views_of
 from distill_dino.targets import Targets
@@ -43,8 +43,12 @@ class Dino(PrototypeLoss):
 
     @classmethod
     def problems(cls, config: DinoConfig, plan: Plan) -> Iterable[str]:
-        """A class token, and two views at least."""
-        return class_problems(cls.name, config.modality, config.class_token, config.student_roles, plan)
+        """Roles that there are (the default's `local` may be missing), a class token, and two views at least."""
+        have = sorted(set(plan.modalities[config.modality].roles))
+        for role in config.student_roles:
+            if role not in (GLOBAL, LOCAL, *have):
+                yield f"{cls.name!r}: student_roles: no view has the role {role!r}{did_you_mean(role, have)}"
+        yield from class_problems(cls.name, config.modality, config.class_token, config.student_roles, plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term; metrics show a collapse."""

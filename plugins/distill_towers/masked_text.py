@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
-from distill_core.errors import did_you_mean
 from distill_core.types import GLOBAL, Features, View, Views
 from distill_towers.clip_text import Positive, TextCollator, example_texts
+from distill_towers.masking import role_problems
 from distill_towers.tokenizer import VOCABULARY
 from distill_towers.transformer import Transformer
 
@@ -91,10 +91,8 @@ class BertText(Backbone):
         """Room for every id of the tokenizer; roles to be masked that no view has."""
         if config.vocabulary < VOCABULARY:
             yield f"vocabulary {config.vocabulary} is too small: CLIP's tokenizer has {VOCABULARY} ids"
-        have = sorted({role for modality in plan.modalities.values() for role in modality.roles})
-        for role in config.masking.roles if config.masking else ():
-            if have and role not in have:
-                yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
+        if config.masking is not None:
+            yield from role_problems(config.masking.roles, cls.dims(config), plan)
 
     @classmethod
     def example_views(cls, config: BertTextConfig, rng: np.random.Generator) -> list[View]:
@@ -154,7 +152,9 @@ class MaskedTextCollator(TextCollator):
                 raise ValueError("masks are drawn from a seed for each sample; no seeds were given")
             group.token_mask = torch.stack(
                 [
-                    torch.stack([draw_mask(ids, masking.share, rng) for ids, rng in zip(x, generators, strict=True)])
+                    torch.stack(
+                        [draw_word_mask(ids, masking.share, rng) for ids, rng in zip(x, generators, strict=True)]
+                    )
                     for x in group.x
                 ]
             )
@@ -162,7 +162,7 @@ class MaskedTextCollator(TextCollator):
         return views
 
 
-def draw_mask(ids: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+def draw_word_mask(ids: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     """[L] bool of ids [L]: `share` of the tokens between start and end, rounded, at least one; none of no tokens."""
     words = int(ids.argmax()) - 1
     hidden = torch.zeros(len(ids), dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -11,7 +12,8 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.components import ComponentConfig
+from distill_core.components import ComponentConfig, Dims, Plan
+from distill_core.errors import did_you_mean
 from distill_core.types import GLOBAL
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -41,6 +43,19 @@ class MaskingConfig(ComponentConfig):
         if self.ratio[0] > self.ratio[1]:
             raise ValueError(f"ratio {list(self.ratio)} does not go from low to high")
         return self
+
+
+def role_problems(roles: Sequence[str], dims: Dims, plan: Plan) -> Iterable[str]:
+    """Roles to be masked that no view has.
+
+    A backbone is not told its modality: those whose backbone has these `dims` count.
+    """
+    modalities = plan.modalities.values()
+    mine = [m for m in modalities if dims == Dims(m.width, m.dim, m.has_tokens, m.can_mask, m.class_tokens)]
+    have = sorted({role for modality in mine for role in modality.roles})
+    for role in roles:
+        if have and role not in have:
+            yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
 
 
 def draw_mask(rows: int, columns: int, config: MaskingConfig, rng: np.random.Generator) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
-from distill_core.errors import did_you_mean
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
-from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels
+from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_towers.transformer import Transformer
 
 Positive = Annotated[int, Field(gt=0)]
@@ -98,10 +97,7 @@ class VisionTransformer(Backbone):
     @classmethod
     def problems(cls, config: VisionTransformerConfig, plan: Plan) -> Iterable[str]:
         """Roles to be masked that no view has."""
-        have = sorted({role for modality in plan.modalities.values() for role in modality.roles})
-        for role in config.masking.roles if config.masking else ():
-            if have and role not in have:
-                yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
+        return role_problems(config.masking.roles, cls.dims(config), plan) if config.masking else ()
 
     @classmethod
     def collator(cls, config: VisionTransformerConfig) -> Collator:

@@ -13,7 +13,7 @@ from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.types import View
-from distill_towers.masked_text import BertText, BertTextConfig, MaskedTextCollator, TokenMaskingConfig, draw_mask
+from distill_towers.masked_text import BertText, BertTextConfig, MaskedTextCollator, TokenMaskingConfig, draw_word_mask
 
 END = 59
 RECIPE = """
@@ -164,12 +164,12 @@ def test_masks_are_a_function_of_the_samples_seed() -> None:
 
 def test_every_token_is_hidden_as_often() -> None:
     ids = torch.tensor([58, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 59, 0, 0])
-    counts = torch.stack([draw_mask(ids, 0.15, np.random.default_rng(i)) for i in range(1000)]).sum(0)
+    counts = torch.stack([draw_word_mask(ids, 0.15, np.random.default_rng(i)) for i in range(1000)]).sum(0)
     assert counts[0] == 0
     assert counts[11:].sum() == 0
     assert counts.sum() == 2000, "2 of 10, for 1.5 rounds to 2"
     assert ((counts[1:11] - 200).abs() < 55).all(), "four standard deviations"
-    assert draw_mask(torch.tensor([58, 59, 0]), 0.15, np.random.default_rng(0)).sum() == 0, "a text without words"
+    assert draw_word_mask(torch.tensor([58, 59, 0]), 0.15, np.random.default_rng(0)).sum() == 0, "a text without words"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,19 @@ def test_what_is_refused(registry: Registry, change: str, message: str) -> None:
     with pytest.raises(RecipeErrors) as caught:
         parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=[change])
     assert message in str(caught.value)
+
+
+def test_a_role_that_only_the_other_modality_has_is_refused(registry: Registry) -> None:
+    """Both can mask; they are told apart by their widths."""
+    given = ["augment.image={name: flava_image, size: 8}", "backbone.image.masking={roles: [masked]}"]
+    parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=given)
+    with pytest.raises(RecipeErrors, match=r"masking.roles: no view has the role 'masked' \(there are: global\)"):
+        parse_recipe(
+            RECIPE,
+            "r.yaml",
+            registry=registry,
+            overrides=[*given, "backbone.text.masking.roles=[masked]", "backbone.text.width=10"],
+        )
 
 
 def test_masking_is_said_before_anything_is_built(registry: Registry) -> None:

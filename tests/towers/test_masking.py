@@ -251,9 +251,14 @@ def test_the_loaders_collate_gives_the_same_masks_again(registry: Registry) -> N
     [
         ("{ratio: [0.6, 0.5]}", r"backbone.image.masking: ratio \[0.6, 0.5\] does not go from low to high"),
         ("{roles: [globl]}", "masking.roles: no view has the role 'globl', did you mean 'global'?"),
+        ("{roles: [local]}", "backbone.image: masking.roles: no view has the role 'local', did you mean 'global'?"),
         ("{shape: block}", "backbone.image.masking.shape: unknown option 'shape'"),
     ],
 )
 def test_wrong_masking_is_named(registry: Registry, given: str, line: str) -> None:
+    # the texts have local views, the pictures none
+    recipe = RECIPE.replace("local_size: 8, global: 2, local: 1", "global: 2, local: 0").replace(
+        "global: 1", "global: 1, local: 1"
+    )
     with pytest.raises(RecipeErrors, match=line):
-        parse_recipe(RECIPE.replace("{share: 1.0}", given), "r.yaml", registry=registry)
+        parse_recipe(recipe.replace("{share: 1.0}", given), "r.yaml", registry=registry)

@@ -70,15 +70,20 @@ def test_multi_positive() -> None:
     assert metrics["scale"].item() == pytest.approx(1 / 0.3)
 
 
-def grouped(patches: list[Tensor], text: Tensor, threshold: float | None) -> Tensor:
-    """Min-max-normalised similarities of one sub-caption, those below the threshold dropped, as weights of patches."""
+def kept(patches: list[Tensor], text: Tensor, threshold: float | None) -> list[Tensor]:
+    """Min-max-normalised similarities of one sub-caption, those below the threshold made 0."""
     similarities = [patch @ text for patch in patches]
     low, high = min(similarities), max(similarities)
     normalised = [(s - low) / (high - low) for s in similarities]
     limit = 1 / len(patches) if threshold is None else threshold
-    kept = [s if s >= limit else s * 0 for s in normalised]
-    total = torch.stack(kept).sum()
-    return unit(torch.stack([w / total * patch for w, patch in zip(kept, patches, strict=True)]).sum(0))
+    return [s if s >= limit else s * 0 for s in normalised]
+
+
+def grouped(patches: list[Tensor], text: Tensor, threshold: float | None) -> Tensor:
+    """What is kept, as weights of patches."""
+    weights = kept(patches, text, threshold)
+    total = torch.stack(weights).sum()
+    return unit(torch.stack([w / total * patch for w, patch in zip(weights, patches, strict=True)]).sum(0))
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -94,11 +99,12 @@ def test_grouping(threshold: float | None, negatives: str, padded: bool) -> None
     config = SubcaptionGrouping.Config(temperature=0.3, threshold=threshold, negatives=negatives)
     loss, given = SubcaptionGrouping(config, plan()).double(), outputs(mask)
     tokens, text = given.student["image"].tokens[0], given.student["text"].pooled
-    samples = []
+    samples, counted = [], 0
     for i in range(BATCH):
         real = tokens[i] if mask is None else tokens[i][mask[i]]
         patches = [unit(loss.token_map.weight @ token) for token in real]
         texts = [unit(text[k, i]) for k in range(COUNT)]
+        counted += sum(int(w > 0) for one in texts for w in kept(patches, one, threshold))
         samples.append(([grouped(patches, one, threshold) for one in texts], texts))
     scale = loss.logit_scale.exp()
     if negatives == "sample":
@@ -107,7 +113,7 @@ def test_grouping(threshold: float | None, negatives: str, padded: bool) -> None
         expected = info_nce(*([x for sample in samples for x in sample[side]] for side in (0, 1)), scale)
     terms, metrics = loss(given)
     check(terms["subcaption_grouping"], expected, [tokens, text, loss.logit_scale, loss.token_map.weight])
-    assert 0 < metrics["patches"].item() <= 1
+    assert metrics["patches"].item() == pytest.approx(counted / (BATCH * COUNT * PATCHES))
 
 
 @pytest.mark.parametrize("patches", [1, 4])

@@ -35,8 +35,14 @@ def loss(**options: Any) -> SimClr:
 
 def outputs(batch: int, class_tokens: bool = True) -> Outputs:
     torch.manual_seed(2)
-    pooled = torch.randn(4, batch, DIM, dtype=torch.float64, requires_grad=True)
-    classes = torch.randn(4, batch, 2, WIDTH, dtype=torch.float64, requires_grad=True) if class_tokens else None
+
+    def random(*shape: int) -> Tensor:
+        x = torch.randn(4, batch, *shape, dtype=torch.float64)
+        x[2, 0] = x[1, 0] + 0.1  # the two views of the first sample are alike
+        return x.requires_grad_()
+
+    pooled = random(DIM)
+    classes = random(2, WIDTH) if class_tokens else None
     return Outputs(
         {}, {"image": Features(pooled, class_tokens=classes)}, {}, None, None, Progress(0, 1), ema=lambda module: module
     )
@@ -65,6 +71,17 @@ def head(made: SimClr, x: Tensor) -> Tensor:
     return linear(made, "layer3", x)
 
 
+def accuracy(first: Tensor, second: Tensor) -> float:
+    """The share of the 2N embeddings whose nearest other, by cosine, is the other view of their sample."""
+    z = torch.nn.functional.normalize(torch.cat([first, second]), dim=-1)
+    n = len(first)
+    right = 0
+    for i in range(2 * n):
+        cosines = {j: (z[i] @ z[j]).item() for j in range(2 * n) if j != i}
+        right += max(cosines, key=cosines.__getitem__) == (i + n) % (2 * n)
+    return right / (2 * n)
+
+
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     """SimCLR's algorithm 1: over 2N embeddings, l(i, j) = -log exp(s_ij / t) / sum over k != i of exp(s_ik / t)."""
     z = [*first, *second]
@@ -87,10 +104,12 @@ def test_loss_and_gradients_are_the_equations(source: str) -> None:
     features = given.student["image"]
     assert features.class_tokens is not None
     read = features.class_tokens[:, :, 0] if source == "class_tokens" else features.pooled
-    expected = nt_xent(head(made, read[1]), head(made, read[2]), 0.2)
+    pair = head(made, read[1]), head(made, read[2])
+    expected = nt_xent(*pair, 0.2)
     terms, metrics = made(given)
     torch.testing.assert_close(terms["simclr"], expected, rtol=1e-10, atol=1e-10)
-    assert 0 <= metrics["accuracy"] <= 1
+    assert metrics["accuracy"].item() == accuracy(*pair)
+    assert 0 < metrics["accuracy"] < 1, "the draw tells right from wrong"
     inputs = [features.class_tokens if source == "class_tokens" else features.pooled, *made.parameters()]
     got, true = (torch.autograd.grad(value, inputs) for value in (terms["simclr"], expected))
     for g, t in zip(got, true, strict=True):
@@ -104,15 +123,27 @@ def test_a_sample_alone_has_no_negative() -> None:
     assert metrics["accuracy"].item() == 1
 
 
-def test_half_precision_keeps_the_loss() -> None:
-    """Catches logits or statistics that autocast lowers: the layers alone may be rounded."""
+def test_half_precision_keeps_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches logits that autocast lowers: the head's layers alone may be rounded, and are the same in both here."""
     made, given = loss().float(), outputs(4)
     given.student["image"].class_tokens = given.student["image"].class_tokens.float()  # type: ignore[union-attr]
-    exact = made(given)[0]["simclr"]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = made(given)[0]["simclr"]
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.1)
+        embedding = made.head(given.student["image"].class_tokens[1:3, :, 0])  # type: ignore[index]
+        assert embedding.dtype == torch.bfloat16
+        monkeypatch.setattr(made.head, "forward", lambda _: embedding)
+        lowered = made(given)[0]["simclr"]
+    assert lowered.dtype == torch.float32
+    torch.testing.assert_close(lowered, made(given)[0]["simclr"], rtol=1e-5, atol=0)
+
+
+def test_half_precision_keeps_the_batch_statistics() -> None:
+    """Catches a mean or a variance of bf16 numbers."""
+    made = loss().float()
+    x = (3 + torch.randn(2, 40, 6)).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made.head.bn1(x)
+    expected = torch.stack([norm(made, "bn1", view) for view in x.float()])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_backbone_without_class_tokens_is_named(registry: Registry) -> None:

@@ -12,8 +12,11 @@ def distill_components():
     from my_plugin.evaluation import Agreement
     from my_plugin.fusion import MeanFusion
     from my_plugin.loss import Match
+    from my_plugin.optimizer import Sgd
     from my_plugin.schedule import Linear
     from my_plugin.tower import Tower
+    from my_plugin.tracker import Csv
     from my_plugin.views import Noisy
+    from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Linear]
+    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Sgd, Linear, Csv, Zeros]

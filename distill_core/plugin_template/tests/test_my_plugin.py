@@ -50,3 +50,4 @@ def test_the_recipe_trains(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "recipe" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
+    assert "train,loss," in (tmp_path / "recipe" / "metrics.csv").read_text()

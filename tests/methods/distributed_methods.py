@@ -20,12 +20,13 @@ from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.types import Batch, Group, Progress, Views
 from distill_siglip.ring import ring_sigmoid
+from distill_towers.masking import MASKED, patch_pixels
 
 RECIPE = """
 augment: {{image: {image}, text: {text}}}
 backbone:
-  image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6}}
-  text: {{name: clip_text, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
+  image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6, masking: {masking}}}
+  text: {{name: {tower}, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
 fusion: {fusion}
 loss: {loss}
 teacher: {teacher}
@@ -58,12 +59,21 @@ CASES: dict[str, dict[str, str]] = {
         "loss": "[multi_positive, {name: subcaption_grouping, id: batch}, "
         "{name: subcaption_grouping, id: sample, negatives: sample, threshold: 0.4}]",
     },
+    # without flava_itm, whose mismatched pairs are of one rank
+    "flava": {
+        "image": "{name: flava_image, size: 8}",
+        "text": "flava_text",
+        "masking": "{roles: [masked], targets: pixels}",
+        "tower": "bert_text, masking: {roles: [masked]}",
+        "fusion": "{name: multimodal_encoder, role: masked, layers: 1, heads: 2}",
+        "loss": "[clip, flava_mlm, {name: flava_mim, patch: 4}, {name: flava_mmm, patch: 4}]",
+    },
 }
 SAMPLES = 6
 
 
 def recipe(case: str, registry: Registry) -> Recipe:
-    text = RECIPE.format(**{"fusion": "null", "teacher": "null"} | CASES[case])
+    text = RECIPE.format(**{"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text"} | CASES[case])
     return parse_recipe(text, "r.yaml", registry=registry)
 
 
@@ -81,7 +91,14 @@ def batch(parsed: Recipe, first: int, last: int) -> Batch:
             else:
                 x = torch.randint(1, 48, (count, SAMPLES, 7), generator=generator)
                 x[..., -1] = 49407  # end of text
-            groups.append(Group(x[:, first:last], role))
+            group = Group(x, role)
+            if role == MASKED:
+                # as many of each sample, so that a mean over ranks is the joint mean
+                group.token_mask = torch.zeros(count, SAMPLES, 4 if name == "image" else 7, dtype=torch.bool)
+                for i in range(SAMPLES):
+                    group.token_mask[:, i, 1 + i % 3] = True
+                group.targets = patch_pixels(x, 4) if name == "image" else x
+            groups.append(group.map(lambda x: x[:, first:last]))
         views[name] = Views(groups)
     return Batch(views, [f"k{i}" for i in range(first, last)])
 

@@ -51,7 +51,7 @@ def joint(methods: ModuleType, registry: Registry) -> dict[str, Any]:
     return {case: methods.step(case, registry, 0, methods.SAMPLES) for case in methods.CASES}
 
 
-@pytest.mark.parametrize("case", ["siglip gather", "siglip ring", "cosmos sigmoid", "slip", "dreamlip"])
+@pytest.mark.parametrize("case", ["siglip gather", "siglip ring", "cosmos sigmoid", "slip", "dreamlip", "flava"])
 def test_ranks_have_the_joint_batchs_losses_and_gradients(
     case: str, ranks: list[dict[str, Any]], joint: dict[str, Any], methods: ModuleType
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from distill_core import __version__, authors, completion
-from distill_core.errors import UserError
+from distill_core.errors import PluginError, RecipeErrors, TrainingStopped, UserError
 from distill_core.study.commands import ablate, compare
 from distill_core.without import without_option
 
@@ -309,8 +309,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank meets the same mistake
+        rank = os.environ.get("RANK", "0")
+        if rank == "0":
             click.echo(str(error), err=True)
+        elif not isinstance(error, (RecipeErrors, PluginError, TrainingStopped)):  # these every rank meets alike
+            click.echo(f"rank {rank}: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         _close_stdout()

@@ -82,7 +82,7 @@ class Trainer:
         self.loader = Loader(recipe, self.shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
-        self.interrupt = Interrupt(self.display.warn)
+        self.interrupt = Interrupt(self._warn)
         self.tracker: TrackerThread | None = None
         self.showcase: Showcase | None = None
         self.facts: dict[str, Any] = {}
@@ -132,29 +132,38 @@ class Trainer:
         if self._random is not None:
             set_random(self._random)
         self.display.step(self.step, None, {})
-        with self.display, self.interrupt.listening():
-            self._greet(resumed)
-            try:
-                self._loop(batches)
-            except BaseException:
-                if self.tracker is not None:
-                    self.tracker.finish(5)
-                raise
-            if self.interrupt.signal is not None:
-                self._stop_early()
-                return Result(self.folder.path, signal=self.interrupt.signal)
-            self._save()
+        complete = False
         try:
-            evaluated = self._evaluate(self.recipe.evaluate.split)
-        except KeyboardInterrupt:
-            self.display.warn(f"trained and saved, but not evaluated. Evaluate with: distill resume {self.folder.path}")
-            return Result(self.folder.path, signal=signal.SIGINT)
-        for line in evaluated.failed:
-            self.display.warn(f"not evaluated: {line}")
-        skipped = sum(distributed.gather_objects(self.skipped_samples))
+            with self.display, self.interrupt.listening():
+                self._greet(resumed)
+                self._loop(batches)
+                self._save()
+                if self.interrupt.signal is not None:
+                    name = signal.Signals(self.interrupt.signal).name
+                    self._warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
+                    return Result(self.folder.path, signal=self.interrupt.signal)
+            try:
+                evaluated = self._evaluate(self.recipe.evaluate.split)
+            except KeyboardInterrupt:
+                self._warn(f"trained and saved, but not evaluated. Evaluate with: distill resume {self.folder.path}")
+                return Result(self.folder.path, signal=signal.SIGINT)
+            for line in evaluated.failed:
+                self._warn(f"not evaluated: {line}")
+            skipped = sum(distributed.gather_objects(self.skipped_samples))
+            if self.rank == 0:
+                self._finish(evaluated, skipped)
+            complete = True
+            return Result(self.folder.path, evaluated.scores, evaluated.failed)
+        finally:
+            if self.tracker is not None and complete:
+                self.tracker.finish()
+            elif self.tracker is not None:
+                self.tracker.finish(5)  # somebody waits for the end
+
+    def _warn(self, line: str) -> None:
+        """What every rank has to say alike is said once."""
         if self.rank == 0:
-            self._finish(evaluated, skipped)
-        return Result(self.folder.path, evaluated.scores, evaluated.failed)
+            self.display.warn(line)
 
     def _greet(self, resumed: bool) -> None:
         recipe, say = self.recipe, self.display.say
@@ -167,7 +176,7 @@ class Trainer:
             f"parameters, {recipe.train.precision} on {self.device}"
         )
         if self.size is not None and self.batch > self.size:
-            self.display.warn(
+            self._warn(
                 f"a step takes {self.batch} samples and there are only {self.size} to train on: a sample comes more "
                 "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."
             )
@@ -285,8 +294,7 @@ class Trainer:
                 f"{line}.\nThe weights from before this step are saved; distill resume {self.folder.path} goes on "
                 f"behind this batch. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
             )
-        if self.rank == 0:
-            self.display.warn(f"{line}; the step is skipped")
+        self._warn(f"{line}; the step is skipped")
 
     def _note_skipped(self, batch: Batch) -> None:
         if batch.skipped:
@@ -357,9 +365,9 @@ class Trainer:
         if not self._validated:
             self._validated = True
             for line in evaluated.failed:
-                self.display.warn(f"not validated: {line}")
-            if name is not None and name not in scores and self.rank == 0:
-                self.display.warn(
+                self._warn(f"not validated: {line}")
+            if name is not None and name not in scores:
+                self._warn(
                     f"train.checkpoint.best: no score {name!r}, so no best checkpoint is kept"
                     f"{did_you_mean(name, list(scores))}"
                 )
@@ -370,10 +378,14 @@ class Trainer:
         )
         if means:
             self.display.say(f"step {self.step}, {self.recipe.evaluate.validation}: {means}")
-        better = name in scores and (self.best is None or scores[name] > self.best)
-        if better and name is not None:
-            self.best = scores[name]
-        return distributed.any_rank(better)
+        if name is None:
+            return False
+        # ranks may round a score differently, and rank 0 is the one to keep the checkpoint
+        score = distributed.gather_objects(scores.get(name))[0]
+        if score is None or (self.best is not None and score <= self.best):
+            return False
+        self.best = score
+        return True
 
     _validated = False
 
@@ -399,14 +411,6 @@ class Trainer:
             best=best or (self._final_better and self.step == self.steps),
         )
 
-    def _stop_early(self) -> None:
-        self._save()
-        if self.tracker is not None:
-            self.tracker.finish(5)
-        if self.rank == 0:
-            name = signal.Signals(self.interrupt.signal or signal.SIGTERM).name
-            self.display.warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
-
     def _finish(self, evaluated: Evaluated, skipped: int) -> None:
         report = Report(
             name=self.folder.path.name,
@@ -424,4 +428,3 @@ class Trainer:
         picture = write_report(self.folder, report, self.facts)
         if self.tracker is not None:
             self.tracker.call("image", self.step, "report", str(picture), self.folder.path.name, {})
-            self.tracker.finish()

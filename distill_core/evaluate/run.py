@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from distill_core import distributed
 from distill_core.components import DataSource
 from distill_core.data.shards import check
 from distill_core.errors import UserError
@@ -42,15 +44,11 @@ def evaluate(
     result = Evaluated()
     if not recipe.tasks:
         return result
-    try:
-        found = source.sets(split)
-        for shards in found.values():
-            check(shards)
-    except UserError as error:
-        result.failed.append(str(error))
-        return result
-    if not found:
-        result.failed.append(f"the data source has no split {split!r}")
+    found, problem = _found(source, split)
+    # a rank whose shards are missing must not leave the others waiting for it
+    problems = distributed.gather_objects(problem)
+    if any(problems):
+        result.failed += dict.fromkeys(line for line in problems if line)
         return result
     sets = [EvaluationSet(name, shards) for name, shards in found.items()]
     for node in recipe.tasks:
@@ -65,7 +63,8 @@ def evaluate(
             result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
             if media and result.no_media is None:
                 try:
-                    made = list(task.media(model, sets, media))
+                    with _alone(sets):
+                        made = list(task.media(model, sets, media))
                 except Exception as error:
                     result.no_media = error
                     continue
@@ -75,3 +74,26 @@ def evaluate(
                 ]
     result.skipped = [skipped for samples in sets for skipped in samples.skipped.values()]
     return result
+
+
+def _found(source: DataSource, split: str) -> tuple[dict[str, list[str]], str | None]:
+    """The split's shards by set, or why this rank has none."""
+    try:
+        found = {name: list(shards) for name, shards in source.sets(split).items()}
+        for shards in found.values():
+            check(shards)
+    except UserError as error:
+        return {}, str(error)
+    return found, None if found else f"the data source has no split {split!r}"
+
+
+@contextmanager
+def _alone(sets: Sequence[EvaluationSet]) -> Iterator[None]:
+    """While one rank works and the others do not."""
+    for samples in sets:
+        samples.alone = True
+    try:
+        yield
+    finally:
+        for samples in sets:
+            samples.alone = False

@@ -23,6 +23,8 @@ class EvaluationSet:
         self.shards = list(shards)
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
+        self.alone = False
+        """Whether this rank works while the others do not: no embeddings can be made then, where there are several."""
         self._embedded: dict[tuple[int, str, str | None], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Sample]:
@@ -63,10 +65,15 @@ class EvaluationSet:
         """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N], in the order of the samples.
 
         Each rank encodes its share; all ranks get all of them, so every rank must ask. Raises `UserError` on every rank
-        when one cannot go on.
+        when one cannot go on, and where pictures, which are made on rank 0 alone, ask for what `run` did not.
         """
         key = (id(model), modality, field)
         if key not in self._embedded:
+            if self.alone and distributed.world_size() > 1:
+                raise UserError(
+                    f"pictures ask for embeddings of {modality!r} that no score has made, which takes all ranks; "
+                    "ask for them in `run` too"
+                )
             parts = distributed.gather_objects(self._share(model, modality, field))
             for part in parts:
                 if isinstance(part, UserError):

@@ -68,6 +68,18 @@ def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleT
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}], i
 
 
+def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> None:
+    """Catches rank 0's pictures that pair with the other rank's next score, and a rank without shards that the other
+    waits for: both would hang, or mix embeddings."""
+    done = two(str(SCRIPT.with_name("distributed_evaluation.py")), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in range(2))
+    assert first["scores"] == second["scores"] == {"student/one/n": 3.0, "student/two/n": 3.0}
+    assert "'b' that no score has made, which takes all ranks" in first["no_media"]
+    assert second["no_media"] is None
+    assert first["missing"] == second["missing"] == ["gone.tar: no such file"]
+
+
 def test_a_run_of_two_ranks(
     tmp_path: Path, tiny_recipe: Path, registry: Registry, write_shards: Callable[..., list[Path]]
 ) -> None:

@@ -2,7 +2,7 @@
 
 Four of them make a method: `Augmentation` (one modality: a raw sample -> its views), `Backbone` (one modality: views
 -> features), `FusionHead` (all modalities) and `Loss`. The rest are small contracts around it: `DataSource`,
-`Evaluation`, `Optimizer`, `Schedule`, `Tracker` and `Initializer`.
+`Evaluation`, `Optimizer`, `Schedule`, `Tracker` and `Initializer` (`contracts.py`). All are imported from here.
 
 What a component needs of the rest of a recipe it says in `needs`, before any data or weights are touched.
 """
@@ -10,100 +10,57 @@ What a component needs of the rest of a recipe it says in `needs`, before any da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.media import Media, Shown
+from distill_core.component import Component, ComponentConfig
+from distill_core.contracts import (
+    DataSource,
+    Evaluation,
+    Initializer,
+    Loaded,
+    Optimizer,
+    Schedule,
+    Tracker,
+    TrackerConfig,
+)
+from distill_core.media import Shown
+from distill_core.plan import ModalityPlan, Needs, Plan, same_dim
 from distill_core.types import Features, Fused, Outputs, Progress, Sample, View, Views
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from distill_core.evaluate.sets import EvaluationSet
-    from distill_core.model import Model
-    from distill_core.objective import Objective
-
-
-class ComponentConfig(BaseModel):
-    """Base of every component's options: unknown keys are errors, types are strict, lists serve for tuples."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class ModalityPlan:
-    """What is known of one modality before anything is built."""
-
-    roles: tuple[str, ...]
-    """The role of each view, globals first."""
-    teacher_views: tuple[int, ...]
-    """The views that the teacher encodes; empty without a teacher for this modality."""
-    width: int
-    """Tower width W of the tokens."""
-    dim: int
-    """Embedding width D."""
-    has_tokens: bool
-    can_mask: bool = False
-    class_tokens: int = 0
-    """Class tokens C that come with the embedding; 0 where the backbone gives none."""
-
-    def views(self, role: str) -> tuple[int, ...]:
-        """The numbers of the views of one role."""
-        return tuple(i for i, r in enumerate(self.roles) if r == role)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a recipe before anything is built."""
-
-    modalities: Mapping[str, ModalityPlan]
-    teacher: bool
-    fusion: bool
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a component needs of the recipe around it.
-
-    `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles` does (the
-    teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names modalities
-    whose backbone must be able to hide tokens.
-    `views` asks for a least number of views: {modality: {role: number}}.
-    """
-
-    teacher: bool = False
-    fused: bool = False
-    modalities: tuple[str, ...] = ()
-    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    masked: tuple[str, ...] = ()
-
-
-class Component:
-    """Base of all components: a `kind` (from the interface), a `name` that recipes use, and a `Config`."""
-
-    kind: ClassVar[str]
-    name: ClassVar[str]
-    Config: ClassVar[type[ComponentConfig]] = ComponentConfig
-    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    """Options, as recipes write them, of small instances that `distill check-plugin` builds; {} is the defaults."""
-
-    @classmethod
-    def needs(cls, config: Any, plan: Plan) -> Needs:
-        """What this component, with these options, needs of the recipe."""
-        return Needs()
-
-    @classmethod
-    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
-        """Further reasons, one line each, why it cannot work in this recipe (`plan` may lack broken modalities)."""
-        return ()
+__all__ = [
+    "INTERFACES",
+    "Augmentation",
+    "Backbone",
+    "Collator",
+    "Component",
+    "ComponentConfig",
+    "DataSource",
+    "Dims",
+    "Evaluation",
+    "FusionHead",
+    "Initializer",
+    "Loaded",
+    "Loss",
+    "LossConfig",
+    "ModalityPlan",
+    "Needs",
+    "Optimizer",
+    "Plan",
+    "Schedule",
+    "Tracker",
+    "TrackerConfig",
+    "same_dim",
+]
 
 
 class Augmentation(Component, ABC):
@@ -311,167 +268,9 @@ class Loss(nn.Module, Component, ABC):
         """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step."""
 
 
-class DataSource(Component, ABC):
-    """Where shards come from."""
-
-    kind = "source"
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @classmethod
-    def splits(cls, config: Any) -> tuple[str, ...] | None:
-        """The splits it has, if its options tell: a recipe that evaluates on another is refused at once."""
-        return None
-
-    def prepare(self) -> None:
-        """Write what must be written once (a cache), with a progress bar. Raises `DataError`."""
-
-    @abstractmethod
-    def sets(self, split: str) -> dict[str, list[str]]:
-        """The shards of a split (`train`, `validation`, `test`), by set; {} where it has no such split.
-
-        Training pools the sets; evaluations score each by itself. Raises `DataError`.
-        """
-
-    def size(self, split: str) -> int | None:
-        """Samples in a split, if known; `train.epochs` needs it for `train`."""
-        return None
-
-
-class Evaluation(Component, ABC):
-    """A task: scores a model on the sets of a split."""
-
-    kind = "evaluation"
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""
-
-    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
-        """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
-
-        About `samples` pictures. It may read tokens (`model.features(..., need=...)`) and call `model.fusion`.
-        """
-        return ()
-
-
-class Optimizer(Component, ABC):
-    """Builds a torch optimiser."""
-
-    kind = "optimizer"
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
-        """Parameter groups of (name, parameter, learning-rate factor)."""
-
-    @abstractmethod
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser. Each group's `lr` is its peak; the schedule multiplies it."""
-
-
-class Schedule(Component, ABC):
-    """The factor of the learning rate at each optimiser step."""
-
-    kind = "schedule"
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def factor(self, step: int, steps: int) -> float:
-        """Factor for optimiser step `step` (from 0) of `steps`."""
-
-
-class TrackerConfig(ComponentConfig):
-    """Options that every tracker has."""
-
-    tags: tuple[str, ...] = ()
-    """Words to find the run by, beside the names of its components."""
-    media: Annotated[int, Field(ge=0)] = 4
-    """Samples whose views, and queries whose matches, are shown as pictures; 0 sends no pictures or distributions."""
-    media_every: Annotated[int, Field(gt=0)] = 200
-    """Steps between pictures of training views; those of evaluations come with each evaluation."""
-
-
-class Tracker(Component, ABC):
-    """A place that metrics go to beside `metrics.jsonl`. Called on rank 0, in a thread of its own.
-
-    Only `start`, `log` and `finish` must be there. A tracker whose `Config` is no `TrackerConfig` gets no media.
-    """
-
-    kind = "tracker"
-    Config: ClassVar[type[ComponentConfig]] = TrackerConfig
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
-        """Open the run of this name; `folder` is its run folder."""
-
-    @abstractmethod
-    def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
-        """Scalars of one step."""
-
-    def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
-        """What the run is made with (`distill_core.environment`: versions, device, git), and words to find it by.
-
-        Called behind `start`, when a run is resumed as well.
-        """
-
-    def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:
-        """A picture: a path, a PIL image, or an array [H, W, 3] of uint8."""
-
-    def distribution(self, step: int, name: str, values: np.ndarray, context: Mapping[str, str]) -> None:
-        """Values [N], to be seen as a histogram."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Flush and close."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What an initializer did: one line for the user, and the names of the objective's tensors that it loaded."""
-
-    line: str
-    names: frozenset[str]
-
-
-class Initializer(Component, ABC):
-    """Weights to start from: an entry of a recipe's `init`."""
-
-    kind = "init"
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    @abstractmethod
-    def apply(self, objective: Objective) -> Loaded:
-        """Load weights into the objective. Raises `UserError`, and has loaded nothing then.
-
-        What the teacher is not given it takes from the student afterwards.
-        """
-
-
 INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
         Augmentation, Backbone, FusionHead, Loss, DataSource, Evaluation, Optimizer, Schedule, Tracker, Initializer,
     )
 }  # fmt: skip
-
-
-def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
-    """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
-    dims = {m: plan.modalities[m].dim for m in modalities if m in plan.modalities}
-    if len(set(dims.values())) > 1:
-        shown = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
-        yield f"{name!r} compares embeddings of one width D; the backbones give {shown}"

@@ -13,7 +13,7 @@ import click
 from pydantic import BaseModel
 
 from distill_core import catalogue, hookspecs
-from distill_core.components import INTERFACES, Component, Loss
+from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
 from distill_core.errors import UserError, did_you_mean
 from distill_core.recipe import Frame
 from distill_core.registry import Entry, Plugins, Registry
@@ -81,8 +81,9 @@ def _component(entry: Entry) -> str:
         _doc(cls),
         "## Options",
     ]
-    about = vars(cls.Config).get("__doc__") or ""
-    parts += [inspect.cleandoc(about)] if about and cls.Config.__module__ != Component.__module__ else []
+    own = cls.Config not in (ComponentConfig, INTERFACES[cls.kind].Config)
+    about = vars(cls.Config).get("__doc__") if own else None
+    parts += [inspect.cleandoc(about)] if about else []
     parts += list(_options(cls.Config)) or ["It has no options."]
     written = [example for example in cls.examples if example]
     if written:

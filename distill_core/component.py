@@ -1,0 +1,36 @@
+"""What all components share: a kind, a name, options, and what they say of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from distill_core.plan import Needs, Plan
+
+
+class ComponentConfig(BaseModel):
+    """Base of every component's options: unknown keys are errors, types are strict, lists serve for tuples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Component:
+    """Base of all components: a `kind` (from the interface), a `name` that recipes use, and a `Config`."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    Config: ClassVar[type[ComponentConfig]] = ComponentConfig
+    examples: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
+    """Options, as recipes write them, of small instances that `distill check-plugin` builds; {} is the defaults."""
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        """What this component, with these options, needs of the recipe."""
+        return Needs()
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
+        """Further reasons, one line each, why it cannot work in this recipe (`plan` may lack broken modalities)."""
+        return ()

@@ -1,0 +1,64 @@
+"""What is known of a recipe before anything is built, and what a component needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ModalityPlan:
+    """What is known of one modality before anything is built."""
+
+    roles: tuple[str, ...]
+    """The role of each view, globals first."""
+    teacher_views: tuple[int, ...]
+    """The views that the teacher encodes; empty without a teacher for this modality."""
+    width: int
+    """Tower width W of the tokens."""
+    dim: int
+    """Embedding width D."""
+    has_tokens: bool
+    can_mask: bool = False
+    class_tokens: int = 0
+    """Class tokens C that come with the embedding; 0 where the backbone gives none."""
+
+    def views(self, role: str) -> tuple[int, ...]:
+        """The numbers of the views of one role."""
+        return tuple(i for i, r in enumerate(self.roles) if r == role)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a recipe before anything is built."""
+
+    modalities: Mapping[str, ModalityPlan]
+    teacher: bool
+    fusion: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a component needs of the recipe around it.
+
+    `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles` does (the
+    teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names modalities
+    whose backbone must be able to hide tokens.
+    `views` asks for a least number of views: {modality: {role: number}}.
+    """
+
+    teacher: bool = False
+    fused: bool = False
+    modalities: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
+
+
+def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
+    """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
+    dims = {m: plan.modalities[m].dim for m in modalities if m in plan.modalities}
+    if len(set(dims.values())) > 1:
+        shown = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
+        yield f"{name!r} compares embeddings of one width D; the backbones give {shown}"

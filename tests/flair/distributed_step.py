@@ -69,7 +69,9 @@ def step(first: int, last: int, **options: Any) -> dict[str, Any]:
 def main() -> None:
     distributed.start(torch.device("cpu"))
     rank, share = distributed.rank(), SAMPLES // distributed.world_size()
-    torch.save(step(rank * share, (rank + 1) * share), Path(sys.argv[1]) / f"rank-{rank}.pt")
+    rows = (rank * share, (rank + 1) * share)
+    made = {negatives: step(*rows, negatives=negatives) for negatives in ("all", "one")}
+    torch.save(made, Path(sys.argv[1]) / f"rank-{rank}.pt")
     distributed.stop()
 
 

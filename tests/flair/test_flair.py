@@ -107,7 +107,9 @@ def test_which_texts_a_picture_meets() -> None:
         assert {place % 7 for place in row[:3]} == {i}
 
 
-def test_two_ranks_have_the_joint_batchs_terms_and_gradients(tmp_path: Path, step: ModuleType) -> None:
+def test_two_ranks_have_the_joint_batchs_terms_and_gradients(
+    tmp_path: Path, step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches positives looked for in the wrong rows, negatives of one rank alone, and a divisor of one rank."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", step.__file__,
@@ -116,13 +118,31 @@ def test_two_ranks_have_the_joint_batchs_terms_and_gradients(tmp_path: Path, ste
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
-    joint = step.step(0, step.SAMPLES)
-    for name, term in joint["terms"].items():
-        torch.testing.assert_close(sum(r["terms"][name] for r in ranks) / 2, term, rtol=1e-10, atol=1e-10)
-    assert len(joint["gradients"]) > 20
-    for name, gradient in joint["gradients"].items():
-        for rank in ranks:
-            torch.testing.assert_close(rank["gradients"][name], gradient, rtol=1e-9, atol=1e-10, msg=name)
+
+    def choose(loss: Flair, k: int, m: int, b: int, device: torch.device) -> Tensor:
+        """What both ranks draw, each for its 3 of the 6 pictures, from the seed of `step`."""
+        torch.manual_seed(7)
+        drawn = torch.randint(3, (3, 5)).tolist()
+        others = [[j for j in range(6) if j != i] for i in range(6)]
+        return torch.tensor(
+            [
+                [i, 6 + i, 12 + i] + [6 * view + j for view, j in zip(drawn[i % 3], others[i], strict=True)]
+                for i in range(6)
+            ]
+        )
+
+    for negatives in ("all", "one"):
+        if negatives == "one":
+            monkeypatch.setattr(Flair, "choose", choose)
+        joint = step.step(0, step.SAMPLES, negatives=negatives)
+        for name, term in joint["terms"].items():
+            mean = sum(rank[negatives]["terms"][name] for rank in ranks) / 2
+            torch.testing.assert_close(mean, term, rtol=1e-10, atol=1e-10)
+        assert len(joint["gradients"]) > 20
+        for name, gradient in joint["gradients"].items():
+            for rank in ranks:
+                found = rank[negatives]["gradients"][name]
+                torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def fusion(**options: Any) -> TextConditionedPool:

@@ -114,7 +114,10 @@ class Ibot(PrototypeLoss):
             yield from class_problems(cls.name, config.modality, 0, (GLOBAL, LOCAL), plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Terms `patch`, and `class` with a shared head. Raises `UserError` where no view of the role is masked."""
+        """Terms `patch`, and `class` with a shared head. Raises `UserError` where no view of the role is masked.
+
+        The metric `patch_cross_entropy` is the mean over all hidden patches, to be compared with ln K.
+        """
         m = self.config.modality
         student, teacher = outputs.student[m], outputs.teacher[m]
         masks = self._masks(outputs)
@@ -129,7 +132,9 @@ class Ibot(PrototypeLoss):
             each = -(targets * log_p).sum(-1)
             beside = hidden.sum(-1, keepdim=True).expand_as(hidden)[hidden]  # [N] hidden patches of the same picture
             terms = {"patch": (each / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
-        metrics = {"masked": hidden.float().mean()} | (spread(targets, "patch_") if len(targets) else {})
+        metrics = {"masked": hidden.float().mean()}
+        if len(targets):
+            metrics |= {"patch_cross_entropy": each.detach().mean()} | spread(targets, "patch_")
         if self.config.shared_head:
             terms["class"], class_metrics = self.class_term(outputs, self.class_targets, self.students)
             metrics |= class_metrics

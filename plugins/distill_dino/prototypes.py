@@ -21,7 +21,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PrototypeConfig(LossConfig):
-    """What `dino` and `ibot` share: the head, the temperatures, the centring. Defaults are DINO's for ViT-B/16."""
+    """Head and temperatures as DINO's for ViT-B/16; `warmup` and `freeze_last_layer` are parts of the run.
+
+    A short run wants a constant teacher temperature of .04.
+    """
 
     modality: str = "image"
     """The modality that learns from its own teacher."""

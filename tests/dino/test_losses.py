@@ -115,6 +115,14 @@ def test_ibot(steps: ModuleType, transcription: ModuleType, centring: str, share
         expected = class_loss(said, centring, loss.class_targets.center)
         assert losses.terms["ibot/class"].item() == pytest.approx(expected, rel=1e-10)
     assert losses.metrics["ibot/masked"].item() == pytest.approx(masks.float().mean().item())
+    places = masks.nonzero().tolist()
+    student, teacher = ([said.patches(who, view) for view in range(2)] for who in ("student", "teacher"))
+    targets = said.targets([teacher[v][b][i] for v, b, i in places], centring, loss.targets.center)
+    each = [
+        transcription.cross_entropy(target, student[v][b][i], 0.1)
+        for target, (v, b, i) in zip(targets, places, strict=True)
+    ]
+    assert losses.metrics["ibot/patch_cross_entropy"].item() == pytest.approx(sum(each) / len(each), rel=1e-10)
 
 
 COPIES = "size: 12, local_size: 4, global: 2, local: 2, masked: 1"

@@ -10,11 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any
 
 import yaml
 
-from distill_core.errors import RecipeErrors
+from distill_core.errors import RecipeErrors, did_you_mean
 
 Path = tuple[str | int, ...]
 
@@ -161,6 +162,18 @@ def located(origin: str, path: Sequence[str | int]) -> str:
     """`recipe.yaml:6: fusion.heads`; an origin that names the path itself (`--set fusion.heads`) says it once."""
     dotted = _dotted(path)
     return origin if not dotted or origin == f"--set {dotted}" else f"{origin}: {dotted}"
+
+
+def read_file(file: str | FilePath, what: str) -> str:
+    """The text of a YAML file that a user names; `what` it should be. Raises `RecipeErrors`."""
+    path = FilePath(file)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise RecipeErrors([f"{file}: no such {what}{did_you_mean(path.name, near)}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeErrors([f"{file}: cannot be read: {error}"]) from error
 
 
 def read_document(text: str, name: str) -> Document:

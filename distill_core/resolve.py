@@ -16,7 +16,7 @@ from torch import nn
 
 from distill_core.compatibility import unmet
 from distill_core.components import ComponentConfig, ModalityPlan, Plan
-from distill_core.document import Document, Path, located, read_document
+from distill_core.document import Document, Path, located, read_document, read_file
 from distill_core.errors import RecipeErrors, did_you_mean
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
@@ -62,21 +62,13 @@ def load_recipe(
     `overrides` are `path=value` strings, each with the place it was written at where that is not the command line.
     `allow_unset` turns unset `${NAME}` into warnings.
     """
-    path = FilePath(file)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise RecipeErrors([f"{file}: no such recipe{did_you_mean(path.name, near)}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeErrors([f"{file}: cannot be read: {error}"]) from error
     return parse_recipe(
-        text,
+        read_file(file, "recipe"),
         str(file),
         registry=registry,
         overrides=overrides,
         allow_unset=allow_unset,
-        default_name=path.stem,
+        default_name=FilePath(file).stem,
     )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from distill_core.catalogue import summary
-from distill_core.components import INTERFACES
 from distill_core.recipe import Frame
 from distill_core.registry import Entry, Registry
 from distill_core.resolve import DEFAULTS, OPTIONAL, SLOTS
@@ -111,7 +110,7 @@ def _component(entry: Entry) -> dict[str, Schema]:
     own["title"] = f"{name} ({kind} of {entry.package})"
     own["description"] = about
     own["properties"] = {
-        "name": {"const": name, "description": f"{INTERFACES[kind].kind}: {about}"},
+        "name": {"const": name, "description": f"{kind}: {about}"},
         "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
         **own.get("properties", {}),
     }

@@ -21,7 +21,7 @@ from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.study.compare import differences
 from distill_core.study.launch import in_use, read_memory, state
-from distill_core.study.plan import Plan, Run, method, with_steps
+from distill_core.study.plan import Run, StudyPlan, method, with_steps
 from distill_core.tracking import RunFolder
 
 
@@ -34,7 +34,7 @@ def _mark(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(method(with_steps(recipe, 1)), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def calibration_runs(plan: Plan, folder: Path) -> list[Run]:
+def calibration_runs(plan: StudyPlan, folder: Path) -> list[Run]:
     """A short run, with the first seed, of each variant that was not timed yet: nothing evaluated, nothing tracked."""
     assert plan.study.budget is not None
     known = read_memory(_memory(folder))
@@ -72,7 +72,7 @@ def drop_changed(runs: Sequence[Run], folder: Path, registry: Registry) -> None:
             shutil.rmtree(place)
 
 
-def keep_times(plan: Plan, folder: Path, runs: Sequence[Run]) -> None:
+def keep_times(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> None:
     """Write down the seconds a step took in the later half of each calibration, and drop the calibration's runs."""
     known = read_memory(_memory(folder))
     for run in runs:
@@ -85,7 +85,7 @@ def keep_times(plan: Plan, folder: Path, runs: Sequence[Run]) -> None:
     write_whole(_memory(folder), json.dumps(known, indent=1))
 
 
-def calibrated_steps(plan: Plan, folder: Path) -> dict[str, int]:
+def calibrated_steps(plan: StudyPlan, folder: Path) -> dict[str, int]:
     """Variant -> the steps that fit in the budget. Raises `UserError` where not even one does."""
     budget = plan.study.budget
     assert budget is not None

@@ -18,7 +18,7 @@ from distill_core.without import without_option
 if TYPE_CHECKING:
     from distill_core.study.compare import Comparison
     from distill_core.study.grammar import Study
-    from distill_core.study.plan import Plan
+    from distill_core.study.plan import StudyPlan
     from distill_core.study.run import Outcome
 
 
@@ -132,7 +132,7 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
     return make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""), overrides)
 
 
-def _list(plan: Plan) -> None:
+def _list(plan: StudyPlan) -> None:
     """What --check prints."""
     from rich.console import Console
     from rich.markup import escape
@@ -152,7 +152,7 @@ def _list(plan: Plan) -> None:
     Console().print(table)
 
 
-def _end(plan: Plan, folder: Path, outcome: Outcome) -> None:
+def _end(plan: StudyPlan, folder: Path, outcome: Outcome) -> None:
     """The table of what is there, the files, and how to go on."""
     from rich.console import Console
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from distill_core.components import ComponentConfig
-from distill_core.document import Document, Path, read_document
+from distill_core.document import Document, Path, read_document, read_file
 from distill_core.errors import RecipeErrors, UserError, did_you_mean
 
 Change = tuple[str, str]
@@ -95,14 +95,7 @@ class Study:
 
 def read_study_document(file: str | FilePath) -> Document:
     """The YAML of a study file. Raises `RecipeErrors`."""
-    path = FilePath(file)
-    try:
-        return read_document(path.read_text(encoding="utf-8"), str(file))
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise RecipeErrors([f"{file}: no such file{did_you_mean(path.name, near)}"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeErrors([f"{file}: cannot be read: {error}"]) from error
+    return read_document(read_file(file, "file"), str(file))
 
 
 def swaps_document(recipe: str, swaps: Sequence[str]) -> Document:

@@ -11,7 +11,7 @@ import click
 from distill_core.components import TrackerConfig
 from distill_core.environment import environment
 from distill_core.study.picture import draw
-from distill_core.study.plan import Plan, Run
+from distill_core.study.plan import Run, StudyPlan
 from distill_core.study.table import (
     Group,
     RunResult,
@@ -29,7 +29,7 @@ def _warn(line: str) -> None:
     click.echo(f"warning: {line}", err=True)
 
 
-def study_table(plan: Plan, folder: Path, runs: Sequence[Run]) -> StudyTable:
+def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTable:
     """Of the runs that are finished; warns of scores that none of them has."""
     groups = []
     for variant in plan.variants:
@@ -59,7 +59,7 @@ def write_files(table: StudyTable, folder: Path) -> list[Path]:
     return [folder / name for name in (*words, "study.png")]
 
 
-def publish(plan: Plan, table: StudyTable, folder: Path) -> None:
+def publish(plan: StudyPlan, table: StudyTable, folder: Path) -> None:
     """Give the base recipe's tracker a run of its own: means and spreads, with the variant as context, and the picture.
 
     The runs themselves carry study, variant and seed in their tags. What the run is said to be made with has no device:

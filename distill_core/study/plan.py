@@ -28,7 +28,7 @@ class Run:
 
 
 @dataclass
-class Plan:
+class StudyPlan:
     """A study whose recipes are good. Without a budget of seconds their steps are final."""
 
     study: Study
@@ -60,7 +60,7 @@ def method(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.to_dict().items() if key not in OWN}
 
 
-def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) -> Plan:
+def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) -> StudyPlan:
     """Read and check every variant's recipe. Raises `RecipeErrors` with all that is wrong in any of them.
 
     `allow_unset` turns unset `${NAME}` into warnings.
@@ -90,7 +90,7 @@ def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) 
     if errors:
         raise RecipeErrors(errors)
     notes += _unmatched(study, [recipes[variant.name] for variant in variants])
-    return Plan(study, variants, recipes, [*warnings, *notes])
+    return StudyPlan(study, variants, recipes, [*warnings, *notes])
 
 
 def _length(study: Study) -> list[Override]:

@@ -22,7 +22,7 @@ from distill_core.study.calibrate import calibrated_steps, calibration_runs, dro
 from distill_core.study.compare import differences
 from distill_core.study.launch import Job, Launcher, in_use, not_scored, read_memory, state
 from distill_core.study.live import StudyDisplay
-from distill_core.study.plan import Plan, Run
+from distill_core.study.plan import Run, StudyPlan
 from distill_core.tracking import RunFolder
 
 
@@ -41,7 +41,7 @@ class StudyRunner:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: StudyPlan,
         folder: Path,
         launcher: Launcher,
         registry: Registry,

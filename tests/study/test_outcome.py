@@ -16,7 +16,7 @@ from distill_core.recipe import Node
 from distill_core.registry import Registry
 from distill_core.study.grammar import make_study
 from distill_core.study.outcome import publish, study_table, write_files
-from distill_core.study.plan import Plan, check_study
+from distill_core.study.plan import StudyPlan, check_study
 from distill_core.tracking import RunFolder
 from distill_core.train import Trainer
 
@@ -54,7 +54,7 @@ def recorded() -> list[tuple[Any, ...]]:
 NODE = Node("tracking", "recorder", Recorder, TrackerConfig(tags=("mine",), media=0), "tests")
 
 
-def make(tmp_path: Path, registry: Registry) -> Plan:
+def make(tmp_path: Path, registry: Registry) -> StudyPlan:
     head = f"recipe: tiny.yaml\nseeds: [0, 1]\nscores: [{M}, teacher/retrieval/M]\n"
     text = head + "variants:\n  a: {}\n  b: {fusion.heads: 4}\n"
     plan = check_study(make_study(read_document(text, "s.yaml"), tmp_path, "s"), registry)

@@ -8,12 +8,12 @@ from distill_core.document import read_document
 from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
 from distill_core.study.grammar import make_study
-from distill_core.study.plan import Plan, check_study
+from distill_core.study.plan import StudyPlan, check_study
 
 HEAD = "recipe: tiny.yaml\n"
 
 
-def plan(text: str, folder: Path, registry: Registry) -> Plan:
+def plan(text: str, folder: Path, registry: Registry) -> StudyPlan:
     return check_study(make_study(read_document(HEAD + text, "s.yaml"), folder, "s"), registry)
 
 

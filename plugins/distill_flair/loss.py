@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core.components import FusionHead, Loss, LossConfig, Needs, Plan, same_dim
+from distill_core.components import FusionHead, Needs, Plan
 from distill_core.distributed import rank
-from distill_core.types import Outputs, Progress
-from distill_kernels import multi_view_sigmoid
+from distill_core.types import Outputs
+from distill_towers.contrastive import Sigmoid, SigmoidConfig
 
 
-class FlairConfig(LossConfig):
+class FlairConfig(SigmoidConfig):
     """Defaults are the public code's."""
 
     weight: Annotated[float, Field(ge=0)] = 0.5
@@ -27,18 +26,12 @@ class FlairConfig(LossConfig):
     """What is pooled (its first view), and what conditions the pooling (all its views)."""
     negatives: Literal["one", "all"] = "one"
     """Texts of other samples that condition the pooling: one a sample, drawn at random (the public code), or all."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    """The scale starts at ln(1 / temperature)."""
-    bias: float = -10.0
-    """The bias of the logits starts here."""
-    max_scale: Annotated[float, Field(ge=1)] = 100.0
-    """The scale is clamped to [0, ln max_scale] after each step."""
     chunk: Annotated[int, Field(gt=0)] = 64
     """Samples whose tokens are pooled at a time. In a larger batch only one chunk's activations are held: the
     backward pass computes them again."""
 
 
-class Flair(Loss):
+class Flair(Sigmoid):
     """K texts a sample, each a positive of its picture.
 
     `conditioned`: <pool(picture i, text), text> over the K texts of i and, as negatives, texts of other samples;
@@ -48,11 +41,6 @@ class Flair(Loss):
 
     name = "flair"
     Config = FlairConfig
-
-    def __init__(self, config: FlairConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
-        self.logit_bias = nn.Parameter(torch.tensor(config.bias))
 
     @classmethod
     def needs(cls, config: FlairConfig, plan: Plan) -> Needs:
@@ -64,7 +52,7 @@ class Flair(Loss):
         """A fusion to pool with, and one width D."""
         if not plan.fusion:
             yield f"{cls.name!r} pools with the fusion; this recipe has none: add `fusion: text_conditioned_pool`"
-        yield from same_dim(cls.name, config.modalities, plan)
+        yield from super().problems(config, plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms. Over several ranks, texts are those of all ranks, pictures this rank's."""
@@ -83,18 +71,14 @@ class Flair(Loss):
                 total = total + checkpoint(self.conditioned, *part, use_reentrant=False)
             else:
                 total = total + self.conditioned(*part)
-        with torch.autocast(texts.device.type, enabled=False):
-            pairs = multi_view_sigmoid(
-                outputs.embedding(f"student.{picture}")[:1],
-                outputs.embedding(f"student.{text}"),
-                self.logit_scale.exp(),
-                self.logit_bias,
-                a_all=outputs.gather(f"student.{picture}")[:1],
-                b_all=normalize(texts, dim=-1),
-                offset=rank() * b,
-            )
+        pairs = self.pairs(
+            outputs.embedding(f"student.{picture}")[:1],
+            outputs.embedding(f"student.{text}"),
+            outputs.gather(f"student.{picture}")[:1],
+            normalize(texts, dim=-1),
+        )
         terms = {"conditioned": total / b * m / chosen.shape[1], "multi_positive": pairs.mean()}
-        return terms, {"scale": self.logit_scale.detach().exp(), "bias": self.logit_bias.detach()}
+        return terms, self.metrics()
 
     def choose(self, k: int, m: int, b: int, device: torch.device) -> Tensor:
         """The texts that each of this rank's b pictures meets: [b, T] places in [k, m] flattened, its own k first.
@@ -120,8 +104,3 @@ class Flair(Loss):
             similarity = (normalize(found.to(queries.dtype), dim=-1) * normalize(queries, dim=-1)).sum(-1)
             logits = self.logit_scale.exp() * similarity + self.logit_bias
             return softplus(-logits[: len(texts)]).sum() + softplus(logits[len(texts) :]).sum()
-
-    @torch.no_grad()
-    def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Clamp the learned scale to [0, ln max_scale]."""
-        self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.components import Loss, LossConfig, Needs, Plan, same_dim
-from distill_core.distributed import all_gather, rank, world_size
-from distill_core.types import GLOBAL, Outputs, Progress
-from distill_kernels import multi_view_info_nce
+from distill_core.components import Needs, Plan
+from distill_core.distributed import all_gather
+from distill_core.types import GLOBAL, Outputs
+from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
-class TwoTokenContrastiveConfig(LossConfig):
-    """Options of TIPS's image-text loss."""
+class TwoTokenContrastiveConfig(ContrastiveConfig):
+    """Options of TIPS's image-text loss; both captions share the scale."""
 
     modalities: tuple[str, str] = ("image", "text")
     """The one with two class tokens, and the one with two captions."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """The scale starts at ln(1 / temperature); both captions share it."""
-    max_scale: Annotated[float, Field(ge=1)] = 100.0
-    """The scale is clamped to [0, ln max_scale] after each step."""
 
 
-class TwoTokenContrastive(Loss):
+class TwoTokenContrastive(ContrastiveLoss):
     """(InfoNCE(embedding, first caption) + InfoNCE(second class token, second caption)) / 2 (TIPS, section 3.1).
 
     Of each global view of the first modality, over the global batch. The embedding is made of the first class token by
@@ -43,7 +36,6 @@ class TwoTokenContrastive(Loss):
         image = plan.modalities[config.modalities[0]]
         self.views = list(image.views(GLOBAL))
         self.projection = nn.Parameter(image.width**-0.5 * torch.randn(image.width, image.dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
 
     @classmethod
     def needs(cls, config: TwoTokenContrastiveConfig, plan: Plan) -> Needs:
@@ -57,7 +49,7 @@ class TwoTokenContrastive(Loss):
         have = plan.modalities[config.modalities[0]].class_tokens
         if have < 2:
             yield f"{cls.name!r} needs 2 class tokens of {config.modalities[0]!r}; its backbone gives {have}"
-        yield from same_dim(cls.name, config.modalities, plan)
+        yield from super().problems(config, plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term; a metric for each caption."""
@@ -67,29 +59,12 @@ class TwoTokenContrastive(Loss):
         second = classes[self.views, :, 1] @ self.projection
         with torch.autocast(second.device.type, enabled=False):
             second = normalize(second.to(torch.promote_types(second.dtype, torch.float32)), dim=-1)
-            web, synthetic = outputs.embedding(f"student.{b}")[:2].chunk(2)
-            first = outputs.embedding(f"student.{a}")[self.views]
-            if world_size() == 1:
-                pairs = [self._pairs(first, web), self._pairs(second, synthetic)]
-            else:
-                web_all, synthetic_all = outputs.gather(f"student.{b}")[:2].chunk(2)
-                first_all = outputs.gather(f"student.{a}")[self.views]
-                pairs = [
-                    self._pairs(first, web, first_all, web_all),
-                    self._pairs(second, synthetic, all_gather(second, dim=1), synthetic_all),
-                ]
-            terms = [each.mean() for each in pairs]
-        metrics = {"web": terms[0].detach(), "synthetic": terms[1].detach()}
-        return {self.name: (terms[0] + terms[1]) / 2}, metrics | {"scale": self.logit_scale.detach().exp()}
-
-    def _pairs(self, a: Tensor, b: Tensor, a_all: Tensor | None = None, b_all: Tensor | None = None) -> Tensor:
-        """[Va, Vb] losses of a [Va, B, D] and b [Vb, B, D], against all ranks' rows where given."""
-        scale = self.logit_scale.exp()
-        if a_all is None or b_all is None:
-            return multi_view_info_nce(a, b, scale)
-        return multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=rank() * a.shape[1])
-
-    @torch.no_grad()
-    def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Clamp the learned scale to [0, ln max_scale]."""
-        self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))
+        web, synthetic = outputs.embedding(f"student.{b}")[:2].chunk(2)
+        web_all, synthetic_all = outputs.gather(f"student.{b}")[:2].chunk(2)
+        first, first_all = (read(f"student.{a}")[self.views] for read in (outputs.embedding, outputs.gather))
+        terms = {
+            "web": self.pairs(first, web, first_all, web_all).mean(),
+            "synthetic": self.pairs(second, synthetic, all_gather(second, dim=1), synthetic_all).mean(),
+        }
+        metrics = {name: term.detach() for name, term in terms.items()}
+        return {self.name: (terms["web"] + terms["synthetic"]) / 2}, metrics | self.metrics()

@@ -1,4 +1,4 @@
-"""What losses over pairs of embeddings share: two modalities, a learned scale, and its clamp."""
+"""What losses over pairs of embeddings share: two modalities, a learned scale and its clamp; a softmax or a sigmoid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill_core.components import ComponentConfig, Loss, LossConfig, Needs, Plan, same_dim
 from distill_core.distributed import rank, world_size
 from distill_core.types import Outputs, Progress
-from distill_kernels import multi_view_info_nce
+from distill_kernels import multi_view_info_nce, multi_view_sigmoid
 
 
 class ContrastiveConfig(LossConfig):
@@ -63,3 +63,39 @@ class ContrastiveLoss(Loss):
     def metrics(self) -> dict[str, Tensor]:
         """The scale itself, exp(logit_scale)."""
         return {"scale": self.logit_scale.detach().exp()}
+
+
+class SigmoidConfig(ContrastiveConfig):
+    """Defaults are SigLIP's: scale 10 and bias -10 to start from."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """The scale starts at 1 / temperature."""
+    bias: float = -10.0
+    """The learned bias starts here: at first, every pair is taken for a negative."""
+
+
+class Sigmoid(ContrastiveLoss):
+    """Base: as `ContrastiveLoss`, but each pair of rows is a yes or no of its own, with a learned bias (SigLIP, arXiv
+    2303.15343, equation 1)."""  # fmt: skip
+
+    Config: ClassVar[type[ComponentConfig]] = SigmoidConfig
+
+    def __init__(self, config: SigmoidConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.logit_bias = nn.Parameter(torch.tensor(config.bias))
+
+    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+        """[Va, Vb]: each view pair's sigmoid loss of a [Va, B, D] against b [Vb, M, D] of all ranks.
+
+        The mean over rows of the sum over columns; every entry of the M x M logits counts once.
+        """
+        with torch.autocast(a.device.type, enabled=False):
+            scale, bias = self.logit_scale.exp(), self.logit_bias
+            if world_size() == 1:
+                return multi_view_sigmoid(a, b, scale, bias)
+            offset = rank() * a.shape[1]
+            return multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=offset)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scale, exp(logit_scale), and the bias."""
+        return super().metrics() | {"bias": self.logit_bias.detach().clone()}

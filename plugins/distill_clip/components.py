@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from torch import Tensor
 
 from distill_core.types import GLOBAL, Outputs, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
+from distill_towers.captions import CaptionAugmentation, TakeConfig, text_of
 from distill_towers.contrastive import ContrastiveLoss
-from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
+from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
 
 
 class RandomCropConfig(PictureConfig):
@@ -35,39 +33,25 @@ class RandomCrop(PictureAugmentation):
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """[3, S, S], normalised."""
-        from PIL import Image
-
         picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)
-        if rng.random() < self.config.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return [View(self.normalise(picture))]
-
-
-class WholeCaptionConfig(CaptionConfig):
-    """Which text a step sees."""
-
-    take: Literal["all", "one"] = "all"
-    """All sentences joined, or one drawn at random."""
+        return [View(self.normalise(flip(picture, self.config.flip, rng)))]
 
 
 class WholeCaption(CaptionAugmentation):
     """One text a sample."""
 
     name = "caption"
-    Config = WholeCaptionConfig
+    Config = TakeConfig
 
     @classmethod
-    def roles(cls, config: WholeCaptionConfig) -> tuple[str, ...]:
+    def roles(cls, config: TakeConfig) -> tuple[str, ...]:
         """One global view."""
         return (GLOBAL,)
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
-        pool = self.pool(sample)
-        if self.config.take == "all":
-            return [View(join(pool))]
-        chosen = int(rng.integers(len(pool)))
-        return [View(pool[chosen], source=chosen)]
+        text, source = text_of(self.pool(sample), self.config.take, rng)
+        return [View(text, source=source)]
 
 
 class Clip(ContrastiveLoss):

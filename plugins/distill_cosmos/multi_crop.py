@@ -17,6 +17,7 @@ from distill_towers.pictures import (
     PictureConfig,
     Probability,
     colour_jitter,
+    flip,
     random_resized_crop,
 )
 
@@ -85,8 +86,7 @@ class MultiCrop(PictureAugmentation):
 
     def _recolour(self, picture: Image.Image, blur: float, solarise: float, rng: np.random.Generator) -> Image.Image:
         config = self.config
-        if rng.random() < config.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        picture = flip(picture, config.flip, rng)
         if rng.random() < config.jitter_p:
             picture = colour_jitter(picture, config.jitter, rng)
         if rng.random() < config.grey:

@@ -17,7 +17,7 @@ from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.errors import UserError
 from distill_core.types import Features, Group, Outputs
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
-from distill_flava.views import MASKED
+from distill_towers.masking import MASKED
 from distill_towers.tokenizer import VOCABULARY
 
 Vocabulary = Annotated[int, Field(ge=VOCABULARY)]

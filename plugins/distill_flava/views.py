@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
-from PIL import Image
 
 from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
-from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, random_resized_crop
-
-MASKED = "masked"
+from distill_towers.captions import CaptionAugmentation, TakeConfig, text_of
+from distill_towers.masking import MASKED
+from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
 
 
 class FlavaImageConfig(PictureConfig):
@@ -37,33 +33,22 @@ class FlavaImage(PictureAugmentation):
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Both views hold the same pixels."""
         picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)
-        if rng.random() < self.config.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = self.normalise(picture)
+        pixels = self.normalise(flip(picture, self.config.flip, rng))
         return [View(pixels, GLOBAL), View(pixels, MASKED)]
-
-
-class FlavaTextConfig(CaptionConfig):
-    """Which text a step sees."""
-
-    take: Literal["all", "one"] = "all"
-    """All sentences joined, or one drawn at random."""
 
 
 class FlavaText(CaptionAugmentation):
     """One text twice: a global view, and one of the role `masked`."""
 
     name = "flava_text"
-    Config = FlavaTextConfig
+    Config = TakeConfig
 
     @classmethod
-    def roles(cls, config: FlavaTextConfig) -> tuple[str, ...]:
+    def roles(cls, config: TakeConfig) -> tuple[str, ...]:
         """Global, masked."""
         return (GLOBAL, MASKED)
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
-        pool = self.pool(sample)
-        chosen = int(rng.integers(len(pool))) if self.config.take == "one" else 0
-        text = pool[chosen] if self.config.take == "one" else join(pool)
-        return [View(text, GLOBAL, chosen), View(text, MASKED, chosen)]
+        text, source = text_of(self.pool(sample), self.config.take, rng)
+        return [View(text, GLOBAL, source), View(text, MASKED, source)]

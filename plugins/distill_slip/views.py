@@ -16,6 +16,7 @@ from distill_towers.pictures import (
     PictureConfig,
     Probability,
     colour_jitter,
+    flip,
     random_resized_crop,
 )
 
@@ -70,6 +71,4 @@ class SlipViews(PictureAugmentation):
             picture = picture.convert("L").convert("RGB")
         if rng.random() < config.blur:
             picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(*config.blur_radius)))
-        if rng.random() < config.flip:
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return picture
+        return flip(picture, config.flip, rng)

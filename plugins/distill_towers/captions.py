@@ -36,6 +36,13 @@ class CaptionConfig(ComponentConfig):
     `caption`; json with a list `captions`; or plain `txt`. `auto` looks at each sample."""
 
 
+class TakeConfig(CaptionConfig):
+    """Which text a step sees."""
+
+    take: Literal["all", "one"] = "all"
+    """All sentences joined, or one drawn at random."""
+
+
 def sentences(text: str) -> list[str]:
     """The sentences of a text, without white space around them or a full stop behind them; none is empty."""
     parts = (part.strip().rstrip(".").rstrip() for part in _END.split(text.strip()))
@@ -51,6 +58,14 @@ def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]
     """`count` of 0..population-1 without replacement; one that is too small is repeated whole, then topped up."""
     whole = list(range(population)) * (count // population)
     return whole + [int(i) for i in rng.permutation(population)[: count % population]]
+
+
+def text_of(pool: Sequence[str], take: Literal["all", "one"], rng: np.random.Generator) -> tuple[str, int]:
+    """(all sentences joined, 0), or (one drawn at random, its place in the pool)."""
+    if take == "all":
+        return join(pool), 0
+    chosen = int(rng.integers(len(pool)))
+    return pool[chosen], chosen
 
 
 class CaptionAugmentation(Augmentation):

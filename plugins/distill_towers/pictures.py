@@ -138,6 +138,11 @@ def random_resized_crop(
     return crop.resize((size, size), Image.Resampling.BICUBIC)
 
 
+def flip(picture: Image.Image, probability: float, rng: np.random.Generator) -> Image.Image:
+    """Left and right exchanged, with a probability."""
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else picture
+
+
 def colour_jitter(
     picture: Image.Image, strengths: tuple[float, float, float, float], rng: np.random.Generator
 ) -> Image.Image:

@@ -18,7 +18,8 @@ from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.types import Batch, Group, Outputs, Progress, View, Views
-from distill_flava.views import FlavaImage, FlavaImageConfig, FlavaText, FlavaTextConfig
+from distill_flava.views import FlavaImage, FlavaImageConfig, FlavaText
+from distill_towers.captions import TakeConfig
 
 RECIPE = """
 augment: {image: {name: flava_image, size: 12}, text: {name: flava_text}}
@@ -340,9 +341,9 @@ def test_views_are_the_same_twice() -> None:
         assert torch.equal(whole.data, masked.data)
         crops.add(tuple(whole.data.flatten().tolist()))
     assert len(crops) > 10, "crops are drawn from the generator"
-    text = FlavaText(FlavaTextConfig())
+    text = FlavaText(TakeConfig())
     assert [v.data for v in text.views(sample, np.random.default_rng(0))] == ["one. two. three"] * 2
-    one = FlavaText(FlavaTextConfig(take="one"))
+    one = FlavaText(TakeConfig(take="one"))
     drawn = [one.views(sample, np.random.default_rng(seed)) for seed in range(20)]
     assert all(a.data == b.data and a.source == b.source for a, b in drawn)
     assert {a.data for a, _ in drawn} == {"one", "two", "three"}

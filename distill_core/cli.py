@@ -186,8 +186,7 @@ def evaluate_run(
     from distill_core.objective import Objective
     from distill_core.process import resolve_device, set_threads
 
-    run_recipe(Path(folder), _registry())  # says so when it is not a run
-    recipe = _load(str(Path(folder) / "recipe.yaml"), overrides, allow_unset=True)
+    recipe = run_recipe(Path(folder), _registry(), overrides)
     device = distributed.start(resolve_device(recipe.train.device))
     set_threads(recipe.train.threads, 0, device)
     objective = Objective.from_recipe(recipe)

@@ -144,11 +144,11 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
     return Model(backbone, augment, collators, fusion=fusion, device=device, batch_size=recipe.evaluate.batch_size)
 
 
-def run_recipe(folder: Path, registry: Registry) -> Recipe:
-    """The resolved recipe that a run folder keeps. Raises `UserError` when the folder is not a run."""
+def run_recipe(folder: Path, registry: Registry, overrides: Sequence[str] = ()) -> Recipe:
+    """The resolved recipe that a run folder keeps, with changes. Raises `UserError` when the folder is not a run."""
     if not (folder / "recipe.yaml").is_file():
         runs = (
             [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
         )
         raise UserError(f"{folder}: not a run folder (it holds no recipe.yaml){did_you_mean(folder.name, runs)}")
-    return load_recipe(folder / "recipe.yaml", registry=registry, allow_unset=True)
+    return load_recipe(folder / "recipe.yaml", registry=registry, overrides=overrides, allow_unset=True)

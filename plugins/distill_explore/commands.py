@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from distill_core import completion
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,7 +24,7 @@ FIELD = click.option("--field", help="Read this field of the samples in place of
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.run_folders)
 @click.argument("source")
 @click.option("--modality", help="What to embed; the recipe's first modality otherwise.")
 @click.option("--out", required=True, help="FILE.npy (keys go to FILE.keys.txt) or FILE.parquet.")
@@ -51,7 +53,7 @@ def embed(
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=completion.run_folders)
 @click.argument("query")
 @click.option("--in", "source", required=True, help="A folder of pictures, shards (*.tar), or a source as in a recipe.")
 @click.option("--top", type=click.IntRange(1, 100), default=12, show_default=True, help="How many to show.")

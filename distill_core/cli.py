@@ -135,6 +135,8 @@ def _end(result: Result) -> None:
     from distill_core.display import print_scores
 
     rank = distributed.rank()
+    if result.signal is None:
+        distributed.barrier()  # a rank that leaves while the first still writes may take gloo's threads down with it
     distributed.stop()
     if result.signal is not None:
         sys.exit(128 + result.signal)

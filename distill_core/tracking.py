@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from distill_core.components import Tracker
 from distill_core.errors import UserError
@@ -27,7 +27,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
-        self._lock: TextIO | None = None
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, base: Path, recipe: Recipe) -> RunFolder:
@@ -60,6 +60,10 @@ class RunFolder:
     def unlock(self) -> None:
         """Let others train into this folder again."""
         if self._lock is not None:
+            import fcntl
+
+            # by name: loader workers hold the same open file
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
             self._lock = None
 

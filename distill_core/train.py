@@ -159,6 +159,7 @@ class Trainer:
                 self.tracker.finish()
             elif self.tracker is not None:
                 self.tracker.finish(5)  # somebody waits for the end
+            self.folder.unlock()
 
     def _warn(self, line: str) -> None:
         """What every rank has to say alike is said once."""

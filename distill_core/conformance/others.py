@@ -196,7 +196,7 @@ def tracked(case: Case) -> None:
         for resume in (False, True):
             tracker = case.cls(case.config)
             tracker.start(str(run), "run", {"name": "run", "seed": 0}, resume)
-            tracker.describe({"versions": {"python": "3"}, "device": "cpu"}, ["clip", "mine"])
+            tracker.describe({"versions": {"python": "3"}, "device": "cpu"}, ["other", "mine"])
             context = {"subset": "train"}
             tracker.log(1, {"loss": 1.0, "scale": math.nan}, context)
             if issubclass(case.cls.Config, TrackerConfig):

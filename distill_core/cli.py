@@ -136,7 +136,7 @@ def _end(result: Result) -> None:
 
     rank = distributed.rank()
     if result.signal is None:
-        distributed.barrier()  # a rank that leaves while the first still writes may take gloo's threads down with it
+        distributed.barrier()  # one that left while the first still wrote was seen to abort
     distributed.stop()
     if result.signal is not None:
         sys.exit(128 + result.signal)

@@ -29,7 +29,6 @@ def options(cls: Any) -> None:
     kept = ComponentConfig.model_config
     loose = [key for key in ("extra", "frozen", "strict") if cls.Config.model_config.get(key) != kept[key]]
     require(not loose, f"{cls.Config.__name__} changes {', '.join(loose)} of model_config: leave them as they are")
-    require(cls.kind != "loss" or "weight" in cls.Config.model_fields, "a loss's Config must extend LossConfig")
     require(cls.kind != "loss" or issubclass(cls.Config, LossConfig), "a loss's Config must extend LossConfig")
     require(cls.examples, "`examples` is empty; leave it out for the defaults")
     for example in cls.examples:

@@ -18,6 +18,7 @@ from distill_core.without import without_option
 if TYPE_CHECKING:
     from distill_core.recipe import Recipe
     from distill_core.registry import Registry
+    from distill_core.resolve import Override
     from distill_core.train import Result
 
 SET_HELP = "Change the recipe: path=value, as loss.1.weight=0.5 or 'data.source={name: emoji}'. Repeatable."
@@ -170,14 +171,24 @@ def _end(result: Result) -> None:
 @click.argument("folder", shell_complete=completion.run_folders)
 @CHECKPOINT
 @click.option("--split", help="Split to score; the recipe's test split otherwise.")
+@click.option("--task", "tasks", multiple=True, help="A task of the recipe by its id, or any as {name: ..., ...}.")
 @SET
 @click.option("--full", is_flag=True, help="Every score of every set, not the means over sets alone.")
 @JSON
 @without_option
 def evaluate_run(
-    folder: str, checkpoint: str, split: str | None, overrides: tuple[str, ...], full: bool, as_json: bool
+    folder: str,
+    checkpoint: str,
+    split: str | None,
+    tasks: tuple[str, ...],
+    overrides: tuple[str, ...],
+    full: bool,
+    as_json: bool,
 ) -> None:
-    """Score a run's checkpoint with the recipe's evaluation tasks."""
+    """Score a run's checkpoint with the recipe's evaluation tasks, or with others.
+
+    A task may have data of its own: --task '{name: retrieval, source: {name: ..., ...}}'.
+    """
     import json
 
     from distill_core import distributed
@@ -188,15 +199,23 @@ def evaluate_run(
     from distill_core.objective import Objective
     from distill_core.process import resolve_device, set_threads
 
-    recipe = run_recipe(Path(folder), _registry(), overrides)
+    changes: list[Override] = [*overrides]
+    if split:
+        changes.append((f"evaluate.split={split}", "--split"))
+    if tasks:
+        known = {node.id: node for node in run_recipe(Path(folder), _registry(), overrides).tasks}
+        chosen = [json.dumps(known[task].dump()) if task in known else task for task in tasks]
+        changes.append((f"evaluate.tasks=[{', '.join(chosen)}]", "--task"))
+    recipe = run_recipe(Path(folder), _registry(), changes)
     device = distributed.start(resolve_device(recipe.train.device))
     set_threads(recipe.train.threads, 0, device)
     objective = Objective.from_recipe(recipe)
     load_into(objective, Checkpoints(Path(folder)).read(checkpoint)["objective"], folder)
     objective.to(device)
     source = (recipe.evaluate_source or recipe.source).build()
-    source.prepare()
-    which = split or recipe.evaluate.split
+    if any(node.source is None for node in recipe.tasks):
+        source.prepare()
+    which = recipe.evaluate.split
     evaluated = evaluate(recipe, models_of(recipe, objective, device), source, which)
     first = distributed.rank() == 0
     distributed.stop()

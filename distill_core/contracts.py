@@ -12,7 +12,9 @@ from pydantic import Field
 from torch import nn
 
 from distill_core.component import Component, ComponentConfig
+from distill_core.data.shards import Shards
 from distill_core.media import Media
+from distill_core.types import Sample
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +46,14 @@ class DataSource(Component, ABC):
 
         Training pools the sets; evaluations score each by itself. Raises `DataError`.
         """
+
+    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+        """What evaluations read of a split, by set; each is read again and again. {} where it has no such split.
+
+        The samples of the shards, unless a source that has none overrides it: its `sets` is {}, and nothing can be
+        trained on it. Samples have a `__key__`, a `__url__` (the file), and bytes by field. Raises `DataError`.
+        """
+        return {name: Shards(shards) for name, shards in self.sets(split).items()}
 
     def size(self, split: str) -> int | None:
         """Samples in a split, if known; `train.epochs` needs it for `train`."""

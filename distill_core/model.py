@@ -15,7 +15,7 @@ from distill_core.components import Augmentation, Backbone, Collator, FusionHead
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
+from distill_core.resolve import Override, load_recipe
 from distill_core.types import Features, View
 
 
@@ -144,7 +144,7 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
     return Model(backbone, augment, collators, fusion=fusion, device=device, batch_size=recipe.evaluate.batch_size)
 
 
-def run_recipe(folder: Path, registry: Registry, overrides: Sequence[str] = ()) -> Recipe:
+def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] = ()) -> Recipe:
     """The resolved recipe that a run folder keeps, with changes. Raises `UserError` when the folder is not a run."""
     if not (folder / "recipe.yaml").is_file():
         runs = (

@@ -105,7 +105,7 @@ class EvaluateConfig(ComponentConfig):
     batch_size: Positive = 256
     """Items encoded at once."""
     tasks: list[NodeDict | str | None] = []  # noqa: RUF012
-    """Components of kind `evaluation`."""
+    """Components of kind `evaluation`; a task may have a `source` of its own."""
 
 
 class Frame(ComponentConfig):
@@ -151,6 +151,8 @@ class Node:
     config: Any
     package: str
     explicit_id: bool = False
+    source: Node | None = None
+    """An evaluation task's own data."""
 
     def build(self, *arguments: Any) -> Any:
         """The component; a ValueError of its constructor becomes a `UserError` that names its path."""
@@ -162,7 +164,8 @@ class Node:
     def dump(self) -> dict[str, Any]:
         """As a recipe would write it, with every default."""
         head = {"name": self.cls.name, **({"id": self.id} if self.explicit_id else {})}
-        return {**head, **self.config.model_dump(mode="json", by_alias=True)}
+        tail = {"source": self.source.dump()} if self.source else {}
+        return {**head, **self.config.model_dump(mode="json", by_alias=True), **tail}
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,7 @@ class Recipe:
             *self.loss,
             *(node for node in some if node is not None),
             *self.tasks,
+            *(node.source for node in self.tasks if node.source is not None),
             *self.init,
         ]
 

@@ -30,6 +30,7 @@ SLOTS: tuple[tuple[Path, str], ...] = (
     (("train", "optimizer"), "optimizer"),
     (("train", "schedule"), "schedule"),
     (("evaluate", "source"), "source"),
+    (("evaluate", "tasks", "#", "source"), "source"),
     (("evaluate", "tasks", "#"), "evaluation"),
     (("tracking",), "tracker"),
     (("init", "#"), "init"),
@@ -236,6 +237,9 @@ class _Resolver:
                 continue  # the frame's check has said what it should be
             options = dict(value)
             name, given_id = options.pop("name", DEFAULTS.get(path)), options.pop("id", None)
+            own = options.pop("source", None) if kind == "evaluation" else None
+            if own is not None and not isinstance(own, dict):
+                self.error((*path, "source"), f"should be a data source, as {{name: ...}}, got {own!r}")
             if not isinstance(name, str):
                 self.error(path, f"needs a name: a component of kind {kind}, as {{name: ...}}")
                 continue
@@ -252,7 +256,10 @@ class _Resolver:
                 self._translate(error, path, entry.cls.Config)
                 continue
             dotted = ".".join(str(part) for part in path)
-            self.nodes[path] = Node(dotted, given_id or name, entry.cls, config, entry.package, given_id is not None)
+            source = self.nodes.get((*path, "source"))
+            self.nodes[path] = Node(
+                dotted, given_id or name, entry.cls, config, entry.package, given_id is not None, source
+            )
         for section in ("loss", "tasks", "init"):
             seen: dict[str, Path] = {}
             for path, node in self.nodes.items():
@@ -331,22 +338,28 @@ class _Resolver:
 
     def _splits(self, frame: Frame) -> None:
         """The splits that are evaluated must be there, where the source can tell."""
-        own = ("evaluate", "source") in self.nodes
-        node = self.nodes.get(("evaluate", "source") if own else ("data", "source"))
-        have = node.cls.splits(node.config) if node is not None else None  # type: ignore[attr-defined]
-        if have is None or not any(task is not None for task in frame.evaluate.tasks):
+
+        def lacks(source: Path, split: str) -> str | None:
+            node = self.nodes.get(source)
+            have = node.cls.splits(node.config) if node is not None else None  # type: ignore[attr-defined]
+            if have is None or split in have:
+                return None
+            where = ".".join(str(part) for part in source)
+            return f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has"
+
+        tasks = [path for path in self.nodes if path[:-1] == ("evaluate", "tasks")]
+        for path in tasks:
+            if message := lacks((*path, "source"), frame.evaluate.split):
+                self.error(("evaluate", "split"), message)
+        if all(self.nodes[path].source is not None for path in tasks):
             return
+        shared: Path = ("evaluate", "source") if ("evaluate", "source") in self.nodes else ("data", "source")
         wanted = [("split", frame.evaluate.split)]
         if frame.evaluate.every is not None:
             wanted.append(("validation", frame.evaluate.validation))
         for option, split in wanted:
-            if split not in have:
-                where = "evaluate.source" if own else "data.source"
-                self.error(
-                    ("evaluate", option),
-                    f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has, give it one, or "
-                    "leave out evaluate.tasks",
-                )
+            if message := lacks(shared, split):
+                self.error(("evaluate", option), f"{message}, give it one, or leave out evaluate.tasks")
 
     def _recipe(self, frame: Frame, plan: Plan, warnings: Sequence[str]) -> Recipe:
         def all_of(*prefix: str) -> list[Node]:

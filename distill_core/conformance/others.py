@@ -21,7 +21,7 @@ from distill_core.components import Loaded, TrackerConfig
 from distill_core.conformance import surroundings
 from distill_core.conformance.modules import close
 from distill_core.conformance.suite import Case, DoesNotFit, Mend, checks, require
-from distill_core.data.shards import is_local, read_shard
+from distill_core.data.shards import Shards, is_local
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.sets import EvaluationSet
 
@@ -122,12 +122,13 @@ def splits(case: Case) -> None:
 
 @checks("source")
 def shards(case: Case) -> None:
-    """After `prepare` each split has shards of samples, and `size` is their number; or a DataError says why not."""
+    """After `prepare` each split has samples, and `size` is their number; or a DataError says why not."""
     with cache():
         source = case.cls(case.config)
         try:
             source.prepare()
             found = {split: source.sets(split) for split in case.cls.splits(case.config) or ("train",)}
+            samples = {split: source.samples(split) for split in found}
         except DataError as error:
             raise DoesNotFit(f"the example has no data here: {error}") from error
         for split, sets in found.items():
@@ -135,11 +136,10 @@ def shards(case: Case) -> None:
                 isinstance(sets, dict) and all(isinstance(names, list) for names in sets.values()),
                 "`sets` must return {set: [shards]}",
             )
-            require(any(sets.values()), f"the split {split!r} has no shard")
-            names = [name for part in sets.values() for name in part]
-            if not all(is_local(name) for name in names):
+            require(samples[split] and all(sets.values()), f"the split {split!r} has nothing in it")
+            if not all(is_local(name) for part in sets.values() for name in part):
                 continue
-            keys = [sample["__key__"] for name in names for sample in read_shard(name)]
+            keys = [sample["__key__"] for part in samples[split].values() for sample in part]
             size = source.size(split)
             require(keys, f"the shards of {split!r} hold no sample")
             require(size is None or size == len(keys), f"`size` of {split!r} is {size}; its shards hold {len(keys)}")
@@ -162,7 +162,7 @@ def scores(case: Case) -> None:
         for sets in ({"one": [one]}, {"one": [one], "other": [other]}):
             found = []
             for _ in range(2):
-                given = [EvaluationSet(name, names) for name, names in sets.items()]
+                given = [EvaluationSet(name, Shards(names)) for name, names in sets.items()]
                 found.append(case.cls(case.config).run(surroundings.model(), given))
             require(isinstance(found[0], dict) and found[0], "`run` must return scores by name")
             for name, value in found[0].items():
@@ -173,15 +173,13 @@ def scores(case: Case) -> None:
 @checks("evaluation")
 def nothing_to_score(case: Case) -> None:
     """A set without a sample raises DataError, not an error of torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = surroundings.shard(Path(folder), 0)
-        try:
-            case.cls(case.config).run(surroundings.model(), [EvaluationSet("empty", [path])])
-        except UserError:
-            return
-        except Exception as error:
-            raise Mend(f"a set without a sample raises {type(error).__name__}: {error}; raise DataError") from error
-        raise Mend("a set without a sample must raise DataError: there is nothing to score")
+    try:
+        case.cls(case.config).run(surroundings.model(), [EvaluationSet("empty", [])])
+    except UserError:
+        return
+    except Exception as error:
+        raise Mend(f"a set without a sample raises {type(error).__name__}: {error}; raise DataError") from error
+    raise Mend("a set without a sample must raise DataError: there is nothing to score")
 
 
 @checks("tracker")

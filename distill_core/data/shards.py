@@ -82,6 +82,18 @@ def read_shard(shard: str) -> Iterator[Sample]:
         raise DataError(f"{shard}: ends without a tar's closing block of zeros: it was cut off. Write it again.")
 
 
+class Shards:
+    """The samples of some shards, in order, read anew each time. Raises `DataError` where `check` does."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        check(self.names)
+
+    def __iter__(self) -> Iterator[Sample]:
+        for name in self.names:
+            yield from read_shard(name)
+
+
 def _cut_off(shard: str) -> bool:
     """Whether a local, uncompressed tar lacks its last block: `tarfile` takes a cut inside a header for the end."""
     if not is_local(shard) or not shard.endswith(".tar"):

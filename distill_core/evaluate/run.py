@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from distill_core import distributed
 from distill_core.components import DataSource
-from distill_core.data.shards import check
-from distill_core.errors import UserError
+from distill_core.errors import DataError, UserError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Media
 from distill_core.model import Model
-from distill_core.recipe import Recipe
-from distill_core.types import Skipped
+from distill_core.recipe import Node, Recipe
+from distill_core.types import Sample, Skipped
 
 
 @dataclass
@@ -39,19 +39,22 @@ def evaluate(
 ) -> Evaluated:
     """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores.
 
+    A task with a `source` of its own is scored on that. While training it is left out where that has no such split.
     `media` asks each task for pictures of about so many samples.
     """
     result = Evaluated()
-    if not recipe.tasks:
-        return result
-    found, problem = _found(source, split)
-    # a rank whose shards are missing must not leave the others waiting for it
-    problems = distributed.gather_objects(problem)
-    if any(problems):
-        result.failed += dict.fromkeys(line for line in problems if line)
-        return result
-    sets = [EvaluationSet(name, shards) for name, shards in found.items()]
-    for node in recipe.tasks:
+    scored = [node for node in recipe.tasks if split == recipe.evaluate.split or _has(node.source, split)]
+    all_sets: dict[str, list[EvaluationSet]] = {}
+    for node in scored:
+        own = json.dumps(node.source.dump(), sort_keys=True) if node.source else ""
+        if own not in all_sets:
+            try:
+                all_sets[own] = _sets(node.source or source, split)
+            except DataError as error:
+                all_sets[own] = []
+                result.failed += str(error).splitlines()
+        if not (sets := all_sets[own]):
+            continue
         task = node.build()
         for side, model in models.items():
             progress(f"{node.id} ({side}, {split})")
@@ -72,19 +75,35 @@ def evaluate(
                     replace(item, name=f"{node.id}/{item.name}", context={"model": side, **item.context})
                     for item in made
                 ]
-    result.skipped = [skipped for samples in sets for skipped in samples.skipped.values()]
+    found = [samples for sets in all_sets.values() for samples in sets]
+    result.skipped = [skipped for samples in found for skipped in samples.skipped.values()]
     return result
 
 
-def _found(source: DataSource, split: str) -> tuple[dict[str, list[str]], str | None]:
-    """The split's shards by set, or why this rank has none."""
+def _has(source: Node | None, split: str) -> bool:
+    """Whether there may be such a split: the shared source was asked before."""
+    splits = source.cls.splits(source.config) if source else None  # type: ignore[attr-defined]
+    return splits is None or split in splits
+
+
+def _sets(source: DataSource | Node, split: str) -> list[EvaluationSet]:
+    """The split's sets. Raises `DataError` on every rank, with all that is wrong on any."""
+    found: dict[str, Iterable[Sample]] = {}
+    problem = None
     try:
-        found = {name: list(shards) for name, shards in source.sets(split).items()}
-        for shards in found.values():
-            check(shards)
+        if isinstance(source, Node):
+            own: DataSource = source.build()
+            own.prepare()
+            source = own
+        found = source.samples(split)
+        problem = None if found else f"the data source has no split {split!r}"
     except UserError as error:
-        return {}, str(error)
-    return found, None if found else f"the data source has no split {split!r}"
+        problem = str(error)
+    # a rank whose files are missing must not leave the others waiting for it
+    problems = dict.fromkeys(line for line in distributed.gather_objects(problem) if line)
+    if problems:
+        raise DataError("\n".join(problems))
+    return [EvaluationSet(name, samples) for name, samples in found.items()]
 
 
 @contextmanager

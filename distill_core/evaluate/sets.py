@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill_core import distributed
-from distill_core.data.shards import read_shard
 from distill_core.errors import BadSample, UserError
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
 
 
 class EvaluationSet:
-    """The samples of some shards, numbered in order. Tasks share the embeddings made here; items are not kept."""
+    """Samples, numbered in order. Tasks share the embeddings made here; items are not kept."""
 
-    def __init__(self, name: str, shards: Sequence[str]) -> None:
+    def __init__(self, name: str, source: Iterable[Sample]) -> None:
+        """`source` is read again and again: a list of samples, `Shards`, ..."""
         self.name = name
-        self.shards = list(shards)
+        self.source = source
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
         self.alone = False
@@ -28,8 +28,7 @@ class EvaluationSet:
         self._embedded: dict[tuple[int, str, str | None], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Sample]:
-        for shard in self.shards:
-            yield from read_shard(shard)
+        yield from self.source
 
     def samples(self, numbers: Sequence[int]) -> dict[int, Sample]:
         """These samples by number, undecoded."""

@@ -123,14 +123,21 @@ def fraction(text: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def split_of(concept: Concept) -> str:
-    """`train` (75 %), `validation` (10 %) or `test` (15 %), by a fixed hash of the base concept.
+FOLDS = ((0.5, 0.6), (0.0, 0.15), (0.15, 0.3), (0.3, 0.45), (0.75, 0.9))
+"""The hashes of each fold's validation concepts; none of test's, which are the same in all folds."""
+
+
+def split_of(concept: Concept, fold: int = 0) -> str:
+    """`train`, `validation` or `test` (15 %), by a fixed hash of the base concept.
+
+    Validation is 10 % in fold 0, and as large as test in the others, which are there to choose recipes on.
 
     Format 1 tested on [.85, 1) and chose on [.75, .85); a recipe was once chosen on its test concepts. Now both parts
     lie where it trained, so that no score on them had been seen when the recipes were chosen again.
     """
     where = fraction(concept.group)
-    return "validation" if 0.5 <= where < 0.6 else "test" if 0.6 <= where < 0.75 else "train"
+    first, last = FOLDS[fold]
+    return "validation" if first <= where < last else "test" if 0.6 <= where < 0.75 else "train"
 
 
 def load(data: Path, limit: int | None = None) -> list[Concept]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from distill_core.components import DataSource
-from distill_core.data.shards import check, expand, is_local
+from distill_core.data.shards import Shards, expand, is_local
 from distill_core.document import Document, located, read_document
 from distill_core.errors import BadSample, DataError, RecipeErrors, UserError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.registry import Registry
+from distill_core.types import Sample
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -110,13 +113,12 @@ class Folder(Collection):
         return _stamps(self.folder / key for key in self.keys)
 
 
-class Shards(Collection):
-    """The samples of WebDataset shards, by their keys. A sample may have several items."""
+class Samples(Collection):
+    """The samples of WebDataset shards or of another source, by their keys. A sample may have several items."""
 
-    def __init__(self, shards: Sequence[str]) -> None:
-        check(shards)
-        self.samples = EvaluationSet("collection", shards)
-        self.name = "\n".join(shards)
+    def __init__(self, name: str, source: Iterable[Sample]) -> None:
+        self.samples = EvaluationSet("collection", source)
+        self.name = name
 
     def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
         """One embedding an item."""
@@ -148,9 +150,26 @@ class Shards(Collection):
         return found
 
     def fingerprint(self) -> str:
-        """Names, and of local shards sizes and times of change."""
-        remote = [shard for shard in self.samples.shards if not is_local(shard)]
-        return "\n".join([*remote, _stamps(Path(shard) for shard in self.samples.shards if is_local(shard))])
+        """Of shards their names, and sizes and times of change of the local ones; of others what they hold."""
+        if not isinstance(self.samples.source, Shards):
+            held = hashlib.sha256()
+            for sample in self.samples:
+                for field in sorted(sample):
+                    held.update(repr((field, sample[field])).encode())
+            return held.hexdigest()
+        names = self.samples.source.names
+        remote = [shard for shard in names if not is_local(shard)]
+        return "\n".join([*remote, _stamps(Path(shard) for shard in names if is_local(shard))])
+
+
+class _All:
+    """The samples of several sets, one behind the other."""
+
+    def __init__(self, parts: Iterable[Iterable[Sample]]) -> None:
+        self.parts = list(parts)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return chain.from_iterable(self.parts)
 
 
 def _stamps(paths: Iterator[Path]) -> str:
@@ -170,16 +189,18 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
         source = f"{{name: {source}}}"
     if not _is_node(source):
         if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
-            return Shards(expand(source))
+            shards = expand(source)
+            return Samples("\n".join(shards), Shards(shards))
         raise UserError(
             f"{source!r} is no folder of pictures, no shard (*.tar), and no data source ({', '.join(known)})"
         )
     made = _source(read_document(source, "SOURCE"), registry)
     made.prepare()
-    shards = [shard for found in made.sets(split).values() for shard in found]
-    if not shards:
+    if shards := [shard for found in made.sets(split).values() for shard in found]:
+        return Samples("\n".join(shards), Shards(shards))
+    if not (found := made.samples(split)):
         raise DataError(f"{source!r} has no split {split!r}")
-    return Shards(shards)
+    return Samples(f"{source} {split}", _All(found.values()))
 
 
 def _is_node(source: str) -> bool:

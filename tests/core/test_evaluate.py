@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 
 import distill_core
 from distill_core.components import ComponentConfig, Evaluation
+from distill_core.data.shards import Shards
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.retrieval import Retrieval
@@ -68,7 +69,7 @@ def as_set(folder: Path, samples: Sequence[dict[str, Any]], name: str = "data") 
             entry = tarfile.TarInfo(f"s{i:04d}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    return EvaluationSet(name, [str(path)])
+    return EvaluationSet(name, Shards([str(path)]))
 
 
 def retrieve(model: Any, *sets: EvaluationSet, **options: Any) -> dict[str, float]:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from distill_core.data.loader import Loader
+from distill_core.data.shards import Shards
 from distill_core.environment import environment, git_state
 from distill_core.evaluate.retrieval import Retrieval, RetrievalConfig
 from distill_core.evaluate.sets import EvaluationSet
@@ -122,7 +123,7 @@ def test_what_a_retrieval_shows(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(f"{key}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    here, model = EvaluationSet("here", [str(shard)]), Look()
+    here, model = EvaluationSet("here", Shards([str(shard)])), Look()
     task = Retrieval(RetrievalConfig())
     made = list(task.media(model, [here], 2))  # type: ignore[arg-type]
     values = {item.context["pairs"]: sorted(item.values.tolist()) for item in made if isinstance(item, Distribution)}

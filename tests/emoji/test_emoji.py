@@ -165,6 +165,19 @@ def test_split_is_fixed_and_near_75_10_15(every: list[concepts.Concept]) -> None
     }
 
 
+def test_folds_share_their_test_concepts_alone(every: list[concepts.Concept]) -> None:
+    """Would catch a recipe that is chosen on concepts it is tested on, or folds that overlap."""
+
+    def names(fold: int, split: str) -> set[str]:
+        return {concept.name for concept in every if concepts.split_of(concept, fold) == split}
+
+    assert all(names(fold, "test") == names(0, "test") for fold in range(5))
+    chosen = [names(fold, "validation") for fold in range(5)]
+    assert len(set().union(*chosen)) == sum(map(len, chosen))
+    for validation in chosen[1:]:
+        assert len(validation) / len(every) == pytest.approx(0.15, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("code", "group"),
     [

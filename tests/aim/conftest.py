@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import load_beside
 
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
@@ -41,11 +41,7 @@ def aim_run(
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     """A page of a headless Chromium; the test is skipped where there is none."""
-    spec = importlib.util.spec_from_file_location("browser", Path(__file__).with_name("browser.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_beside(__file__, "browser")
     if module.CHROMIUM is None:
         pytest.skip("needs Chromium, which is not installed")
     opened = module.Browser(tmp_path / "profile")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from beside import load_beside
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
@@ -37,12 +37,7 @@ def two(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def step() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distributed_step", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_beside(__file__, "distributed_step")
 
 
 def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleType) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from beside import load_beside
 from torch import Tensor, nn
 
 from distill_core.errors import BadSample, RecipeErrors, UserError
@@ -37,12 +36,7 @@ TEXTS = ("a red bird", "two old boats on a quiet river", "tree", "the large hous
 
 @pytest.fixture(scope="module")
 def transcription() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flava_transcription", Path(__file__).with_name("transcription.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_beside(__file__, "transcription")
 
 
 def build(registry: Registry, *overrides: str) -> Objective:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from beside import load_beside
 
 from distill_core.registry import Registry
 
@@ -21,12 +21,7 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 @pytest.fixture(scope="module")
 def methods() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distributed_methods", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_beside(__file__, "distributed_methods")
 
 
 @pytest.fixture(scope="module", params=[2, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from beside import load_beside
 
 from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
@@ -27,12 +27,7 @@ SCRIPT = Path(__file__).with_name("steps.py")
 
 @pytest.fixture(scope="module")
 def steps() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tips_steps", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_beside(__file__, "steps")
 
 
 def info_nce(a: list[list[float]], b: list[list[float]], scale: float) -> float:

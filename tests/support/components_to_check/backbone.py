@@ -1,0 +1,155 @@
+"""Broken backbones."""
+
+import numpy as np
+import torch
+from components_to_check.broken import broken
+from components_to_check.good import MaskingTower, masking_stack
+from my_plugin.tower import Tower, stack
+from torch import nn
+from torch.nn.functional import dropout
+
+from distill_core.components import (
+    Dims,
+)
+from distill_core.types import Features
+
+
+@broken("collator", "pickle")
+class LambdaCollator(Tower):
+    @classmethod
+    def collator(cls, config):
+        return lambda samples, seeds=(): stack(samples)
+
+
+def batch_masks(samples, seeds=()):
+    views = masking_stack(samples, seeds)
+    for group in views.groups:
+        draw = torch.Generator().manual_seed(len(samples))
+        group.token_mask = torch.rand(group.token_mask.shape, generator=draw) < 0.5
+    return views
+
+
+@broken("collator", "depends on the other samples of its batch")
+class BatchMasks(MaskingTower):
+    @classmethod
+    def collator(cls, config):
+        return batch_masks
+
+
+def random_masks(samples, seeds=()):
+    views = masking_stack(samples, seeds)
+    for group in views.groups:
+        group.token_mask = torch.rand(group.token_mask.shape) < np.random.default_rng().uniform(0.2, 0.8)
+    return views
+
+
+@broken("collator", "draw from generators of the seeds alone")
+class RandomMasks(MaskingTower):
+    @classmethod
+    def collator(cls, config):
+        return random_masks
+
+
+@broken("shapes", r"pooled is \[2, 3, 8\], not \[V, B, D\] = \[2, 3, 9\]")
+class WrongDim(Tower):
+    @classmethod
+    def dims(cls, config):
+        return Dims(config.width, config.dim + 1)
+
+
+@broken("shapes", "has a mask and no tokens|must be bool")
+class FloatMask(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        return Features(features.pooled, features.tokens, {0: torch.ones(len(x), 4)} if tokens else {})
+
+
+@broken("shapes", r"a batch of no sample \(B = 0\) raises RuntimeError")
+class NeedsASample(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled.reshape(1, len(x), -1)
+        return features
+
+
+@broken("need", "give those asked for")
+class AllTokens(Tower):
+    def forward(self, views, *, need=(), masked=False):
+        return super().forward(views, need=range(len(views)), masked=masked)
+
+
+@broken("need", "pooled changes with need")
+class NeedChanges(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled + tokens
+        return features
+
+
+@broken("independence", "depends on the others of its batch")
+class Centred(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled - features.pooled.mean(1, keepdim=True)
+        return features
+
+
+@broken("hidden_tokens", "token_mask is not used")
+class IgnoresMask(MaskingTower):
+    def encode(self, x, *, tokens, token_mask):
+        return super().encode(x, tokens=tokens, token_mask=None)
+
+
+@broken("gradients", "no gradient reaches spare")
+class Spare(Tower):
+    def __init__(self, config):
+        super().__init__(config)
+        self.spare = nn.Parameter(torch.zeros(3))
+
+
+@broken("gradients", "carries no gradient")
+class NoGrad(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        with torch.no_grad():
+            return super().encode(x, tokens=tokens, token_mask=token_mask)
+
+
+@broken("state_dict", "state outside of parameters and buffers")
+class Unsaved(Tower):
+    def __init__(self, config):
+        super().__init__(config)
+        self.offset = torch.randn(config.dim)
+
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled + self.offset
+        return features
+
+
+@broken("teacher_copy", "deepcopy")
+class Caches(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        self.last = features.pooled
+        return features
+
+
+@broken("determinism", "the same weights give other features")
+class AlwaysDrops(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        return super().encode(dropout(x, 0.5, training=True), tokens=tokens, token_mask=token_mask)
+
+
+@broken("determinism", "the same seed gives other weights")
+class OwnSeed(Tower):
+    def __init__(self, config):
+        super().__init__(config)
+        self.position = nn.Parameter(torch.from_numpy(np.random.default_rng().random((4, 16), dtype=np.float32)))
+
+
+@broken("autocast", "TypeError: Got unsupported ScalarType BFloat16")
+class FixedType(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        features.pooled = features.pooled - float(features.pooled.detach().numpy().max())
+        return features

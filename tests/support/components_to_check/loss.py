@@ -1,0 +1,107 @@
+"""Broken losses."""
+
+import torch
+from components_to_check.broken import broken
+from components_to_check.good import Fill
+from my_plugin.loss import Match
+from torch import nn
+
+from distill_core.components import (
+    Needs,
+)
+
+
+@broken("terms", "the term 'match' must be a 0-dim tensor")
+class FloatTerm(Match):
+    def forward(self, outputs):
+        return {"match": super().forward(outputs)[0]["match"].item()}, {}
+
+
+@broken("terms", r"the metric\(s\) scale hold on to the graph")
+class AttachedMetric(Match):
+    def forward(self, outputs):
+        return super().forward(outputs)[0], {"scale": self.log_scale.exp()}
+
+
+@broken("terms", "is nan for a batch of 1")
+class OneSample(Match):
+    def forward(self, outputs):
+        spread = outputs.embedding("fused.left").std(1, unbiased=True).mean()
+        return {"match": super().forward(outputs)[0]["match"] + spread}, {}
+
+
+@broken("gradients", "no gradient reaches the student")
+class DetachedLoss(Match):
+    def forward(self, outputs):
+        outputs.fused.pooled = {name: x.detach() for name, x in outputs.fused.pooled.items()}
+        return super().forward(outputs)
+
+
+@broken("purity", "`forward` moves calls|changes when `forward` is called again")
+class Counts(Match):
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs):
+        self.calls += 1
+        return super().forward(outputs)
+
+
+@broken("after_step", "its state is not finite then")
+class Explodes(Match):
+    def after_step(self, outputs, progress):
+        self.log_scale.fill_(torch.inf)
+
+
+@broken("after_step", "state outside of parameters and buffers")
+class UnsavedCentre(Match):
+    centre = 0.0
+
+    def forward(self, outputs):
+        return {"match": super().forward(outputs)[0]["match"] + self.centre}, {}
+
+    def after_step(self, outputs, progress):
+        self.centre = outputs.embedding("teacher.left").sum()
+
+
+@broken("teacher_modules", "the loss has no module of that name")
+class NamesNothing(Fill):
+    teacher_modules = ("heads",)
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.heads = None
+
+
+@broken("teacher_modules", "say needs")
+class Teacherless(Match):
+    teacher_modules = ("head",)
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.head = nn.Linear(2, 2)
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(fused=True, modalities=config.modalities)
+
+
+@broken("masked_tokens", "is nan where no token is masked")
+class EmptyMean(Fill):
+    def mean(self, errors, mask):
+        return errors[mask].mean()
+
+
+@broken("autocast", "TypeError")
+class Numpy(Match):
+    def forward(self, outputs):
+        spread = float(outputs.teacher["left"].pooled.numpy().std())
+        return {"match": super().forward(outputs)[0]["match"] + spread}, {}
+
+
+@broken("autocast", "compute logits in fp32")
+class HalfLogits(Match):
+    def forward(self, outputs):
+        raw = outputs.teacher["left"].pooled
+        return {"match": super().forward(outputs)[0]["match"] + (raw.dtype == torch.bfloat16)}, {}

@@ -1,0 +1,123 @@
+"""Broken schedules, optimisers, sources, evaluations, trackers and initializers."""
+
+import torch
+from components_to_check.broken import broken
+from components_to_check.good import Sgd, Silent, Zeros
+from my_plugin.data import Waves
+from my_plugin.evaluation import Agreement
+from my_plugin.schedule import Linear
+
+from distill_core.components import (
+    Loaded,
+)
+from distill_core.errors import UserError
+
+
+@broken("factors", "must be finite and not negative")
+class Negative(Linear):
+    def factor(self, step, steps):
+        return 0.5 - step / steps
+
+
+@broken("factors", "depends on the steps asked before")
+class Stateful(Linear):
+    calls = 0
+
+    def factor(self, step, steps):
+        self.calls += 1
+        return 1 / self.calls
+
+
+@broken("steps", "each parameter it is given exactly once")
+class Forgets(Sgd):
+    def groups(self, parameters):
+        return [{"params": [p], "lr": 0.1} for _, p, _ in parameters if p.ndim > 1]
+
+
+@broken("steps", "times the parameter's factor")
+class OneRate(Sgd):
+    def groups(self, parameters):
+        return [{"params": [p], "lr": 0.1} for _, p, _ in parameters]
+
+
+class Slowing(torch.optim.SGD):
+    done = 0
+
+    def step(self, closure=None):
+        self.done += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(group["lr"] / self.done * parameter.grad)
+
+
+@broken("optimizer_state", "after load_state_dict the next step is another one")
+class UnsavedSteps(Sgd):
+    def build(self, groups):
+        return Slowing(groups)
+
+
+@broken("splits", "KeyError")
+class UnknownSplit(Waves):
+    def sets(self, split):
+        return {"waves": {name: [str(self._path(name))] for name in ("train", "validation", "test")}[split]}
+
+
+@broken("shards", "`size` of 'train' is 17; its shards hold 16")
+class Miscounts(Waves):
+    def size(self, split):
+        return super().size(split) + 1
+
+    def _write(self, path, samples, rng):
+        super()._write(path, samples - 1, rng)
+
+
+@broken("pickling", "pickle")
+class SourceWithLambda(Waves):
+    def __init__(self, config):
+        super().__init__(config)
+        self.open = lambda path: path
+
+
+@broken("scores", "the score 'cosine' is tensor")
+class TensorScore(Agreement):
+    def run(self, model, sets):
+        return {"cosine": torch.tensor(super().run(model, sets)["cosine"])}
+
+
+@broken("scores", "other scores the second time")
+class RandomScore(Agreement):
+    def run(self, model, sets):
+        return {"cosine": torch.rand(()).item()}
+
+
+@broken("nothing_to_score", "raises ZeroDivisionError.*raise DataError")
+class Divides(Agreement):
+    def run(self, model, sets):
+        a, b = (sets[0].embeddings(model, name)[0] for name in model.modalities)
+        return {"cosine": float((a * b).sum()) / len(a)}
+
+
+@broken("tracked", "AttributeError")
+class NeverStarted(Silent):
+    def start(self, folder, name, recipe, resume):
+        if not resume:
+            self.folder = folder
+
+
+@broken("refusal", "raises UserError after it has changed backbone")
+class HalfLoaded(Zeros):
+    def apply(self, objective):
+        super().apply(objective)
+        raise UserError("no such file")
+
+
+@broken("refusal", "names what it loaded|which the model has not")
+class Invents(Zeros):
+    def apply(self, objective):
+        return Loaded("all", frozenset({"backbone.third.weight"}))
+
+
+@broken("refusal", "raise FileNotFoundError.*raise UserError")
+class Traceback(Zeros):
+    def apply(self, objective):
+        raise FileNotFoundError("weights.pt")

@@ -18,6 +18,7 @@ from distill_core.compatibility import unmet
 from distill_core.components import ComponentConfig, ModalityPlan, Plan
 from distill_core.document import Document, Path, located, read_document, read_file
 from distill_core.errors import RecipeErrors, did_you_mean
+from distill_core.messages import messages
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
 
@@ -200,33 +201,8 @@ class _Resolver:
             return None
 
     def _translate(self, error: ValidationError, base: Path, model: type[ComponentConfig]) -> None:
-        found: dict[Path, list[str]] = {}
-        given: dict[Path, str] = {}
-        for item in error.errors(include_url=False):
-            # union branches add their type's name to the location; only what is in the document is a path
-            path: Path = base
-            for part in item["loc"]:
-                if self._has((*path, part)) or item["type"] in ("missing", "extra_forbidden"):
-                    path = (*path, part)
-            if item["type"] == "extra_forbidden":
-                known = _options(model, path[len(base) : -1])
-                message = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}"
-            elif item["type"] == "missing":
-                message = "is required and not given"
-            else:
-                value = item["input"]
-                given[path] = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
-                message = item["msg"].removeprefix("Value error, ")
-            if path in self.unset:
-                found[path], given[path] = [self.unset[path]], ""
-            elif message not in found.setdefault(path, []):
-                found[path].append(message)
-        for path, messages in found.items():
-            # of a union's branches, the one that fits most of what is written fails deepest
-            if not any(other[: len(path)] == path for other in found if other != path):
-                first, *others = messages
-                more = "".join(f" or {message.removeprefix('Input should be ')}" for message in others)
-                self.error(path, first + more + given.get(path, ""))
+        for path, message in messages(error, base, model, self._has, self.unset, plain=model is Frame):
+            self.error(path, message)
 
     def _components(self) -> None:
         for path, kind in self._places():
@@ -422,17 +398,3 @@ class _Resolver:
 def _is_word(value: Any) -> bool:
     """Whether it can name a part of a path, of a score, and of a torch module."""
     return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value)) and value not in _TAKEN
-
-
-def _options(model: Any, path: Path) -> list[str]:
-    """The option names of the (nested) config at `path` inside `model`."""
-    for part in path:
-        annotation = getattr(model, "model_fields", {}).get(part)
-        model = annotation.annotation if annotation is not None else None
-        for choice in getattr(model, "__args__", ()):
-            if hasattr(choice, "model_fields"):
-                model = choice
-    fields = getattr(model, "model_fields", {})
-    return [field.alias or name for name, field in fields.items()] + (
-        ["name", "id"] if not path and model is not Frame else []
-    )

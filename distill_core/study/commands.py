@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 @click.option("--retry", is_flag=True, help="Try runs again that failed before.")
 @click.option("--check", is_flag=True, help="Only check all variants and list them.")
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON; with --check the variants.")
 @without_option
 def ablate(
     target: str,
@@ -66,6 +67,7 @@ def ablate(
     retry: bool,
     check: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Train variants of a recipe with several seeds, and print a table of what they change.
 
@@ -87,7 +89,7 @@ def ablate(
     for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
     if check:
-        _list(plan)
+        _list(plan, as_json)
         return
     folder = Path(runs) / study.name
     from distill_core.study.launch import Local, Slurm
@@ -104,10 +106,10 @@ def ablate(
                 raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
             parameters[key.strip()] = option_values(value, "--slurm")[0]
         launcher = Slurm(folder / "slurm", parameters)
-    display = StudyDisplay(f"{study.name}: {many} runs", folder, study.scores, quiet=quiet)
+    display = StudyDisplay(f"{study.name}: {many} runs", folder, study.scores, quiet=quiet or as_json)
     at_once = jobs or (many if slurm else 1)
     runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)
-    _end(plan, folder, runner.run())
+    _end(plan, folder, runner.run(), as_json)
 
 
 def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: Sequence[str]) -> Study:
@@ -132,27 +134,39 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
     return make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""), overrides)
 
 
-def _list(plan: StudyPlan) -> None:
+def _list(plan: StudyPlan, as_json: bool) -> None:
     """What --check prints."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     study = plan.study
-    table = Table(title=f"{study.name}: {len(plan.variants)} variants, {len(study.seeds)} seeds", title_justify="left")
-    for head in ("variant", "recipe", "steps", "changes"):
-        table.add_column(head, overflow="fold")
+    seconds = study.budget.seconds if study.budget is not None else None
+    rows: list[dict[str, Any]] = []
     for variant in plan.variants:
         train = plan.recipes[variant.name].train
-        seconds = study.budget is not None and study.budget.seconds is not None
-        length = "timed" if seconds else str(train.steps) if train.steps is not None else f"{train.epochs} epochs"
-        label = variant.label + (" (base)" if variant.name == study.base else "")
-        changes = "\n".join(change for change, _ in variant.changes)
-        table.add_row(*map(escape, (label, Path(variant.recipe).name, length, changes)))
+        length = (
+            {"seconds": seconds} if seconds else {"steps": train.steps} if train.steps else {"epochs": train.epochs}
+        )
+        changes = [change for change, _ in variant.changes]
+        rows.append(
+            {"name": variant.name, "label": variant.label, "recipe": variant.recipe, **length, "changes": changes}
+        )
+    if as_json:
+        about = {"name": study.name, "base": study.base, "seeds": list(study.seeds), "scores": list(study.scores)}
+        click.echo(json.dumps({**about, "variants": rows}, indent=1))
+        return
+    table = Table(title=f"{study.name}: {len(rows)} variants, {len(study.seeds)} seeds", title_justify="left")
+    for head in ("variant", "recipe", "steps", "changes"):
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        written = "timed" if seconds else str(row["steps"]) if "steps" in row else f"{row['epochs']} epochs"
+        label = row["label"] + (" (base)" if row["name"] == study.base else "")
+        table.add_row(*map(escape, (label, Path(row["recipe"]).name, written, "\n".join(row["changes"]))))
     Console().print(table)
 
 
-def _end(plan: StudyPlan, folder: Path, outcome: Outcome) -> None:
+def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None:
     """The table of what is there, the files, and how to go on."""
     from rich.console import Console
 
@@ -161,7 +175,12 @@ def _end(plan: StudyPlan, folder: Path, outcome: Outcome) -> None:
     table = study_table(plan, folder, outcome.runs)
     finished = sum(len(group.runs) for group in table.groups)
     on = shlex.join(["distill", *sys.argv[1:]])
-    if finished:
+    if finished and as_json:
+        from distill_core.study.table import as_json as table_json
+
+        write_files(table, folder)
+        click.echo(json.dumps(table_json(table), indent=1))
+    elif finished:
         from distill_core.study.table import as_rich
 
         console = Console()

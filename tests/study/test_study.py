@@ -206,6 +206,11 @@ def test_checking_trains_nothing(
     out = capfd.readouterr().out
     assert "4 variants, 2 seeds" in out
     assert "fusion.heads=1, loss.1.weight=0 (base)" in " ".join(out.split())
+    assert ablate(*arguments, "--check", "--json", "--seeds", "0,1", "--budget", "samples=40") == 0
+    plan = json.loads(capfd.readouterr().out)
+    assert plan["seeds"] == [0, 1]
+    assert [variant["changes"] for variant in plan["variants"]][1] == ["fusion.heads=1", "loss.1.weight=1"]
+    assert {variant["steps"] for variant in plan["variants"]} == {10}
     assert not (tmp_path / "runs").exists()
 
 

@@ -15,19 +15,18 @@ import torch
 
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
-from distill_core.components import TrackerConfig
 from distill_core.data.loader import Loader
 from distill_core.display import Display
 from distill_core.environment import environment
 from distill_core.errors import TrainingStopped, UserError, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
-from distill_core.media import Showcase
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
 from distill_core.process import Interrupt, get_random, resolve_device, seed_all, set_random, set_threads
 from distill_core.recipe import Recipe
 from distill_core.report import Report, write_report
-from distill_core.tracking import RunFolder, TrackerThread
+from distill_core.tracked import TrackedRun
+from distill_core.tracking import RunFolder
 from distill_core.types import Batch, Progress
 
 
@@ -83,8 +82,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
         self.interrupt = Interrupt(self._warn)
-        self.tracker: TrackerThread | None = None
-        self.showcase: Showcase | None = None
+        self.tracked = TrackedRun(recipe)
         self.facts: dict[str, Any] = {}
         self.step = 0
         self.skipped_samples = 0
@@ -155,10 +153,7 @@ class Trainer:
             complete = True
             return Result(self.folder.path, evaluated.scores, evaluated.failed)
         finally:
-            if self.tracker is not None and complete:
-                self.tracker.finish()
-            elif self.tracker is not None:
-                self.tracker.finish(5)  # somebody waits for the end
+            self.tracked.finish(complete)
             self.folder.unlock()
 
     def _warn(self, line: str) -> None:
@@ -183,26 +178,7 @@ class Trainer:
             )
         if self.rank == 0:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
-            self._track(resumed)
-
-    def _track(self, resumed: bool) -> None:
-        """Start the recipe's tracker."""
-        recipe = self.recipe
-        if recipe.tracking is None:
-            return
-        self.tracker = TrackerThread(recipe.tracking.build(), self.display.warn)
-        self.tracker.call("start", str(self.folder.path), self.folder.path.name, recipe.to_dict(), resumed)
-        tags = [node.cls.name for node in recipe.components()]
-        options = recipe.tracking.config
-        if isinstance(options, TrackerConfig):
-            tags += options.tags
-            self.media, self.media_every = options.media, options.media_every
-            if self.media:
-                self.showcase = Showcase(recipe, self.shards, self.media)
-        self.tracker.call("describe", self.facts, list(dict.fromkeys(tags)))
-
-    media = 0
-    media_every = 1
+            self.tracked.start(self.folder.path, self.facts, self.shards, resumed, self.display.warn)
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         recipe, train = self.recipe, self.recipe.train
@@ -221,8 +197,7 @@ class Trainer:
                 self.seconds += elapsed
                 self._log(losses, values, progress, norm, rate)
                 clock, since = time.perf_counter(), self.step
-            if self.showcase is not None and (self.step == 1 or self.step % self.media_every == 0):
-                self._show(self.showcase, int(progress.epoch))
+            self.tracked.views(self.step, int(progress.epoch))
             self.display.step(self.step, rate if rate is not None else self._rate, values)
             self._rate = rate if rate is not None else self._rate
             every, last = train.checkpoint.every, self.step == self.steps
@@ -323,23 +298,11 @@ class Trainer:
         if teacher is not None:
             row["momentum"] = teacher.momentum(progress)
         self.folder.log(row)
-        if self.tracker is not None:
-            flat = {"loss": row["loss"], **{f"loss/{k}": v for k, v in terms.items()}}
-            flat |= {f"metric/{k}": v for k, v in row["metrics"].items()}
-            flat |= {k: row[k] for k in ("lr", "grad_norm", "samples_per_s", "momentum") if k in row}
-            self.tracker.call("log", self.step, flat, self._context("train"))
-
-    def _context(self, subset: str) -> dict[str, str]:
-        return {**{name: str(value) for name, value in self.recipe.tags.items()}, "subset": subset}
-
-    def _show(self, showcase: Showcase, epoch: int) -> None:
-        """Training views of a few samples, made and sent in the tracker's thread."""
-        if self.tracker is not None:
-            self.tracker.show(self.step, lambda: showcase.media(epoch), self._context("train"))
+        self.tracked.log(self.step, row)
 
     def _evaluate(self, split: str) -> Evaluated:
         models = models_of(self.recipe, self.objective, self.device)
-        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing, self.media)
+        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing, self.tracked.media)
         self.display.doing("")
         if self.rank > 0:
             return evaluated
@@ -352,11 +315,7 @@ class Trainer:
             self.folder.skip(self.step, evaluated.skipped, split)
         if evaluated.scores:
             self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
-            if self.tracker is not None:
-                self.tracker.call("log", self.step, evaluated.scores, self._context(split))
-                self.tracker.show(self.step, lambda: evaluated.media, self._context(split))
-                if evaluated.no_media is not None:
-                    self.tracker.no_media(evaluated.no_media)
+            self.tracked.evaluated(self.step, split, evaluated)
         return evaluated
 
     def _validate(self) -> bool:
@@ -427,5 +386,4 @@ class Trainer:
             failed=evaluated.failed,
         )
         picture = write_report(self.folder, report, self.facts)
-        if self.tracker is not None:
-            self.tracker.call("image", self.step, "report", str(picture), self.folder.path.name, {})
+        self.tracked.report(self.step, picture, self.folder.path.name)

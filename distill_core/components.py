@@ -30,7 +30,7 @@ from distill_core.contracts import (
     Tracker,
     TrackerConfig,
 )
-from distill_core.media import Shown
+from distill_core.media import Shown, TokenLayout
 from distill_core.plan import ModalityPlan, Needs, Plan, same_dim
 from distill_core.types import Features, Fused, Outputs, Progress, Sample, View, Views
 
@@ -171,6 +171,18 @@ class Backbone(nn.Module, Component, ABC):
         """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
         return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
 
+    def token_layout(self, view: View) -> TokenLayout | None:
+        """Where a view's tokens are in what `Augmentation.show` makes of it (`TokenLayout`); None: it cannot tell."""
+        return None
+
+    def class_attention(self, x: Tensor) -> Tensor | None:
+        """How the last block reads the tokens for `pooled`: weights [N, H, L] of N inputs, as `encode` takes them.
+
+        L as the tokens of `encode`, zero at padding. What a row lacks to one goes to tokens that are not handed on, as
+        the class token itself. For pictures: it need not be fast. None: it cannot tell.
+        """
+        return None
+
     def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
         """Features of all views; tokens only of those in `need`; `masked` hides the tokens of `token_mask`.
 
@@ -225,6 +237,14 @@ class FusionHead(nn.Module, Component, ABC):
 
         For losses that pair queries and tokens themselves.
         """
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The weights with which `pool` of the same arguments reads the tokens: [V, B, H, L], zero at padding.
+
+        Of several layers, the last one's. For pictures: it need not be fast. None: it cannot tell, or does not read
+        this modality.
+        """
+        return None
 
 
 class LossConfig(ComponentConfig):

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 Shown = Any
 """What a view looks like to a person: a PIL image or a str; None where it cannot be shown."""
 
+TokenLayout = tuple[int, int] | list[str]
+"""What the tokens of a view are to a person: rows and columns of a grid over its picture, row by row, or a str for each
+token that is no padding, with a space behind it where a word ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -114,7 +118,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: i
     sizes = [max(shown.size) for _, items in rows for shown in items if not isinstance(shown, str)]
     largest = max(sizes, default=side)
     factor = side // largest if largest <= side else side / largest
-    font, small, gap = _font(13), _font(11), 6
+    font, small, gap = font_of(13), font_of(11), 6
     placed: list[tuple[int, int, Any, Any]] = []  # x, y, picture or text, its font
     y = gap
     for label, items in rows:
@@ -144,7 +148,7 @@ def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: i
     return page
 
 
-def _font(size: int) -> Any:
+def font_of(size: int) -> Any:
     """DejaVu, which matplotlib brings and which has most scripts' letters."""
     import matplotlib
     from PIL import ImageFont

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.components import Augmentation, Backbone, Collator, FusionHead
@@ -81,17 +81,31 @@ class Model:
         For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
         """
         module = self.backbone[modality]
-        modes = {part: part.training for part in module.modules()}
-        module.eval()
-        try:
-            batch = self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
-            bf16 = self.precision == "bf16"
-            with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-                found: Features = module(batch, need=need)
-            return found
-        finally:
-            for part, mode in modes.items():
-                part.training = mode
+        batch = self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
+        bf16 = self.precision == "bf16"
+        with evaluating(module), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+            found: Features = module(batch, need=need)
+        return found
+
+    @torch.no_grad()
+    def class_attention(self, modality: str, views: list[View]) -> Tensor | None:
+        """`Backbone.class_attention` [B, H, L] of one view each of B samples; None where the backbone cannot tell."""
+        module = self.backbone[modality]
+        batch = self.collators[modality]([[view] for view in views], [0] * len(views))
+        with evaluating(module):
+            return module.class_attention(batch.groups[0].x[0].to(self.device))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in evaluation mode for a while; each part goes back to the mode it was in."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:

@@ -19,6 +19,7 @@ from distill_core.conformance.modules import (
     require_copy,
     require_gradients,
     require_state_dict,
+    require_weights,
 )
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Group, View, Views
@@ -205,6 +206,31 @@ def hidden_tokens(case: Case) -> None:
     require(close([seen.pooled], [none.pooled]), "masked=True changes the embedding though no token is hidden")
     require(not close([seen.pooled], [hidden.pooled], 1e-6), "masked=True changes nothing: token_mask is not used")
     require(finite(flat(hidden)), "an output is not finite with hidden tokens")
+
+
+@checks(KIND)
+def attention(case: Case) -> None:
+    """`class_attention` and `token_layout`, where it tells: weights [N, H, L] and a place for each real token."""
+    module, raw, views, told = generic(build(case)), raw_views(case), collated(case), False
+    with torch.no_grad():
+        found = module(views, need=everything(case, views))
+    for start, group in views.numbered():
+        for view, x in enumerate(group.x, start):
+            weights, tokens = module.class_attention(x), found.tokens.get(view)  # type: ignore[operator]
+            length, mask = (0 if tokens is None else tokens.shape[1]), found.masks.get(view)
+            if weights is not None:
+                told = True
+                require_weights(weights.detach(), [BATCH, 0, length], mask)
+            for i, sample in enumerate(raw):
+                layout = module.token_layout(sample[view])  # type: ignore[operator]
+                if layout is None:
+                    continue
+                told = True
+                places = len(layout) if isinstance(layout, list) else layout[0] * layout[1]
+                real = length if mask is None else int(mask[i].sum())
+                require(places == real, f"`token_layout` of view {view} has {places} places for {real} real tokens")
+    if not told:
+        raise DoesNotFit("it does not tell its attention")
 
 
 def _scalar(module: nn.Module, views: Views, need: tuple[int, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from distill_core.conformance.modules import (
     require_copy,
     require_gradients,
     require_state_dict,
+    require_weights,
 )
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Fused
@@ -117,6 +118,25 @@ def pool(case: Case) -> None:
                 require(value.shape == queries.shape, f"`pool` gives {list(value.shape)}, not {list(queries.shape)}")
                 require(finite([value]), "`pool` gives something that is not finite")
             require(close([found[1]], [spoilt]), "`pool` lets padded tokens (mask False) change the result")
+
+
+@checks(KIND)
+def attention(case: Case) -> None:
+    """`attention`, where it tells: weights [V, B, H, L] as `pool` reads the tokens, zero at padding."""
+    fit = first(case)
+    module, told = generic(build(case, fit)), False
+    draw = torch.Generator().manual_seed(1)
+    for name in fit.needs.modalities or fit.plan.modalities:
+        modality = fit.plan.modalities[name]
+        tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
+        queries = torch.randn(4, BATCH, modality.dim, generator=draw)
+        for mask in (None, torch.arange(6) < torch.tensor([[6], [3], [2]])):
+            weights = module.attention(name, queries, tokens, mask)  # type: ignore[operator]
+            if weights is not None:
+                told = True
+                require_weights(weights.detach(), [4, BATCH, 0, 6], mask)
+    if not told:
+        raise DoesNotFit("it does not tell its attention")
 
 
 def _scalar(fused: Fused) -> Tensor:

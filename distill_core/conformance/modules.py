@@ -40,6 +40,17 @@ def generic(module: nn.Module) -> nn.Module:
     return module
 
 
+def require_weights(weights: Tensor, shape: list[int], mask: Tensor | None) -> None:
+    """Attention weights [..., B, H, L] of this shape (0 for any H): not negative, one or less in sum, zero where the
+    mask [B, L] is False."""  # fmt: skip
+    wanted = [size or weights.shape[i] for i, size in enumerate(shape)] if weights.ndim == len(shape) else shape
+    require(list(weights.shape) == wanted, f"attention is {list(weights.shape)}, not [..., B, H, L] = {shape} (0: any)")
+    require(finite([weights]) and bool((weights >= 0).all()), "attention weights must be finite and not negative")
+    require(bool((weights.sum(-1) < 1 + 1e-3).all()), "attention weights of a query are more than one in sum")
+    hidden = 0.0 if mask is None else float(weights.masked_fill(mask[:, None], 0.0).abs().max())
+    require(not hidden, "padded tokens have attention weights: they must be zero where the mask is False")
+
+
 @contextmanager
 def of_samples(batch: int) -> Iterator[None]:
     """An error of a batch of none says so."""

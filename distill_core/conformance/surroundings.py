@@ -71,6 +71,10 @@ class Linear(Backbone):
         """x [N, W]; one token each."""
         return Features(self.map(x)[None], {0: x[:, None]} if tokens else {}, class_tokens=x[None, :, None])
 
+    def class_attention(self, x: Tensor) -> Tensor:
+        """All of it on the one token."""
+        return x.new_ones(len(x), 1, 1)
+
 
 def stack(samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
     """One group of one view."""

@@ -7,14 +7,15 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
 from distill_core.types import Features, Fused
 from distill_kernels import cross_attention_pool
-from distill_towers.transformer import MLP
+from distill_towers.transformer import MLP, attention_weights
 
 
 class Identity(FusionHead):
@@ -168,6 +169,14 @@ class CrossPooler(nn.Module):
             normalize=False,
         )
 
+    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """With which `forward` reads the tokens: [V, B, H, L]."""
+        (to_q, to_k, _), (q_bias, k_bias, _) = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
+        heads = self.attn.num_heads
+        q = rearrange(linear(self.ln_q(queries), to_q, q_bias), "v b (h k) -> b h v k", h=heads)
+        k = rearrange(linear(self.ln_k(tokens), to_k, k_bias), "b l (h k) -> b h l k", h=heads)
+        return rearrange(attention_weights(q, k, mask), "b h v l -> v b h l")
+
 
 class CrossAttentionConfig(AttentionConfig):
     """Two modalities, one pre-norm attention in each direction."""
@@ -198,6 +207,14 @@ class CrossAttention(AttentionFusion):
         mask = mask if self.config.mask_padding else None
         result: Tensor = self.pooler[modality](queries, keys, mask, form=self.config.form)
         return result
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The pooler's weights, [V, B, H, L]; with `mask_padding: false` padding has some, too."""
+        pooler: Any = self.pooler[modality]
+        weights: Tensor = pooler.weights(
+            queries, self.token_map[modality](tokens), mask if self.config.mask_padding else None
+        )
+        return weights
 
 
 class GatedConfig(AttentionConfig):
@@ -244,3 +261,9 @@ class GatedCrossAttention(AttentionFusion):
         """queries [V, B, D] plus what their gates let in of `modality`'s tokens [B, L, W]; not normalised."""
         result: Tensor = self.pooler[modality](queries, self.token_map[modality](tokens), mask)
         return result
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The pooler's weights, [V, B, H, L], behind which the gate stands."""
+        pooler: Any = self.pooler[modality]
+        weights: Tensor = pooler.weights(queries, self.token_map[modality](tokens), mask)
+        return weights

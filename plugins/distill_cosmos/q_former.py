@@ -13,7 +13,7 @@ one embedding for each, so here
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from einops import rearrange
@@ -49,12 +49,16 @@ class QFormerBlock(nn.Module):
 
     def forward(self, x: Tensor, view: Tensor, tokens: Tensor, mask: Tensor | None, views: int) -> Tensor:
         """x [V B, N, D], view [V B, 1, D], tokens [B, L, D], mask [B, L], V -> [V B, N, D]."""
-        sequence = self.ln_1(torch.cat([x, view], 1))
-        x = x + self.attn(sequence, causal=False)[:, : x.shape[1]]
-        # a sample's V N queries side by side: [V N, B, D]
-        rows = rearrange(x, "(v b) n d -> (v n) b d", v=views)
+        x, rows = self.ask(x, view, views)
         x = rearrange(self.cross(rows, tokens, mask), "(v n) b d -> (v b) n d", v=views)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+    def ask(self, x: Tensor, view: Tensor, views: int) -> tuple[Tensor, Tensor]:
+        """x behind the self-attention, and as what the cross-attention is asked: a sample's V N queries side by side,
+        [V N, B, D]."""  # fmt: skip
+        sequence = self.ln_1(torch.cat([x, view], 1))
+        x = x + self.attn(sequence, causal=False)[:, : x.shape[1]]
+        return x, rearrange(x, "(v b) n d -> (v n) b d", v=views)
 
 
 class QueryFormer(nn.Module):
@@ -77,6 +81,17 @@ class QueryFormer(nn.Module):
         answer: Tensor = self.proj(self.ln_post(x).mean(1))
         return views.to(wide) + answer.view(views.shape)
 
+    def weights(self, views: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """With which the last block reads the tokens, the mean of the N queries: [V, B, H, L]."""
+        view = views.flatten(0, 1)[:, None].to(self.queries.dtype)
+        x = self.queries.expand(view.shape[0], -1, -1)
+        *body, last = self.blocks
+        for block in body:
+            x = block(x, view, tokens, mask, views.shape[0])
+        assert isinstance(last, QFormerBlock)
+        found = last.cross.weights(last.ask(x, view, views.shape[0])[1], tokens, mask)  # [V N, B, H, L]
+        return found.unflatten(0, (views.shape[0], -1)).mean(1)
+
 
 class QFormer(AttentionFusion):
     """fused[m] = normalise(pooled[m] + what N learned queries, conditioned by it, find in the other's tokens).
@@ -95,3 +110,9 @@ class QFormer(AttentionFusion):
         """queries [V, B, D], the views that condition, plus what is found in `modality`'s tokens; not normalised."""
         result: Tensor = self.former[modality](queries, self.token_map[modality](tokens), mask)
         return result
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Of the last block, the mean of the N queries: [V, B, H, L]."""
+        former: Any = self.former[modality]
+        weights: Tensor = former.weights(queries, self.token_map[modality](tokens), mask)
+        return weights

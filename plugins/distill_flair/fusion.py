@@ -15,6 +15,7 @@ from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, sa
 from distill_core.errors import UserError
 from distill_core.types import Features, Fused
 from distill_kernels import cross_attention
+from distill_towers.transformer import attention_weights
 
 
 class TextConditionedPoolConfig(ComponentConfig):
@@ -43,15 +44,24 @@ class ConditionedPooler(nn.Module):
 
     def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """queries [V, B, D], tokens [B, L, D], mask [B, L] -> [V, B, D]."""
-        heads = self.attn.num_heads
-        weights, biases = self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
-        q = rearrange(linear(self.ln_q(queries), weights[0], biases[0]), "v b (h k) -> b h v k", h=heads)
-        k = rearrange(linear(self.ln_k(tokens), weights[1], biases[1]), "b l (h k) -> b h l k", h=heads)
-        v = rearrange(linear(self.ln_v(tokens), weights[2], biases[2]), "b l (h k) -> b h l k", h=heads)
-        k, v = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1))
-        found = cross_attention(q, k, v, mask=None if mask is None else pad(mask, (0, 1), value=True))
+        q, k, mask = self._asked(queries, tokens, mask)
+        weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
+        v = rearrange(linear(self.ln_v(tokens), weight, bias), "b l (h k) -> b h l k", h=self.attn.num_heads)
+        found = cross_attention(q, k, pad(v, (0, 0, 0, 1)), mask=mask)
         out: Tensor = self.attn.out_proj(rearrange(found, "b h v k -> v b (h k)"))
         return out
+
+    def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """With which `forward` reads the tokens, [V, B, H, L]; what they lack to one the zero token has."""
+        q, k, mask = self._asked(queries, tokens, mask)
+        return rearrange(attention_weights(q, k, mask)[..., :-1], "b h v l -> v b h l")
+
+    def _asked(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries [B, H, V, K], keys [B, H, L + 1, K] and their mask, with the zero token."""
+        heads, weights, biases = self.attn.num_heads, self.attn.in_proj_weight.chunk(3), self.attn.in_proj_bias.chunk(3)
+        q = rearrange(linear(self.ln_q(queries), weights[0], biases[0]), "v b (h k) -> b h v k", h=heads)
+        k = rearrange(linear(self.ln_k(tokens), weights[1], biases[1]), "b l (h k) -> b h l k", h=heads)
+        return q, pad(k, (0, 0, 0, 1)), None if mask is None else pad(mask, (0, 1), value=True)
 
 
 class TextConditionedPool(FusionHead):
@@ -120,3 +130,11 @@ class TextConditionedPool(FusionHead):
         pooler: Any = self.pooler[modality]
         found: Tensor = pooler(queries, self.token_map[modality](tokens), mask)
         return found
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The pooler's weights, [V, B, H, L]; none where the other modality does not ask."""
+        if modality not in self.pooler:
+            return None
+        pooler: Any = self.pooler[modality]
+        weights: Tensor = pooler.weights(queries, self.token_map[modality](tokens), mask)
+        return weights

@@ -160,6 +160,16 @@ class ClipText(Backbone):
         mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
         return Features(pooled[None], {0: sequence}, {0: mask})
 
+    def token_layout(self, view: View) -> list[str]:
+        """The words and pieces of words."""
+        return ClipTokenizer(self.config.context).pieces(view.data)
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """ids [N, L] -> weights of end-of-text over all positions in the last block, [N, H, context or L]."""
+        end, x = x.argmax(1), self._padded(x)
+        sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
+        return self.transformer.weights(sequence, end, causal=True)
+
 
 def example_texts(rng: np.random.Generator) -> list[View]:
     """Two global texts of three to eight words, and a local one of two."""

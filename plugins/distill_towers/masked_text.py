@@ -14,8 +14,8 @@ from distill_core.components import Backbone, Collator, ComponentConfig, Dims, P
 from distill_core.types import GLOBAL, Features, View, Views
 from distill_towers.clip_text import Positive, TextCollator, example_texts
 from distill_towers.masking import role_problems
-from distill_towers.tokenizer import VOCABULARY
-from distill_towers.transformer import Transformer
+from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
+from distill_towers.transformer import Block, Transformer
 
 
 class TokenMaskingConfig(ComponentConfig):
@@ -109,16 +109,7 @@ class BertText(Backbone):
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
-        lengths = x.argmax(1) + 1  # end-of-text is the largest id
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        embedded = self.token_embedding(x)
-        if token_mask is not None:
-            if self.config.masking is None:
-                raise ValueError("bert_text hides tokens only with the option `masking`")
-            embedded = torch.where(token_mask[..., None], self.mask_token, embedded)
-        sequence = self.ln_pre(embedded + self.positional_embedding[: x.shape[1]])
-        starts = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
-        starts[1:] = lengths.cumsum(0)
+        sequence, real, starts = self._embed(x, token_mask)
         first = starts[:-1]
         packed = self.transformer.packed(sequence[real], starts, None if tokens else first, causal=False)
         packed = self.ln_final(packed)
@@ -129,6 +120,36 @@ class BertText(Backbone):
             padded[real] = packed
             features.tokens[0], features.masks[0] = padded, real
         return features
+
+    def token_layout(self, view: View) -> list[str]:
+        """The words and pieces of words."""
+        return ClipTokenizer(self.config.context).pieces(view.data)
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """ids [N, L] -> the start token's weights over all positions in the last block, [N, H, L]."""
+        sequence, real, starts = self._embed(x, None)
+        *body, last = self.transformer.resblocks
+        packed = sequence[real]
+        for block in body:
+            packed = block.packed(packed, starts, None, causal=False)  # type: ignore[operator]
+        padded = packed.new_zeros(sequence.shape)
+        padded[real] = packed
+        assert isinstance(last, Block)
+        return last.weights(padded, starts.new_zeros(len(x)), real)
+
+    def _embed(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [N, L] -> the transformer's input [N, L, W], which of it is real [N, L], and `starts` of packed rows."""
+        lengths = x.argmax(1) + 1  # end-of-text is the largest id
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        embedded = self.token_embedding(x)
+        if token_mask is not None:
+            if self.config.masking is None:
+                raise ValueError("bert_text hides tokens only with the option `masking`")
+            embedded = torch.where(token_mask[..., None], self.mask_token, embedded)
+        sequence = self.ln_pre(embedded + self.positional_embedding[: x.shape[1]])
+        starts = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
+        starts[1:] = lengths.cumsum(0)
+        return sequence, real, starts
 
 
 class MaskedTextCollator(TextCollator):

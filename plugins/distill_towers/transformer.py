@@ -16,6 +16,19 @@ from torch.nn.functional import linear
 from distill_kernels import cross_attention, packed_attention, self_attention
 
 
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)), for pictures: q [N, H, Q, K], k [N, H, L, K], mask [N, L] -> [N, H, Q, L].
+
+    At least fp32. Zeros where a sequence has no real token, as the kernels have it.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is None:
+        return scores.softmax(-1)
+    hidden = ~mask[:, None, None]
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed input projection (as `nn.MultiheadAttention` stores and starts it)."""
 
@@ -58,6 +71,14 @@ class Attention(nn.Module):
         q = rearrange(q if q.ndim == 3 else q[:, None], "n q (h k) -> n h q k", h=self.heads)
         out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h q k -> n q (h k)"))
         return out.reshape(row.shape)
+
+    def weights(self, row: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """With which `at` reads x [N, L, W] for one query a sequence, row [N, W]: [N, H, L]; mask [N, L]."""
+        width = x.shape[-1]
+        q = linear(row[:, None], self.in_proj_weight[:width], self.in_proj_bias[:width])
+        k = linear(x, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
+        q, k = (rearrange(t, "n l (h k) -> n h l k", h=self.heads) for t in (q, k))
+        return attention_weights(q, k, mask)[:, :, 0]
 
 
 class MLP(nn.Module):
@@ -105,6 +126,11 @@ class Block(nn.Module):
         row = x[rows, index] + self.attn.at(normed[rows, index], normed, lengths)
         return row + self.mlp(self.ln_2(row))  # type: ignore[no-any-return]
 
+    def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
+        """With which position `index` [N] reads x [N, L, W]: [N, H, L]; mask [N, L]."""
+        normed = self.ln_1(x)
+        return self.attn.weights(normed[torch.arange(len(x), device=x.device), index], normed, mask)
+
 
 class Transformer(nn.Module):
     """A stack of blocks; the last may be computed at few positions a sequence only."""
@@ -126,6 +152,15 @@ class Transformer(nn.Module):
         last = self.resblocks[-1]
         assert isinstance(last, Block)
         return last.at(x, index, index + 1 if causal else None)
+
+    def weights(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
+        """With which position `index` [N] reads x [N, L, W] in the last block: [N, H, L]."""
+        *body, last = self.resblocks
+        for block in body:
+            x = block(x, causal=causal)
+        assert isinstance(last, Block)
+        seen = torch.arange(x.shape[1], device=x.device) <= index[:, None]
+        return last.weights(x, index, seen if causal else None)
 
     def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
         """The output of packed sequences x [T, W]: at `rows` [N] alone, [N, W], or [T, W]."""

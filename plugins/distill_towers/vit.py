@@ -143,6 +143,16 @@ class VisionTransformer(Backbone):
         outs = self.transformer.together(sequences, index)
         return [self._read(out, tokens=tokens) for out, (_, tokens, _) in zip(outs, inputs, strict=True)]
 
+    def token_layout(self, view: View) -> tuple[int, int]:
+        """The grid of patches."""
+        rows, columns = (side // self.config.patch for side in view.data.shape[-2:])
+        return rows, columns
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """x [N, 3, S, S] -> the first class token's weights over the patches in the last block, [N, H, L]."""
+        weights = self.transformer.weights(self._embed(x, None), self._class_index(x)[:, 0], causal=False)
+        return weights[..., self.config.class_tokens :]
+
     def _embed(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
         """x [N, 3, S, S] -> the transformer's input [N, C + L, W]."""
         patch, (height, width) = self.config.patch, x.shape[-2:]

@@ -38,6 +38,14 @@ class MeanFusion(FusionHead):
 
     def pool(self, modality, queries, tokens, mask=None):
         """queries [V, B, D], tokens [B, L, W], mask [B, L] (True where a token is real) -> [V, B, D]."""
-        real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
-        mean = (tokens * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        mean = (tokens * self.weights(tokens, mask)[..., None]).sum(1)
         return queries + self.map[modality](mean)
+
+    def attention(self, modality, queries, tokens, mask=None):
+        """What `distill attend` draws: weights [V, B, 1, L], the same for each query. Optional."""
+        return self.weights(tokens, mask)[None, :, None].expand(len(queries), -1, -1, -1)
+
+    def weights(self, tokens, mask):
+        """[B, L]: one divided by the number of real tokens."""
+        real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
+        return real / real.sum(1, keepdim=True)

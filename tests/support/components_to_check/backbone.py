@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from components_to_check.broken import broken
-from components_to_check.good import MaskingTower, masking_stack
+from components_to_check.good import MaskingTower, Telling, masking_stack
 from my_plugin.tower import Tower, stack
 from torch import nn
 from torch.nn.functional import dropout
@@ -153,3 +153,15 @@ class FixedType(Tower):
         features = super().encode(x, tokens=tokens, token_mask=token_mask)
         features.pooled = features.pooled - float(features.pooled.detach().numpy().max())
         return features
+
+
+@broken("attention", "more than one in sum")
+class Logits(Telling):
+    def class_attention(self, x):
+        return super().class_attention(x) * 7
+
+
+@broken("attention", r"has 3 places for 4 real tokens")
+class ShortLayout(Telling):
+    def token_layout(self, view):
+        return ["a ", "b ", "c "]

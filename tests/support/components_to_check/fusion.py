@@ -40,6 +40,18 @@ class IgnoresPadding(MeanFusion):
         return super().pool(modality, queries, tokens)
 
 
+@broken("attention", "padded tokens have attention weights")
+class AttentionIgnoresPadding(MeanFusion):
+    def attention(self, modality, queries, tokens, mask=None):
+        return super().attention(modality, queries, tokens)
+
+
+@broken("attention", r"attention is \[3, 1, 6\], not")
+class OneQuery(MeanFusion):
+    def attention(self, modality, queries, tokens, mask=None):
+        return super().attention(modality, queries, tokens, mask)[0]
+
+
 @broken("pool", "lets padded tokens")
 class PoolIgnoresPadding(IgnoresPadding):
     pass

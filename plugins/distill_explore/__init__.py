@@ -1,4 +1,4 @@
-"""What a person does with a trained run: embed a collection, and search it."""
+"""What a person does with a trained run: embed a collection, search it, and see what the model looks at."""
 
 import click
 
@@ -8,8 +8,17 @@ distill_api = 1
 
 
 @hookimpl
+def distill_components() -> list[type]:
+    """Attention maps while training."""
+    from distill_explore.maps import AttentionMaps
+
+    return [AttentionMaps]
+
+
+@hookimpl
 def distill_commands() -> list[click.Command]:
-    """`distill embed` and `distill search`."""
+    """`distill embed`, `distill search` and `distill attend`."""
+    from distill_explore.attend import attend
     from distill_explore.commands import embed, search
 
-    return [embed, search]
+    return [embed, search, attend]

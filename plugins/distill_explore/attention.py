@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +45,6 @@ class Reading:
     """[H, L] of the real tokens; what a row lacks to one goes elsewhere (padding, a class token)."""
 
     @property
-    def mean(self) -> Tensor:
-        """[L], of all heads."""
-        return self.weights.mean(0)
-
-    @property
     def entropy(self) -> float:
         """In nats, the mean over heads."""
         return float(entropy(self.weights).mean())
@@ -64,10 +57,9 @@ def entropy(weights: Tensor) -> Tensor:
     return torch.special.entr(share).sum(-1)
 
 
-def see(model: Model, modality: str, items: Sequence[Any]) -> list[Seen]:
-    """Items of one modality, in one batch. Raises `BadSample` for one that cannot be read."""
+def see(model: Model, modality: str, views: Sequence[View]) -> list[Seen]:
+    """Views of one modality, one of each item, in one batch."""
     augmentation, module = model.augment[modality], model.backbone[modality]
-    views = [augmentation.plain(item) for item in items]
     if not views:
         return []
     need = (0,) if module.dims(module.config).has_tokens else ()
@@ -83,22 +75,23 @@ def see(model: Model, modality: str, items: Sequence[Any]) -> list[Seen]:
 
 
 @torch.no_grad()
-def cross(model: Model, asking: Sequence[Seen], answer: Seen) -> list[Reading]:
-    """How each of some items reads the tokens of one of another modality; [] where the fusion cannot tell."""
-    if model.fusion is None or answer.tokens is None or not asking:
+def cross(model: Model, asking: Sequence[Seen], answers: Sequence[Seen]) -> list[Reading]:
+    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion cannot tell."""
+    tokens = [one.tokens for one in answers if one.tokens is not None]
+    if model.fusion is None or not answers or len(tokens) < len(answers):
         return []
-    queries = torch.stack([one.pooled for one in asking])[:, None]  # [V, 1, D]
+    queries = torch.stack([one.pooled for one in asking])[None]  # [1, B, D]
+    mask = torch.stack([one.mask for one in answers]).to(model.device)
     with evaluating(model.fusion):
-        mask = answer.mask[None].to(model.device)
-        weights = model.fusion.attention(answer.modality, queries, answer.tokens[None], mask)
+        weights = model.fusion.attention(answers[0].modality, queries, torch.stack(tokens), mask)
     if weights is None:
         return []
-    real = weights[:, 0].float().cpu()[..., answer.mask]
-    return [Reading(one, answer, row) for one, row in zip(asking, real, strict=True)]
+    rows = weights[0].float().cpu()  # [B, H, L]
+    return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(asking, answers, rows, strict=True)]
 
 
 def class_readings(model: Model, seen: Sequence[Seen]) -> list[Reading]:
-    """How the class token of each item of one modality reads its tokens; [] where the backbone cannot tell."""
+    """How the class token of each item of one batch reads its tokens; [] where the backbone cannot tell."""
     weights = model.class_attention(seen[0].modality, [one.view for one in seen]) if seen else None
     if weights is None:
         return []
@@ -108,12 +101,15 @@ def class_readings(model: Model, seen: Sequence[Seen]) -> list[Reading]:
     ]
 
 
-def pairs(model: Model, seen: Sequence[Seen]) -> Iterator[Reading]:
-    """All cross-attention among items: each modality's items read each item of the others."""
+def readings(model: Model, seen: Sequence[Seen], more: Sequence[Seen] = ()) -> list[Reading]:
+    """How items read one another across modalities, and each its own tokens; those of `more` only ask."""
+    found = []
     for answer in seen:
         for modality in model.modalities:
             if modality != answer.modality:
-                yield from cross(model, [one for one in seen if one.modality == modality], answer)
+                asking = [one for one in (*seen, *more) if one.modality == modality]
+                found += cross(model, asking, [answer] * len(asking))
+    return found + [reading for one in seen for reading in class_readings(model, [one])]
 
 
 def principal(tokens: Tensor) -> Tensor:
@@ -125,8 +121,3 @@ def principal(tokens: Tensor) -> Tensor:
     low, high = parts.aminmax(dim=0)
     scaled = (parts - low) / (high - low).clamp(min=1e-12)
     return torch.nn.functional.pad(scaled, (0, 3 - scaled.shape[1]))
-
-
-def uniform(reading: Reading) -> float:
-    """ln L: the entropy of weights that are all alike."""
-    return math.log(reading.weights.shape[-1])

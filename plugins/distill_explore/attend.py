@@ -1,0 +1,132 @@
+"""`distill attend`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distill_core import completion
+from distill_explore.commands import CHECKPOINT, TEACHER
+
+if TYPE_CHECKING:
+    from distill_core.model import Model
+    from distill_explore.attention import Reading, Seen
+
+
+@click.command()
+@click.argument("run", shell_complete=completion.run_folders)
+@click.option("--image", type=click.Path(), help="A picture.")
+@click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
+@click.option("--out", default="attention", show_default=True, help="Writes OUT.png and OUT.html.")
+@click.option("--heads", is_flag=True, help="Show each head of the fusion, beside their mean.")
+@click.option("--json", "as_json", is_flag=True, help="Print the weights as JSON.")
+@TEACHER
+@CHECKPOINT
+def attend(
+    run: str,
+    image: str | None,
+    texts: tuple[str, ...],
+    out: str,
+    heads: bool,
+    as_json: bool,
+    teacher: bool,
+    checkpoint: str,
+) -> None:
+    """Draw what the model RUN looks at in a picture and in texts, as a PNG and as a page for the browser.
+
+    Cross-attention: each text, and each sentence of one, over the picture; the picture over each text's words.
+    Self-attention of the class token in the last block, head by head. The patches' principal components.
+    """
+    import json
+
+    from distill_core.errors import UserError
+    from distill_core.model import load_model
+    from distill_explore.attention import readings
+    from distill_explore.drawing import figure, rows_of
+    from distill_explore.files import check_out, write_whole
+    from distill_explore.page import html
+
+    base = Path(out).with_suffix("") if Path(out).suffix in (".png", ".html") else Path(out)
+    files = [base.with_name(base.name + suffix) for suffix in (".png", ".html")]
+    for file in files:
+        check_out(file, (".png", ".html"))
+    if image is None and not texts:
+        raise UserError("nothing to look at: give --image FILE, --text WORDS, or both")
+    model = load_model(run, teacher=teacher, checkpoint=checkpoint)
+    seen, parts = _see(model, {"image": [image] if image is not None else [], "text": list(texts)})
+    found = readings(model, seen, parts)
+    rows = rows_of(found, seen, heads)
+    for line in _silent(model, seen, found, teacher):
+        click.echo(f"note: {line}", err=True)
+    if not rows:
+        raise UserError(f"{run}: nothing to draw: neither its fusion nor its backbones tell how they read tokens")
+    title = f"{Path(run).name}: what the {'teacher' if teacher else 'student'} looks at"
+    note = (
+        "Colour says how much a token is read, against an even reading of all. Words say their weights when pointed at."
+    )
+    page = figure(rows, seen)
+    write_whole(files[0], lambda file: page.save(file, "PNG", optimize=True))
+    write_whole(files[1], lambda file: file.write(html(title, note, rows, seen).encode()))
+    if as_json:
+        click.echo(json.dumps({"readings": [_numbers(one) for one in found], "files": list(map(str, files))}))
+        return
+    for row in rows:
+        click.echo(row.label)
+        for one in row.maps:
+            click.echo(f"    {one.caption}")
+    click.echo(f"{files[0]}, {files[1]}")
+
+
+def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Seen]]:
+    """What the user named, and the sentences of texts of several. Raises `UserError`."""
+    from distill_core.errors import BadSample, UserError
+    from distill_explore.attention import see
+    from distill_towers.captions import sentences
+
+    found: list[Seen] = []
+    more: list[Seen] = []
+    for modality, items in given.items():
+        if items and modality not in model.modalities:
+            raise UserError(f"--{modality}: the run has no modality {modality!r}, but {', '.join(model.modalities)}")
+        for item in items:
+            parts = sentences(item) if modality == "text" else []  # as a text crop cuts it
+            try:
+                views = [model.augment[modality].plain(one) for one in [item, *(parts if len(parts) > 1 else ())]]
+            except BadSample as error:
+                raise UserError(f"--{modality} {item}: {error}") from error
+            whole, *rest = see(model, modality, views)
+            found.append(whole)
+            more += rest
+    return found, more
+
+
+def _silent(model: Model, seen: list[Seen], found: list[Reading], teacher: bool) -> list[str]:
+    """Why something is not drawn, a line each."""
+    lines = []
+    modalities = {one.modality for one in seen}
+    if len(modalities) > 1 and not any(one.asking for one in found):
+        if model.fusion is not None:
+            why = f"the fusion {model.fusion.name!r} does not tell its weights"
+        else:
+            why = "a teacher has no fusion" if teacher else "the run has no fusion"
+        lines.append(f"no cross-attention: {why}")
+    for modality in sorted(modalities):
+        if not any(one.asking is None and one.answer.modality == modality for one in found):
+            name = model.backbone[modality].name
+            lines.append(f"no self-attention of the {modality}: the backbone {name!r} does not tell its weights")
+    return lines
+
+
+def _numbers(reading: Reading) -> dict[str, Any]:
+    """Weights [H, L], with where the L tokens are."""
+    asking = reading.asking
+    return {
+        "asking": asking.modality if asking else None,
+        "query": asking.shown if asking and isinstance(asking.shown, str) else None,
+        "answer": reading.answer.modality,
+        "tokens": reading.answer.places,
+        "weights": [[round(weight, 6) for weight in head] for head in reading.weights.tolist()],
+        "entropy": round(reading.entropy, 4),
+    }

@@ -1,0 +1,189 @@
+"""Attention as pictures: a picture under its weights, the words of a text on colours, patches by principal component.
+
+Colour says how much more a token is read than if all were read alike: weight * L, from 0 to `full`, one scale for all
+maps of a row. So weights that are all alike look alike, and nothing is stretched to look sharp.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from distill_core.media import font_of, sheet
+from distill_explore.attention import Reading, Seen, entropy, principal
+
+SIDE = 140
+"""Pixels of a picture's longer side on the page."""
+WIDTH = 5 * (SIDE + 6) + 6
+"""Of the page: five pictures in a row."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """What lies under `weights` [L], of which `full` times as much as if all were alike has all colour."""
+
+    name: str
+    seen: Seen
+    weights: Tensor
+    full: float
+
+    @property
+    def levels(self) -> np.ndarray:
+        """[L], 0 to 1."""
+        return np.clip(self.weights.numpy() * len(self.weights) / self.full, 0, 1)
+
+    @property
+    def caption(self) -> str:
+        """Its name and its entropy."""
+        return f"{self.name}, {float(entropy(self.weights)):.2f} nats"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the page: what it shows, in words, and its maps, or other pictures by name."""
+
+    label: str
+    facts: str = ""
+    maps: Sequence[Map] = ()
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+
+
+def rows_of(readings: Sequence[Reading], seen: Sequence[Seen], heads: bool = False) -> list[Row]:
+    """All there is to draw of some items: the fusion's attention, the class tokens', the patches' components.
+
+    Who reads the same item stands in one row; with `heads` each has its own, with a map for each head. The class token
+    of a picture always has one for each head.
+    """
+    rows = []
+    groups: dict[tuple[int, str | None], list[Reading]] = {}
+    for one in readings:
+        if one.answer.places is not None:
+            groups.setdefault((id(one.answer), one.asking.modality if one.asking else None), []).append(one)
+    for group in groups.values():
+        apart = heads or (group[0].asking is None and isinstance(group[0].answer.places, tuple))
+        rows += [_row([one], True) for one in group] if apart else [_row(group, False)]
+    for item in seen:
+        if isinstance(item.places, tuple) and item.tokens is not None:
+            grid = principal(item.tokens[item.mask.to(item.tokens.device)]).reshape(*item.places, 3).numpy()
+            picture, squares = plain(item.shown), Image.fromarray((255 * grid).round().astype(np.uint8))
+            patches = squares.resize(picture.size, Image.Resampling.NEAREST)
+            shown = {"what the model sees": picture, "components 1 to 3 as red, green, blue": patches}
+            rows.append(Row(f"{item.modality}: principal components of the patches' features", pictures=shown))
+    return rows
+
+
+def _row(group: Sequence[Reading], heads: bool) -> Row:
+    """Readings of one item: the mean over heads of each, or of the only one each head as well."""
+    asking, answer, (count, length) = group[0].asking, group[0].answer, group[0].weights.shape
+    mean = f"mean of {count} heads" if count > 1 else "one head"
+    several = len(group) > 1
+    drawn = [(_words(one.asking, 60) if several else mean, one.weights.mean(0)) for one in group]
+    if heads and count > 1:
+        drawn += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
+    full = max(2.0, *(float(weights.max()) * length for _, weights in drawn))
+    facts = f"{mean}; " if several else ""
+    facts += f"full colour: {full:.1f} times an even reading's weight; an even reading has {math.log(length):.2f} nats"
+    if asking is None:
+        label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
+    else:
+        words = "" if several else f" {_words(asking, 70)}".rstrip()
+        label = f"{asking.modality}{words} reads {answer.modality}"
+    return Row(label, facts, [Map(name, answer, weights, full) for name, weights in drawn])
+
+
+def _words(asking: Seen | None, most: int) -> str:
+    """A text in quotation marks; nothing for what is none."""
+    if asking is None or not isinstance(asking.shown, str):
+        return ""
+    return f'"{textwrap.shorten(asking.shown, most, placeholder=" ...")}"'
+
+
+def colours(levels: np.ndarray, name: str) -> np.ndarray:
+    """0..1 [...] -> bytes [..., 3] of a matplotlib colour map."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps[name](levels, bytes=True)[..., :3])
+
+
+def _size(picture: Image.Image, side: int) -> tuple[int, int]:
+    width, height = (max(1, round(side * length / max(picture.size))) for length in picture.size)
+    return width, height
+
+
+def overlay(one: Map, side: int = SIDE) -> Image.Image:
+    """The picture in grey under the weights, smoothed between the middles of patches; its longer side is `side` px."""
+    picture, size = one.seen.shown, _size(one.seen.shown, side)
+    grid = Image.fromarray(one.levels.astype(np.float32).reshape(one.seen.places))
+    level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
+    grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
+    strength = 0.8 * np.sqrt(level)[..., None]
+    mixed = (1 - strength) * grey + strength * colours(level, "YlOrRd")
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def plain(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """A picture at the size of the maps."""
+    return picture.convert("RGB").resize(_size(picture, side), Image.Resampling.BICUBIC)
+
+
+def shade(levels: np.ndarray) -> np.ndarray:
+    """Colours behind words, light enough for black letters: [L] -> bytes [L, 3]."""
+    return colours(0.65 * levels, "YlOrRd") if len(levels) else np.empty((0, 3), np.uint8)
+
+
+def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
+    """The words of a text, each token on its colour; a word's tokens touch."""
+    font, line, pad, gap = font_of(14), 24, 3, 5
+    placed: list[tuple[int, int, int, str, tuple[int, ...]]] = []
+    places: Any = one.seen.places
+    x = y = 0
+    for piece, colour in zip(places, shade(one.levels).tolist(), strict=True):
+        word = piece.rstrip(" ")
+        long = round(font.getlength(word)) + 2 * pad
+        if x + long > width and x:
+            x, y = 0, y + line + 4
+        placed.append((x, y, long, word, tuple(colour)))
+        x += long + (gap if piece.endswith(" ") else 1)
+    page = Image.new("RGB", (width, y + line), "white")
+    draw = ImageDraw.Draw(page)
+    for left, top, long, word, colour in placed:
+        draw.rectangle((left, top, left + long - 1, top + line - 1), fill=colour)
+        draw.text((left + pad, top + 3), word, fill="black", font=font)
+    return page
+
+
+def named(name: str, picture: Image.Image) -> Image.Image:
+    """A picture with its name below it."""
+    lines = textwrap.wrap(name, max(1, picture.width // 6)) or [""]
+    page = Image.new("RGB", (picture.width, picture.height + 14 * len(lines) + 4), "white")
+    page.paste(picture, (0, 0))
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(page).text((0, picture.height + 2 + 14 * i), line, fill="grey", font=font_of(10))
+    return page
+
+
+def figure(rows: Sequence[Row], seen: Sequence[Seen]) -> Image.Image:
+    """All rows on one page, below the items themselves."""
+    lines: list[tuple[str, list[Any]]] = [
+        (one.modality, [one.shown if isinstance(one.shown, str) else plain(one.shown)])
+        for one in seen
+        if one.shown is not None
+    ]
+    for row in rows:
+        lines += [("", [row.label]), (row.facts, list(_drawn(row)))]
+    sides = [max(item.size) for _, items in lines for item in items if not isinstance(item, str)]
+    return sheet(lines, width=WIDTH, side=max(sides, default=SIDE))  # as large as they are
+
+
+def _drawn(row: Row) -> Iterator[Image.Image]:
+    for one in row.maps:
+        yield named(one.caption, strip(one) if isinstance(one.seen.places, list) else overlay(one))
+    for name, picture in row.pictures.items():
+        yield named(name, picture)

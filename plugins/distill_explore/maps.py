@@ -1,0 +1,116 @@
+"""Attention while training: how sharply tokens are read, as scores, and maps of a few samples, for a tracker."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from typing import Annotated
+
+from pydantic import Field
+
+from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.data.shards import read_shard
+from distill_core.errors import BadSample, DataError, UserError
+from distill_core.evaluate.retrieval import two_modalities
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.media import Media, Picture, words
+from distill_core.model import Model
+from distill_core.types import View
+from distill_explore.attention import Seen, class_readings, cross, readings, see
+from distill_explore.drawing import figure, rows_of
+
+
+class AttentionMapsConfig(ComponentConfig):
+    """What is looked at."""
+
+    modalities: tuple[str, str] | None = None
+    """The two that read each other; null takes the recipe's two."""
+    samples: Annotated[int, Field(gt=0)] = 64
+    """Samples of each set that the scores are means over, the first of its shards."""
+
+
+class AttentionMaps(Evaluation):
+    """Entropy of attention weights in nats: 0 where one token is read, ln L where all are read alike. No better or
+    worse: it tells when attention begins to choose, and when it collapses. Its media are the maps of a few samples.
+
+    Of the fusion (`text_to_image`: texts read pictures; the student's alone, a teacher has none) and of the class token
+    in each backbone's last block, of those that tell their weights.
+    """
+
+    name = "attention_maps"
+    Config = AttentionMapsConfig
+
+    @classmethod
+    def problems(cls, config: AttentionMapsConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads; without SET, over sets.
+
+        Raises `DataError` for a set without a readable sample, `UserError` where a fusion and backbones are silent.
+        """
+        scores: dict[str, float] = {}
+        means: dict[str, list[float]] = defaultdict(list)
+        for samples in sets:
+            found: dict[str, list[float]] = defaultdict(list)
+            for _, seen in self._batches(model, samples, self.config.samples):
+                (a, of_a), (b, of_b) = seen.items()
+                for name, made in (
+                    (f"{a}_to_{b}/entropy", cross(model, of_a, of_b)),
+                    (f"{b}_to_{a}/entropy", cross(model, of_b, of_a)),
+                    (f"{a}/class_entropy", class_readings(model, of_a)),
+                    (f"{b}/class_entropy", class_readings(model, of_b)),
+                ):
+                    found[name] += [reading.entropy for reading in made]
+            for name, values in found.items():
+                if values:
+                    scores[f"{samples.name}/{name}"] = sum(values) / len(values)
+                    means[name].append(scores[f"{samples.name}/{name}"])
+        if not scores and model.fusion is not None:
+            raise UserError("neither the fusion nor a backbone tells how it reads tokens")
+        return scores | {name: sum(values) / len(values) for name, values in means.items()}
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """The maps of a few samples, a page each."""
+        for i, here in enumerate(sets):
+            share = samples // len(sets) + (i < samples % len(sets))
+            if not share:
+                continue
+            for keys, seen in self._batches(model, here, share):
+                for key, *items in zip(keys, *seen.values(), strict=True):
+                    if rows := rows_of(readings(model, items), items):
+                        texts = {one.modality: [one.shown] for one in items}
+                        context = {"set": here.name, "sample": key}
+                        yield Picture("maps", figure(rows, items), words(key, texts), context)
+
+    def _batches(
+        self, model: Model, samples: EvaluationSet, count: int
+    ) -> Iterator[tuple[list[str], dict[str, list[Seen]]]]:
+        """Keys and, by modality, the first item of each, of `count` samples that have both, evenly over the shards."""
+        pair = self.config.modalities or model.modalities
+        keys: list[str] = []
+        views: list[list[View]] = []
+        each = math.ceil(count / max(1, len(samples.shards)))
+        usable = chain.from_iterable(islice(_usable(model, shard, pair), each) for shard in samples.shards)
+        for key, found in islice(usable, count):
+            keys.append(key)
+            views.append(found)
+        if not keys:
+            raise DataError(f"evaluation set {samples.name!r}: no sample with both {' and '.join(pair)}")
+        for start in range(0, len(keys), model.batch_size):
+            part = slice(start, start + model.batch_size)
+            columns = zip(*views[part], strict=True)
+            yield keys[part], {m: see(model, m, column) for m, column in zip(pair, columns, strict=True)}
+
+
+def _usable(model: Model, shard: str, modalities: Sequence[str]) -> Iterator[tuple[str, list[View]]]:
+    """(key, a view of each modality) of a shard's samples that can be read."""
+    for sample in read_shard(shard):
+        try:
+            items = [(model.augment[m], model.augment[m].read(sample)) for m in modalities]
+            yield str(sample["__key__"]), [augmentation.plain(found[0]) for augmentation, found in items]
+        except BadSample:  # whoever scores it says so
+            continue

@@ -1,0 +1,73 @@
+"""Attention as one HTML page that needs nothing beside itself: pictures are inside it, and there are no scripts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from distill_explore.attention import Seen
+from distill_explore.drawing import Map, Row, overlay, plain, shade
+
+SIDE = 176
+"""Pixels of a picture's longer side."""
+STYLE = f"""
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem }}
+h1 {{ font-size: 1.3rem }} h2 {{ font-size: 1rem; margin: 2rem 0 .2rem }} p {{ color: #555; margin: 0 0 .6rem }}
+.row {{ display: flex; flex-wrap: wrap; gap: .8rem }} figure {{ margin: 0 }} .picture {{ width: {SIDE}px }}
+figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }} img {{ display: block }}
+.text {{ line-height: 2.1; overflow-wrap: anywhere }} .text span {{ padding: .2rem .25rem; border-radius: .15rem }}
+"""
+
+
+def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[Seen]) -> str:
+    """The page. All words that come from outside are escaped."""
+    parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(note)}</p>"]
+    given = [
+        figure(one.modality, escape(one.shown) if isinstance(one.shown, str) else plain(one.shown, SIDE))
+        for one in seen
+        if one.shown is not None
+    ]
+    parts += ['<div class="row">', *given, "</div>"]
+    for row in rows:
+        drawn = [
+            figure(one.caption, text(one) if isinstance(one.seen.places, list) else overlay(one, SIDE))
+            for one in row.maps
+        ]
+        drawn += [figure(name, picture) for name, picture in row.pictures.items()]
+        facts = [f"<p>{escape(row.facts)}</p>"] if row.facts else []
+        parts += [f"<h2>{escape(row.label)}</h2>", *facts, '<div class="row">', *drawn, "</div>"]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def figure(caption: str, shown: Image.Image | str) -> str:
+    """A picture, or HTML, with its caption."""
+    drawn, kind = (shown, "words") if isinstance(shown, str) else (image(shown, caption), "picture")
+    return f'<figure class="{kind}">{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def image(picture: Image.Image, words: str) -> str:
+    """An <img> that holds its PNG."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(words)}" width="{picture.width}" src="data:image/png;base64,{data}">'
+
+
+def text(one: Map) -> str:
+    """The words on their colours; a token says its weight when pointed at."""
+    made = []
+    places: Any = one.seen.places
+    for piece, weight, colour in zip(places, one.weights.tolist(), shade(one.levels).tolist(), strict=True):
+        ratio = weight * len(places)
+        told = f'title="{weight:.4f}, {ratio:.2f} x uniform" style="background: rgb({", ".join(map(str, colour))})"'
+        made.append(f"<span {told}>{escape(piece.rstrip(' '))}</span>{' ' if piece.endswith(' ') else ''}")
+    return f'<div class="text">{"".join(made)}</div>'

@@ -88,7 +88,7 @@ class Model:
         return found
 
     @torch.no_grad()
-    def class_attention(self, modality: str, views: list[View]) -> Tensor | None:
+    def class_attention(self, modality: str, views: Sequence[View]) -> Tensor | None:
         """`Backbone.class_attention` [B, H, L] of one view each of B samples; None where the backbone cannot tell."""
         module = self.backbone[modality]
         batch = self.collators[modality]([[view] for view in views], [0] * len(views))

@@ -114,6 +114,16 @@ class AttentionFusion(TokenFusion):
     """Base of fusions with attention."""
 
     Config = AttentionConfig
+    pooler: nn.ModuleDict
+    """A `CrossPooler` for each modality that is read."""
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The pooler's weights, [V, B, H, L], before any gate."""
+        if modality not in self.pooler:
+            return None
+        pooler: Any = self.pooler[modality]
+        weights: Tensor = pooler.weights(queries, self.token_map[modality](tokens), mask)
+        return weights
 
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
@@ -208,13 +218,9 @@ class CrossAttention(AttentionFusion):
         result: Tensor = self.pooler[modality](queries, keys, mask, form=self.config.form)
         return result
 
-    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The pooler's weights, [V, B, H, L]; with `mask_padding: false` padding has some, too."""
-        pooler: Any = self.pooler[modality]
-        weights: Tensor = pooler.weights(
-            queries, self.token_map[modality](tokens), mask if self.config.mask_padding else None
-        )
-        return weights
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """As the base; with `mask_padding: false` padding has weights, too."""
+        return super().attention(modality, queries, tokens, mask if self.config.mask_padding else None)
 
 
 class GatedConfig(AttentionConfig):
@@ -261,9 +267,3 @@ class GatedCrossAttention(AttentionFusion):
         """queries [V, B, D] plus what their gates let in of `modality`'s tokens [B, L, W]; not normalised."""
         result: Tensor = self.pooler[modality](queries, self.token_map[modality](tokens), mask)
         return result
-
-    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The pooler's weights, [V, B, H, L], behind which the gate stands."""
-        pooler: Any = self.pooler[modality]
-        weights: Tensor = pooler.weights(queries, self.token_map[modality](tokens), mask)
-        return weights

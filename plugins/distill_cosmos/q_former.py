@@ -90,7 +90,8 @@ class QueryFormer(nn.Module):
             x = block(x, view, tokens, mask, views.shape[0])
         assert isinstance(last, QFormerBlock)
         found = last.cross.weights(last.ask(x, view, views.shape[0])[1], tokens, mask)  # [V N, B, H, L]
-        return found.unflatten(0, (views.shape[0], -1)).mean(1)
+        mean: Tensor = found.view(views.shape[0], -1, *found.shape[1:]).mean(1)
+        return mean
 
 
 class QFormer(AttentionFusion):
@@ -111,8 +112,10 @@ class QFormer(AttentionFusion):
         result: Tensor = self.former[modality](queries, self.token_map[modality](tokens), mask)
         return result
 
-    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Of the last block, the mean of the N queries: [V, B, H, L]."""
+        if modality not in self.former:
+            return None
         former: Any = self.former[modality]
         weights: Tensor = former.weights(queries, self.token_map[modality](tokens), mask)
         return weights

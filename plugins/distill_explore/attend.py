@@ -121,12 +121,13 @@ def _silent(model: Model, seen: list[Seen], found: list[Reading], teacher: bool)
 
 def _numbers(reading: Reading) -> dict[str, Any]:
     """Weights [H, L], with where the L tokens are."""
-    asking = reading.asking
+    asking, answer = reading.asking, reading.answer
     return {
         "asking": asking.modality if asking else None,
         "query": asking.shown if asking and isinstance(asking.shown, str) else None,
-        "answer": reading.answer.modality,
-        "tokens": reading.answer.places,
+        "answer": answer.modality,
+        "item": answer.shown if isinstance(answer.shown, str) else None,
+        "tokens": answer.places,
         "weights": [[round(weight, 6) for weight in head] for head in reading.weights.tolist()],
         "entropy": round(reading.entropy, 4),
     }

@@ -18,7 +18,6 @@ class Seen:
     """An item, as a person sees it and as the model does."""
 
     modality: str
-    view: View
     shown: Shown
     layout: TokenLayout | None
     pooled: Tensor
@@ -27,6 +26,8 @@ class Seen:
     """[L, W]."""
     mask: Tensor
     """[L], True where a token is real."""
+    own: Tensor | None
+    """[H, L], the class token's weights in the last block; None where the backbone cannot tell."""
 
     @property
     def places(self) -> TokenLayout | None:
@@ -54,7 +55,8 @@ def entropy(weights: Tensor) -> Tensor:
     """Of weights [..., L] in nats, each row divided by its sum: from 0 (one token) to ln L (all alike); [...]."""
     share = weights.double()
     share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.special.entr(share).sum(-1)
+    found: Tensor = torch.special.entr(share).sum(-1)
+    return found
 
 
 def see(model: Model, modality: str, views: Sequence[View]) -> list[Seen]:
@@ -65,13 +67,21 @@ def see(model: Model, modality: str, views: Sequence[View]) -> list[Seen]:
     need = (0,) if module.dims(module.config).has_tokens else ()
     features = model.features(modality, [[view] for view in views], need=need)
     tokens, mask = features.tokens.get(0), features.masks.get(0)
-    found = []
-    for i, view in enumerate(views):
-        own = None if tokens is None else tokens[i].float()
-        real = mask[i] if mask is not None else torch.ones(0 if own is None else len(own), dtype=torch.bool)
-        layout, shown = module.token_layout(view), augmentation.show(view)
-        found.append(Seen(modality, view, shown, layout, features.pooled[0, i].float(), own, real.cpu()))
-    return found
+    weights = model.class_attention(modality, views)
+    length = next((x.shape[-1 - i] for i, x in ((0, weights), (1, tokens)) if x is not None), 0)
+    mask = torch.ones(len(views), length, dtype=torch.bool) if mask is None else mask.cpu()
+    return [
+        Seen(
+            modality,
+            augmentation.show(view),
+            module.token_layout(view),
+            features.pooled[0, i].float(),
+            None if tokens is None else tokens[i].float(),
+            mask[i],
+            None if weights is None else weights[i].float().cpu(),
+        )
+        for i, view in enumerate(views)
+    ]
 
 
 @torch.no_grad()
@@ -90,15 +100,9 @@ def cross(model: Model, asking: Sequence[Seen], answers: Sequence[Seen]) -> list
     return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(asking, answers, rows, strict=True)]
 
 
-def class_readings(model: Model, seen: Sequence[Seen]) -> list[Reading]:
-    """How the class token of each item of one batch reads its tokens; [] where the backbone cannot tell."""
-    weights = model.class_attention(seen[0].modality, [one.view for one in seen]) if seen else None
-    if weights is None:
-        return []
-    return [
-        Reading(None, one, row[:, one.mask] if one.tokens is not None else row)
-        for one, row in zip(seen, weights.float().cpu(), strict=True)
-    ]
+def class_readings(seen: Sequence[Seen]) -> list[Reading]:
+    """How the class token of each item reads its tokens, of those whose backbone tells."""
+    return [Reading(None, one, one.own[:, one.mask]) for one in seen if one.own is not None]
 
 
 def readings(model: Model, seen: Sequence[Seen], more: Sequence[Seen] = ()) -> list[Reading]:
@@ -109,7 +113,7 @@ def readings(model: Model, seen: Sequence[Seen], more: Sequence[Seen] = ()) -> l
             if modality != answer.modality:
                 asking = [one for one in (*seen, *more) if one.modality == modality]
                 found += cross(model, asking, [answer] * len(asking))
-    return found + [reading for one in seen for reading in class_readings(model, [one])]
+    return found + class_readings(seen)
 
 
 def principal(tokens: Tensor) -> Tensor:

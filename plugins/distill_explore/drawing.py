@@ -119,8 +119,9 @@ def _size(picture: Image.Image, side: int) -> tuple[int, int]:
 
 def overlay(one: Map, side: int = SIDE) -> Image.Image:
     """The picture in grey under the weights, smoothed between the middles of patches; its longer side is `side` px."""
-    picture, size = one.seen.shown, _size(one.seen.shown, side)
-    grid = Image.fromarray(one.levels.astype(np.float32).reshape(one.seen.places))
+    picture, size, places = one.seen.shown, _size(one.seen.shown, side), one.seen.places
+    assert isinstance(places, tuple)
+    grid = Image.fromarray(one.levels.astype(np.float32).reshape(places))
     level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
     strength = 0.8 * np.sqrt(level)[..., None]
@@ -161,7 +162,7 @@ def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
 
 def named(name: str, picture: Image.Image) -> Image.Image:
     """A picture with its name below it."""
-    lines = textwrap.wrap(name, max(1, picture.width // 6)) or [""]
+    lines = textwrap.wrap(name, max(1, int(picture.width / 5.3))) or [""]
     page = Image.new("RGB", (picture.width, picture.height + 14 * len(lines) + 4), "white")
     page.paste(picture, (0, 0))
     for i, line in enumerate(lines):

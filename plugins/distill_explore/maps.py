@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, permutations
 from typing import Annotated
 
 from pydantic import Field
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.data.shards import read_shard
-from distill_core.errors import BadSample, DataError, UserError
-from distill_core.evaluate.retrieval import two_modalities
+from distill_core.errors import BadSample, DataError, UserError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Media, Picture, words
 from distill_core.model import Model
@@ -25,9 +24,9 @@ from distill_explore.drawing import figure, rows_of
 class AttentionMapsConfig(ComponentConfig):
     """What is looked at."""
 
-    modalities: tuple[str, str] | None = None
-    """The two that read each other; null takes the recipe's two."""
-    samples: Annotated[int, Field(gt=0)] = 64
+    modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Those that read each other; null takes all."""
+    samples: Annotated[int, Field(gt=0)] = 32
     """Samples of each set that the scores are means over, the first of its shards."""
 
 
@@ -44,8 +43,10 @@ class AttentionMaps(Evaluation):
 
     @classmethod
     def problems(cls, config: AttentionMapsConfig, plan: Plan) -> Iterator[str]:
-        """Two modalities that the recipe has."""
-        yield from two_modalities(cls.name, config.modalities, plan)
+        """Modalities that the recipe has."""
+        for name in config.modalities or ():
+            if name not in plan.modalities:
+                yield f"{cls.name!r}: modalities: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads; without SET, over sets.
@@ -57,14 +58,10 @@ class AttentionMaps(Evaluation):
         for samples in sets:
             found: dict[str, list[float]] = defaultdict(list)
             for _, seen in self._batches(model, samples, self.config.samples):
-                (a, of_a), (b, of_b) = seen.items()
-                for name, made in (
-                    (f"{a}_to_{b}/entropy", cross(model, of_a, of_b)),
-                    (f"{b}_to_{a}/entropy", cross(model, of_b, of_a)),
-                    (f"{a}/class_entropy", class_readings(model, of_a)),
-                    (f"{b}/class_entropy", class_readings(model, of_b)),
-                ):
-                    found[name] += [reading.entropy for reading in made]
+                for a, b in permutations(seen, 2):
+                    found[f"{a}_to_{b}/entropy"] += [one.entropy for one in cross(model, seen[a], seen[b])]
+                for name, own in seen.items():
+                    found[f"{name}/class_entropy"] += [one.entropy for one in class_readings(own)]
             for name, values in found.items():
                 if values:
                     scores[f"{samples.name}/{name}"] = sum(values) / len(values)
@@ -89,21 +86,21 @@ class AttentionMaps(Evaluation):
     def _batches(
         self, model: Model, samples: EvaluationSet, count: int
     ) -> Iterator[tuple[list[str], dict[str, list[Seen]]]]:
-        """Keys and, by modality, the first item of each, of `count` samples that have both, evenly over the shards."""
-        pair = self.config.modalities or model.modalities
+        """Keys and, by modality, the first item of each, of `count` samples that have all, evenly over the shards."""
+        names = self.config.modalities or model.modalities
         keys: list[str] = []
         views: list[list[View]] = []
         each = math.ceil(count / max(1, len(samples.shards)))
-        usable = chain.from_iterable(islice(_usable(model, shard, pair), each) for shard in samples.shards)
+        usable = chain.from_iterable(islice(_usable(model, shard, names), each) for shard in samples.shards)
         for key, found in islice(usable, count):
             keys.append(key)
             views.append(found)
         if not keys:
-            raise DataError(f"evaluation set {samples.name!r}: no sample with both {' and '.join(pair)}")
+            raise DataError(f"evaluation set {samples.name!r}: no sample with {' and '.join(names)} to look at")
         for start in range(0, len(keys), model.batch_size):
             part = slice(start, start + model.batch_size)
             columns = zip(*views[part], strict=True)
-            yield keys[part], {m: see(model, m, column) for m, column in zip(pair, columns, strict=True)}
+            yield keys[part], {m: see(model, m, column) for m, column in zip(names, columns, strict=True)}
 
 
 def _usable(model: Model, shard: str, modalities: Sequence[str]) -> Iterator[tuple[str, list[View]]]:

@@ -20,7 +20,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; 
        padding: 0 1rem }}
 h1 {{ font-size: 1.3rem }} h2 {{ font-size: 1rem; margin: 2rem 0 .2rem }} p {{ color: #555; margin: 0 0 .6rem }}
 .row {{ display: flex; flex-wrap: wrap; gap: .8rem }} figure {{ margin: 0 }} .picture {{ width: {SIDE}px }}
-figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }} img {{ display: block }}
+.words {{ flex-basis: 100% }} img {{ display: block }}
+figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }}
 .text {{ line-height: 2.1; overflow-wrap: anywhere }} .text span {{ padding: .2rem .25rem; border-radius: .15rem }}
 """
 

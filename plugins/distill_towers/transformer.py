@@ -23,10 +23,9 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * q.shape[-1] ** -0.5
-    if mask is None:
-        return scores.softmax(-1)
-    hidden = ~mask[:, None, None]
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+    hidden = torch.zeros((), dtype=torch.bool, device=q.device) if mask is None else ~mask[:, None, None]
+    weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+    return weights
 
 
 class Attention(nn.Module):

@@ -49,12 +49,12 @@ class AttentionMaps(Evaluation):
                 yield f"{cls.name!r}: modalities: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads; without SET, over sets.
+        """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads.
 
+        None over sets: those are what summaries show, in percent and as better or worse.
         Raises `DataError` for a set without a readable sample, `UserError` where a fusion and backbones are silent.
         """
         scores: dict[str, float] = {}
-        means: dict[str, list[float]] = defaultdict(list)
         for samples in sets:
             found: dict[str, list[float]] = defaultdict(list)
             for _, seen in self._batches(model, samples, self.config.samples):
@@ -65,10 +65,9 @@ class AttentionMaps(Evaluation):
             for name, values in found.items():
                 if values:
                     scores[f"{samples.name}/{name}"] = sum(values) / len(values)
-                    means[name].append(scores[f"{samples.name}/{name}"])
         if not scores and model.fusion is not None:
             raise UserError("neither the fusion nor a backbone tells how it reads tokens")
-        return scores | {name: sum(values) / len(values) for name, values in means.items()}
+        return scores
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """The maps of a few samples, a page each."""

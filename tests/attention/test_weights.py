@@ -104,6 +104,7 @@ def test_a_fusions_weights_go_with_the_tokens(cls: Any, options: dict[str, Any])
     torch.testing.assert_close(fusion.attention("text", queries[1:2], tokens, mask), weights[1:2], atol=1e-5, rtol=0)
     assert not torch.allclose(weights[0], weights[1], atol=1e-3), "another query reads otherwise"
     assert bool(weights.masked_select(~mask[:, None]).any()) == (options.get("mask_padding") is False)
+    assert fusion.attention("sound", queries, tokens, mask) is None, "it does not read this"
     sums = weights.sum(-1)
     if cls is TextConditionedPool:
         assert (sums < 1).all(), "the zero token has a share"

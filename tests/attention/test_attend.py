@@ -23,6 +23,8 @@ from distill_core.data.shards import read_shard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import models_of
+from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
@@ -337,3 +339,28 @@ def test_a_silent_model_is_told_so(runs: Path, registry: Registry, monkeypatch: 
         AttentionMaps(AttentionMapsConfig()).run(model, [EvaluationSet("v", shards)])
     seen = see(model, "text", [View("a tree")])
     assert rows_of(readings(model, seen), seen) == []
+
+
+@pytest.mark.parametrize(
+    ("fusion", "told"),
+    [
+        ("{name: cross_attention, heads: 2, mask_padding: false}", {"image": 2, "text": 2}),
+        ("{name: gated, heads: 4}", {"image": 4, "text": 4}),
+        ("{name: q_former, heads: 2}", {"image": 2, "text": 2}),
+        ("{name: text_conditioned_pool, heads: 2}", {"image": 2, "text": 2}),
+        ("mean_pooling", {}),
+        ("identity", {}),
+    ],
+)
+def test_every_fusion_is_asked(fusion: str, told: dict[str, int], runs: Path, registry: Registry) -> None:
+    """What is read, by how many heads. Would catch a fusion that draws nothing, or fails where it cannot tell."""
+    path = runs / "cosmos" / "recipe.yaml"
+    recipe = load_recipe(path, registry=registry, overrides=[f"fusion={fusion}", "backbone.text.padding=context"])
+    model = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))["student"]
+    seen = see(model, "image", [View(torch.randn(3, 16, 16))]) + see(model, "text", [View("a red bird")])
+    found = readings(model, seen)
+    assert {one.answer.modality: len(one.weights) for one in found if one.asking} == told
+    for one in found:
+        assert one.weights.shape[1] == (4 if one.answer.modality == "image" else 5), "real tokens alone"
+        assert (one.weights.sum(-1) < 1 + 1e-5).all()
+    assert len(rows_of(found, seen)) == len(told) + 3

@@ -1,7 +1,7 @@
 """Attention as pictures: a picture under its weights, the words of a text on colours, patches by principal component.
 
-Colour says how much more a token is read than if all were read alike: weight * L, from 0 to `full`, one scale for all
-maps of a row. So weights that are all alike look alike, and nothing is stretched to look sharp.
+Colour says how much more a token is read than if all were read alike: weight * L, from 0 to the map's largest value,
+but at least 2. So weights that are all alike look alike, and nothing is stretched to look sharp.
 """
 
 from __future__ import annotations
@@ -27,22 +27,26 @@ WIDTH = 5 * (SIDE + 6) + 6
 
 @dataclass(frozen=True)
 class Map:
-    """What lies under `weights` [L], of which `full` times as much as if all were alike has all colour."""
+    """An item under `weights` [L]."""
 
     name: str
     seen: Seen
     weights: Tensor
-    full: float
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """[L], weights divided by those of an even reading."""
+        return self.weights.numpy() * len(self.weights)
 
     @property
     def levels(self) -> np.ndarray:
         """[L], 0 to 1."""
-        return np.clip(self.weights.numpy() * len(self.weights) / self.full, 0, 1)
+        return self.ratios / max(2.0, self.ratios.max(initial=0))
 
     @property
     def caption(self) -> str:
-        """Its name and its entropy."""
-        return f"{self.name}, {float(entropy(self.weights)):.2f} nats"
+        """Its name, its entropy, and how much the most read token is read."""
+        return f"{self.name}: {float(entropy(self.weights)):.2f} nats, {self.ratios.max(initial=0):.1f} x even"
 
 
 @dataclass(frozen=True)
@@ -87,15 +91,14 @@ def _row(group: Sequence[Reading], heads: bool) -> Row:
     drawn = [(_words(one.asking, 60) if several else mean, one.weights.mean(0)) for one in group]
     if heads and count > 1:
         drawn += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
-    full = max(2.0, *(float(weights.max()) * length for _, weights in drawn))
     facts = f"{mean}; " if several else ""
-    facts += f"full colour: {full:.1f} times an even reading's weight; an even reading has {math.log(length):.2f} nats"
+    facts += f"an even reading of the {length} tokens has {math.log(length):.2f} nats"
     if asking is None:
         label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
     else:
         words = "" if several else f" {_words(asking, 70)}".rstrip()
         label = f"{asking.modality}{words} reads {answer.modality}"
-    return Row(label, facts, [Map(name, answer, weights, full) for name, weights in drawn])
+    return Row(label, facts, [Map(name, answer, weights) for name, weights in drawn])
 
 
 def _words(asking: Seen | None, most: int) -> str:
@@ -118,12 +121,13 @@ def _size(picture: Image.Image, side: int) -> tuple[int, int]:
 
 
 def overlay(one: Map, side: int = SIDE) -> Image.Image:
-    """The picture in grey under the weights, smoothed between the middles of patches; its longer side is `side` px."""
+    """The picture in pale grey under the weights, smoothed between patches' middles; its longer side is `side` px."""
     picture, size, places = one.seen.shown, _size(one.seen.shown, side), one.seen.places
     assert isinstance(places, tuple)
     grid = Image.fromarray(one.levels.astype(np.float32).reshape(places))
     level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
+    grey = 95 + grey * (160 / 255)  # colours read alike on dark pictures
     strength = 0.8 * np.sqrt(level)[..., None]
     mixed = (1 - strength) * grey + strength * colours(level, "YlOrRd")
     return Image.fromarray(mixed.round().astype(np.uint8))
@@ -162,11 +166,16 @@ def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
 
 def named(name: str, picture: Image.Image) -> Image.Image:
     """A picture with its name below it."""
-    lines = textwrap.wrap(name, max(1, int(picture.width / 5.3))) or [""]
+    font, lines = font_of(10), [""]
+    for word in name.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= picture.width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
     page = Image.new("RGB", (picture.width, picture.height + 14 * len(lines) + 4), "white")
     page.paste(picture, (0, 0))
-    for i, line in enumerate(lines):
-        ImageDraw.Draw(page).text((0, picture.height + 2 + 14 * i), line, fill="grey", font=font_of(10))
+    ImageDraw.Draw(page).multiline_text((0, picture.height + 2), "\n".join(lines), fill="grey", font=font)
     return page
 
 

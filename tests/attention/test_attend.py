@@ -153,8 +153,8 @@ def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call:
     # a strip each: the mean and two heads, of the picture's reading and of the text's own
     assert sum(weights) == pytest.approx(6, abs=0.02)
     captions = " ".join(page.words)
-    assert captions.count("head 2,") == 4, "text reads image, image reads text, and both self-attentions"
-    assert out.count("head 2,") == 4
+    assert captions.count("head 2:") == 4, "text reads image, image reads text, and both self-attentions"
+    assert out.count("head 2:") == 4
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.format == "PNG"
         assert figure.width > 700
@@ -162,7 +162,7 @@ def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call:
 
 def test_tokens_of_any_tower_are_escaped() -> None:
     """CLIP's tokenizer parts `<b>` into harmless pieces; another tower's need not."""
-    one = Map("", item("x", ["<b>", "&amp; ", 'a"b ']), torch.tensor([0.5, 0.25, 0.25]), 2.0)
+    one = Map("", item("x", ["<b>", "&amp; ", 'a"b ']), torch.tensor([0.5, 0.25, 0.25]))
     page = Page(html_of(one))
     assert [tag for tag, _ in page.tags] == ["div", "span", "span", "span"]
     assert page.words == ["<b>", "&amp;", " ", 'a"b', " "]
@@ -231,27 +231,27 @@ def test_colour_lies_where_the_weight_is() -> None:
     seen = item(Image.new("RGB", (60, 30), "white"), (2, 4))
     weights = torch.zeros(8)
     weights[3] = 1
-    drawn = np.asarray(overlay(Map("", seen, weights, 8.0), 120)).astype(int)
+    drawn = np.asarray(overlay(Map("", seen, weights), 120)).astype(int)
     assert drawn.shape == (60, 120, 3)
     assert drawn[15, 105].tolist() != drawn[45, 15].tolist()
     darkness = 255 - drawn.mean(-1)
     y, x = np.unravel_index(darkness.argmax(), darkness.shape)
     assert y < 30
     assert x >= 90
-    even = np.asarray(overlay(Map("", seen, torch.full((8,), 1 / 8), 2.0), 120))
+    even = np.asarray(overlay(Map("", seen, torch.full((8,), 1 / 8)), 120))
     assert np.ptp(even.reshape(-1, 3), axis=0).max() == 0, "read alike, drawn alike"
 
 
 def test_words_are_shaded_by_weight() -> None:
     """One chip a token, its colour that of its weight; a long text goes on in another line."""
     seen = item("a b", ["<start> ", "a ", "b", "c ", "<end> "])
-    one = Map("", seen, torch.tensor([0.0, 0.1, 0.6, 0.3, 0.0]), 3.0)
+    one = Map("", seen, torch.tensor([0.0, 0.1, 0.6, 0.3, 0.0]))
     drawn = np.asarray(strip(one))
     for colour in shade(one.levels):
         assert (drawn == colour).all(-1).sum() > 50
     assert len(np.unique(shade(one.levels), axis=0)) == 4
     long = item("x", ["word "] * 60)
-    assert strip(Map("", long, torch.full((60,), 1 / 60), 2.0)).height > 3 * 24
+    assert strip(Map("", long, torch.full((60,), 1 / 60))).height > 3 * 24
 
 
 def test_principal_components() -> None:

@@ -46,7 +46,7 @@ class Map:
     @property
     def caption(self) -> str:
         """Its name, its entropy, and how much the most read token is read."""
-        return f"{self.name}: {float(entropy(self.weights)):.2f} nats, {self.ratios.max(initial=0):.1f} x even"
+        return f"{self.name}: {float(entropy(self.weights)):.2f} nats, {self.ratios.max(initial=0):.1f}x"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _row(group: Sequence[Reading], heads: bool) -> Row:
     if heads and count > 1:
         drawn += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
     facts = f"{mean}; " if several else ""
-    facts += f"an even reading of the {length} tokens has {math.log(length):.2f} nats"
+    facts += f"an even reading of the {length} tokens: {math.log(length):.2f} nats, 1x"
     if asking is None:
         label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
     else:

@@ -69,6 +69,6 @@ def text(one: Map) -> str:
     places: Any = one.seen.places
     for piece, weight, colour in zip(places, one.weights.tolist(), shade(one.levels).tolist(), strict=True):
         ratio = weight * len(places)
-        told = f'title="{weight:.4f}, {ratio:.2f} x even" style="background: rgb({", ".join(map(str, colour))})"'
+        told = f'title="{weight:.4f}, {ratio:.2f}x" style="background: rgb({", ".join(map(str, colour))})"'
         made.append(f"<span {told}>{escape(piece.rstrip(' '))}</span>{' ' if piece.endswith(' ') else ''}")
     return f'<div class="text">{"".join(made)}</div>'

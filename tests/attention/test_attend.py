@@ -167,8 +167,8 @@ def test_tokens_of_any_tower_are_escaped() -> None:
     assert [tag for tag, _ in page.tags] == ["div", "span", "span", "span"]
     assert page.words == ["<b>", "&amp;", " ", 'a"b', " "]
     assert [attributes.get("title") for _, attributes in page.tags[1:3]] == [
-        "0.5000, 1.50 x even",
-        "0.2500, 0.75 x even",
+        "0.5000, 1.50x",
+        "0.2500, 0.75x",
     ]
 
 

@@ -41,7 +41,7 @@ class Map:
     @property
     def levels(self) -> np.ndarray:
         """[L], 0 to 1."""
-        return self.ratios / max(2.0, self.ratios.max(initial=0))
+        return np.asarray(self.ratios / max(2.0, self.ratios.max(initial=0)))
 
     @property
     def caption(self) -> str:

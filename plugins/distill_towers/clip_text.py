@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, pad
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.tokenizer import VOCABULARY, ClipTokenizer
-from distill_towers.transformer import Block, Transformer
+from distill_towers.transformer import Activation, Block, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -36,6 +36,8 @@ class ClipTextConfig(ComponentConfig):
     """Hidden width of each block's MLP, in widths W."""
     dim: Positive = 512
     """Width D of the embedding."""
+    activation: Activation = "gelu"
+    """Of the blocks' MLPs; OpenAI's CLIP has `quick_gelu`."""
     padding: Literal["context", "longest"] = "context"
     """Tokens that are handed on reach to the whole context (as the public code's do) or to the batch's longest text.
 
@@ -65,7 +67,7 @@ class ClipText(Backbone):
         width, layers = config.width, config.layers
         self.token_embedding = nn.Embedding(config.vocabulary, width)
         self.positional_embedding = nn.Parameter(torch.empty(config.context, width))
-        self.transformer = Transformer(width, layers, config.heads, config.mlp_ratio)
+        self.transformer = Transformer(width, layers, config.heads, config.mlp_ratio, config.activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.dim))
         nn.init.normal_(self.token_embedding.weight, std=0.02)

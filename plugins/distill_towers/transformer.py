@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -80,13 +81,24 @@ class Attention(nn.Module):
         return attention_weights(q, k, mask)[:, :, 0]
 
 
-class MLP(nn.Module):
-    """W -> ratio * W -> W with erf GELU."""
+Activation = Literal["gelu", "quick_gelu"]
 
-    def __init__(self, width: int, ratio: float) -> None:
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), with which OpenAI's CLIP was trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., W] -> [..., W]."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class MLP(nn.Module):
+    """W -> ratio * W -> W with erf GELU, or the sigmoid's approximation of it."""
+
+    def __init__(self, width: int, ratio: float, activation: Activation = "gelu") -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, int(width * ratio))
-        self.gelu = nn.GELU()
+        self.gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
         self.c_proj = nn.Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,12 +109,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float = 1e-5) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, activation: Activation = "gelu", eps: float = 1e-5
+    ) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, mlp_ratio)
+        self.mlp = MLP(width, mlp_ratio, activation)
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         """x [N, L, W] -> [N, L, W]."""
@@ -134,9 +148,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; the last may be computed at few positions a sequence only."""
 
-    def __init__(self, width: int, layers: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, mlp_ratio: float, activation: Activation = "gelu", eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList([Block(width, heads, mlp_ratio) for _ in range(layers)])
+        self.resblocks = nn.ModuleList([Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers)])
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         """x [N, L, W] -> [N, L, W]."""

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, linear
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
-from distill_towers.transformer import Transformer
+from distill_towers.transformer import Activation, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -37,6 +37,12 @@ class VisionTransformerConfig(ComponentConfig):
     """Hidden width of each block's MLP, in widths W."""
     dim: Positive = 512
     """Width D of the embedding."""
+    activation: Activation = "gelu"
+    """Of the blocks' MLPs; OpenAI's CLIP has `quick_gelu`."""
+    pre_norm: bool = True
+    """LayerNorm before the first block, as CLIP has it; timm's and DINO's ViTs have none."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the variance in every LayerNorm; timm's and DINO's ViTs have 1e-6."""
     class_tokens: Positive = 1
     """Class tokens C; the first makes the embedding. Further ones have no position (TIPS has two)."""
     masking: MaskingConfig | None = None
@@ -78,9 +84,11 @@ class VisionTransformer(Backbone):
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.layers, config.heads, config.mlp_ratio)
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.transformer = Transformer(
+            width, config.layers, config.heads, config.mlp_ratio, config.activation, config.norm_eps
+        )
+        self.ln_post = nn.LayerNorm(width, config.norm_eps)
         self.proj = nn.Parameter(scale * torch.randn(width, config.dim))
         if config.class_tokens > 1:
             self.more_class_embeddings = nn.Parameter(scale * torch.randn(config.class_tokens - 1, width))
@@ -120,7 +128,7 @@ class VisionTransformer(Backbone):
             return table
         key = (rows, columns, table.device, table.dtype)
         if key not in self._maps:
-            self._maps[key] = _position_map(self.grid, rows, columns).to(table.device, table.dtype)
+            self._maps[key] = position_map(self.grid, rows, columns).to(table.device, table.dtype)
         with torch.autocast(table.device.type, enabled=False):
             return torch.cat([table[:1], self._maps[key] @ table[1:]])
 
@@ -183,7 +191,7 @@ class VisionTransformer(Backbone):
         return Features(pooled, {0: out[:, count:]} if tokens else {}, class_tokens=classes[None])
 
 
-def _position_map(grid: int, rows: int, columns: int) -> Tensor:
+def position_map(grid: int, rows: int, columns: int) -> Tensor:
     """[rows * columns, grid * grid] float64: bicubic resizing of a grid x grid table as a matrix."""
     unit = torch.eye(grid * grid, dtype=torch.float64).reshape(grid * grid, 1, grid, grid)
     factors = ((rows + 0.1) / grid, (columns + 0.1) / grid)

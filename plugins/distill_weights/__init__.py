@@ -1,0 +1,23 @@
+"""Weights in (open_clip, OpenAI, Hugging Face CLIP, timm's ViTs) and out (open_clip, Hugging Face, ONNX)."""
+
+import click
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Weights of other libraries to start from."""
+    from distill_weights.initializers import HfClip, OpenClip, TimmVit
+
+    return [OpenClip, HfClip, TimmVit]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill export`."""
+    from distill_weights.commands import export
+
+    return [export]

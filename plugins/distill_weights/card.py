@@ -1,0 +1,125 @@
+"""The model card (README.md) beside exported weights: recipe, data, scores, licence, and how they are loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from distill_core.report import headline
+
+if TYPE_CHECKING:
+    from distill_weights.export import Checked
+    from distill_weights.subject import Subject
+
+_USE = {
+    "open_clip": """\
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenize = open_clip.get_tokenizer("local-dir:FOLDER")
+pictures = model.encode_image(preprocess(picture)[None], normalize=True)
+texts = model.encode_text(tokenize(["a red bird"]), normalize=True)
+""",
+    "hf": """\
+from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+inputs = processor(text=["a red bird"], images=[picture], padding=True, truncation=True, return_tensors="pt")
+similarity = model(**inputs).logits_per_image
+""",
+    "onnx": """\
+import onnxruntime
+
+session = onnxruntime.InferenceSession("FOLDER/NAME.onnx")
+(embeddings,) = session.run(None, {"NAME": inputs})  # [N, D], L2-normalised
+""",
+}
+_LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
+
+
+def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[str], licence: str) -> str:
+    """Markdown with the front matter that model hubs read."""
+    recipe, run = subject.recipe, subject.run
+    report = _report(subject)
+    head = {
+        "license": licence,
+        "library_name": _LIBRARY[to],
+        "pipeline_tag": "zero-shot-image-classification" if to != "onnx" else "feature-extraction",
+        "tags": ["distill", to, *dict.fromkeys(_names(recipe))],
+        "datasets": [recipe["data"]["source"]["name"]],
+    }
+    differences = [f"| {one.modality} | {one.samples} | {one.difference:.1e} | {one.own or '-'} |" for one in found]
+    use = _USE[to].replace("NAME", found[0].modality)
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"# {run.name}",
+        f"The {subject.side} of the run `{run.name}` at step {subject.step}, trained with distill.",
+        "## Use",
+        f"```python\n{use}```",
+        _preprocessing(subject, to),
+        "## Embeddings compared",
+        "The same inputs through the run and this export, fp32; the largest difference of L2-normalised embeddings.",
+        "| modality | samples | maximum difference | preprocessing |\n|---|---|---|---|\n" + "\n".join(differences),
+        *(f"- {line}" for line in [*(f"Left out: {part}." for part in subject.left_out), *notes]),
+        "## Data",
+        f"```yaml\n{yaml.safe_dump(recipe['data']['source'], sort_keys=False)}```\n"
+        "The data's own licence: to be filled in by whoever publishes this.",
+        "## Scores",
+        _scores(subject, report),
+        "## Licence",
+        "Of the weights: "
+        + (licence if licence != "unknown" else "not stated (`distill export --licence`); the data's terms apply."),
+        "## Recipe",
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _names(recipe: dict[str, Any]) -> list[str]:
+    nodes = [*recipe["backbone"].values(), *([recipe["fusion"]] if recipe.get("fusion") else []), *recipe["loss"]]
+    return [node["name"] for node in nodes]
+
+
+def _preprocessing(subject: Subject, to: str) -> str:
+    lines = []
+    for name, augmentation in subject.model.augment.items():
+        options: Any = augmentation.config  # type: ignore[attr-defined]
+        if hasattr(options, "mean") and hasattr(options, "size"):
+            lines.append(
+                f"`{name}`: the shorter side to {options.size} px (bicubic), the centre cropped, (pixel / 255 - "
+                f"{[round(x, 6) for x in options.mean]}) / {[round(x, 6) for x in options.std]}; transparent "
+                f"pixels over {list(options.background)}, which other libraries do not do."
+            )
+    if to == "onnx":
+        lines.append("`preprocess.json` says what each file takes; tokens come from the run's own tokenizer.")
+    else:
+        lines.append("Texts are repaired (ftfy) and HTML entities undone before they are tokenised.")
+    return "\n\n".join(lines)
+
+
+def _report(subject: Subject) -> dict[str, Any] | None:
+    path = subject.run / "report.json"
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _scores(subject: Subject, report: dict[str, Any] | None) -> str:
+    if report is None:
+        return "The run was not evaluated."
+    rows = [
+        f"| {name} | {value:.2f} |"
+        for (side, name), value in headline(report["scores"]).items()
+        if side == subject.side
+    ]
+    if not rows:
+        return f"The run has no scores of the {subject.side}."
+    where = "" if report["steps"] == subject.step else f" **The exported step is {subject.step}.**"
+    return (
+        f"On the split `{report['split']}` after {report['steps']} steps ({report['samples']} samples).{where}\n\n"
+        "| score | |\n|---|---|\n" + "\n".join(rows)
+    )

@@ -1,0 +1,33 @@
+"""`distill export`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import click
+
+from distill_core import completion
+
+
+@click.command()
+@click.argument("run", shell_complete=completion.run_folders)
+@click.option(
+    "--to",
+    required=True,
+    type=click.Choice(["open_clip", "hf", "onnx"]),
+    help="open_clip's layout, a Hugging Face CLIPModel and CLIPProcessor, or an ONNX file for each tower.",
+)
+@click.option("--out", required=True, help="The folder to write; it must not exist, or be empty.")
+@click.option("--teacher", is_flag=True, help="Export the teacher.")
+@click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
+@click.option("--licence", default="unknown", show_default=True, help="The weights' licence, for the model card.")
+def export(run: str, to: str, out: str, teacher: bool, checkpoint: str, licence: str) -> None:
+    """Write a run's towers for another library, and check that they embed the same (1e-5).
+
+    The other library loads what was written and embeds the same pictures and texts; the maximum difference is printed.
+    Nothing is left where it is too large. README.md is a model card.
+    """
+    from pathlib import Path
+
+    from distill_weights.export import write
+
+    for line in write(Path(run), to, Path(out), teacher=teacher, checkpoint=checkpoint, licence=licence):
+        click.echo(line)

@@ -1,0 +1,105 @@
+"""Writes an export, compares it with the run through the other library, and keeps it only if they agree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distill_core.errors import UserError
+from distill_weights.card import card
+from distill_weights.formats import FORMATS, Format
+from distill_weights.subject import Subject
+
+TOLERANCE = 1e-5
+"""Of L2-normalised embeddings, in fp32."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found of one modality."""
+
+    modality: str
+    samples: int
+    difference: float
+    """Largest difference of an embedding's number, on the same inputs."""
+    own: str
+    """How the other library's own preprocessing of the same samples compares; empty where it has none."""
+
+
+def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, licence: str) -> Iterator[str]:
+    """Lines for the user. Raises `UserError`; `out` is then as it was."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: exists, and is not overwritten; name a new folder")
+    subject = Subject.load(run, teacher=teacher, checkpoint=checkpoint)
+    form = FORMATS[to](subject)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error}") from error
+    try:
+        form.write(temporary)
+        form.open(temporary)
+        found = [check(form, modality) for modality in form.modalities]
+        for one in found:
+            if not one.difference < TOLERANCE:
+                raise UserError(
+                    f"--to {to}: {one.modality} embeddings differ by {one.difference:.1e} (at most {TOLERANCE:.0e} is "
+                    "allowed), so nothing was written. That is a bug: please report it with the run's recipe.yaml"
+                )
+        text = card(subject, to, found, form.notes, licence)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        temporary.chmod(0o777 & ~_umask())
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    yield f"{out}: {to}, the {subject.side} of {run} at step {subject.step}"
+    for one in found:
+        yield f"{one.modality}: maximum difference {one.difference:.1e} of the embeddings of {one.samples} samples"
+        if one.own:
+            yield f"{one.modality}: {one.own}"
+    for part in subject.left_out:
+        yield f"left out: {part}; the towers' own embeddings are exported"
+    yield from form.notes
+
+
+def check(form: Format, modality: str) -> Checked:
+    """The run's embeddings against the export's, on the same inputs; then its own preprocessing against the run's."""
+    subject = form.subject
+    items = subject.items(modality)
+    x = subject.inputs(modality, items)
+    ours = subject.embed(modality, items)
+    difference = float((form.embed(modality, x) - ours).abs().max())
+    theirs = form.inputs(modality, items)
+    own = ""
+    if theirs is not None and x.is_floating_point():
+        apart = [float((a - b).abs().max()) for a, b in zip(theirs, x, strict=True)]
+        moved = (form.embed(modality, theirs) * ours).sum(-1)
+        own = (
+            f"its own preprocessing: pixels of the towers' size differ by {apart[0]:.1e}; cosine with the run's "
+            f"embedding at least {float(moved.min()):.6f} over all sizes"
+        )
+    elif theirs is not None:
+        same = sum(_same_ids(a, b) for a, b in zip(theirs, x, strict=True))
+        own = f"its own tokenizer: the same ids for {same} of {len(items)} texts"
+    return Checked(modality, len(items), difference, own)
+
+
+def _same_ids(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Up to end-of-text, which is the largest id; what pads behind it differs between libraries."""
+    ends = int(a.argmax()) + 1, int(b.argmax()) + 1
+    return ends[0] == ends[1] and torch.equal(a[: ends[0]], b[: ends[1]])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,332 @@
+"""The three formats: each writes a folder, and opens it again with the other library to embed the same samples."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, pad
+
+from distill_core.errors import UserError
+from distill_weights.extras import need
+from distill_weights.layouts import open_clip_config, to_hf
+from distill_weights.subject import Subject, unit
+
+MOST_INSIDE = 1_500_000_000
+"""Bytes of weights that an ONNX file holds itself; a protobuf ends at 2 GB."""
+
+
+class Format(ABC):
+    """A layout of another library."""
+
+    def __init__(self, subject: Subject) -> None:
+        """Raises `UserError` where a package is missing or the run cannot be expressed."""
+        self.subject = subject
+        self.notes: list[str] = []
+
+    @property
+    @abstractmethod
+    def modalities(self) -> tuple[str, ...]:
+        """Those that are exported."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Weights and configs."""
+
+    @abstractmethod
+    def open(self, folder: Path) -> None:
+        """Load what was written with the other library."""
+
+    @abstractmethod
+    def embed(self, modality: str, x: Tensor) -> Tensor:
+        """Its embeddings [N, D] of the inputs that our backbone takes, L2-normalised."""
+
+    def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
+        """Its own preprocessing of raw items; None where it brings none."""
+        return None
+
+
+class OpenClipFormat(Format):
+    """`open_clip_config.json` and `open_clip_model.safetensors`, for `local-dir:FOLDER`."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.library = need("open_clip", "open_clip")
+        self.clip = subject.clip("open_clip")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Pictures, texts."""
+        return self.clip.image, self.clip.text
+
+    def write(self, folder: Path) -> None:
+        """One state dict: the picture's tower below `visual.`."""
+        from safetensors.torch import save_file
+
+        clip, scales = self.clip, self.subject.scales
+        options = clip.pictures
+        config = open_clip_config(
+            clip.vit.config,
+            clip.own.config,
+            size=options.size,
+            mean=options.mean,
+            std=options.std,
+            bias="logit_bias" in scales,
+        )
+        towers = clip.towers()
+        state = {f"visual.{name}": value for name, value in towers["image"].items()} | towers["text"] | scales
+        if "logit_scale" not in scales:
+            state["logit_scale"] = torch.tensor(1 / 0.07).log()
+            self.notes.append("no loss of the run learned a scale: logit_scale is CLIP's first value, log(1 / 0.07)")
+        save_file(
+            {name: value.float().contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors"
+        )
+        write_json(folder / "open_clip_config.json", config)
+
+    def open(self, folder: Path) -> None:
+        """As a user would."""
+        name = f"local-dir:{folder}"
+        with quiet():
+            self.model, _, self.preprocess = self.library.create_model_and_transforms(name)
+            self.tokenizer = self.library.get_tokenizer(name)
+        self.model.eval()
+
+    @torch.no_grad()
+    def embed(self, modality: str, x: Tensor) -> Tensor:
+        """Texts are padded to the context."""
+        if modality == self.clip.image:
+            return unit(self.model.encode_image(x))
+        return unit(self.model.encode_text(pad(x, (0, self.clip.own.config.context - x.shape[1]))))
+
+    def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
+        """Its transform, its tokenizer."""
+        if modality == self.clip.image:
+            return torch.stack([self.preprocess(item) for item in items])
+        found: Tensor = self.tokenizer(items)
+        return found
+
+
+class HfFormat(Format):
+    """A `CLIPModel` and a `CLIPProcessor`, as `save_pretrained` writes them."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.library = need("transformers", "hf")
+        self.bpe = need("open_clip.tokenizer", "hf")
+        self.clip = subject.clip("hf")
+        if not self.clip.vit.config.pre_norm:
+            raise UserError(
+                f"--to hf: backbone.{self.clip.image}.pre_norm is false; CLIPModel has a LayerNorm there. Try --to onnx"
+            )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Pictures, texts."""
+        return self.clip.image, self.clip.text
+
+    def write(self, folder: Path) -> None:
+        """Model, image processor and tokenizer."""
+        hf, clip = self.library, self.clip
+        image, text, scales = clip.vit.config, clip.own.config, self.subject.scales
+        common = {"projection_dim": image.dim}
+        config = hf.CLIPConfig(
+            vision_config=common
+            | {
+                "hidden_size": image.width,
+                "intermediate_size": int(image.width * image.mlp_ratio),
+                "num_hidden_layers": image.layers,
+                "num_attention_heads": image.heads,
+                "image_size": clip.pictures.size,
+                "patch_size": image.patch,
+                "hidden_act": image.activation,
+                "layer_norm_eps": image.norm_eps,
+            },
+            text_config=common
+            | {
+                "vocab_size": text.vocabulary,
+                "hidden_size": text.width,
+                "intermediate_size": int(text.width * text.mlp_ratio),
+                "num_hidden_layers": text.layers,
+                "num_attention_heads": text.heads,
+                "max_position_embeddings": text.context,
+                "hidden_act": text.activation,
+                "layer_norm_eps": 1e-5,
+                "bos_token_id": 49406,
+                "eos_token_id": 49407,
+                "pad_token_id": 49407,
+            },
+            **common,
+        )
+        with quiet():
+            model = hf.CLIPModel(config)
+            state = to_hf(clip.towers())
+            state["logit_scale"] = scales.get("logit_scale", torch.tensor(1 / 0.07).log())
+            if "logit_bias" in scales:
+                self.notes.append("CLIPModel has no bias: the run's logit_bias is left out")
+            model.load_state_dict(state)
+            model.save_pretrained(folder)
+            self._processor().save_pretrained(folder)
+
+    def _processor(self) -> Any:
+        hf, options = self.library, self.clip.pictures
+        tokens = self.bpe.SimpleTokenizer()  # CLIP's merges, which open_clip brings
+        vocabulary = dict(tokens.encoder)
+        vocabulary["<|startoftext|>"] = vocabulary.pop(next(k for k, v in tokens.encoder.items() if v == 49406))
+        vocabulary["<|endoftext|>"] = vocabulary.pop(next(k for k, v in tokens.encoder.items() if v == 49407))
+        merges = [pair for pair, _ in sorted(tokens.bpe_ranks.items(), key=lambda item: item[1])]
+        tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=self.clip.own.config.context)
+        pixels = hf.CLIPImageProcessor(
+            size={"shortest_edge": options.size},
+            crop_size={"height": options.size, "width": options.size},
+            image_mean=list(options.mean),
+            image_std=list(options.std),
+        )
+        return hf.CLIPProcessor(pixels, tokenizer)
+
+    def open(self, folder: Path) -> None:
+        """As a user would."""
+        with quiet():
+            self.model = self.library.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+            self.processor = self.library.CLIPProcessor.from_pretrained(folder, local_files_only=True)
+
+    @torch.no_grad()
+    def embed(self, modality: str, x: Tensor) -> Tensor:
+        """Its features, which transformers 5 wraps."""
+        if modality == self.clip.image:
+            found = self.model.get_image_features(pixel_values=x)
+        else:
+            found = self.model.get_text_features(input_ids=x)
+        return unit(found if isinstance(found, Tensor) else found.pooler_output)
+
+    def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
+        """Its processor."""
+        if modality == self.clip.image:
+            found = self.processor.image_processor(images=items, return_tensors="pt")["pixel_values"]
+        else:
+            found = self.processor.tokenizer(items, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+        assert isinstance(found, Tensor)
+        return found
+
+
+class Tower(nn.Module):
+    """A backbone's plain path: input [N, ...] -> embedding [N, D], L2-normalised."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One group of inputs, no tokens, nothing packed."""
+        pooled = self.backbone.encode(x, tokens=False, token_mask=None).pooled[0]  # type: ignore[operator]
+        return normalize(pooled, dim=-1)
+
+
+class OnnxFormat(Format):
+    """A file `MODALITY.onnx` for each tower, of any backbone whose plain path can be traced; the batch is dynamic."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__(subject)
+        self.library = need("onnxruntime", "onnx")
+        need("onnxscript", "onnx")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """All of the run."""
+        return self.subject.model.modalities
+
+    def write(self, folder: Path) -> None:
+        """Raises `UserError` for a tower that cannot be traced."""
+        told: dict[str, Any] = {}
+        for name in self.modalities:
+            tower = Tower(self.subject.model.backbone[name]).eval()
+            x = self.subject.inputs(name, self.subject.items(name))
+            sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
+            if not x.is_floating_point():
+                sizes[1] = torch.export.Dim("length")
+            inside = sum(p.numel() * p.element_size() for p in tower.parameters()) < MOST_INSIDE
+            try:
+                with quiet():
+                    torch.onnx.export(
+                        tower,
+                        (x,),
+                        str(folder / f"{name}.onnx"),
+                        dynamo=True,
+                        dynamic_shapes=(sizes,),
+                        input_names=[name],
+                        output_names=[f"{name}_embedding"],
+                        external_data=not inside,
+                        verbose=False,
+                    )
+            except Exception as error:
+                kind = self.subject.model.backbone[name].name  # type: ignore[union-attr]
+                raise UserError(
+                    f"--to onnx: backbone.{name} ({kind!r}) cannot be traced by torch.onnx: {_first_line(error)}"
+                ) from error
+            told[name] = {"file": f"{name}.onnx", "input": name, "output": f"{name}_embedding"} | self._about(name, x)
+        write_json(folder / "preprocess.json", told | {n: float(v) for n, v in self.subject.scales.items()})
+
+    def _about(self, name: str, x: Tensor) -> dict[str, Any]:
+        if not x.is_floating_point():
+            config: Any = self.subject.model.backbone[name].config
+            return {"dtype": "int64", "shape": ["batch", "length"], "context": getattr(config, "context", None)}
+        options: Any = self.subject.model.augment[name].config  # type: ignore[attr-defined]
+        resize = {"resize": "shorter side, bicubic; centre crop", "mean": options.mean, "std": options.std}
+        return {"dtype": "float32", "shape": ["batch", *x.shape[1:]]} | resize
+
+    def open(self, folder: Path) -> None:
+        """A session each, on the CPU."""
+        self.sessions = {
+            name: self.library.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
+            for name in self.modalities
+        }
+
+    def embed(self, modality: str, x: Tensor) -> Tensor:
+        """Whole, then one by one and by three: the parts must agree, or the batch is not dynamic."""
+        session = self.sessions[modality]
+
+        def run(part: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(None, {modality: part.numpy()})[0])
+
+        whole = run(x)
+        for size in (1, 3):
+            parts = torch.cat([run(part) for part in x.split(size)])
+            if not torch.allclose(parts, whole, atol=1e-5, rtol=0):
+                raise UserError(f"--to onnx: {modality}.onnx gives other embeddings in batches of {size}")
+        return whole
+
+
+FORMATS: dict[str, type[Format]] = {"open_clip": OpenClipFormat, "hf": HfFormat, "onnx": OnnxFormat}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Other libraries' progress bars, warnings and logs are not ours to show."""
+    import io
+    import logging
+    import warnings
+    from contextlib import redirect_stderr, redirect_stdout
+
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

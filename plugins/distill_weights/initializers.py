@@ -1,0 +1,214 @@
+"""Starting from other libraries' weights: a tower at a time, strictly, with what the source lacks told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill_core.components import ComponentConfig, Initializer, Loaded
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from distill_towers.clip_text import ClipText
+from distill_towers.contrastive import ContrastiveLoss
+from distill_towers.vit import VisionTransformer, position_map
+from distill_weights.files import StateDict, read_folder, read_json, read_state_dict
+from distill_weights.layouts import Source, from_hf, from_open_clip, from_timm
+
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+HF_FILES = ("model.safetensors", "pytorch_model.bin")
+OURS = {"image": VisionTransformer, "text": ClipText}
+NEW = ("more_class_embeddings", "mask_token")
+"""Parameters of our towers that no source has."""
+
+
+class TowersConfig(ComponentConfig):
+    """Where weights come from, and which towers take them."""
+
+    source: str
+    """The file or folder."""
+    image: str | None = "image"
+    """The modality whose backbone (`vit`) takes the picture tower; null leaves that tower out."""
+    text: str | None = "text"
+    """The modality whose backbone (`clip_text`) takes the text tower; null leaves that tower out."""
+
+
+class Towers(Initializer):
+    """Base: reads a `Source` and puts its towers into the student; the teacher starts from the student."""
+
+    config: Any
+
+    def read(self) -> Source:
+        """The source's towers. Raises `UserError`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def apply(self, objective: Objective) -> Loaded:
+        """Raises `UserError` with all that does not fit; loads nothing then."""
+        source = self.read()
+        own = dict(objective.named_parameters())
+        given: dict[str, Tensor] = {}
+        problems: list[str] = []
+        notes: list[str] = []
+        for tower in ("image", "text"):
+            name = getattr(self.config, tower, None)
+            if name is None:
+                continue
+            module = dict(objective.backbone.items()).get(name)
+            if type(module) is not OURS[tower]:
+                found = "not there" if module is None else f"`{module.name}`"
+                problems.append(
+                    f"backbone.{name} is {found}; the {tower} tower goes into `{OURS[tower].name}` "
+                    f"(`{tower}: null` in this init leaves it out)"
+                )
+                continue
+            fitted, wrong, said = fit(module, source, tower, f"backbone.{name}")
+            given |= {f"backbone.{name}.{key}": value for key, value in fitted.items()}
+            problems += wrong
+            notes += said
+        if problems:
+            shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
+            raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(shown))
+        if not given:
+            raise UserError(f"init: {source.what}: every tower is left out, so there is nothing to load")
+        given |= _scales(objective, source)
+        for name, value in given.items():
+            own[name].copy_(value)
+        fresh = _parts(name for name in own if name not in given and not name.startswith("teacher."))
+        if fresh:
+            notes.append(f"not in it, so new here: {', '.join(fresh)}")
+        return Loaded("; ".join([f"{source.what}: {len(given)} tensors", *notes]), frozenset(given))
+
+
+def fit(module: nn.Module, source: Source, tower: str, path: str) -> tuple[StateDict, list[str], list[str]]:
+    """(tensors for the module, what is wrong, what to tell) of one tower of the source."""
+    config: Any = module.config
+    state, own = dict(source.towers[tower]), dict(module.named_parameters())
+    notes: list[str] = []
+    problems = [
+        f"{path}.{option} is {getattr(config, option)}, the source was trained with {value}: set {option}: {value}"
+        for option, value in source.said[tower].items()
+        if hasattr(config, option) and getattr(config, option) != value
+    ]
+    unsaid = [option for option in ("heads", "activation") if option not in source.said[tower]]
+    if tower == "text" and source.said[tower].get("norm_eps", 1e-5) != 1e-5:
+        problems.append(f"{path}: the source's LayerNorms add {source.said[tower]['norm_eps']}, `clip_text`'s 1e-05")
+    if unsaid and state:
+        notes.append(f"it does not say {' and '.join(unsaid)} of {tower}: as the recipe has them")
+    if "positional_embedding" in state:
+        try:
+            state["positional_embedding"], line = _positions(state["positional_embedding"], config, tower)
+            notes += line
+        except ValueError as error:
+            problems.append(f"{path}.{error}")
+            del state["positional_embedding"], own["positional_embedding"]
+    optional = (*NEW, "proj", "text_projection")
+    problems += [f"{path}.{key}: missing in it" for key in own if key not in state and key not in optional]
+    problems += [f"{key}: not in {path}" for key in state if key not in own]
+    problems += [
+        f"{path}.{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
+        for key, value in state.items()
+        if key in own and value.shape != own[key].shape
+    ]
+    return state, problems, notes
+
+
+def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str]]:
+    """Position embeddings of this tower's size, and what to tell. Raises ValueError where there are none to make."""
+    count = len(table)
+    if tower == "text":
+        if count < config.context:
+            raise ValueError(f"context is {config.context}, the source has {count} positions")
+        return table[: config.context], [
+            f"{config.context} of {count} text positions"
+        ] if count > config.context else []
+    old, new = round((count - 1) ** 0.5), config.image_size // config.patch
+    if old * old + 1 != count:
+        raise ValueError(f"positional_embedding: the source's {count} positions are no square and a class token")
+    if old == new:
+        return table, []
+    resized = (position_map(old, new, new) @ table[1:].double()).to(table.dtype)
+    return torch.cat([table[:1], resized]), [f"image positions resized from {old} x {old} to {new} x {new}"]
+
+
+def _scales(objective: Objective, source: Source) -> dict[str, Tensor]:
+    """The learned scale (and bias) goes to the first contrastive loss, where the source has one."""
+    for id, loss in objective.loss.items():
+        if isinstance(loss, ContrastiveLoss):
+            mine = dict(loss.named_parameters())
+            return {f"loss.{id}.{k}": v.reshape(()) for k, v in source.scale.items() if k in mine and v.numel() == 1}
+    return {}
+
+
+def _parts(names: Any) -> list[str]:
+    """Parameters by the part of the recipe they belong to, in order: `fusion`, `loss.ID`, `backbone.NAME.PARAMETER`."""
+    depth = {"fusion": 2, "loss": 2, "backbone": 3}
+    return list(dict.fromkeys(".".join(name.split(".")[: depth.get(name.split(".")[0], 1)]) for name in names))
+
+
+class OpenClip(Towers):
+    """Start from CLIP weights of open_clip or OpenAI: a file of a state dict, or a folder with `open_clip_config.json`.
+
+    The learned scale goes to the first contrastive loss. Both towers must have the recipe's shapes; position
+    embeddings of another picture size are resized, further text positions cut.
+    """
+
+    name = "open_clip"
+    Config = TowersConfig
+    examples = ({"source": "no-such-file.pt"},)
+
+    def read(self) -> Source:
+        """A file's tensors; a folder's config as well."""
+        path = Path(self.config.source)
+        if not path.is_dir():
+            return from_open_clip(read_state_dict(path), None, str(path))
+        config = read_json(path / "open_clip_config.json").get("model_cfg")
+        if not isinstance(config, dict):
+            raise UserError(f"init: {path}/open_clip_config.json: has no `model_cfg`")
+        return from_open_clip(read_folder(path, OPEN_CLIP_FILES), config, str(path))
+
+
+class HfClip(Towers):
+    """Start from a folder that `save_pretrained` of a Hugging Face `CLIPModel` wrote: config.json, model.safetensors.
+
+    As `open_clip` otherwise.
+    """
+
+    name = "hf_clip"
+    Config = TowersConfig
+    examples = ({"source": "no-such-folder"},)
+
+    def read(self) -> Source:
+        """The folder's tensors and config."""
+        path = Path(self.config.source)
+        if not path.is_dir():
+            raise UserError(f"init: {path}: no such folder")
+        return from_hf(read_folder(path, HF_FILES), read_json(path / "config.json"), str(path))
+
+
+class TimmVitConfig(ComponentConfig):
+    """A Vision Transformer's weights, and the tower that takes them."""
+
+    source: str
+    """A `.safetensors` or torch file of a state dict."""
+    image: str = "image"
+    """The modality whose backbone (`vit`) takes them."""
+    key: str | None = None
+    """The state dict that is taken where the file holds several, as `teacher` of DINO's full checkpoints."""
+
+
+class TimmVit(Towers):
+    """Start the picture tower from a ViT of timm or DINO; the projection to the embedding is new.
+
+    Those have no LayerNorm in front: `vit` wants `pre_norm: false` and `norm_eps: 1e-6`.
+    """
+
+    name = "timm_vit"
+    Config = TimmVitConfig
+    examples = ({"source": "no-such-file.pt"},)
+
+    def read(self) -> Source:
+        """The file's tensors."""
+        return from_timm(read_state_dict(Path(self.config.source), self.config.key), self.config.source)

@@ -1,0 +1,281 @@
+"""Names of the same tensors in open_clip (OpenAI's too), Hugging Face CLIP and timm, and what their configs say.
+
+The layout in the middle is open_clip's: `visual.*` for the picture's tower, the text's tower bare. Our `vit` and
+`clip_text` name their parameters the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.errors import UserError
+from distill_weights.files import StateDict
+
+IMAGE = "visual."
+TEXT_PARTS = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
+SCALES = ("logit_scale", "logit_bias")
+OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
+"""Scalars that the state dicts of OpenAI's archives hold beside the weights."""
+
+
+@dataclass
+class Source:
+    """Towers in our parameters' names, and what the source says that tensors do not show (option -> value)."""
+
+    what: str
+    towers: dict[str, StateDict] = field(default_factory=lambda: {"image": {}, "text": {}})
+    scale: dict[str, Tensor] = field(default_factory=dict)
+    said: dict[str, dict[str, Any]] = field(default_factory=lambda: {"image": {}, "text": {}})
+
+
+def from_open_clip(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, what: str) -> Source:
+    """A state dict of open_clip or OpenAI, with open_clip's `model_cfg` where there is one. Raises `UserError`."""
+    source = Source(what)
+    openai = any(mark in state for mark in OPENAI_MARKS)
+    unknown = []
+    for key, value in state.items():
+        name = key.removeprefix("text.") if key.startswith("text.") else key
+        if key in OPENAI_MARKS or key.endswith("attn_mask"):
+            continue
+        if key.startswith(IMAGE):
+            source.towers["image"][key.removeprefix(IMAGE)] = value
+        elif name in SCALES:
+            source.scale[name] = value
+        elif name.startswith(TEXT_PARTS):
+            source.towers["text"][name] = value
+        else:
+            unknown.append(key)
+    if unknown:
+        raise UserError(f"init: {what}: {unknown[0]} is no tensor of a CLIP with two transformers")
+    if "layer1.0.conv1.weight" in source.towers["image"]:
+        raise UserError(f"init: {what}: its picture tower is a ResNet; `vit` takes Vision Transformers only")
+    if openai:
+        source.said = {tower: {"activation": "quick_gelu"} for tower in source.said}
+        for tower, part in source.towers.items():
+            source.said[tower]["heads"] = _width(part) // 64
+    if config is not None:
+        source.said = _said_by_open_clip(config, what)
+    return source
+
+
+def _width(tower: Mapping[str, Tensor]) -> int:
+    return int(tower["positional_embedding"].shape[1]) if "positional_embedding" in tower else 0
+
+
+_KNOWN = {
+    "image": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre", "norm_kwargs",
+              "patch_dropout", "output_tokens"},
+    "text": {"layers", "width", "heads", "mlp_ratio", "context_length", "vocab_size", "output_tokens",
+             "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"},
+}  # fmt: skip
+_USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "block_type": ("default",), "attn_pooler_queries":
+          (256,), "attn_pooler_heads": (8,), "pos_embed_type": ("learnable",)}  # fmt: skip
+
+
+def _said_by_open_clip(config: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    image, text = dict(config.get("vision_cfg") or {}), dict(config.get("text_cfg") or {})
+    for name, part in (("image", image), ("text", text)):
+        for key, value in part.items():
+            if value and key not in _KNOWN[name] and value not in _USUAL.get(key, ()):
+                section = "vision_cfg" if name == "image" else "text_cfg"
+                raise UserError(f"init: {what}: {section}.{key} is {value!r}; the built-in towers have no such thing")
+    activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
+    norm = image.get("norm_kwargs") or {}
+    return {
+        "image": {
+            "activation": activation,
+            "heads": image.get("width", 768) // image.get("head_width", 64),
+            "pre_norm": not image.get("no_ln_pre", False),
+            "norm_eps": norm.get("eps", 1e-5),
+        },
+        "text": {"activation": activation, "heads": text.get("heads", 8)},
+    }
+
+
+def open_clip_config(
+    image: Any, text: Any, *, size: int, mean: tuple[float, ...], std: tuple[float, ...], bias: bool
+) -> dict[str, Any]:
+    """`open_clip_config.json` of our towers' configs. Raises `UserError` for what open_clip has no option for."""
+    if image.activation != text.activation:
+        raise UserError(
+            f"open_clip has one activation for both towers; activation is {image.activation} and {text.activation}"
+        )
+    vision: dict[str, Any] = {
+        "image_size": size,
+        "patch_size": image.patch,
+        "width": image.width,
+        "layers": image.layers,
+        "head_width": image.width // image.heads,
+        "mlp_ratio": image.mlp_ratio,
+    }
+    if not image.pre_norm:
+        vision["no_ln_pre"] = True
+    if image.norm_eps != 1e-5:
+        vision["norm_kwargs"] = {"eps": image.norm_eps}
+    model: dict[str, Any] = {
+        "embed_dim": image.dim,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": text.context,
+            "vocab_size": text.vocabulary,
+            "width": text.width,
+            "heads": text.heads,
+            "layers": text.layers,
+            "mlp_ratio": text.mlp_ratio,
+        },
+        "quick_gelu": image.activation == "quick_gelu",
+    }
+    if bias:
+        model["init_logit_bias"] = 0.0
+    preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+Names = dict[str, tuple[str, ...]]
+"""Our name -> theirs; of several, ours is theirs one below the other."""
+
+
+def _blocks(layers: int, theirs: str, parts: Mapping[str, str], attention: tuple[str, ...]) -> Names:
+    """Names of the blocks: `parts` are modules with weight and bias, `attention` what makes our `attn.in_proj`."""
+    names: Names = {}
+    for i in range(layers):
+        block, other = f"transformer.resblocks.{i}", f"{theirs}.{i}"
+        for kind in ("weight", "bias"):
+            names[f"{block}.attn.in_proj_{kind}"] = tuple(f"{other}.{part}.{kind}" for part in attention)
+            names |= {f"{block}.{ours}.{kind}": (f"{other}.{part}.{kind}",) for ours, part in parts.items()}
+    return names
+
+
+def _norm(ours: str, theirs: str) -> Names:
+    return {f"{ours}.{kind}": (f"{theirs}.{kind}",) for kind in ("weight", "bias")}
+
+
+def _layers(state: Iterable[str], start: str) -> int:
+    """How many blocks there are, from names such as `START3.`."""
+    return len({key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)})
+
+
+def _take(state: Mapping[str, Tensor], names: Names) -> tuple[StateDict, set[str]]:
+    """What of `names` the state holds whole, in our names; the keys that were used."""
+    taken = {ours: theirs for ours, theirs in names.items() if all(key in state for key in theirs)}
+    used = {key for theirs in taken.values() for key in theirs}
+    return {ours: torch.cat([state[key] for key in theirs]) for ours, theirs in taken.items()}, used
+
+
+def _hf_names(tower: str, layers: int) -> Names:
+    names = _blocks(
+        layers,
+        "encoder.layers",
+        {
+            "ln_1": "layer_norm1",
+            "ln_2": "layer_norm2",
+            "attn.out_proj": "self_attn.out_proj",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+        },
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    )
+    names["positional_embedding"] = ("embeddings.position_embedding.weight",)
+    if tower == "text":
+        return (
+            names
+            | {"token_embedding.weight": ("embeddings.token_embedding.weight",)}
+            | _norm("ln_final", "final_layer_norm")
+        )
+    names |= {
+        "class_embedding": ("embeddings.class_embedding",),
+        "conv1.weight": ("embeddings.patch_embedding.weight",),
+    }
+    return names | _norm("ln_pre", "pre_layrnorm") | _norm("ln_post", "post_layernorm")
+
+
+_HF_PROJECTIONS = {"image": ("visual_projection.weight", "proj"), "text": ("text_projection.weight", "text_projection")}
+
+
+def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Source:
+    """The state dict and config of a Hugging Face `CLIPModel`. Raises `UserError`."""
+    if config.get("model_type") != "clip":
+        raise UserError(f"init: {what}: config.json says model_type {config.get('model_type')!r}, not 'clip'")
+    source = Source(what, scale={name: state[name] for name in SCALES if name in state})
+    used = set(source.scale)
+    for tower, prefix, section, heads in (
+        ("image", "vision_model.", "vision_config", 12),
+        ("text", "text_model.", "text_config", 8),
+    ):
+        part, own = source.towers[tower], config.get(section) or {}
+        mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        found, keys = _take(mine, _hf_names(tower, _layers(mine, "encoder.layers.")))
+        part |= found
+        used |= {prefix + key for key in keys}
+        theirs, ours = _HF_PROJECTIONS[tower]
+        if theirs in state:
+            part[ours] = state[theirs].T
+            used.add(theirs)
+        source.said[tower] = {
+            "activation": own.get("hidden_act", "quick_gelu"),
+            "heads": own.get("num_attention_heads", heads),
+            "norm_eps": own.get("layer_norm_eps", 1e-5),
+            "pre_norm": True,
+        }
+    unknown = [key for key in state if key not in used and not key.endswith("position_ids")]
+    if unknown:
+        raise UserError(f"init: {what}: {unknown[0]} is no tensor of a CLIPModel")
+    return source
+
+
+def to_hf(towers: Mapping[str, Mapping[str, Tensor]]) -> StateDict:
+    """Our `image` and `text` tower's tensors under the names of a `CLIPModel`."""
+    state: StateDict = {}
+    for tower, prefix in (("image", "vision_model."), ("text", "text_model.")):
+        mine, (projection, ours) = dict(towers[tower]), _HF_PROJECTIONS[tower]
+        state[projection] = mine.pop(ours).T
+        for name, theirs in _hf_names(tower, _layers(mine, "transformer.resblocks.")).items():
+            parts = mine.pop(name).chunk(len(theirs))
+            state |= {prefix + key: value for key, value in zip(theirs, parts, strict=True)}
+        assert not mine, sorted(mine)
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
+    """A Vision Transformer of timm, or DINO's (the same names); the classification head is left. Raises `UserError`.
+
+    The patches' bias goes into the position embeddings: it is added at the same place, and resizing keeps constants.
+    """
+    own = {key.removeprefix("backbone."): value for key, value in state.items()}
+    own = {key: value for key, value in own.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
+    names = _blocks(
+        _layers(own, "blocks."),
+        "blocks",
+        {
+            "ln_1": "norm1",
+            "ln_2": "norm2",
+            "attn.out_proj": "attn.proj",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+        },
+        ("attn.qkv",),
+    )
+    names |= {"conv1.weight": ("patch_embed.proj.weight",)} | _norm("ln_pre", "norm_pre") | _norm("ln_post", "norm")
+    image, used = _take(own, names)
+    used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token"}
+    unknown = [key for key in own if key not in used]
+    lacking = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight") if key not in own]
+    if unknown or lacking:
+        word = f"{unknown[0]} is" if unknown else f"without {lacking[0]} it is"
+        raise UserError(
+            f"init: {what}: {word} nothing that `vit` has; use the backbone {{name: timm, model: ..., checkpoint: ...}}"
+        )
+    table = own["pos_embed"][0].clone()
+    if "patch_embed.proj.bias" in own:
+        table[1:] += own["patch_embed.proj.bias"]
+    image |= {"class_embedding": own["cls_token"].flatten(), "positional_embedding": table}
+    plain = "norm_pre.weight" not in own
+    said = {"heads": table.shape[1] // 64, "pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}
+    source = Source(what, {"image": image, "text": {}})
+    source.said["image"] = said | ({"activation": "gelu"} if plain else {})
+    return source

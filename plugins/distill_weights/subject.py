@@ -1,0 +1,150 @@
+"""What is exported: a run's towers, their preprocessing, the learned scale, and samples to compare embeddings on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from distill_core.components import Backbone
+from distill_core.errors import UserError
+from distill_core.model import Model, load_model
+from distill_towers.captions import CaptionAugmentation
+from distill_towers.clip_text import ClipText
+from distill_towers.pictures import PictureAugmentation
+from distill_towers.vit import VisionTransformer
+
+TEXTS = (
+    "a red bird",
+    "",
+    "Two old boats, by the SEA; one is blue.",
+    "don't!",
+    "a small house with a green door, a river behind it and three white trees in front " * 8,
+    "naïve café, 3 €",
+)
+"""Of none to more words than a context holds."""
+
+
+@dataclass
+class Subject:
+    """One side of a run."""
+
+    run: Path
+    model: Model
+    teacher: bool
+    step: int
+    recipe: dict[str, Any]
+    scales: dict[str, Tensor]
+    """`logit_scale` and `logit_bias` of the first loss that has one."""
+    left_out: list[str] = field(default_factory=list)
+    """Parts of the run that are no tower."""
+
+    @classmethod
+    def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
+        """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
+        from distill_core.checkpoint import Checkpoints
+        from distill_core.model import run_recipe
+        from distill_core.registry import Registry
+
+        recipe = run_recipe(run, Registry.discover())
+        model = load_model(run, teacher=teacher, checkpoint=checkpoint)
+        kept = Checkpoints(run).read(checkpoint)
+        state: dict[str, Tensor] = kept["objective"]
+        scales: dict[str, Tensor] = {}
+        for node in recipe.loss:
+            own = {
+                k: state[f"loss.{node.id}.{k}"] for k in ("logit_scale", "logit_bias") if f"loss.{node.id}.{k}" in state
+            }
+            scales = scales or {name: value.float().reshape(()) for name, value in own.items()}
+        left_out = [f"fusion ({recipe.fusion.cls.name})"] if recipe.fusion is not None else []
+        return cls(run, model, teacher, int(kept["step"]), recipe.to_dict(), scales, left_out)
+
+    @property
+    def side(self) -> str:
+        """`student` or `teacher`."""
+        return "teacher" if self.teacher else "student"
+
+    def items(self, modality: str) -> list[Any]:
+        """Samples of a modality: drawn pictures of several sides, or texts of several lengths. Raises `UserError`."""
+        augmentation = self.model.augment[modality]
+        if isinstance(augmentation, PictureAugmentation):
+            return pictures(augmentation.config.size)
+        if isinstance(augmentation, CaptionAugmentation):
+            return list(TEXTS)
+        raise UserError(f"{modality}: {augmentation.name!r} is no augmentation of pictures or captions")
+
+    def inputs(self, modality: str, items: list[Any]) -> Tensor:
+        """The backbone's input [N, ...] of the items, as evaluation makes it."""
+        views = [[self.model.augment[modality].plain(item)] for item in items]
+        return self.model.collators[modality](views, [0] * len(views)).groups[0].x[0]
+
+    def embed(self, modality: str, items: list[Any]) -> Tensor:
+        """The run's own embeddings [N, D], L2-normalised."""
+        return self.model.encode(modality, items)
+
+    def clip(self, to: str) -> Clip:
+        """Its towers, where they are CLIP's. Raises `UserError` that names what the layout cannot hold."""
+        image, text = (self._only(kind, to) for kind in (VisionTransformer, ClipText))
+        vit: Any = self.model.backbone[image]
+        own: Any = self.model.backbone[text]
+        if vit.config.class_tokens > 1:
+            raise UserError(f"--to {to}: backbone.{image}.class_tokens is {vit.config.class_tokens}; CLIP has one")
+        if vit.config.dim != own.config.dim:
+            raise UserError(
+                f"--to {to}: backbone.{image}.dim is {vit.config.dim}, backbone.{text}.dim {own.config.dim}"
+            )
+        augmentation = self.model.augment[image]
+        if not isinstance(augmentation, PictureAugmentation):
+            raise UserError(f"--to {to}: augment.{image} is {augmentation.name!r}, whose preprocessing is not known")
+        return Clip(image, text, vit, own, augmentation.config)
+
+    def _only(self, kind: type[Backbone], to: str) -> str:
+        names = [name for name, module in self.model.backbone.items() if type(module) is kind]
+        if len(names) != 1:
+            has = ", ".join(f"backbone.{name} {module.name!r}" for name, module in self.model.backbone.items())
+            raise UserError(
+                f"--to {to} holds one {kind.name!r} beside another tower; this run has {has}. Try --to onnx"
+            )
+        return names[0]
+
+
+@dataclass
+class Clip:
+    """A `vit` and a `clip_text`: their modalities, modules, and the options of the pictures' augmentation."""
+
+    image: str
+    text: str
+    vit: Any
+    own: Any
+    pictures: Any
+
+    @torch.no_grad()
+    def towers(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of both, by `image` and `text`; positions are those of the evaluated picture's size."""
+        side = self.pictures.size // self.vit.config.patch
+        image = {name: value.detach() for name, value in self.vit.state_dict().items() if name != "mask_token"}
+        image["positional_embedding"] = self.vit.positions(side, side).detach()
+        return {"image": image, "text": {name: value.detach() for name, value in self.own.state_dict().items()}}
+
+
+def pictures(size: int) -> list[Image.Image]:
+    """Pictures of colour gradients and noise: of the towers' size, larger, smaller, and not square."""
+    rng, found = np.random.default_rng(0), []
+    for width, height in ((size, size), (2 * size, 2 * size), (size // 2 + 1, size // 2 + 1), (3 * size, 2 * size)):
+        ramp = np.stack(np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height)), -1)
+        colours = (
+            ramp @ rng.uniform(-200, 200, (2, 3)) + rng.uniform(60, 200, 3) + rng.normal(0, 12, (height, width, 3))
+        )
+        found.append(Image.fromarray(colours.clip(0, 255).astype(np.uint8)))
+    return found
+
+
+def unit(x: Tensor) -> Tensor:
+    """[N, D] / its length, fp32."""
+    return normalize(x.detach().float(), dim=-1)

@@ -25,6 +25,11 @@ def read_state_dict(path: Path, key: str | None = None) -> StateDict:
     """
     if not path.is_file():
         raise UserError(f"init: {path}: no such file")
+    if _is_torchscript(path):
+        raise UserError(
+            f"init: {path}: a TorchScript archive, which is code. Save what it holds first, where you trust it: "
+            "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -33,11 +38,6 @@ def read_state_dict(path: Path, key: str | None = None) -> StateDict:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if _is_torchscript(path):
-            raise UserError(
-                f"init: {path}: a TorchScript archive, which is code. Save what it holds first, where you trust it: "
-                "torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), NEW)"
-            ) from error
         raise UserError(f"init: {path}: cannot be loaded: {error}") from error
     if isinstance(found, dict) and key is not None:
         if not isinstance(found.get(key), dict):

@@ -69,8 +69,7 @@ class Towers(Initializer):
             problems += wrong
             notes += said
         if problems:
-            shown = problems[:12] + ([f"... and {len(problems) - 12} more"] if len(problems) > 12 else [])
-            raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(shown))
+            raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(problems))
         if not given:
             raise UserError(f"init: {source.what}: every tower is left out, so there is nothing to load")
         given |= _scales(objective, source)
@@ -105,14 +104,21 @@ def fit(module: nn.Module, source: Source, tower: str, path: str) -> tuple[State
             problems.append(f"{path}.{error}")
             del state["positional_embedding"], own["positional_embedding"]
     optional = (*NEW, "proj", "text_projection")
-    problems += [f"{path}.{key}: missing in it" for key in own if key not in state and key not in optional]
-    problems += [f"{key}: not in {path}" for key in state if key not in own]
-    problems += [
-        f"{path}.{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
-        for key, value in state.items()
-        if key in own and value.shape != own[key].shape
-    ]
+    problems += _some([f"{path}.{key}: missing in it" for key in own if key not in state and key not in optional])
+    problems += _some([f"{key}: not in {path}" for key in state if key not in own])
+    problems += _some(
+        [
+            f"{path}.{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and value.shape != own[key].shape
+        ]
+    )
     return state, problems, notes
+
+
+def _some(lines: list[str], most: int = 4) -> list[str]:
+    """A few of a kind: what is missing shows beside what is unknown."""
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more like it"]
 
 
 def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str]]:

@@ -1,0 +1,194 @@
+"""Weights of other libraries: our towers then compute what the library's own model computes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill_core.components import Loaded
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from distill_core.registry import Registry
+from distill_core.types import Group, Views
+from tests.weights.conftest import objective
+
+QUICK = ("backbone.image.activation=quick_gelu", "backbone.text.activation=quick_gelu")
+CLIP_64 = (
+    "backbone.image={name: vit, image_size: 16, patch: 4, width: 128, layers: 2, heads: 2, dim: 10}",
+    "backbone.text={name: clip_text, width: 64, layers: 2, heads: 1, dim: 10}",
+)
+"""Heads of width 64, as the files of OpenAI imply."""
+IDS = torch.tensor([[49406, 320, 4558, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0], [49406, 7, 8, 9, 10, 49407]])
+
+
+def scatter(module: nn.Module) -> Any:
+    """Every parameter random."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    return module.eval()
+
+
+def apply(registry: Registry, built: Objective, name: str, **options: Any) -> Loaded:
+    cls = registry.get("init", name).cls
+    loaded: Loaded = cls(cls.Config(**options)).apply(built)
+    return loaded
+
+
+def pooled(built: Objective, modality: str, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = built.backbone[modality](Views([Group(x[None])])).pooled[0]
+    return found
+
+
+def open_clip_model(quick: bool, size: int = 16, context: int = 77) -> Any:
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": size, "patch_size": 4, "width": 128, "layers": 2, "head_width": 64}
+    text = {"context_length": context, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    return scatter(open_clip.model.CLIP(10, vision, text, quick_gelu=quick))
+
+
+def test_openai(registry: Registry, tmp_path: Path) -> None:
+    """Their state dicts are half precision, hold three sizes, and were trained with QuickGELU."""
+    model = open_clip_model(quick=True).half().float()
+    sizes = {
+        "input_resolution": torch.tensor(16),
+        "context_length": torch.tensor(77),
+        "vocab_size": torch.tensor(49408),
+    }
+    torch.save({k: v.half() for k, v in model.state_dict().items()} | sizes, tmp_path / "openai.pt")
+    built = objective(registry, *CLIP_64, *QUICK)
+    loaded = apply(registry, built, "open_clip", source=str(tmp_path / "openai.pt"))
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(built, "image", x), model.encode_image(x), rtol=1e-4, atol=1e-4)
+        padded = torch.nn.functional.pad(IDS, (0, 71))
+        torch.testing.assert_close(pooled(built, "text", IDS), model.encode_text(padded), rtol=1e-4, atol=1e-4)
+    scale = built.loss["contrastive"].get_parameter("logit_scale")
+    assert float(scale) == pytest.approx(model.logit_scale.item(), rel=1e-3)
+    assert "does not say" not in loaded.line
+    with pytest.raises(UserError, match="set activation: quick_gelu"):
+        apply(registry, objective(registry, *CLIP_64), "open_clip", source=str(tmp_path / "openai.pt"))
+
+
+def test_open_clip_checkpoints_of_another_size(registry: Registry, tmp_path: Path) -> None:
+    """As training writes them: nested, `module.` in front. Positions are resized and cut, and the line says so."""
+    model = open_clip_model(quick=False, size=24)
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
+    built = objective(registry, *CLIP_64, "backbone.text.context=9")
+    loaded = apply(registry, built, "open_clip", source=str(tmp_path / "epoch_3.pt"))
+    assert "image positions resized from 6 x 6 to 4 x 4" in loaded.line
+    assert "9 of 77 text positions" in loaded.line
+    assert "it does not say heads and activation of text: as the recipe has them" in loaded.line
+    table = built.backbone["image"].get_parameter("positional_embedding")
+    whole = model.visual.positional_embedding[1:].reshape(1, 6, 6, 128).permute(0, 3, 1, 2)
+    resized = nn.functional.interpolate(whole, scale_factor=4.1 / 6, mode="bicubic", recompute_scale_factor=False)
+    torch.testing.assert_close(table[1:], resized[0].flatten(1).T, rtol=1e-4, atol=1e-5)
+    assert torch.equal(table[0], model.visual.positional_embedding[0])
+    with torch.no_grad():
+        padded = torch.nn.functional.pad(IDS, (0, 71))
+        torch.testing.assert_close(pooled(built, "text", IDS), model.encode_text(padded), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="context is 90, the source has 77"):
+        apply(
+            registry, objective(registry, *CLIP_64, "backbone.text.context=90"), "open_clip",
+            source=str(tmp_path / "epoch_3.pt"),
+        )  # fmt: skip
+
+
+def test_one_tower_alone(registry: Registry, tmp_path: Path) -> None:
+    model = open_clip_model(quick=False)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    built = objective(registry, CLIP_64[1], "backbone.image.width=24")
+    before = built.backbone["image"].get_parameter("proj").clone()
+    loaded = apply(registry, built, "open_clip", source=str(tmp_path / "w.pt"), image=None)
+    assert not any(name.startswith("backbone.image") for name in loaded.names)
+    assert torch.equal(built.backbone["image"].get_parameter("proj"), before)
+    assert torch.equal(built.backbone["text"].get_parameter("text_projection"), model.text_projection)
+
+
+def test_nothing_is_loaded_where_something_is_wrong(registry: Registry, tmp_path: Path) -> None:
+    model = open_clip_model(quick=False)
+    state = model.state_dict()
+    del state["ln_final.weight"]
+    torch.save(state, tmp_path / "w.pt")
+    built = objective(registry, *CLIP_64, "backbone.image.layers=1", "backbone.image.dim=10")
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        apply(registry, built, "open_clip", source=str(tmp_path / "w.pt"))
+    assert "backbone.text.ln_final.weight: missing in it" in str(caught.value)
+    assert "transformer.resblocks.1.ln_1.weight: not in backbone.image" in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items())
+
+
+def test_hugging_face(registry: Registry, tmp_path: Path) -> None:
+    """A CLIPModel of random weights, in a folder of two parts; what its config says is held against the recipe."""
+    hf = pytest.importorskip("transformers")
+    vision = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 72, "num_attention_heads": 3,
+              "num_hidden_layers": 2, "hidden_act": "gelu", "projection_dim": 10}  # fmt: skip
+    text = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+            "hidden_act": "gelu", "projection_dim": 10}  # fmt: skip
+    model = scatter(hf.CLIPModel(hf.CLIPConfig(vision_config=vision, text_config=text, projection_dim=10)))
+    model.save_pretrained(tmp_path / "clip", max_shard_size="2MB")
+    assert (tmp_path / "clip/model.safetensors.index.json").is_file(), "one part: the index was not tested"
+    built = objective(registry)
+    apply(registry, built, "hf_clip", source=str(tmp_path / "clip"))
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        found = model(pixel_values=x, input_ids=IDS)
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(unit(pooled(built, "image", x), dim=-1), found.image_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(unit(pooled(built, "text", IDS), dim=-1), found.text_embeds, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "clip/config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 6
+    config["text_config"]["layer_norm_eps"] = 1e-3
+    (tmp_path / "clip/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="heads is 3, the source was trained with 6") as caught:
+        apply(registry, built, "hf_clip", source=str(tmp_path / "clip"))
+    assert "LayerNorms add 0.001" in str(caught.value)
+
+
+def test_timm(registry: Registry, tmp_path: Path) -> None:
+    """A ViT of timm: its class token is ours, in spite of the patches' bias and the missing first LayerNorm."""
+    timm = pytest.importorskip("timm")
+    model = scatter(
+        timm.models.vision_transformer.VisionTransformer(
+            img_size=16, patch_size=4, embed_dim=128, depth=2, num_heads=2, num_classes=5
+        )
+    )
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "dino.pth")
+    overrides = ("backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-6")
+    built = objective(registry, *CLIP_64, *overrides)
+    loaded = apply(registry, built, "timm_vit", source=str(tmp_path / "dino.pth"), key="teacher")
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        ours = built.backbone["image"](Views([Group(x[None])]), need=(0,))
+        theirs = model.forward_features(x)
+    torch.testing.assert_close(ours.class_tokens[0, :, 0], theirs[:, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.tokens[0], theirs[:, 1:], rtol=1e-4, atol=1e-4)
+    assert "new here: backbone.image.proj, " in loaded.line
+    with pytest.raises(UserError, match="set pre_norm: False"):
+        apply(registry, objective(registry, *CLIP_64), "timm_vit", source=str(tmp_path / "dino.pth"), key="teacher")
+    with pytest.raises(UserError, match="holds no state dict 'student'"):
+        apply(registry, built, "timm_vit", source=str(tmp_path / "dino.pth"), key="student")
+
+
+def test_files_that_are_not_what_they_should_be(registry: Registry, tmp_path: Path) -> None:
+    built = objective(registry)
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "archive.pt")
+    torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
+    torch.save({"visual.layer1.0.conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pt")
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    for name, message in (
+        ("archive.pt", "a TorchScript archive, which is code"),
+        ("other.pt", "is no tensor of a CLIP"),
+        ("resnet.pt", "its picture tower is a ResNet"),
+        ("junk.safetensors", "cannot be loaded"),
+        ("nowhere.pt", "no such file"),
+        (".", "open_clip_config.json: cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            apply(registry, built, "open_clip", source=str(tmp_path / name))

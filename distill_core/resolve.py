@@ -17,7 +17,7 @@ from torch import nn
 from distill_core.compatibility import unmet
 from distill_core.components import ComponentConfig, ModalityPlan, Plan
 from distill_core.document import Document, Path, located, read_document, read_file
-from distill_core.errors import RecipeErrors, did_you_mean
+from distill_core.errors import RecipeErrors, UserError, did_you_mean
 from distill_core.messages import messages
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
@@ -255,7 +255,11 @@ class _Resolver:
                 continue
             name, backbone = str(path[1]), self.nodes["backbone", path[1]]
             roles = node.cls.roles(node.config)  # type: ignore[attr-defined]
-            dims = backbone.cls.dims(backbone.config)  # type: ignore[attr-defined]
+            try:
+                dims = backbone.cls.dims(backbone.config)  # type: ignore[attr-defined]
+            except UserError as error:
+                self.error(("backbone", name), str(error))
+                continue
             seen = tuple(i for i, r in enumerate(roles) if isinstance(views, list) and r in views)
             if not has_teacher or (isinstance(taught, list) and name not in taught):
                 seen = ()

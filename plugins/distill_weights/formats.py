@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from distill_core.errors import UserError
-from distill_weights.extras import need
+from distill_core.extras import need
 from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 

@@ -1,4 +1,4 @@
-"""Optional packages, and what to say where they are missing."""
+"""Optional packages: imported when they are used, with one clear line where they are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill_core.errors import UserError
 
 
 def need(module: str, extra: str) -> Any:
-    """The module. Raises `UserError` with the extra that installs it."""
+    """The module. Raises `UserError` with the extra of this package that installs it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,0 +1,183 @@
+"""A text encoder of Hugging Face transformers as a backbone, with the tokenizer of its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
+from distill_core.errors import UserError
+from distill_core.extras import need
+from distill_core.types import Features, Group, View, Views
+from distill_pretrained.folders import locate, read_config
+from distill_towers.clip_text import example_texts
+
+PAD = -1
+"""Of ids: no tokenizer has it, whatever it pads with itself."""
+
+
+class HfTextConfig(ComponentConfig):
+    """A folder or a package, and how its tokens make an embedding."""
+
+    folder: str | None = None
+    """A folder with config.json, model.safetensors and a tokenizer, as `save_pretrained` writes them."""
+    package: Literal["all_minilm_l6_v2"] | None = None
+    """An installed package that brings such a folder, in place of `folder`."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """The mean over the text's tokens, its first token, or its last."""
+    context: Annotated[int, Field(ge=3)] = 128
+    """Longest sequence in tokens; longer texts are cut."""
+    dim: Annotated[int, Field(gt=0)] = 512
+    """Width D of the embedding."""
+
+    @model_validator(mode="after")
+    def _one(self) -> HfTextConfig:
+        if (self.folder is None) == (self.package is None):
+            raise ValueError("give either `folder` or `package`")
+        return self
+
+
+def _load(hf: Any, folder: Path) -> Any:
+    """The model of a folder, fp32. Raises `UserError`."""
+    bars = hf.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        return hf.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"hf_text: {folder}: cannot be loaded: {first}") from error
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+class HfText(Backbone):
+    """A pretrained text encoder: pooled = its pooled tokens, projected without bias; tokens = its last hidden states.
+
+    Weights are read from safetensors, nothing is fetched, and no code of the folder is run. The model is
+    `backbone.NAME.model`, for `freeze`; the projection `proj` is new.
+    """
+
+    name = "hf_text"
+    Config = HfTextConfig
+    examples = ({"package": "all_minilm_l6_v2", "dim": 24},)
+
+    def __init__(self, config: HfTextConfig) -> None:
+        super().__init__(config)
+        hf: Any = need("transformers", "hf")
+        folder = locate(config.folder, config.package)
+        self.model: Any = _load(hf, folder)
+        if self.model.config.is_encoder_decoder:
+            raise UserError(f"hf_text: {folder}: {self.model.config.model_type} has a decoder; take an encoder")
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # its output is not read
+        self.proj = nn.Linear(self.model.config.hidden_size, config.dim, bias=False)
+
+    @classmethod
+    def dims(cls, config: HfTextConfig) -> Dims:
+        """Widths, from config.json. Raises `UserError` where there is none."""
+        hf: Any = need("transformers", "hf")
+        options = read_config(config.folder, config.package)
+        try:
+            found = hf.AutoConfig.for_model(**options)
+        except ValueError as error:
+            raise UserError(
+                f"hf_text: {config.folder or config.package}: transformers has no model_type {options['model_type']!r}"
+            ) from error
+        return Dims(found.hidden_size, config.dim, class_tokens=1)
+
+    @classmethod
+    def problems(cls, config: HfTextConfig, plan: Plan) -> Iterable[str]:
+        """A context that the model has no positions for."""
+        try:
+            most = read_config(config.folder, config.package).get("max_position_embeddings")
+        except UserError as error:
+            return [str(error)]
+        if isinstance(most, int) and config.context > most:
+            return [f"context {config.context} is more than the model's {most} positions"]
+        return []
+
+    @classmethod
+    def collator(cls, config: HfTextConfig) -> Collator:
+        """Tokenises; ids [V, B, L] by role, -1 behind the end, cut to the longest text of the group."""
+        return HfTextCollator(config.folder, config.package, config.context)
+
+    @classmethod
+    def example_views(cls, config: HfTextConfig, rng: np.random.Generator) -> list[View]:
+        """Global and local texts."""
+        return example_texts(rng)
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """ids x [N, L], -1 behind the end -> pooled [1, N, D], tokens [N, L, W] and mask, class tokens [1, N, 1, W]."""
+        if token_mask is not None:
+            raise ValueError("hf_text cannot hide tokens; use a text view whose words are masked")
+        real = x != PAD
+        if len(x):
+            hidden: Tensor = self.model(input_ids=x.clamp(min=0), attention_mask=real.long()).last_hidden_state
+        else:  # transformers' masks want a text
+            hidden = self.proj.weight.new_zeros(*x.shape, self.proj.in_features)
+        pooled = self._pool(hidden, real)
+        features = Features(self.proj(pooled)[None], class_tokens=pooled[None, :, None])
+        if tokens:
+            features.tokens[0], features.masks[0] = hidden, real
+        return features
+
+    def _pool(self, hidden: Tensor, real: Tensor) -> Tensor:
+        """[N, L, W], [N, L] -> [N, W]."""
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        if self.config.pooling == "last":
+            end = real.sum(1) - 1
+            return hidden[torch.arange(len(hidden), device=hidden.device), end]
+        weights = real[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+
+class HfTextCollator:
+    """The views of B samples -> groups of ids [V, B, L] by role; the tokenizer is made in each worker."""
+
+    def __init__(self, folder: str | None, package: str | None, context: int) -> None:
+        self.folder, self.package, self.context = folder, package, context
+        self._tokenizer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokenizer": None}
+
+    def ids(self, texts: list[str]) -> list[Tensor]:
+        """Ids of each text, special tokens included, cut to the context. Raises `UserError`."""
+        if self._tokenizer is None:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
+            hf: Any = need("transformers", "hf")
+            folder = locate(self.folder, self.package)
+            try:
+                self._tokenizer = hf.AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+            except (OSError, ValueError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise UserError(f"hf_text: {folder}: no tokenizer can be loaded: {first}") from error
+        found = self._tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
+        return [torch.tensor(ids, dtype=torch.long) for ids in found]
+
+    def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
+        """View i of every sample has the same role."""
+        groups: dict[str, list[int]] = {}
+        for i, view in enumerate(samples[0]):
+            groups.setdefault(view.role, []).append(i)
+        result = []
+        for role, members in groups.items():
+            rows = self.ids([sample[i].data for i in members for sample in samples])
+            x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
+            result.append(Group(x.reshape(len(members), len(samples), x.shape[1]), role, source))
+        return Views(result)

@@ -1,0 +1,157 @@
+"""Any picture model of timm as a backbone (Wightman, PyTorch Image Models)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims
+from distill_core.errors import UserError, did_you_mean
+from distill_core.extras import need
+from distill_core.types import GLOBAL, LOCAL, Features, View
+from distill_towers.vit import PictureCollator
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TimmTowerConfig(ComponentConfig):
+    """A model's name, the size it sees, and the embedding's width."""
+
+    model: str = "vit_small_patch16_224"
+    """timm's name of the architecture; weights come from this recipe's `init`, as {name: timm, source: FILE}."""
+    image_size: Positive = 224
+    """Pixels of a global crop's side. ViTs and convolutional networks take crops of other sizes as well."""
+    dim: Positive = 512
+    """Width D of the embedding."""
+
+
+class Shape(NamedTuple):
+    """What a model gives, found without memory or computing."""
+
+    width: int
+    """Of the tokens."""
+    pooled: int
+    """Of what is pooled, before the projection."""
+    tokens: bool
+    """Whether there are tokens: patches of a ViT or places of a feature map."""
+    sized: bool
+    """Whether it takes pictures of one size alone."""
+
+
+def create(name: str, image_size: int) -> nn.Module:
+    """The model without a classifier, for any size where it can. Raises `UserError` for an unknown name."""
+    timm: Any = need("timm", "timm")
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models(f'{name[:4]}*'))}")
+    last: Exception | None = None
+    for sizes in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:
+            model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **sizes)
+            return model
+        except TypeError as error:  # the architecture has no such argument
+            last = error
+    raise UserError(f"timm cannot make {name!r}: {last}") from last
+
+
+@functools.cache
+def shape_of(name: str, image_size: int) -> Shape:
+    """The shapes of a model's outputs. Raises `UserError` for a name or a size that it does not take."""
+    with torch.device("meta"):
+        model: Any = create(name, image_size).eval()
+        try:
+            found = model.forward_features(torch.empty(1, 3, image_size, image_size))
+            pooled = model.forward_head(found, pre_logits=True)
+        except (AssertionError, RuntimeError) as error:
+            raise UserError(f"{name!r} does not take pictures of {image_size} px: {error}") from error
+        try:
+            model.forward_features(torch.empty(1, 3, 2 * image_size, 2 * image_size))
+            sized = False
+        except (AssertionError, RuntimeError):
+            sized = True
+    if not isinstance(found, Tensor) or not isinstance(pooled, Tensor) or pooled.ndim != 2:
+        raise UserError(f"{name!r} gives more than features of a picture, and cannot be a backbone")
+    last = getattr(model, "output_fmt", "NCHW") in ("NHWC", "NLC")
+    width = found.shape[1] if found.ndim == 4 and not last else found.shape[-1]
+    return Shape(width, pooled.shape[1], found.ndim in (3, 4), sized)
+
+
+class TimmTower(Backbone):
+    """A model of timm with a projection in its classifier's place: pooled = what it would classify, projected.
+
+    Tokens are a ViT's patches (without class and register tokens) or a feature map's places; the class token is what is
+    projected, where it is as wide as the tokens.
+    """  # fmt: skip
+
+    name = "timm"
+    Config = TimmTowerConfig
+    examples = (
+        {"model": "test_vit", "image_size": 32, "dim": 24},
+        {"model": "test_resnet", "image_size": 64, "dim": 24},
+    )
+
+    def __init__(self, config: TimmTowerConfig) -> None:
+        super().__init__(config)
+        shape = shape_of(config.model, config.image_size)
+        self.model = create(config.model, config.image_size)
+        self.sized, self.classes = shape.sized, shape.width == shape.pooled
+        self.proj = nn.Linear(shape.pooled, config.dim, bias=False)
+
+    @classmethod
+    def dims(cls, config: TimmTowerConfig) -> Dims:
+        """Widths of the model. Raises `UserError` for a model that timm has not."""
+        shape = shape_of(config.model, config.image_size)
+        return Dims(shape.width, config.dim, shape.tokens, class_tokens=int(shape.width == shape.pooled))
+
+    @classmethod
+    def collator(cls, config: TimmTowerConfig) -> Collator:
+        """Stacks pictures [3, S, S] of one size and role."""
+        return PictureCollator(1)
+
+    @classmethod
+    def example_views(cls, config: TimmTowerConfig, rng: np.random.Generator) -> list[View]:
+        """Two global crops of noise, and a local one of half their side."""
+        sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size // 2))
+        return [
+            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role, i)
+            for i, (role, side) in enumerate(sides)
+        ]
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W], class tokens [1, N, 1, W].
+
+        Raises `UserError` for a size S that the model does not take.
+        """
+        if token_mask is not None:
+            raise ValueError("timm cannot hide patches")
+        self._check(x)
+        count = len(x)
+        if not count:  # timm's reshapes want a picture
+            x = x.new_zeros(1, *x.shape[1:])
+        found: Tensor = self.model.forward_features(x)[:count]  # type: ignore[operator]
+        pooled: Tensor = self.model.forward_head(found, pre_logits=True)  # type: ignore[operator]
+        classes = pooled[None, :, None] if self.classes else None
+        return Features(self.proj(pooled)[None], {0: self._tokens(found)} if tokens else {}, class_tokens=classes)
+
+    def _check(self, x: Tensor) -> None:
+        size, own = x.shape[-1], self.config.image_size
+        if self.sized and size != own:
+            raise UserError(
+                f"backbone timm: {self.config.model!r} takes pictures of {own} px alone, not of {size}: take a ViT "
+                "or a convolutional network for crops of several sizes"
+            )
+        patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
+        if not self.sized and patch is not None and size % patch[-1]:
+            raise UserError(f"backbone timm: crops of {size} px are not whole patches of {patch[-1]} px")
+
+    def _tokens(self, found: Tensor) -> Tensor:
+        """[N, L, W] of tokens [N, P + L, W], or of a feature map, channels first or last."""
+        if found.ndim == 3:
+            return found[:, getattr(self.model, "num_prefix_tokens", 0) :]
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            return found.flatten(1, 2)
+        return found.flatten(2).transpose(1, 2)

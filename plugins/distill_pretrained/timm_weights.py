@@ -1,0 +1,92 @@
+"""Pretrained weights of a timm model, as timm itself reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.components import ComponentConfig, Initializer, Loaded
+from distill_core.errors import UserError
+from distill_core.extras import need
+from distill_core.objective import Objective
+from distill_pretrained.timm_tower import TimmTower
+
+
+class TimmWeightsConfig(ComponentConfig):
+    """A file, and the backbone that takes it."""
+
+    source: str | None = None
+    """A `.safetensors` or torch file; null fetches the weights that timm names for the model, over the network, into
+    its own cache."""
+    to: str = "image"
+    """The modality whose backbone (`timm`) takes them."""
+
+
+class TimmWeights(Initializer):
+    """Load a timm model's weights: timm renames other layouts (DINO's, DeiT's) and resizes position embeddings.
+
+    The classifier is left; the projection to the embedding is new.
+    """
+
+    name = "timm"
+    Config = TimmWeightsConfig
+    examples = ({"source": "no-such-file.pt"},)
+
+    @torch.no_grad()
+    def apply(self, objective: Objective) -> Loaded:
+        """Raises `UserError` for what is no weights of this model; loads nothing then."""
+        to, source = self.config.to, self.config.source
+        module: Any = dict(objective.backbone.items()).get(to)
+        if not isinstance(module, TimmTower):
+            raise UserError(f"init: timm: backbone.{to} is no `timm`; `to` names the modality that has one")
+        model: Any = module.model
+        given = self._fetch(module) if source is None else self._read(Path(source), model)
+        what = source or f"timm's weights of {module.config.model}"
+        own = model.state_dict()
+        taken = {key: value for key, value in given.items() if key in own}
+        wrong = [f"{key}: missing in it" for key in own if key not in taken] + [
+            f"{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
+            for key, value in taken.items()
+            if value.shape != own[key].shape
+        ]
+        if wrong:
+            shown = wrong[:6] + ([f"... and {len(wrong) - 6} more"] if len(wrong) > 6 else [])
+            raise UserError(f"init: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(shown))
+        for key, value in taken.items():
+            own[key].copy_(value)
+        rest = sorted({key.split(".")[0] for key in given if key not in own})
+        left = f"; left out: {', '.join(rest)}" if rest else ""
+        names = frozenset(f"backbone.{to}.model.{key}" for key in taken)
+        return Loaded(f"{what}: {len(taken)} tensors; backbone.{to}.proj is new{left}", names)
+
+    def _read(self, path: Path, model: Any) -> dict[str, Tensor]:
+        helpers: Any = need("timm.models", "timm")
+        if not path.is_file():
+            raise UserError(f"init: {path}: no such file")
+        try:
+            state = helpers.load_state_dict(str(path), weights_only=True)
+            if filtered := getattr(__import__(type(model).__module__, fromlist=["x"]), "checkpoint_filter_fn", None):
+                state = filtered(state, model)
+        except Exception as error:
+            raise UserError(f"init: {path}: cannot be loaded: {error}") from error
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
+        return state
+
+    def _fetch(self, module: TimmTower) -> dict[str, Tensor]:
+        timm: Any = need("timm", "timm")
+        size = module.config.image_size
+        for options in ({"img_size": size}, {}):
+            try:
+                state: dict[str, Tensor] = timm.create_model(
+                    module.config.model, pretrained=True, num_classes=0, **options
+                ).state_dict()
+                return state
+            except TypeError:
+                continue
+            except Exception as error:
+                raise UserError(f"init: timm's weights of {module.config.model} cannot be fetched: {error}") from error
+        raise UserError(f"init: timm cannot make {module.config.model!r}")

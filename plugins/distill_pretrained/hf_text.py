@@ -122,7 +122,7 @@ class HfText(Backbone):
         if token_mask is not None:
             raise ValueError("hf_text cannot hide tokens; use a text view whose words are masked")
         real = x != PAD
-        if len(x):
+        if x.shape[0]:
             hidden: Tensor = self.model(input_ids=x.clamp(min=0), attention_mask=real.long()).last_hidden_state
         else:  # transformers' masks want a text
             hidden = self.proj.weight.new_zeros(*x.shape, self.proj.in_features)
@@ -138,7 +138,7 @@ class HfText(Backbone):
             return hidden[:, 0]
         if self.config.pooling == "last":
             end = real.sum(1) - 1
-            return hidden[torch.arange(len(hidden), device=hidden.device), end]
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), end]
         weights = real[..., None].to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
 

@@ -129,7 +129,7 @@ class TimmTower(Backbone):
         if token_mask is not None:
             raise ValueError("timm cannot hide patches")
         self._check(x)
-        count = len(x)
+        count = x.shape[0]  # not len, which torch.export takes for a constant
         if not count:  # timm's reshapes want a picture
             x = x.new_zeros(1, *x.shape[1:])
         found: Tensor = self.model.forward_features(x)[:count]  # type: ignore[operator]

@@ -86,7 +86,7 @@ def _names(recipe: dict[str, Any]) -> list[str]:
 def _preprocessing(subject: Subject, to: str) -> str:
     lines = []
     for name, augmentation in subject.model.augment.items():
-        options: Any = augmentation.config  # type: ignore[attr-defined]
+        options: Any = augmentation.config
         if hasattr(options, "mean") and hasattr(options, "size"):
             lines.append(
                 f"`{name}`: the shorter side to {options.size} px (bicubic), the centre cropped, (pixel / 255 - "
@@ -94,7 +94,9 @@ def _preprocessing(subject: Subject, to: str) -> str:
                 f"pixels over {list(options.background)}, which other libraries do not do."
             )
     if to == "onnx":
-        lines.append("`preprocess.json` says what each file takes; tokens come from the run's own tokenizer.")
+        lines.append(
+            "`preprocess.json` says what each file takes; tokens come from the tokenizer of the recipe's text backbone."
+        )
     else:
         lines.append("Texts are repaired (ftfy) and HTML entities undone before they are tokenised.")
     return "\n\n".join(lines)

@@ -55,7 +55,10 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
                 )
         text = card(subject, to, found, form.notes, licence)
         (temporary / "README.md").write_text(text, encoding="utf-8")
-        temporary.chmod(0o777 & ~_umask())
+        mask = _umask()  # safetensors writes for its owner alone
+        temporary.chmod(0o777 & ~mask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)
         if out.exists():
             out.rmdir()
         temporary.rename(out)

@@ -264,7 +264,7 @@ class OnnxFormat(Format):
                         verbose=False,
                     )
             except Exception as error:
-                kind = self.subject.model.backbone[name].name  # type: ignore[union-attr]
+                kind = self.subject.model.backbone[name].name
                 raise UserError(
                     f"--to onnx: backbone.{name} ({kind!r}) cannot be traced by torch.onnx: {_first_line(error)}"
                 ) from error
@@ -275,7 +275,7 @@ class OnnxFormat(Format):
         if not x.is_floating_point():
             config: Any = self.subject.model.backbone[name].config
             return {"dtype": "int64", "shape": ["batch", "length"], "context": getattr(config, "context", None)}
-        options: Any = self.subject.model.augment[name].config  # type: ignore[attr-defined]
+        options: Any = self.subject.model.augment[name].config
         resize = {"resize": "shorter side, bicubic; centre crop", "mean": options.mean, "std": options.std}
         return {"dtype": "float32", "shape": ["batch", *x.shape[1:]]} | resize
 
@@ -291,11 +291,15 @@ class OnnxFormat(Format):
         session = self.sessions[modality]
 
         def run(part: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {modality: part.numpy()})[0])
+            try:
+                return torch.from_numpy(session.run(None, {modality: part.numpy()})[0])
+            except Exception as error:
+                shape = list(part.shape)
+                raise UserError(f"--to onnx: {modality}.onnx does not run on {shape}: {_first_line(error)}") from error
 
         whole = run(x)
         for size in (1, 3):
-            parts = torch.cat([run(part) for part in x.split(size)])
+            parts = torch.cat([run(part) for part in x.split(size)])  # type: ignore[no-untyped-call]
             if not torch.allclose(parts, whole, atol=1e-5, rtol=0):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings in batches of {size}")
         return whole

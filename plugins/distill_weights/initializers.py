@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_core.components import ComponentConfig, Initializer, Loaded
+from distill_core.components import Backbone, ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_towers.clip_text import ClipText
@@ -19,7 +19,7 @@ from distill_weights.layouts import Source, from_hf, from_open_clip, from_timm
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
-OURS = {"image": VisionTransformer, "text": ClipText}
+OURS: dict[str, type[Backbone]] = {"image": VisionTransformer, "text": ClipText}
 NEW = ("more_class_embeddings", "mask_token")
 """Parameters of our towers that no source has."""
 

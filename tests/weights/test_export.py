@@ -101,6 +101,18 @@ def test_onnx(run: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
     close(torch.from_numpy(session.run(None, {"text": short.numpy()})[0]), ours.encode("text", TEXTS[:1]))
 
 
+def test_onnx_takes_other_towers(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """One that is no CLIP; a tower that packs what it computes cannot be traced, and is named."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("timm")
+    timm = "backbone.image={name: timm, model: test_vit, image_size: 16, dim: 10}"
+    assert call(make_run(timm), "onnx", tmp_path / "out").count("maximum difference") == 2
+    packed = "backbone.text={name: bert_text, width: 16, layers: 1, heads: 2, dim: 10}"
+    with pytest.raises(UserError, match=r"backbone\.text \('bert_text'\) cannot be traced"):
+        call(make_run(packed), "onnx", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

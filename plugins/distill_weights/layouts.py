@@ -71,7 +71,7 @@ _KNOWN = {
     "image": {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "no_ln_pre", "norm_kwargs",
               "patch_dropout", "output_tokens"},
     "text": {"layers", "width", "heads", "mlp_ratio", "context_length", "vocab_size", "output_tokens",
-             "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id", "eos_id"},
+             "pad_id", "eos_id"},
 }  # fmt: skip
 _USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "block_type": ("default",), "attn_pooler_queries":
           (256,), "attn_pooler_heads": (8,), "pos_embed_type": ("learnable",)}  # fmt: skip

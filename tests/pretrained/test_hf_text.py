@@ -78,7 +78,7 @@ def test_the_package_brings_real_weights(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_mistakes(folder: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = Path("recipes/lit_minilm_tiny.yaml").read_text()
+    text = Path("recipes/pretrained/lit_minilm_tiny.yaml").read_text()
     old = "{name: hf_text, package: all_minilm_l6_v2, context: 64, dim: 128}"
     assert old in text
 

@@ -51,7 +51,9 @@ class DataSource(Component, ABC):
         """What evaluations read of a split, by set; each is read again and again. {} where it has no such split.
 
         The samples of the shards, unless a source that has none overrides it: its `sets` is {}, and nothing can be
-        trained on it. Samples have a `__key__`, a `__url__` (the file), and bytes by field. Raises `DataError`.
+        trained on it. Samples have a `__key__`, a `__url__` (the file), and bytes by field; they may be mappings that
+        open a file when a field is asked for, and raise `BadSample` then. What is returned may have a `fingerprint()`,
+        a text that changes when its samples do, which kept embeddings are looked up by. Raises `DataError`.
         """
         return {name: Shards(shards) for name, shards in self.sets(split).items()}
 
@@ -67,6 +69,11 @@ class Evaluation(Component, ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @classmethod
+    def reads(cls, config: Any) -> tuple[str, ...]:
+        """Further splits of the same data that it asks its sets for (`EvaluationSet.of_split`), to learn from."""
+        return ()
 
     @abstractmethod
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:

@@ -16,8 +16,13 @@ def cache_folder() -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all, whenever the process is killed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """`write_whole` of bytes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(data)
     temporary.replace(path)
 
 

@@ -327,13 +327,17 @@ class _Resolver:
             where = ".".join(str(part) for part in source)
             return f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has"
 
+        shared: Path = ("evaluate", "source") if ("evaluate", "source") in self.nodes else ("data", "source")
         tasks = [path for path in self.nodes if path[:-1] == ("evaluate", "tasks")]
         for path in tasks:
             if message := lacks((*path, "source"), frame.evaluate.split):
                 self.error(("evaluate", "split"), message)
+            node = self.nodes[path]
+            for split in node.cls.reads(node.config):  # type: ignore[attr-defined]
+                if message := lacks((*path, "source") if node.source is not None else shared, split):
+                    self.error(path, f"{node.cls.name!r} learns from the split {split!r}: {message}")
         if all(self.nodes[path].source is not None for path in tasks):
             return
-        shared: Path = ("evaluate", "source") if ("evaluate", "source") in self.nodes else ("data", "source")
         wanted = [("split", frame.evaluate.split)]
         if frame.evaluate.every is not None:
             wanted.append(("validation", frame.evaluate.validation))

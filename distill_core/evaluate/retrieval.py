@@ -30,7 +30,8 @@ class RetrievalConfig(ComponentConfig):
 
 class Retrieval(Evaluation):
     """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
-    directions. Ties count against the model. A sample may have several items on a side (several captions a picture).
+    directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a side
+    (several captions a picture).
     """
 
     name = "retrieval"
@@ -45,7 +46,9 @@ class Retrieval(Evaluation):
                 yield f"{cls.name!r}: fields: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/A_to_B/R@k`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and both directions)."""
+        """`SET/A_to_B/R@k`, `SET/A_to_B/median_rank`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and
+        both directions).
+        """
         a, b = self.config.modalities or model.modalities
         scores: dict[str, float] = {}
         means = []
@@ -68,6 +71,7 @@ class Retrieval(Evaluation):
                         recalls.append(recall)
                     if k in self.config.ks:
                         scores[f"{name}/{query}_to_{target}/R@{k}"] = recall
+                scores[f"{name}/{query}_to_{target}/median_rank"] = 1 + ranks.double().quantile(0.5).item()
             scores[f"{name}/candidates"] = float(len(of[b]))
             scores[f"{name}/M"] = sum(recalls) / len(recalls)
             means.append(scores[f"{name}/M"])

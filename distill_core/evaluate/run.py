@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from distill_core import distributed
 from distill_core.components import DataSource
 from distill_core.errors import DataError, UserError
-from distill_core.evaluate.sets import EvaluationSet
+from distill_core.evaluate.cache import EmbeddingCache
+from distill_core.evaluate.sets import EvaluationSet, Watch
 from distill_core.media import Media
 from distill_core.model import Model
 from distill_core.recipe import Node, Recipe
@@ -36,24 +37,23 @@ def evaluate(
     split: str,
     progress: Callable[[str], None] = lambda what: None,
     media: int = 0,
+    *,
+    cache: EmbeddingCache | None = None,
+    watch: Watch | None = None,
 ) -> Evaluated:
     """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores.
 
     A task with a `source` of its own is scored on that. While training it is left out where that has no such split.
-    `media` asks each task for pictures of about so many samples.
+    `media` asks each task for pictures of about so many samples. `watch` sees the samples as they are encoded.
     """
     result = Evaluated()
     scored = [node for node in recipe.tasks if split == recipe.evaluate.split or _has(node.source, split)]
-    all_sets: dict[str, list[EvaluationSet]] = {}
+    opened = _Opened(source, cache, watch)
     for node in scored:
-        own = json.dumps(node.source.dump(), sort_keys=True) if node.source else ""
-        if own not in all_sets:
-            try:
-                all_sets[own] = _sets(node.source or source, split)
-            except DataError as error:
-                all_sets[own] = []
-                result.failed += str(error).splitlines()
-        if not (sets := all_sets[own]):
+        try:
+            sets = opened.sets(node.source, split)
+        except DataError as error:
+            result.failed += [line for line in str(error).splitlines() if line not in result.failed]
             continue
         task = node.build()
         for side, model in models.items():
@@ -66,7 +66,7 @@ def evaluate(
             result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
             if media and result.no_media is None:
                 try:
-                    with _alone(sets):
+                    with _alone(opened.all()):
                         made = list(task.media(model, sets, media))
                 except Exception as error:
                     result.no_media = error
@@ -75,8 +75,7 @@ def evaluate(
                     replace(item, name=f"{node.id}/{item.name}", context={"model": side, **item.context})
                     for item in made
                 ]
-    found = [samples for sets in all_sets.values() for samples in sets]
-    result.skipped = [skipped for samples in found for skipped in samples.skipped.values()]
+    result.skipped = [skipped for samples in opened.all() for skipped in samples.skipped.values()]
     return result
 
 
@@ -86,24 +85,54 @@ def _has(source: Node | None, split: str) -> bool:
     return splits is None or split in splits
 
 
-def _sets(source: DataSource | Node, split: str) -> list[EvaluationSet]:
-    """The split's sets. Raises `DataError` on every rank, with all that is wrong on any."""
-    found: dict[str, Iterable[Sample]] = {}
-    problem = None
-    try:
-        if isinstance(source, Node):
-            own: DataSource = source.build()
-            own.prepare()
-            source = own
-        found = source.samples(split)
-        problem = None if found else f"the data source has no split {split!r}"
-    except UserError as error:
-        problem = str(error)
-    # a rank whose files are missing must not leave the others waiting for it
-    problems = dict.fromkeys(line for line in distributed.gather_objects(problem) if line)
-    if problems:
-        raise DataError("\n".join(problems))
-    return [EvaluationSet(name, samples) for name, samples in found.items()]
+class _Opened:
+    """The sets of each source and split, opened once: tasks share their embeddings."""
+
+    def __init__(self, shared: DataSource, cache: EmbeddingCache | None, watch: Watch | None) -> None:
+        self.shared, self.cache, self.watch = shared, cache, watch
+        self._found: dict[tuple[str, str], list[EvaluationSet] | DataError] = {}
+
+    def sets(self, own: Node | None, split: str) -> list[EvaluationSet]:
+        """The split's sets. Raises `DataError` on every rank, with all that is wrong on any."""
+        key = (json.dumps(own.dump(), sort_keys=True) if own else "", split)
+        if key not in self._found:
+            try:
+                self._found[key] = self._open(own, split)
+            except DataError as error:
+                self._found[key] = error
+        found = self._found[key]
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def all(self) -> list[EvaluationSet]:
+        """Every set that was opened."""
+        return [samples for found in self._found.values() if not isinstance(found, DataError) for samples in found]
+
+    def _open(self, own: Node | None, split: str) -> list[EvaluationSet]:
+        found: dict[str, Iterable[Sample]] = {}
+        problem = None
+        try:
+            source = self.shared
+            if own is not None:
+                source = own.build()
+                source.prepare()
+            found = source.samples(split)
+            problem = None if found else f"the data source has no split {split!r}"
+        except UserError as error:
+            problem = str(error)
+        # a rank whose files are missing must not leave the others waiting for it
+        problems = dict.fromkeys(line for line in distributed.gather_objects(problem) if line)
+        if problems:
+            raise DataError("\n".join(problems))
+
+        def others(other: str) -> list[EvaluationSet]:
+            return self.sets(own, other)
+
+        return [
+            EvaluationSet(name, samples, others=others, cache=self.cache, watch=self.watch)
+            for name, samples in found.items()
+        ]
 
 
 @contextmanager

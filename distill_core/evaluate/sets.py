@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill_core import distributed
-from distill_core.errors import BadSample, UserError
+from distill_core.errors import BadSample, DataError, UserError
+from distill_core.evaluate.cache import EmbeddingCache, Kept
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
+
+Watch = Callable[[Iterable[Sample], str], Iterable[Sample]]
+"""The samples themselves, shown to somebody as they are read; the str says what for."""
 
 
 class EvaluationSet:
     """Samples, numbered in order. Tasks share the embeddings made here; items are not kept."""
 
-    def __init__(self, name: str, source: Iterable[Sample]) -> None:
-        """`source` is read again and again: a list of samples, `Shards`, ..."""
+    def __init__(
+        self,
+        name: str,
+        source: Iterable[Sample],
+        *,
+        others: Callable[[str], list[EvaluationSet]] | None = None,
+        cache: EmbeddingCache | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        """`source` is read again and again: a list of samples, `Shards`, ...
+
+        `others` opens the sets of another split of the same data; `cache` keeps embeddings between processes.
+        """
         self.name = name
         self.source = source
+        self._others, self._cache, self._watch = others, cache, watch
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
         self.alone = False
@@ -29,6 +46,26 @@ class EvaluationSet:
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self.source
+
+    def of_split(self, split: str) -> list[EvaluationSet]:
+        """The sets of another split of the same data, for tasks that learn from it. Every rank must ask.
+
+        Raises `DataError` where there is none. A task says in `reads` that it will ask.
+        """
+        if self._others is None:
+            raise DataError(f"evaluation set {self.name!r} stands alone: it has no split {split!r}")
+        return self._others(split)
+
+    def labels(self, field: str) -> dict[int, str]:
+        """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out.
+
+        Read without any modality's help, so that a recipe needs none that reads words.
+        """
+        found = {}
+        for i, sample in enumerate(self):
+            if (label := _label(sample, field)) is not None:
+                found[i] = label
+        return found
 
     def samples(self, numbers: Sequence[int]) -> dict[int, Sample]:
         """These samples by number, undecoded."""
@@ -48,7 +85,10 @@ class EvaluationSet:
         With `share`, only those of this rank's share of the samples: every world-size-th.
         """
         rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
-        for i, sample in enumerate(self):
+        samples: Iterable[Sample] = self
+        if share and self._watch is not None:
+            samples = self._watch(self.source, f"{modality} of {self.name}")
+        for i, sample in enumerate(samples):
             if i % world != rank:
                 continue
             try:
@@ -73,15 +113,31 @@ class EvaluationSet:
                     f"pictures ask for embeddings of {modality!r} that no score has made, which takes all ranks; "
                     "ask for them in `run` too"
                 )
-            parts = distributed.gather_objects(self._share(model, modality, field))
-            for part in parts:
-                if isinstance(part, UserError):
-                    raise part
-                self.skipped |= part[2]
-            embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-            order = torch.argsort(owners, stable=True)
-            self._embedded[key] = embedded[order], owners[order]
+            if (kept := self._kept(model, modality, field)) is None:
+                kept = self._encode(model, modality, field)
+            self.skipped |= {(skipped.key, modality): skipped for skipped in kept.skipped}
+            self._embedded[key] = kept.embedded, kept.owners
         return self._embedded[key]
+
+    def _kept(self, model: Model, modality: str, field: str | None) -> Kept | None:
+        """What the cache holds, where it does on every rank."""
+        if self._cache is None:
+            return None
+        found = self._cache.read(self.name, self.source, model, modality, field)
+        return found if all(distributed.gather_objects(found is not None)) else None
+
+    def _encode(self, model: Model, modality: str, field: str | None) -> Kept:
+        parts = distributed.gather_objects(self._share(model, modality, field))
+        for part in parts:
+            if isinstance(part, UserError):
+                raise part
+        embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        order = torch.argsort(owners, stable=True)
+        skipped = [skipped for part in parts for (_, of), skipped in part[2].items() if of == modality]
+        kept = Kept(embedded[order], owners[order], skipped)
+        if self._cache is not None and distributed.rank() == 0:
+            self._cache.write(kept, self.name, self.source, model, modality, field)
+        return kept
 
     def _share(
         self, model: Model, modality: str, field: str | None
@@ -99,3 +155,26 @@ class EvaluationSet:
         except UserError as error:
             return error
         return embedded, torch.tensor(owners, dtype=torch.long), dict(self.skipped)
+
+
+def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
+    """`model.encode` of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask."""
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = model.encode(modality, items[rank::world])
+    if world == 1:
+        return mine
+    parts = distributed.gather_objects(mine)
+    embedded: Tensor = parts[0].new_empty(len(items), parts[0].shape[1])
+    for i, part in enumerate(parts):
+        embedded[i::world] = part
+    return embedded
+
+
+def _label(sample: Sample, field: str) -> str | None:
+    try:
+        if field in sample:
+            return bytes(sample[field]).decode().strip() or None
+        found = json.loads(sample["json"]).get(field) if "json" in sample else None
+    except (BadSample, ValueError, AttributeError):
+        return None
+    return str(found) if isinstance(found, str | int) and str(found) else None

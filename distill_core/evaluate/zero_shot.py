@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError
+from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_core.evaluate.prompts import prompts_of, read_lines, templates_of
 from distill_core.evaluate.retrieval import two_modalities
-from distill_core.evaluate.sets import EvaluationSet
+from distill_core.evaluate.sets import EvaluationSet, encode_shared
+from distill_core.media import Media
 from distill_core.model import Model
 
 
@@ -23,13 +28,16 @@ class ZeroShotConfig(ComponentConfig):
     """The classified modality, and that of the prompts; null takes the recipe's first and second."""
     label: str = "class"
     """Field of the sample that names its class in words; the prompts' modality reads it."""
-    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
-    """Prompts with {} for the class; a class's embedding is the normalised mean of its prompts'."""
+    templates: str | Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
+    """Prompts with {} for the class; a class's embedding is the normalised mean of its prompts'. A list; `openai` (the
+    80 for ImageNet) or `openai_simple` (7 of them); or a file, a template a line, with {} or {c} for the class."""
+    classes: str | None = None
+    """A file that names every class there is to choose from, one a line; null takes those that occur in the sets."""
 
     @field_validator("templates")
     @classmethod
-    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
+    def _have_a_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for template in templates if not isinstance(templates, str) else ():
             if "{}" not in template:
                 raise ValueError(f"the template {template!r} has no {{}} for the class")
         return templates
@@ -37,7 +45,7 @@ class ZeroShotConfig(ComponentConfig):
 
 class ZeroShot(Evaluation):
     """Top-1, top-5 and mean-per-class accuracy in percent, with prompt ensembles (Radford et al. 2021, section 3.1.4).
-    Ties count against the model.
+    Ties count against the model. Classes of one name count as one.
     """
 
     name = "zero_shot"
@@ -54,31 +62,44 @@ class ZeroShot(Evaluation):
         labels_of: dict[str, dict[int, str]] = {}
         for samples in sets:
             labels_of[samples.name] = dict(samples.items(model, words_of, self.config.label))
-        classes = sorted({label for labels in labels_of.values() for label in labels.values()})
-        if not classes:
-            raise DataError(f"no sample has a field {self.config.label!r} that names its class")
-        prompts = [template.replace("{}", label) for label in classes for template in self.config.templates]
-        embedded = model.encode(words_of, prompts).view(len(classes), len(self.config.templates), -1)
-        centres = normalize(embedded.mean(1), dim=-1)
+        self._classes = self._names({label for labels in labels_of.values() for label in labels.values()})
+        place = {label: i for i, label in enumerate(self._classes)}
+        centres = self._centres(model, words_of)
         scores: dict[str, float] = {}
+        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples in sets:
             name, labels = samples.name, labels_of[samples.name]
             embedded, owners = samples.embeddings(model, items_of)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             if not known.any():
                 raise DataError(f"evaluation set {name!r}: no sample with {items_of} and {self.config.label!r}")
-            truth = torch.tensor([classes.index(labels[i]) for i in owners[known].tolist()])
+            truth = torch.tensor([place[labels[i]] for i in owners[known].tolist()])
             similarity = embedded[known] @ centres.T
-            own = similarity.gather(1, truth[:, None])
-            rank = (~(similarity < own)).sum(1) - 1  # NaN counts against the model too
-            hit = (rank == 0).double()
-            per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
-            scores |= {
-                f"{name}/top1": 100 * hit.mean().item(),
-                f"{name}/top5": 100 * (rank < 5).double().mean().item(),
-                f"{name}/mean_per_class": 100 * per_class.mean().item(),
-                f"{name}/classes": float(len(classes)),
-            }
-        for score in ("top1", "top5", "mean_per_class"):
-            scores[score] = sum(scores[f"{samples.name}/{score}"] for samples in sets) / len(sets)
-        return scores
+            found = accuracies(ranks_of_class(similarity, truth), truth)
+            scores |= {f"{name}/{score}": value for score, value in found.items()}
+            scores[f"{name}/classes"] = float(len(self._classes))
+            self._chosen[name] = truth, similarity.argmax(1)
+        return scores | means(scores, ("top1", "top5", "mean_per_class"))
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """What is taken for what, in each set."""
+        for name, (truth, chosen) in self._chosen.items():
+            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name)
+
+    def _names(self, occur: set[str]) -> list[str]:
+        if not occur:
+            raise DataError(f"no sample has a field {self.config.label!r} that names its class")
+        if self.config.classes is None:
+            return sorted(occur)
+        given = sorted(set(read_lines(Path(self.config.classes), "the name of a class a line")))
+        if unknown := sorted(occur - set(given)):
+            raise DataError(
+                f"{self.config.classes}: does not name {len(unknown)} of the classes that occur, as {unknown[0]!r}"
+            )
+        return given
+
+    def _centres(self, model: Model, words_of: str) -> Tensor:
+        """The classes' embeddings [C, D]."""
+        templates = templates_of(self.config.templates)
+        embedded = encode_shared(model, words_of, prompts_of(self._classes, templates))
+        return normalize(embedded.view(len(self._classes), len(templates), -1).mean(1), dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -15,9 +14,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from distill_core.components import DataSource
-from distill_core.data.shards import Shards, expand, is_local
+from distill_core.data.shards import Shards, expand
 from distill_core.document import Document, located, read_document
 from distill_core.errors import BadSample, DataError, RecipeErrors, UserError, did_you_mean
+from distill_core.evaluate.cache import fingerprint, stamps
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.registry import Registry
@@ -110,7 +110,7 @@ class Folder(Collection):
 
     def fingerprint(self) -> str:
         """Names, sizes and times of change."""
-        return _stamps(self.folder / key for key in self.keys)
+        return stamps(self.folder / key for key in self.keys)
 
 
 class Samples(Collection):
@@ -150,16 +150,8 @@ class Samples(Collection):
         return found
 
     def fingerprint(self) -> str:
-        """Of shards their names, and sizes and times of change of the local ones; of others what they hold."""
-        if not isinstance(self.samples.source, Shards):
-            held = hashlib.sha256()
-            for sample in self.samples:
-                for field in sorted(sample):
-                    held.update(repr((field, sample[field])).encode())
-            return held.hexdigest()
-        names = self.samples.source.names
-        remote = [shard for shard in names if not is_local(shard)]
-        return "\n".join([*remote, _stamps(Path(shard) for shard in names if is_local(shard))])
+        """Of shards their names, and sizes and times of change of the local ones; of others what they say, or hold."""
+        return fingerprint(self.samples.source)
 
 
 class _All:
@@ -171,9 +163,9 @@ class _All:
     def __iter__(self) -> Iterator[Sample]:
         return chain.from_iterable(self.parts)
 
-
-def _stamps(paths: Iterator[Path]) -> str:
-    return "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path in paths for stat in [path.stat()])
+    def fingerprint(self) -> str:
+        """Those of the parts."""
+        return "\n".join(fingerprint(part) for part in self.parts)
 
 
 def collect(source: str, split: str, registry: Registry) -> Collection:

@@ -102,7 +102,12 @@ class CaptionAugmentation(Augmentation):
         return found
 
     def read(self, sample: Sample, field: str | None = None) -> list[str]:
-        """The whole caption (all sentences), or what a field of the json holds: one text, or each of a list."""
+        """The whole caption (all sentences), or what a field of the json holds: one text, or each of a list.
+
+        Where the json has `references` (an evaluation's captions of the picture, each a whole one), each of them.
+        """
+        if field is None and "references" in _json(sample):
+            field = "references"
         if field is None:
             return [join(self.pool(sample))]
         found = [text for text in _texts(_json(sample), field) if text.strip()]

@@ -1,0 +1,208 @@
+"""Probes of frozen features: a weighted kNN and a linear classifier, both learned from labelled samples."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.errors import DataError
+from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_core.evaluate.logistic import choose_c, fit, logits
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.media import Media
+from distill_core.model import Model
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class ProbeConfig(ComponentConfig):
+    """What is classified, and what it is learned from."""
+
+    modality: str | None = None
+    """The modality whose embeddings are classified; null takes the recipe's first."""
+    label: str = "class"
+    """Field of the sample, or of its json, that names its class."""
+    learn: str | None = "train"
+    """The split of the same data that is learned from, all its sets together; null splits each scored set itself into
+    `folds`, and each is classified by what the others teach."""
+    folds: Annotated[int, Field(gt=1)] = 5
+    """Parts of a scored set where `learn` is null; each has its share of every class."""
+    shots: Positive | None = None
+    """Few-shot: learn from so many samples a class, drawn at random; null learns from all."""
+    draws: Positive = 3
+    """Draws that few-shot scores are means of."""
+
+
+class Probe(Evaluation):
+    """Base of both: gathers labelled embeddings, and scores what `predict` makes of them."""
+
+    Config = ProbeConfig
+
+    @classmethod
+    def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:
+        """The modality is there."""
+        if config.modality is not None and config.modality not in plan.modalities:
+            raise KeyError(config.modality)
+        yield from ()
+
+    @classmethod
+    def reads(cls, config: ProbeConfig) -> tuple[str, ...]:
+        """What is learned from."""
+        return (config.learn,) if config.learn is not None else ()
+
+    @abstractmethod
+    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+        """Scores [M, C] of features asked [M, D], from features x [N, D] and their classes y [N]."""
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/top1`, `SET/top5`, `SET/mean_per_class`, `SET/learned_from` (samples), and the first three's means.
+
+        With `shots`, means over draws; `SET/top1_std` is the spread among them.
+        """
+        config: ProbeConfig = self.config
+        modality = config.modality or model.modalities[0]
+        learned = self._labelled(model, sets[0].of_split(config.learn), modality) if config.learn is not None else None
+        asked = [self._labelled(model, [samples], modality) for samples in sets]
+        self._classes = sorted({label for part in (learned, *asked) if part is not None for label in part[1]})
+        scores: dict[str, float] = {}
+        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        for samples, (features, labels) in zip(sets, asked, strict=True):
+            truth = self._numbers(labels)
+            found = []
+            for draw in range(config.draws if config.shots else 1):
+                ranks, chosen, taught = torch.empty_like(truth), torch.empty_like(truth), []
+                for x, y, part in self._parts(features, truth, learned, draw):
+                    predicted = self.predict(x, y, len(self._classes), features[part], model.device)
+                    ranks[part], chosen[part] = ranks_of_class(predicted, truth[part]), predicted.argmax(1)
+                    taught.append(len(y))
+                found.append(accuracies(ranks, truth) | {"learned_from": sum(taught) / len(taught)})
+                self._chosen.setdefault(samples.name, (truth, chosen))
+            for score in found[0]:
+                scores[f"{samples.name}/{score}"] = sum(one[score] for one in found) / len(found)
+            if len(found) > 1:
+                spread = torch.tensor([one["top1"] for one in found], dtype=torch.float64).std().item()
+                scores[f"{samples.name}/top1_std"] = spread
+        return scores | means(scores, ("top1", "top5", "mean_per_class"))
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """What is taken for what, in each set (of few-shot, the first draw's)."""
+        for name, (truth, chosen) in self._chosen.items():
+            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name)
+
+    def _labelled(self, model: Model, sets: Sequence[EvaluationSet], modality: str) -> tuple[Tensor, list[str]]:
+        """Embeddings [N, D] of the sets' labelled samples, and their classes."""
+        parts, classes = [], []
+        for samples in sets:
+            labels = samples.labels(self.config.label)
+            embedded, owners = samples.embeddings(model, modality)
+            known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
+            parts.append(embedded[known])
+            classes += [labels[i] for i in owners[known].tolist()]
+        if not classes:
+            names = ", ".join(repr(samples.name) for samples in sets)
+            raise DataError(f"evaluation set {names}: no sample with {modality} and {self.config.label!r}")
+        return torch.cat(parts), classes
+
+    def _numbers(self, labels: Sequence[str]) -> Tensor:
+        place = {label: i for i, label in enumerate(self._classes)}
+        return torch.tensor([place[label] for label in labels])
+
+    def _parts(
+        self, features: Tensor, truth: Tensor, learned: tuple[Tensor, list[str]] | None, draw: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(features to learn from, their classes, numbers of the samples that are asked)."""
+        if learned is not None:
+            x, y = learned[0], self._numbers(learned[1])
+            chosen = self._shots(y, draw)
+            yield x[chosen], y[chosen], torch.arange(len(truth))
+            return
+        fold = turns(truth, seed=0) % self.config.folds
+        for i in range(self.config.folds):
+            part, rest = (fold == i).nonzero()[:, 0], (fold != i).nonzero()[:, 0]
+            if not len(part):
+                continue
+            if not len(rest):
+                raise DataError(f"{self.name!r} with `learn: null` needs at least two labelled samples")
+            rest = rest[self._shots(truth[rest], draw)]
+            yield features[rest], truth[rest], part
+
+    def _shots(self, y: Tensor, draw: int) -> Tensor:
+        numbers = torch.arange(len(y))
+        return numbers if self.config.shots is None else numbers[turns(y, seed=draw) < self.config.shots]
+
+
+def turns(y: Tensor, seed: int) -> Tensor:
+    """Each sample's turn (from 0) among those of its class, in an order drawn from `seed`: classes [N] -> [N]."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.argsort(y[order], stable=True)]
+    first = torch.searchsorted(y[order].contiguous(), y[order].contiguous())
+    found = torch.empty_like(y)
+    found[order] = torch.arange(len(y)) - first
+    return found
+
+
+class KnnConfig(ProbeConfig):
+    """The neighbours."""
+
+    k: Positive = 20
+    """Neighbours that vote; all there are, where there are fewer."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+
+
+class Knn(Probe):
+    """Weighted kNN classification of frozen embeddings (Wu et al. 2018, section 3.4), accuracies in percent."""
+
+    name = "knn"
+    Config = KnnConfig
+    examples = ({"label": "number", "learn": None},)
+
+    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+        """The votes for each class."""
+        x, y = x.to(device), y.to(device)
+        parts = []
+        for some in torch.split(asked, 1024):
+            cosine, nearest = (some.to(device) @ x.T).topk(min(self.config.k, len(x)))
+            # relative to the nearest: no overflow, and no vote of 0 for all
+            weight = ((cosine - cosine[:, :1]) / self.config.temperature).exp()
+            votes = torch.zeros(len(some), classes, device=device)
+            parts.append(votes.scatter_add_(1, y[nearest], weight).cpu())
+        return torch.cat(parts)
+
+
+class LinearConfig(ProbeConfig):
+    """The classifier."""
+
+    cs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
+    """Inverse strengths of the L2 penalty to choose from (scikit-learn's C), by accuracy on a fifth of each class that
+    is held out of what is learned from; the middle one where nothing can be held out (one shot)."""
+    iterations: Positive = 300
+    """The most iterations of L-BFGS."""
+
+
+class LinearProbe(Probe):
+    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS, as in appendix A.3 of Radford et
+    al. 2021; accuracies in percent.
+    """
+
+    name = "linear_probe"
+    Config = LinearConfig
+    examples = ({"label": "number", "learn": None},)
+
+    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+        """Log-probabilities; a class that nothing was learned of has none."""
+        known, y = torch.unique(y, return_inverse=True)
+        counts, turn = torch.bincount(y)[y], turns(y, seed=0)
+        held = (counts > 1) & (turn % 5 == counts.clamp(max=5) - 1)
+        x, y, held = x.to(device), y.to(device), held.to(device)
+        c = choose_c(x, y, held, self.config.cs, self.config.iterations)
+        weights = fit(x, y, c, self.config.iterations)
+        found = torch.full((len(asked), classes), -torch.inf)
+        found[:, known] = logits(asked.to(device), weights).log_softmax(1).cpu()
+        return found

@@ -1,0 +1,49 @@
+"""Prompt templates: ensembles by name, lists of a user's, and files of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill_core.errors import DataError, did_you_mean
+
+FOLDER = Path(__file__).with_name("templates")
+PLACES = ("{}", "{c}")
+"""What stands for the class: ours, and that of published template files."""
+
+
+def ensembles() -> list[str]:
+    """The names that `templates` may be."""
+    return sorted(path.stem for path in FOLDER.glob("*.txt"))
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file that are neither empty nor begin with #. Raises `DataError`."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise DataError(f"{path}: cannot be read ({reason}); it should hold {what}") from error
+    if not (found := [line for line in lines if line and not line.startswith("#")]):
+        raise DataError(f"{path}: is empty; it should hold {what}")
+    return found
+
+
+def templates_of(given: str | Sequence[str]) -> list[str]:
+    """The templates, with {} for the class: of an ensemble, of a file, or the list itself. Raises `DataError`."""
+    if not isinstance(given, str):
+        return list(given)
+    if given in ensembles():
+        path = FOLDER / f"{given}.txt"
+    elif (path := Path(given)).suffix == "" and not path.exists():
+        raise DataError(f"no templates named {given!r}{did_you_mean(given, ensembles())}, nor such a file")
+    found = read_lines(path, "a template a line, with {} for the class")
+    for template in found:
+        if not any(place in template for place in PLACES):
+            raise DataError(f"{path}: the template {template!r} has no {{}} for the class")
+    return [template.replace("{c}", "{}") for template in found]
+
+
+def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """All prompts of the first class, then of the second, ..."""
+    return [template.replace("{}", name) for name in classes for template in templates]

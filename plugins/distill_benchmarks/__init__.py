@@ -1,0 +1,14 @@
+"""Layouts of published benchmarks on disk, as data sources that evaluation tasks read."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Sources of captioned and of labelled pictures."""
+    from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
+    from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
+
+    return [Karpathy, Urban1k, Dci, PairList, ClassFolder, ClipBenchmark]

@@ -52,8 +52,8 @@ class Checkpoints:
             self.path(old).unlink(missing_ok=True)
         return path
 
-    def read(self, which: str = "last") -> dict[str, Any]:
-        """The state of `last`, `best` or a step. Raises `UserError` when there is none or it cannot be read."""
+    def file(self, which: str = "last") -> Path:
+        """The file of `last`, `best` or a step. Raises `UserError` when there is none."""
         steps = self.steps()
         if which == "best":
             path = self.folder / "best.pt"
@@ -71,10 +71,15 @@ class Checkpoints:
                 f"{self.folder.parent}: no checkpoint {which!r}"
                 + (f"; there are {', '.join(have)}" if have else ": the run has saved none yet")
             )
+        return path
+
+    def read(self, which: str = "last") -> dict[str, Any]:
+        """The state of `last`, `best` or a step. Raises `UserError` when there is none or it cannot be read."""
+        path = self.file(which)
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            older = [str(step) for step in steps if self.path(step) != path]
+            older = [str(step) for step in self.steps() if self.path(step) != path]
             hint = f" Try --checkpoint {older[-1]}." if older else ""
             raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}).{hint}") from error
         if state.get("version") != VERSION:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +18,6 @@ from distill_core.without import without_option
 if TYPE_CHECKING:
     from distill_core.recipe import Recipe
     from distill_core.registry import Registry
-    from distill_core.resolve import Override
     from distill_core.train import Result
 
 SET_HELP = "Change the recipe: path=value, as loss.1.weight=0.5 or 'data.source={name: emoji}'. Repeatable."
@@ -168,67 +167,27 @@ def _end(result: Result) -> None:
 
 
 @cli.command("eval")
-@click.argument("folder", shell_complete=completion.run_folders)
+@click.argument("run", shell_complete=completion.run_folders)
 @CHECKPOINT
 @click.option("--split", help="Split to score; the recipe's test split otherwise.")
 @click.option("--task", "tasks", multiple=True, help="A task of the recipe by its id, or any as {name: ..., ...}.")
 @SET
 @click.option("--full", is_flag=True, help="Every score of every set, not the means over sets alone.")
+@click.option("--pictures", metavar="FOLDER", help="Write what tasks have to show as PNG files: matches, confusions.")
+@click.option("--cache/--no-cache", default=True, help="Take and keep embeddings in RUN/embeddings.  [default: cache]")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
 @JSON
 @without_option
-def evaluate_run(
-    folder: str,
-    checkpoint: str,
-    split: str | None,
-    tasks: tuple[str, ...],
-    overrides: tuple[str, ...],
-    full: bool,
-    as_json: bool,
-) -> None:
+def evaluate_run(run: str, **options: Any) -> None:
     """Score a run's checkpoint with the recipe's evaluation tasks, or with others.
 
-    A task may have data of its own: --task '{name: retrieval, source: {name: ..., ...}}'.
+    RUN is the run's folder, or a file in its checkpoints. The scores are kept in RUN/evaluations as well.
+
+    A task may have data of its own: --task '{name: retrieval, source: {name: ..., ...}}' (docs/evaluation.md).
     """
-    import json
+    from distill_core.evaluate.command import score
 
-    from distill_core import distributed
-    from distill_core.checkpoint import Checkpoints, load_into
-    from distill_core.display import print_scores
-    from distill_core.evaluate.run import evaluate
-    from distill_core.model import models_of, run_recipe
-    from distill_core.objective import Objective
-    from distill_core.process import resolve_device, set_threads
-
-    changes: list[Override] = [*overrides]
-    if split:
-        changes.append((f"evaluate.split={split}", "--split"))
-    if tasks:
-        known = {node.id: node for node in run_recipe(Path(folder), _registry(), overrides).tasks}
-        chosen = [json.dumps(known[task].dump()) if task in known else task for task in tasks]
-        changes.append((f"evaluate.tasks=[{', '.join(chosen)}]", "--task"))
-    recipe = run_recipe(Path(folder), _registry(), changes)
-    device = distributed.start(resolve_device(recipe.train.device))
-    set_threads(recipe.train.threads, 0, device)
-    objective = Objective.from_recipe(recipe)
-    load_into(objective, Checkpoints(Path(folder)).read(checkpoint)["objective"], folder)
-    objective.to(device)
-    source = (recipe.evaluate_source or recipe.source).build()
-    if any(node.source is None for node in recipe.tasks):
-        source.prepare()
-    which = recipe.evaluate.split
-    evaluated = evaluate(recipe, models_of(recipe, objective, device), source, which)
-    first = distributed.rank() == 0
-    distributed.stop()
-    if not first:
-        return
-    if as_json:
-        click.echo(json.dumps(evaluated.scores, indent=1))
-    elif evaluated.scores:
-        print_scores(evaluated.scores, f"{Path(folder).name} ({checkpoint}) on {which}", full=full)
-    for skipped in evaluated.skipped[:5]:
-        click.echo(f"warning: not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}", err=True)
-    if evaluated.failed or not recipe.tasks:
-        raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
+    score(run, _registry(), **options)
 
 
 @cli.command()

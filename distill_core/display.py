@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+
+from distill_core.types import Sample
 
 
 class Display:
@@ -72,6 +74,51 @@ class Display:
     def warn(self, message: str) -> None:
         """One line that `quiet` does not hide."""
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+class Scoring:
+    """A progress bar of what is encoded, on a terminal only."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[what]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=quiet or not console.is_terminal,
+            transient=True,
+        )
+        self._task_name = ""
+        self._row = self._progress.add_task("", total=None, what="")
+
+    def __enter__(self) -> Scoring:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def doing(self, what: str) -> None:
+        """Name the task that is scored."""
+        self._task_name = what
+        self._begin("", None)
+
+    def watch(self, samples: Iterable[Sample], what: str) -> Iterator[Sample]:
+        """The samples, counted as they are read."""
+        total = len(samples) if isinstance(samples, Sized) else None
+        self._begin(what, total)
+        for sample in samples:
+            yield sample
+            self._progress.advance(self._row)
+
+    def _begin(self, what: str, total: int | None) -> None:
+        self._progress.remove_task(self._row)  # `reset` would keep the total
+        self._row = self._progress.add_task(self._task_name, total=total, what=what)
 
 
 def mean_table(scores: Mapping[str, float], title: str) -> Table:

@@ -47,27 +47,26 @@ class Task:
 
 
 def node(name: str, modality: str) -> SimpleNamespace:
-    return SimpleNamespace(id=name, path=f"evaluate.tasks.{name}", build=lambda: Task(modality))
+    path = f"evaluate.tasks.{name}"
+    return SimpleNamespace(id=name, path=path, source=None, build=lambda: Task(modality))
 
 
 def main(out: Path) -> None:
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()
-    run.check = lambda shards: None  # samples are made here
-    EvaluationSet.__iter__ = lambda self: iter(  # type: ignore[method-assign]
-        [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
-    )
-    recipe: Any = SimpleNamespace(tasks=[node("one", "a"), node("two", "b")])
-    source: Any = SimpleNamespace(sets=lambda split: {"set": ["none.tar"]})
+    samples = [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
+    tasks = [node("one", "a"), node("two", "b")]
+    recipe: Any = SimpleNamespace(tasks=tasks, evaluate=SimpleNamespace(split="test"))
+    source: Any = SimpleNamespace(samples=lambda split: {"set": samples})
     models: Any = {"student": Model()}
     made = run.evaluate(recipe, models, source, "test", media=2 if rank == 0 else 0)
 
-    def sets(split: str) -> dict[str, list[str]]:
+    def of(split: str) -> dict[str, list[Any]]:
         if rank == 1:
             raise DataError("gone.tar: no such file")
-        return {"set": ["none.tar"]}
+        return {"set": samples}
 
-    source = SimpleNamespace(sets=sets)
+    source = SimpleNamespace(samples=of)
     missing = run.evaluate(recipe, models, source, "test")
     found = {
         "scores": made.scores,

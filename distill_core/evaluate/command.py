@@ -1,0 +1,162 @@
+"""What `distill eval` does: score a checkpoint, show the scores and keep them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import click
+
+from distill_core import distributed
+from distill_core.checkpoint import Checkpoints, load_into
+from distill_core.display import Scoring, print_scores
+from distill_core.errors import UserError
+from distill_core.evaluate.cache import EmbeddingCache, identities
+from distill_core.evaluate.pictures import write_pictures
+from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.folders import write_whole
+from distill_core.model import models_of, run_recipe
+from distill_core.objective import Objective
+from distill_core.process import resolve_device, set_threads
+from distill_core.recipe import Recipe
+from distill_core.registry import Registry
+from distill_core.resolve import Override
+
+SHOWN = 4
+"""Queries, about, that `--pictures` draws for each task and side."""
+
+
+def score(
+    run: str,
+    registry: Registry,
+    *,
+    checkpoint: str = "last",
+    split: str | None = None,
+    tasks: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    full: bool = False,
+    pictures: str | None = None,
+    cache: bool = True,
+    quiet: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Score a run (its folder, or a checkpoint's file in it), print, and keep what was found in RUN/evaluations.
+
+    Raises `UserError` where a task failed, behind all else.
+    """
+    folder, checkpoint = where(run, checkpoint)
+    recipe = _recipe(folder, registry, split, tasks, overrides)
+    device = distributed.start(resolve_device(recipe.train.device))
+    first = distributed.rank() == 0
+    set_threads(recipe.train.threads, 0, device)
+    checkpoints = Checkpoints(folder)
+    state = checkpoints.read(checkpoint)
+    objective = Objective.from_recipe(recipe)
+    load_into(objective, state["objective"], str(folder))
+    objective.to(device)
+    models = models_of(recipe, objective, device)
+    source = (recipe.evaluate_source or recipe.source).build()
+    if any(node.source is None for node in recipe.tasks):
+        source.prepare()
+    kept = None
+    if cache:
+        whose = identities(recipe.to_dict(), models, checkpoints.file(checkpoint))
+        kept = EmbeddingCache(folder / "embeddings", whose, _warn)
+    with Scoring(quiet=quiet or as_json or not first) as display:
+        evaluated = evaluate(
+            recipe,
+            models,
+            source,
+            recipe.evaluate.split,
+            display.doing,
+            SHOWN if pictures and first else 0,
+            cache=kept,
+            watch=display.watch,
+        )
+    distributed.stop()
+    if first:
+        _tell(folder, recipe, evaluated, state["step"], checkpoint, full, pictures, as_json)
+
+
+def where(run: str, checkpoint: str) -> tuple[Path, str]:
+    """The run folder and the checkpoint's name, from a folder or a file RUN/checkpoints/NAME.pt. Raises `UserError`."""
+    path = Path(run)
+    if path.suffix != ".pt":
+        return path, checkpoint
+    if checkpoint != "last":
+        raise UserError(f"{run}: is a checkpoint already; leave out --checkpoint")
+    if path.parent.name != "checkpoints":
+        raise UserError(f"{run}: a checkpoint is scored with its run's recipe: name it as RUN/checkpoints/{path.name}")
+    name = path.stem.removeprefix("step-")
+    return path.parent.parent, str(int(name)) if name.isdigit() else name
+
+
+def _recipe(
+    folder: Path, registry: Registry, split: str | None, tasks: Sequence[str], overrides: Sequence[str]
+) -> Recipe:
+    changes: list[Override] = [*overrides]
+    if split:
+        changes.append((f"evaluate.split={split}", "--split"))
+    if tasks:
+        known = {node.id: node for node in run_recipe(folder, registry, overrides).tasks}
+        chosen = [json.dumps(known[task].dump()) if task in known else task for task in tasks]
+        changes.append((f"evaluate.tasks=[{', '.join(chosen)}]", "--task"))
+    return run_recipe(folder, registry, changes)
+
+
+def _tell(
+    folder: Path,
+    recipe: Recipe,
+    evaluated: Evaluated,
+    step: int,
+    checkpoint: str,
+    full: bool,
+    pictures: str | None,
+    as_json: bool,
+) -> None:
+    split, lines = recipe.evaluate.split, []
+    if evaluated.scores:
+        lines.append(f"every score: {_keep(folder, recipe, evaluated, step)}")
+    if pictures:
+        drawn = write_pictures(Path(pictures), evaluated.media)
+        lines.append(f"{len(drawn)} pictures: {pictures}")
+        if evaluated.no_media is not None:
+            _warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
+    if as_json:
+        click.echo(json.dumps(evaluated.scores, indent=1))
+    elif evaluated.scores:
+        print_scores(evaluated.scores, f"{folder.name} ({checkpoint}) on {split}", lines, full=full)
+    for skipped in evaluated.skipped[:5]:
+        _warn(f"not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}")
+    if len(evaluated.skipped) > 5:
+        _warn(f"{len(evaluated.skipped) - 5} more items are not scored")
+    if evaluated.failed or not recipe.tasks:
+        raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
+
+
+def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int) -> str:
+    """Scores, tasks and skipped samples as RUN/evaluations/STEP-SPLIT-TASKS.json; the same question has one file."""
+    tasks = [{**node.dump(), "id": node.id} for node in recipe.tasks]
+    document = {
+        "step": step,
+        "split": recipe.evaluate.split,
+        "tasks": tasks,
+        "scores": evaluated.scores,
+        "failed": evaluated.failed,
+        "skipped": [{"key": one.key, "url": one.url, "reason": one.reason} for one in evaluated.skipped],
+    }
+    asked = blake2b(json.dumps([tasks, recipe.to_dict()["evaluate"]["source"]]).encode(), digest_size=4).hexdigest()
+    path = folder / "evaluations" / f"{step:08d}-{recipe.evaluate.split}-{asked}.json"
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(document, indent=1))
+    except OSError as error:  # a run folder of somebody else's can be scored all the same
+        _warn(f"{path}: cannot be written ({error.strerror or error}): scores are not kept")
+        return "not kept"
+    return str(path)
+
+
+def _warn(line: str) -> None:
+    click.echo(f"warning: {line}", err=True)

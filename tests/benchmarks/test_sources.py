@@ -1,0 +1,269 @@
+"""Layouts of benchmarks on disk: small ones are written, read, scored; and wrong ones are told apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
+from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
+from distill_clip.components import RandomCrop, WholeCaption
+from distill_core.errors import BadSample, DataError
+from distill_core.evaluate.cache import fingerprint
+from distill_core.evaluate.sets import EvaluationSet
+
+TEXT, IMAGE = WholeCaption(WholeCaption.Config()), RandomCrop(RandomCrop.Config())
+
+
+def picture(path: Path, grey: int) -> Path:
+    """A grey picture, by which it is known again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 8, 3), grey, np.uint8)).save(path)
+    return path
+
+
+def grey(sample: Any) -> int:
+    return int(np.asarray(IMAGE.read(sample)[0])[0, 0, 0])
+
+
+def source(cls: Any, **options: Any) -> Any:
+    return cls(cls.Config.model_validate_json(json.dumps(options)))
+
+
+def only(sets: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    ((name, samples),) = sets.items()
+    return name, list(samples)
+
+
+def test_karpathy(tmp_path: Path) -> None:
+    """COCO's layout and Flickr's (no `filepath`); `val` is validation, `restval` trains; five captions at most."""
+    rows = [
+        ("val2014", "a.jpg", "test", ["one", "two", "three", "four", "five", "six"]),
+        ("train2014", "b.jpg", "restval", ["b"]),
+        ("val2014", "c.jpg", "val", ["c", "c again"]),
+        ("val2014", "d.jpg", "test", ["d"]),
+    ]
+    for i, (folder, file, _, _) in enumerate(rows[:-1]):
+        picture(tmp_path / "coco" / folder / file, 10 * i)
+    images = [
+        {"filepath": folder, "filename": file, "split": split, "sentences": [{"raw": text} for text in texts]}
+        for folder, file, split, texts in rows
+    ]
+    file = tmp_path / "dataset_coco.json"
+    file.write_text(json.dumps({"dataset": "coco", "images": images}))
+    made = source(Karpathy, annotations=str(file), images=str(tmp_path / "coco"))
+    name, found = only(made.samples("test"))
+    assert name == "coco"
+    assert [sample["__key__"] for sample in found] == ["a.jpg", "d.jpg"]
+    assert TEXT.read(found[0]) == ["one", "two", "three", "four", "five"]
+    with pytest.raises(BadSample, match="No such file"):
+        IMAGE.read(found[1])
+    assert (
+        len(TEXT.read(only(source(Karpathy, **made.config.model_dump() | {"captions": None}).samples("test"))[1][0]))
+        == 6
+    )
+    assert grey(only(made.samples("train"))[1][0]) in (9, 10, 11)
+    assert TEXT.read(only(made.samples("validation"))[1][0]) == ["c", "c again"]
+    assert made.samples("other") == {}
+    for row in images:
+        del row["filepath"]
+    file.write_text(json.dumps({"images": images}))
+    flat = source(Karpathy, annotations=str(file), images=str(tmp_path / "coco" / "val2014"))
+    assert only(flat.samples("test"))[0] == "dataset_coco"
+
+
+def test_a_sample_s_picture_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    """Captions of a set whose pictures are all broken can be read; a picture that changes changes the fingerprint."""
+    paths = [tmp_path / "image" / f"{i}.jpg" for i in (1, 2, 10)]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no picture")
+        text = tmp_path / "caption" / f"{path.stem}.txt"
+        text.parent.mkdir(exist_ok=True)
+        text.write_text(f"\na long caption of {path.stem}. It goes on.\nnot this\n")
+    samples = source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"]
+    assert [TEXT.read(sample) for sample in samples] == [[f"a long caption of {i}. It goes on."] for i in (1, 2, 10)]
+    with pytest.raises(BadSample, match="not a readable picture"):
+        IMAGE.read(samples[0])
+    before = fingerprint(samples)
+    assert before == fingerprint(source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"])
+    paths[1].write_bytes(b"still no picture")
+    assert fingerprint(samples) != before
+
+
+def test_urban1k_names_what_lacks_its_other_half(tmp_path: Path) -> None:
+    """A picture without a caption, and a caption without a picture: both are counted with their key."""
+    for name in ("1", "2"):
+        picture(tmp_path / "image" / f"{name}.jpg", 5)
+    (tmp_path / "caption").mkdir()
+    for name in ("2", "3"):
+        (tmp_path / "caption" / f"{name}.txt").write_text("words")
+    found = EvaluationSet("u", source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"])
+    model: Any = type("Model", (), {"augment": {"text": TEXT, "image": IMAGE}})()
+    assert [i for i, _ in found.items(model, "image")] == [0, 1]
+    assert [i for i, _ in found.items(model, "text")] == [1, 2]
+    assert sorted(found.skipped) == [("1", "text"), ("3", "image")]
+
+
+def test_dci(tmp_path: Path) -> None:
+    """The short caption and the long one as one text; everything is `test`, or the file's own splits."""
+    for i in range(3):
+        picture(tmp_path / "photos" / f"sa_{i}.jpg", 40 * i)
+        about = {"image": f"sa_{i}.jpg", "short_caption": f"short {i}.", "extra_caption": f" long {i} " if i else ""}
+        path = tmp_path / "annotations" / f"{i}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(about | {"mask_data": {}}))
+    splits = {"train": ["0.json"], "valid": ["1.json"], "test": ["2.json"]}
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    _, found = only(source(Dci, folder=str(tmp_path)).samples("test"))
+    assert [TEXT.read(sample) for sample in found] == [["short 0."], ["short 1.\nlong 1"], ["short 2.\nlong 2"]]
+    assert [abs(grey(sample) - 40 * i) < 3 for i, sample in enumerate(found)] == [True] * 3
+    own = source(Dci, folder=str(tmp_path), whole=False)
+    assert own.splits(own.config) == ("train", "validation", "test")
+    assert [sample["__key__"] for sample in only(own.samples("validation"))[1]] == ["1.json"]
+    (tmp_path / "annotations" / "1.json").write_text("{}")
+    with pytest.raises(BadSample, match="not an annotation of DCI"):
+        TEXT.read(found[1])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_pair_list(tmp_path: Path, suffix: str) -> None:
+    """Rows of one picture are its captions, wherever they stand; quotes and commas are the format's."""
+    rows = [("p/a.png", 'he said "no", and left'), ("p/b.png", "b"), ("p/a.png", "a again")]
+    for i, name in enumerate(("a", "b")):
+        picture(tmp_path / "pictures" / "p" / f"{name}.png", 100 * i)
+    path = tmp_path / f"list.{suffix}"
+    with path.open("w", newline="") as file:
+        if suffix == "jsonl":
+            lines = [{"path": "p/a.png", "title": [rows[0][1], "a again"]}, {"path": "p/b.png", "title": "b"}]
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        else:
+            writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
+            writer.writerows([("path", "title"), *rows])
+    options = {"test": str(path), "images": str(tmp_path / "pictures"), "image": "path", "caption": "title"}
+    made = source(PairList, **options)
+    assert made.splits(made.config) == ("test",)
+    name, found = only(made.samples("test"))
+    assert name == "list"
+    assert [TEXT.read(sample) for sample in found] == [['he said "no", and left', "a again"], ["b"]]
+    assert [grey(sample) for sample in found] == [0, 100]
+    with pytest.raises(DataError, match=rf"list.{suffix}:\d: no column 'caption' \(there are: path, title\)"):
+        source(PairList, **options | {"caption": "caption"}).samples("test")
+
+
+NAMES = {
+    "mapping.txt": "n02 tench, Tinca tinca\nn01\tgold fish\n",
+    "order.txt": "gold fish\ntench, Tinca tinca\n",
+    "names.json": json.dumps({"n01": "gold fish", "n02": "tench, Tinca tinca"}),
+}
+
+
+def test_class_folder(tmp_path: Path) -> None:
+    """Pictures at any depth; names from each form of file, or the folders' own."""
+    for i, name in enumerate(("n01/a.png", "n01/deep/er/b.jpeg", "n02/c.webp")):
+        picture(tmp_path / "val" / name, i)
+    (tmp_path / "val" / "n01" / "notes.txt").write_text("no picture")
+    for file, text in NAMES.items():
+        (tmp_path / file).write_text(text)
+        made = source(ClassFolder, test=str(tmp_path / "val"), names=str(tmp_path / file))
+        name, found = only(made.samples("test"))
+        assert name == "val"
+        classes = EvaluationSet("v", found).labels("class")
+        assert classes == {0: "gold fish", 1: "gold fish", 2: "tench, Tinca tinca"}, file
+        assert TEXT.read(found[0], "class") == ["gold fish"]
+    bare = source(ClassFolder, train=str(tmp_path / "val"), test=str(tmp_path / "val"))
+    assert bare.splits(bare.config) == ("train", "test")
+    assert set(EvaluationSet("v", only(bare.samples("train"))[1]).labels("class").values()) == {"n01", "n02"}
+    (tmp_path / "short.txt").write_text("n01 x\n")
+    with pytest.raises(DataError, match="names 1 of 2 classes not, as n02"):
+        source(ClassFolder, test=str(tmp_path / "val"), names=str(tmp_path / "short.txt")).samples("test")
+
+
+def tar(path: Path, samples: list[dict[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for i, sample in enumerate(samples):
+            for suffix, data in sample.items():
+                entry = tarfile.TarInfo(f"s{i:07d}.{suffix}")
+                entry.size = len(data)
+                file.addfile(entry, io.BytesIO(data))
+
+
+def webp(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, "WEBP", lossless=True)
+    return file.getvalue()
+
+
+def test_clip_benchmark(tmp_path: Path) -> None:
+    """Shards in the order of their numbers, as many as are counted; a class out of range is left out, and told."""
+    samples = [{"webp": webp(i), "cls": str(i % 3).encode()} for i in range(4)]
+    for i in range(4):
+        tar(tmp_path / "test" / f"{i}.tar", samples[i : i + 1])
+    (tmp_path / "test" / "nshards.txt").write_text("3\n")
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    made = source(ClipBenchmark, folder=str(tmp_path))
+    name, found = only(made.samples("test"))
+    assert name == tmp_path.name
+    assert [grey(sample) for sample in found] == [0, 1, 2]
+    data = EvaluationSet("c", made.samples("test")[name])
+    assert data.labels("class") == {0: "cat", 1: "dog"}
+    model: Any = type("Model", (), {"augment": {"text": TEXT}})()
+    assert dict(data.items(model, "text", "class")) == {0: "cat", 1: "dog"}
+    assert list(data.skipped) == [("s0000000", "text")]
+    assert made.samples("train") == {}
+    before = fingerprint(made.samples("test")[name])
+    (tmp_path / "classnames.txt").write_text("kitten\ndog\n")
+    assert fingerprint(made.samples("test")[name]) != before
+
+
+def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
+    tar(tmp_path / "test" / "0.tar", [{"jpg": webp(9), "txt": b"one\ntwo\n\nthree"}])
+    (tmp_path / "dataset_type.txt").write_text("retrieval\n")
+    made = source(ClipBenchmark, folder=str(tmp_path))
+    _, (found,) = only(made.samples("test"))
+    assert TEXT.read(found) == ["one", "two", "three"]
+    (tmp_path / "dataset_type.txt").write_text("multilabel\n")
+    with pytest.raises(DataError, match="type 'multilabel' cannot be scored"):
+        made.samples("test")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "said"),
+    [
+        (Karpathy, {"annotations": "HERE/none.json", "images": "HERE"}, r"none.json: cannot be read .*expected \{"),
+        (Karpathy, {"annotations": "HERE/list.json", "images": "HERE"}, "list.json: not in Karpathy's layout"),
+        (Karpathy, {"annotations": "HERE/cut.json", "images": "HERE"}, "cut.json: not readable json"),
+        (Karpathy, {"annotations": "HERE/one.json", "images": "HERE/no"}, "HERE/no: no such folder"),
+        (Karpathy, {"annotations": "HERE/one.json", "images": "HERE"}, r"lacks the pictures, as HERE/val2014/x\.jpg"),
+        (Urban1k, {"folder": "HERE/none"}, "none: no such folder; expected image/NAME.jpg and caption/NAME.txt"),
+        (Urban1k, {"folder": "HERE"}, "HERE/image: no such folder"),
+        (Dci, {"folder": "HERE"}, "splits.json: cannot be read"),
+        (PairList, {"test": "HERE/pairs.xlsx"}, "not a list of pairs"),
+        (PairList, {"test": "HERE/pairs.csv"}, r"lacks the pictures, as HERE/x\.jpg"),
+        (PairList, {"test": "HERE/bad.jsonl"}, "bad.jsonl: not readable"),
+        (ClassFolder, {"test": "HERE/none"}, "none: no such folder; expected a folder for each class"),
+        (ClassFolder, {"test": "HERE"}, "HERE: holds no folder; expected a folder for each class"),
+        (ClipBenchmark, {"folder": "HERE/none"}, "none: no such folder; expected test/nshards.txt"),
+    ],
+)
+def test_what_is_wrong_is_one_clear_error(tmp_path: Path, cls: Any, options: dict[str, str], said: str) -> None:
+    row = {"filepath": "val2014", "filename": "x.jpg", "split": "test", "sentences": [{"raw": "x"}]}
+    (tmp_path / "one.json").write_text(json.dumps({"images": [row]}))
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "cut.json").write_text('{"images": [')
+    (tmp_path / "pairs.csv").write_text("image,caption\nx.jpg,x\n")
+    (tmp_path / "bad.jsonl").write_text("{\n")
+    here = {name: value.replace("HERE", str(tmp_path)) for name, value in options.items()}
+    with pytest.raises(DataError, match=said.replace("HERE", str(tmp_path))) as error:
+        source(cls, **here).samples("test")
+    assert "\n" not in str(error.value)

@@ -17,7 +17,8 @@ from torch import Tensor
 from distill_core import distributed
 from distill_core.errors import DataError
 from distill_core.evaluate import run
-from distill_core.evaluate.sets import EvaluationSet
+from distill_core.evaluate.probes import Knn
+from distill_core.evaluate.sets import EvaluationSet, encode_shared
 
 
 class Model:
@@ -25,10 +26,11 @@ class Model:
 
     def __init__(self) -> None:
         read = lambda sample, field: [[float(len(sample["__key__"])), 1.0]]  # noqa: E731
+        self.device = torch.device("cpu")
         self.augment = {name: SimpleNamespace(read=read) for name in ("a", "b")}
 
     def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
-        return torch.tensor(list(items)).reshape(-1, 2)
+        return torch.nn.functional.normalize(torch.tensor(list(items)).reshape(-1, 2), dim=1)
 
 
 class Task:
@@ -49,6 +51,14 @@ class Task:
 def node(name: str, modality: str) -> SimpleNamespace:
     path = f"evaluate.tasks.{name}"
     return SimpleNamespace(id=name, path=path, source=None, build=lambda: Task(modality))
+
+
+def learned() -> dict[str, float]:
+    """A probe whose train split is encoded by both ranks, a sample each in turn: keys of length 1 to 6, odd or even."""
+    samples = [{"__key__": "k" * (i + 1), "__url__": "u", "class": str(i % 2).encode()} for i in range(6)]
+    train = [EvaluationSet("train", samples)]
+    config = Knn.Config.model_validate_json('{"k": 1, "modality": "a"}')
+    return Knn(config).run(Model(), [EvaluationSet("set", samples[:5], others=lambda split: train)])  # type: ignore[arg-type]
 
 
 def main(out: Path) -> None:
@@ -72,6 +82,8 @@ def main(out: Path) -> None:
         "scores": made.scores,
         "no_media": str(made.no_media) if made.no_media else None,
         "missing": missing.failed,
+        "shared": encode_shared(models["student"], "a", [[float(i), 1.0] for i in range(5)]).tolist(),
+        "learned": learned(),
     }
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.stop()

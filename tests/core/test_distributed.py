@@ -73,6 +73,11 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
     assert "'b' that no score has made, which takes all ranks" in first["no_media"]
     assert second["no_media"] is None
     assert first["missing"] == second["missing"] == ["gone.tar: no such file"]
+    directions = torch.nn.functional.normalize(torch.tensor([[float(i), 1.0] for i in range(5)]), dim=1)
+    torch.testing.assert_close(torch.tensor(first["shared"]), directions)
+    assert first["shared"] == second["shared"]
+    assert first["learned"] == second["learned"]
+    assert first["learned"]["top1"] == 100.0, "each sample's nearest is itself, whichever rank encoded it"
 
 
 def test_a_run_of_two_ranks(

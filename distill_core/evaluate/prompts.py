@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_core.errors import DataError, did_you_mean
+from distill_core.errors import DataError
 
 FOLDER = Path(__file__).with_name("templates")
 PLACES = ("{}", "{c}")
@@ -33,10 +33,7 @@ def templates_of(given: str | Sequence[str]) -> list[str]:
     """The templates, with {} for the class: of an ensemble, of a file, or the list itself. Raises `DataError`."""
     if not isinstance(given, str):
         return list(given)
-    if given in ensembles():
-        path = FOLDER / f"{given}.txt"
-    elif (path := Path(given)).suffix == "" and not path.exists():
-        raise DataError(f"no templates named {given!r}{did_you_mean(given, ensembles())}, nor such a file")
+    path = FOLDER / f"{given}.txt" if given in ensembles() else Path(given).expanduser()
     found = read_lines(path, "a template a line, with {} for the class")
     for template in found:
         if not any(place in template for place in PLACES):

@@ -95,12 +95,22 @@ def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tens
 
     A foreign target as near as the best own one ranks before it; so does every one where a similarity is NaN.
     """
+    by_owner = torch.argsort(target_of)
+    owners = target_of[by_owner]
+    first = torch.searchsorted(owners, query_of)
+    counts = torch.searchsorted(owners, query_of, right=True) - first
     ranks = []
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ targets.T
-        own = query_of[start : start + chunk, None] == target_of[None]
-        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append((~(similarity < best) & ~own).sum(1))
+        count = counts[start : start + chunk]
+        # the own targets of the chunk's queries, one behind the other: the query of each, and its similarity
+        row = torch.arange(len(similarity)).repeat_interleave(count)
+        nth = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+        own = similarity[row, by_owner[first[start : start + chunk][row] + nth]]
+        best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce(0, row, own, "amax")
+        below = (similarity < best[:, None]).count_nonzero(1)
+        own_below = torch.zeros_like(count).scatter_add(0, row, (own < best[row]).long())
+        ranks.append((len(targets) - below) - (count - own_below))
     return torch.cat(ranks)
 
 

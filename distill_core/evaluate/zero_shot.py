@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import DataError
+from distill_core.errors import DataError, did_you_mean
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
-from distill_core.evaluate.prompts import prompts_of, read_lines, templates_of
+from distill_core.evaluate.prompts import ensembles, prompts_of, read_lines, templates_of
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.media import Media
@@ -37,7 +37,11 @@ class ZeroShotConfig(ComponentConfig):
     @field_validator("templates")
     @classmethod
     def _have_a_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        for template in templates if not isinstance(templates, str) else ():
+        if isinstance(templates, str):
+            if templates.isidentifier() and templates not in ensembles():
+                raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
+            return (templates,) if "{}" in templates else templates
+        for template in templates:
             if "{}" not in template:
                 raise ValueError(f"the template {template!r} has no {{}} for the class")
         return templates

@@ -251,12 +251,19 @@ def test_templates(tmp_path: Path) -> None:
     assert prompts_of(["x", "y"], ["a {}.", "the {}"]) == ["a x.", "the x", "a y.", "the y"]
     file.write_text("a thing\n")
     for given, said in (
-        ("opnai", r"no templates named 'opnai', did you mean 'openai'\?"),
         (str(tmp_path / "none.txt"), "none.txt: cannot be read"),
         (str(file), r"the template 'a thing' has no \{\} for the class"),
     ):
         with pytest.raises(DataError, match=said):
             templates_of(given)
+
+
+def test_templates_of_an_option() -> None:
+    """One template need not be a list; a name that is none is refused with the recipe."""
+    assert ZeroShot.Config.model_validate_json('{"templates": "a {}"}').templates == ("a {}",)
+    for given, said in (("opnai", "no templates named 'opnai', did you mean 'openai'"), (["a"], r"has no \{\}")):
+        with pytest.raises(ValueError, match=said):
+            ZeroShot.Config.model_validate_json(json.dumps({"templates": given}))
 
 
 def test_the_openai_templates_are_those_of_an_independent_package() -> None:

@@ -163,7 +163,11 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
             ("RUN", "--task", "{name: retrieval, source: {name: urban1k, folder: /none}}"),
             "/none: no such folder; expected image/NAME.jpg and caption/NAME.txt",
         ),
-        (("RUN", "--task", "{name: zero_shot, templates: opnai}"), "no sample has a field 'class'"),
+        (
+            ("RUN", "--task", "{name: zero_shot, templates: opnai}"),
+            "no templates named 'opnai', did you mean 'openai'?",
+        ),
+        (("RUN", "--task", "zero_shot"), "no sample has a field 'class'"),
     ],
 )
 def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str) -> None:

@@ -122,7 +122,8 @@ class Probe(Evaluation):
             chosen = self._shots(y, draw)
             yield x[chosen], y[chosen], torch.arange(len(truth))
             return
-        fold = turns(truth, seed=0) % self.config.folds
+        fold = torch.empty_like(truth)
+        fold[by_class(truth, seed=0)] = torch.arange(len(truth)) % self.config.folds
         for i in range(self.config.folds):
             part, rest = (fold == i).nonzero()[:, 0], (fold != i).nonzero()[:, 0]
             if not len(part):
@@ -137,10 +138,15 @@ class Probe(Evaluation):
         return numbers if self.config.shots is None else numbers[turns(y, seed=draw) < self.config.shots]
 
 
+def by_class(y: Tensor, seed: int) -> Tensor:
+    """The samples' numbers class by class, each class in an order drawn from `seed`: classes [N] -> [N]."""
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+    return order[torch.argsort(y[order], stable=True)]
+
+
 def turns(y: Tensor, seed: int) -> Tensor:
     """Each sample's turn (from 0) among those of its class, in an order drawn from `seed`: classes [N] -> [N]."""
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.argsort(y[order], stable=True)]
+    order = by_class(y, seed)
     first = torch.searchsorted(y[order].contiguous(), y[order].contiguous())
     found = torch.empty_like(y)
     found[order] = torch.arange(len(y)) - first

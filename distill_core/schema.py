@@ -32,6 +32,10 @@ _DEFINITIONS: dict[str, Schema] = {
 }
 
 
+INSIDE = {("evaluate", "tasks", "#", "source")}
+"""Places among a component's own options."""
+
+
 def recipe_schema(registry: Registry) -> Schema:
     """JSON schema (draft 7, which editors know best) of a recipe as it is written, before `${NAME}` and `--set`."""
     root = Frame.model_json_schema()
@@ -39,6 +43,8 @@ def recipe_schema(registry: Registry) -> Schema:
     root["properties"]["name"].pop("pattern", None)  # ${NAME} may stand in it; the file's name is the default
     root["required"] = [name for name in root["required"] if name != "name"]
     for path, kind in SLOTS:
+        if path in INSIDE:
+            continue
         holder, key = _holder(root, definitions, path)
         old = holder[key]
         nullable = {"type": "null"} in old.get("anyOf", [])
@@ -50,7 +56,7 @@ def recipe_schema(registry: Registry) -> Schema:
         kept = {name: old[name] for name in ("description", "default") if name in old}
         holder[key] = {"anyOf": [old, {"type": "null"}, NONE]} | kept
     for entry in registry.entries.values():
-        definitions |= _component(entry)
+        definitions |= _component(registry, entry)
     whole = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of distill",
@@ -100,7 +106,7 @@ def _place(registry: Registry, kind: str, nullable: bool, default: str | None) -
     return {"anyOf": choices}
 
 
-def _component(entry: Entry) -> dict[str, Schema]:
+def _component(registry: Registry, entry: Entry) -> dict[str, Schema]:
     """The definitions of a component and of what its options nest."""
     kind, name = entry.cls.kind, entry.cls.name
     config: type[BaseModel] = entry.cls.Config
@@ -114,6 +120,11 @@ def _component(entry: Entry) -> dict[str, Schema]:
         "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
         **own.get("properties", {}),
     }
+    if kind == "evaluation":
+        own["properties"]["source"] = {
+            **_place(registry, "source", True, None),
+            "description": "Data of its own, in place of the recipe's.",
+        }
     return {f"{kind}.{name}": own, **nested}
 
 

@@ -76,6 +76,8 @@ ALLOWED = [
     ("evaluate", None),
     ("evaluate", {"tasks": None}),
     ("evaluate", {"tasks": ["retrieval", None, {"name": "zero_shot", "id": "other"}]}),
+    ("evaluate", {"tasks": [{"name": "knn", "source": {"name": "class_folder", "train": "a", "test": "b"}}]}),
+    ("evaluate", {"tasks": [{"name": "zero_shot", "templates": "openai"}]}),
     ("init", "none"),
     ("init", [{"name": "weights", "source": "w.pt"}]),
     ("train.optimizer", {"lr": 0.1}),
@@ -124,6 +126,7 @@ WRONG = [
     ("teacher", {"momentum": 2}),
     ("teacher", "always"),
     ("evaluate", {"tasks": ["contrastive"]}),
+    ("evaluate", {"tasks": [{"name": "knn", "source": {"name": "emoji", "sizes": 3}}]}),
     ("loss.1.id", "a.b"),
     ("seed", "${NUMBER"),
 ]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice, permutations
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, permutations
 from typing import Annotated
 
 from pydantic import Field
 
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.data.shards import read_shard
 from distill_core.errors import BadSample, DataError, UserError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Media, Picture, words
 from distill_core.model import Model
-from distill_core.types import View
+from distill_core.types import Sample, View
 from distill_explore.attention import Seen, class_readings, cross, readings, see
 from distill_explore.drawing import figure, rows_of
 
@@ -27,7 +25,7 @@ class AttentionMapsConfig(ComponentConfig):
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Those that read each other; null takes all."""
     samples: Annotated[int, Field(gt=0)] = 32
-    """Samples of each set that the scores are means over, the first of its shards."""
+    """Samples of each set that the scores are means over, its first."""
 
 
 class AttentionMaps(Evaluation):
@@ -85,13 +83,11 @@ class AttentionMaps(Evaluation):
     def _batches(
         self, model: Model, samples: EvaluationSet, count: int
     ) -> Iterator[tuple[list[str], dict[str, list[Seen]]]]:
-        """Keys and, by modality, the first item of each, of `count` samples that have all, evenly over the shards."""
+        """Keys and, by modality, the first item of each, of the first `count` samples that have all."""
         names = self.config.modalities or model.modalities
         keys: list[str] = []
         views: list[list[View]] = []
-        each = math.ceil(count / max(1, len(samples.shards)))
-        usable = chain.from_iterable(islice(_usable(model, shard, names), each) for shard in samples.shards)
-        for key, found in islice(usable, count):
+        for key, found in islice(_usable(model, samples, names), count):
             keys.append(key)
             views.append(found)
         if not keys:
@@ -102,9 +98,9 @@ class AttentionMaps(Evaluation):
             yield keys[part], {m: see(model, m, column) for m, column in zip(names, columns, strict=True)}
 
 
-def _usable(model: Model, shard: str, modalities: Sequence[str]) -> Iterator[tuple[str, list[View]]]:
-    """(key, a view of each modality) of a shard's samples that can be read."""
-    for sample in read_shard(shard):
+def _usable(model: Model, samples: Iterable[Sample], modalities: Sequence[str]) -> Iterator[tuple[str, list[View]]]:
+    """(key, a view of each modality) of the samples that can be read."""
+    for sample in samples:
         try:
             items = [(model.augment[m], model.augment[m].read(sample)) for m in modalities]
             yield str(sample["__key__"]), [augmentation.plain(found[0]) for augmentation, found in items]

@@ -19,7 +19,7 @@ from PIL import Image
 
 import distill_core
 from distill_core.cli import main
-from distill_core.data.shards import read_shard
+from distill_core.data.shards import Shards, read_shard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
@@ -334,7 +334,7 @@ def test_a_silent_model_is_told_so(runs: Path, registry: Registry, monkeypatch: 
     model.fusion = Silent()  # type: ignore[assignment]
     for backbone in model.backbone.values():
         monkeypatch.setattr(type(backbone), "class_attention", lambda self, x: None)
-    shards = [str(runs.parent / "shards" / "validation-000.tar")]
+    shards = Shards([str(runs.parent / "shards" / "validation-000.tar")])
     with pytest.raises(UserError, match="neither the fusion nor a backbone"):
         AttentionMaps(AttentionMapsConfig()).run(model, [EvaluationSet("v", shards)])
     seen = see(model, "text", [View("a tree")])

@@ -119,14 +119,15 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 
 @dataclass(frozen=True)
 class Dims:
-    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, and the
-    number C of `Features.class_tokens`."""  # fmt: skip
+    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number C
+    of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: it is not written)."""  # fmt: skip
 
     width: int
     dim: int
     has_tokens: bool = True
     can_mask: bool = False
     class_tokens: int = 0
+    dense: tuple[str, ...] = ()
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -166,6 +167,15 @@ class Backbone(nn.Module, Component, ABC):
 
         `token_mask` [N, L] is True where the input token must be hidden.
         """
+
+    def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
+        """N inputs of one shape -> (embeddings [N, D], dense embeddings [N, ..., D] of the tokens where they stand).
+
+        For evaluations that compare places with other modalities (segmentation), without gradients. Both are projected
+        as `pooled` is, not normalised; of a picture, dense ones are [N, rows, columns, D]. `attention` is one of
+        `Dims.dense`; `plain` changes nothing, so its embeddings are `pooled`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no dense embeddings")
 
     def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
         """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""

@@ -75,6 +75,14 @@ class Evaluation(Component, ABC):
         """Further splits of the same data that it asks its sets for (`EvaluationSet.of_split`), to learn from."""
         return ()
 
+    @classmethod
+    def example(cls, config: Any) -> tuple[Model, list[Sample]] | None:
+        """A small model, and samples that it can be scored on, for `distill check-plugin`.
+
+        None for the checks' own, whose samples have a number alone; a task that reads pictures, say, needs others.
+        """
+        return None
+
     @abstractmethod
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""

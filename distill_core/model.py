@@ -16,7 +16,7 @@ from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import Override, load_recipe
-from distill_core.types import Features, View
+from distill_core.types import Features, View, Views
 
 
 class Model:
@@ -80,20 +80,46 @@ class Model:
 
         For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
         """
+        with self._evaluating(modality) as module:
+            found: Features = module(self._batch(modality, views), need=need)
+        return found
+
+    @torch.no_grad()
+    def dense(self, modality: str, views: Sequence[View], *, attention: str = "plain") -> Tensor:
+        """Embeddings of the tokens of N views of one shape, where they stand: [N, ..., D], L2-normalised, fp32, on the
+        model's device.
+
+        See `Backbone.dense`. Raises `UserError` for a backbone that has none, or a shape that it does not take.
+        """
+        offered = self.backbone[modality].dims(self.backbone[modality].config).dense
+        if attention not in offered:
+            raise UserError(f"the backbone of {modality!r} gives no dense embeddings with {attention!r} attention")
+        try:
+            (group,) = self._batch(modality, [[view] for view in views]).groups
+            with self._evaluating(modality) as module:
+                _, found = module.dense(group.x[0], attention=attention)
+        except ValueError as error:
+            raise UserError(f"{modality}: {error}") from error
+        return normalize(found.float(), dim=-1)
+
+    def _batch(self, modality: str, views: list[list[View]]) -> Views:
+        return self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
+
+    @contextmanager
+    def _evaluating(self, modality: str) -> Iterator[Any]:
+        """The backbone in evaluation mode and the run's precision; its modes come back."""
         module = self.backbone[modality]
-        batch = self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
         bf16 = self.precision == "bf16"
         with evaluating(module), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            found: Features = module(batch, need=need)
-        return found
+            yield module
 
     @torch.no_grad()
     def class_attention(self, modality: str, views: Sequence[View]) -> Tensor | None:
         """`Backbone.class_attention` [B, H, L] of one view each of B samples; None where the backbone cannot tell."""
         module = self.backbone[modality]
-        batch = self.collators[modality]([[view] for view in views], [0] * len(views))
+        batch = self._batch(modality, [[view] for view in views])
         with evaluating(module):
-            return module.class_attention(batch.groups[0].x[0].to(self.device))
+            return module.class_attention(batch.groups[0].x[0])
 
 
 @contextmanager

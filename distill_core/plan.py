@@ -22,6 +22,8 @@ class ModalityPlan:
     can_mask: bool = False
     class_tokens: int = 0
     """Class tokens C that come with the embedding; 0 where the backbone gives none."""
+    dense: tuple[str, ...] = ()
+    """The kinds of attention that `Backbone.dense` can take in its last layer; empty where it has no dense path."""
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""

@@ -269,7 +269,7 @@ class _Resolver:
                 )
                 continue
             modalities[name] = ModalityPlan(
-                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens
+                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens, dims.dense
             )
         fusion = isinstance(self._get(("fusion",)), dict)
         return Plan(modalities, has_teacher, fusion)

@@ -190,6 +190,32 @@ def independence(case: Case) -> None:
 
 
 @checks(KIND)
+def dense(case: Case) -> None:
+    """With each attention that `Dims.dense` names, `dense` gives finite [N, D] and [N, ..., D]; `plain` is `pooled`."""
+    module, views = generic(build(case)), collated(case)
+    dims = case.cls.dims(case.config)
+    if not dims.dense:
+        raise DoesNotFit("`dims` says that it has no dense embeddings")
+    with torch.no_grad():
+        pooled = module(views).pooled
+        for start, group in views.numbered():
+            for attention in dims.dense:
+                one, tokens = module.dense(group.x[0], attention=attention)  # type: ignore[operator]
+                require(
+                    one.shape == (BATCH, dims.dim)
+                    and tokens.ndim > 2
+                    and tokens.shape[:: tokens.ndim - 1] == one.shape,
+                    f"`dense` must give [{BATCH}, {dims.dim}] and [{BATCH}, ..., {dims.dim}], not {list(one.shape)} and "
+                    f"{list(tokens.shape)}",
+                )
+                require(finite([one, tokens]), f"a dense embedding is not finite with {attention!r} attention")
+                same_pooled = close([one], [pooled[start]])
+                require(
+                    attention != "plain" or same_pooled, "with plain attention `dense` must give what `encode` gives"
+                )
+
+
+@checks(KIND)
 def hidden_tokens(case: Case) -> None:
     """`masked=True` hides the tokens of token_mask; where none is hidden it changes nothing."""
     module, views = generic(build(case)), collated(case)

@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from distill_core.conformance.suite import Case, DoesNotFit, Mend, checks, requi
 from distill_core.data.shards import Shards, is_local
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import Model
+from distill_core.types import Sample
 
 
 @contextmanager
@@ -158,23 +160,34 @@ def pickling(case: Case) -> None:
 def scores(case: Case) -> None:
     """Scores are finite numbers by name, the same each time, of one set and of two."""
     with tempfile.TemporaryDirectory() as folder:
-        one, other = (surroundings.shard(Path(folder), samples) for samples in (7, 8))
-        for sets in ({"one": [one]}, {"one": [one], "other": [other]}):
+        model, one, other = _scorable(case, Path(folder))
+        for sets in ({"one": one}, {"one": one, "other": other}):
             found = []
             for _ in range(2):
-                given = [EvaluationSet(name, Shards(names)) for name, names in sets.items()]
-                found.append(case.cls(case.config).run(surroundings.model(), given))
+                given = [EvaluationSet(name, samples) for name, samples in sets.items()]
+                found.append(case.cls(case.config).run(model, given))
             require(isinstance(found[0], dict) and found[0], "`run` must return scores by name")
             for name, value in found[0].items():
                 require(isinstance(value, float) and math.isfinite(value), f"the score {name!r} is {value!r}")
             require(found[0] == found[1], "the same model and sets give other scores the second time")
 
 
+def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterable[Sample]]:
+    """A model and two sets: those of the task's `example`, or of numbered samples."""
+    example = case.cls.example(case.config)
+    if example is None:
+        return surroundings.model(), *(Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+    model, samples = example
+    require(len(samples) > 1, "`example` needs two samples or more")
+    return model, samples, samples[: len(samples) - 1]
+
+
 @checks("evaluation")
 def nothing_to_score(case: Case) -> None:
     """A set without a sample raises DataError, not an error of torch."""
+    model = (case.cls.example(case.config) or (surroundings.model(),))[0]
     try:
-        case.cls(case.config).run(surroundings.model(), [EvaluationSet("empty", [])])
+        case.cls(case.config).run(model, [EvaluationSet("empty", [])])
     except UserError:
         return
     except Exception as error:

@@ -17,6 +17,10 @@ from torch.nn.functional import linear
 from distill_kernels import cross_attention, packed_attention, self_attention
 
 
+DENSE = ("plain", "value_value", "correlative")
+"""What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""
+
+
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)), for pictures: q [N, H, Q, K], k [N, H, L, K], mask [N, L] -> [N, H, Q, L].
 
@@ -45,6 +49,20 @@ class Attention(nn.Module):
         """x [N, L, W] -> [N, L, W]."""
         q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
         out: Tensor = self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
+        return out
+
+    def dense(self, x: Tensor, attention: str) -> Tensor:
+        """As `forward`, not causal, where each token gathers the values of those that are like it.
+
+        `plain`: softmax(QK') V. `value_value`: softmax(VV') V (Li et al. 2023, CLIP Surgery). `correlative`: (softmax(QQ')
+        + softmax(KK')) V (Wang et al. 2023, SCLIP, equation 3). Raises ValueError for any other.
+        """
+        q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
+        pairs = {"plain": [(q, k)], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}
+        if attention not in pairs:
+            raise ValueError(f"no attention {attention!r} (there are: {', '.join(DENSE)})")
+        mixed = torch.stack([self_attention(a, b, v, causal=False) for a, b in pairs[attention]]).sum(0)
+        out: Tensor = self.out_proj(rearrange(mixed, "n h l k -> n l (h k)"))
         return out
 
     def _project(self, x: Tensor) -> Tensor:
@@ -123,6 +141,11 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), causal=causal)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
+    def dense(self, x: Tensor, attention: str) -> Tensor:
+        """x [N, L, W] -> [N, L, W], with another attention (`Attention.dense`)."""
+        x = x + self.attn.dense(self.ln_1(x), attention)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
     def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
         """x [T, W] -> [T, W], or only `rows` [R] of it, [R, W]: behind the attention the rest is not computed."""
         mixed = self.attn.packed(self.ln_1(x), starts, causal=causal)
@@ -159,6 +182,14 @@ class Transformer(nn.Module):
         for block in self.resblocks:
             x = block(x, causal=causal)
         return x
+
+    def dense(self, x: Tensor, attention: str) -> Tensor:
+        """x [N, L, W] -> [N, L, W], not causal, with another attention (`Attention.dense`) in the last block."""
+        for block in self.resblocks[:-1]:
+            x = block(x, causal=False)
+        last = self.resblocks[-1]
+        assert isinstance(last, Block)
+        return last.dense(x, attention)
 
     def at(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
         """The output at `index` [N] alone, [N, W]; not causal, [N, Q] as well. Causal stacks see tokens 0..index."""

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, linear
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
-from distill_towers.transformer import Activation, Transformer
+from distill_towers.transformer import DENSE, Activation, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -100,7 +100,7 @@ class VisionTransformer(Backbone):
     def dims(cls, config: VisionTransformerConfig) -> Dims:
         """Widths of tokens and embedding."""
         masked = config.masking is not None
-        return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens)
+        return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
 
     @classmethod
     def problems(cls, config: VisionTransformerConfig, plan: Plan) -> Iterable[str]:
@@ -141,6 +141,13 @@ class VisionTransformer(Backbone):
         if tokens:
             return self._read(self.transformer(sequence, causal=False), tokens=True)
         return self._read(self.transformer.at(sequence, self._class_index(x), causal=False), tokens=False)
+
+    def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
+        """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: each token after `ln_post`, times `proj`, as
+        in MaskCLIP (Zhou et al. 2022) and SCLIP; the last block's attention is `transformer.Attention.dense`."""  # fmt: skip
+        out = self.ln_post(self.transformer.dense(self._embed(x, None), attention)) @ self.proj
+        rows, columns = (side // self.config.patch for side in x.shape[-2:])
+        return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
 
     def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
         """Crops of all sizes go through the weights as one packed sequence."""

@@ -119,8 +119,8 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 
 @dataclass(frozen=True)
 class Dims:
-    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number C
-    of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: it is not written)."""  # fmt: skip
+    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number
+    C of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: not written)."""
 
     width: int
     dim: int

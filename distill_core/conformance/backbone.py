@@ -201,11 +201,10 @@ def dense(case: Case) -> None:
         for start, group in views.numbered():
             for attention in dims.dense:
                 one, tokens = module.dense(group.x[0], attention=attention)  # type: ignore[operator]
+                shape, ends = (BATCH, dims.dim), (tokens.shape[0], tokens.shape[-1])
                 require(
-                    one.shape == (BATCH, dims.dim)
-                    and tokens.ndim > 2
-                    and tokens.shape[:: tokens.ndim - 1] == one.shape,
-                    f"`dense` must give [{BATCH}, {dims.dim}] and [{BATCH}, ..., {dims.dim}], not {list(one.shape)} and "
+                    one.shape == shape and ends == shape and tokens.ndim > 2,
+                    f"`dense` must give {list(shape)} and [{BATCH}, ..., {dims.dim}], not {list(one.shape)} and "
                     f"{list(tokens.shape)}",
                 )
                 require(finite([one, tokens]), f"a dense embedding is not finite with {attention!r} attention")

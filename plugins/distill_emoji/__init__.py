@@ -16,9 +16,10 @@ distill_api = 1
 @hookimpl
 def distill_components() -> list[type[Component]]:
     """The components of this plugin."""
+    from distill_emoji.scenes import EmojiScenes
     from distill_emoji.source import EmojiSource
 
-    return [EmojiSource]
+    return [EmojiSource, EmojiScenes]
 
 
 @hookimpl

@@ -16,7 +16,6 @@ from torch.nn.functional import linear
 
 from distill_kernels import cross_attention, packed_attention, self_attention
 
-
 DENSE = ("plain", "value_value", "correlative")
 """What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""
 
@@ -54,8 +53,8 @@ class Attention(nn.Module):
     def dense(self, x: Tensor, attention: str) -> Tensor:
         """As `forward`, not causal, where each token gathers the values of those that are like it.
 
-        `plain`: softmax(QK') V. `value_value`: softmax(VV') V (Li et al. 2023, CLIP Surgery). `correlative`: (softmax(QQ')
-        + softmax(KK')) V (Wang et al. 2023, SCLIP, equation 3). Raises ValueError for any other.
+        `plain`: softmax(QK') V. `value_value`: softmax(VV') V (Li et al. 2023, CLIP Surgery). `correlative`:
+        (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP). Raises ValueError for any other.
         """
         q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
         pairs = {"plain": [(q, k)], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}

@@ -143,8 +143,10 @@ class VisionTransformer(Backbone):
         return self._read(self.transformer.at(sequence, self._class_index(x), causal=False), tokens=False)
 
     def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
-        """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: each token after `ln_post`, times `proj`, as
-        in MaskCLIP (Zhou et al. 2022) and SCLIP; the last block's attention is `transformer.Attention.dense`."""  # fmt: skip
+        """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
+
+        As in MaskCLIP (Zhou et al. 2022) and SCLIP; what the last block attends by: `transformer.Attention.dense`.
+        """
         out = self.ln_post(self.transformer.dense(self._embed(x, None), attention)) @ self.proj
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
         return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))

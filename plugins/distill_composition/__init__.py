@@ -1,0 +1,21 @@
+"""Composition: whether a model tells a picture's caption from one that puts the same things together differently."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core.components import Component
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type[Component]]:
+    """The task, and the layouts of published sets."""
+    from distill_composition.layouts import MmvpVlm, SugarCrepe, SvoProbes, Winoground
+    from distill_composition.task import Composition
+
+    return [Composition, SugarCrepe, Winoground, SvoProbes, MmvpVlm]

@@ -1,0 +1,293 @@
+"""Published sets, each read from your own copy: what a file's line becomes is a sample of `composition`.
+
+Pictures are the fields `image_0` and `image_1`, captions `caption_0` and `caption_1` of the json.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill_core.components import ComponentConfig, DataSource
+from distill_core.errors import DataError
+from distill_core.types import Sample
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample to be: its pictures' files and its captions, each in the order of the fields."""
+
+    key: str
+    images: tuple[Path, ...]
+    captions: tuple[str, ...]
+
+
+class Items:
+    """Samples read anew each time. A picture that is not there is an empty field, which the task skips and names."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Sample]:
+        for item in self.items:
+            captions = {f"caption_{i}": caption for i, caption in enumerate(item.captions)}
+            fields = {f"image_{i}": _bytes(path) for i, path in enumerate(item.images)}
+            where = ", ".join(str(path) for path in item.images)
+            yield {"__key__": item.key, "__url__": where, "json": json.dumps(captions).encode(), **fields}
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+class CopyConfig(ComponentConfig):
+    """What all of them ask."""
+
+    split: str = "test"
+    """The split that it is; tasks are left out on any other."""
+
+
+class _Copy(DataSource):
+    """Without shards: nothing can be trained on it."""
+
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...]:
+        """The one of the option."""
+        return (config.split,)
+
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """No shards."""
+        return {}
+
+    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+        """Its sets. Raises `DataError` for what is not as the layout has it."""
+        if split != self.config.split:
+            return {}
+        return {name: Items(items) for name, items in self.items().items()}
+
+    @abstractmethod
+    def items(self) -> dict[str, list[Item]]:
+        """The items by set."""
+
+
+class SugarCrepeConfig(CopyConfig):
+    """Where the copy is."""
+
+    annotations: str
+    """Folder of `add_att.json`, `replace_obj.json`, `swap_obj.json`, ...; or one such file. Each is a set."""
+    images: str
+    """Folder of COCO's val2017 pictures."""
+
+
+class SugarCrepe(_Copy):
+    """SugarCrepe (Hsieh et al. 2023): pictures with a caption and a hard negative.
+
+    A file is {NUMBER: {"filename": ..., "caption": ..., "negative_caption": ...}}.
+    """
+
+    name = "sugarcrepe"
+    Config = SugarCrepeConfig
+    examples = ({"annotations": "no such folder", "images": "val2017"},)
+
+    def items(self) -> dict[str, list[Item]]:
+        """Each file is a set."""
+        given, images = _path(self.config.annotations), _folder(self.config.images)
+        files = sorted(_folder(given).glob("*.json")) if not given.is_file() else [given]
+        if not files:
+            raise DataError(f"{given}: no file *.json")
+        found = {}
+        for file in files:
+            document = _json(file.read_bytes(), str(file))
+            if not isinstance(document, dict) or not document:
+                raise DataError(f"{file}: should be an object of entries by number")
+            found[file.stem] = [
+                Item(
+                    f"{file.stem}-{number}",
+                    (_present(images / _text(entry, "filename", f"{file}: {number!r}")),),
+                    tuple(_text(entry, field, f"{file}: {number!r}") for field in ("caption", "negative_caption")),
+                )
+                for number, entry in document.items()
+            ]
+        return found
+
+
+class WinogroundConfig(CopyConfig):
+    """Where the copy is."""
+
+    root: str
+    """Folder that `examples.jsonl` and the folder `images` are in."""
+    by_tag: bool = False
+    """Whether each `collapsed_tag` (Object, Relation, Both) is a set of its own."""
+
+
+class Winoground(_Copy):
+    """Winoground (Thrush et al. 2022): two pictures and two captions of the same words.
+
+    A line of `examples.jsonl` has `id`, `image_0`, `image_1` (a picture's name, with or without its suffix),
+    `caption_0`, `caption_1`.
+    """
+
+    name = "winoground"
+    Config = WinogroundConfig
+    examples = ({"root": "no such folder"},)
+
+    def items(self) -> dict[str, list[Item]]:
+        """One set, or one a tag."""
+        root = _folder(self.config.root)
+        file, images = root / "examples.jsonl", _folder(root / "images")
+        found: dict[str, list[Item]] = {}
+        for number, line in enumerate(_lines(file), 1):
+            where = f"{file}:{number}"
+            entry = _json(line, where)
+            name = _text(entry, "collapsed_tag", where) if self.config.by_tag else "winoground"
+            pictures = tuple(_named(images, _text(entry, field, where), where) for field in ("image_0", "image_1"))
+            captions = tuple(_text(entry, field, where) for field in ("caption_0", "caption_1"))
+            found.setdefault(name, []).append(Item(f"winoground-{entry.get('id', number)}", pictures, captions))
+        return _not_empty(found, file)
+
+
+class SvoProbesConfig(CopyConfig):
+    """Where the copy is."""
+
+    annotations: str
+    """The file `svo_probes.csv`."""
+    images: str
+    """Folder of the pictures that you could fetch, each named by its id: `123.jpg`."""
+
+
+class SvoProbes(_Copy):
+    """SVO-Probes (Hendricks and Nematzadeh 2021): a sentence, a picture of it, and one that differs in one word.
+
+    Sets are `subject`, `verb` and `object`; a row that differs in several, or in none, is left out, as published. Rows
+    whose picture is not in the folder (many addresses are dead) are skipped and named.
+    """
+
+    name = "svo_probes"
+    Config = SvoProbesConfig
+    examples = ({"annotations": "no such file", "images": "images"},)
+
+    def items(self) -> dict[str, list[Item]]:
+        """By what the negative picture differs in."""
+        file, images = _path(self.config.annotations), _folder(self.config.images)
+        kinds = {"subj_neg": "subject", "verb_neg": "verb", "obj_neg": "object"}
+        there = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
+        found: dict[str, list[Item]] = {}
+        rows = csv.DictReader(_lines(file))
+        lacking = {"sentence", "pos_image_id", "neg_image_id", *kinds} - set(rows.fieldnames or ())
+        if lacking:
+            raise DataError(f"{file}: the first line lacks the column(s) {', '.join(sorted(lacking))}")
+        for number, row in enumerate(rows, 2):
+            differs = [name for column, name in kinds.items() if str(row[column]).strip().lower() in ("true", "1")]
+            ids = [str(row[column]).strip() for column in ("pos_image_id", "neg_image_id")]
+            if len(differs) == 1:
+                pictures = tuple(there.get(i, images / f"{i}.jpg") for i in ids)
+                item = Item(f"svo-{number}", pictures, (_text(row, "sentence", f"{file}:{number}"),))
+                found.setdefault(differs[0], []).append(item)
+        if not any(path.is_file() for items in found.values() for item in items for path in item.images):
+            raise DataError(f"{images}: no picture of {file}; each is named by its id, as 123.jpg")
+        return _not_empty(found, file)
+
+
+class MmvpVlmConfig(CopyConfig):
+    """Where the copy is."""
+
+    root: str
+    """Folder that `Questions.csv` and the folder `MLLM_VLM Images` are in."""
+    template: str = "a photo of {}"
+    """What a statement is put into, as the public code does."""
+
+
+class MmvpVlm(_Copy):
+    """MMVP-VLM (Tong et al. 2024): pairs of pictures that CLIP takes for one, with a statement each, by visual pattern.
+
+    `Questions.csv` has a head and lines `ID,TYPE,STATEMENT`; lines 2k-1 and 2k are a pair, and its pictures are
+    `MLLM_VLM Images/TYPE/ID.jpg`. Sets are the types; `image` of `composition` is the published accuracy.
+    """
+
+    name = "mmvp_vlm"
+    Config = MmvpVlmConfig
+    examples = ({"root": "no such folder"},)
+
+    def items(self) -> dict[str, list[Item]]:
+        """By visual pattern."""
+        root = _folder(self.config.root)
+        file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images")
+        rows = list(csv.reader(_lines(file)))[1:]
+        for number, row in enumerate(rows, 2):
+            if len(row) != 3 or not row[0].strip().isdigit():
+                raise DataError(f"{file}:{number}: should be ID,TYPE,STATEMENT, got {','.join(row)[:80]!r}")
+        if len(rows) % 2:
+            raise DataError(f"{file}: {len(rows)} statements; they come in pairs")
+        found: dict[str, list[Item]] = {}
+        for number, ((one, kind, first), (other, _, second)) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            if int(one) % 2 != 1 or int(other) != int(one) + 1:
+                raise DataError(f"{file}:{2 * number + 2}: {one} and {other} are no pair: an odd id and the next")
+            pictures = tuple(_present(images / kind.strip() / f"{int(i)}.jpg") for i in (one, other))
+            captions = tuple(self.config.template.replace("{}", text.strip()) for text in (first, second))
+            name = kind.strip().replace("/", "-")
+            found.setdefault(name, []).append(Item(f"mmvp-{one}", pictures, captions))
+        return _not_empty(found, file)
+
+
+def _path(given: str) -> Path:
+    return Path(given).expanduser()
+
+
+def _folder(given: str | Path) -> Path:
+    folder = Path(given).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    return folder
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line for line in file.read_text(encoding="utf-8-sig").splitlines(keepends=True) if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _json(data: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not readable json: {error}") from error
+
+
+def _text(entry: Any, field: str, where: str) -> str:
+    value = entry.get(field) if isinstance(entry, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: no text in {field!r}")
+    return value
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"{path}: no such picture")
+    return path
+
+
+def _named(images: Path, name: str, where: str) -> Path:
+    """A picture by its name with or without a suffix."""
+    for suffix in ("", *PICTURES):
+        if (path := images / f"{name}{suffix}").is_file():
+            return path
+    raise DataError(f"{where}: no picture {name!r} in {images}")
+
+
+def _not_empty(found: dict[str, list[Item]], file: Path) -> dict[str, list[Item]]:
+    if not found:
+        raise DataError(f"{file}: no entry in it")
+    return found

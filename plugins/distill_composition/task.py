@@ -1,0 +1,174 @@
+"""The task `composition`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.errors import DataError
+from distill_core.evaluate.retrieval import two_modalities
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import Model
+from distill_core.types import Sample
+
+SCORES = ("text", "image", "group", "match")
+Fields = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class CompositionConfig(ComponentConfig):
+    """What belongs together in a sample."""
+
+    modalities: tuple[str, str] | None = None
+    """That of the pictures, and that of the captions; null takes the recipe's first and second."""
+    images: Fields = ("image_0", "image_1")
+    """Fields of a sample that hold pictures; a set whose samples lack the last ones has fewer."""
+    captions: Fields = ("caption_0", "caption_1")
+    """Fields of its json that hold captions; the first belongs to the first picture, and so on. What is over on either
+    side belongs to none."""
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None = None
+    """Cosine above which a picture and a caption match, for SVO-Probes' published `match`; null for no such score."""
+
+
+class Composition(Evaluation):
+    """Accuracies in percent; a tie, or a similarity that is not a number, counts against the model.
+
+    `text`: each picture is nearer to its caption than to any other of its sample (SugarCrepe's accuracy, Winoground's
+    text score). `image`: each caption is nearer to its picture than to any other (Winoground's image score, MMVP-VLM's
+    accuracy of pairs; SVO-Probes by comparison). `group`: both (Thrush et al. 2022).
+    """
+
+    name = "composition"
+    Config = CompositionConfig
+    examples = ({}, {"threshold": 0.2})
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.config: CompositionConfig = config
+
+    @classmethod
+    def problems(cls, config: CompositionConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+        if config.modalities is None and len(plan.modalities) == 1:
+            yield f"{cls.name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
+
+    @classmethod
+    def example(cls, config: CompositionConfig) -> tuple[Model, list[Sample]]:
+        """A small ViT and text tower, and pairs of pictures of noise and of captions."""
+        from distill_composition.example import samples
+        from distill_towers.example import model
+
+        return model(), samples(4)
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/text`, `SET/image`, `SET/group`, `SET/match`, where they are defined, `SET/samples`; means over sets."""
+        scores: dict[str, float] = {}
+        for samples in sets:
+            found = self._scores(model, samples)
+            scores |= {f"{samples.name}/{name}": value for name, value in found.items()}
+        for name in SCORES:
+            values = [scores[key] for samples in sets if (key := f"{samples.name}/{name}") in scores]
+            if values:
+                scores[name] = sum(values) / len(values)
+        return scores
+
+    def _scores(self, model: Model, samples: EvaluationSet) -> dict[str, float]:
+        pictures, words = self.config.modalities or model.modalities
+        images, captions = self._present(samples)
+        sides = [samples.embeddings(model, pictures, field) for field in images]
+        sides += [samples.embeddings(model, words, field) for field in captions]
+        for (_, owners), field in zip(sides, (*images, *captions), strict=True):
+            if len(owners.unique()) < len(owners):
+                raise DataError(f"evaluation set {samples.name!r}: {field!r} holds several items in one sample")
+        common = sides[0][1]
+        for _, owners in sides[1:]:
+            common = common[torch.isin(common, owners)]
+        if not len(common):
+            raise DataError(f"evaluation set {samples.name!r}: no sample with all of {', '.join((*images, *captions))}")
+        kept = [embedded[torch.isin(owners, common)] for embedded, owners in sides]
+        a, b = torch.stack(kept[: len(images)], 1), torch.stack(kept[len(images) :], 1)
+        similarity = a @ b.mT  # [N, images, captions]
+        scores = {"samples": float(len(common))}
+        hits = accuracies(similarity)
+        scores |= {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+        if self.config.threshold is not None:
+            pairs = self._pairs(samples, images, captions, set(common.tolist()))
+            scores["match"] = 100 * matched(similarity, pairs, self.config.threshold)
+        return scores
+
+    def _present(self, samples: EvaluationSet) -> tuple[Sequence[str], Sequence[str]]:
+        """The fields that the set's first sample has. Raises `DataError` where nothing can be told apart."""
+        first = next(iter(samples), None)
+        if first is None:
+            raise DataError(f"evaluation set {samples.name!r}: no sample")
+        images = [field for field in self.config.images if field in first]
+        captions = [field for field in self.config.captions if field in _record(first)]
+        if not images or not captions or len(images) + len(captions) < 3:
+            raise DataError(
+                f"evaluation set {samples.name!r}: nothing to tell apart: its samples have the pictures "
+                f"{', '.join(images) or '(none)'} and the captions {', '.join(captions) or '(none)'}"
+            )
+        return images, captions
+
+    def _pairs(
+        self, samples: EvaluationSet, images: Sequence[str], captions: Sequence[str], kept: set[int]
+    ) -> list[list[list[bytes]]]:
+        """What each (picture, caption) of the kept samples is, by their contents: pairs that come again are one."""
+
+        def mark(data: Any) -> bytes:
+            return blake2b(data if isinstance(data, bytes) else str(data).encode(), digest_size=16).digest()
+
+        found = []
+        for i, sample in enumerate(samples):
+            if i in kept:
+                ours = [mark(_record(sample)[field]) for field in captions]
+                found.append([[mark(sample[field]) + own for own in ours] for field in images])
+        return found
+
+
+def accuracies(similarity: Tensor) -> dict[str, Tensor]:
+    """`text`, `image` and `group`, [N] bool each where it is defined, of similarities [N, images, captions].
+
+    Picture i and caption i belong together; `text` needs two captions, `image` two pictures, `group` both.
+    """
+    own = torch.arange(min(similarity.shape[1:]))
+    mine = similarity[:, own, own]  # [N, pairs]
+    others = torch.eye(*similarity.shape[1:], dtype=torch.bool)
+    rest = similarity.masked_fill(others, -torch.inf)
+    hits = {}
+    if similarity.shape[2] > 1:
+        hits["text"] = (mine[..., None] > rest[:, own]).all(2).all(1)
+    if similarity.shape[1] > 1:
+        hits["image"] = (mine[:, None] > rest[:, :, own]).all(1).all(1)
+    if len(hits) == 2:
+        hits["group"] = hits["text"] & hits["image"]
+    return hits
+
+
+def matched(similarity: Tensor, pairs: Sequence[Sequence[Sequence[bytes]]], threshold: float) -> float:
+    """The mean of two accuracies: of pairs that belong together (above the threshold) and of the others (not above it).
+
+    Similarities [N, images, captions], and what each is: one that comes again counts once (SVO-Probes' notebook).
+    """
+    right: dict[bool, dict[bytes, bool]] = {True: {}, False: {}}
+    for row, names in zip(similarity.tolist(), pairs, strict=True):
+        for i, of_image in enumerate(names):
+            for j, name in enumerate(of_image):
+                together = i == j
+                right[together][name] = row[i][j] > threshold if together else row[i][j] <= threshold
+    return sum(sum(found.values()) / len(found) for found in right.values()) / 2
+
+
+def _record(sample: Sample) -> dict[str, Any]:
+    try:
+        record = json.loads(sample.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,31 @@
+"""Zero-shot semantic segmentation: the task, folders of pictures and masks, the layouts of published sets, overlays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core.components import Component
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type[Component]]:
+    """The task and its sources."""
+    from distill_segment.folders import ImageMaskFolder, SegmentationSet
+    from distill_segment.task import Segmentation
+
+    return [Segmentation, ImageMaskFolder, SegmentationSet]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill segment`."""
+    from distill_segment.commands import segment
+
+    return [segment]

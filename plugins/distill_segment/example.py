@@ -1,0 +1,27 @@
+"""What `distill check-plugin` tries the task on: pictures of noise."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from distill_core.types import Sample
+from distill_segment.classes import write_mask
+
+CLASSES = b"background\nsquare, box\ndisc\n"
+
+
+def samples(count: int, seed: int = 0) -> list[Sample]:
+    """Pictures of noise, 24 x 32 px, with masks of three classes and a strip that is not scored."""
+    rng = np.random.default_rng(seed)
+    made: list[Sample] = []
+    for i in range(count):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(file, "PNG")
+        mask = rng.integers(0, 3, (24, 32))
+        mask[:2] = 255
+        fields = {"png": file.getvalue(), "mask.png": write_mask(mask), "classes.txt": CLASSES}
+        made.append({"__key__": f"noise-{i}", "__url__": "noise", **fields})
+    return made

@@ -1,0 +1,228 @@
+"""Sources of pictures and masks in folders: any, and the layouts of published sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from distill_core.components import ComponentConfig, DataSource
+from distill_core.errors import BadSample, DataError
+from distill_core.types import Sample
+from distill_segment import names
+from distill_segment.classes import IGNORE, parse_classes, read_classes, read_mask, write_mask
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What a folder's masks mean, and how files of one sample are named: NAME + a suffix each."""
+
+    mask_suffix: str = ".png"
+    image_suffixes: tuple[str, ...] = PICTURES
+    ignore: int = IGNORE
+    reduce_zero_label: bool = False
+
+    def numbers(self, data: bytes) -> bytes:
+        """A mask file with class numbers as the task reads them; the same bytes where there is nothing to change, or
+        where it cannot be read: the task will say so."""  # fmt: skip
+        if not self.reduce_zero_label and self.ignore == IGNORE:
+            return data
+        try:
+            mask = read_mask(data)
+        except BadSample:
+            return data
+        ignored = (mask == self.ignore) | (mask == IGNORE)
+        if self.reduce_zero_label:
+            ignored |= mask == 0
+            mask = mask - 1
+        return write_mask(np.where(ignored, IGNORE, mask))
+
+
+class Pairs:
+    """The samples of pairs of files, read anew each time."""
+
+    def __init__(self, pairs: Sequence[tuple[str, Path, Path]], masks: Masks, classes: bytes) -> None:
+        """`pairs` are (key, picture, mask)."""
+        self.pairs, self.masks, self.classes = pairs, masks, classes
+
+    def __iter__(self) -> Iterator[Sample]:
+        for key, image, mask in self.pairs:
+            try:
+                picture, numbers = image.read_bytes(), self.masks.numbers(mask.read_bytes())
+            except OSError as error:
+                raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
+            field = image.suffix[1:].lower()
+            yield {
+                "__key__": key, "__url__": str(mask), field: picture, "mask.png": numbers, "classes.txt": self.classes,
+            }  # fmt: skip
+
+
+def pairs_of(images: Path, masks: Path, how: Masks, listed: Path | None) -> list[tuple[str, Path, Path]]:
+    """(name, picture, mask) of each name in the list, or of each mask. Raises `DataError` for what is not there."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+    if listed is not None:
+        try:
+            keys = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{listed}: the list of names cannot be read: {error}") from error
+    else:
+        found = sorted(masks.rglob(f"*{how.mask_suffix}"))
+        keys = [path.relative_to(masks).as_posix().removesuffix(how.mask_suffix) for path in found]
+    if not keys:
+        raise DataError(f"{listed or masks}: no mask NAME{how.mask_suffix}")
+    pairs, missing = [], []
+    for key in keys:
+        mask = masks / f"{key}{how.mask_suffix}"
+        image = next((path for suffix in how.image_suffixes if (path := images / f"{key}{suffix}").is_file()), None)
+        if image is None:
+            missing.append(str(images / f"{key}{how.image_suffixes[0]}"))
+        elif not mask.is_file():
+            missing.append(str(mask))
+        else:
+            pairs.append((key, image, mask))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(f"{len(missing)} of {len(keys)} samples lack a file: {', '.join(missing[:3])}{more}")
+    return pairs
+
+
+class _Folders(DataSource):
+    """Without shards: `sets` is {}, and nothing can be trained on it."""
+
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...]:
+        """The one of the option."""
+        return (config.split,)
+
+    def sets(self, split: str) -> dict[str, list[str]]:
+        """No shards."""
+        return {}
+
+
+class ImageMaskConfig(ComponentConfig):
+    """Where the files are, and what a mask's values mean."""
+
+    images: str
+    """Folder of pictures."""
+    masks: str
+    """Folder of masks, a class number a pixel (PNG of mode L, P or I); subfolders are searched."""
+    classes: str
+    """File of the classes, one a line in the order of the masks' values, words for one class separated by commas."""
+    list: str | None = None
+    """File of the names to take, one a line, without suffix; null takes all masks."""
+    mask_suffix: str = ".png"
+    """What a mask's file name has behind the NAME that it shares with its picture."""
+    image_suffixes: tuple[str, ...] = Field(PICTURES, min_length=1)
+    """What a picture's may have behind it; the first that is there is taken."""
+    ignore: int = Field(IGNORE, ge=0, le=65535)
+    """The masks' value where nothing is scored, beside 255."""
+    reduce_zero_label: bool = False
+    """Whether 0 is not scored either and classes start at 1, as in ADE20K."""
+    split: str = "test"
+    """The split that it is; tasks are left out on any other."""
+
+
+class ImageMaskFolder(_Folders):
+    """A folder of pictures and one of masks, of the same names. For `segmentation`, as a task's own `source`."""
+
+    name = "image_mask_folder"
+    Config = ImageMaskConfig
+    examples = ({"images": "no such folder", "masks": "masks", "classes": "classes.txt"},)
+
+    def __init__(self, config: ImageMaskConfig) -> None:
+        super().__init__(config)
+        self.config: ImageMaskConfig = config
+
+    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+        """One set, `data`. Raises `DataError` for files that are missing."""
+        if split != self.config.split:
+            return {}
+        options = self.config
+        how = Masks(options.mask_suffix, options.image_suffixes, options.ignore, options.reduce_zero_label)
+        images, masks = (Path(folder).expanduser() for folder in (options.images, options.masks))
+        pairs = pairs_of(images, masks, how, Path(options.list).expanduser() if options.list else None)
+        return {"data": Pairs(pairs, how, read_classes(options.classes))}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published set: where its files are below the root, and its classes."""
+
+    images: str
+    masks: str
+    classes: tuple[str, ...]
+    how: Masks = Masks(image_suffixes=(".jpg",))
+    listed: str | None = None
+
+
+_BACKGROUND = ("background",)
+_VOC = ("JPEGImages", "SegmentationClass")
+_VOC_LIST = "ImageSets/Segmentation/val.txt"
+_CONTEXT = ("JPEGImages", "SegmentationClassContext")
+_CONTEXT_LIST = "ImageSets/SegmentationContext/val.txt"
+_COCO = ("images/val2017", "annotations/val2017")
+_FROM_ONE = Masks(image_suffixes=(".jpg",), reduce_zero_label=True)
+
+LAYOUTS = {
+    "voc20": Layout(*_VOC, names.VOC, _FROM_ONE, _VOC_LIST),
+    "voc21": Layout(*_VOC, _BACKGROUND + names.VOC, listed=_VOC_LIST),
+    "context59": Layout(*_CONTEXT, names.CONTEXT, _FROM_ONE, _CONTEXT_LIST),
+    "context60": Layout(*_CONTEXT, _BACKGROUND + names.CONTEXT, listed=_CONTEXT_LIST),
+    "coco_stuff": Layout(*_COCO, names.COCO_STUFF, Masks("_labelTrainIds.png", (".jpg",))),
+    "coco_object": Layout(*_COCO, _BACKGROUND + names.COCO_OBJECT, Masks("_instanceTrainIds.png", (".jpg",))),
+    "cityscapes": Layout(
+        "leftImg8bit/val", "gtFine/val", names.CITYSCAPES, Masks("_gtFine_labelTrainIds.png", ("_leftImg8bit.png",))
+    ),
+    "ade20k": Layout("images/validation", "annotations/validation", names.ADE20K, _FROM_ONE),
+}
+"""The validation parts, laid out as MMSegmentation's documents on preparing data sets say."""
+
+
+class SegmentationSetConfig(ComponentConfig):
+    """Which set, and where your copy is."""
+
+    layout: Literal["voc20", "voc21", "context59", "context60", "coco_stuff", "coco_object", "cityscapes", "ade20k"]
+    """The set; 20 and 59 leave the background out, 21 and 60 have it as class 0."""
+    root: str
+    """The folder that the layout's folders are in."""
+    classes: str | None = None
+    """File of the classes in place of the set's own names, for further words (see `image_mask_folder`)."""
+    split: str = "test"
+    """The split that it is; tasks are left out on any other."""
+
+
+class SegmentationSet(_Folders):
+    """Your copy of VOC, Pascal Context, COCO-Stuff, COCO-Object, Cityscapes or ADE20K: its validation part."""
+
+    name = "segmentation_set"
+    Config = SegmentationSetConfig
+    examples = ({"layout": "voc21", "root": "no such folder"},)
+
+    def __init__(self, config: SegmentationSetConfig) -> None:
+        super().__init__(config)
+        self.config: SegmentationSetConfig = config
+
+    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+        """One set, of the layout's name. Raises `DataError` for files that are missing."""
+        if split != self.config.split:
+            return {}
+        layout, root = LAYOUTS[self.config.layout], Path(self.config.root).expanduser()
+        listed = root / layout.listed if layout.listed else None
+        pairs = pairs_of(root / layout.images, root / layout.masks, layout.how, listed)
+        classes = "\n".join(layout.classes).encode()
+        if self.config.classes is not None:
+            classes = read_classes(self.config.classes)
+            given = parse_classes(classes.decode(), self.config.classes)
+            if len(given) != len(layout.classes):
+                raise DataError(
+                    f"{self.config.classes}: {len(given)} classes; {self.config.layout} has {len(layout.classes)}"
+                )
+        return {self.config.layout: Pairs(pairs, layout.how, classes)}

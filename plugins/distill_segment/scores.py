@@ -1,0 +1,31 @@
+"""Scores from a confusion matrix that all pictures of a set are added to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distill_segment.classes import IGNORE
+
+
+def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
+    """Pixels by (true class, found class): int64 [C, C], of int64 maps of one shape; `IGNORE` is left out."""
+    kept = truth != IGNORE
+    return torch.bincount(truth[kept] * classes + found[kept], minlength=classes * classes).view(classes, classes)
+
+
+def scores_of(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """In percent: `mIoU`, the mean over classes that are in the truth or were found, of their `IoU/NAME`;
+    `pixel_accuracy`; and `mean_accuracy`, over classes in the truth (Long et al. 2015, section 5)."""  # fmt: skip
+    pixels = matrix.double()
+    right, true, found = pixels.diag(), pixels.sum(1), pixels.sum(0)
+    union = true + found - right
+    scores = {f"IoU/{name}": 100 * (right[i] / union[i]).item() for i, name in enumerate(names) if union[i] > 0}
+    return {
+        "mIoU": sum(scores.values()) / len(scores),
+        "pixel_accuracy": 100 * (right.sum() / pixels.sum()).item(),
+        "mean_accuracy": 100 * (right / true)[true > 0].mean().item(),
+        **scores,
+    }

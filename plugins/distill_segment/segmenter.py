@@ -1,0 +1,96 @@
+"""A picture -> the class of each pixel: dense embeddings of sliding windows against prompts of the classes' names.
+
+The protocol is SCLIP's (Wang et al. 2023, section 4.1 and its public code), without its refinements of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from distill_core.errors import UserError
+from distill_core.model import Model
+from distill_core.types import View
+from distill_segment.classes import Classes, names_of
+from distill_towers.pictures import PictureAugmentation
+
+if TYPE_CHECKING:
+    from distill_segment.task import SegmentationConfig
+
+
+class Segmenter:
+    """Holds the classes' embeddings; `of`, the modality of the pictures, and `words`, that of the prompts."""
+
+    def __init__(self, model: Model, config: SegmentationConfig, classes: Classes) -> None:
+        """Raises `UserError` where windows do not fit the model or the pictures."""
+        self.model, self.config = model, config
+        self.names, self.count = names_of(classes), len(classes)
+        self.of, words = config.modalities or model.modalities
+        augmentation = model.augment[self.of]
+        if not isinstance(augmentation, PictureAugmentation):
+            raise UserError(f"segmentation: {self.of!r} is no modality of pictures")
+        self.augmentation = augmentation
+        self.window = config.window or augmentation.config.size
+        self.stride = config.stride or max(1, self.window // 2)
+        self.side = config.side or self.window + self.window // 2
+        if not self.stride <= self.window <= self.side:
+            raise UserError(
+                f"segmentation: stride {self.stride}, window {self.window}, side {self.side}: each is at most the next"
+            )
+        first = 0 if config.prompt_background else 1
+        owners = [i for i in range(first, len(classes)) for _ in classes[i]]
+        prompts = [form.replace("{}", word) for each in classes[first:] for word in each for form in config.templates]
+        if not prompts:
+            raise UserError("segmentation: no class has a prompt: there is the background alone")
+        embedded = model.encode(words, prompts).view(len(owners), len(config.templates), -1)
+        self.owners = torch.tensor(owners, device=model.device)
+        self.texts = normalize(embedded.mean(1), dim=-1).to(model.device)  # [Q, D]
+
+    def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:
+        """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU."""
+        cosines = interpolate(self._cosines(picture)[None], size=(height, width), mode="bilinear")[0]
+        words = (cosines * self.config.scale).softmax(0)
+        shape = (self.count, height, width)
+        classes = torch.zeros(shape, device=words.device).index_reduce_(0, self.owners, words, "amax")
+        probability, found = classes.max(0)
+        return found.masked_fill(probability < self.config.threshold, 0).cpu()
+
+    def _cosines(self, picture: Image.Image) -> Tensor:
+        """Of each word at each pixel of the resized picture, the mean over the windows that hold it: [Q, H, W]."""
+        scale = self.side / min(picture.size)
+        width, height = (max(self.side, round(length * scale)) for length in picture.size)
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        window = self.window
+        places = list(product(starts(height, window, self.stride), starts(width, window, self.stride)))
+        total = torch.zeros(len(self.texts), height, width, device=self.model.device)
+        seen = torch.zeros(height, width, device=self.model.device)
+        for some, cosines in self._of_windows(resized, places):
+            for (top, left), cosine in zip(some, cosines, strict=True):
+                total[:, top : top + window, left : left + window] += cosine
+                seen[top : top + window, left : left + window] += 1
+        return total / seen
+
+    def _of_windows(
+        self, picture: Image.Image, places: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Sequence[tuple[int, int]], Tensor]]:
+        """Some windows (top, left), and their words' cosines [N, Q, window, window]."""
+        window = self.window
+        for start in range(0, len(places), self.model.batch_size):
+            some = places[start : start + self.model.batch_size]
+            crops = [picture.crop((left, top, left + window, top + window)) for top, left in some]
+            views = [View(self.augmentation.normalise(crop)) for crop in crops]
+            dense = self.model.dense(self.of, views, attention=self.config.attention)  # [N, rows, columns, D]
+            cosines = (dense @ self.texts.T).permute(0, 3, 1, 2)
+            yield some, interpolate(cosines, size=(window, window), mode="bilinear")
+
+
+def starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows start, so that the last one ends with the length."""
+    steps = max(length - window + stride - 1, 0) // stride + 1
+    return [min(i * stride, length - window) for i in range(steps)]

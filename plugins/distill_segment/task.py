@@ -1,0 +1,203 @@
+"""The task `segmentation`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Annotated, Any
+
+import torch
+from PIL import Image
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from distill_core import distributed
+from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.errors import BadSample, DataError, UserError
+from distill_core.evaluate.retrieval import two_modalities
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.media import Picture
+from distill_core.model import Model
+from distill_core.types import Sample, Skipped
+from distill_segment.classes import IGNORE, Classes, parse_classes, read_classes, read_mask
+from distill_segment.overlays import panel
+from distill_segment.scores import confusion, scores_of
+from distill_segment.segmenter import Segmenter
+
+SCORES = ("mIoU", "pixel_accuracy", "mean_accuracy")
+Pixels = Annotated[int, Field(gt=0)]
+
+
+class SegmentationConfig(ComponentConfig):
+    """How pixels are classified."""
+
+    modalities: tuple[str, str] | None = None
+    """That of the pictures, and that of the prompts; null takes the recipe's first and second."""
+    attention: str = "plain"
+    """What the last layer's tokens attend by, a matter of the model: `plain`; `value_value`; or `correlative`, SCLIP's,
+    which helps models trained with local views and can hurt others. A backbone says which ones it has."""
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
+    """Prompts with {} for a class's word; a word's embedding is the normalised mean of its prompts'."""
+    classes: str | None = None
+    """File of the classes, one a line in the order of the masks' values, words for one class separated by commas; null
+    takes those that come with the samples."""
+    window: Pixels | None = None
+    """Side of the square windows; null takes the augmentation's `size`, which the model was trained on."""
+    stride: Pixels | None = None
+    """Pixels between windows; null takes half a window."""
+    side: Pixels | None = None
+    """What the picture's shorter side is resized to before windows are cut; null takes one and a half windows, as SCLIP
+    does (336 for 224). Masks are scored at their own size."""
+    scale: Annotated[float, Field(gt=0)] = 40.0
+    """Factor of cosines before the softmax over words; only `threshold` and classes of several words feel it."""
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Pixels whose best probability is lower are class 0, for sets whose class 0 is the background."""
+    prompt_background: bool = True
+    """Whether class 0 has prompts, as any other; without, it is found by `threshold` alone (GroupViT, TCL)."""
+
+    @field_validator("templates")
+    @classmethod
+    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"the template {template!r} has no {{}} for the class")
+        return templates
+
+    @model_validator(mode="after")
+    def _finds_the_background(self) -> SegmentationConfig:
+        if not self.prompt_background and not self.threshold:
+            raise ValueError("prompt_background: false needs a `threshold`, or class 0 is never found")
+        return self
+
+
+class Segmentation(Evaluation):
+    """Zero-shot semantic segmentation: mIoU in percent of sliding windows' dense embeddings against prompts.
+
+    Samples hold a picture, `mask.png` (a class number a pixel, 255 where nothing is scored) and `classes.txt`.
+    """
+
+    name = "segmentation"
+    Config = SegmentationConfig
+    examples = ({}, {"attention": "correlative", "templates": ["a {}", "the {}"], "threshold": 0.1})
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.config: SegmentationConfig = config
+
+    @classmethod
+    def problems(cls, config: SegmentationConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has, and a backbone that gives the dense embeddings asked for."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+        names = config.modalities or tuple(plan.modalities)
+        if len(names) == 1:
+            yield f"{cls.name!r} compares two modalities; the recipe has {names[0]!r} alone"
+        for name in names[:1]:
+            dense = plan.modalities[name].dense
+            if not dense:
+                yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone gives none (Backbone.dense)"
+            elif config.attention not in dense:
+                known = f"the backbone of {name!r} has {', '.join(dense)}"
+                yield f"{cls.name!r}: no attention {config.attention!r}: {known}"
+
+    @classmethod
+    def example(cls, config: SegmentationConfig) -> tuple[Model, list[Sample]]:
+        """A small ViT and text tower, and two pictures of noise."""
+        from distill_segment.example import samples
+        from distill_towers.example import model
+
+        return model(), samples(2)
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/mIoU`, `SET/pixel_accuracy`, `SET/mean_accuracy`, `SET/IoU/CLASS`, `SET/pictures`; means over sets."""
+        scores: dict[str, float] = {}
+        for samples in sets:
+            segmenter = Segmenter(model, self.config, self.classes(samples))
+            matrix, pictures = self._confusion(segmenter, samples)
+            if not matrix.any():
+                raise DataError(f"evaluation set {samples.name!r}: no sample with a picture and a mask of some class")
+            found = scores_of(matrix, segmenter.names) | {"pictures": float(pictures)}
+            scores |= {f"{samples.name}/{name}": value for name, value in found.items()}
+        for name in SCORES:
+            scores[name] = sum(scores[f"{samples.name}/{name}"] for samples in sets) / len(sets)
+        return scores
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Picture]:
+        """Picture, truth and what was found, side by side, of the first samples."""
+        for i, here in enumerate(sets):
+            segmenter = Segmenter(model, self.config, self.classes(here))
+            for sample in islice(here, samples // len(sets) + (i < samples % len(sets))):
+                try:
+                    yield self.overlay(segmenter, sample, here.name)
+                except BadSample:  # `run` has named it
+                    continue
+
+    def overlay(self, segmenter: Segmenter, sample: Sample, of: str) -> Picture:
+        """The sheet of one sample of the set `of`; without a truth where it has no mask. Raises `BadSample`."""
+        (picture,) = segmenter.augmentation.read(sample)
+        truth = self._truth(sample, picture, segmenter.count).numpy() if "mask.png" in sample else None
+        found = segmenter(picture, picture.height, picture.width).numpy()
+        key = str(sample["__key__"])
+        return Picture("overlay", panel(picture, found, truth, segmenter.names), key, {"set": of, "sample": key})
+
+    def classes(self, samples: EvaluationSet) -> Classes:
+        """Those of the option, or of the set's samples. Raises `DataError`."""
+        if self.config.classes is not None:
+            return parse_classes(read_classes(self.config.classes).decode(), self.config.classes)
+        for sample in samples:
+            if "classes.txt" not in sample:
+                break
+            where = f"evaluation set {samples.name!r}: classes.txt of {sample['__key__']!r}"
+            return parse_classes(bytes(sample["classes.txt"]).decode("utf-8", "replace"), where)
+        raise DataError(
+            f"evaluation set {samples.name!r}: no sample, or none with `classes.txt`; give the task `classes: FILE`"
+        )
+
+    def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
+        """Of all ranks, each of which has segmented its share; and the number of pictures."""
+        parts = distributed.gather_objects(self._share(segmenter, samples))
+        for part in parts:
+            if isinstance(part, UserError):
+                raise part
+            samples.skipped |= part[2]
+        return torch.stack([part[0] for part in parts]).sum(0), sum(part[1] for part in parts)
+
+    def _share(
+        self, segmenter: Segmenter, samples: EvaluationSet
+    ) -> tuple[Tensor, int, dict[tuple[str, str], Skipped]] | UserError:
+        """This rank's confusion [C, C], pictures and what was skipped, or why there are none."""
+        rank, world, classes = distributed.rank(), distributed.world_size(), segmenter.count
+        matrix, pictures = torch.zeros(classes, classes, dtype=torch.long), 0
+        skipped: dict[tuple[str, str], Skipped] = {}
+        try:
+            for i, sample in enumerate(samples):
+                if i % world != rank:
+                    continue
+                try:
+                    (picture,) = segmenter.augmentation.read(sample)
+                    truth = self._truth(sample, picture, classes)
+                except BadSample as error:
+                    key = str(sample["__key__"])
+                    skipped[key, segmenter.of] = Skipped(key, str(sample["__url__"]), f"{segmenter.of}: {error}")
+                    continue
+                matrix += confusion(truth, segmenter(picture, *truth.shape), classes)
+                pictures += 1
+        except UserError as error:
+            return error
+        return matrix, pictures, skipped
+
+    def _truth(self, sample: Sample, picture: Image.Image, classes: int) -> Tensor:
+        """Class numbers [H, W]. Raises `BadSample`, or `DataError` where the classes are not the mask's."""
+        if "mask.png" not in sample:
+            raise BadSample("no mask: no field mask.png")
+        mask = torch.from_numpy(read_mask(bytes(sample["mask.png"])))
+        if mask.shape != (picture.height, picture.width):
+            raise BadSample(
+                f"a mask of {mask.shape[1]} x {mask.shape[0]}, a picture of {picture.width} x {picture.height}"
+            )
+        largest = int(mask[mask != IGNORE].max()) if (mask != IGNORE).any() else 0
+        if largest >= classes:
+            raise DataError(
+                f"{sample['__url__']}: the mask of {sample['__key__']!r} has class {largest}; there are {classes} "
+                "classes. Check the file of classes, `ignore` and `reduce_zero_label`."
+            )
+        return mask

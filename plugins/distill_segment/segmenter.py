@@ -43,22 +43,23 @@ class Segmenter:
             raise UserError(
                 f"segmentation: stride {self.stride}, window {self.window}, side {self.side}: each is at most the next"
             )
-        first = 0 if config.prompt_background else 1
-        owners = [i for i in range(first, len(classes)) for _ in classes[i]]
-        prompts = [form.replace("{}", word) for each in classes[first:] for word in each for form in config.templates]
+        prompted = [each if i or config.prompt_background else () for i, each in enumerate(classes)]
+        self.sizes = [len(each) for each in prompted]
+        prompts = [form.replace("{}", word) for each in prompted for word in each for form in config.templates]
         if not prompts:
             raise UserError("segmentation: no class has a prompt: there is the background alone")
-        embedded = model.encode(words, prompts).view(len(owners), len(config.templates), -1)
-        self.owners = torch.tensor(owners, device=model.device)
+        embedded = model.encode(words, prompts).view(sum(self.sizes), len(config.templates), -1)
         self.texts = normalize(embedded.mean(1), dim=-1).to(model.device)  # [Q, D]
 
     def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:
         """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU."""
         cosines = interpolate(self._cosines(picture)[None], size=(height, width), mode="bilinear")[0]
-        words = (cosines * self.config.scale).softmax(0)
-        shape = (self.count, height, width)
-        classes = torch.zeros(shape, device=words.device).index_reduce_(0, self.owners, words, "amax")
-        probability, found = classes.max(0)
+        probabilities = (cosines * self.config.scale).softmax(0)
+        if max(self.sizes) > 1 or not min(self.sizes):
+            none = probabilities.new_zeros(1, height, width)
+            parts = probabilities.split(self.sizes)
+            probabilities = torch.stack([(part if len(part) else none).amax(0) for part in parts])
+        probability, found = probabilities.max(0)
         return found.masked_fill(probability < self.config.threshold, 0).cpu()
 
     def _cosines(self, picture: Image.Image) -> Tensor:

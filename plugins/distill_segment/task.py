@@ -191,9 +191,8 @@ class Segmentation(Evaluation):
             raise BadSample("no mask: no field mask.png")
         mask = torch.from_numpy(read_mask(bytes(sample["mask.png"])))
         if mask.shape != (picture.height, picture.width):
-            raise BadSample(
-                f"a mask of {mask.shape[1]} x {mask.shape[0]}, a picture of {picture.width} x {picture.height}"
-            )
+            sizes = f"{mask.shape[1]} x {mask.shape[0]}, the picture {picture.width} x {picture.height}"
+            raise BadSample(f"the mask is {sizes} pixels")
         largest = int(mask[mask != IGNORE].max()) if (mask != IGNORE).any() else 0
         if largest >= classes:
             raise DataError(

@@ -176,7 +176,8 @@ def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterab
     """A model and two sets: those of the task's `example`, or of numbered samples."""
     example = case.cls.example(case.config)
     if example is None:
-        return surroundings.model(), *(Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+        one, other = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+        return surroundings.model(), one, other
     model, samples = example
     require(len(samples) > 1, "`example` needs two samples or more")
     return model, samples, samples[: len(samples) - 1]

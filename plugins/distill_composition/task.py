@@ -85,7 +85,7 @@ class Composition(Evaluation):
         sides = [samples.embeddings(model, pictures, field) for field in images]
         sides += [samples.embeddings(model, words, field) for field in captions]
         for (_, owners), field in zip(sides, (*images, *captions), strict=True):
-            if len(owners.unique()) < len(owners):
+            if len(torch.unique(owners)) < len(owners):
                 raise DataError(f"evaluation set {samples.name!r}: {field!r} holds several items in one sample")
         common = sides[0][1]
         for _, owners in sides[1:]:

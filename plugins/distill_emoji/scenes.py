@@ -34,7 +34,7 @@ class ScenesConfig(ComponentConfig):
     """Side of a scene, in pixels."""
     seed: int = Field(0, ge=0)
     """Other concepts and places."""
-    emoji: EmojiConfig = EmojiConfig()
+    emoji: EmojiConfig = EmojiConfig()  # type: ignore[call-arg]
     """Options of the source `emoji`, whose pictures these are."""
 
     @model_validator(mode="after")

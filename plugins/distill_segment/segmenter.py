@@ -57,7 +57,7 @@ class Segmenter:
         probabilities = (cosines * self.config.scale).softmax(0)
         if max(self.sizes) > 1 or not min(self.sizes):
             none = probabilities.new_zeros(1, height, width)
-            parts = probabilities.split(self.sizes)
+            parts = torch.split(probabilities, self.sizes)
             probabilities = torch.stack([(part if len(part) else none).amax(0) for part in parts])
         probability, found = probabilities.max(0)
         return found.masked_fill(probability < self.config.threshold, 0).cpu()

@@ -34,8 +34,8 @@ class ScenesConfig(ComponentConfig):
     """Side of a scene, in pixels."""
     seed: int = Field(0, ge=0)
     """Other concepts and places."""
-    emoji: EmojiConfig = EmojiConfig()  # type: ignore[call-arg]
-    """Options of the source `emoji`, whose pictures these are."""
+    emoji: EmojiConfig | None = None
+    """Options of the source `emoji`, whose pictures these are; null for its defaults."""
 
     @model_validator(mode="after")
     def _fits(self) -> ScenesConfig:
@@ -62,12 +62,12 @@ class EmojiScenes(DataSource):
     def __init__(self, config: ScenesConfig) -> None:
         super().__init__(config)
         self.config: ScenesConfig = config
-        self.emoji = EmojiSource(config.emoji)
+        self.emoji = EmojiSource(config.emoji or EmojiConfig.model_validate({}))
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
         """All three: a split's scenes are made of its own concepts."""
-        return EmojiSource.splits(config.emoji)
+        return ("train", "validation", "test")
 
     def prepare(self) -> None:
         """Write the emoji's shards where they are missing. Raises `DataError`."""

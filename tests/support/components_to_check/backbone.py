@@ -165,3 +165,17 @@ class Logits(Telling):
 class ShortLayout(Telling):
     def token_layout(self, view):
         return ["a ", "b ", "c "]
+
+
+@broken("dense", "with plain attention `dense` must give what `encode` gives")
+class OtherDense(Telling):
+    def dense(self, x, *, attention):
+        pooled, tokens = super().dense(x, attention=attention)
+        return pooled + 1, tokens
+
+
+@broken("dense", r"`dense` must give \[3, 8\] and \[3, ..., 8\]")
+class NoPlaces(Telling):
+    def dense(self, x, *, attention):
+        pooled, tokens = super().dense(x, attention=attention)
+        return pooled, tokens.mean(1)

@@ -132,7 +132,7 @@ class Fill(Loss):
 
 
 class Telling(Tower):
-    """A tower that tells how it reads its tokens."""
+    """A tower that tells how it reads its tokens, and embeds each."""
 
     name = "telling"
 
@@ -142,6 +142,15 @@ class Telling(Tower):
     def class_attention(self, x):
         count = x.shape[-1] // self.config.patch
         return x.new_full((len(x), 2, count), 1 / count)
+
+    @classmethod
+    def dims(cls, config):
+        return Dims(config.width, config.dim, dense=("plain",))
+
+    def dense(self, x, *, attention):
+        found = self.encode(x, tokens=True, token_mask=None)
+        part = self.project.weight.unflatten(1, (-1, self.config.width))
+        return found.pooled[0], torch.einsum("nlw,dlw->nld", found.tokens[0], part)
 
 
 GOOD = (

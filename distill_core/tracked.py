@@ -19,7 +19,7 @@ class TrackedRun:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.media, self.media_every = 0, 1
-        self._thread: TrackerThread | None = None
+        self._tracker: TrackerThread | None = None
         self._showcase: Showcase | None = None
 
     def start(
@@ -29,8 +29,8 @@ class TrackedRun:
         recipe = self.recipe
         if recipe.tracking is None:
             return
-        self._thread = TrackerThread(recipe.tracking.build(), warn)
-        self._thread.call("start", str(folder), folder.name, recipe.to_dict(), resumed)
+        self._tracker = TrackerThread(recipe.tracking.build(), warn)
+        self._tracker.call("start", str(folder), folder.name, recipe.to_dict(), resumed)
         tags = [node.cls.name for node in recipe.components()]
         options = recipe.tracking.config
         if isinstance(options, TrackerConfig):
@@ -38,41 +38,41 @@ class TrackedRun:
             self.media, self.media_every = options.media, options.media_every
             if self.media:
                 self._showcase = Showcase(recipe, shards, self.media)
-        self._thread.call("describe", facts, list(dict.fromkeys(tags)))
+        self._tracker.call("describe", facts, list(dict.fromkeys(tags)))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """A training row of metrics.jsonl."""
-        if self._thread is None:
+        if self._tracker is None:
             return
         flat = {"loss": row["loss"], **{f"loss/{name}": value for name, value in row["terms"].items()}}
         flat |= {f"metric/{name}": value for name, value in row["metrics"].items()}
         flat |= {name: row[name] for name in ("lr", "grad_norm", "samples_per_s", "momentum") if name in row}
-        self._thread.call("log", step, flat, self._context("train"))
+        self._tracker.call("log", step, flat, self._context("train"))
 
     def views(self, step: int, epoch: int) -> None:
         """Training views of a few samples, at the steps that are due, made and sent in the tracker's thread."""
         showcase = self._showcase
-        if self._thread is not None and showcase is not None and (step == 1 or step % self.media_every == 0):
-            self._thread.show(step, lambda: showcase.media(epoch), self._context("train"))
+        if self._tracker is not None and showcase is not None and (step == 1 or step % self.media_every == 0):
+            self._tracker.show(step, lambda: showcase.media(epoch), self._context("train"))
 
     def evaluated(self, step: int, split: str, found: Evaluated) -> None:
         """Scores, and what there is to see of them."""
-        if self._thread is None:
+        if self._tracker is None:
             return
-        self._thread.call("log", step, found.scores, self._context(split))
-        self._thread.show(step, lambda: found.media, self._context(split))
+        self._tracker.call("log", step, found.scores, self._context(split))
+        self._tracker.show(step, lambda: found.media, self._context(split))
         if found.no_media is not None:
-            self._thread.no_media(found.no_media)
+            self._tracker.no_media(found.no_media)
 
     def report(self, step: int, picture: Path, name: str) -> None:
         """The report's picture."""
-        if self._thread is not None:
-            self._thread.call("image", step, "report", str(picture), name, {})
+        if self._tracker is not None:
+            self._tracker.call("image", step, "report", str(picture), name, {})
 
     def finish(self, complete: bool) -> None:
         """Flush and close; quickly where the run is not complete, since somebody waits for the end."""
-        if self._thread is not None:
-            self._thread.finish(*() if complete else (5,))
+        if self._tracker is not None:
+            self._tracker.finish(*() if complete else (5,))
 
     def _context(self, subset: str) -> dict[str, str]:
         return {**{name: str(value) for name, value in self.recipe.tags.items()}, "subset": subset}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 from typing import Annotated, Any
 
 import torch
@@ -28,7 +29,8 @@ class CompositionConfig(ComponentConfig):
     modalities: tuple[str, str] | None = None
     """That of the pictures, and that of the captions; null takes the recipe's first and second."""
     images: Fields = ("image_0", "image_1")
-    """Fields of a sample that hold pictures; a set whose samples lack the last ones has fewer."""
+    """Fields of a sample that hold pictures; a set none of whose samples has the last ones has fewer, and a
+    sample that lacks one of the others is skipped."""
     captions: Fields = ("caption_0", "caption_1")
     """Fields of its json that hold captions; the first belongs to the first picture, and so on. What is over on either
     side belongs to none."""
@@ -104,12 +106,20 @@ class Composition(Evaluation):
         return scores
 
     def _present(self, samples: EvaluationSet) -> tuple[Sequence[str], Sequence[str]]:
-        """The fields that the set's first sample has. Raises `DataError` where nothing can be told apart."""
-        first = next(iter(samples), None)
-        if first is None:
+        """The fields that some sample has, up to the first that none has: field i stays one of pair i. Samples that lack
+        one of them are left out. Raises `DataError` where nothing can be told apart."""  # fmt: skip
+        seen: set[str] = set()
+        empty = True
+        for sample in samples:
+            empty = False
+            seen |= {field for field in self.config.images if field in sample}
+            seen |= {field for field in self.config.captions if field in _record(sample)}
+            if seen.issuperset((*self.config.images, *self.config.captions)):
+                break
+        if empty:
             raise DataError(f"evaluation set {samples.name!r}: no sample")
-        images = [field for field in self.config.images if field in first]
-        captions = [field for field in self.config.captions if field in _record(first)]
+        images = list(takewhile(seen.__contains__, self.config.images))
+        captions = list(takewhile(seen.__contains__, self.config.captions))
         if not images or not captions or len(images) + len(captions) < 3:
             raise DataError(
                 f"evaluation set {samples.name!r}: nothing to tell apart: its samples have the pictures "

@@ -231,6 +231,32 @@ def test_what_the_task_refuses() -> None:
     ]
 
 
+@pytest.mark.parametrize("lacking", ["image_0", "image_1", "caption_0", "caption_1"])
+def test_the_first_sample_lacks_a_field(lacking: str) -> None:
+    """It is left out and the others keep their pairs: would catch picture 1 compared with caption 0."""
+    samples = []
+    for i in range(10):
+        pictures = {"image_0": png("red"), "image_1": png("blue")}
+        captions = {"caption_0": "red", "caption_1": "blue"}
+        if not i:
+            pictures.pop(lacking, None)
+            captions.pop(lacking, None)
+        samples.append({"__key__": str(i), "__url__": "here", "json": json.dumps(captions).encode(), **pictures})
+    here = EvaluationSet("set", samples)
+    scores = Composition(CompositionConfig()).run(SeesColours(), [here])  # type: ignore[arg-type]
+    assert (scores["text"], scores["image"], scores["group"], scores["set/samples"]) == (100, 100, 100, 9)
+    (skipped,) = here.skipped.values()
+    assert (skipped.key, lacking in skipped.reason) == ("0", True)
+
+
+def test_fields_end_where_a_pair_would_be_broken() -> None:
+    """No sample has `image_0`: `image_1` alone is no picture of caption 0."""
+    captions = {"caption_0": "red", "caption_1": "blue"}
+    sample = {"__key__": "a", "__url__": "here", "json": json.dumps(captions).encode(), "image_1": png("blue")}
+    with pytest.raises(DataError, match=r"have the pictures \(none\) and the captions caption_0, caption_1"):
+        Composition(CompositionConfig()).run(SeesColours(), [EvaluationSet("set", [sample])])  # type: ignore[arg-type]
+
+
 def test_swapped_sentences_of_emoji_scenes(tmp_path: Path) -> None:
     """A model that reads what the scene's sentences say and one that reads the wrong one: 100 and 0."""
     from distill_emoji.scenes import EmojiScenes, ScenesConfig

@@ -36,8 +36,8 @@ COCO_OBJECT = _listed(
     refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"""
 )
 COCO_STUFF = COCO_OBJECT + _listed(
-    """banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other, ceiling-
-    tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
+    """banner, blanket, branch, bridge, building-other, bush, cabinet, cage, cardboard, carpet, ceiling-other,
+    ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, desk-stuff, dirt, door-stuff, fence, floor-marble,
     floor-other, floor-stone, floor-tile, floor-wood, flower, fog, food-other, fruit, furniture-other, grass,
     gravel, ground-other, hill, house, leaves, light, mat, metal, mirror-stuff, moss, mountain, mud, napkin,
     net, paper, pavement, pillow, plant-other, plastic, platform, playingfield, railing, railroad, river, road,

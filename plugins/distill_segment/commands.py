@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import click
@@ -13,7 +13,7 @@ from distill_core import completion
 @click.command()
 @click.argument("run", shell_complete=completion.run_folders)
 @click.argument("pictures", nargs=-1, type=click.Path())
-@click.option("--out", required=True, help="Folder that the overlays are written to, as PNG.")
+@click.option("--out", required=True, help="Folder that the overlays are written to, as NAME-classes.png.")
 @click.option("--task", default="{name: segmentation}", show_default=True, help="The task, as in a recipe.")
 @click.option("--split", default="test", show_default=True, help="Split, where the task has a source.")
 @click.option("--limit", default=8, show_default=True, type=click.IntRange(1), help="Samples of the source, at most.")
@@ -56,19 +56,34 @@ def segment(
         samples = [_sample(Path(picture)) for picture in pictures]
         sets, limit = [EvaluationSet("pictures", samples)], len(samples)
     folder = Path(out).expanduser()
+    inputs = {Path(picture).resolve() for picture in pictures}
+    taken: set[str] = set()
     model = load_model(run, teacher=teacher, checkpoint=checkpoint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for i, here in enumerate(sets):
             segmenter = Segmenter(model, tool.config, tool.classes(here))
             for sample in islice(here, limit // len(sets) + (i < limit % len(sets))):
-                path = folder / f"{str(sample['__key__']).replace('/', '_')}.png"
+                path = _free(folder, str(sample["__key__"]), taken)
+                if path.resolve() in inputs | {Path(str(sample["__url__"])).resolve()}:
+                    raise UserError(f"{path}: is one of the pictures to paint; give another folder as --out")
                 tool.overlay(segmenter, sample, here.name).picture.save(path)
                 click.echo(str(path))
     except BadSample as error:
         raise UserError(f"{sample['__url__']}: {sample['__key__']!r}: {error}") from error
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _free(folder: Path, key: str, taken: set[str]) -> Path:
+    """Where a sample's overlay goes, KEY-classes.png; numbered where another of this call has the name."""
+    name = wanted = f"{key.replace('/', '_')}-classes"
+    for number in count(2):
+        if name not in taken:
+            break
+        name = f"{wanted}-{number}"
+    taken.add(name)
+    return folder / f"{name}.png"
 
 
 def _sample(path: Path) -> dict[str, object]:

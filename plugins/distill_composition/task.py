@@ -106,8 +106,8 @@ class Composition(Evaluation):
         return scores
 
     def _present(self, samples: EvaluationSet) -> tuple[Sequence[str], Sequence[str]]:
-        """The fields that some sample has, up to the first that none has: field i stays one of pair i. Samples that lack
-        one of them are left out. Raises `DataError` where nothing can be told apart."""  # fmt: skip
+        """The fields that some sample has, up to the first that none has: field i stays one of pair i. Samples that
+        lack one of them are left out. Raises `DataError` where nothing can be told apart."""  # fmt: skip
         seen: set[str] = set()
         empty = True
         for sample in samples:

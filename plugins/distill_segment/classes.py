@@ -53,21 +53,28 @@ def names_of(classes: Classes) -> list[str]:
     return [words[0].replace("/", "-") for words in classes]
 
 
-def read_mask(data: bytes) -> np.ndarray:
-    """A picture of one channel, or with a palette -> class numbers [H, W] int64. Raises `BadSample`."""
+def read_mask(data: bytes, ignore: int = IGNORE) -> np.ndarray:
+    """A picture of one channel, or with a palette -> class numbers [H, W] int64.
+
+    Raises `BadSample`, also for values below 0, and above 255 but for `ignore`.
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise BadSample(f"the mask is {picture.mode}; its pixels must be class numbers (mode L, P or I)")
-            return np.asarray(picture).astype(np.int64)
+            mask = np.asarray(picture).astype(np.int64)
     except UnidentifiedImageError as error:
         raise BadSample("the mask is not a picture of a known format") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadSample(f"the mask is not a readable picture: {error}") from error
+    wrong = mask[((mask < 0) | (mask > IGNORE)) & (mask != ignore)]
+    if wrong.size:
+        raise BadSample(f"the mask has the value {wrong[0]}; class numbers are 0 to 254, and 255 is not scored")
+    return mask
 
 
 def write_mask(mask: np.ndarray) -> bytes:
-    """Class numbers [H, W] -> a PNG of 8 bits, or of 16 where there are larger ones."""
+    """Class numbers [H, W] -> a PNG of 8 bits."""
     file = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8 if mask.max() < 256 else np.uint16)).save(file, "PNG")
+    Image.fromarray(mask.astype(np.uint8)).save(file, "PNG")
     return file.getvalue()

@@ -34,7 +34,7 @@ class Masks:
         if not self.reduce_zero_label and self.ignore == IGNORE:
             return data
         try:
-            mask = read_mask(data)
+            mask = read_mask(data, self.ignore)
         except BadSample:
             return data
         ignored = (mask == self.ignore) | (mask == IGNORE)

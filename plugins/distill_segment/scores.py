@@ -11,16 +11,21 @@ from distill_segment.classes import IGNORE
 
 
 def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
-    """Pixels by (true class, found class): int64 [C, C], of int64 maps of one shape; `IGNORE` is left out."""
+    """Pixels by (true class, found class): int64 [C, C + 1], of int64 maps of one shape; `IGNORE` is left out.
+
+    Found class C is none of them, and never right.
+    """
     kept = truth != IGNORE
-    return torch.bincount(truth[kept] * classes + found[kept], minlength=classes * classes).view(classes, classes)
+    columns = classes + 1
+    return torch.bincount(truth[kept] * columns + found[kept], minlength=classes * columns).view(classes, columns)
 
 
 def scores_of(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """In percent: `mIoU`, the mean over classes that are in the truth or were found, of their `IoU/NAME`;
-    `pixel_accuracy`; and `mean_accuracy`, over classes in the truth (Long et al. 2015, section 5)."""  # fmt: skip
+    """Of `confusion`, in percent: `mIoU`, the mean over classes that are in the truth or were found, of their
+    `IoU/NAME`; `pixel_accuracy`; and `mean_accuracy`, over classes in the truth (Long et al. 2015, section 5).
+    """
     pixels = matrix.double()
-    right, true, found = pixels.diag(), pixels.sum(1), pixels.sum(0)
+    right, true, found = pixels.diag(), pixels.sum(1), pixels[:, :-1].sum(0)
     union = true + found - right
     scores = {f"IoU/{name}": 100 * (right[i] / union[i]).item() for i, name in enumerate(names) if union[i] > 0}
     return {

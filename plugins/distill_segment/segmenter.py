@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from distill_core.errors import UserError
+from distill_core.errors import BadSample, UserError
 from distill_core.model import Model
 from distill_core.types import View
 from distill_segment.classes import Classes, names_of
@@ -23,6 +23,11 @@ from distill_towers.pictures import PictureAugmentation
 if TYPE_CHECKING:
     from distill_segment.task import SegmentationConfig
 
+ASPECT = 8
+"""Pictures longer than so many times their shorter side are refused: the resized one would be as long."""
+BAND = 1 << 24
+"""Probabilities that are held at once."""
+
 
 class Segmenter:
     """Holds the classes' embeddings; `of`, the modality of the pictures, and `words`, that of the prompts."""
@@ -30,7 +35,7 @@ class Segmenter:
     def __init__(self, model: Model, config: SegmentationConfig, classes: Classes) -> None:
         """Raises `UserError` where windows do not fit the model or the pictures."""
         self.model, self.config = model, config
-        self.names, self.count = names_of(classes), len(classes)
+        self.classes, self.names, self.count = list(classes), names_of(classes), len(classes)
         self.of, words = config.modalities or model.modalities
         augmentation = model.augment[self.of]
         if not isinstance(augmentation, PictureAugmentation):
@@ -52,18 +57,36 @@ class Segmenter:
         self.texts = normalize(embedded.mean(1), dim=-1).to(model.device)  # [Q, D]
 
     def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:
-        """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU."""
-        cosines = interpolate(self._cosines(picture)[None], size=(height, width), mode="bilinear")[0]
-        probabilities = (cosines * self.config.scale).softmax(0)
-        if max(self.sizes) > 1 or not min(self.sizes):
-            none = probabilities.new_zeros(1, height, width)
-            parts = torch.split(probabilities, self.sizes)
-            probabilities = torch.stack([(part if len(part) else none).amax(0) for part in parts])
-        probability, found = probabilities.max(0)
-        return found.masked_fill(probability < self.config.threshold, 0).cpu()
+        """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU.
+
+        `count`, which is no class, where the best class is no number or not better than all others. Raises `BadSample`
+        for a picture longer than `ASPECT` times its shorter side.
+        """
+        parts = []
+        for probabilities in self.probabilities(picture, height, width):
+            best, found = probabilities.max(0)
+            found[(probabilities == best).sum(0) != 1] = self.count
+            parts.append(found.masked_fill_(best < self.config.threshold, 0).cpu())
+        return torch.cat(parts)
+
+    def probabilities(self, picture: Image.Image, height: int, width: int) -> Iterator[Tensor]:
+        """Of each class at each pixel, [C, rows, width] for bands of rows, so that all are never held at once."""
+        cosines = self._cosines(picture)
+        rows = max(1, BAND // (len(cosines) * width))
+        for start in range(0, height, rows):
+            band = _enlarge(cosines, range(start, min(start + rows, height)), height, width)
+            probabilities = (band * self.config.scale).softmax(0)
+            if max(self.sizes) > 1 or not min(self.sizes):
+                none = probabilities.new_zeros(1, *probabilities.shape[1:])
+                parts = torch.split(probabilities, self.sizes)
+                probabilities = torch.stack([(part if len(part) else none).amax(0) for part in parts])
+            yield probabilities
 
     def _cosines(self, picture: Image.Image) -> Tensor:
         """Of each word at each pixel of the resized picture, the mean over the windows that hold it: [Q, H, W]."""
+        if max(picture.size) > ASPECT * min(picture.size):
+            size = f"{picture.width} x {picture.height} pixels"
+            raise BadSample(f"{size}: the longer side is more than {ASPECT} times the shorter")
         scale = self.side / min(picture.size)
         width, height = (max(self.side, round(length * scale)) for length in picture.size)
         resized = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -71,24 +94,32 @@ class Segmenter:
         places = list(product(starts(height, window, self.stride), starts(width, window, self.stride)))
         total = torch.zeros(len(self.texts), height, width, device=self.model.device)
         seen = torch.zeros(height, width, device=self.model.device)
-        for some, cosines in self._of_windows(resized, places):
-            for (top, left), cosine in zip(some, cosines, strict=True):
-                total[:, top : top + window, left : left + window] += cosine
-                seen[top : top + window, left : left + window] += 1
-        return total / seen
+        for (top, left), cosines in self._of_windows(resized, places):
+            enlarged = interpolate(cosines[None], size=(window, window), mode="bilinear")[0]
+            total[:, top : top + window, left : left + window] += enlarged
+            seen[top : top + window, left : left + window] += 1
+        return total.div_(seen)
 
     def _of_windows(
         self, picture: Image.Image, places: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[Sequence[tuple[int, int]], Tensor]]:
-        """Some windows (top, left), and their words' cosines [N, Q, window, window]."""
+    ) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """Each window (top, left), and its words' cosines [Q, rows, columns] with the patches."""
         window = self.window
         for start in range(0, len(places), self.model.batch_size):
             some = places[start : start + self.model.batch_size]
             crops = [picture.crop((left, top, left + window, top + window)) for top, left in some]
             views = [View(self.augmentation.normalise(crop)) for crop in crops]
             dense = self.model.dense(self.of, views, attention=self.config.attention)  # [N, rows, columns, D]
-            cosines = (dense @ self.texts.T).permute(0, 3, 1, 2)
-            yield some, interpolate(cosines, size=(window, window), mode="bilinear")
+            yield from zip(some, (dense @ self.texts.T).permute(0, 3, 1, 2), strict=True)
+
+
+def _enlarge(x: Tensor, rows: range, height: int, width: int) -> Tensor:
+    """Some rows of x [Q, H, W] resized to [Q, height, width], as `interpolate(mode="bilinear")` has them."""
+    place = ((torch.arange(rows.start, rows.stop, device=x.device) + 0.5) * (x.shape[1] / height) - 0.5).clamp_(min=0)
+    above = place.long().clamp_(max=x.shape[1] - 1)
+    below = (above + 1).clamp_(max=x.shape[1] - 1)
+    mixed = torch.lerp(x[:, above], x[:, below], (place - above)[:, None])  # [Q, rows, W]
+    return interpolate(mixed[None], size=(len(rows), width), mode="bilinear")[0]
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:

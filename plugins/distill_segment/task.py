@@ -72,6 +72,7 @@ class SegmentationConfig(ComponentConfig):
 
 class Segmentation(Evaluation):
     """Zero-shot semantic segmentation: mIoU in percent of sliding windows' dense embeddings against prompts.
+    A pixel whose best class is tied, or no number, is none's.
 
     Samples hold a picture, `mask.png` (a class number a pixel, 255 where nothing is scored) and `classes.txt`.
     """
@@ -134,7 +135,7 @@ class Segmentation(Evaluation):
     def overlay(self, segmenter: Segmenter, sample: Sample, of: str) -> Picture:
         """The sheet of one sample of the set `of`; without a truth where it has no mask. Raises `BadSample`."""
         (picture,) = segmenter.augmentation.read(sample)
-        truth = self._truth(sample, picture, segmenter.count).numpy() if "mask.png" in sample else None
+        truth = self._truth(sample, picture, segmenter).numpy() if "mask.png" in sample else None
         found = segmenter(picture, picture.height, picture.width).numpy()
         key = str(sample["__key__"])
         return Picture("overlay", panel(picture, found, truth, segmenter.names), key, {"set": of, "sample": key})
@@ -143,11 +144,9 @@ class Segmentation(Evaluation):
         """Those of the option, or of the set's samples. Raises `DataError`."""
         if self.config.classes is not None:
             return parse_classes(read_classes(self.config.classes).decode(), self.config.classes)
-        for sample in samples:
-            if "classes.txt" not in sample:
-                break
-            where = f"evaluation set {samples.name!r}: classes.txt of {sample['__key__']!r}"
-            return parse_classes(bytes(sample["classes.txt"]).decode("utf-8", "replace"), where)
+        first = next(iter(samples), {})
+        if (found := _classes_of(first, f"evaluation set {samples.name!r}")) is not None:
+            return found
         raise DataError(
             f"evaluation set {samples.name!r}: no sample, or none with `classes.txt`; give the task `classes: FILE`"
         )
@@ -164,9 +163,9 @@ class Segmentation(Evaluation):
     def _share(
         self, segmenter: Segmenter, samples: EvaluationSet
     ) -> tuple[Tensor, int, dict[tuple[str, str], Skipped]] | UserError:
-        """This rank's confusion [C, C], pictures and what was skipped, or why there are none."""
+        """This rank's confusion [C, C + 1], pictures and what was skipped, or why there are none."""
         rank, world, classes = distributed.rank(), distributed.world_size(), segmenter.count
-        matrix, pictures = torch.zeros(classes, classes, dtype=torch.long), 0
+        matrix, pictures = torch.zeros(classes, classes + 1, dtype=torch.long), 0
         skipped: dict[tuple[str, str], Skipped] = {}
         try:
             for i, sample in enumerate(samples):
@@ -174,19 +173,26 @@ class Segmentation(Evaluation):
                     continue
                 try:
                     (picture,) = segmenter.augmentation.read(sample)
-                    truth = self._truth(sample, picture, classes)
+                    truth = self._truth(sample, picture, segmenter)
+                    found = segmenter(picture, *truth.shape)
                 except BadSample as error:
                     key = str(sample["__key__"])
                     skipped[key, segmenter.of] = Skipped(key, str(sample["__url__"]), f"{segmenter.of}: {error}")
                     continue
-                matrix += confusion(truth, segmenter(picture, *truth.shape), classes)
+                matrix += confusion(truth, found, classes)
                 pictures += 1
         except UserError as error:
             return error
         return matrix, pictures, skipped
 
-    def _truth(self, sample: Sample, picture: Image.Image, classes: int) -> Tensor:
+    def _truth(self, sample: Sample, picture: Image.Image, segmenter: Segmenter) -> Tensor:
         """Class numbers [H, W]. Raises `BadSample`, or `DataError` where the classes are not the mask's."""
+        classes = segmenter.count
+        if self.config.classes is None and _classes_of(sample, str(sample["__url__"])) not in (None, segmenter.classes):
+            raise DataError(
+                f"{sample['__url__']}: classes.txt of {sample['__key__']!r} is not that of the set's first sample; a "
+                "set has one list of classes. Split it, or give the task `classes: FILE`."
+            )
         if "mask.png" not in sample:
             raise BadSample("no mask: no field mask.png")
         mask = torch.from_numpy(read_mask(bytes(sample["mask.png"])))
@@ -200,3 +206,11 @@ class Segmentation(Evaluation):
                 "classes. Check the file of classes, `ignore` and `reduce_zero_label`."
             )
         return mask
+
+
+def _classes_of(sample: Sample, where: str) -> list[tuple[str, ...]] | None:
+    """Those that come with a sample, if any do. Raises `DataError`."""
+    if "classes.txt" not in sample:
+        return None
+    text = bytes(sample["classes.txt"]).decode("utf-8", "replace")
+    return parse_classes(text, f"{where}: classes.txt of {sample['__key__']!r}")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill_core.errors import DataError
+from distill_core.errors import BadSample, DataError
 from distill_segment.classes import parse_classes, read_mask
 from distill_segment.folders import LAYOUTS, ImageMaskConfig, ImageMaskFolder, SegmentationSet, SegmentationSetConfig
 
@@ -32,22 +32,35 @@ def test_a_folder(tmp_path: Path) -> None:
     write(tmp_path / "i/a/one.jpg", PHOTO)
     write(tmp_path / "i/two.PNG.png", PHOTO)
     write(tmp_path / "m/a/one_mask.png", RAW)
-    write(tmp_path / "m/two.PNG_mask.png", RAW.astype(np.uint16) * 100)
+    write(tmp_path / "m/two.PNG_mask.png", np.where(RAW == 255, np.uint16(1000), RAW))
     (tmp_path / "classes.txt").write_text("cat, kitten\ndog\n")
     options = {"images": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "classes": str(tmp_path / "classes.txt")}
-    source = ImageMaskFolder(ImageMaskConfig(**options, mask_suffix="_mask.png", ignore=19, split="validation"))
+    source = ImageMaskFolder(ImageMaskConfig(**options, mask_suffix="_mask.png", ignore=1000, split="validation"))
     assert (source.sets("validation"), source.samples("test")) == ({}, {})
     for _ in range(2):  # read again and again
         one, two = source.samples("validation")["data"]
         assert (one["__key__"], two["__key__"]) == ("a/one", "two.PNG")
-        assert read_mask(one["mask.png"]).tolist() == [[0, 1, 2], [255, 255, 1]]
-        assert read_mask(two["mask.png"]).tolist() == [[0, 100, 200], [1900, 25500, 100]]
+        assert read_mask(one["mask.png"]).tolist() == [[0, 1, 2], [19, 255, 1]]
+        assert read_mask(two["mask.png"]).tolist() == [[0, 1, 2], [19, 255, 1]]
         assert one["classes.txt"] == b"cat, kitten\ndog\n"
         assert Image.open(io.BytesIO(one["jpg"])).size == Image.open(io.BytesIO(two["png"])).size == (3, 2)
     reduced = ImageMaskFolder(ImageMaskConfig(**options, mask_suffix="_mask.png", reduce_zero_label=True))
     one, two = reduced.samples("test")["data"]
     assert read_mask(one["mask.png"]).tolist() == [[255, 0, 1], [18, 255, 0]]
-    assert read_mask(two["mask.png"]).tolist() == [[255, 99, 199], [1899, 25499, 99]]
+    with pytest.raises(BadSample, match="the mask has the value 1000"):  # as a class it would be 999
+        read_mask(two["mask.png"])
+
+
+@pytest.mark.parametrize("value", [256, 300])
+def test_numbers_above_a_byte_are_refused_before_they_are_moved(tmp_path: Path, value: int) -> None:
+    """256 less one would be 255, which is not scored."""
+    write(tmp_path / "i/x.jpg", PHOTO)
+    write(tmp_path / "m/x.png", np.full((2, 3), value, np.uint16))
+    (tmp_path / "classes.txt").write_text("cat\n")
+    options = {"images": str(tmp_path / "i"), "masks": str(tmp_path / "m"), "classes": str(tmp_path / "classes.txt")}
+    (one,) = ImageMaskFolder(ImageMaskConfig(**options, reduce_zero_label=True)).samples("test")["data"]
+    with pytest.raises(BadSample, match=f"the mask has the value {value}"):
+        read_mask(one["mask.png"])
 
 
 NAMES = {
@@ -85,12 +98,17 @@ def test_published_layouts(tmp_path: Path, layout: str) -> None:
     assert (classes[0] == ("background",)) == background
 
 
+def test_no_name_is_broken_over_a_line() -> None:
+    for layout in LAYOUTS.values():
+        assert not [name for name in layout.classes if "- " in name or " -" in name]
+
+
 def test_known_places_in_the_lists() -> None:
     """Would catch a name that is missing, or one too many, in the middle of a list."""
     for layout, places in {
         "voc21": {1: "aeroplane", 15: "person", 20: "tv monitor"},
         "context60": {1: "aeroplane", 23: "dog", 59: "wood"},
-        "coco_stuff": {0: "person", 79: "toothbrush", 80: "banner", 116: "house", 170: "wood"},
+        "coco_stuff": {0: "person", 79: "toothbrush", 80: "banner", 91: "ceiling-tile", 116: "house", 170: "wood"},
         "cityscapes": {0: "road", 8: "vegetation", 11: "person", 18: "bicycle"},
         "ade20k": {0: "wall", 12: "person", 20: "car", 75: "swivel chair", 127: "bicycle", 149: "flag"},
     }.items():

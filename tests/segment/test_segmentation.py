@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, normalize
+from torch.nn.functional import avg_pool2d, interpolate, normalize, one_hot, pad
 
 from distill_core import distributed
 from distill_core.components import ModalityPlan, Plan
@@ -24,6 +25,7 @@ from distill_core.evaluate.sets import EvaluationSet
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.types import Sample, View
+from distill_segment.commands import _free, segment
 from distill_segment.folders import ImageMaskFolder, SegmentationSet
 from distill_segment.scores import confusion, scores_of
 from distill_segment.segmenter import Segmenter, starts
@@ -88,7 +90,7 @@ def test_scores_by_hand() -> None:
     truth = torch.tensor([[0, 0, 1], [1, 1, 255]])
     found = torch.tensor([[0, 1, 1], [1, 0, 0]])
     matrix = confusion(truth, found, 3)
-    assert matrix.tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    assert matrix.tolist() == [[1, 1, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0]]
     assert scores_of(matrix, ["cat", "dog", "cow"]) == pytest.approx(
         {
             "IoU/cat": 100 / 3,
@@ -103,7 +105,7 @@ def test_scores_by_hand() -> None:
 def test_scores_are_scikit_learns() -> None:
     """Fresh maps of 7 classes, two of which are never true, one neither true nor found; several pictures added up."""
     rng = np.random.default_rng()
-    truths, founds, matrix = [], [], torch.zeros(7, 7, dtype=torch.long)
+    truths, founds, matrix = [], [], torch.zeros(7, 8, dtype=torch.long)
     for _ in range(3):
         truth, found = rng.integers(0, 5, (13, 17)), rng.integers(0, 6, (13, 17))
         truth[rng.random((13, 17)) < 0.1] = 255
@@ -111,11 +113,21 @@ def test_scores_are_scikit_learns() -> None:
         truths.append(truth[truth != 255])
         founds.append(found[truth != 255])
     a, b = np.concatenate(truths), np.concatenate(founds)
-    assert matrix.numpy().tolist() == confusion_matrix(a, b, labels=range(7)).tolist()
+    assert matrix[:, :-1].numpy().tolist() == confusion_matrix(a, b, labels=range(7)).tolist()
+    assert not matrix[:, -1].any()
     scores = scores_of(matrix, [str(i) for i in range(7)])
     assert scores["mIoU"] == pytest.approx(100 * jaccard_score(a, b, average="macro"))
     for i, value in enumerate(jaccard_score(a, b, average=None, labels=range(6))):
         assert scores[f"IoU/{i}"] == pytest.approx(100 * value)
+
+
+def test_what_is_found_as_nothing_is_wrong() -> None:
+    """Three of class 0, of which one was found as none (3); it is in no class's found pixels."""
+    matrix = confusion(torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 3, 1]), 3)
+    assert matrix.tolist() == [[2, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    scores = scores_of(matrix, ["cat", "dog", "cow"])
+    assert (scores["IoU/cat"], scores["IoU/dog"]) == pytest.approx((100 * 2 / 3, 100))
+    assert (scores["pixel_accuracy"], scores["mean_accuracy"]) == pytest.approx((75, 100 * (2 / 3 + 1) / 2))
 
 
 def test_windows_reach_the_end() -> None:
@@ -204,6 +216,118 @@ def test_ranks_share_the_pictures(monkeypatch: pytest.MonkeyPatch, sees_colours:
     assert [part[1] for part in parts] == [3, 2]
 
 
+def test_ties_and_nan_count_against_the_model() -> None:
+    """A mask that is three quarters class 0: would catch an argmax that takes the first of equals, or NaN."""
+
+    class Broken(SeesColours):
+        value = torch.nan
+
+        def dense(self, modality: str, views: Sequence[View], *, attention: str = "plain") -> Tensor:
+            return torch.full_like(super().dense(modality, views), self.value)
+
+    class Collapsed(SeesColours):
+        def encode(self, modality: str, items: Iterable[str]) -> Tensor:
+            return normalize(torch.ones(len(list(items)), 3), dim=-1)
+
+    mask = np.zeros((12, 12))
+    mask[:6, :6] = 1
+    here = sample(painted([["red", "green"], ["red", "red"]], 6), mask)
+    tied, infinite = Broken(), Broken()
+    tied.value, infinite.value = 0.5, torch.inf
+    for broken in (Broken(), tied, infinite, Collapsed()):
+        scores = run({}, broken, here)
+        assert (scores["mIoU"], scores["pixel_accuracy"], scores["mean_accuracy"]) == (0, 0, 0)
+    assert run({"threshold": 0.5}, Broken(), here)["mIoU"] == 0
+    assert run({"threshold": 0.5}, tied, here)["mIoU"] == 37.5  # a third each: unsure, and so class 0
+    task = Segmentation(SegmentationConfig())
+    task.overlay(Segmenter(Broken(), task.config, task.classes(EvaluationSet("set", [here]))), here, "set")  # type: ignore[arg-type]
+
+
+def sclip(segmenter: Segmenter, picture: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
+    """SCLIP's public `forward_slide`, `forward_feature` and `postprocess_result`, but for the class chosen: a picture
+    [1, 3, h, w], the class of each word [Q] -> probabilities [C, *size]."""  # fmt: skip
+    (h_img, w_img), crop, stride = picture.shape[2:], segmenter.window, segmenter.stride
+    h_grids = max(h_img - crop + stride - 1, 0) // stride + 1
+    w_grids = max(w_img - crop + stride - 1, 0) // stride + 1
+    preds = picture.new_zeros(1, len(index), h_img, w_img)
+    count_mat = picture.new_zeros(1, 1, h_img, w_img)
+    for h_idx in range(h_grids):
+        for w_idx in range(w_grids):
+            y2, x2 = min(h_idx * stride + crop, h_img), min(w_idx * stride + crop, w_img)
+            y1, x1 = max(y2 - crop, 0), max(x2 - crop, 0)
+            view = View(picture[0, :, y1:y2, x1:x2])
+            features = segmenter.model.dense("image", [view], attention="correlative")
+            logits = interpolate((features @ segmenter.texts.T).permute(0, 3, 1, 2), size=(crop, crop), mode="bilinear")
+            preds += pad(logits, (x1, w_img - x2, y1, h_img - y2))
+            count_mat[:, :, y1:y2, x1:x2] += 1
+    logits = interpolate(preds / count_mat, size=size, mode="bilinear")[0]
+    probabilities = (logits * segmenter.config.scale).softmax(0)
+    cls_index = one_hot(index).T[..., None, None]
+    return (probabilities[None] * cls_index).max(1)[0]
+
+
+@pytest.mark.parametrize("band", [300, 1 << 24])
+@pytest.mark.parametrize("size", [(23, 37), (61, 41), (9, 9)])
+def test_probabilities_are_sclips(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], band: int) -> None:
+    """Noise of odd sizes, overlapping windows, several words a class: would catch windows that replace one another, a
+    last one that does not end with the picture, a softmax over classes in place of words, bands that do not join."""
+    monkeypatch.setattr("distill_segment.segmenter.BAND", band)
+    rng = np.random.default_rng()
+    picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    config = SegmentationConfig(attention="correlative", stride=7, side=25, scale=10)
+    segmenter = Segmenter(model(), config, [("a cat", "kitten"), ("dog",), ("sky", "cloud", "the blue")])
+    scale = 25 / min(size)
+    resized = picture.resize(
+        (max(25, round(size[1] * scale)), max(25, round(size[0] * scale))), Image.Resampling.BICUBIC
+    )
+    expected = sclip(segmenter, segmenter.augmentation.normalise(resized)[None], torch.tensor([0, 0, 1, 2, 2, 2]), size)
+    bands = list(segmenter.probabilities(picture, *size))
+    assert len(bands) > 1 or band > 300
+    assert all(part.numel() <= band for part in bands)
+    torch.testing.assert_close(torch.cat(bands, 1), expected, rtol=0, atol=1e-5)
+    assert expected.std() > 1e-3
+    found, best = segmenter(picture, *size), expected.topk(2, 0)
+    sure = best.values[0] - best.values[1] > 1e-4
+    assert found[sure].tolist() == best.indices[0][sure].tolist()
+
+
+def test_long_pictures_are_skipped(sees_colours: Any) -> None:
+    """One pixel wide, it would be resized to a size in proportion."""
+    good, thin = sample(painted([["red"]], 8), np.zeros((8, 8))), sample(painted([["red"]] * 9, 1), np.zeros((9, 1)))
+    here = EvaluationSet("set", [good, {**thin, "__key__": "thin"}])
+    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
+    (skipped,) = here.skipped.values()
+    assert skipped.reason == "image: 1 x 9 pixels: the longer side is more than 8 times the shorter"
+
+
+def test_one_list_of_classes_a_set(sees_colours: Any, tmp_path: Path) -> None:
+    """Would catch the first sample's classes standing for all; a list of one's own does."""
+    picture, mask = painted([["red"]], 8), np.zeros((8, 8))
+    samples = [sample(picture, mask, "red\ngreen"), sample(picture, mask, "green\nred", key="two")]
+    with pytest.raises(DataError, match=r"here: classes\.txt of 'two' is not that of the set's first sample"):
+        run({}, sees_colours, *samples)
+    assert run({}, sees_colours, samples[0], {**samples[0], "classes.txt": b"red\ngreen\n"})["mIoU"] == 100
+    (tmp_path / "c.txt").write_text("red\ngreen\n")
+    assert run({"classes": str(tmp_path / "c.txt")}, sees_colours, *samples)["mIoU"] == 100
+
+
+def test_numbers_that_no_class_can_have(sees_colours: Any) -> None:
+    """-1 in a TIFF of 32 bits, 256 in a PNG of 16."""
+    picture = painted([["red"]], 8)
+    good = sample(picture, np.zeros((8, 8)))
+    files = []
+    for pixels, kind in ((np.full((8, 8), -1, np.int32), "TIFF"), (np.full((8, 8), 256, np.uint16), "PNG")):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        files.append({**good, "__key__": str(pixels[0, 0]), "mask.png": file.getvalue()})
+    here = EvaluationSet("set", [good, *files])
+    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
+    assert {key: skipped.reason for (key, _), skipped in here.skipped.items()} == {
+        value: f"image: the mask has the value {value}; class numbers are 0 to 254, and 255 is not scored"
+        for value in ("-1", "256")
+    }
+
+
 def test_bad_samples_are_skipped_and_named(sees_colours: Any) -> None:
     picture = painted([["red"]], 8)
     good = sample(picture, np.zeros((8, 8)), key="good")
@@ -279,3 +403,36 @@ def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
         mixed = [(1 - ALPHA) * a + ALPHA * b for a, b in zip(COLOURS["blue"], colour(number), strict=True)]
         assert seen == pytest.approx(mixed, abs=1)
     assert made.picture.getpixel((GAP + SIDE // 2, LINE + SIDE // 2)) == COLOURS["blue"]
+
+
+def test_overlays_of_pictures_replace_nothing(
+    tiny_recipe: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Same names in two folders, keys that differ in / and _, a folder that holds the pictures themselves."""
+
+    def recipe(run: Path, registry: Registry, changes: Sequence[tuple[str, str]]) -> Any:
+        return load_recipe(tiny_recipe, registry=registry, overrides=[change for change, _ in changes])
+
+    monkeypatch.setattr("distill_core.model.run_recipe", recipe)
+    monkeypatch.setattr("distill_core.model.load_model", lambda *_, **__: model())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.txt").write_text("red\ngreen\n")
+    inputs = ["1.png", "a/1.png", "b/1.png", "1-classes-2.png"]
+    for name in inputs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(painted([["red"]], 20))
+
+    def call(*given: str) -> list[str]:
+        arguments = ["run", *given, "--task", "{name: segmentation, classes: c.txt}"]
+        return CliRunner().invoke(segment, arguments, catch_exceptions=False).output.split()
+
+    assert call("1.png", "--out", ".") == ["1-classes.png"]
+    written = call("a/1.png", "b/1.png", "1-classes-2.png", "--out", "out")
+    assert written == ["out/1-classes.png", "out/1-classes-2.png", "out/1-classes-2-classes.png"]
+    assert all((tmp_path / name).is_file() for name in written)
+    with pytest.raises(UserError, match=r"1-classes-2\.png: is one of the pictures to paint; give another folder"):
+        call("a/1.png", "b/1.png", "1-classes-2.png", "--out", ".")
+    for name in inputs:
+        assert (tmp_path / name).read_bytes() == painted([["red"]], 20)
+    taken: set[str] = set()
+    assert [_free(tmp_path, key, taken).name for key in ("a/b", "a_b")] == ["a_b-classes.png", "a_b-classes-2.png"]

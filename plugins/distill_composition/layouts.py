@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from distill_core.components import ComponentConfig, DataSource
@@ -30,7 +31,7 @@ class Item:
 
 
 class Items:
-    """Samples read anew each time. A picture that is not there is an empty field, which the task skips and names."""
+    """Samples read anew each time. A picture that is not there has no field; the task skips the sample and names it."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
@@ -38,16 +39,18 @@ class Items:
     def __iter__(self) -> Iterator[Sample]:
         for item in self.items:
             captions = {f"caption_{i}": caption for i, caption in enumerate(item.captions)}
-            fields = {f"image_{i}": _bytes(path) for i, path in enumerate(item.images)}
-            where = ", ".join(str(path) for path in item.images)
+            pictures = {f"image_{i}": _bytes(path) for i, path in enumerate(item.images)}
+            fields = {field: data for field, data in pictures.items() if data is not None}
+            found = zip(item.images, pictures.values(), strict=True)
+            where = ", ".join(f"{path}{' (missing)' if data is None else ''}" for path, data in found)
             yield {"__key__": item.key, "__url__": where, "json": json.dumps(captions).encode(), **fields}
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes | None:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        return b""
+        return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -115,7 +118,7 @@ class SugarCrepe(_Copy):
             found[file.stem] = [
                 Item(
                     f"{file.stem}-{number}",
-                    (_present(images / _text(entry, "filename", f"{file}: {number!r}")),),
+                    (_present(images, _text(entry, "filename", f"{file}: {number!r}"), f"{file}: {number!r}"),),
                     tuple(_text(entry, field, f"{file}: {number!r}") for field in ("caption", "negative_caption")),
                 )
                 for number, entry in document.items()
@@ -148,7 +151,7 @@ class Winoground(_Copy):
         root = _folder(self.config.root)
         file, images = root / "examples.jsonl", _folder(root / "images")
         found: dict[str, list[Item]] = {}
-        for number, line in enumerate(_lines(file), 1):
+        for number, line in _lines(file):
             where = f"{file}:{number}"
             entry = _json(line, where)
             name = _text(entry, "collapsed_tag", where) if self.config.by_tag else "winoground"
@@ -184,18 +187,19 @@ class SvoProbes(_Copy):
         kinds = {"subj_neg": "subject", "verb_neg": "verb", "obj_neg": "object"}
         there = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
         found: dict[str, list[Item]] = {}
-        rows = csv.DictReader(_lines(file))
-        lacking = {"sentence", "pos_image_id", "neg_image_id", *kinds} - set(rows.fieldnames or ())
+        (_, head), *rows = _rows(file)
+        lacking = {"sentence", "pos_image_id", "neg_image_id", *kinds} - set(head)
         if lacking:
             raise DataError(f"{file}: the first line lacks the column(s) {', '.join(sorted(lacking))}")
-        for number, row in enumerate(rows, 2):
-            differs = [name for column, name in kinds.items() if str(row[column]).strip().lower() in ("true", "1")]
-            ids = [str(row[column]).strip() for column in ("pos_image_id", "neg_image_id")]
+        for number, values in rows:
+            row, where = dict(zip(head, values, strict=True)), f"{file}:{number}"
+            differs = [name for column, name in kinds.items() if row[column].strip().lower() in ("true", "1")]
+            ids = [row[column].strip() for column in ("pos_image_id", "neg_image_id")]
             if len(differs) == 1:
-                pictures = tuple(there.get(i, images / f"{i}.jpg") for i in ids)
-                item = Item(f"svo-{number}", pictures, (_text(row, "sentence", f"{file}:{number}"),))
+                pictures = tuple(there.get(i) or _inside(images, f"{i}.jpg", where) for i in ids)
+                item = Item(f"svo-{number}", pictures, (_text(row, "sentence", where),))
                 found.setdefault(differs[0], []).append(item)
-        if not any(path.is_file() for items in found.values() for item in items for path in item.images):
+        if not any(_is_file(path) for items in found.values() for item in items for path in item.images):
             raise DataError(f"{images}: no picture of {file}; each is named by its id, as 123.jpg")
         return _not_empty(found, file)
 
@@ -224,17 +228,18 @@ class MmvpVlm(_Copy):
         """By visual pattern."""
         root = _folder(self.config.root)
         file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images")
-        rows = list(csv.reader(_lines(file)))[1:]
-        for number, row in enumerate(rows, 2):
-            if len(row) != 3 or not row[0].strip().isdigit():
+        _, *rows = _rows(file)
+        for number, row in rows:
+            if len(row) != 3 or not re.fullmatch(r"\s*[0-9]{1,9}\s*", row[0], re.ASCII):
                 raise DataError(f"{file}:{number}: should be ID,TYPE,STATEMENT, got {','.join(row)[:80]!r}")
         if len(rows) % 2:
             raise DataError(f"{file}: {len(rows)} statements; they come in pairs")
         found: dict[str, list[Item]] = {}
-        for number, ((one, kind, first), (other, _, second)) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+        for (line, (one, kind, first)), (_, (other, _, second)) in zip(rows[::2], rows[1::2], strict=True):
+            where = f"{file}:{line}"
             if int(one) % 2 != 1 or int(other) != int(one) + 1:
-                raise DataError(f"{file}:{2 * number + 2}: {one} and {other} are no pair: an odd id and the next")
-            pictures = tuple(_present(images / kind.strip() / f"{int(i)}.jpg") for i in (one, other))
+                raise DataError(f"{where}: {one} and {other} are no pair: an odd id and the next")
+            pictures = tuple(_present(images, f"{kind.strip()}/{int(i)}.jpg", where) for i in (one, other))
             captions = tuple(self.config.template.replace("{}", text.strip()) for text in (first, second))
             name = kind.strip().replace("/", "-")
             found.setdefault(name, []).append(Item(f"mmvp-{one}", pictures, captions))
@@ -252,11 +257,30 @@ def _folder(given: str | Path) -> Path:
     return folder
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, and the number of each. \\n alone ends one: json may hold other line breaks."""
     try:
-        return [line for line in file.read_text(encoding="utf-8-sig").splitlines(keepends=True) if line.strip()]
+        text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a csv with their lines' numbers, the head first; a row is one line, so that a quote that is left open
+    swallows no others. Raises `DataError` with the line."""  # fmt: skip
+    columns = 0
+    for number, line in _lines(file):
+        try:
+            (row,) = csv.reader([line.removesuffix("\r")], strict=True)
+        except csv.Error as error:
+            raise DataError(f"{file}:{number}: not a row of a csv: {error}") from error
+        columns = columns or len(row)
+        if len(row) != columns:
+            raise DataError(f"{file}:{number}: {len(row)} column(s), where the first line has {columns}")
+        yield number, row
+    if not columns:
+        raise DataError(f"{file}: no entry in it")
 
 
 def _json(data: str | bytes, where: str) -> Any:
@@ -273,16 +297,31 @@ def _text(entry: Any, field: str, where: str) -> str:
     return value
 
 
-def _present(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"{path}: no such picture")
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """The file of a name that a line gives. Raises `DataError` for one that would lead out of the folder."""
+    given = PurePath(name)
+    if given.is_absolute() or ".." in given.parts or "\0" in name:
+        raise DataError(f"{where}: {name!r} is no name of a file in {folder}")
+    return folder / given
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # as a name that is too long
+        return False
+
+
+def _present(folder: Path, name: str, where: str) -> Path:
+    if not _is_file(path := _inside(folder, name, where)):
+        raise DataError(f"{where}: no picture {name!r} in {folder}")
     return path
 
 
 def _named(images: Path, name: str, where: str) -> Path:
     """A picture by its name with or without a suffix."""
     for suffix in ("", *PICTURES):
-        if (path := images / f"{name}{suffix}").is_file():
+        if _is_file(path := _inside(images, f"{name}{suffix}", where)):
             return path
     raise DataError(f"{where}: no picture {name!r} in {images}")
 

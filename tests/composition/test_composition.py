@@ -162,7 +162,8 @@ def test_svo_probes(tmp_path: Path) -> None:
     assert scores["verb/match"] == 50  # red .. pink: .89
     assert not any(name.endswith("text") for name in scores)
     (skipped,) = sets[1].skipped.values()
-    assert (skipped.key, "9.jpg" in skipped.url) == ("svo-5", True)
+    assert (skipped.key, skipped.url) == ("svo-5", f"{tmp_path}/images/0.png, {tmp_path}/images/9.jpg (missing)")
+    assert skipped.reason == "image: no picture: none of the fields image_1"
 
 
 def test_mmvp_vlm(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_what_is_wrong_with_a_copy(tmp_path: Path) -> None:
     here = str(tmp_path)
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT: no file *.json"
     (tmp_path / "a.json").write_text('{"3": {"filename": "x.jpg", "caption": "red"}}')
-    assert said(SugarCrepe, annotations=here, images=here) == "ROOT/x.jpg: no such picture"
+    assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: '3': no picture 'x.jpg' in ROOT"
     (tmp_path / "x.jpg").write_bytes(png("red"))
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: '3': no text in 'negative_caption'"
     (tmp_path / "a.json").write_text("[]")
@@ -199,7 +200,7 @@ def test_what_is_wrong_with_a_copy(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     assert said(Winoground, root=here).startswith("ROOT/examples.jsonl: cannot be read")
     (tmp_path / "examples.jsonl").write_text('\n{"image_0": "nowhere"}\n')
-    assert said(Winoground, root=here) == "ROOT/examples.jsonl:1: no picture 'nowhere' in ROOT/images"
+    assert said(Winoground, root=here) == "ROOT/examples.jsonl:2: no picture 'nowhere' in ROOT/images"
     (tmp_path / "svo.csv").write_text("sentence,pos_image_id\n")
     assert said(SvoProbes, annotations=f"{here}/svo.csv", images=here) == (
         "ROOT/svo.csv: the first line lacks the column(s) neg_image_id, obj_neg, subj_neg, verb_neg"
@@ -208,7 +209,75 @@ def test_what_is_wrong_with_a_copy(tmp_path: Path) -> None:
     (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\n2,Color,red\n3,Color,blue\n")
     assert said(MmvpVlm, root=here) == "ROOT/Questions.csv:2: 2 and 3 are no pair: an odd id and the next"
     (tmp_path / "Questions.csv").write_text("Question ID,Type,Statement\nred\n")
-    assert said(MmvpVlm, root=here) == "ROOT/Questions.csv:2: should be ID,TYPE,STATEMENT, got 'red'"
+    assert said(MmvpVlm, root=here) == "ROOT/Questions.csv:2: 1 column(s), where the first line has 3"
+    for number in ("\u00b2", "1" * 5000, "-1"):
+        (tmp_path / "Questions.csv").write_text(f"\nQuestion ID,Type,Statement\n\n{number},Color,red\n", "utf-8")
+        assert said(MmvpVlm, root=here).startswith("ROOT/Questions.csv:4: should be ID,TYPE,STATEMENT, got '")
+    (tmp_path / "Questions.csv").write_text("\n \n")
+    assert said(MmvpVlm, root=here) == "ROOT/Questions.csv: no entry in it"
+
+
+HEAD = "sentence,pos_image_id,neg_image_id,subj_neg,verb_neg,obj_neg\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('"red,0,1,True,False,False', "not a row of a csv: unexpected end of data"),
+        ('"red" one,0,1,True,False,False', "not a row of a csv: ',' expected after '\"'"),
+        ("red, blue,0,1,True,False,False", "7 column(s), where the first line has 6"),
+        ("red,0,1,True,False", "5 column(s), where the first line has 6"),
+        ('"red\none",0,1,True,False,False', "not a row of a csv: unexpected end of data"),
+    ],
+)
+def test_rows_that_are_broken(tmp_path: Path, line: str, reason: str) -> None:
+    """Would catch a quote that swallows the rows after it, and an error without its line."""
+    good = "red,0,1,True,False,False\n"
+    file = tmp_path / "svo.csv"
+    (tmp_path / "0.png").write_bytes(png("red"))
+    config = SvoProbes.Config(annotations=str(file), images=str(tmp_path))
+    file.write_text(HEAD + "\n" + good + f"{line}\n" + good * 50 + '"blue",0,1,True,False,False\n')
+    with pytest.raises(DataError) as caught:
+        SvoProbes(config).samples("test")
+    assert str(caught.value) == f"{file}:4: {reason}"
+    file.write_bytes((HEAD + good).replace("\n", "\r\n").encode())
+    (sample,) = SvoProbes(config).samples("test")["subject"]
+    assert json.loads(sample["json"]) == {"caption_0": "red"}
+
+
+@pytest.mark.parametrize("name", ["/etc/hosts", "../out.png", "a/../../out.png", "out\0.png", "n" * 5000])
+def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
+    """A copy names no file outside the folder of pictures, and none that the system refuses."""
+    (tmp_path / "out.png").write_bytes(png("red"))
+    images = tmp_path / "images"
+    (images / "a").mkdir(parents=True)
+    (images / "0.png").write_bytes(png("red"))
+    captions = {"caption": "red", "negative_caption": "blue", "caption_0": "red", "caption_1": "blue"}
+    entry = {"filename": name, "image_0": name, "image_1": name, **captions}
+    (tmp_path / "add.json").write_text(json.dumps({"0": entry}))
+    (tmp_path / "examples.jsonl").write_text(json.dumps(entry))
+    refused = "no picture" if name[0] == "n" else "is no name of a file in"
+    sugarcrepe = SugarCrepe.Config.model_validate({"annotations": str(tmp_path / "add.json"), "images": str(images)})
+    for source, line in ((SugarCrepe(sugarcrepe), ": '0'"), (Winoground(Winoground.Config(root=str(tmp_path))), ":1")):
+        with pytest.raises(DataError, match=refused) as caught:
+            source.samples("test")
+        assert f"{line}: " in str(caught.value)
+    if name[0] == "n":
+        return
+    (tmp_path / "svo.csv").write_text(f"{HEAD}red,0,{name},True,False,False\n")
+    svo = SvoProbes.Config(annotations=str(tmp_path / "svo.csv"), images=str(images))
+    with pytest.raises(DataError, match=r"svo\.csv:2: .* is no name of a file in"):
+        SvoProbes(svo).samples("test")
+
+
+def test_a_caption_may_hold_other_line_breaks(tmp_path: Path) -> None:
+    """U+2028 stands as it is in json, and ends no line."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/red.png").write_bytes(png("red"))
+    entry = {"image_0": "red", "image_1": "red", "caption_0": "red\u2028one", "caption_1": "blue\x85one"}
+    (tmp_path / "examples.jsonl").write_text(json.dumps(entry, ensure_ascii=False) + "\n", "utf-8")
+    (sample,) = Winoground(Winoground.Config(root=str(tmp_path))).samples("test")["winoground"]
+    assert json.loads(sample["json"])["caption_0"] == "red\u2028one"
 
 
 def test_what_the_task_refuses() -> None:

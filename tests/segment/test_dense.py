@@ -40,7 +40,7 @@ def test_plain_dense_embeddings_are_the_ordinary_tokens_projected(class_tokens: 
 
 
 def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:
-    """SCLIP's public `custom_attn`, head by head, and CLIP Surgery's value-value attention."""
+    """SCLIP's public `custom_attn`, head by head, and value-value attention in the last block."""
     *body, last = vit.transformer.resblocks
     h = vit._embed(x, None)
     for block in body:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from distill_core.errors import BadSample, UserError
+from distill_core.evaluate.prompts import prompts_of, templates_of
 from distill_core.model import Model
 from distill_core.types import View
 from distill_segment.classes import Classes, names_of
@@ -50,10 +51,11 @@ class Segmenter:
             )
         prompted = [each if i or config.prompt_background else () for i, each in enumerate(classes)]
         self.sizes = [len(each) for each in prompted]
-        prompts = [form.replace("{}", word) for each in prompted for word in each for form in config.templates]
+        templates = templates_of(config.templates)
+        prompts = prompts_of([word for each in prompted for word in each], templates)
         if not prompts:
             raise UserError("segmentation: no class has a prompt: there is the background alone")
-        embedded = model.encode(words, prompts).view(sum(self.sizes), len(config.templates), -1)
+        embedded = model.encode(words, prompts).view(sum(self.sizes), len(templates), -1)
         self.texts = normalize(embedded.mean(1), dim=-1).to(model.device)  # [Q, D]
 
     def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:

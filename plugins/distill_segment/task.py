@@ -13,7 +13,8 @@ from torch import Tensor
 
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import BadSample, DataError, UserError
+from distill_core.errors import BadSample, DataError, UserError, did_you_mean
+from distill_core.evaluate.prompts import ensembles
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Picture
@@ -36,8 +37,9 @@ class SegmentationConfig(ComponentConfig):
     attention: str = "plain"
     """What the last layer's tokens attend by, a matter of the model: `plain`; `value_value`; or `correlative`, SCLIP's,
     which helps models trained with local views and can hurt others. A backbone says which ones it has."""
-    templates: Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
-    """Prompts with {} for a class's word; a word's embedding is the normalised mean of its prompts'."""
+    templates: str | Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
+    """Prompts with {} for a class's word; a word's embedding is the normalised mean of its prompts'. A list; `openai`
+    or `openai_simple`; or a file, as `zero_shot` takes them."""
     classes: str | None = None
     """File of the classes, one a line in the order of the masks' values, words for one class separated by commas; null
     takes those that come with the samples."""
@@ -57,7 +59,11 @@ class SegmentationConfig(ComponentConfig):
 
     @field_validator("templates")
     @classmethod
-    def _have_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+    def _have_a_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(templates, str):
+            if templates.isidentifier() and templates not in ensembles():
+                raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
+            return (templates,) if "{}" in templates else templates
         for template in templates:
             if "{}" not in template:
                 raise ValueError(f"the template {template!r} has no {{}} for the class")

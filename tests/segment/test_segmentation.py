@@ -175,6 +175,25 @@ def test_words_templates_and_the_background(sees_colours: Any) -> None:
         SegmentationConfig(prompt_background=False)
 
 
+def test_templates_by_name_and_from_a_file(sees_colours: Any, tmp_path: Path) -> None:
+    """The 7 and the 80 prompts of CLIP's authors, and a file's; a name that there is not is refused with the recipe."""
+    seen: list[str] = []
+
+    class Reads(SeesColours):
+        def encode(self, modality: str, items: Iterable[str]) -> Tensor:
+            seen.extend(items)
+            return super().encode(modality, seen)
+
+    Segmenter(Reads(), SegmentationConfig(templates="openai_simple"), [("red",)])  # type: ignore[arg-type]
+    assert (len(seen), seen[0]) == (7, "itap of a red.")
+    (tmp_path / "t.txt").write_text("one {c}\ntwo {}\n")
+    here = sample(painted([["red", "green"]], 8), [[0] * 8 + [1] * 8] * 8)
+    for templates in ("openai", str(tmp_path / "t.txt"), "some {}"):
+        assert run({"templates": templates}, sees_colours, here)["mIoU"] > 50
+    with pytest.raises(ValueError, match="no templates named 'opnai', did you mean 'openai'"):
+        SegmentationConfig(templates="opnai")
+
+
 def test_a_whole_run_is_scikit_learns_on_emoji_scenes(tmp_path: Path) -> None:
     """The composited scenes, a ViT that has learned nothing: the task's scores are scikit-learn's of its own maps."""
     from distill_emoji.scenes import EmojiScenes, ScenesConfig

@@ -53,8 +53,8 @@ class Attention(nn.Module):
     def dense(self, x: Tensor, attention: str) -> Tensor:
         """As `forward`, not causal, where each token gathers the values of those that are like it.
 
-        `plain`: softmax(QK') V. `value_value`: softmax(VV') V, the attention of CLIP Surgery (Li et al. 2023), which has
-        it in several last layers, on a second path without the MLP; here it is the last block's, with the MLP.
+        `plain`: softmax(QK') V. `value_value`: softmax(VV') V, the attention of CLIP Surgery (Li et al. 2023), which
+        has it in several last layers, on a second path without the MLP; here it is the last block's, with the MLP.
         `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP). Raises ValueError for any other.
         """
         q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))

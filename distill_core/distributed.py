@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distill_core.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -118,6 +122,25 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agree(make: Callable[[], T]) -> T:
+    """What `make` returns on this rank, once it has returned on all. Every rank must ask, and so for what `make`
+    itself asks of the others.
+
+    Raises `UserError` on every rank where one rank's `make` raised it, with each different message: what is done on
+    each rank before a collective (a file that is read) must not leave the others waiting for it.
+    """
+    if world_size() == 1:
+        return make()
+    made, problem = [], None
+    try:
+        made.append(make())
+    except UserError as error:
+        problem = str(error)
+    if problems := [line for line in gather_objects(problem) if line is not None]:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return made[0]
 
 
 def barrier() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
@@ -99,7 +101,7 @@ class Probe(Evaluation):
         """Embeddings [N, D] of the sets' labelled samples, and their classes."""
         parts, classes = [], []
         for samples in sets:
-            labels = samples.labels(self.config.label)
+            labels = distributed.agree(partial(samples.labels, self.config.label))
             embedded, owners = samples.embeddings(model, modality)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])

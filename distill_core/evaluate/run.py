@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from distill_core import distributed
-from distill_core.components import DataSource
+from distill_core.components import DataSource, Evaluation
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.sets import EvaluationSet, Watch
@@ -59,7 +59,7 @@ def evaluate(
         for side, model in models.items():
             progress(f"{node.id} ({side}, {split})")
             try:
-                scores = task.run(model, sets)
+                scores = _run(task, model, sets)
             except UserError as error:
                 result.failed.append(f"{node.path} ({node.id}): {error}")
                 break
@@ -77,6 +77,11 @@ def evaluate(
                 ]
     result.skipped = [skipped for samples in opened.all() for skipped in samples.skipped.values()]
     return result
+
+
+def _run(task: Evaluation, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    """Its scores. Raises `UserError` on every rank: one that gave up alone would go on to the next task alone."""
+    return distributed.agree(lambda: task.run(model, sets))
 
 
 def _has(source: Node | None, split: str) -> bool:
@@ -98,8 +103,8 @@ class _Opened:
         if key not in self._found:
             try:
                 self._found[key] = self._open(own, split)
-            except DataError as error:
-                self._found[key] = error
+            except UserError as error:
+                self._found[key] = DataError(str(error))
         found = self._found[key]
         if isinstance(found, DataError):
             raise found
@@ -110,28 +115,21 @@ class _Opened:
         return [samples for found in self._found.values() if not isinstance(found, DataError) for samples in found]
 
     def _open(self, own: Node | None, split: str) -> list[EvaluationSet]:
-        found: dict[str, Iterable[Sample]] = {}
-        problem = None
-        try:
+        def samples() -> dict[str, Iterable[Sample]]:
             source = self.shared
             if own is not None:
                 source = own.build()
                 source.prepare()
-            found = source.samples(split)
-            problem = None if found else f"the data source has no split {split!r}"
-        except UserError as error:
-            problem = str(error)
-        # a rank whose files are missing must not leave the others waiting for it
-        problems = dict.fromkeys(line for line in distributed.gather_objects(problem) if line)
-        if problems:
-            raise DataError("\n".join(problems))
+            if not (found := source.samples(split)):
+                raise DataError(f"the data source has no split {split!r}")
+            return found
 
         def others(other: str) -> list[EvaluationSet]:
             return self.sets(own, other)
 
         return [
-            EvaluationSet(name, samples, others=others, cache=self.cache, watch=self.watch)
-            for name, samples in found.items()
+            EvaluationSet(name, read, others=others, cache=self.cache, watch=self.watch)
+            for name, read in distributed.agree(samples).items()
         ]
 
 

@@ -123,14 +123,12 @@ class EvaluationSet:
         """What the cache holds, where it does on every rank."""
         if self._cache is None:
             return None
-        found = self._cache.read(self.name, self.source, model, modality, field)
+        cache = self._cache
+        found = distributed.agree(lambda: cache.read(self.name, self.source, model, modality, field))
         return found if all(distributed.gather_objects(found is not None)) else None
 
     def _encode(self, model: Model, modality: str, field: str | None) -> Kept:
-        parts = distributed.gather_objects(self._share(model, modality, field))
-        for part in parts:
-            if isinstance(part, UserError):
-                raise part
+        parts = distributed.gather_objects(distributed.agree(lambda: self._share(model, modality, field)))
         embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         order = torch.argsort(owners, stable=True)
         skipped = [skipped for part in parts for (_, of), skipped in part[2].items() if of == modality]
@@ -141,8 +139,8 @@ class EvaluationSet:
 
     def _share(
         self, model: Model, modality: str, field: str | None
-    ) -> tuple[Tensor, Tensor, dict[tuple[str, str], Skipped]] | UserError:
-        """This rank's embeddings, their samples' numbers and what was skipped, or why there are none."""
+    ) -> tuple[Tensor, Tensor, dict[tuple[str, str], Skipped]]:
+        """This rank's embeddings, their samples' numbers and what was skipped."""
         owners: list[int] = []
 
         def items() -> Iterator[Any]:
@@ -150,17 +148,17 @@ class EvaluationSet:
                 owners.append(owner)
                 yield item
 
-        try:
-            embedded = model.encode(modality, items())
-        except UserError as error:
-            return error
+        embedded = model.encode(modality, items())
         return embedded, torch.tensor(owners, dtype=torch.long), dict(self.skipped)
 
 
 def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
-    """`model.encode` of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask."""
+    """`model.encode` of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask.
+
+    Raises `UserError` on every rank when one cannot go on.
+    """
     rank, world = distributed.rank(), distributed.world_size()
-    mine = model.encode(modality, items[rank::world])
+    mine = distributed.agree(lambda: model.encode(modality, items[rank::world]))
     if world == 1:
         return mine
     parts = distributed.gather_objects(mine)

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError, did_you_mean
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
@@ -63,12 +64,10 @@ class ZeroShot(Evaluation):
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """`SET/top1`, `SET/top5`, `SET/mean_per_class`, `SET/classes`, and each score's mean over sets."""
         items_of, words_of = self.config.modalities or model.modalities
-        labels_of: dict[str, dict[int, str]] = {}
-        for samples in sets:
-            labels_of[samples.name] = dict(samples.items(model, words_of, self.config.label))
-        self._classes = self._names({label for labels in labels_of.values() for label in labels.values()})
+        labels_of, self._classes, prompts = distributed.agree(lambda: self._read(model, words_of, sets))
         place = {label: i for i, label in enumerate(self._classes)}
-        centres = self._centres(model, words_of)
+        embedded = encode_shared(model, words_of, prompts)
+        centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]
         scores: dict[str, float] = {}
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples in sets:
@@ -90,6 +89,14 @@ class ZeroShot(Evaluation):
         for name, (truth, chosen) in self._chosen.items():
             yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name)
 
+    def _read(
+        self, model: Model, words_of: str, sets: Sequence[EvaluationSet]
+    ) -> tuple[dict[str, dict[int, str]], list[str], list[str]]:
+        """The classes of each set's samples, all classes, and their prompts, class by class."""
+        labels_of = {samples.name: dict(samples.items(model, words_of, self.config.label)) for samples in sets}
+        classes = self._names({label for labels in labels_of.values() for label in labels.values()})
+        return labels_of, classes, prompts_of(classes, templates_of(self.config.templates))
+
     def _names(self, occur: set[str]) -> list[str]:
         if not occur:
             raise DataError(f"no sample has a field {self.config.label!r} that names its class")
@@ -101,9 +108,3 @@ class ZeroShot(Evaluation):
                 f"{self.config.classes}: does not name {len(unknown)} of the classes that occur, as {unknown[0]!r}"
             )
         return given
-
-    def _centres(self, model: Model, words_of: str) -> Tensor:
-        """The classes' embeddings [C, D]."""
-        templates = templates_of(self.config.templates)
-        embedded = encode_shared(model, words_of, prompts_of(self._classes, templates))
-        return normalize(embedded.view(len(self._classes), len(templates), -1).mean(1), dim=-1)

@@ -1,5 +1,6 @@
-"""An evaluation whose pictures ask for what no score has made, and one whose shards rank 1 lacks; run by
-test_distributed: `python -m torch.distributed.run --nproc-per-node 2 distributed_evaluation.py OUT`.
+"""An evaluation whose pictures ask for what no score has made, one whose shards rank 1 lacks, and one whose second
+sample rank 1 cannot read; run by test_distributed:
+`python -m torch.distributed.run --nproc-per-node 2 distributed_evaluation.py OUT`.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ import torch
 from torch import Tensor
 
 from distill_core import distributed
-from distill_core.errors import DataError
+from distill_core.errors import DataError, UserError
 from distill_core.evaluate import run
+from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.probes import Knn
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
+from distill_core.evaluate.zero_shot import ZeroShot
 
 
 class Model:
     """Embeds an item, a list of numbers, as itself; each modality's items are the samples' keys' lengths."""
 
     def __init__(self) -> None:
-        read = lambda sample, field: [[float(len(sample["__key__"])), 1.0]]  # noqa: E731
+        read = lambda sample, field: ["x"] if field == "class" else [[float(len(sample["__key__"])), 1.0]]  # noqa: E731
         self.device = torch.device("cpu")
         self.augment = {name: SimpleNamespace(read=read) for name in ("a", "b")}
 
     def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+        if modality == "broken" and distributed.rank() == 1:
+            raise UserError("out of order")
         return torch.nn.functional.normalize(torch.tensor(list(items)).reshape(-1, 2), dim=1)
 
 
@@ -61,6 +66,60 @@ def learned() -> dict[str, float]:
     return Knn(config).run(Model(), [EvaluationSet("set", samples[:5], others=lambda split: train)])  # type: ignore[arg-type]
 
 
+class Cut:
+    """Samples of which rank 1 cannot read the second."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        yield {"__key__": "k", "__url__": "u", "class": b"x"}
+        if distributed.rank() == 1:
+            raise DataError("cut.tar: ends too early")
+        yield {"__key__": "kk", "__url__": "u", "class": b"x"}
+
+
+class Late:
+    """A task that rank 1 gives up behind all that ranks do together."""
+
+    def run(self, model: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        sets[0].embeddings(model, "a")
+        if distributed.rank() == 1:
+            raise DataError("no sample is left")
+        return {}
+
+
+def unread(out: Path) -> run.Evaluated:
+    """Tasks of which each reads a cut source in another place (labels, prompts, samples), and one that is sound."""
+    options = {"learn": None, "modality": "a"}
+    tasks: list[Any] = [
+        Knn(Knn.Config(**options)),
+        ZeroShot(ZeroShot.Config(modalities=("a", "b"))),
+        Task("a"),
+        Late(),
+        Task("a"),
+    ]
+    sound = [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
+    own: Any = SimpleNamespace(samples=lambda split: {"set": sound}, prepare=lambda: None)
+    source: Any = SimpleNamespace(
+        build=lambda: own, dump=lambda: {}, cls=SimpleNamespace(splits=lambda c: None), config=0
+    )
+    nodes = [
+        SimpleNamespace(id=str(i), path=f"tasks.{i}", source=source if i > 2 else None, build=lambda task=task: task)
+        for i, task in enumerate(tasks)
+    ]
+    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"))
+    shared: Any = SimpleNamespace(samples=lambda split: {"set": Cut()})
+    cache = EmbeddingCache(out, lambda model, modality: ("m", "m"), print)
+    return run.evaluate(recipe, {"student": Model()}, shared, "test", cache=cache)  # type: ignore[dict-item]
+
+
+def refused() -> str:
+    """What each rank says where rank 1 cannot encode its share."""
+    try:
+        encode_shared(Model(), "broken", [[0.0, 1.0]] * 3)  # type: ignore[arg-type]
+    except UserError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(out: Path) -> None:
     distributed.start(torch.device("cpu"))
     rank = distributed.rank()
@@ -78,12 +137,15 @@ def main(out: Path) -> None:
 
     source = SimpleNamespace(samples=of)
     missing = run.evaluate(recipe, models, source, "test")
+    cut = unread(out / f"rank-{rank}")
     found = {
         "scores": made.scores,
         "no_media": str(made.no_media) if made.no_media else None,
         "missing": missing.failed,
         "shared": encode_shared(models["student"], "a", [[float(i), 1.0] for i in range(5)]).tolist(),
         "learned": learned(),
+        "unread": [cut.failed, cut.scores],
+        "refused": refused(),
     }
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.stop()

@@ -64,8 +64,8 @@ def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleT
 
 
 def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> None:
-    """Catches rank 0's pictures that pair with the other rank's next score, and a rank without shards that the other
-    waits for: both would hang, or mix embeddings."""
+    """Catches rank 0's pictures that pair with the other rank's next score, and a rank without shards, or that cannot
+    read a sample or encode its share, that the other waits for: all would hang, die, or mix embeddings."""
     done = two(str(SCRIPT.with_name("distributed_evaluation.py")), str(tmp_path))
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in range(2))
@@ -77,6 +77,11 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
     torch.testing.assert_close(torch.tensor(first["shared"]), directions)
     assert first["shared"] == second["shared"]
     assert first["learned"] == second["learned"]
+    failed = [
+        f"tasks.{i} ({i}): {why}" for i, why in enumerate(["cut.tar: ends too early"] * 3 + ["no sample is left"])
+    ]
+    assert first["unread"] == second["unread"] == [failed, {"student/4/n": 3.0}]
+    assert first["refused"] == second["refused"] == "out of order"
     assert first["learned"]["top1"] == 100.0, "each sample's nearest is itself, whichever rank encoded it"
 
 

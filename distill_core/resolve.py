@@ -21,6 +21,7 @@ from distill_core.errors import RecipeErrors, UserError, did_you_mean
 from distill_core.messages import messages
 from distill_core.recipe import Frame, Node, Recipe, TrainConfig
 from distill_core.registry import Registry
+from distill_core.splits import split_problems
 
 SLOTS: tuple[tuple[Path, str], ...] = (
     (("augment", "*"), "augmentation"),
@@ -309,41 +310,13 @@ class _Resolver:
             self.error(("train",), "give `steps` or `epochs`")
         if frame.train.checkpoint.best is not None and frame.evaluate.every is None:
             self.error(("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split")
-        self._splits(frame)
+        for path, message in split_problems(self.nodes, frame.evaluate):
+            self.error(path, message)
         if not any(node is not None for node in frame.loss):
             self.error(("loss",), "no loss is left")
         for name in frame.teacher.modalities or () if frame.teacher else ():
             if name not in self._modalities():
                 self.error(("teacher", "modalities"), f"no modality {name!r}")
-
-    def _splits(self, frame: Frame) -> None:
-        """The splits that are evaluated must be there, where the source can tell."""
-
-        def lacks(source: Path, split: str) -> str | None:
-            node = self.nodes.get(source)
-            have = node.cls.splits(node.config) if node is not None else None  # type: ignore[attr-defined]
-            if have is None or split in have:
-                return None
-            where = ".".join(str(part) for part in source)
-            return f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has"
-
-        shared: Path = ("evaluate", "source") if ("evaluate", "source") in self.nodes else ("data", "source")
-        tasks = [path for path in self.nodes if path[:-1] == ("evaluate", "tasks")]
-        for path in tasks:
-            if message := lacks((*path, "source"), frame.evaluate.split):
-                self.error(("evaluate", "split"), message)
-            node = self.nodes[path]
-            for split in node.cls.reads(node.config):  # type: ignore[attr-defined]
-                if message := lacks((*path, "source") if node.source is not None else shared, split):
-                    self.error(path, f"{node.cls.name!r} learns from the split {split!r}: {message}")
-        if all(self.nodes[path].source is not None for path in tasks):
-            return
-        wanted = [("split", frame.evaluate.split)]
-        if frame.evaluate.every is not None:
-            wanted.append(("validation", frame.evaluate.validation))
-        for option, split in wanted:
-            if message := lacks(shared, split):
-                self.error(("evaluate", option), f"{message}, give it one, or leave out evaluate.tasks")
 
     def _recipe(self, frame: Frame, plan: Plan, warnings: Sequence[str]) -> Recipe:
         def all_of(*prefix: str) -> list[Node]:

@@ -160,6 +160,14 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
             "'knn' learns from the split 'train': evaluate.tasks.0.source has no split 'train' (it has test)",
         ),
         (
+            ("RUN", "--task", "knn", "--split", "train"),
+            "--split: evaluate.split: 'knn' learns from the split 'train' that it would be scored on",
+        ),
+        (
+            ("RUN", "--task", "{name: knn, learn: validation}", "--set", "evaluate.every=1"),
+            "evaluate.validation: 'knn' learns from the split 'validation' that it would be scored on",
+        ),
+        (
             ("RUN", "--task", "{name: retrieval, source: {name: urban1k, folder: /none}}"),
             "/none: no such folder; expected image/NAME.jpg and caption/NAME.txt",
         ),

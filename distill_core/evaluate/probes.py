@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -41,6 +42,15 @@ class ProbeConfig(ComponentConfig):
     """Draws that few-shot scores are means of."""
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Features [N, D] of items, their N classes, and their samples' numbers [N]: a sample may have several items."""
+
+    features: Tensor
+    classes: Sequence[str]
+    owners: Tensor
+
+
 class Probe(Evaluation):
     """Base of both: gathers labelled embeddings, and scores what `predict` makes of them."""
 
@@ -71,18 +81,18 @@ class Probe(Evaluation):
         modality = config.modality or model.modalities[0]
         learned = self._labelled(model, sets[0].of_split(config.learn), modality) if config.learn is not None else None
         asked = [self._labelled(model, [samples], modality) for samples in sets]
-        self._classes = sorted({label for part in (learned, *asked) if part is not None for label in part[1]})
+        self._classes = sorted({label for part in (learned, *asked) if part is not None for label in part.classes})
         scores: dict[str, float] = {}
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        for samples, (features, labels) in zip(sets, asked, strict=True):
-            truth = self._numbers(labels)
+        for samples, here in zip(sets, asked, strict=True):
+            truth = self._numbers(here.classes)
             found = []
             for draw in range(config.draws if config.shots else 1):
                 ranks, chosen, taught = torch.empty_like(truth), torch.empty_like(truth), []
-                for x, y, part in self._parts(features, truth, learned, draw):
-                    predicted = self.predict(x, y, len(self._classes), features[part], model.device)
+                for x, y, part, count in self._parts(here, truth, learned, draw):
+                    predicted = self.predict(x, y, len(self._classes), here.features[part], model.device)
                     ranks[part], chosen[part] = ranks_of_class(predicted, truth[part]), predicted.argmax(1)
-                    taught.append(len(y))
+                    taught.append(count)
                 found.append(accuracies(ranks, truth) | {"learned_from": sum(taught) / len(taught)})
                 self._chosen.setdefault(samples.name, (truth, chosen))
             for score in found[0]:
@@ -97,47 +107,69 @@ class Probe(Evaluation):
         for name, (truth, chosen) in self._chosen.items():
             yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name)
 
-    def _labelled(self, model: Model, sets: Sequence[EvaluationSet], modality: str) -> tuple[Tensor, list[str]]:
-        """Embeddings [N, D] of the sets' labelled samples, and their classes."""
-        parts, classes = [], []
+    def _labelled(self, model: Model, sets: Sequence[EvaluationSet], modality: str) -> Labelled:
+        """The items of the sets' labelled samples."""
+        parts, classes, of, before = [], [], [], 0
         for samples in sets:
             labels = distributed.agree(partial(samples.labels, self.config.label))
             embedded, owners = samples.embeddings(model, modality)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])
             classes += [labels[i] for i in owners[known].tolist()]
+            of.append(owners[known] + before)
+            before = int(of[-1].max()) + 1 if len(of[-1]) else before  # so that no two sets share a number
         if not classes:
             names = ", ".join(repr(samples.name) for samples in sets)
             raise DataError(f"evaluation set {names}: no sample with {modality} and {self.config.label!r}")
-        return torch.cat(parts), classes
+        return Labelled(torch.cat(parts), classes, torch.cat(of))
 
     def _numbers(self, labels: Sequence[str]) -> Tensor:
         place = {label: i for i, label in enumerate(self._classes)}
         return torch.tensor([place[label] for label in labels])
 
     def _parts(
-        self, features: Tensor, truth: Tensor, learned: tuple[Tensor, list[str]] | None, draw: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(features to learn from, their classes, numbers of the samples that are asked)."""
+        self, asked: Labelled, truth: Tensor, learned: Labelled | None, draw: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+        """(features to learn from, their classes, places of the items that are asked, samples that are learned from).
+
+        A sample's items stay together: none is asked where another was learned from.
+        """
         if learned is not None:
-            x, y = learned[0], self._numbers(learned[1])
-            chosen = self._shots(y, draw)
-            yield x[chosen], y[chosen], torch.arange(len(truth))
+            y = self._numbers(learned.classes)
+            chosen = self._shots(y, learned.owners, draw)
+            yield learned.features[chosen], y[chosen], torch.arange(len(truth)), _count(learned.owners[chosen])
             return
-        fold = torch.empty_like(truth)
-        fold[by_class(truth, seed=0)] = torch.arange(len(truth)) % self.config.folds
+        owner, of_owner = _by_owner(truth, asked.owners)
+        folds = torch.empty_like(of_owner)
+        folds[by_class(of_owner, seed=0)] = torch.arange(len(of_owner)) % self.config.folds
+        fold = folds[owner]
         for i in range(self.config.folds):
             part, rest = (fold == i).nonzero()[:, 0], (fold != i).nonzero()[:, 0]
             if not len(part):
                 continue
             if not len(rest):
                 raise DataError(f"{self.name!r} with `learn: null` needs at least two labelled samples")
-            rest = rest[self._shots(truth[rest], draw)]
-            yield features[rest], truth[rest], part
+            rest = rest[self._shots(truth[rest], asked.owners[rest], draw)]
+            yield asked.features[rest], truth[rest], part, _count(asked.owners[rest])
 
-    def _shots(self, y: Tensor, draw: int) -> Tensor:
-        numbers = torch.arange(len(y))
-        return numbers if self.config.shots is None else numbers[turns(y, seed=draw) < self.config.shots]
+    def _shots(self, y: Tensor, owners: Tensor, draw: int) -> Tensor:
+        """Places of the items of so many samples a class."""
+        if self.config.shots is None:
+            return torch.arange(len(y))
+        owner, of_owner = _by_owner(y, owners)
+        return (turns(of_owner, seed=draw)[owner] < self.config.shots).nonzero()[:, 0]
+
+
+def _by_owner(y: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Each item's place [N] among the M samples there are, and these samples' classes [M]."""
+    samples, place = torch.unique(owners, return_inverse=True)
+    of_owner = y.new_empty(len(samples))
+    of_owner[place] = y  # a sample has one class
+    return place, of_owner
+
+
+def _count(owners: Tensor) -> int:
+    return len(torch.unique(owners))
 
 
 def by_class(y: Tensor, seed: int) -> Tensor:
@@ -195,8 +227,8 @@ class LinearConfig(ProbeConfig):
 
 
 class LinearProbe(Probe):
-    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS, as in appendix A.3 of Radford et
-    al. 2021; accuracies in percent.
+    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS, as Radford et al. 2021 (appendix
+    A.3) probe the features before the projection; accuracies in percent.
     """
 
     name = "linear_probe"

@@ -175,6 +175,33 @@ def test_a_probe_by_hand(task: str) -> None:
     assert len(list(probe.media(Look(), [], 4))) == 2  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("learn", [None, "train"])
+def test_a_sample_s_items_stay_together(learn: str | None) -> None:
+    """Two equal items a sample, classes at random: catches a fold that is asked what its other item taught (100 %),
+    shots that count items, and samples of two sets that share a number."""
+    x = normalize(torch.randn(24, 64), dim=-1)
+    data = samples(x, [i % 2 for i in range(24)])
+    model = Look()
+    model.augment["image"].read = lambda sample, field=None: [json.loads(sample["json"])["image"]] * 2
+    options = {"k": 1, "learn": learn, "shots": 3, "draws": 1}
+    seen = []
+
+    class Seen(Knn):
+        def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+            seen.append((x, y, asked))
+            return super().predict(x, y, classes, asked, device)
+
+    train = [EvaluationSet(name, data[:12]) for name in ("a", "b")]
+    task = Seen(Knn.Config.model_validate_json(json.dumps(options)))
+    scores = task.run(model, [EvaluationSet("s", data, others=lambda split: train)])  # type: ignore[arg-type]
+    assert scores["s/learned_from"] == 6, "three samples of each of two classes"
+    for taught, classes, asked in seen:
+        assert torch.bincount(classes).tolist() == [6, 6], "each with both of its items"
+        if learn is None:
+            assert ((taught @ asked.T) < 0.99).all()
+    assert sum(len(asked) for _, _, asked in seen) == 48
+
+
 def test_folds_never_see_themselves() -> None:
     """With random labels a nearest neighbour that finds itself is always right; and each sample is asked once."""
     x = normalize(torch.randn(200, 8), dim=-1)

@@ -24,7 +24,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that there are, in order."""
         names = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt")]
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def path(self, step: int) -> Path:
         """The file of a step."""
@@ -59,7 +59,7 @@ class Checkpoints:
             path = self.folder / "best.pt"
         elif which == "last" and steps:
             path = self.path(steps[-1])
-        elif which.isdigit():
+        elif which.isdecimal():
             path = self.path(int(which))
         else:
             path = self.folder / "step-*.pt"

@@ -42,7 +42,7 @@ def run_folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> 
 def checkpoints(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """`last`, `best` and the steps that the run has kept."""
     folder = Path(_given(ctx) or ".", "checkpoints")
-    steps = sorted(int(number) for path in folder.glob("step-*.pt") if (number := path.stem[5:]).isdigit())
+    steps = sorted(int(number) for path in folder.glob("step-*.pt") if (number := path.stem[5:]).isdecimal())
     best = ["best"] if (folder / "best.pt").is_file() else []
     return [name for name in ("last", *best, *map(str, steps)) if name.startswith(incomplete)]
 

@@ -145,7 +145,7 @@ def _child(node: Any, part: str | int) -> Any:
 
 
 def _item(items: list[Any], part: str | int) -> str | int:
-    if isinstance(part, int) or part.isdigit():
+    if isinstance(part, int) or part.isdecimal():
         return int(part)
     for key in ("id", "name"):
         found = [i for i, item in enumerate(items) if (item if isinstance(item, str) else _child(item, key)) == part]

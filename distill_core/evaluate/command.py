@@ -77,7 +77,7 @@ def score(
         )
     distributed.stop()
     if first:
-        _tell(folder, recipe, evaluated, state["step"], checkpoint, full, pictures, as_json)
+        _tell(folder, recipe, evaluated, state["step"], checkpoint, full, pictures, as_json, overrides)
 
 
 def where(run: str, checkpoint: str) -> tuple[Path, str]:
@@ -90,7 +90,7 @@ def where(run: str, checkpoint: str) -> tuple[Path, str]:
     if path.parent.name != "checkpoints":
         raise UserError(f"{run}: a checkpoint is scored with its run's recipe: name it as RUN/checkpoints/{path.name}")
     name = path.stem.removeprefix("step-")
-    return path.parent.parent, str(int(name)) if name.isdigit() else name
+    return path.parent.parent, str(int(name)) if name.isdecimal() else name
 
 
 def _recipe(
@@ -115,10 +115,11 @@ def _tell(
     full: bool,
     pictures: str | None,
     as_json: bool,
+    overrides: Sequence[str],
 ) -> None:
     split, lines = recipe.evaluate.split, []
     if evaluated.scores:
-        lines.append(f"every score: {_keep(folder, recipe, evaluated, step)}")
+        lines.append(f"every score: {_keep(folder, recipe, evaluated, step, overrides)}")
     if pictures:
         drawn = write_pictures(Path(pictures), evaluated.media)
         lines.append(f"{len(drawn)} pictures: {pictures}")
@@ -136,18 +137,22 @@ def _tell(
         raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
 
-def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int) -> str:
-    """Scores, tasks and skipped samples as RUN/evaluations/STEP-SPLIT-TASKS.json; the same question has one file."""
+def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrides: Sequence[str]) -> str:
+    """Scores, tasks and skipped samples as RUN/evaluations/STEP-SPLIT-DIGEST.json; the same question has one file.
+
+    The digest is that of the whole recipe with its overrides: each may change what is scored, or how.
+    """
     tasks = [{**node.dump(), "id": node.id} for node in recipe.tasks]
     document = {
         "step": step,
         "split": recipe.evaluate.split,
         "tasks": tasks,
+        "overrides": list(overrides),
         "scores": evaluated.scores,
         "failed": evaluated.failed,
         "skipped": [{"key": one.key, "url": one.url, "reason": one.reason} for one in evaluated.skipped],
     }
-    asked = blake2b(json.dumps([tasks, recipe.to_dict()["evaluate"]["source"]]).encode(), digest_size=4).hexdigest()
+    asked = blake2b(json.dumps([tasks, recipe.to_dict()]).encode(), digest_size=4).hexdigest()
     path = folder / "evaluations" / f"{step:08d}-{recipe.evaluate.split}-{asked}.json"
     try:
         path.parent.mkdir(exist_ok=True)

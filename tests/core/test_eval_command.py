@@ -120,6 +120,11 @@ def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> No
     before = len(kept)
     score(run)
     assert len(list((run / "evaluations").glob("00000002-test-*.json"))) == before, "the same question, one file"
+    score(run, "--set", "augment.image.background=[9, 9, 9]")
+    now = list((run / "evaluations").glob("00000002-test-*.json"))
+    assert len(now) == before + 1, "another question"
+    given = [json.loads(path.read_text())["overrides"] for path in now]
+    assert given.count(["augment.image.background=[9, 9, 9]"]) == 1
 
 
 def test_tasks_on_a_folder_of_classes(run: Path, score: Score, tmp_path: Path) -> None:
@@ -153,6 +158,7 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
     [
         (("RUN/checkpoints/step-7.pt",), "no checkpoint '7'; there are 1, 2"),
         (("elsewhere.pt",), "elsewhere.pt: a checkpoint is scored with its run's recipe"),
+        (("RUN", "--checkpoint", "\u00b2"), "no checkpoint '\u00b2'; there are 1, 2"),
         (("RUN/checkpoints/step-1.pt", "--checkpoint", "2"), "is a checkpoint already"),
         (("RUN", "--pictures", "RUN/recipe.yaml"), "pictures cannot be written"),
         (

@@ -17,14 +17,21 @@ def ensembles() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.txt"))
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 file that are neither empty nor begin with #. Raises `DataError`."""
+def plain_lines(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 file, up to the last that is not empty. Raises `DataError`."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise DataError(f"{path}: cannot be read ({reason}); it should hold {what}") from error
-    if not (found := [line for line in lines if line and not line.startswith("#")]):
+    if not any(lines):
+        raise DataError(f"{path}: is empty; it should hold {what}")
+    return lines
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """As `plain_lines`, without those that are empty or begin with #."""
+    if not (found := [line for line in plain_lines(path, what) if line and not line.startswith("#")]):
         raise DataError(f"{path}: is empty; it should hold {what}")
     return found
 

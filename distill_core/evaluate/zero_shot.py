@@ -15,7 +15,7 @@ from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError, did_you_mean
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
-from distill_core.evaluate.prompts import ensembles, prompts_of, read_lines, templates_of
+from distill_core.evaluate.prompts import ensembles, plain_lines, prompts_of, templates_of
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.media import Media
@@ -102,7 +102,7 @@ class ZeroShot(Evaluation):
             raise DataError(f"no sample has a field {self.config.label!r} that names its class")
         if self.config.classes is None:
             return sorted(occur)
-        given = sorted(set(read_lines(Path(self.config.classes), "the name of a class a line")))
+        given = sorted({*plain_lines(Path(self.config.classes), "the name of a class a line")} - {""})
         if unknown := sorted(occur - set(given)):
             raise DataError(
                 f"{self.config.classes}: does not name {len(unknown)} of the classes that occur, as {unknown[0]!r}"

@@ -20,6 +20,9 @@ from distill_benchmarks.files import (
     FileSource,
     document,
     folder,
+    inside,
+    is_there,
+    number,
     read,
     some_are_there,
 )
@@ -70,12 +73,12 @@ class Karpathy(FileSource):
             for row in found["images"]:
                 if row["split"] in self.parts[split]:
                     captions = [str(sentence["raw"]) for sentence in row["sentences"]][: self.config.captions]
-                    file = images / row.get("filepath", "") / row["filename"]
-                    if not file.is_file() and (images / row["filename"]).is_file():
+                    file = inside(inside(images, row.get("filepath", "")), row["filename"])
+                    if not is_there(file) and is_there(images / row["filename"]):
                         file = images / row["filename"]
                     samples.append(FileSample(row["filename"], file, {"references": captions}))
             name = str(found.get("dataset", path.stem))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: not in Karpathy's layout ({error!r}); expected {layout}") from error
         some_are_there(samples, images, "the pictures as `filepath`/`filename` of the annotations, or `filename`")
         return {name: FileSamples(str(path), samples)}
@@ -124,7 +127,8 @@ class Urban1k(FileSource):
 
 
 def _natural(name: str) -> tuple[int, str]:
-    return (int(name) if name.isdigit() else -1, name)
+    found = number(name)
+    return (-1 if found is None else found, name)
 
 
 def _first_line(path: Path) -> list[str]:
@@ -159,7 +163,7 @@ class DciSample(FileSample):
         try:
             found = json.loads(read(self.path))
             if name == "jpg":
-                return read(self.photos / found["image"])
+                return read(inside(self.photos, found["image"]))
             both = [found[part].strip() for part in ("short_caption", "extra_caption")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadSample(f"not an annotation of DCI: {error!r}") from error
@@ -191,12 +195,14 @@ class Dci(FileSource):
         try:
             chosen = list(found.values()) if self.config.whole else [found[self.parts[split]]]
             samples = [
-                DciSample(str(name), folder(kept, self.layout) / name, photos) for part in chosen for name in part
+                DciSample(str(name), inside(folder(kept, self.layout), name), photos)
+                for part in chosen
+                for name in part
             ]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{base / 'splits.json'}: no such split ({error!r}); expected {self.layout}") from error
         some_are_there(samples, base, self.layout)
-        return {"dci": FileSamples(str(base), samples)}
+        return {"dci": FileSamples(str(base), samples, photos)}
 
 
 class PairListConfig(ComponentConfig):
@@ -209,7 +215,7 @@ class PairListConfig(ComponentConfig):
     train: str | None = None
     """The list of the split `train`."""
     images: str | None = None
-    """The folder that paths start from; null is that of the list."""
+    """The folder that paths start from, and stay inside of; null is that of the list."""
     image: str = "image"
     """The column of the picture's path."""
     caption: str = "caption"
@@ -235,6 +241,7 @@ class PairList(FileSource):
         path = Path(getattr(self.config, split)).expanduser()
         base = path.parent if self.config.images is None else folder(self.config.images, "the pictures of the list")
         captions: dict[str, list[str]] = {}
+        files: dict[str, Path] = {}
         for line, row in _rows(path):
             try:
                 image, given = row[self.config.image], row[self.config.caption]
@@ -246,8 +253,12 @@ class PairList(FileSource):
             several = given if isinstance(given, list) else [given]
             if not isinstance(image, str) or not all(isinstance(text, str) for text in several):
                 raise DataError(f"{path}:{line}: should hold a path and a caption, got {image!r} and {given!r}")
+            try:
+                files[image] = inside(base, image)
+            except ValueError as error:
+                raise DataError(f"{path}:{line}: {error}; paths start from the folder `images`") from error
             captions.setdefault(image, []).extend(several)
-        samples = [FileSample(image, base / image, {"references": texts}) for image, texts in captions.items()]
+        samples = [FileSample(image, files[image], {"references": texts}) for image, texts in captions.items()]
         some_are_there(samples, base, f"the pictures that {path} names")
         return {path.stem: FileSamples(str(path), samples)}
 

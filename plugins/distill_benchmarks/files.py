@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from distill_core.components import DataSource
@@ -57,11 +58,34 @@ def read(path: Path) -> bytes:
         raise BadSample(f"cannot be read: {error.strerror or error}") from error
 
 
-class FileSamples(Sequence[Sample]):
-    """Samples in order; `place` is where they lie."""
+def inside(base: Path, name: str) -> Path:
+    """The file that an annotation names, from its folder. Raises `ValueError` where the name leads out of it.
 
-    def __init__(self, place: str, samples: Sequence[FileSample]) -> None:
-        self.place, self._samples = place, samples
+    Links of the folder's are followed: they are the user's, not the annotation's.
+    """
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts or b"\0" in os.fsencode(name):
+        raise ValueError(f"{name!r} is not a path inside {base}")
+    return base / name
+
+
+def is_there(path: Path) -> bool:
+    """Whether it is a file; no name is too long to ask."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def number(text: str) -> int | None:
+    """A whole number in plain digits, or None."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+
+
+class FileSamples(Sequence[Sample]):
+    """Samples in order; `place` is where they lie, and `beside` a folder of more files that they read."""
+
+    def __init__(self, place: str, samples: Sequence[FileSample], beside: Path | None = None) -> None:
+        self.place, self._samples, self._beside = place, samples, beside
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -72,7 +96,8 @@ class FileSamples(Sequence[Sample]):
     def fingerprint(self) -> str:
         """The files' sizes and times of change, and what is known of each."""
         about = json.dumps([(sample.key, sample.about) for sample in self._samples])
-        return f"{about}\n{stamps(sample.path for sample in self._samples)}"
+        more = sorted(self._beside.iterdir()) if self._beside is not None else []
+        return f"{about}\n{stamps([*(sample.path for sample in self._samples), *more])}"
 
 
 class FileSource(DataSource):
@@ -105,5 +130,5 @@ def some_are_there(samples: Sequence[FileSample], where: Path, layout: str) -> N
     """Raises `DataError` where none of the first files is there: a wrong folder, and not a broken file."""
     if not samples:
         raise DataError(f"{where}: holds no sample; expected {layout}")
-    if not any(sample.path.is_file() for sample in samples[:LOOK]):
+    if not any(is_there(sample.path) for sample in samples[:LOOK]):
         raise DataError(f"{where}: lacks the pictures, as {samples[0].path}; expected {layout}")

@@ -7,12 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_benchmarks.files import PICTURES, FileSample, FileSamples, FileSource, document, folder, some_are_there
+from distill_benchmarks.files import (
+    PICTURES,
+    FileSample,
+    FileSamples,
+    FileSource,
+    document,
+    folder,
+    number,
+    some_are_there,
+)
 from distill_core.components import ComponentConfig, DataSource
 from distill_core.data.shards import Shards
 from distill_core.errors import DataError
 from distill_core.evaluate.cache import fingerprint
-from distill_core.evaluate.prompts import read_lines
+from distill_core.evaluate.prompts import plain_lines, read_lines
 from distill_core.types import Sample
 
 
@@ -118,7 +127,7 @@ class ClipBenchmark(DataSource):
             raise DataError(f"{base}: a dataset of type {kind!r} cannot be scored; only classes and retrieval can")
         if kind == "retrieval":
             return {base.name: Numbered(_shards(part, self.layout), None)}
-        names = read_lines(base / "classnames.txt", "the name of a class a line")
+        names = plain_lines(base / "classnames.txt", "the name of a class a line")
         return {base.name: Numbered(_shards(part, self.layout), names)}
 
 
@@ -131,9 +140,9 @@ def _shards(part: Path, layout: str) -> Shards:
             raise DataError(f"{part}: holds no shard; expected {layout}")
         return Shards([str(path) for path in names])
     word = read_lines(counted, "the number of shards")[0]
-    if not word.isdigit():
+    if (count := number(word)) is None:
         raise DataError(f"{counted}: should hold the number of shards, not {word!r}")
-    return Shards([str(part / f"{i}.tar") for i in range(int(word))])
+    return Shards([str(part / f"{i}.tar") for i in range(count)])
 
 
 class Numbered:
@@ -151,10 +160,10 @@ class Numbered:
         if self.names is None:
             lines = bytes(sample.get("txt", b"")).decode(errors="replace").splitlines()
             return {"references": [line for line in lines if line.strip()]}
-        number = bytes(sample.get("cls", b"")).decode(errors="replace").strip()
-        if not number.isdigit() or int(number) >= len(self.names):
+        given = number(bytes(sample.get("cls", b"")).decode(errors="replace").strip())
+        if given is None or given >= len(self.names):
             return {}  # without a class it is not scored, and said to be so
-        return {"class": self.names[int(number)], "number": int(number)}
+        return {"class": self.names[given], "number": given}
 
     def fingerprint(self) -> str:
         """That of the shards, and the names."""

@@ -127,6 +127,10 @@ def test_dci(tmp_path: Path) -> None:
     _, found = only(source(Dci, folder=str(tmp_path)).samples("test"))
     assert [TEXT.read(sample) for sample in found] == [["short 0."], ["short 1.\nlong 1"], ["short 2.\nlong 2"]]
     assert [abs(grey(sample) - 40 * i) < 3 for i, sample in enumerate(found)] == [True] * 3
+    before = fingerprint(made := source(Dci, folder=str(tmp_path)).samples("test")["dci"])
+    picture(tmp_path / "photos" / "sa_1.jpg", 200)
+    assert fingerprint(made) != before, "a photo that came later"
+    (tmp_path / "photos" / "sa_1.jpg").unlink()
     own = source(Dci, folder=str(tmp_path), whole=False)
     assert own.splits(own.config) == ("train", "validation", "test")
     assert [sample["__key__"] for sample in only(own.samples("validation"))[1]] == ["1.json"]
@@ -221,9 +225,31 @@ def test_clip_benchmark(tmp_path: Path) -> None:
     assert dict(data.items(model, "text", "class")) == {0: "cat", 1: "dog"}
     assert list(data.skipped) == [("s0000000", "text")]
     assert made.samples("train") == {}
+    (tmp_path / "classnames.txt").write_text("#\n\ndog\n")
+    again = EvaluationSet("c", made.samples("test")[name])
+    assert again.labels("class") == {0: "#", 2: "dog"}, "a name is its line, whatever it holds"
     before = fingerprint(made.samples("test")[name])
     (tmp_path / "classnames.txt").write_text("kitten\ndog\n")
     assert fingerprint(made.samples("test")[name]) != before
+
+
+def test_numbers_that_are_no_plain_digits(tmp_path: Path) -> None:
+    """`int` fails on what `str.isdigit` allows, and on too many digits."""
+    tar(
+        tmp_path / "test" / "0.tar",
+        [{"webp": webp(i), "cls": text} for i, text in enumerate((b"1", "²".encode(), b"9" * 5000))],
+    )
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    made = source(ClipBenchmark, folder=str(tmp_path))
+    assert EvaluationSet("c", made.samples("test")[tmp_path.name]).labels("class") == {0: "dog"}
+    (tmp_path / "test" / "nshards.txt").write_text("²")
+    with pytest.raises(DataError, match="should hold the number of shards, not '²'"):
+        made.samples("test")
+    for name in ("²", "2"):
+        picture(tmp_path / "image" / f"{name}.jpg", 5)
+    (tmp_path / "caption").mkdir()
+    _, found = only(source(Urban1k, folder=str(tmp_path)).samples("test"))
+    assert [sample["__key__"] for sample in found] == ["²", "2"]
 
 
 def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
@@ -250,9 +276,19 @@ def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
         (Dci, {"folder": "HERE"}, "splits.json: cannot be read"),
         (PairList, {"test": "HERE/pairs.xlsx"}, "not a list of pairs"),
         (PairList, {"test": "HERE/pairs.csv"}, r"lacks the pictures, as HERE/x\.jpg"),
+        (
+            PairList,
+            {"test": "HERE/pairs.csv", "image": "caption", "caption": "image"},
+            "lacks the pictures, as HERE/xxx",
+        ),
+        (PairList, {"test": "HERE/out.csv"}, r"out.csv:3: '\.\./p.csv' is not a path inside HERE"),
+        (PairList, {"test": "HERE/root.csv"}, r"root.csv:2: '/etc/hostname' is not a path inside HERE"),
+        (Karpathy, {"annotations": "HERE/nul.json", "images": "HERE"}, r"nul.json: not in .*x\\+x00.jpg.* inside HERE"),
+        (Karpathy, {"annotations": "HERE/up.json", "images": "HERE"}, r"up.json: not in .*'\.\.' is not a path inside"),
+        (Dci, {"folder": "HERE/dci"}, r"splits.json: .*'\.\./\.\./x.json' is not a path inside"),
         (PairList, {"test": "HERE/bad.jsonl"}, "bad.jsonl: not readable"),
         (ClassFolder, {"test": "HERE/none"}, "none: no such folder; expected a folder for each class"),
-        (ClassFolder, {"test": "HERE"}, "HERE: holds no folder; expected a folder for each class"),
+        (ClassFolder, {"test": "HERE/dci/photos"}, "dci/photos: holds no folder; expected a folder for each class"),
         (ClipBenchmark, {"folder": "HERE/none"}, "none: no such folder; expected test/nshards.txt"),
     ],
 )
@@ -261,7 +297,14 @@ def test_what_is_wrong_is_one_clear_error(tmp_path: Path, cls: Any, options: dic
     (tmp_path / "one.json").write_text(json.dumps({"images": [row]}))
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "cut.json").write_text('{"images": [')
-    (tmp_path / "pairs.csv").write_text("image,caption\nx.jpg,x\n")
+    for name, change in (("nul", {"filename": "x\0.jpg"}), ("up", {"filepath": ".."})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": [row | change]}))
+    for name in ("photos", "annotations"):
+        (tmp_path / "dci" / name).mkdir(parents=True)
+    (tmp_path / "dci" / "splits.json").write_text('{"test": ["../../x.json"]}')
+    (tmp_path / "pairs.csv").write_text(f"image,caption\nx.jpg,{'x' * 300}\n")
+    (tmp_path / "out.csv").write_text("image,caption\nx.jpg,x\n../p.csv,x\n")
+    (tmp_path / "root.csv").write_text("image,caption\n/etc/hostname,x\n")
     (tmp_path / "bad.jsonl").write_text("{\n")
     here = {name: value.replace("HERE", str(tmp_path)) for name, value in options.items()}
     with pytest.raises(DataError, match=said.replace("HERE", str(tmp_path))) as error:

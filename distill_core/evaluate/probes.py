@@ -157,7 +157,8 @@ class Probe(Evaluation):
         if self.config.shots is None:
             return torch.arange(len(y))
         owner, of_owner = _by_owner(y, owners)
-        return (turns(of_owner, seed=draw)[owner] < self.config.shots).nonzero()[:, 0]
+        chosen: Tensor = turns(of_owner, seed=draw)[owner] < self.config.shots
+        return chosen.nonzero()[:, 0]
 
 
 def _by_owner(y: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,8 +228,9 @@ class LinearConfig(ProbeConfig):
 
 
 class LinearProbe(Probe):
-    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS, as Radford et al. 2021 (appendix
-    A.3) probe the features before the projection; accuracies in percent.
+    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS; accuracies in percent.
+
+    Not the protocol of Radford et al. 2021, appendix A.3: that probes features before the projection, not normalised.
     """
 
     name = "linear_probe"

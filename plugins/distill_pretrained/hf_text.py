@@ -45,20 +45,33 @@ class HfTextConfig(ComponentConfig):
 
 
 def _load(hf: Any, folder: Path) -> Any:
-    """The model of a folder, fp32. Raises `UserError`."""
-    bars = hf.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """The model of a folder, fp32. Raises `UserError`, also for weights that the file lacks."""
+    logs = hf.utils.logging
+    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()  # what is missing is told below, what is not used does not matter
     try:
-        return hf.AutoModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-        )
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"hf_text: {folder}: cannot be loaded: {first}") from error
+        model, told = hf.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"hf_text: {folder}: cannot be loaded: {_first_line(error)}") from error
     finally:
+        logs.set_verbosity(level)
         if shown:
-            bars.enable_progress_bar()
+            logs.enable_progress_bar()
+    missing = sorted(key for key in told["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"hf_text: {folder}: the weights lack {len(missing)} tensors of a {type(model).__name__}, as {missing[0]}: "
+            "take a folder whose weights are this model's"
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class HfText(Backbone):

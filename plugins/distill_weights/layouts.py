@@ -275,7 +275,7 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
         table[1:] += own["patch_embed.proj.bias"]
     image |= {"class_embedding": own["cls_token"].flatten(), "positional_embedding": table}
     plain = "norm_pre.weight" not in own
-    said = {"heads": table.shape[1] // 64, "pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}
+    said = {"pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}  # the number of heads shows nowhere
     source = Source(what, {"image": image, "text": {}})
     source.said["image"] = said | ({"activation": "gelu"} if plain else {})
     return source

@@ -1,11 +1,13 @@
 """Hugging Face text encoders as backbones: against the library's own pooling, and real weights."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.registry import Registry
@@ -103,3 +105,20 @@ def test_mistakes(folder: Path, tmp_path: Path, registry: Registry, monkeypatch:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
         HfText(HfTextConfig(folder=str(tmp_path)))
+
+
+def test_weights_that_are_missing_are_not_drawn(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The library starts what a file lacks at random, and goes on; a pooler may be missing, as it is not read."""
+    model = hf.BertModel.from_pretrained(folder)
+    state = model.state_dict()
+    shutil.copytree(folder, tmp_path / "whole")
+    save = {key: value for key, value in state.items() if not key.startswith("pooler.")}
+    save_file(save, tmp_path / "whole/model.safetensors", metadata={"format": "pt"})
+    capfd.readouterr()
+    HfText(HfTextConfig(folder=str(tmp_path / "whole"), dim=6))
+    assert capfd.readouterr() == ("", "")
+    del save["encoder.layer.1.output.dense.weight"]
+    save_file(save, tmp_path / "whole/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors of a BertModel, as encoder\.layer\.1\.output\.dense\.weight"):
+        HfText(HfTextConfig(folder=str(tmp_path / "whole")))
+    assert capfd.readouterr() == ("", "")

@@ -86,13 +86,12 @@ class PictureAugmentation(Augmentation):
             raise BadSample(f"not a readable picture: {error}") from error
 
     def plain(self, item: Any) -> View:
-        """The shorter side resized to `size` (bicubic), the centre cropped."""
+        """The shorter side resized to `size` (bicubic), the centre cropped; rounded as torchvision rounds."""
         picture, size = self.open(item), self.config.size
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
+        width, height = (int(size * side / min(picture.size)) for side in picture.size)
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
+        left, top = round((width - size) / 2), round((height - size) / 2)
         return View(self.normalise(picture.crop((left, top, left + size, top + size))))
 
     def show(self, view: View) -> Image.Image | None:

@@ -3,12 +3,16 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
 
 from distill_core.components import Backbone
 from distill_core.types import Group, View, Views
+from distill_cosmos.multi_crop import MultiCrop, MultiCropConfig
 from distill_towers.clip_text import ClipText, ClipTextConfig, TextCollator
 from distill_towers.tokenizer import ClipTokenizer, clean
 from distill_towers.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
@@ -228,3 +232,15 @@ def test_picture_collator_groups_by_size() -> None:
     assert torch.equal(views.groups[0].x[1, 2], samples[2][1].data)
     with pytest.raises(ValueError, match="not whole patches"):
         PictureCollator(5)(samples)
+
+
+@pytest.mark.parametrize("shape", [(640, 480), (480, 640), (61, 47), (37, 90), (16, 16), (9, 5)])
+@pytest.mark.parametrize("size", [16, 33])
+def test_plain_pictures_are_torchvisions(shape: tuple[int, int], size: int) -> None:
+    """Against Resize and CenterCrop, which other libraries use. Would catch a side or a crop rounded otherwise."""
+    width, height = shape
+    picture = Image.fromarray(np.random.default_rng().integers(0, 256, (height, width, 3), dtype=np.uint8))
+    augmentation = MultiCrop(MultiCropConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1)))
+    steps = (transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size))
+    theirs = transforms.ToTensor()(transforms.Compose(steps)(picture))
+    torch.testing.assert_close(augmentation.plain(picture).data, theirs, rtol=0, atol=1e-6)

@@ -29,6 +29,7 @@ class Model:
         collators: Mapping[str, Collator],
         *,
         fusion: FusionHead | None = None,
+        teacher: bool = False,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
         precision: str = "fp32",
@@ -37,6 +38,7 @@ class Model:
         self.augment = dict(augment)
         self.collators = dict(collators)
         self.fusion = fusion
+        self.teacher = teacher
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.precision = precision
@@ -147,6 +149,7 @@ def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str,
             augment,
             collators,
             fusion=objective.fusion if side == "student" else None,
+            teacher=side == "teacher",
             device=device,
             batch_size=recipe.evaluate.batch_size,
             precision=recipe.train.precision,
@@ -181,7 +184,8 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
         fusion.to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
-    return Model(backbone, augment, collators, fusion=fusion, device=device, batch_size=recipe.evaluate.batch_size)
+    batch_size = recipe.evaluate.batch_size
+    return Model(backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size)
 
 
 def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] = ()) -> Recipe:

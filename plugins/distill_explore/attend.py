@@ -52,6 +52,8 @@ def attend(
     files = [base.with_name(base.name + suffix) for suffix in (".png", ".html")]
     for file in files:
         check_out(file, (".png", ".html"))
+        if image is not None and file.resolve() == Path(image).resolve():
+            raise UserError(f"--out {out}: {file} is the picture itself; name another")
     if image is None and not texts:
         raise UserError("nothing to look at: give --image FILE, --text WORDS, or both")
     model = load_model(run, teacher=teacher, checkpoint=checkpoint)
@@ -104,11 +106,15 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
 
 def _silent(model: Model, seen: list[Seen], found: list[Reading], teacher: bool) -> list[str]:
     """Why something is not drawn, a line each."""
+    from distill_explore.attention import joins
+
     lines = []
     modalities = {one.modality for one in seen}
     if len(modalities) > 1 and not any(one.asking for one in found):
         if model.fusion is not None:
-            why = f"the fusion {model.fusion.name!r} does not tell its weights"
+            why = f"the fusion {model.fusion.name!r} does not " + (
+                "tell its weights" if joins(model, *modalities) else f"join {' and '.join(sorted(modalities))}"
+            )
         else:
             why = "a teacher has no fusion" if teacher else "the run has no fusion"
         lines.append(f"no cross-attention: {why}")

@@ -84,9 +84,18 @@ def see(model: Model, modality: str, views: Sequence[View]) -> list[Seen]:
     ]
 
 
+def joins(model: Model, *modalities: str) -> bool:
+    """Whether the fusion reads across these; one without an option `modalities` reads across all."""
+    own = getattr(getattr(model.fusion, "config", None), "modalities", None)
+    return model.fusion is not None and (own is None or set(modalities) <= set(own))
+
+
 @torch.no_grad()
 def cross(model: Model, asking: Sequence[Seen], answers: Sequence[Seen]) -> list[Reading]:
-    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion cannot tell."""
+    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion cannot tell, or
+    does not join the two modalities."""
+    if asking and answers and not joins(model, asking[0].modality, answers[0].modality):
+        return []
     tokens = [one.tokens for one in answers if one.tokens is not None]
     if model.fusion is None or not answers or len(tokens) < len(answers):
         return []

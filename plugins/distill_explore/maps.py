@@ -50,7 +50,7 @@ class AttentionMaps(Evaluation):
         """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads.
 
         None over sets: those are what summaries show, in percent and as better or worse.
-        Raises `DataError` for a set without a readable sample, `UserError` where a fusion and backbones are silent.
+        Raises `DataError` for a set without a readable sample, `UserError` where all of the student is silent.
         """
         scores: dict[str, float] = {}
         for samples in sets:
@@ -63,8 +63,13 @@ class AttentionMaps(Evaluation):
             for name, values in found.items():
                 if values:
                     scores[f"{samples.name}/{name}"] = sum(values) / len(values)
-        if not scores and model.fusion is not None:
-            raise UserError("neither the fusion nor a backbone tells how it reads tokens")
+        if not scores and not model.teacher:  # a teacher has no fusion, so the student may have more to tell
+            has = (
+                "neither the fusion nor a backbone"
+                if model.fusion is not None
+                else "no backbone (and there is no fusion)"
+            )
+            raise UserError(f"{has} tells how it reads tokens")
         return scores
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:

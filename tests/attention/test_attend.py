@@ -337,8 +337,46 @@ def test_a_silent_model_is_told_so(runs: Path, registry: Registry, monkeypatch: 
     shards = Shards([str(runs.parent / "shards" / "validation-000.tar")])
     with pytest.raises(UserError, match="neither the fusion nor a backbone"):
         AttentionMaps(AttentionMapsConfig()).run(model, [EvaluationSet("v", shards)])
+    model.fusion = None
+    with pytest.raises(UserError, match=r"no backbone \(and there is no fusion\) tells"):
+        AttentionMaps(AttentionMapsConfig()).run(model, [EvaluationSet("v", shards)])
+    assert (
+        AttentionMaps(AttentionMapsConfig()).run(
+            distill_core.load(runs / "cosmos", teacher=True), [EvaluationSet("v", shards)]
+        )
+        == {}
+    ), "the student's fusion may tell what a teacher has not"
     seen = see(model, "text", [View("a tree")])
     assert rows_of(readings(model, seen), seen) == []
+
+
+def test_a_fusion_is_asked_for_its_own_modalities_alone(runs: Path, registry: Registry) -> None:
+    """A third modality of the same width has tokens that could be read, but never are in training."""
+    recipe = load_recipe(runs / "cosmos" / "recipe.yaml", registry=registry)
+    text = {
+        part: json.dumps(options["text"])
+        for part, options in recipe.to_dict().items()
+        if part in ("augment", "backbone")
+    }
+    overrides = [f"{part}.sound={options}" for part, options in text.items()]
+    recipe = load_recipe(runs / "cosmos" / "recipe.yaml", registry=registry, overrides=overrides)
+    model = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))["student"]
+    seen = [*see(model, "image", [View(torch.randn(3, 16, 16))])]
+    seen += [one for m in ("text", "sound") for one in see(model, m, [View("a red bird")])]
+    asked = {(one.asking.modality, one.answer.modality) for one in readings(model, seen) if one.asking}
+    assert asked == {("image", "text"), ("text", "image")}
+    assert cross(model, [seen[2]], [seen[0]]) == []
+
+
+def test_the_picture_is_not_replaced(picture: Path, runs: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--image p.png --out p` writes p.png; also by another way to the same file."""
+    before = picture.read_bytes()
+    monkeypatch.chdir(picture.parent)
+    for image in ("p.png", picture):
+        code, _, err = call("attend", runs / "cosmos", "--image", image, "--out", "p")
+        assert code == 2
+        assert "p.png is the picture itself; name another" in err
+    assert picture.read_bytes() == before
 
 
 @pytest.mark.parametrize(

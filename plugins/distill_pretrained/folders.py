@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from distill_core.errors import UserError
 from distill_core.folders import cache_folder
@@ -43,9 +43,9 @@ def locate(folder: str | None, package: str | None) -> Path:
     home = cache_folder() / "packages" / f"{package}-{version(PACKAGES[str(package)][0])}"
     if home.is_dir():
         return home
-    home.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=home.parent))
+    temporary = home.with_name(f".{home.name}.{uuid4().hex}")
     try:
+        temporary.mkdir(parents=True)  # mkdtemp's would be for its owner alone
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(temporary)
         try:

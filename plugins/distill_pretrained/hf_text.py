@@ -21,6 +21,11 @@ from distill_towers.clip_text import example_texts
 
 PAD = -1
 """Of ids: no tokenizer has it, whatever it pads with itself."""
+FROM_PADDING = (
+    "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+"""Model types whose first position is `pad_token_id + 1`: so many fewer tokens have one."""
 
 
 class HfTextConfig(ComponentConfig):
@@ -42,6 +47,22 @@ class HfTextConfig(ComponentConfig):
         if (self.folder is None) == (self.package is None):
             raise ValueError("give either `folder` or `package`")
         return self
+
+
+def _config(config: HfTextConfig) -> Any:
+    """The library's config object of the folder, which has a width. Raises `UserError`."""
+    hf: Any = need("transformers", "hf")
+    options, where = read_config(config.folder, config.package), f"hf_text: {config.folder or config.package}"
+    kind = str(options.pop("model_type"))
+    if kind not in hf.CONFIG_MAPPING:
+        raise UserError(f"{where}: transformers has no model_type {kind!r}")
+    try:
+        found = hf.AutoConfig.for_model(kind, **options)
+    except Exception as error:  # each of its configs checks values in its own way
+        raise UserError(f"{where}: config.json is not one of a {kind}: {_first_line(error)}") from error
+    if not isinstance(getattr(found, "hidden_size", None), int):
+        raise UserError(f"{where}: a model of type {kind!r} has no hidden_size; take the folder of a text encoder")
+    return found
 
 
 def _load(hf: Any, folder: Path) -> Any:
@@ -99,23 +120,18 @@ class HfText(Backbone):
     @classmethod
     def dims(cls, config: HfTextConfig) -> Dims:
         """Widths, from config.json. Raises `UserError` where there is none."""
-        hf: Any = need("transformers", "hf")
-        options = read_config(config.folder, config.package)
-        try:
-            found = hf.AutoConfig.for_model(**options)
-        except ValueError as error:
-            raise UserError(
-                f"hf_text: {config.folder or config.package}: transformers has no model_type {options['model_type']!r}"
-            ) from error
-        return Dims(found.hidden_size, config.dim, class_tokens=1)
+        return Dims(_config(config).hidden_size, config.dim, class_tokens=1)
 
     @classmethod
     def problems(cls, config: HfTextConfig, plan: Plan) -> Iterable[str]:
         """A context that the model has no positions for."""
         try:
-            most = read_config(config.folder, config.package).get("max_position_embeddings")
+            found = _config(config)
         except UserError as error:
             return [str(error)]
+        most = getattr(found, "max_position_embeddings", None)
+        if isinstance(most, int) and found.model_type in FROM_PADDING:
+            most -= (found.pad_token_id or 0) + 1
         if isinstance(most, int) and config.context > most:
             return [f"context {config.context} is more than the model's {most} positions"]
         return []
@@ -153,7 +169,7 @@ class HfText(Backbone):
             end = real.sum(1) - 1
             return hidden[torch.arange(hidden.shape[0], device=hidden.device), end]
         weights = real[..., None].to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)  # a tokenizer may give an empty text no token
 
 
 class HfTextCollator:

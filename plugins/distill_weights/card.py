@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -37,12 +38,19 @@ session = onnxruntime.InferenceSession("FOLDER/NAME.onnx")
 (embeddings,) = session.run(None, {"NAME": inputs})  # [N, D], L2-normalised
 """,
 }
+_TEXTS = {
+    "open_clip": "open_clip's tokenizer does the same.",
+    "hf": (
+        "CLIPTokenizer does neither: where texts hold typographic quotes or entities (it’s “fine”, Tom &amp; Jerry), "
+        "do this yourself first, `html.unescape(html.unescape(ftfy.fix_text(text)))`; else the ids are others."
+    ),
+}
 _LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
 def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[str], licence: str) -> str:
     """Markdown with the front matter that model hubs read."""
-    recipe, run = subject.recipe, subject.run
+    recipe, run = public(subject.recipe), subject.run
     report = _report(subject)
     head = {
         "license": licence,
@@ -65,7 +73,7 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
         "| modality | samples | maximum difference | preprocessing |\n|---|---|---|---|\n" + "\n".join(differences),
         *(f"- {line}" for line in [*(f"Left out: {part}." for part in subject.left_out), *notes]),
         "## Data",
-        f"```yaml\n{yaml.safe_dump(recipe['data']['source'], sort_keys=False)}```\n"
+        f"Source: `{recipe['data']['source']['name']}`. "
         "The data's own licence: to be filled in by whoever publishes this.",
         "## Scores",
         _scores(subject, report),
@@ -73,9 +81,29 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
         "Of the weights: "
         + (licence if licence != "unknown" else "not stated (`distill export --licence`); the data's terms apply."),
         "## Recipe",
+        "Without tracking; data sources and initial weights by name alone, local paths by their last part.",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def public(recipe: Any) -> Any:
+    """A resolved recipe without what may be private: trackers, what sources and `init` hold, where local files lie."""
+    if isinstance(recipe, dict):
+        named = {key: _name_alone(value) for key, value in recipe.items() if key in ("source", "init")}
+        return {
+            key: named[key] if key in named else public(value) for key, value in recipe.items() if key != "tracking"
+        }
+    if isinstance(recipe, list | tuple):
+        return [public(value) for value in recipe]
+    return Path(recipe).name if isinstance(recipe, str) and Path(recipe).expanduser().is_absolute() else recipe
+
+
+def _name_alone(node: Any) -> Any:
+    """The name of a component, of several, or of none; of a bare string nothing, as it is a path or an address."""
+    if isinstance(node, list | tuple):
+        return [_name_alone(one) for one in node]
+    return {"name": node["name"]} if isinstance(node, dict) and "name" in node else None
 
 
 def _names(recipe: dict[str, Any]) -> list[str]:
@@ -98,7 +126,7 @@ def _preprocessing(subject: Subject, to: str) -> str:
             "`preprocess.json` says what each file takes; tokens come from the tokenizer of the recipe's text backbone."
         )
     else:
-        lines.append("Texts are repaired (ftfy) and HTML entities undone before they are tokenised.")
+        lines.append(f"In training, texts are repaired (ftfy) and HTML entities undone, then tokenised. {_TEXTS[to]}")
     return "\n\n".join(lines)
 
 

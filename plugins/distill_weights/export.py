@@ -18,6 +18,8 @@ from distill_weights.subject import Subject
 
 TOLERANCE = 1e-5
 """Of L2-normalised embeddings, in fp32."""
+PIXEL_TOLERANCE = 1e-4
+"""Of normalised pixels, where a picture has the towers' size and nothing is resized."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
         raise UserError(f"--out {out}: exists, and is not overwritten; name a new folder")
     subject = Subject.load(run, teacher=teacher, checkpoint=checkpoint)
     form = FORMATS[to](subject)
+    target = out.absolute()  # `.` has no name and no parent
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error}") from error
     try:
@@ -59,9 +62,12 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
         temporary.chmod(0o777 & ~mask)
         for file in temporary.iterdir():
             file.chmod(0o666 & ~mask)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        try:
+            if target.exists():
+                target.rmdir()
+            temporary.rename(target)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written: {error.strerror}; name a new folder") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     yield f"{out}: {to}, the {subject.side} of {run} at step {subject.step}"
@@ -75,7 +81,10 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
 
 
 def check(form: Format, modality: str) -> Checked:
-    """The run's embeddings against the export's, on the same inputs; then its own preprocessing against the run's."""
+    """The run's embeddings against the export's, on the same inputs; then its own preprocessing against the run's.
+
+    Raises `UserError` where the latter makes other pixels of a picture of the towers' size, or other ids.
+    """
     subject = form.subject
     items = subject.items(modality)
     x = subject.inputs(modality, items)
@@ -85,15 +94,27 @@ def check(form: Format, modality: str) -> Checked:
     own = ""
     if theirs is not None and x.is_floating_point():
         apart = [float((a - b).abs().max()) for a, b in zip(theirs, x, strict=True)]
+        if not apart[0] <= PIXEL_TOLERANCE:
+            raise UserError(_unlike(form, modality, f"preprocessing differs by {apart[0]:.1e} in a normalised pixel"))
         moved = (form.embed(modality, theirs) * ours).sum(-1)
         own = (
             f"its own preprocessing: pixels of the towers' size differ by {apart[0]:.1e}; cosine with the run's "
             f"embedding at least {float(moved.min()):.6f} over all sizes"
         )
     elif theirs is not None:
-        same = sum(_same_ids(a, b) for a, b in zip(theirs, x, strict=True))
-        own = f"its own tokenizer: the same ids for {same} of {len(items)} texts"
+        other = [item for item, a, b in zip(items, theirs, x, strict=True) if not _same_ids(a, b)]
+        if other:
+            raise UserError(_unlike(form, modality, f"tokenizer gives other ids for {other[0][:40]!r}"))
+        own = f"its own tokenizer: the same ids for {len(items)} of {len(items)} texts"
     return Checked(modality, len(items), difference, own)
+
+
+def _unlike(form: Format, modality: str, what: str) -> str:
+    kind = form.subject.model.augment[modality].name
+    return (
+        f"{modality}: the written {what}, so nothing was written. If augment.{modality} ({kind!r}) prepares what is "
+        "evaluated in a way of its own, use --to onnx; else please report it with the run's recipe.yaml"
+    )
 
 
 def _same_ids(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -70,7 +70,9 @@ def read_folder(folder: Path, names: Sequence[str]) -> StateDict:
         index = folder / f"{name}.index.json"
         if index.is_file():
             parts = read_json(index).get("weight_map", {})
-            if not isinstance(parts, dict) or any(Path(part).name != part for part in parts.values()):
+            if not isinstance(parts, dict) or any(
+                not isinstance(part, str) or Path(part).name != part for part in parts.values()
+            ):
                 raise UserError(f"init: {index}: does not name files of its own folder")
             merged: StateDict = {}
             for part in sorted(set(parts.values())):

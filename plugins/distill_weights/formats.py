@@ -83,7 +83,9 @@ class OpenClipFormat(Format):
         state = {f"visual.{name}": value for name, value in towers["image"].items()} | towers["text"] | scales
         if "logit_scale" not in scales:
             state["logit_scale"] = torch.tensor(1 / 0.07).log()
-            self.notes.append("no loss of the run learned a scale: logit_scale is CLIP's first value, log(1 / 0.07)")
+            self.notes.append(
+                "no loss over the towers' own embeddings learned a scale: logit_scale is CLIP's first, log(1 / 0.07)"
+            )
         save_file(
             {name: value.float().contiguous() for name, value in state.items()}, folder / "open_clip_model.safetensors"
         )
@@ -287,7 +289,8 @@ class OnnxFormat(Format):
         }
 
     def embed(self, modality: str, x: Tensor) -> Tensor:
-        """Whole, then one by one and by three: the parts must agree, or the batch is not dynamic."""
+        """Whole, then one by one and by three: the parts must agree, or the batch is not dynamic. Each text then at
+        its own length, as it comes without others to pad it for."""
         session = self.sessions[modality]
 
         def run(part: Tensor) -> Tensor:
@@ -302,6 +305,11 @@ class OnnxFormat(Format):
             parts = torch.cat([run(part) for part in x.split(size)])  # type: ignore[no-untyped-call]
             if not torch.allclose(parts, whole, atol=1e-5, rtol=0):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings in batches of {size}")
+        if not x.is_floating_point():
+            texts = [self.subject.inputs(modality, [text]) for text in self.subject.items(modality)]
+            alone = torch.cat([run(text) for text in texts])  # type: ignore[no-untyped-call]
+            if not torch.allclose(alone, whole, atol=1e-5, rtol=0):
+                raise UserError(f"--to onnx: {modality}.onnx gives other embeddings of texts of another length")
         return whole
 
 

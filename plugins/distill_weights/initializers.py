@@ -47,7 +47,13 @@ class Towers(Initializer):
     @torch.no_grad()
     def apply(self, objective: Objective) -> Loaded:
         """Raises `UserError` with all that does not fit; loads nothing then."""
-        source = self.read()
+        try:
+            source = self.read()
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"init: {self.config.source}: its config or tensors are not what {self.name!r} reads "
+                f"({type(error).__name__}: {error})"
+            ) from error
         own = dict(objective.named_parameters())
         given: dict[str, Tensor] = {}
         problems: list[str] = []
@@ -72,7 +78,10 @@ class Towers(Initializer):
             raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(problems))
         if not given:
             raise UserError(f"init: {source.what}: every tower is left out, so there is nothing to load")
-        given |= _scales(objective, source)
+        scales = _scales(objective, source)
+        given |= {name: value for name, (value, _) in scales.items()}
+        if unused := [name for name in source.scale if name not in {theirs for _, theirs in scales.values()}]:
+            notes.append(f"left out, as no loss over the towers' own embeddings has one: {', '.join(unused)}")
         for name, value in given.items():
             own[name].copy_(value)
         fresh = _parts(name for name in own if name not in given and not name.startswith("teacher."))
@@ -123,6 +132,8 @@ def _some(lines: list[str], most: int = 4) -> list[str]:
 
 def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str]]:
     """Position embeddings of this tower's size, and what to tell. Raises ValueError where there are none to make."""
+    if table.ndim != 2:
+        raise ValueError(f"positional_embedding: shape {list(table.shape)}, not [positions, width]")
     count = len(table)
     if tower == "text":
         if count < config.context:
@@ -131,7 +142,7 @@ def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str
             f"{config.context} of {count} text positions"
         ] if count > config.context else []
     old, new = round((count - 1) ** 0.5), config.image_size // config.patch
-    if old * old + 1 != count:
+    if old < 1 or old * old + 1 != count:
         raise ValueError(f"positional_embedding: the source's {count} positions are no square and a class token")
     if old == new:
         return table, []
@@ -139,12 +150,16 @@ def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str
     return torch.cat([table[:1], resized]), [f"image positions resized from {old} x {old} to {new} x {new}"]
 
 
-def _scales(objective: Objective, source: Source) -> dict[str, Tensor]:
-    """The learned scale (and bias) goes to the first contrastive loss, where the source has one."""
+def _scales(objective: Objective, source: Source) -> dict[str, tuple[Tensor, str]]:
+    """Our name -> (value, the source's name) of the learned scale (and bias), where the source has one.
+
+    They go to the first contrastive loss over the towers' own embeddings, which asks for no fused views.
+    """
     for id, loss in objective.loss.items():
-        if isinstance(loss, ContrastiveLoss):
+        if isinstance(loss, ContrastiveLoss) and not loss.needs(loss.config, objective.plan).fused:
             mine = dict(loss.named_parameters())
-            return {f"loss.{id}.{k}": v.reshape(()) for k, v in source.scale.items() if k in mine and v.numel() == 1}
+            found = {k: v for k, v in source.scale.items() if k in mine and v.numel() == 1}
+            return {f"loss.{id}.{k}": (v.reshape(()), k) for k, v in found.items()}
     return {}
 
 
@@ -157,8 +172,8 @@ def _parts(names: Any) -> list[str]:
 class OpenClip(Towers):
     """Start from CLIP weights of open_clip or OpenAI: a file of a state dict, or a folder with `open_clip_config.json`.
 
-    The learned scale goes to the first contrastive loss. Both towers must have the recipe's shapes; position
-    embeddings of another picture size are resized, further text positions cut.
+    The learned scale goes to the first contrastive loss over unfused embeddings. Both towers must have the recipe's
+    shapes; position embeddings of another picture size are resized, further text positions cut.
     """
 
     name = "open_clip"

@@ -78,6 +78,9 @@ _USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "block_type"
 
 
 def _said_by_open_clip(config: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
+    for section in ("vision_cfg", "text_cfg"):
+        if not isinstance(config.get(section) or {}, Mapping):
+            raise UserError(f"init: {what}: {section} is no object of options")
     image, text = dict(config.get("vision_cfg") or {}), dict(config.get("text_cfg") or {})
     for name, part in (("image", image), ("text", text)):
         for key, value in part.items():

@@ -41,7 +41,7 @@ class Subject:
     step: int
     recipe: dict[str, Any]
     scales: dict[str, Tensor]
-    """`logit_scale` and `logit_bias` of the first loss that has one."""
+    """`logit_scale` and `logit_bias` of the first loss that has one, among those that do not ask for fused views."""
     left_out: list[str] = field(default_factory=list)
     """Parts of the run that are no tower."""
 
@@ -58,6 +58,8 @@ class Subject:
         state: dict[str, Tensor] = kept["objective"]
         scales: dict[str, Tensor] = {}
         for node in recipe.loss:
+            if node.cls.needs(node.config, recipe.plan).fused:
+                continue  # its scale is not that of the towers' own embeddings
             own = {
                 k: state[f"loss.{node.id}.{k}"] for k in ("logit_scale", "logit_bias") if f"loss.{node.id}.{k}" in state
             }
@@ -134,9 +136,10 @@ class Clip:
 
 
 def pictures(size: int) -> list[Image.Image]:
-    """Pictures of colour gradients and noise: of the towers' size, larger, smaller, and not square."""
+    """Pictures of colour gradients and noise: of the towers' size first, larger, smaller, and not square."""
     rng, found = np.random.default_rng(0), []
-    for width, height in ((size, size), (2 * size, 2 * size), (size // 2 + 1, size // 2 + 1), (3 * size, 2 * size)):
+    half = size // 2 + 1
+    for width, height in ((size, size), (2 * size, 2 * size), (half, half), (3 * size, 2 * size), (640, 480)):
         ramp = np.stack(np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height)), -1)
         colours = (
             ramp @ rng.uniform(-200, 200, (2, 3)) + rng.uniform(60, 200, 3) + rng.normal(0, 12, (height, width, 3))

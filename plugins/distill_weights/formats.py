@@ -307,7 +307,7 @@ class OnnxFormat(Format):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings in batches of {size}")
         if not x.is_floating_point():
             texts = [self.subject.inputs(modality, [text]) for text in self.subject.items(modality)]
-            alone = torch.cat([run(text) for text in texts])  # type: ignore[no-untyped-call]
+            alone = torch.cat([run(text) for text in texts])
             if not torch.allclose(alone, whole, atol=1e-5, rtol=0):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings of texts of another length")
         return whole

@@ -225,7 +225,11 @@ def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> Non
     """One finished run, and all that `eval` and `resume` may be given amiss."""
     assert distill("run", "tiny.yaml", "--quiet", "--set", "train.steps=2").code == 0
     for arguments, line in [
-        (["--split", "nope"], "the data source has no split 'nope'"),
+        (
+            ["--split", "nope"],
+            "--split: evaluate.split: data.source has no split 'nope' (it has train, validation, test); name one that it "
+            "has, give it one, or leave out evaluate.tasks",
+        ),
         (["--checkpoint", "7"], "runs/tiny: no checkpoint '7'; there are 2"),
         (["--checkpoint", "best"], "runs/tiny: no checkpoint 'best'; there are 2"),
         (["--checkpoint", "frist"], "runs/tiny: no checkpoint 'frist'; there are 2"),

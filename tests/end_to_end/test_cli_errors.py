@@ -227,8 +227,8 @@ def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> Non
     for arguments, line in [
         (
             ["--split", "nope"],
-            "--split: evaluate.split: data.source has no split 'nope' (it has train, validation, test); name one that it "
-            "has, give it one, or leave out evaluate.tasks",
+            "--split: evaluate.split: data.source has no split 'nope' (it has train, validation, test); name one that "
+            "it has, give it one, or leave out evaluate.tasks",
         ),
         (["--checkpoint", "7"], "runs/tiny: no checkpoint '7'; there are 2"),
         (["--checkpoint", "best"], "runs/tiny: no checkpoint 'best'; there are 2"),

@@ -51,7 +51,7 @@ def role_problems(roles: Sequence[str], dims: Dims, plan: Plan) -> Iterable[str]
     A backbone is not told its modality: those whose backbone has these `dims` count.
     """
     modalities = plan.modalities.values()
-    mine = [m for m in modalities if dims == Dims(m.width, m.dim, m.has_tokens, m.can_mask, m.class_tokens)]
+    mine = [m for m in modalities if dims == Dims(m.width, m.dim, m.has_tokens, m.can_mask, m.class_tokens, m.dense)]
     have = sorted({role for modality in mine for role in modality.roles})
     for role in roles:
         if have and role not in have:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from distill_core.errors import DataError
+from pydantic import AfterValidator, Field
+
+from distill_core.errors import DataError, did_you_mean
 
 FOLDER = Path(__file__).with_name("templates")
 PLACES = ("{}", "{c}")
@@ -15,6 +18,21 @@ PLACES = ("{}", "{c}")
 def ensembles() -> list[str]:
     """The names that `templates` may be."""
     return sorted(path.stem for path in FOLDER.glob("*.txt"))
+
+
+def _have_a_place(templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if isinstance(templates, str):
+        if templates.isidentifier() and templates not in ensembles():
+            raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
+        return (templates,) if "{}" in templates else templates
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"the template {template!r} has no {{}} for the class")
+    return templates
+
+
+Templates = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_have_a_place)]
+"""An option for what `templates_of` takes; one template is a list of one."""
 
 
 def plain_lines(path: Path, what: str) -> list[str]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import DataError, did_you_mean
+from distill_core.errors import DataError
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
-from distill_core.evaluate.prompts import ensembles, plain_lines, prompts_of, templates_of
+from distill_core.evaluate.prompts import Templates, plain_lines, prompts_of, templates_of
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.media import Media
@@ -29,23 +27,11 @@ class ZeroShotConfig(ComponentConfig):
     """The classified modality, and that of the prompts; null takes the recipe's first and second."""
     label: str = "class"
     """Field of the sample that names its class in words; the prompts' modality reads it."""
-    templates: str | Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
+    templates: Templates = ("{}",)
     """Prompts with {} for the class; a class's embedding is the normalised mean of its prompts'. A list; `openai` (the
     80 for ImageNet) or `openai_simple` (7 of them); or a file, a template a line, with {} or {c} for the class."""
     classes: str | None = None
     """A file that names every class there is to choose from, one a line; null takes those that occur in the sets."""
-
-    @field_validator("templates")
-    @classmethod
-    def _have_a_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(templates, str):
-            if templates.isidentifier() and templates not in ensembles():
-                raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
-            return (templates,) if "{}" in templates else templates
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"the template {template!r} has no {{}} for the class")
-        return templates
 
 
 class ZeroShot(Evaluation):

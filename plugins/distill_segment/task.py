@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import BadSample, DataError, UserError, did_you_mean
-from distill_core.evaluate.prompts import ensembles
+from distill_core.errors import BadSample, DataError, UserError
+from distill_core.evaluate.prompts import Templates
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Picture
@@ -37,7 +37,7 @@ class SegmentationConfig(ComponentConfig):
     attention: str = "plain"
     """What the last layer's tokens attend by, a matter of the model: `plain`; `value_value`; or `correlative`, SCLIP's,
     which helps models trained with local views and can hurt others. A backbone says which ones it has."""
-    templates: str | Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
+    templates: Templates = ("{}",)
     """Prompts with {} for a class's word; a word's embedding is the normalised mean of its prompts'. A list; `openai`
     or `openai_simple`; or a file, as `zero_shot` takes them."""
     classes: str | None = None
@@ -56,18 +56,6 @@ class SegmentationConfig(ComponentConfig):
     """Pixels whose best probability is lower are class 0, for sets whose class 0 is the background."""
     prompt_background: bool = True
     """Whether class 0 has prompts, as any other; without, it is found by `threshold` alone (GroupViT, TCL)."""
-
-    @field_validator("templates")
-    @classmethod
-    def _have_a_place(cls, templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(templates, str):
-            if templates.isidentifier() and templates not in ensembles():
-                raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
-            return (templates,) if "{}" in templates else templates
-        for template in templates:
-            if "{}" not in template:
-                raise ValueError(f"the template {template!r} has no {{}} for the class")
-        return templates
 
     @model_validator(mode="after")
     def _finds_the_background(self) -> SegmentationConfig:

@@ -57,13 +57,20 @@ class EvaluationSet:
         return self._others(split)
 
     def labels(self, field: str) -> dict[int, str]:
-        """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out.
+        """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out,
+        those whose field cannot be read are `skipped`, too.
 
         Read without any modality's help, so that a recipe needs none that reads words.
         """
         found = {}
         for i, sample in enumerate(self):
-            if (label := _label(sample, field)) is not None:
+            try:
+                label = _label(sample, field)
+            except (BadSample, ValueError, AttributeError, RecursionError) as error:
+                key = sample["__key__"]
+                self.skipped[key, field] = Skipped(key, str(sample["__url__"]), f"{field}: cannot be read: {error}")
+                continue
+            if label is not None:
                 found[i] = label
         return found
 
@@ -169,10 +176,8 @@ def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
 
 
 def _label(sample: Sample, field: str) -> str | None:
-    try:
-        if field in sample:
-            return bytes(sample[field]).decode().strip() or None
-        found = json.loads(sample["json"]).get(field) if "json" in sample else None
-    except (BadSample, ValueError, AttributeError):
-        return None
+    """Raises ValueError, AttributeError, RecursionError or `BadSample` for what is no text, or no json object."""
+    if field in sample:
+        return bytes(sample[field]).decode().strip() or None
+    found = json.loads(sample["json"]).get(field) if "json" in sample else None
     return str(found) if isinstance(found, str | int) and str(found) else None

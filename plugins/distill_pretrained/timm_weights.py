@@ -79,14 +79,15 @@ class TimmWeights(Initializer):
     def _fetch(self, module: TimmTower) -> dict[str, Tensor]:
         timm: Any = need("timm", "timm")
         size = module.config.image_size
+        reason: TypeError | None = None
         for options in ({"img_size": size}, {}):
             try:
                 state: dict[str, Tensor] = timm.create_model(
                     module.config.model, pretrained=True, num_classes=0, **options
                 ).state_dict()
                 return state
-            except TypeError:
-                continue
+            except TypeError as error:  # convolutional models have no img_size
+                reason = error
             except Exception as error:
                 raise UserError(f"init: timm's weights of {module.config.model} cannot be fetched: {error}") from error
-        raise UserError(f"init: timm cannot make {module.config.model!r}")
+        raise UserError(f"init: timm cannot make {module.config.model!r}: {reason}")

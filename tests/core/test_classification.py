@@ -263,7 +263,11 @@ def test_labels_are_read_without_a_modality() -> None:
         {"__key__": "3", "__url__": "u", "json": b"[]"},
         {"__key__": "4", "__url__": "u"},
     ]
-    assert EvaluationSet("s", given).labels("cls") == {0: "3", 1: "4"}
+    here = EvaluationSet("s", given)
+    assert here.labels("cls") == {0: "3", 1: "4"}
+    assert sorted(here.skipped) == [("2", "cls"), ("3", "cls")], (
+        "json that cannot be read is told, no class is no fault"
+    )
 
 
 def test_templates(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_show_gives_back_the_picture(registry: Registry) -> None:
     """Would catch a view shown in normalised colours. A round trip through float32 is exact for bytes."""
     cls = registry.get("augmentation", "multi_crop").cls
     augmentation: Any = cls(cls.Config(size=24))  # type: ignore[call-arg]
-    pixels = np.random.default_rng().integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     assert np.array_equal(np.asarray(augmentation.show(augmentation.plain(pixels))), pixels)
     text: Any = registry.get("augmentation", "text_crop").cls
     assert text(text.Config()).show(View("a red bird")) == "a red bird"

@@ -33,7 +33,7 @@ TEXTS = ["a boat", "the quiet old river, and a house!", "red " * 100]
 
 @pytest.fixture
 def pictures() -> list[Image.Image]:
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
 
 

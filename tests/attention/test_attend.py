@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -30,8 +29,8 @@ from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
 from distill_core.train import Trainer
 from distill_core.types import View
-from distill_explore.attention import Seen, cross, entropy, principal, readings, see
-from distill_explore.drawing import Map, overlay, rows_of, shade, strip
+from distill_explore.attention import Seen, cross, entropy, readings, see
+from distill_explore.drawing import Map, rows_of
 from distill_explore.maps import AttentionMaps, AttentionMapsConfig
 from distill_explore.page import text as html_of
 
@@ -162,7 +161,8 @@ def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call:
 
 def test_tokens_of_any_tower_are_escaped() -> None:
     """CLIP's tokenizer parts `<b>` into harmless pieces; another tower's need not."""
-    one = Map("", item("x", ["<b>", "&amp; ", 'a"b ']), torch.tensor([0.5, 0.25, 0.25]))
+    seen = Seen("m", "x", ["<b>", "&amp; ", 'a"b '], torch.zeros(2), None, torch.ones(3, dtype=torch.bool), None)
+    one = Map("", seen, torch.tensor([0.5, 0.25, 0.25]))
     page = Page(html_of(one))
     assert [tag for tag, _ in page.tags] == ["div", "span", "span", "span"]
     assert page.words == ["<b>", "&amp;", " ", 'a"b', " "]
@@ -213,60 +213,6 @@ def test_mistakes(
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
-
-
-def test_entropy_by_hand() -> None:
-    found = entropy(torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.25, 0.25, 0], [0.1, 0.1, 0, 0]]))
-    expected = [math.log(4), 0, 1.5 * math.log(2), math.log(2)]
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def item(shown: Any, layout: Any, tokens: Any = None) -> Seen:
-    length = len(layout) if isinstance(layout, list) else layout[0] * layout[1]
-    return Seen("m", shown, layout, torch.zeros(2), tokens, torch.ones(length, dtype=torch.bool), None)
-
-
-def test_colour_lies_where_the_weight_is() -> None:
-    """Would catch a grid that is turned or mirrored: all weight on the patch at the right of the upper row."""
-    seen = item(Image.new("RGB", (60, 30), "white"), (2, 4))
-    weights = torch.zeros(8)
-    weights[3] = 1
-    drawn = np.asarray(overlay(Map("", seen, weights), 120)).astype(int)
-    assert drawn.shape == (60, 120, 3)
-    assert drawn[15, 105].tolist() != drawn[45, 15].tolist()
-    darkness = 255 - drawn.mean(-1)
-    y, x = np.unravel_index(darkness.argmax(), darkness.shape)
-    assert y < 30
-    assert x >= 90
-    even = np.asarray(overlay(Map("", seen, torch.full((8,), 1 / 8)), 120))
-    assert np.ptp(even.reshape(-1, 3), axis=0).max() == 0, "read alike, drawn alike"
-
-
-def test_words_are_shaded_by_weight() -> None:
-    """One chip a token, its colour that of its weight; a long text goes on in another line."""
-    seen = item("a b", ["<start> ", "a ", "b", "c ", "<end> "])
-    one = Map("", seen, torch.tensor([0.0, 0.1, 0.6, 0.3, 0.0]))
-    drawn = np.asarray(strip(one))
-    for colour in shade(one.levels):
-        assert (drawn == colour).all(-1).sum() > 50
-    assert len(np.unique(shade(one.levels), axis=0)) == 4
-    long = item("x", ["word "] * 60)
-    assert strip(Map("", long, torch.full((60,), 1 / 60))).height > 3 * 24
-
-
-def test_principal_components() -> None:
-    """Against numpy's eigenvectors of the covariance, up to the choice of sign; two tokens have one component."""
-    tokens = torch.randn(20, 6)
-    found = principal(tokens)
-    values, vectors = np.linalg.eigh(np.cov(tokens.numpy().T))
-    for i, column in enumerate(found.T.numpy()):
-        other = (tokens - tokens.mean(0)).numpy() @ vectors[:, np.argsort(-values)[i]]
-        assert abs(np.corrcoef(column, other)[0, 1]) == pytest.approx(1, abs=1e-4)
-    assert found.aminmax(dim=0).min.tolist() == [0, 0, 0]
-    assert found.aminmax(dim=0).max.tolist() == [1, 1, 1]
-    two = principal(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
-    assert two.shape == (2, 3)
-    assert not two[:, 2].any()
 
 
 def test_padding_has_no_weight_and_no_place(runs: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from colours import COLOURS, SeesColours, painted, png, run, sample
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, normalize, one_hot, pad
+from torch.nn.functional import normalize
 
 from distill_core import distributed
 from distill_core.components import ModalityPlan, Plan
@@ -24,60 +23,12 @@ from distill_core.errors import DataError, RecipeErrors, UserError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
-from distill_core.types import Sample, View
-from distill_segment.commands import _free, segment
+from distill_core.types import View
 from distill_segment.folders import ImageMaskFolder, SegmentationSet
 from distill_segment.scores import confusion, scores_of
-from distill_segment.segmenter import Segmenter, starts
+from distill_segment.segmenter import Segmenter
 from distill_segment.task import Segmentation, SegmentationConfig
-from distill_towers.example import Whole, model
-from distill_towers.pictures import PictureConfig
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-class SeesColours:
-    """Patches of 4 px: a patch's embedding is its mean colour, a word's the colour it names (grey for any other)."""
-
-    modalities = ("image", "text")
-    batch_size = 3
-    device = torch.device("cpu")
-
-    def __init__(self, size: int = 8) -> None:
-        self.augment = {"image": Whole(PictureConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1)))}
-
-    def encode(self, modality: str, items: Iterable[str]) -> Tensor:
-        assert modality == "text"
-        found = [next((COLOURS[w] for w in text.split() if w in COLOURS), (100, 100, 100)) for text in items]
-        return normalize(torch.tensor(found, dtype=torch.float32), dim=-1)
-
-    def dense(self, modality: str, views: Sequence[View], *, attention: str = "plain") -> Tensor:
-        x = torch.stack([view.data for view in views])
-        return normalize(avg_pool2d(x, 4).permute(0, 2, 3, 1), dim=-1)
-
-
-def png(pixels: Any) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.asarray(pixels, np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-def painted(names: Sequence[Sequence[str]], patch: int) -> bytes:
-    """A picture of squares of colours."""
-    rows = np.array([[COLOURS[name] for name in row] for row in names], np.uint8)
-    return png(rows.repeat(patch, 0).repeat(patch, 1))
-
-
-def sample(picture: bytes, mask: Any, classes: str = "red\ngreen\nblue\n", key: str = "one") -> Sample:
-    return {
-        "__key__": key, "__url__": "here", "png": picture, "mask.png": png(mask), "classes.txt": classes.encode(),
-    }  # fmt: skip
-
-
-@pytest.fixture
-def sees_colours() -> Any:
-    """A model whose findings can be worked out by hand."""
-    return SeesColours()
+from distill_towers.example import model
 
 
 @pytest.mark.parametrize("component", [Segmentation, ImageMaskFolder, SegmentationSet])
@@ -128,18 +79,6 @@ def test_what_is_found_as_nothing_is_wrong() -> None:
     scores = scores_of(matrix, ["cat", "dog", "cow"])
     assert (scores["IoU/cat"], scores["IoU/dog"]) == pytest.approx((100 * 2 / 3, 100))
     assert (scores["pixel_accuracy"], scores["mean_accuracy"]) == pytest.approx((75, 100 * (2 / 3 + 1) / 2))
-
-
-def test_windows_reach_the_end() -> None:
-    assert starts(8, 8, 4) == [0]
-    assert starts(12, 8, 4) == [0, 4]
-    assert starts(13, 8, 4) == [0, 4, 5]
-    assert starts(96, 48, 32) == [0, 32, 48]
-
-
-def run(task: dict[str, Any], with_model: Any, *samples: Any) -> dict[str, float]:
-    config = SegmentationConfig.model_validate_json(json.dumps(task))
-    return Segmentation(config).run(with_model, [EvaluationSet("set", list(samples))])
 
 
 def test_a_picture_worked_out_by_hand(sees_colours: Any) -> None:
@@ -262,63 +201,6 @@ def test_ties_and_nan_count_against_the_model() -> None:
     task.overlay(Segmenter(Broken(), task.config, task.classes(EvaluationSet("set", [here]))), here, "set")  # type: ignore[arg-type]
 
 
-def sclip(segmenter: Segmenter, picture: Tensor, index: Tensor, size: tuple[int, int]) -> Tensor:
-    """SCLIP's public `forward_slide`, `forward_feature` and `postprocess_result`, but for the class chosen: a picture
-    [1, 3, h, w], the class of each word [Q] -> probabilities [C, *size]."""  # fmt: skip
-    (h_img, w_img), crop, stride = picture.shape[2:], segmenter.window, segmenter.stride
-    h_grids = max(h_img - crop + stride - 1, 0) // stride + 1
-    w_grids = max(w_img - crop + stride - 1, 0) // stride + 1
-    preds = picture.new_zeros(1, len(index), h_img, w_img)
-    count_mat = picture.new_zeros(1, 1, h_img, w_img)
-    for h_idx in range(h_grids):
-        for w_idx in range(w_grids):
-            y2, x2 = min(h_idx * stride + crop, h_img), min(w_idx * stride + crop, w_img)
-            y1, x1 = max(y2 - crop, 0), max(x2 - crop, 0)
-            view = View(picture[0, :, y1:y2, x1:x2])
-            features = segmenter.model.dense("image", [view], attention="correlative")
-            logits = interpolate((features @ segmenter.texts.T).permute(0, 3, 1, 2), size=(crop, crop), mode="bilinear")
-            preds += pad(logits, (x1, w_img - x2, y1, h_img - y2))
-            count_mat[:, :, y1:y2, x1:x2] += 1
-    logits = interpolate(preds / count_mat, size=size, mode="bilinear")[0]
-    probabilities = (logits * segmenter.config.scale).softmax(0)
-    cls_index = one_hot(index).T[..., None, None]
-    return (probabilities[None] * cls_index).max(1)[0]
-
-
-@pytest.mark.parametrize("band", [300, 1 << 24])
-@pytest.mark.parametrize("size", [(23, 37), (61, 41), (9, 9)])
-def test_probabilities_are_sclips(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], band: int) -> None:
-    """Noise of odd sizes, overlapping windows, several words a class: would catch windows that replace one another, a
-    last one that does not end with the picture, a softmax over classes in place of words, bands that do not join."""
-    monkeypatch.setattr("distill_segment.segmenter.BAND", band)
-    rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    config = SegmentationConfig(attention="correlative", stride=7, side=25, scale=10)
-    segmenter = Segmenter(model(), config, [("a cat", "kitten"), ("dog",), ("sky", "cloud", "the blue")])
-    scale = 25 / min(size)
-    resized = picture.resize(
-        (max(25, round(size[1] * scale)), max(25, round(size[0] * scale))), Image.Resampling.BICUBIC
-    )
-    expected = sclip(segmenter, segmenter.augmentation.normalise(resized)[None], torch.tensor([0, 0, 1, 2, 2, 2]), size)
-    bands = list(segmenter.probabilities(picture, *size))
-    assert len(bands) > 1 or band > 300
-    assert all(part.numel() <= band for part in bands)
-    torch.testing.assert_close(torch.cat(bands, 1), expected, rtol=0, atol=1e-5)
-    assert expected.std() > 1e-3
-    found, best = segmenter(picture, *size), expected.topk(2, 0)
-    sure = best.values[0] - best.values[1] > 1e-4
-    assert found[sure].tolist() == best.indices[0][sure].tolist()
-
-
-def test_long_pictures_are_skipped(sees_colours: Any) -> None:
-    """One pixel wide, it would be resized to a size in proportion."""
-    good, thin = sample(painted([["red"]], 8), np.zeros((8, 8))), sample(painted([["red"]] * 9, 1), np.zeros((9, 1)))
-    here = EvaluationSet("set", [good, {**thin, "__key__": "thin"}])
-    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
-    (skipped,) = here.skipped.values()
-    assert skipped.reason == "image: 1 x 9 pixels: the longer side is more than 8 times the shorter"
-
-
 def test_one_list_of_classes_a_set(sees_colours: Any, tmp_path: Path) -> None:
     """Would catch the first sample's classes standing for all; a list of one's own does."""
     picture, mask = painted([["red"]], 8), np.zeros((8, 8))
@@ -406,52 +288,3 @@ def test_a_recipe_is_refused_before_data_are_touched(tiny_recipe: Path, registry
     alone = Plan({"image": ModalityPlan(("global",), (), 8, 8, True, dense=("plain",))}, False, False)
     (line,) = Segmentation.problems(SegmentationConfig(), alone)
     assert line == "'segmentation' compares two modalities; the recipe has 'image' alone"
-
-
-def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
-    """Blue where the truth says green: the third picture is painted as class 2, the second as class 1."""
-    from distill_segment.overlays import ALPHA, GAP, LINE, SIDE, colour
-
-    here = EvaluationSet("set", [sample(painted([["blue"]], 12), np.ones((12, 12)))])
-    task = Segmentation(SegmentationConfig())
-    task.run(sees_colours, [here])
-    (made,) = task.media(sees_colours, [here], 3)
-    assert (made.name, made.caption, made.context) == ("overlay", "one", {"set": "set", "sample": "one"})
-    for column, number in ((1, 1), (2, 2)):
-        seen = made.picture.getpixel((GAP + column * (SIDE + GAP) + SIDE // 2, LINE + SIDE // 2))
-        mixed = [(1 - ALPHA) * a + ALPHA * b for a, b in zip(COLOURS["blue"], colour(number), strict=True)]
-        assert seen == pytest.approx(mixed, abs=1)
-    assert made.picture.getpixel((GAP + SIDE // 2, LINE + SIDE // 2)) == COLOURS["blue"]
-
-
-def test_overlays_of_pictures_replace_nothing(
-    tiny_recipe: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Same names in two folders, keys that differ in / and _, a folder that holds the pictures themselves."""
-
-    def recipe(run: Path, registry: Registry, changes: Sequence[tuple[str, str]]) -> Any:
-        return load_recipe(tiny_recipe, registry=registry, overrides=[change for change, _ in changes])
-
-    monkeypatch.setattr("distill_core.model.run_recipe", recipe)
-    monkeypatch.setattr("distill_core.model.load_model", lambda *_, **__: model())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.txt").write_text("red\ngreen\n")
-    inputs = ["1.png", "a/1.png", "b/1.png", "1-classes-2.png"]
-    for name in inputs:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(painted([["red"]], 20))
-
-    def call(*given: str) -> list[str]:
-        arguments = ["run", *given, "--task", "{name: segmentation, classes: c.txt}"]
-        return CliRunner().invoke(segment, arguments, catch_exceptions=False).output.split()
-
-    assert call("1.png", "--out", ".") == ["1-classes.png"]
-    written = call("a/1.png", "b/1.png", "1-classes-2.png", "--out", "out")
-    assert written == ["out/1-classes.png", "out/1-classes-2.png", "out/1-classes-2-classes.png"]
-    assert all((tmp_path / name).is_file() for name in written)
-    with pytest.raises(UserError, match=r"1-classes-2\.png: is one of the pictures to paint; give another folder"):
-        call("a/1.png", "b/1.png", "1-classes-2.png", "--out", ".")
-    for name in inputs:
-        assert (tmp_path / name).read_bytes() == painted([["red"]], 20)
-    taken: set[str] = set()
-    assert [_free(tmp_path, key, taken).name for key in ("a/b", "a_b")] == ["a_b-classes.png", "a_b-classes-2.png"]

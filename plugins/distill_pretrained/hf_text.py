@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
 from distill_core.errors import UserError
 from distill_core.extras import need
-from distill_core.types import Features, Group, View, Views
+from distill_core.types import Features, View
 from distill_pretrained.folders import locate, read_config
-from distill_towers.clip_text import example_texts
+from distill_towers.clip_text import RoleCollator, example_texts
 
 PAD = -1
 """Of ids: no tokenizer has it, whatever it pads with itself."""
@@ -172,7 +172,7 @@ class HfText(Backbone):
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)  # a tokenizer may give an empty text no token
 
 
-class HfTextCollator:
+class HfTextCollator(RoleCollator):
     """The views of B samples -> groups of ids [V, B, L] by role; the tokenizer is made in each worker."""
 
     def __init__(self, folder: str | None, package: str | None, context: int) -> None:
@@ -198,15 +198,6 @@ class HfTextCollator:
         found = self._tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
         return [torch.tensor(ids, dtype=torch.long) for ids in found]
 
-    def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
-        """View i of every sample has the same role."""
-        groups: dict[str, list[int]] = {}
-        for i, view in enumerate(samples[0]):
-            groups.setdefault(view.role, []).append(i)
-        result = []
-        for role, members in groups.items():
-            rows = self.ids([sample[i].data for i in members for sample in samples])
-            x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-            result.append(Group(x.reshape(len(members), len(samples), x.shape[1]), role, source))
-        return Views(result)
+    def padded(self, texts: list[str]) -> Tensor:
+        """Ids [N, L] of N texts; padding is `PAD`. Raises `UserError`."""
+        return nn.utils.rnn.pad_sequence(self.ids(texts), batch_first=True, padding_value=PAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
@@ -180,11 +181,12 @@ def example_texts(rng: np.random.Generator) -> list[View]:
     return [View(" ".join(rng.choice(words, n)), role, i) for i, (role, n) in enumerate(counts)]
 
 
-class TextCollator:
+class RoleCollator(ABC):
     """The views of B samples -> groups of ids [V, B, L] by role; L is the longest text of the group."""
 
-    def __init__(self, context: int) -> None:
-        self.tokenize = ClipTokenizer(context)
+    @abstractmethod
+    def padded(self, texts: list[str]) -> Tensor:
+        """Ids [N, L] of N texts, padded to the longest."""
 
     def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
         """View i of every sample has the same role."""
@@ -193,8 +195,20 @@ class TextCollator:
             groups.setdefault(view.role, []).append(i)
         result = []
         for role, members in groups.items():
-            ids = self.tokenize([sample[i].data for i in members for sample in samples])
-            longest = int(ids.argmax(1).max()) + 1  # end-of-text is the largest id; 0 is padding, and also "!"
+            ids = self.padded([sample[i].data for i in members for sample in samples])
             source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-            result.append(Group(ids[:, :longest].reshape(len(members), len(samples), longest), role, source))
+            result.append(Group(ids.reshape(len(members), len(samples), ids.shape[1]), role, source))
         return Views(result)
+
+
+class TextCollator(RoleCollator):
+    """With CLIP's ids, up to end-of-text."""
+
+    def __init__(self, context: int) -> None:
+        self.tokenize = ClipTokenizer(context)
+
+    def padded(self, texts: list[str]) -> Tensor:
+        """Ids [N, L]; padding is 0."""
+        ids = self.tokenize(texts)
+        longest = int(ids.argmax(1).max()) + 1  # end-of-text is the largest id; 0 is padding, and also "!"
+        return ids[:, :longest]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ class Towers(Initializer):
 
     config: Any
 
+    @abstractmethod
     def read(self) -> Source:
         """The source's towers. Raises `UserError`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def apply(self, objective: Objective) -> Loaded:

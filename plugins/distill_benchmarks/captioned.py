@@ -18,6 +18,7 @@ from distill_benchmarks.files import (
     FileSample,
     FileSamples,
     FileSource,
+    NamedSplits,
     document,
     folder,
     inside,
@@ -222,17 +223,12 @@ class PairListConfig(ComponentConfig):
     """The column of the caption; in .jsonl a list holds several."""
 
 
-class PairList(FileSource):
+class PairList(NamedSplits):
     """Pairs of a picture's path and a caption, from csv, tsv or jsonl. Rows of the same picture are its captions."""
 
     name = "pair_list"
     Config = PairListConfig
     examples = ({"test": "no-such-folder/pairs.csv"},)
-
-    @classmethod
-    def splits(cls, config: PairListConfig) -> tuple[str, ...]:
-        """Those whose list is named."""
-        return tuple(split for split in ("train", "validation", "test") if getattr(config, split) is not None)
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
         """One set, of the list's name. Raises `DataError`."""

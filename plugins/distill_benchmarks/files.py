@@ -108,6 +108,15 @@ class FileSource(DataSource):
         return {}
 
 
+class NamedSplits(FileSource):
+    """Base of those whose options `train`, `validation` and `test` name a place, or null."""
+
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...]:
+        """Those whose place is named."""
+        return tuple(split for split in ("train", "validation", "test") if getattr(config, split) is not None)
+
+
 def folder(path: str | Path, layout: str) -> Path:
     """A folder that is there. Raises `DataError`, with the layout that was expected."""
     found = Path(path).expanduser()

@@ -11,7 +11,7 @@ from distill_benchmarks.files import (
     PICTURES,
     FileSample,
     FileSamples,
-    FileSource,
+    NamedSplits,
     document,
     folder,
     number,
@@ -39,18 +39,13 @@ class ClassFolderConfig(ComponentConfig):
     {FOLDER: name}. Null takes the folders' names, with _ for a space."""
 
 
-class ClassFolder(FileSource):
+class ClassFolder(NamedSplits):
     """Pictures in a folder for each class (CLASS/.../x.jpg), as ImageNet's. Samples' json has `class` and `folder`."""
 
     name = "class_folder"
     Config = ClassFolderConfig
     examples = ({"test": "no-such-folder/val", "names": "no-such-folder/names.txt"},)
     layout = "a folder for each class in it, as goldfish/1.jpg"
-
-    @classmethod
-    def splits(cls, config: ClassFolderConfig) -> tuple[str, ...]:
-        """Those whose folder is named."""
-        return tuple(split for split in ("train", "validation", "test") if getattr(config, split) is not None)
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
         """One set, of the folder's name. Raises `DataError`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,20 @@ class Model:
         """The recipe's names, in its order."""
         return tuple(self.backbone)
 
-    def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+    def encode(
+        self, modality: str, items: Iterable[Any], *, features: Literal["embedding", "class_tokens"] = "embedding"
+    ) -> Tensor:
         """Embeddings [N, D] of N items (pictures as paths, bytes, arrays or PIL images; texts as str), L2-normalised,
         fp32, on the CPU. What is no collection, or is a str or bytes, is one item.
 
-        Raises `UserError` for a modality the recipe lacks, or an item that cannot be read.
+        `features: class_tokens` gives instead what the embedding is projected from, [N, C * W], for probes. Raises
+        `UserError` for a modality the recipe lacks, a backbone without class tokens, or an item that cannot be read.
         """
         if modality not in self.backbone:
             raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
+        dims = self.backbone[modality].dims(self.backbone[modality].config)
+        if features == "class_tokens" and not dims.class_tokens:
+            raise UserError(f"the backbone of {modality!r} gives no class tokens")
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
         parts, waiting = [], []
@@ -65,16 +71,21 @@ class Model:
             except BadSample as error:
                 raise UserError(f"{modality} {i}: {error}") from error
             if len(waiting) == self.batch_size:
-                parts.append(self._encode(modality, waiting))
+                parts.append(self._encode(modality, waiting, features))
                 waiting = []
         if waiting:
-            parts.append(self._encode(modality, waiting))
+            parts.append(self._encode(modality, waiting, features))
         if not parts:
-            return torch.empty(0, self.backbone[modality].dims(self.backbone[modality].config).dim)
+            return torch.empty(0, dims.dim if features == "embedding" else dims.class_tokens * dims.width)
         return torch.cat(parts)
 
-    def _encode(self, modality: str, views: list[list[View]]) -> Tensor:
-        return normalize(self.features(modality, views).pooled[0].float(), dim=-1).cpu()
+    def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
+        found = self.features(modality, views)
+        made = found.pooled
+        if features == "class_tokens":
+            assert found.class_tokens is not None
+            made = found.class_tokens.flatten(2)  # [V, B, C, W] -> [V, B, C * W]
+        return normalize(made[0].float(), dim=-1).cpu()
 
     @torch.no_grad()
     def features(self, modality: str, views: list[list[View]], *, need: Sequence[int] = ()) -> Features:

@@ -35,11 +35,13 @@ class EmbeddingCache:
         self.folder, self._whose, self._warn = folder, whose, warn
         self._prints: dict[int, str] = {}
 
-    def read(self, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None) -> Kept | None:
+    def read(
+        self, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None, features: str
+    ) -> Kept | None:
         """What `write` has kept, where nothing has changed since."""
         from safetensors import SafetensorError, safe_open
 
-        path = self._path(name, source, model, modality, field)[0]
+        path = self._path(name, source, model, modality, field, features)[0]
         try:
             with safe_open(path, framework="pt") as file:
                 skipped = [Skipped(*row) for row in json.loads((file.metadata() or {})["skipped"])]
@@ -48,12 +50,19 @@ class EmbeddingCache:
             return None
 
     def write(
-        self, kept: Kept, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None
+        self,
+        kept: Kept,
+        name: str,
+        source: Iterable[Sample],
+        model: Model,
+        modality: str,
+        field: str | None,
+        features: str,
     ) -> None:
         """Keep embeddings, and drop what an earlier state of the same samples has left."""
         from safetensors.torch import save
 
-        path, stays = self._path(name, source, model, modality, field)
+        path, stays = self._path(name, source, model, modality, field, features)
         tensors = {"embeddings": kept.embedded.contiguous(), "samples": kept.owners.contiguous()}
         data = save(tensors, {"skipped": json.dumps([astuple(skipped) for skipped in kept.skipped])})
         try:
@@ -67,10 +76,10 @@ class EmbeddingCache:
                 old.unlink(missing_ok=True)
 
     def _path(
-        self, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None
+        self, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None, features: str
     ) -> tuple[Path, str]:
         stays, changes = self._whose(model, modality)
-        stays = _digest(stays, modality, str(field), name, type(source).__name__, _place(source))
+        stays = _digest(stays, modality, str(field), features, name, type(source).__name__, _place(source))
         if id(source) not in self._prints:
             self._prints[id(source)] = fingerprint(source)
         return self.folder / f"{stays}-{_digest(changes, self._prints[id(source)])}.safetensors", stays

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,10 @@ class ProbeConfig(ComponentConfig):
     """What is classified, and what it is learned from."""
 
     modality: str | None = None
-    """The modality whose embeddings are classified; null takes the recipe's first."""
+    """The modality whose features are classified; null takes the recipe's first."""
+    features: Literal["embedding", "class_tokens"] = "embedding"
+    """`embedding`, as the other tasks compare it; or `class_tokens`, what the backbone projects it from (of several
+    tokens, one after the other), which published probes of DINO and CLIP read."""
     label: str = "class"
     """Field of the sample, or of its json, that names its class."""
     learn: str | None = "train"
@@ -40,6 +43,15 @@ class ProbeConfig(ComponentConfig):
     """Few-shot: learn from so many samples a class, drawn at random; null learns from all."""
     draws: Positive = 3
     """Draws that few-shot scores are means of."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What is learned from: features [N, D] of items, the numbers of their classes [N], and of their samples [N]."""
+
+    x: Tensor
+    y: Tensor
+    owners: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,10 @@ class Probe(Evaluation):
 
     @classmethod
     def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:
-        """The modality is there."""
-        if config.modality is not None and config.modality not in plan.modalities:
-            raise KeyError(config.modality)
-        yield from ()
+        """The modality is there, and gives such features."""
+        modality = config.modality or next(iter(plan.modalities))
+        if config.features == "class_tokens" and not plan.modalities[modality].class_tokens:
+            yield f"'features: class_tokens': the backbone of {modality!r} gives none; use 'embedding'"
 
     @classmethod
     def reads(cls, config: ProbeConfig) -> tuple[str, ...]:
@@ -69,8 +81,8 @@ class Probe(Evaluation):
         return (config.learn,) if config.learn is not None else ()
 
     @abstractmethod
-    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
-        """Scores [M, C] of features asked [M, D], from features x [N, D] and their classes y [N]."""
+    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+        """Scores [M, C] of features asked [M, D]."""
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """`SET/top1`, `SET/top5`, `SET/mean_per_class`, `SET/learned_from` (samples), and the first three's means.
@@ -88,12 +100,12 @@ class Probe(Evaluation):
             truth = self._numbers(here.classes)
             found = []
             for draw in range(config.draws if config.shots else 1):
-                ranks, chosen, taught = torch.empty_like(truth), torch.empty_like(truth), []
-                for x, y, part, count in self._parts(here, truth, learned, draw):
-                    predicted = self.predict(x, y, len(self._classes), here.features[part], model.device)
+                ranks, chosen, counts = torch.empty_like(truth), torch.empty_like(truth), []
+                for taught, part in self._parts(here, truth, learned, draw):
+                    predicted = self.predict(taught, len(self._classes), here.features[part], model.device)
                     ranks[part], chosen[part] = ranks_of_class(predicted, truth[part]), predicted.argmax(1)
-                    taught.append(count)
-                found.append(accuracies(ranks, truth) | {"learned_from": sum(taught) / len(taught)})
+                    counts.append(len(torch.unique(taught.owners)))
+                found.append(accuracies(ranks, truth) | {"learned_from": sum(counts) / len(counts)})
                 self._chosen.setdefault(samples.name, (truth, chosen))
             for score in found[0]:
                 scores[f"{samples.name}/{score}"] = sum(one[score] for one in found) / len(found)
@@ -112,7 +124,7 @@ class Probe(Evaluation):
         parts, classes, of, before = [], [], [], 0
         for samples in sets:
             labels = distributed.agree(partial(samples.labels, self.config.label))
-            embedded, owners = samples.embeddings(model, modality)
+            embedded, owners = samples.embeddings(model, modality, features=self.config.features)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])
             classes += [labels[i] for i in owners[known].tolist()]
@@ -129,15 +141,15 @@ class Probe(Evaluation):
 
     def _parts(
         self, asked: Labelled, truth: Tensor, learned: Labelled | None, draw: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-        """(features to learn from, their classes, places of the items that are asked, samples that are learned from).
+    ) -> Iterator[tuple[Taught, Tensor]]:
+        """What to learn from, and the places of the items that are asked.
 
         A sample's items stay together: none is asked where another was learned from.
         """
         if learned is not None:
             y = self._numbers(learned.classes)
             chosen = self._shots(y, learned.owners, draw)
-            yield learned.features[chosen], y[chosen], torch.arange(len(truth)), _count(learned.owners[chosen])
+            yield Taught(learned.features[chosen], y[chosen], learned.owners[chosen]), torch.arange(len(truth))
             return
         owner, of_owner = _by_owner(truth, asked.owners)
         folds = torch.empty_like(of_owner)
@@ -150,7 +162,7 @@ class Probe(Evaluation):
             if not len(rest):
                 raise DataError(f"{self.name!r} with `learn: null` needs at least two labelled samples")
             rest = rest[self._shots(truth[rest], asked.owners[rest], draw)]
-            yield asked.features[rest], truth[rest], part, _count(asked.owners[rest])
+            yield Taught(asked.features[rest], truth[rest], asked.owners[rest]), part
 
     def _shots(self, y: Tensor, owners: Tensor, draw: int) -> Tensor:
         """Places of the items of so many samples a class."""
@@ -167,10 +179,6 @@ def _by_owner(y: Tensor, owners: Tensor) -> tuple[Tensor, Tensor]:
     of_owner = y.new_empty(len(samples))
     of_owner[place] = y  # a sample has one class
     return place, of_owner
-
-
-def _count(owners: Tensor) -> int:
-    return len(torch.unique(owners))
 
 
 def by_class(y: Tensor, seed: int) -> Tensor:
@@ -198,15 +206,15 @@ class KnnConfig(ProbeConfig):
 
 
 class Knn(Probe):
-    """Weighted kNN classification of frozen embeddings (Wu et al. 2018, section 3.4), accuracies in percent."""
+    """Weighted kNN classification of frozen features (Wu et al. 2018, section 3.4), accuracies in percent."""
 
     name = "knn"
     Config = KnnConfig
     examples = ({"label": "number", "learn": None},)
 
-    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """The votes for each class."""
-        x, y = x.to(device), y.to(device)
+        x, y = taught.x.to(device), taught.y.to(device)
         parts = []
         for some in torch.split(asked, 1024):
             cosine, nearest = (some.to(device) @ x.T).topk(min(self.config.k, len(x)))
@@ -221,28 +229,29 @@ class LinearConfig(ProbeConfig):
     """The classifier."""
 
     cs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4)
-    """Inverse strengths of the L2 penalty to choose from (scikit-learn's C), by accuracy on a fifth of each class that
-    is held out of what is learned from; the middle one where nothing can be held out (one shot)."""
+    """Inverse strengths of the L2 penalty to choose from (scikit-learn's C), by accuracy on a fifth of each class's
+    samples, held out of what is learned from; the middle one where nothing can be held out (one shot)."""
     iterations: Positive = 300
     """The most iterations of L-BFGS."""
 
 
 class LinearProbe(Probe):
-    """Multinomial logistic regression on frozen, L2-normalised embeddings, by L-BFGS; accuracies in percent.
+    """Multinomial logistic regression on frozen, L2-normalised features, by L-BFGS; accuracies in percent.
 
-    Not the protocol of Radford et al. 2021, appendix A.3: that probes features before the projection, not normalised.
+    With `features: class_tokens` as in Radford et al. 2021, appendix A.3, but for the normalisation.
     """
 
     name = "linear_probe"
     Config = LinearConfig
     examples = ({"label": "number", "learn": None},)
 
-    def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """Log-probabilities; a class that nothing was learned of has none."""
-        known, y = torch.unique(y, return_inverse=True)
-        counts, turn = torch.bincount(y)[y], turns(y, seed=0)
-        held = (counts > 1) & (turn % 5 == counts.clamp(max=5) - 1)
-        x, y, held = x.to(device), y.to(device), held.to(device)
+        known, y = torch.unique(taught.y, return_inverse=True)
+        owner, of_owner = _by_owner(y, taught.owners)
+        counts, turn = torch.bincount(of_owner)[of_owner], turns(of_owner, seed=0)
+        held = ((counts > 1) & (turn % 5 == counts.clamp(max=5) - 1))[owner]  # a sample's items together
+        x, y, held = taught.x.to(device), y.to(device), held.to(device)
         c = choose_c(x, y, held, self.config.cs, self.config.iterations)
         weights = fit(x, y, c, self.config.iterations)
         found = torch.full((len(asked), classes), -torch.inf)

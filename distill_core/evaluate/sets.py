@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache, Kept
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
+
+Of = Literal["embedding", "class_tokens"]
+"""What items are turned into: `Model.encode`."""
 
 Watch = Callable[[Iterable[Sample], str], Iterable[Sample]]
 """The samples themselves, shown to somebody as they are read; the str says what for."""
@@ -42,7 +45,7 @@ class EvaluationSet:
         """By (sample key, modality): items that could not be read, and why."""
         self.alone = False
         """Whether this rank works while the others do not: no embeddings can be made then, where there are several."""
-        self._embedded: dict[tuple[int, str, str | None], tuple[Tensor, Tensor]] = {}
+        self._embedded: dict[tuple[int, str, str | None, Of], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self.source
@@ -107,45 +110,49 @@ class EvaluationSet:
             for item in found:
                 yield i, item
 
-    def embeddings(self, model: Model, modality: str, field: str | None = None) -> tuple[Tensor, Tensor]:
+    def embeddings(
+        self, model: Model, modality: str, field: str | None = None, *, features: Of = "embedding"
+    ) -> tuple[Tensor, Tensor]:
         """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N], in the order of the samples.
+
+        Or other `features` of theirs, as `Model.encode` has them.
 
         Each rank encodes its share; all ranks get all of them, so every rank must ask. Raises `UserError` on every rank
         when one cannot go on, and where pictures, which are made on rank 0 alone, ask for what `run` did not.
         """
-        key = (id(model), modality, field)
+        key = (id(model), modality, field, features)
         if key not in self._embedded:
             if self.alone and distributed.world_size() > 1:
                 raise UserError(
                     f"pictures ask for embeddings of {modality!r} that no score has made, which takes all ranks; "
                     "ask for them in `run` too"
                 )
-            if (kept := self._kept(model, modality, field)) is None:
-                kept = self._encode(model, modality, field)
+            if (kept := self._kept(model, modality, field, features)) is None:
+                kept = self._encode(model, modality, field, features)
             self.skipped |= {(skipped.key, modality): skipped for skipped in kept.skipped}
             self._embedded[key] = kept.embedded, kept.owners
         return self._embedded[key]
 
-    def _kept(self, model: Model, modality: str, field: str | None) -> Kept | None:
+    def _kept(self, model: Model, modality: str, field: str | None, features: Of) -> Kept | None:
         """What the cache holds, where it does on every rank."""
         if self._cache is None:
             return None
         cache = self._cache
-        found = distributed.agree(lambda: cache.read(self.name, self.source, model, modality, field))
+        found = distributed.agree(lambda: cache.read(self.name, self.source, model, modality, field, features))
         return found if all(distributed.gather_objects(found is not None)) else None
 
-    def _encode(self, model: Model, modality: str, field: str | None) -> Kept:
-        parts = distributed.gather_objects(distributed.agree(lambda: self._share(model, modality, field)))
+    def _encode(self, model: Model, modality: str, field: str | None, features: Of) -> Kept:
+        parts = distributed.gather_objects(distributed.agree(lambda: self._share(model, modality, field, features)))
         embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         order = torch.argsort(owners, stable=True)
         skipped = [skipped for part in parts for (_, of), skipped in part[2].items() if of == modality]
         kept = Kept(embedded[order], owners[order], skipped)
         if self._cache is not None and distributed.rank() == 0:
-            self._cache.write(kept, self.name, self.source, model, modality, field)
+            self._cache.write(kept, self.name, self.source, model, modality, field, features)
         return kept
 
     def _share(
-        self, model: Model, modality: str, field: str | None
+        self, model: Model, modality: str, field: str | None, features: Of
     ) -> tuple[Tensor, Tensor, dict[tuple[str, str], Skipped]]:
         """This rank's embeddings, their samples' numbers and what was skipped."""
         owners: list[int] = []
@@ -155,7 +162,7 @@ class EvaluationSet:
                 owners.append(owner)
                 yield item
 
-        embedded = model.encode(modality, items())
+        embedded = model.encode(modality, items(), features=features)
         return embedded, torch.tensor(owners, dtype=torch.long), dict(self.skipped)
 
 

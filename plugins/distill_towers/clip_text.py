@@ -84,7 +84,7 @@ class ClipText(Backbone):
     @classmethod
     def dims(cls, config: ClipTextConfig) -> Dims:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim)
+        return Dims(config.width, config.dim, class_tokens=1)
 
     @classmethod
     def problems(cls, config: ClipTextConfig, plan: Plan) -> Iterable[str]:
@@ -113,16 +113,17 @@ class ClipText(Backbone):
         texts = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
         read = [(view, self._padded(x)) for view, x in texts if view in need]
         rest = [(view, x) for view, x in texts if view not in need]
-        pooled, out = self._packed([x for _, x in read], [x for _, x in rest])
-        by_view = dict(zip([view for view, _ in read + rest], pooled, strict=True))
-        features = Features(torch.stack([by_view[view] for view, _ in texts]))
+        ends, out = self._packed([x for _, x in read], [x for _, x in rest])
+        by_view = dict(zip([view for view, _ in read + rest], ends, strict=True))
+        classes = torch.stack([by_view[view] for view, _ in texts])
+        features = Features(classes @ self.text_projection, class_tokens=classes[:, :, None])
         for (view, x), tokens in zip(read, torch.split(out, [x.numel() for _, x in read]) if read else [], strict=True):
             features.tokens[view] = tokens.view(*x.shape, tokens.shape[-1])
             features.masks[view] = torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)
         return features
 
     def _packed(self, read: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """ids [B, L], those of `read` whole -> the embeddings [B, D] of all, and the tokens [T, W] of `read`."""
+        """ids [B, L], those of `read` whole -> end-of-text's tokens [B, W] of all, and all tokens [T, W] of `read`."""
         ids = [*read, *rest]
         ends = [x.argmax(1) for x in ids]
         ours = [torch.full_like(end, x.shape[1]) for x, end in zip(read, ends, strict=False)]
@@ -140,15 +141,14 @@ class ClipText(Backbone):
         at_end = torch.cat(
             [starts[:number] + torch.cat(ends)[:number], torch.arange(whole, len(out), device=out.device)]
         )
-        pooled = out.index_select(0, at_end) @ self.text_projection
-        return list(torch.split(pooled, [len(x) for x in ids])), out[:whole]
+        return list(torch.split(out.index_select(0, at_end), [len(x) for x in ids])), out[:whole]
 
     def _padded(self, x: Tensor) -> Tensor:
         """ids [N, L] -> [N, context], where tokens are handed on padded to it."""
         return pad(x, (0, self.config.context - x.shape[1])) if self.config.padding == "context" else x
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask."""
+        """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask, class tokens [1, N, 1, W]."""
         if token_mask is not None:
             raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
         end = x.argmax(1)
@@ -156,12 +156,13 @@ class ClipText(Backbone):
             x = self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         if not tokens:
-            pooled = self.ln_final(self.transformer.at(sequence, end, causal=True)) @ self.text_projection
-            return Features(pooled[None])
+            classes = self.ln_final(self.transformer.at(sequence, end, causal=True))
+            return Features((classes @ self.text_projection)[None], class_tokens=classes[None, :, None])
         sequence = self.ln_final(self.transformer(sequence, causal=True))
-        pooled = sequence[torch.arange(x.shape[0], device=x.device), end] @ self.text_projection
+        classes = sequence[torch.arange(x.shape[0], device=x.device), end]
         mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
-        return Features(pooled[None], {0: sequence}, {0: mask})
+        pooled = (classes @ self.text_projection)[None]
+        return Features(pooled, {0: sequence}, {0: mask}, class_tokens=classes[None, :, None])
 
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""

@@ -37,7 +37,7 @@ class SeesColours:
     def __init__(self) -> None:
         self.augment = {"image": Whole(PictureConfig()), "text": Words(CaptionConfig())}
 
-    def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+    def encode(self, modality: str, items: Iterable[Any], *, features: str = "embedding") -> Tensor:
         if modality == "image":
             found = [item.getpixel((0, 0)) for item in items]
         else:
@@ -339,7 +339,7 @@ def test_swapped_sentences_of_emoji_scenes(tmp_path: Path) -> None:
     class Reads(SeesColours):
         sign = 1.0
 
-        def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+        def encode(self, modality: str, items: Iterable[Any], *, features: str = "embedding") -> Tensor:
             signs = [1.0 if modality == "image" or item in right else -1.0 for item in items]
             return torch.tensor(signs)[:, None] * (self.sign if modality == "image" else 1.0)
 

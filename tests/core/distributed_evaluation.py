@@ -32,7 +32,7 @@ class Model:
         self.device = torch.device("cpu")
         self.augment = {name: SimpleNamespace(read=read) for name in ("a", "b")}
 
-    def encode(self, modality: str, items: Iterable[Any]) -> Tensor:
+    def encode(self, modality: str, items: Iterable[Any], *, features: str = "embedding") -> Tensor:
         if modality == "broken" and distributed.rank() == 1:
             raise UserError("out of order")
         return torch.nn.functional.normalize(torch.tensor(list(items)).reshape(-1, 2), dim=1)

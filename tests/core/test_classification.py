@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
 from distill_core.evaluate.logistic import choose_c, fit, logits
-from distill_core.evaluate.probes import Knn, LinearProbe, turns
+from distill_core.evaluate.probes import Knn, LinearProbe, Taught, turns
 from distill_core.evaluate.prompts import ensembles, prompts_of, templates_of
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.evaluate.zero_shot import ZeroShot
@@ -43,7 +43,7 @@ class Look:
 
         return read
 
-    def encode(self, modality: str, items: Sequence[Any]) -> Tensor:
+    def encode(self, modality: str, items: Sequence[Any], *, features: str = "embedding") -> Tensor:
         rows = [self.words[item] if isinstance(item, str) else item for item in items]
         return normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
 
@@ -111,7 +111,7 @@ def test_knn_against_scikit_learn(k: int) -> None:
     x, y = clusters(30, 5)
     asked, _ = clusters(11, 5)
     task = Knn(Knn.Config.model_validate_json(json.dumps({"k": k, "temperature": 0.2})))
-    votes = task.predict(x, y, 5, asked, torch.device("cpu"))
+    votes = task.predict(Taught(x, y, torch.arange(len(y))), 5, asked, torch.device("cpu"))
 
     def weights(distance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.exp((1 - distance**2 / 2) / 0.2)  # |a - b|^2 = 2 - 2 cos
@@ -187,9 +187,9 @@ def test_a_sample_s_items_stay_together(learn: str | None) -> None:
     seen = []
 
     class Seen(Knn):
-        def predict(self, x: Tensor, y: Tensor, classes: int, asked: Tensor, device: torch.device) -> Tensor:
-            seen.append((x, y, asked))
-            return super().predict(x, y, classes, asked, device)
+        def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+            seen.append((taught.x, taught.y, asked))
+            return super().predict(taught, classes, asked, device)
 
     train = [EvaluationSet(name, data[:12]) for name in ("a", "b")]
     task = Seen(Knn.Config.model_validate_json(json.dumps(options)))
@@ -200,6 +200,24 @@ def test_a_sample_s_items_stay_together(learn: str | None) -> None:
         if learn is None:
             assert ((taught @ asked.T) < 0.99).all()
     assert sum(len(asked) for _, _, asked in seen) == 48
+
+
+def test_c_is_chosen_on_whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five items a sample: catches a C that is chosen on items whose other items were fitted."""
+    held_out = []
+
+    def spy(x: Tensor, y: Tensor, held: Tensor, *rest: Any) -> float:
+        held_out.append(held)
+        return choose_c(x, y, held, *rest)
+
+    monkeypatch.setattr("distill_core.evaluate.probes.choose_c", spy)
+    x, y = clusters(10, 2)
+    owners = torch.arange(20).repeat_interleave(5)
+    taught = Taught(x[owners], y[owners], owners)
+    LinearProbe(LinearProbe.Config()).predict(taught, 2, x, torch.device("cpu"))
+    parts = held_out[0].view(20, 5)
+    assert (parts.all(1) == parts.any(1)).all()
+    assert torch.bincount(y[parts[:, 0]]).tolist() == [2, 2], "a fifth of each class's samples"
 
 
 def test_folds_never_see_themselves() -> None:
@@ -229,7 +247,8 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
     for draw in range(4):
         chosen = turns(y, draw) < 2
         assert torch.bincount(y[chosen]).tolist() == [2, 2, 2]
-        votes = Knn(config).predict(x[chosen], y[chosen], 3, asked, torch.device("cpu"))
+        taught = Taught(x[chosen], y[chosen], chosen.nonzero()[:, 0])
+        votes = Knn(config).predict(taught, 3, asked, torch.device("cpu"))
         each.append(accuracies(ranks_of_class(votes, truth), truth)["top1"])
     assert scores["top1"] == pytest.approx(sum(each) / 4)
     assert scores["t0/top1_std"] == pytest.approx(np.std(each, ddof=1))

@@ -56,7 +56,7 @@ class Look:
         self.augment = {name: Given(name) for name in self.modalities}
         self.words = words or {}
 
-    def encode(self, modality: str, items: Sequence[Any]) -> Tensor:
+    def encode(self, modality: str, items: Sequence[Any], *, features: str = "embedding") -> Tensor:
         rows = [self.words[item] if isinstance(item, str) else item for item in items]
         return normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)
 
@@ -95,7 +95,7 @@ def test_retrieval_against_brute_force(tmp_path: Path) -> None:
         sample = {"image": [rng.integers(-2, 3, 4).tolist()], "text": rng.integers(-2, 3, (1 + i % 4, 4)).tolist()}
         samples.append(sample)
     model = Look()
-    model.encode = lambda modality, rows: torch.tensor(list(rows), dtype=torch.float32)  # type: ignore[method-assign]
+    model.encode = lambda modality, rows, **features: torch.tensor(list(rows), dtype=torch.float32)  # type: ignore[method-assign]
     for i, sample in enumerate(samples):
         for name, (vectors, owners) in items.items():
             vectors += sample[name]
@@ -291,6 +291,20 @@ def test_load_encodes_as_evaluation_did(trained: SimpleNamespace) -> None:
             torch.testing.assert_close(encoded, seen[modality], rtol=0, atol=2e-6, msg=f"{options} {modality}")
     assert (trained.seen[4]["image"] - trained.seen[5]["image"]).abs().max() > 1e-4
     assert (trained.seen[4]["image"] - trained.seen[0]["image"]).abs().max() > 1e-4
+
+
+def test_class_tokens_are_what_the_embedding_is_projected_from(trained: SimpleNamespace) -> None:
+    """Catches features behind the projection, and those of another token."""
+    pictures, texts = contents(trained.shard)
+    model = distill_core.load(trained.run)
+    for modality, items, projection in (("image", pictures, "proj"), ("text", texts, "text_projection")):
+        classes = model.encode(modality, items, features="class_tokens")
+        width = model.backbone[modality].config.width
+        assert classes.shape == (len(items), width)
+        torch.testing.assert_close(classes.norm(dim=-1), torch.ones(len(items)))
+        projected = torch.nn.functional.normalize(classes @ getattr(model.backbone[modality], projection), dim=-1)
+        torch.testing.assert_close(projected, model.encode(modality, items), rtol=0, atol=1e-5)
+        assert model.encode(modality, [], features="class_tokens").shape == (0, width)
 
 
 def test_encode_takes_what_people_have(trained: SimpleNamespace, tmp_path: Path) -> None:

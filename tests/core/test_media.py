@@ -109,7 +109,7 @@ class Look:
     def __init__(self) -> None:
         self.augment = {name: Given(name) for name in self.modalities}
 
-    def encode(self, modality: str, items: Any) -> torch.Tensor:
+    def encode(self, modality: str, items: Any, *, features: str = "embedding") -> torch.Tensor:
         return normalize(torch.tensor(list(items), dtype=torch.float32), dim=-1)
 
 

@@ -119,7 +119,7 @@ def test_templates_by_name_and_from_a_file(sees_colours: Any, tmp_path: Path) ->
     seen: list[str] = []
 
     class Reads(SeesColours):
-        def encode(self, modality: str, items: Iterable[str]) -> Tensor:
+        def encode(self, modality: str, items: Iterable[str], *, features: str = "embedding") -> Tensor:
             seen.extend(items)
             return super().encode(modality, seen)
 
@@ -184,7 +184,7 @@ def test_ties_and_nan_count_against_the_model() -> None:
             return torch.full_like(super().dense(modality, views), self.value)
 
     class Collapsed(SeesColours):
-        def encode(self, modality: str, items: Iterable[str]) -> Tensor:
+        def encode(self, modality: str, items: Iterable[str], *, features: str = "embedding") -> Tensor:
             return normalize(torch.ones(len(list(items)), 3), dim=-1)
 
     mask = np.zeros((12, 12))

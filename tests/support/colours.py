@@ -32,7 +32,7 @@ class SeesColours:
     def __init__(self, size: int = 8) -> None:
         self.augment = {"image": Whole(PictureConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1)))}
 
-    def encode(self, modality: str, items: Iterable[str]) -> Tensor:
+    def encode(self, modality: str, items: Iterable[str], *, features: str = "embedding") -> Tensor:
         assert modality == "text"
         found = [next((COLOURS[w] for w in text.split() if w in COLOURS), (100, 100, 100)) for text in items]
         return normalize(torch.tensor(found, dtype=torch.float32), dim=-1)

@@ -35,8 +35,9 @@ class SegmentationConfig(ComponentConfig):
     modalities: tuple[str, str] | None = None
     """That of the pictures, and that of the prompts; null takes the recipe's first and second."""
     attention: str = "plain"
-    """What the last layer's tokens attend by, a matter of the model: `plain`; `value_value`; or `correlative`, SCLIP's,
-    which helps models trained with local views and can hurt others. A backbone says which ones it has."""
+    """What the last layer's tokens attend by, a matter of the model: `plain`; `value`, MaskCLIP's; `value_value`; or
+    `correlative`, SCLIP's, which helps models trained with local views and can hurt others. A backbone says which ones
+    it has."""
     templates: Templates = ("{}",)
     """Prompts with {} for a class's word; a word's embedding is the normalised mean of its prompts'. A list; `openai`
     or `openai_simple`; or a file, as `zero_shot` takes them."""

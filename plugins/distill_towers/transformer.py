@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from distill_kernels import cross_attention, packed_attention, self_attention
 
-DENSE = ("plain", "value_value", "correlative")
+DENSE = ("plain", "value", "value_value", "correlative")
 """What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""
 
 
@@ -53,15 +53,17 @@ class Attention(nn.Module):
     def dense(self, x: Tensor, attention: str) -> Tensor:
         """As `forward`, not causal, where each token gathers the values of those that are like it.
 
-        `plain`: softmax(QK') V. `value_value`: softmax(VV') V, the attention of CLIP Surgery (Li et al. 2023), which
-        has it in several last layers, on a second path without the MLP; here it is the last block's, with the MLP.
-        `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP). Raises ValueError for any other.
+        `plain`: softmax(QK') V. `value`: V, its own (MaskCLIP, Zhou et al. 2022). `value_value`: softmax(VV') V,
+        the attention of CLIP Surgery (Li et al. 2023), which has it in several last layers, on a second path without
+        the MLP; here it is the last block's, with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al.
+        2023, SCLIP). Raises ValueError for any other.
         """
         q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
-        pairs = {"plain": [(q, k)], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}
+        pairs = {"plain": [(q, k)], "value": [], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}
         if attention not in pairs:
             raise ValueError(f"no attention {attention!r} (there are: {', '.join(DENSE)})")
-        mixed = torch.stack([self_attention(a, b, v, causal=False) for a, b in pairs[attention]]).sum(0)
+        parts = [self_attention(a, b, v, causal=False) for a, b in pairs[attention]]
+        mixed = torch.stack(parts or [v]).sum(0)
         out: Tensor = self.out_proj(rearrange(mixed, "n h l k -> n l (h k)"))
         return out
 

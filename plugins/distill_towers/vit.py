@@ -145,8 +145,7 @@ class VisionTransformer(Backbone):
     def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
         """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
 
-        What the last block attends by: `transformer.Attention.dense`. MaskCLIP (Zhou et al. 2022) projects the tokens
-        as well, but its last block attends by nothing: each token keeps its own value, which none of ours does.
+        What the last block attends by: `transformer.Attention.dense`.
         """
         out = self.ln_post(self.transformer.dense(self._embed(x, None), attention)) @ self.proj
         rows, columns = (side // self.config.patch for side in x.shape[-2:])

@@ -40,7 +40,8 @@ def test_plain_dense_embeddings_are_the_ordinary_tokens_projected(class_tokens: 
 
 
 def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:
-    """SCLIP's public `custom_attn`, head by head, and value-value attention in the last block."""
+    """SCLIP's public `custom_attn`, head by head; value-value attention in the last block; MaskCLIP's public
+    `return_qkv` branch: v + x, then the MLP."""
     *body, last = vit.transformer.resblocks
     h = vit._embed(x, None)
     for block in body:
@@ -51,6 +52,8 @@ def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:
         a, b, c = (t[..., 8 * head : 8 * head + 8] for t in (q, k, v))
         if attention == "correlative":
             weights = (a @ a.mT * 8**-0.5).softmax(-1) + (b @ b.mT * 8**-0.5).softmax(-1)
+        elif attention == "value":
+            weights = torch.eye(h.shape[1])
         else:
             weights = (c @ c.mT * 8**-0.5).softmax(-1)
         heads.append(weights @ c)
@@ -59,7 +62,7 @@ def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:
     return vit.ln_post(h) @ vit.proj
 
 
-@pytest.mark.parametrize("attention", ["correlative", "value_value"])
+@pytest.mark.parametrize("attention", ["correlative", "value", "value_value"])
 @torch.no_grad()
 def test_other_attentions_are_the_published_ones(attention: str) -> None:
     vit = tower()

@@ -280,8 +280,9 @@ def test_a_recipe_is_refused_before_data_are_touched(tiny_recipe: Path, registry
             load_recipe(tiny_recipe, registry=registry, overrides=[f"evaluate.tasks=[{task}]"])
         return str(caught.value)
 
-    assert "'segmentation': no attention 'corelative': the backbone of 'image' has plain, value_value, correlative" in (
-        said("{name: segmentation, attention: corelative}")
+    assert (
+        "'segmentation': no attention 'corelative': the backbone of 'image' has plain, value, value_value, correlative"
+        in (said("{name: segmentation, attention: corelative}"))
     )
     other_way = said("{name: segmentation, modalities: [text, image]}")
     assert "'segmentation' needs dense embeddings of 'text'; its backbone gives none (Backbone.dense)" in other_way

@@ -32,6 +32,8 @@ class ScenesConfig(ComponentConfig):
     """Fewest and most objects of a scene, at most 4: each has a quarter of the scene to itself."""
     size: int = Field(96, ge=16, le=1024)
     """Side of a scene, in pixels."""
+    background: bool = True
+    """Whether the background is a class, as of VOC's 21; if not, it is not scored, as of VOC's 20."""
     seed: int = Field(0, ge=0)
     """Other concepts and places."""
     emoji: EmojiConfig | None = None
@@ -124,7 +126,7 @@ class Scenes:
     def __init__(self, sprites: Sequence[Sprite], config: ScenesConfig, name: str) -> None:
         self.sprites, self.config, self.name = sprites, config, name
         names = [sprite.name.replace(",", "") for sprite in sprites]
-        self.classes = "\n".join([BACKGROUND, *names]).encode()
+        self.classes = "\n".join([BACKGROUND, *names] if config.background else names).encode()
 
     def __iter__(self) -> Iterator[Sample]:
         for i in range(self.config.scenes):
@@ -139,14 +141,14 @@ class Scenes:
         chosen = [int(n) for n in rng.permutation(len(self.sprites))[:count]]
         cells = _cells(count, rng)
         picture = _background(config.size, rng)
-        mask = np.zeros((config.size, config.size), np.uint8)
+        mask = np.full((config.size, config.size), 0 if config.background else 255, np.uint8)
         for number, (column, row) in zip(chosen, cells, strict=True):
             side = int(rng.integers(round(0.7 * half), half + 1))
             left, top = (half * cell + int(rng.integers(0, half - side + 1)) for cell in (column, row))
             sprite = _resized(self.sprites[number].png, side)
             picture.alpha_composite(sprite, (left, top))
             alpha = np.asarray(sprite)[..., 3]
-            mask[top : top + side, left : left + side][alpha > 127] = number + 1
+            mask[top : top + side, left : left + side][alpha > 127] = number + config.background
         png = _png(picture.convert("RGB"))
         left_one = self.sprites[chosen[next(k for k, (column, _) in enumerate(cells) if column == 0)]].name
         right_one = self.sprites[chosen[next(k for k, (column, _) in enumerate(cells) if column == 1)]].name

@@ -64,6 +64,16 @@ def test_masks_are_exact(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert white["image_0"] == white["png"]
 
 
+def test_a_background_that_is_not_scored(cache: str) -> None:
+    """The same scenes; where the background was, 255, and every other class one less."""
+    scored, without = (scenes(cache, background=background) for background in (True, False))
+    for one, other in zip(scored["openmoji"], without["openmoji"], strict=True):
+        assert one["png"] == other["png"]
+        was = pixels(one["mask.png"])
+        assert (pixels(other["mask.png"]) == np.where(was == 0, 255, was - 1)).all()
+        assert one["classes.txt"].split(b"\n")[1:] == other["classes.txt"].split(b"\n")
+
+
 def test_the_sentence_is_true_and_the_other_is_not(cache: str) -> None:
     for sample in scenes(cache, scenes=12)["twemoji"]:
         mask, record = pixels(sample["mask.png"]), json.loads(sample["json"])

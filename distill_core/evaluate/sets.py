@@ -87,20 +87,22 @@ class EvaluationSet:
                 break
         return found
 
+    def share(self, what: str) -> Iterator[tuple[int, Sample]]:
+        """(number, sample) of this rank's share, every world-size-th; `what` says so where a bar shows them as read."""
+        rank, world = distributed.rank(), distributed.world_size()
+        samples = self if self._watch is None else self._watch(self.source, what)
+        for i, sample in enumerate(samples):
+            if i % world == rank:
+                yield i, sample
+
     def items(
         self, model: Model, modality: str, field: str | None = None, *, share: bool = False
     ) -> Iterator[tuple[int, Any]]:
         """(number of the sample, item) of one modality, read anew. Samples that cannot be read have none.
 
-        With `share`, only those of this rank's share of the samples: every world-size-th.
+        With `share`, only those of this rank's share of the samples.
         """
-        rank, world = (distributed.rank(), distributed.world_size()) if share else (0, 1)
-        samples: Iterable[Sample] = self
-        if share and self._watch is not None:
-            samples = self._watch(self.source, f"{modality} of {self.name}")
-        for i, sample in enumerate(samples):
-            if i % world != rank:
-                continue
+        for i, sample in self.share(f"{modality} of {self.name}") if share else enumerate(self):
             try:
                 found = model.augment[modality].read(sample, field)
             except BadSample as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import BadSample, DataError, UserError
+from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.prompts import Templates
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet
@@ -148,36 +148,28 @@ class Segmentation(Evaluation):
 
     def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
         """Of all ranks, each of which has segmented its share; and the number of pictures."""
-        parts = distributed.gather_objects(self._share(segmenter, samples))
+        parts = distributed.gather_objects(distributed.agree(lambda: self._share(segmenter, samples)))
         for part in parts:
-            if isinstance(part, UserError):
-                raise part
             samples.skipped |= part[2]
         return torch.stack([part[0] for part in parts]).sum(0), sum(part[1] for part in parts)
 
     def _share(
         self, segmenter: Segmenter, samples: EvaluationSet
-    ) -> tuple[Tensor, int, dict[tuple[str, str], Skipped]] | UserError:
-        """This rank's confusion [C, C + 1], pictures and what was skipped, or why there are none."""
-        rank, world, classes = distributed.rank(), distributed.world_size(), segmenter.count
-        matrix, pictures = torch.zeros(classes, classes + 1, dtype=torch.long), 0
+    ) -> tuple[Tensor, int, dict[tuple[str, str], Skipped]]:
+        """This rank's confusion [C, C + 1], pictures and what was skipped."""
+        matrix, pictures = torch.zeros(segmenter.count, segmenter.count + 1, dtype=torch.long), 0
         skipped: dict[tuple[str, str], Skipped] = {}
-        try:
-            for i, sample in enumerate(samples):
-                if i % world != rank:
-                    continue
-                try:
-                    (picture,) = segmenter.augmentation.read(sample)
-                    truth = self._truth(sample, picture, segmenter)
-                    found = segmenter(picture, *truth.shape)
-                except BadSample as error:
-                    key = str(sample["__key__"])
-                    skipped[key, segmenter.of] = Skipped(key, str(sample["__url__"]), f"{segmenter.of}: {error}")
-                    continue
-                matrix += confusion(truth, found, classes)
-                pictures += 1
-        except UserError as error:
-            return error
+        for _, sample in samples.share(f"segments of {samples.name}"):
+            try:
+                (picture,) = segmenter.augmentation.read(sample)
+                truth = self._truth(sample, picture, segmenter)
+                found = segmenter(picture, *truth.shape)
+            except BadSample as error:
+                key = str(sample["__key__"])
+                skipped[key, segmenter.of] = Skipped(key, str(sample["__url__"]), f"{segmenter.of}: {error}")
+                continue
+            matrix += confusion(truth, found, segmenter.count)
+            pictures += 1
         return matrix, pictures, skipped
 
     def _truth(self, sample: Sample, picture: Image.Image, segmenter: Segmenter) -> Tensor:

@@ -24,15 +24,20 @@ from distill_core.train import Trainer
 SCRIPT = Path(__file__).with_name("distributed_step.py")
 
 
-def two(*command: str) -> subprocess.CompletedProcess[str]:
+def one(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command],
+        [sys.executable, *command],
         capture_output=True,
         text=True,
         timeout=150,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,
     )
+
+
+def two(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return one(*ranks, *command, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +134,16 @@ def test_a_run_of_two_ranks(
 
     # each rank encodes its share of the samples: all scores are those of one process
     command = ("-m", "distill_core.cli", "eval", str(folder.path), "--json")
-    alone = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=150, check=True)
-    shared = two(*command)
+    alone, shared = one(*command), two(*command)
     assert shared.returncode == 0, shared.stderr
     assert json.loads(shared.stdout) == json.loads(alone.stdout) == report["scores"]
     assert shared.stderr.count("'test-0-2'") == alone.stderr.count("'test-0-2'") == 1
+    # so are those of tasks that go through the samples themselves
+    scenes = "source: {name: emoji_scenes, scenes: 5, concepts: 5, size: 32, emoji: {limit: 150, shards: 1, size: 16}}"
+    tasks = [part for name in ("segmentation", "composition") for part in ("--task", f"{{name: {name}, {scenes}}}")]
+    environment = {"DISTILL_CACHE": str(tmp_path / "cache")}
+    by_two, by_one = two(*command, *tasks, **environment), one(*command, *tasks, **environment)
+    assert json.loads(by_two.stdout) == json.loads(by_one.stdout), by_two.stderr
+    assert json.loads(by_one.stdout)["student/segmentation/twemoji/pictures"] == 5
     with pytest.raises(UserError, match="saved by 2 processes; resume it with as many"):
         Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)

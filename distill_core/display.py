@@ -11,11 +11,13 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from distill_core.types import Sample
 
@@ -76,6 +78,14 @@ class Display:
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
+class Left(TimeRemainingColumn):
+    """The time that is left, where it is known."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing while the end is not in sight."""
+        return Text.assemble("eta ", super().render(task)) if task.total else Text("")
+
+
 class Scoring:
     """A progress bar of what is encoded, on a terminal only."""
 
@@ -84,17 +94,16 @@ class Scoring:
         self._progress = Progress(
             TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[what]}"),
+            TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
+            Left(),
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,
         )
+        self._counts: dict[int, int] = {}  # of samples that were read to their end
         self._task_name = ""
-        self._row = self._progress.add_task("", total=None, what="")
+        self._row = self._progress.add_task("", total=None, count="")
 
     def __enter__(self) -> Scoring:
         self._progress.start()
@@ -110,15 +119,18 @@ class Scoring:
 
     def watch(self, samples: Iterable[Sample], what: str) -> Iterator[Sample]:
         """The samples, counted as they are read."""
-        total = len(samples) if isinstance(samples, Sized) else None
+        total = len(samples) if isinstance(samples, Sized) else self._counts.get(id(samples))
         self._begin(what, total)
-        for sample in samples:
+        done = 0
+        for done, sample in enumerate(samples, 1):
             yield sample
-            self._progress.advance(self._row)
+            count = f"{done}/{total}" if total else str(done)
+            self._progress.update(self._row, completed=done, count=f"{count} {what}")
+        self._counts[id(samples)] = done
 
     def _begin(self, what: str, total: int | None) -> None:
         self._progress.remove_task(self._row)  # `reset` would keep the total
-        self._row = self._progress.add_task(self._task_name, total=total, what=what)
+        self._row = self._progress.add_task(self._task_name, total=total, count=what)
 
 
 def mean_table(scores: Mapping[str, float], title: str) -> Table:

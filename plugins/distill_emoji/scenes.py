@@ -128,6 +128,9 @@ class Scenes:
         names = [sprite.name.replace(",", "") for sprite in sprites]
         self.classes = "\n".join([BACKGROUND, *names] if config.background else names).encode()
 
+    def __len__(self) -> int:
+        return self.config.scenes
+
     def __iter__(self) -> Iterator[Sample]:
         for i in range(self.config.scenes):
             yield self.scene(i)

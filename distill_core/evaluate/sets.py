@@ -187,6 +187,7 @@ def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
 def _label(sample: Sample, field: str) -> str | None:
     """Raises ValueError, AttributeError, RecursionError or `BadSample` for what is no text, or no json object."""
     if field in sample:
-        return bytes(sample[field]).decode().strip() or None
+        value = sample[field]
+        return (value if isinstance(value, str) else bytes(value).decode()).strip() or None
     found = json.loads(sample["json"]).get(field) if "json" in sample else None
     return str(found) if isinstance(found, str | int) and str(found) else None

@@ -63,9 +63,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     encode = Model.encode
 
-    def counted(self: Model, modality: str, items: Any) -> Any:
+    def counted(self: Model, modality: str, items: Any, **features: Any) -> Any:
         calls.append(modality)
-        return encode(self, modality, items)
+        return encode(self, modality, items, **features)
 
     monkeypatch.setattr(sets.Model, "encode", counted)
     return calls
@@ -105,6 +105,18 @@ def test_embeddings_are_kept_until_something_changes(
     for path in (run / "embeddings").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
     assert score(run, "--split", "validation") == changed, "a file that was cut off is made again"
+
+
+def test_class_tokens_are_kept_apart_from_embeddings(run: Path, score: Score, encoded: list[str]) -> None:
+    """Catches a probe that is handed what another one asked for."""
+    task = "{{name: knn, id: {0}, learn: null, folds: 2, label: __key__, features: {0}}}"
+    tasks = ("--task", task.format("embedding"), "--task", task.format("class_tokens"))
+    asked = (*tasks, "--set", "augment.image.size=24")
+    score(run, *asked)
+    assert encoded == ["image"] * 4, "two sides, two kinds of features"
+    encoded.clear()
+    score(run, *asked)
+    assert encoded == []
 
 
 def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def info_nce_chunked(
 def _chunk_lse(chunk: Chunk, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """Log-sum-exps of a chunk: rows [nu, ni, nv] and columns [nu, nv, nj]. May overwrite the chunk."""
     z4 = chunk.z4
-    if symmetric and not z4.is_cuda:
+    if symmetric and z4.device.type == "cpu":
         # One exponential serves rows and columns, when the chunk's largest logit is a fair shift for all of
         # them. NaN and infinity fail the test, and the exact form passes them on.
         shift = z4.amax()
@@ -103,7 +103,7 @@ def _chunk_dz(chunk: Chunk, weight: Tensor, row_lse: Tensor, column_lse: Tensor,
     if not symmetric:
         return z4.sub_(row).exp_().mul_(w)
     column = column_lse[chunk.us, None, chunk.vs, chunk.columns]  # [nu, 1, nv, nj]
-    if not z4.is_cuda:
+    if z4.device.type == "cpu":
         # exp(z - row) + exp(z - column) = exp(z - low) (exp(low - row) + exp(low - column)): one exponential
         # an element, when no log-sum-exp is far from the lowest. NaN and infinity fail the test.
         low = torch.minimum(row.min(), column.min())

@@ -7,8 +7,9 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Sources of captioned and of labelled pictures."""
+    """Sources of captioned, of labelled and of masked pictures."""
     from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
     from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
+    from distill_benchmarks.tux_paint import TuxPaint
 
-    return [Karpathy, Urban1k, Dci, PairList, ClassFolder, ClipBenchmark]
+    return [Karpathy, Urban1k, Dci, PairList, ClassFolder, ClipBenchmark, TuxPaint]

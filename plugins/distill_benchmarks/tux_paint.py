@@ -1,0 +1,192 @@
+"""Tux Paint's stamps: cut-out photographs and drawings in folders by kind, each with a caption and an alpha mask."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from distill_benchmarks.files import FileSample, FileSamples, FileSource, folder, read
+from distill_core.components import ComponentConfig
+from distill_core.errors import BadSample, DataError
+from distill_core.evaluate.prompts import read_lines
+from distill_core.types import Sample
+
+UNPACKED = "usr/share/tuxpaint/stamps"
+"""Where the stamps are in the unpacked package."""
+PHOTOGRAPHS = Path(__file__).with_name("tux_paint_photographs.txt")
+BACKGROUND = "background"
+MADE = {"cartoon", "plastic", "toys"}
+"""Folders that say how a picture was made, and not what it shows."""
+WORDS = {
+    "arttools": "art tools",
+    "asl": "sign language",
+    "masstransit": "mass transit",
+    "naturalforces": "natural forces",
+    "newyears": "new year",
+    "roadsigns": "road signs",
+    "solarsystem": "solar system",
+}
+"""Folders' names that are run together."""
+TURNED = re.compile(r"(_mirror|_flip)+$")
+"""Ends the names of what takes a stamp's place when it is turned."""
+
+
+class TuxPaintConfig(ComponentConfig):
+    """Options of `tux_paint`."""
+
+    folder: str
+    """What `dpkg -x tuxpaint-stamps-default_*.deb FOLDER` has filled, or the folder `stamps` below it."""
+    classes: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Folders that are the classes, with all below them, as [animals/birds, food/fruit]; the deepest counts. Null takes
+    the folder that a picture lies in."""
+    minimum: Annotated[int, Field(gt=0)] = 10
+    """Classes with fewer pictures are left out; 1 takes every stamp. Not asked of `classes` that are named."""
+    photographs: bool | None = None
+    """True takes photographs alone, false the rest (drawings, glyphs, doubtful ones); they were told apart by eye."""
+    distinct: bool = True
+    """Of stamps with one caption (but for capital letters) the first is taken: to `retrieval`, equal captions are wrong
+    answers for each other. False takes all, where no caption is read."""
+
+
+class TuxPaint(FileSource):
+    """The stamps of Debian's tuxpaint-stamps-default: for retrieval, classification and segmentation.
+
+    A sample has the picture (`png`, with its alpha), `mask.png` (its class's number where alpha is above one half, else
+    0), `classes.txt` (background, then the classes), and a json: `references` (the English caption), `class` (the
+    folder in words) and `folder`. Stamps of turned things (NAME_mirror.png) are left out. One split, `test`.
+    """
+
+    name = "tux_paint"
+    Config = TuxPaintConfig
+    examples = (
+        {"folder": "no-such-folder/tux"},
+        {"folder": "no-such-folder/tux", "classes": ["animals/birds", "food/fruit"], "photographs": True},
+    )
+    layout = (
+        "the stamps in folders by kind, as animals/birds/crow.png and crow.txt; to get them: apt-get download "
+        "tuxpaint-stamps-default && dpkg -x tuxpaint-stamps-default_*.deb tux"
+    )
+
+    @classmethod
+    def splits(cls, config: Any) -> tuple[str, ...]:
+        """The only one."""
+        return ("test",)
+
+    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+        """One set, `tux_paint`. Raises `DataError`."""
+        if split != "test":
+            return {}
+        base = folder(self.config.folder, self.layout)
+        base = base / UNPACKED if (base / UNPACKED).is_dir() else base
+        found = _stamps(base)
+        if not found:
+            raise DataError(f"{base}: holds no stamp; expected {self.layout}")
+        chosen = self._chosen(base, found)
+        classes = sorted({about["class"] for about in chosen.values()})
+        samples = [Stamp(name, base / f"{name}.png", about, classes) for name, about in chosen.items()]
+        options = self.config.model_dump_json(exclude={"folder"})
+        return {self.name: FileSamples(f"{base} {options}", samples)}
+
+    def _chosen(self, base: Path, found: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Stamp -> what its json holds, of those that the options leave. Raises `DataError`."""
+        config = self.config
+        for given in config.classes or ():
+            if not any(name.startswith(f"{given.strip('/')}/") for name in found):
+                raise DataError(f"{base}: classes: no stamp below {given!r}; name folders, as animals/birds")
+        if config.photographs is not None:
+            known = set(read_lines(PHOTOGRAPHS, "a stamp a line"))
+            found = [name for name in found if (name in known) == config.photographs]
+        chosen: dict[str, dict[str, Any]] = {}
+        captions: set[str] = set()
+        for name in found:
+            if (kind := _kind(name, config.classes)) is None:
+                continue
+            caption = _caption(base / f"{name}.txt")
+            if config.distinct and caption.casefold() in captions:
+                continue
+            captions |= {caption.casefold()} - {""}
+            about = {"class": _words(kind), "folder": str(PurePosixPath(name).parent)}
+            chosen[name] = about | ({"references": [caption]} if caption else {})
+        sizes = Counter(about["class"] for about in chosen.values())
+        if config.classes is None:
+            chosen = {name: about for name, about in chosen.items() if sizes[about["class"]] >= config.minimum}
+        if not chosen:
+            most = f"; the largest class has {max(sizes.values())} of minimum: {config.minimum}" if sizes else ""
+            raise DataError(f"{base}: the options leave none of its stamps{most}; expected {self.layout}")
+        return chosen
+
+
+class Stamp(FileSample):
+    """Its mask is made of its alpha when it is asked for."""
+
+    def __init__(self, key: str, path: Path, about: Mapping[str, Any], classes: Sequence[str]) -> None:
+        super().__init__(key, path, about)
+        self.classes = classes
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "classes.txt":
+            return "\n".join([BACKGROUND, *self.classes]).encode()
+        if name == "mask.png":
+            return _mask(read(self.path), 1 + self.classes.index(self.about["class"]))
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (*super().__iter__(), "mask.png", "classes.txt")
+
+    def __len__(self) -> int:
+        return super().__len__() + 2
+
+
+def _stamps(base: Path) -> list[str]:
+    """The names of all below a folder, as animals/birds/crow, a folder's own before those of the folders in it.
+
+    None of what stands for a turned one.
+    """
+    there = {path.relative_to(base).with_suffix("").as_posix() for path in base.glob("*/**/*.png")}
+    names = (name for name in there if (plain := TURNED.sub("", name)) == name or plain not in there)
+    return sorted(names, key=lambda name: name.rpartition("/"))
+
+
+def _kind(name: str, classes: Sequence[str] | None) -> str | None:
+    """The folder that is a stamp's class, if it has one."""
+    if classes is not None:
+        above = [given for given in (each.strip("/") for each in classes) if name.startswith(f"{given}/")]
+        return max(above, key=len, default=None)
+    parts = name.split("/")[:-1]
+    while len(parts) > 1 and parts[-1] in MADE:
+        parts.pop()
+    return "/".join(parts)
+
+
+def _words(kind: str) -> str:
+    name = kind.rpartition("/")[2]
+    return WORDS.get(name, name.replace("_", " ").replace(",", " ").strip())
+
+
+def _caption(path: Path) -> str:
+    """The first line, which is English; '' where there is none, or it is a translation (`de.utf8=...`)."""
+    try:
+        line = path.read_bytes().partition(b"\n")[0].decode("utf-8").strip()
+    except (OSError, UnicodeDecodeError):  # a sample without a caption is named by whoever asks for it
+        return ""
+    return "" if ".utf8=" in line else line
+
+
+def _mask(png: bytes, number: int) -> bytes:
+    """A PNG of a picture's size: `number` where alpha is above one half, else 0. Raises `BadSample`."""
+    try:
+        with Image.open(io.BytesIO(png)) as picture:
+            alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadSample("its mask cannot be made: not a readable picture") from error
+    file = io.BytesIO()
+    Image.fromarray(np.where(alpha > 127, number, 0).astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()

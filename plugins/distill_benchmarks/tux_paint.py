@@ -61,7 +61,7 @@ class TuxPaint(FileSource):
 
     A sample has the picture (`png`, with its alpha), `mask.png` (its class's number where alpha is above one half, else
     0), `classes.txt` (background, then the classes), and a json: `references` (the English caption), `class` (the
-    folder in words) and `folder`. Stamps of turned things (NAME_mirror.png) are left out. One split, `test`.
+    folder in words) and `folder`. What takes a turned stamp's place (NAME_mirror.png) is left out. One split, `test`.
     """
 
     name = "tux_paint"

@@ -171,11 +171,23 @@ def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str,
 
 def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
     """See `distill_core.load`."""
-    from distill_core.checkpoint import Checkpoints, load_into
+    from distill_core.checkpoint import Checkpoints
 
     folder = Path(run)
     recipe = run_recipe(folder, Registry.discover())
     state = Checkpoints(folder).read(checkpoint)["objective"]
+    return model_of(recipe, state, str(folder), teacher=teacher, device=device)
+
+
+def model_of(
+    recipe: Recipe, state: Mapping[str, Tensor], what: str, *, teacher: bool = False, device: str = "cpu"
+) -> Model:
+    """The model of a recipe with an objective's state; no loss is built.
+
+    Raises `UserError`, which begins with `what`, where they do not fit.
+    """
+    from distill_core.checkpoint import load_into
+
     prefix = "teacher.backbone." if teacher else "backbone."
     backbone = {name: node.build() for name, node in recipe.backbone.items()}
     for name, module in backbone.items():
@@ -183,15 +195,13 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
             key.removeprefix(f"{prefix}{name}."): v for key, v in state.items() if key.startswith(f"{prefix}{name}.")
         }
         if not own:
-            raise UserError(f"{folder}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
-        load_into(module, own, str(folder))
+            raise UserError(f"{what}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
+        load_into(module, own, what)
         module.to(device).eval().requires_grad_(False)
     fusion = None
     if recipe.fusion is not None and not teacher:
         fusion = recipe.fusion.build(recipe.plan)
-        load_into(
-            fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, str(folder)
-        )
+        load_into(fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, what)
         fusion.to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from distill_core.components import Backbone
 from distill_core.errors import UserError
-from distill_core.model import Model, load_model
+from distill_core.model import Model, model_of, run_recipe
 from distill_towers.captions import CaptionAugmentation
 from distill_towers.clip_text import ClipText
 from distill_towers.pictures import PictureAugmentation
@@ -49,13 +49,12 @@ class Subject:
     def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
         """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
         from distill_core.checkpoint import Checkpoints
-        from distill_core.model import run_recipe
         from distill_core.registry import Registry
 
         recipe = run_recipe(run, Registry.discover())
-        model = load_model(run, teacher=teacher, checkpoint=checkpoint)
         kept = Checkpoints(run).read(checkpoint)
         state: dict[str, Tensor] = kept["objective"]
+        model = model_of(recipe, state, str(run), teacher=teacher)
         scales: dict[str, Tensor] = {}
         for node in recipe.loss:
             if node.cls.needs(node.config, recipe.plan).fused:

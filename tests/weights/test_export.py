@@ -364,6 +364,27 @@ def test_texts_of_a_fixed_length_are_refused(run: Path, tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of some gigabytes takes its time."""
+    pytest.importorskip("open_clip")
+    read: list[Path] = []
+    load, text = torch.load, Path.read_text
+
+    def loading(file: Any, *arguments: Any, **options: Any) -> Any:
+        read.append(Path(file))
+        return load(file, *arguments, **options)
+
+    def reading(path: Path, *arguments: Any, **options: Any) -> str:
+        read.append(path)
+        return text(path, *arguments, **options)
+
+    monkeypatch.setattr(torch, "load", loading)
+    monkeypatch.setattr(Path, "read_text", reading)
+    call(run, "open_clip", tmp_path / "out")
+    inside = sorted(str(path.relative_to(run)) for path in read if path.is_relative_to(run))
+    assert inside == ["checkpoints/step-00000007.pt", "recipe.yaml"]
+
+
 def test_out_is_where_the_user_stands(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("open_clip")
     (tmp_path / "here").mkdir()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
+from distill_core.state_dicts import choose, read_file
 
 
 class WeightsConfig(ComponentConfig):
@@ -21,7 +21,10 @@ class WeightsConfig(ComponentConfig):
     to: str = ""
     """Path of the part that is loaded, as `backbone.image`; empty for the whole model."""
     prefix: str | None = None
-    """Take the source's keys under this prefix, without it; null takes `to` for a run, and all keys of a file."""
+    """Take the source's keys under this prefix, without it; null takes `to` for a run, and all keys of a file.
+    Names of DistributedDataParallel begin with `module`, those of torch.compile with `_orig_mod`."""
+    key: str | None = None
+    """The state dict that is taken where a torch file holds several, as `model_ema`."""
     strict: bool = True
     """Every parameter of the part must be in the source, and every key taken must be in the part."""
     checkpoint: str = "last"
@@ -38,7 +41,7 @@ class Weights(Initializer):
     def apply(self, objective: Any) -> Loaded:
         """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
         source, to = self.config.source, self.config.to
-        state, is_run = _read(Path(source), self.config.checkpoint)
+        state, is_run, said = self._read(Path(source))
         prefix = self.config.prefix if self.config.prefix is not None else (to if is_run else "")
         start = f"{prefix}." if prefix else ""
         own = objective.state_dict()
@@ -62,29 +65,23 @@ class Weights(Initializer):
             raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong))
         taken = wanted & set(given)
         objective.load_state_dict({name: given[name] for name in taken}, strict=False)
-        rest = f"; {len(wanted - taken)} of this model keep their first weights" if wanted - taken else ""
-        return Loaded(f"{source}: {len(taken)} tensors into {to or 'the model'}{rest}", frozenset(taken))
+        if wanted - taken:
+            said = [*said, f"{len(wanted - taken)} of this model keep their first weights"]
+        line = "; ".join([f"{source}: {len(taken)} tensors into {to or 'the model'}", *said])
+        return Loaded(line, frozenset(taken))
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], bool, list[str]]:
+        """(state dict, whether it is a run's, what to tell of the file)."""
+        if (path / "recipe.yaml").is_file():
+            return Checkpoints(path).read(self.config.checkpoint)["objective"], True, []
+        if not path.is_file():
+            raise UserError(f"init: {path}: no such file or run folder")
+        found = read_file(path)
+        if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
+            return found["objective"], True, []
+        state, said = choose(found, path, self.config.key)
+        return state, False, said
 
 
 def _some(lines: list[str], most: int = 4) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more like it"]
-
-
-def _read(path: Path, checkpoint: str) -> tuple[dict[str, Tensor], bool]:
-    if (path / "recipe.yaml").is_file():
-        return Checkpoints(path).read(checkpoint)["objective"], True
-    if not path.is_file():
-        raise UserError(f"init: {path}: no such file or run folder")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path), False
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"init: {path}: cannot be loaded: {error}") from error
-    if isinstance(state, dict) and "objective" in state and "version" in state:
-        return state["objective"], True
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
-    return state, False

@@ -145,6 +145,19 @@ def test_weights_of_a_file(trainer: Make, other: Trainer, tmp_path: Path, kind: 
         trainer(init(file, to="backbone.image"))
 
 
+def test_weights_of_a_checkpoint(trainer: Make, other: Trainer, tmp_path: Path) -> None:
+    """Catches one of several state dicts that is taken without a word; names of torch.compile are a prefix."""
+    tower = {f"_orig_mod.{key}": value for key, value in other.objective.backbone["image"].state_dict().items()}
+    raised = {key: value + 1 for key, value in tower.items()}
+    torch.save({"model": tower, "ema": raised, "epoch": 3}, tmp_path / "w.pt")
+    options = {"to": "backbone.image", "prefix": "_orig_mod"}
+    made = trainer(init(tmp_path / "w.pt", **options))
+    assert made.loaded[0].line.endswith("; its 'model' was taken (there too, for `key`: ema)")
+    for expected, built in ((tower, made), (raised, trainer(init(tmp_path / "w.pt", **options, key="ema")))):
+        for key, value in built.objective.backbone["image"].state_dict().items():
+            assert torch.equal(value, expected[f"_orig_mod.{key}"]), key
+
+
 def test_weights_that_do_not_fit(trainer: Make, other: Trainer, tmp_path: Path) -> None:
     """Catches a partial load without a word: each missing, unknown or misshapen key is named, and nothing is loaded."""
     tower = dict(other.objective.backbone["image"].state_dict())

@@ -1,0 +1,121 @@
+"""State dicts and configs in files that a user names: tensors and JSON alone, nobody's code."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill_core.errors import UserError
+
+StateDict = dict[str, Tensor]
+USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
+"""Where training scripts put a state dict in their checkpoints; of several the first, as timm takes them."""
+
+
+def read_state_dict(path: Path, key: str | None = None) -> tuple[StateDict, list[str]]:
+    """`choose` of `read_file`. Raises `UserError` for what is missing, not readable, or no state dict."""
+    return choose(read_file(path), path, key)
+
+
+def read_file(path: Path) -> Any:
+    """What a `.safetensors` or torch file holds. Raises `UserError`."""
+    if not path.is_file():
+        raise UserError(f"init: {path}: no such file")
+    if _is_torchscript(path):
+        new = path.with_name(f"{path.stem}-state.pt")
+        old_name, new_name = (json.dumps(str(name), ensure_ascii=False) for name in (path, new))  # no single quotes
+        code = f'torch.save(torch.jit.load({old_name}, map_location="cpu").state_dict(), {new_name})'
+        raise UserError(
+            f"init: {path}: a TorchScript archive, which is code, and is not run here. Where you trust it, save its "
+            f"tensors, then name {new.name}:\n  python -c {shlex.quote(f'import torch; {code}')}"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"init: {path}: cannot be loaded: {error}") from error
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> StateDict:
+    """The state dict without what torch.compile, DistributedDataParallel and AveragedModel put into its names."""
+    bare = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
+    bare.pop("n_averaged", None)
+    return bare
+
+
+def choose(found: Any, path: Path, key: str | None) -> tuple[StateDict, list[str]]:
+    """The state dict of a file, and a line on the choice where it holds more than that; `key` names one of several.
+
+    Raises `UserError` where there is none, or there are several under unusual names.
+    """
+    if key is None and _is_state_dict(found):
+        return {str(name): value for name, value in found.items()}, []
+    inside = found if isinstance(found, dict) else {}
+    there = [str(name) for name, value in inside.items() if _is_state_dict(value)]
+    if key is not None:
+        if not isinstance(inside.get(key), dict):
+            names = ", ".join(there) or "none"
+            raise UserError(f"init: {path}: holds no state dict {key!r} (there are: {names})")
+        return choose(inside[key], path, None)
+    usual = [name for name in USUAL if name in there]
+    if not there:
+        raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
+    if not usual and len(there) > 1:
+        raise UserError(f"init: {path}: holds {len(there)} state dicts: {', '.join(there)}; say which: key: {there[0]}")
+    taken = (usual or there)[0]
+    rest = ", ".join(name for name in there if name != taken)
+    return inside[taken], [f"its {taken!r} was taken" + (f" (there too, for `key`: {rest})" if rest else "")]
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(one, Tensor) for one in value.values())
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def read_folder(folder: Path, names: Sequence[str], key: str | None = None) -> tuple[StateDict, list[str]]:
+    """The first of these files that a folder has; `NAME.index.json` beside it names the parts of a large one.
+
+    Returns what `read_state_dict` does. Raises `UserError` where there is none.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return read_state_dict(folder / name, key)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = read_json(index).get("weight_map", {})
+            if not isinstance(parts, dict) or any(
+                not isinstance(part, str) or Path(part).name != part for part in parts.values()
+            ):
+                raise UserError(f"init: {index}: does not name files of its own folder")
+            merged: StateDict = {}
+            for part in sorted(set(parts.values())):
+                merged |= read_state_dict(folder / part)[0]
+            return merged, []
+    raise UserError(f"init: {folder}: holds no weights ({', '.join(names)})")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. Raises `UserError`."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"init: {path}: cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"init: {path}: is no JSON object")
+    return found

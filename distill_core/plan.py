@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distill_core.component import ComponentConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class ModalityPlan:
     """Class tokens C that come with the embedding; 0 where the backbone gives none."""
     dense: tuple[str, ...] = ()
     """The kinds of attention that `Backbone.dense` can take in its last layer; empty where it has no dense path."""
+    augment: ComponentConfig | None = None
+    """The options of its augmentation; None where they are not known."""
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""

@@ -270,8 +270,9 @@ class _Resolver:
                 )
                 continue
             modalities[name] = ModalityPlan(
-                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens, dims.dense
-            )
+                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens, dims.dense,
+                node.config,
+            )  # fmt: skip
         fusion = isinstance(self._get(("fusion",)), dict)
         return Plan(modalities, has_teacher, fusion)
 

@@ -12,7 +12,9 @@ from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.extras import need
 from distill_core.objective import Objective
+from distill_core.state_dicts import read_state_dict, unwrapped
 from distill_pretrained.timm_tower import TimmTower
+from distill_towers.pictures import other_pixels
 
 
 class TimmWeightsConfig(ComponentConfig):
@@ -21,6 +23,8 @@ class TimmWeightsConfig(ComponentConfig):
     source: str | None = None
     """A `.safetensors` or torch file; null fetches the weights that timm names for the model, over the network, into
     its own cache."""
+    key: str | None = None
+    """The state dict that is taken where a torch file holds several; null takes the EMA's where there is one."""
     to: str = "image"
     """The modality whose backbone (`timm`) takes them."""
 
@@ -43,7 +47,7 @@ class TimmWeights(Initializer):
         if not isinstance(module, TimmTower):
             raise UserError(f"init: timm: backbone.{to} is no `timm`; `to` names the modality that has one")
         model: Any = module.model
-        given = self._fetch(module) if source is None else self._read(Path(source), model)
+        given, said = (self._fetch(module), []) if source is None else self._read(Path(source), model)
         what = source or f"timm's weights of {module.config.model}"
         own = model.state_dict()
         taken = {key: value for key, value in given.items() if key in own}
@@ -57,24 +61,26 @@ class TimmWeights(Initializer):
             raise UserError(f"init: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(shown))
         for key, value in taken.items():
             own[key].copy_(value)
-        rest = sorted({key.split(".")[0] for key in given if key not in own})
-        left = f"; left out: {', '.join(rest)}" if rest else ""
+        said.append(f"backbone.{to}.proj is new")
+        if rest := sorted({key.split(".")[0] for key in given if key not in own}):
+            said.append(f"left out: {', '.join(rest)}")
+        told = model.pretrained_cfg
+        why = f"timm's own weights of {module.config.model} were trained with"
+        said += other_pixels(objective.plan, to, told["mean"], told["std"], why)
         names = frozenset(f"backbone.{to}.model.{key}" for key in taken)
-        return Loaded(f"{what}: {len(taken)} tensors; backbone.{to}.proj is new{left}", names)
+        return Loaded("; ".join([f"{what}: {len(taken)} tensors", *said]), names)
 
-    def _read(self, path: Path, model: Any) -> dict[str, Tensor]:
-        helpers: Any = need("timm.models", "timm")
-        if not path.is_file():
-            raise UserError(f"init: {path}: no such file")
+    def _read(self, path: Path, model: Any) -> tuple[dict[str, Tensor], list[str]]:
+        found, said = read_state_dict(path, self.config.key)
+        state: Any = unwrapped(found)
         try:
-            state = helpers.load_state_dict(str(path), weights_only=True)
             if filtered := getattr(__import__(type(model).__module__, fromlist=["x"]), "checkpoint_filter_fn", None):
                 state = filtered(state, model)
         except Exception as error:
             raise UserError(f"init: {path}: cannot be loaded: {error}") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
-        return state
+        return state, said
 
     def _fetch(self, module: TimmTower) -> dict[str, Tensor]:
         timm: Any = need("timm", "timm")

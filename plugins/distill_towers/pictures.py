@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image, ImageEnhance, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.components import Augmentation, ComponentConfig
+from distill_core.components import Augmentation, ComponentConfig, Plan
 from distill_core.errors import BadSample
 from distill_core.types import Sample, View
 
@@ -38,6 +39,19 @@ class PictureConfig(ComponentConfig):
     """Colour behind transparent pixels."""
     fields: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Fields of a sample that may hold the picture; the first that is there is read."""
+
+
+def other_pixels(plan: Plan, name: str, mean: Sequence[float], std: Sequence[float], why: str) -> list[str]:
+    """A line, where weights want pixels of another mean and std than the augmentation of modality `name` makes."""
+    options = plan.modalities[name].augment
+    if not isinstance(options, PictureConfig):
+        return []
+    if len(mean) != 3 or len(std) != 3:
+        return []
+    apart = zip((*options.mean, *options.std), (*mean, *std), strict=True)
+    if all(abs(own - wanted) < 1e-3 for own, wanted in apart):
+        return []
+    return [f"{why} other pixels: set augment.{name}.mean: {list(mean)} and augment.{name}.std: {list(std)}"]
 
 
 class PictureAugmentation(Augmentation):

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from distill_core.components import Backbone, ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
+from distill_core.state_dicts import StateDict, read_folder, read_json, read_state_dict, unwrapped
 from distill_towers.clip_text import ClipText
 from distill_towers.contrastive import ContrastiveLoss
+from distill_towers.pictures import other_pixels
 from distill_towers.vit import VisionTransformer, position_map
-from distill_weights.files import StateDict, read_folder, read_json, read_state_dict
-from distill_weights.layouts import Source, from_hf, from_open_clip, from_timm
+from distill_weights.layouts import Pixels, Source, from_hf, from_open_clip, from_timm, pixels
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Of timm too."""
 OURS: dict[str, type[Backbone]] = {"image": VisionTransformer, "text": ClipText}
 NEW = ("more_class_embeddings", "mask_token")
 """Parameters of our towers that no source has."""
@@ -58,7 +60,7 @@ class Towers(Initializer):
         own = dict(objective.named_parameters())
         given: dict[str, Tensor] = {}
         problems: list[str] = []
-        notes: list[str] = []
+        notes = list(source.notes)
         for tower in ("image", "text"):
             name = getattr(self.config, tower, None)
             if name is None:
@@ -75,6 +77,8 @@ class Towers(Initializer):
             given |= {f"backbone.{name}.{key}": value for key, value in fitted.items()}
             problems += wrong
             notes += said
+            if tower == "image" and source.pixels is not None:
+                notes += other_pixels(objective.plan, name, *source.pixels, "the source was trained with")
         if problems:
             raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(problems))
         if not given:
@@ -170,6 +174,13 @@ def _parts(names: Any) -> list[str]:
     return list(dict.fromkeys(".".join(name.split(".")[: depth.get(name.split(".")[0], 1)]) for name in names))
 
 
+class OpenClipConfig(TowersConfig):
+    """As `hf_clip`'s, and a state dict among several."""
+
+    key: str | None = None
+    """The state dict that is taken where a torch file holds several."""
+
+
 class OpenClip(Towers):
     """Start from CLIP weights of open_clip or OpenAI: a file of a state dict, or a folder with `open_clip_config.json`.
 
@@ -178,18 +189,23 @@ class OpenClip(Towers):
     """
 
     name = "open_clip"
-    Config = TowersConfig
+    Config = OpenClipConfig
     examples = ({"source": "no-such-file.pt"},)
 
     def read(self) -> Source:
         """A file's tensors; a folder's config as well."""
         path = Path(self.config.source)
-        if not path.is_dir():
-            return from_open_clip(read_state_dict(path), None, str(path))
-        config = read_json(path / "open_clip_config.json").get("model_cfg")
-        if not isinstance(config, dict):
-            raise UserError(f"init: {path}/open_clip_config.json: has no `model_cfg`")
-        return from_open_clip(read_folder(path, OPEN_CLIP_FILES), config, str(path))
+        told: dict[str, Any] = {}
+        if path.is_dir():
+            told = read_json(path / "open_clip_config.json")
+            if not isinstance(told.get("model_cfg"), dict):
+                raise UserError(f"init: {path}/open_clip_config.json: has no `model_cfg`")
+        state, notes = (
+            read_folder(path, OPEN_CLIP_FILES, self.config.key) if told else read_state_dict(path, self.config.key)
+        )
+        source = from_open_clip(unwrapped(state), told.get("model_cfg"), str(path))
+        source.notes, source.pixels = notes, pixels(told.get("preprocess_cfg"), "mean", "std")
+        return source
 
 
 class HfClip(Towers):
@@ -207,14 +223,25 @@ class HfClip(Towers):
         path = Path(self.config.source)
         if not path.is_dir():
             raise UserError(f"init: {path}: no such folder")
-        return from_hf(read_folder(path, HF_FILES), read_json(path / "config.json"), str(path))
+        state, notes = read_folder(path, HF_FILES)
+        source = from_hf(unwrapped(state), read_json(path / "config.json"), str(path))
+        source.notes, source.pixels = notes, self._pixels(path)
+        return source
+
+    def _pixels(self, path: Path) -> Pixels | None:
+        """Of the image processor, which newer folders keep within the processor's own config."""
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            if (path / file).is_file():
+                told = read_json(path / file)
+                return pixels(told.get("image_processor", told), "image_mean", "image_std")
+        return None
 
 
 class TimmVitConfig(ComponentConfig):
     """A Vision Transformer's weights, and the tower that takes them."""
 
     source: str
-    """A `.safetensors` or torch file of a state dict."""
+    """A `.safetensors` or torch file of a state dict, or a folder that timm wrote (config.json, model.safetensors)."""
     image: str = "image"
     """The modality whose backbone (`vit`) takes them."""
     key: str | None = None
@@ -222,9 +249,10 @@ class TimmVitConfig(ComponentConfig):
 
 
 class TimmVit(Towers):
-    """Start the picture tower from a ViT of timm or DINO; the projection to the embedding is new.
+    """Start the picture tower from a ViT of timm, DINO or DINOv2; the projection to the embedding is new.
 
-    Those have no LayerNorm in front: `vit` wants `pre_norm: false` and `norm_eps: 1e-6`.
+    LayerScale is folded into the weights. Those ViTs have no LayerNorm in front: `vit` wants `pre_norm: false` and
+    `norm_eps: 1e-6`.
     """
 
     name = "timm_vit"
@@ -232,5 +260,12 @@ class TimmVit(Towers):
     examples = ({"source": "no-such-file.pt"},)
 
     def read(self) -> Source:
-        """The file's tensors."""
-        return from_timm(read_state_dict(Path(self.config.source), self.config.key), self.config.source)
+        """A file's tensors; of a folder also its pixels' mean and std."""
+        path, key = Path(self.config.source), self.config.key
+        state, notes = read_folder(path, HF_FILES, key) if path.is_dir() else read_state_dict(path, key)
+        source = from_timm(unwrapped(state), str(path))
+        source.notes = notes + source.notes
+        if path.is_dir():
+            told = read_json(path / "config.json")
+            source.pixels = pixels(told.get("pretrained_cfg", told), "mean", "std")
+        return source

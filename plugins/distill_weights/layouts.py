@@ -6,7 +6,8 @@ The layout in the middle is open_clip's: `visual.*` for the picture's tower, the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from distill_core.errors import UserError
-from distill_weights.files import StateDict
+from distill_core.state_dicts import StateDict
 
 IMAGE = "visual."
 TEXT_PARTS = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")
 SCALES = ("logit_scale", "logit_bias")
+Pixels = tuple[list[float], list[float]]
+"""Mean and std of each channel."""
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 """Scalars that the state dicts of OpenAI's archives hold beside the weights."""
 
@@ -31,6 +34,18 @@ class Source:
     towers: dict[str, StateDict] = field(default_factory=lambda: {"image": {}, "text": {}})
     scale: dict[str, Tensor] = field(default_factory=dict)
     said: dict[str, dict[str, Any]] = field(default_factory=lambda: {"image": {}, "text": {}})
+    pixels: Pixels | None = None
+    """What pictures were normalised with; None where it does not say."""
+    notes: list[str] = field(default_factory=list)
+    """What to tell of how it was read."""
+
+
+def pixels(config: Any, mean: str, std: str) -> Pixels | None:
+    """These two entries of a config, where they are three numbers each."""
+    found: list[Any] = [config.get(name) for name in (mean, std)] if isinstance(config, Mapping) else [None]
+    if not all(isinstance(p, list) and len(p) == 3 and all(isinstance(x, int | float) for x in p) for p in found):
+        return None
+    return found[0], found[1]
 
 
 def from_open_clip(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, what: str) -> Source:
@@ -244,13 +259,61 @@ def to_hf(towers: Mapping[str, Mapping[str, Tensor]]) -> StateDict:
     return {name: value.contiguous() for name, value in state.items()}
 
 
+_SCALED = {"ls1.gamma": "attn.proj", "gamma_1": "attn.proj", "ls2.gamma": "mlp.fc2", "gamma_2": "mlp.fc2"}
+"""LayerScale, by its names in timm and DINOv2, and in DeiT III -> the layer whose output it scales."""
+
+
+def fold_layer_scale(state: Mapping[str, Tensor]) -> tuple[StateDict, int]:
+    """The state without LayerScale, and how many there were: g * (W h + b) = (g * W) h + g * b, in fp32."""
+    folded = dict(state)
+    found = [(key, match[1], match[2]) for key in state if (match := re.fullmatch(r"(blocks\.\d+\.)(.+)", key))]
+    gammas = [(key, block + _SCALED[name]) for key, block, name in found if name in _SCALED]
+    gammas = [(key, layer) for key, layer in gammas if f"{layer}.weight" in state]
+    for key, layer in gammas:
+        gamma = folded.pop(key).float()
+        folded[f"{layer}.weight"] = gamma[:, None] * folded[f"{layer}.weight"].float()
+        if f"{layer}.bias" in folded:
+            folded[f"{layer}.bias"] = gamma * folded[f"{layer}.bias"].float()
+    return folded, len(gammas)
+
+
+_LACKS = (
+    (r"reg_token|register_tokens", "register tokens"),
+    (r"blocks\.\d+\.mlp\.(w12|w3|fc1_g)\.", "a gated MLP (SwiGLU)"),
+    (r"blocks\.\d+\.attn\.[qk]_norm\.", "LayerNorms of queries and keys"),
+    (r"blocks\.\d+\.\d+\.", "blocks in chunks"),
+    (r"blocks\.\d+\.attn\.(relative_position|rel_pos)", "relative positions"),
+)
+"""What ViTs may have and `vit` has not, by their tensors' names."""
+
+
+def _unlike_vit(state: Mapping[str, Tensor], used: Collection[str]) -> str | None:
+    """What keeps a timm ViT out of `vit`, or None."""
+    for pattern, what in _LACKS:
+        if key := next((key for key in state if re.match(pattern, key)), None):
+            return f"it has {what} ({key})"
+    fc1, fc2 = (state.get(f"blocks.0.mlp.{part}.weight") for part in ("fc1", "fc2"))
+    if fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:
+        return "it has a gated MLP (SwiGLU) (blocks.0.mlp.fc1.weight)"
+    if "pos_embed" not in state and "cls_token" in state:
+        return "it has no table of positions (pos_embed), as with rotary ones"
+    if lacking := next(
+        (key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight") if key not in state), None
+    ):
+        return f"it has no {lacking}"
+    unknown = next((key for key in state if key not in used), None)
+    return f"it has {unknown}" if unknown else None
+
+
 def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
-    """A Vision Transformer of timm, or DINO's (the same names); the classification head is left. Raises `UserError`.
+    """A Vision Transformer of timm, DINO or DINOv2 (the same names); the head is left. Raises `UserError`.
 
     The patches' bias goes into the position embeddings: it is added at the same place, and resizing keeps constants.
+    LayerScale goes into the layers whose outputs it scales. A class token without position (DeiT III) gets zeros.
     """
     own = {key.removeprefix("backbone."): value for key, value in state.items()}
     own = {key: value for key, value in own.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
+    own, scales = fold_layer_scale(own)
     names = _blocks(
         _layers(own, "blocks."),
         "blocks",
@@ -266,19 +329,21 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
     names |= {"conv1.weight": ("patch_embed.proj.weight",)} | _norm("ln_pre", "norm_pre") | _norm("ln_post", "norm")
     image, used = _take(own, names)
     used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token"}
-    unknown = [key for key in own if key not in used]
-    lacking = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight") if key not in own]
-    if unknown or lacking:
-        word = f"{unknown[0]} is" if unknown else f"without {lacking[0]} it is"
+    if unlike := _unlike_vit(own, used):
         raise UserError(
-            f"init: {what}: {word} nothing that `vit` has; use the backbone {{name: timm, model: ..., checkpoint: ...}}"
+            f"init: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
+            "{name: timm, model: MODEL} with the init {name: timm, source: ...}, which takes any model of timm"
         )
-    table = own["pos_embed"][0].clone()
+    table = own["pos_embed"][0].float()  # sums in half precision would lose some of it
+    if round(len(table) ** 0.5) ** 2 == len(table):
+        table = torch.cat([torch.zeros_like(table[:1]), table])
     if "patch_embed.proj.bias" in own:
-        table[1:] += own["patch_embed.proj.bias"]
+        table = torch.cat([table[:1], table[1:] + own["patch_embed.proj.bias"].float()])
     image |= {"class_embedding": own["cls_token"].flatten(), "positional_embedding": table}
     plain = "norm_pre.weight" not in own
     said = {"pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}  # the number of heads shows nowhere
     source = Source(what, {"image": image, "text": {}})
+    if scales:
+        source.notes.append(f"LayerScale was folded into {scales} layers (attn.proj, mlp.fc2)")
     source.said["image"] = said | ({"activation": "gelu"} if plain else {})
     return source

@@ -114,7 +114,33 @@ def test_weights(registry: Registry, tmp_path: Path) -> None:
     assert torch.equal(image.model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight)
     assert image.model.pos_embed.shape[1] == 17
     assert "backbone.image.model.pos_embed" in loaded.names
-    assert loaded.line.endswith("backbone.image.proj is new; left out: head")
+    assert "; backbone.image.proj is new; left out: head" in loaded.line
+
+
+def test_weights_of_a_checkpoint(registry: Registry, tmp_path: Path) -> None:
+    """timm's own reader takes the EMA's; the line says so, and of timm's mean and std (0.5), which the recipe lacks."""
+    own, ema = (timm.create_model("test_vit", img_size=64, num_classes=0) for _ in range(2))
+    states = {
+        "epoch": 3,
+        "state_dict": own.state_dict(),
+        "state_dict_ema": {f"module._orig_mod.{key}": value for key, value in ema.state_dict().items()},
+    }
+    torch.save(states, tmp_path / "w.pth")
+    assert timm.models.load_state_dict(tmp_path / "w.pth")["norm.weight"].equal(ema.norm.weight)
+    for key, model in ((None, ema), ("state_dict", own)):
+        built = objective(registry)
+        loaded = TimmWeights(TimmWeightsConfig(source=str(tmp_path / "w.pth"), key=key)).apply(built)
+        image: Any = built.backbone["image"]
+        assert torch.equal(image.model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+        told = "its 'state_dict_ema' was taken (there too, for `key`: state_dict)"
+        assert (told in loaded.line) == (key is None)
+    told = (
+        "were trained with other pixels: set augment.image.mean: [0.5, 0.5, 0.5] and augment.image.std: [0.5, 0.5, 0.5]"
+    )
+    assert f"timm's own weights of test_vit {told}" in loaded.line
+    same = objective(registry, **{f"augment.image.{name}": "[0.5, 0.5, 0.5]" for name in ("mean", "std")})
+    loaded = TimmWeights(TimmWeightsConfig(source=str(tmp_path / "w.pth"))).apply(same)
+    assert "pixels" not in loaded.line
 
 
 def test_weights_that_do_not_fit(registry: Registry, tmp_path: Path) -> None:

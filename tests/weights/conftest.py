@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from distill_core.checkpoint import Checkpoints
+from distill_core.components import Loaded
 from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
@@ -35,6 +38,20 @@ def objective(registry: Registry, *overrides: str, seed: int = 0) -> Objective:
         for parameter in built.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)
     return built
+
+
+def scatter(module: nn.Module) -> Any:
+    """Every parameter random."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.2)
+    return module.eval()
+
+
+def apply(registry: Registry, built: Objective, name: str, **options: Any) -> Loaded:
+    cls = registry.get("init", name).cls
+    loaded: Loaded = cls(cls.Config(**options)).apply(built)
+    return loaded
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Weights of other libraries: our towers then compute what the library's own model computes."""
 
+import importlib
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill_core.components import Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.types import Group, Views
-from tests.weights.conftest import objective
+from tests.weights.conftest import apply, objective, scatter
 
 QUICK = ("backbone.image.activation=quick_gelu", "backbone.text.activation=quick_gelu")
 CLIP_64 = (
@@ -23,20 +24,6 @@ CLIP_64 = (
 )
 """Heads of width 64, as the files of OpenAI imply."""
 IDS = torch.tensor([[49406, 320, 4558, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0], [49406, 7, 8, 9, 10, 49407]])
-
-
-def scatter(module: nn.Module) -> Any:
-    """Every parameter random."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.2)
-    return module.eval()
-
-
-def apply(registry: Registry, built: Objective, name: str, **options: Any) -> Loaded:
-    cls = registry.get("init", name).cls
-    loaded: Loaded = cls(cls.Config(**options)).apply(built)
-    return loaded
 
 
 def pooled(built: Objective, modality: str, x: Tensor) -> Tensor:
@@ -152,35 +139,6 @@ def test_hugging_face(registry: Registry, tmp_path: Path) -> None:
     assert "LayerNorms add 0.001" in str(caught.value)
 
 
-def test_timm(registry: Registry, tmp_path: Path) -> None:
-    """A ViT of timm: its class token is ours, in spite of the patches' bias and the missing first LayerNorm.
-
-    Heads are 32 wide, as ViT-H's are not 64 either: a width that is made up would be held against the recipe.
-    """
-    timm = pytest.importorskip("timm")
-    model = scatter(
-        timm.models.vision_transformer.VisionTransformer(
-            img_size=16, patch_size=4, embed_dim=128, depth=2, num_heads=4, num_classes=5
-        )
-    )
-    torch.save({"teacher": {f"backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "dino.pth")
-    overrides = ("backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-6", "backbone.image.heads=4")
-    built = objective(registry, *CLIP_64, *overrides)
-    loaded = apply(registry, built, "timm_vit", source=str(tmp_path / "dino.pth"), key="teacher")
-    x = torch.randn(3, 3, 16, 16)
-    with torch.no_grad():
-        ours = built.backbone["image"](Views([Group(x[None])]), need=(0,))
-        theirs = model.forward_features(x)
-    torch.testing.assert_close(ours.class_tokens[0, :, 0], theirs[:, 0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.tokens[0], theirs[:, 1:], rtol=1e-4, atol=1e-4)
-    assert "new here: backbone.image.proj, " in loaded.line
-    assert "it does not say heads of image" in loaded.line
-    with pytest.raises(UserError, match="set pre_norm: False"):
-        apply(registry, objective(registry, *CLIP_64), "timm_vit", source=str(tmp_path / "dino.pth"), key="teacher")
-    with pytest.raises(UserError, match="holds no state dict 'student'"):
-        apply(registry, built, "timm_vit", source=str(tmp_path / "dino.pth"), key="student")
-
-
 def test_files_that_are_not_what_they_should_be(registry: Registry, tmp_path: Path) -> None:
     built = objective(registry)
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "archive.pt")
@@ -229,3 +187,64 @@ def test_sources_that_are_not_what_they_say(registry: Registry, tmp_path: Path) 
     save_file({"logit_scale": torch.tensor(1.0)}, tmp_path / "hf/model.safetensors")
     with pytest.raises(UserError, match=r"not what 'hf_clip' reads \(AttributeError: "):
         apply(registry, built, "hf_clip", source=str(tmp_path / "hf"))
+
+
+PIXELS = ("augment.image.mean=[0.6, 0.4, 0.3]", "augment.image.std=[0.2, 0.25, 0.3]")
+TOLD = (
+    "the source was trained with other pixels: set augment.image.mean: [0.6, 0.4, 0.3] and augment.image.std: "
+    "[0.2, 0.25, 0.3]"
+)
+
+
+def hold(registry: Registry, name: str, source: Path, *overrides: str, **options: Any) -> None:
+    """The recipe of conftest has another mean: the line says what to set; once it is set, nothing is told."""
+    for more in ((), PIXELS):
+        line = apply(registry, objective(registry, *overrides, *more), name, source=str(source), **options).line
+        assert line.count(TOLD) == line.count("other pixels") == (not more), line
+
+
+def test_mean_and_std_of_open_clip(registry: Registry, tmp_path: Path) -> None:
+    """What open_clip writes of its transform; what is no mean of three channels is nothing to tell."""
+    pytest.importorskip("open_clip")
+    save = importlib.import_module("open_clip.push_to_hf_hub").save_config_for_hf
+    state = {f"visual.{k}": v.detach() for k, v in objective(registry).backbone["image"].named_parameters()}
+    torch.save(state, tmp_path / "open_clip_pytorch_model.bin")
+    vision = {"image_size": 16, "patch_size": 4, "width": 24, "layers": 2, "head_width": 8, "mlp_ratio": 3.0}
+    transform = types.SimpleNamespace(image_mean=[0.6, 0.4, 0.3], image_std=[0.2, 0.25, 0.3])
+    path = tmp_path / "open_clip_config.json"
+    save(types.SimpleNamespace(visual=transform), path, {"vision_cfg": vision, "text_cfg": {}})
+    hold(registry, "open_clip", tmp_path, text=None)
+    config = json.loads(path.read_text())
+    for broken in (None, 0.5, [0.5], ["a", "b", "c"]):
+        config["preprocess_cfg"]["mean"] = broken
+        path.write_text(json.dumps(config))
+        loaded = apply(registry, objective(registry), "open_clip", source=str(tmp_path), text=None)
+        assert "other pixels" not in loaded.line
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_mean_and_std_of_hugging_face(registry: Registry, tmp_path: Path, whole: bool) -> None:
+    """An image processor's own file, or a processor's of both."""
+    hf = pytest.importorskip("transformers")
+    vision = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 72, "num_attention_heads": 3,
+              "num_hidden_layers": 2, "hidden_act": "gelu", "projection_dim": 10}  # fmt: skip
+    hf.CLIPModel(hf.CLIPConfig(vision_config=vision, projection_dim=10)).save_pretrained(tmp_path)
+    hf.CLIPImageProcessor(image_mean=[0.6, 0.4, 0.3], image_std=[0.2, 0.25, 0.3]).save_pretrained(tmp_path)
+    if whole:
+        own = tmp_path / "preprocessor_config.json"
+        (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": json.loads(own.read_text())}))
+        own.unlink()
+    hold(registry, "hf_clip", tmp_path, text=None)
+
+
+def test_mean_and_std_of_timm(registry: Registry, tmp_path: Path) -> None:
+    """A folder as timm writes it for a hub."""
+    timm = pytest.importorskip("timm")
+    model = timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, mlp_ratio=3, num_classes=0
+    )
+    model.pretrained_cfg = {
+        "architecture": "mine", "input_size": (3, 16, 16), "mean": (0.6, 0.4, 0.3), "std": (0.2, 0.25, 0.3),
+    }  # fmt: skip
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    hold(registry, "timm_vit", tmp_path, "backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-6")

@@ -277,8 +277,9 @@ def fold_layer_scale(state: Mapping[str, Tensor]) -> tuple[StateDict, int]:
     return folded, len(gammas)
 
 
+_REGISTERS = ("reg_token", "register_tokens")
+"""timm's name, and DINOv2's own: [1, R, W]."""
 _LACKS = (
-    (r"reg_token|register_tokens", "register tokens"),
     (r"blocks\.\d+\.mlp\.(w12|w3|fc1_g)\.", "a gated MLP (SwiGLU)"),
     (r"blocks\.\d+\.attn\.[qk]_norm\.", "LayerNorms of queries and keys"),
     (r"blocks\.\d+\.\d+\.", "blocks in chunks"),
@@ -310,6 +311,7 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
 
     The patches' bias goes into the position embeddings: it is added at the same place, and resizing keeps constants.
     LayerScale goes into the layers whose outputs it scales. A class token without position (DeiT III) gets zeros.
+    Register tokens (Darcet et al. 2024) are further class tokens of `vit`: neither has a position.
     """
     own = {key.removeprefix("backbone."): value for key, value in state.items()}
     own = {key: value for key, value in own.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
@@ -328,7 +330,7 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
     )
     names |= {"conv1.weight": ("patch_embed.proj.weight",)} | _norm("ln_pre", "norm_pre") | _norm("ln_post", "norm")
     image, used = _take(own, names)
-    used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token"}
+    used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token", *_REGISTERS}
     if unlike := _unlike_vit(own, used):
         raise UserError(
             f"init: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
@@ -341,7 +343,10 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
         table = torch.cat([table[:1], table[1:] + own["patch_embed.proj.bias"].float()])
     image |= {"class_embedding": own["cls_token"].flatten(), "positional_embedding": table}
     plain = "norm_pre.weight" not in own
-    said = {"pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}  # the number of heads shows nowhere
+    said: dict[str, Any] = {"pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}  # heads show nowhere
+    if (registers := next((own[key][0] for key in _REGISTERS if key in own), None)) is not None:
+        image["more_class_embeddings"] = registers
+        said["class_tokens"] = 1 + len(registers)
     source = Source(what, {"image": image, "text": {}})
     if scales:
         source.notes.append(f"LayerScale was folded into {scales} layers (attn.proj, mlp.fc2)")

@@ -28,13 +28,13 @@ def vit(model: str, **options: Any) -> Any:
     )
 
 
-def same(built: Any, model: nn.Module, x: Tensor) -> None:
+def same(built: Any, model: Any, x: Tensor) -> None:
     """Class token and patch tokens, after the last LayerNorm."""
     with torch.no_grad():
         ours = built.backbone["image"](Views([Group(x[None])]), need=(0,))
         theirs = model.forward_features(x)
     torch.testing.assert_close(ours.class_tokens[0, :, 0], theirs[:, 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.tokens[0], theirs[:, 1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.tokens[0], theirs[:, model.num_prefix_tokens :], rtol=1e-5, atol=1e-5)
 
 
 def test_dino(registry: Registry, tmp_path: Path) -> None:
@@ -76,6 +76,18 @@ def test_dinov2(registry: Registry, tmp_path: Path, half: bool) -> None:
     assert "LayerScale was folded into 4 layers (attn.proj, mlp.fc2)" in loaded.line
 
 
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens"])
+def test_dinov2_with_registers(registry: Registry, tmp_path: Path, name: str) -> None:
+    """They are `vit`'s further class tokens; a recipe without so many is told the number."""
+    model = vit("vit_small_patch14_reg4_dinov2", img_size=42, init_values=1.0)
+    torch.save({key.replace("reg_token", name): value for key, value in model.state_dict().items()}, tmp_path / "w.pth")
+    built = objective(registry, *DINOV2, "backbone.image.class_tokens=5")
+    apply(registry, built, "timm_vit", source=str(tmp_path / "w.pth"))
+    same(built, model, torch.randn(3, 3, 42, 42))
+    with pytest.raises(UserError, match="set class_tokens: 5"):
+        apply(registry, objective(registry, *DINOV2), "timm_vit", source=str(tmp_path / "w.pth"))
+
+
 def test_dinov2_of_another_size(registry: Registry, tmp_path: Path) -> None:
     """Its positions are resized as DINOv2 itself does it (interpolate_offset 0.1)."""
     model = vit("vit_small_patch14_dinov2", img_size=70, init_values=1.0)
@@ -107,9 +119,8 @@ def test_deit3(registry: Registry, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("vit_small_patch14_reg4_dinov2", r"it has register tokens \(reg_token\)"),
         ("vit_giant_patch14_dinov2", r"it has a gated MLP \(SwiGLU\) \(blocks\.0\.mlp\.fc1\.weight\)"),
-        ("vit_little_patch16_reg4_gap_256", r"it has register tokens \(reg_token\)"),
+        ("vit_little_patch16_reg4_gap_256", "it has no cls_token"),
         ("vit_relpos_small_patch16_224", r"it has relative positions \(blocks\.0\.attn\.rel_pos"),
         ("beit_base_patch16_224", r"it has relative positions \(blocks\.0\.attn\.relative_position"),
         ("vit_base_patch16_siglip_224", "it has no cls_token"),
@@ -128,7 +139,6 @@ def test_what_vit_has_not_is_refused(registry: Registry, tmp_path: Path, model: 
     ("keys", "message"),
     [
         (("blocks.0.mlp.w12.weight", "blocks.0.ls2.gamma"), r"a gated MLP \(SwiGLU\) \(blocks\.0\.mlp\.w12\.weight\)"),
-        (("register_tokens",), r"register tokens \(register_tokens\)"),
         (("blocks.0.0.norm1.weight",), r"blocks in chunks \(blocks\.0\.0\.norm1\.weight\)"),
         (("blocks.0.attn.q_norm.weight",), "LayerNorms of queries and keys"),
         (("cls_token", "rope_embed.periods"), r"it has no table of positions \(pos_embed\)"),

@@ -49,18 +49,18 @@ class Model:
         return tuple(self.backbone)
 
     def encode(
-        self, modality: str, items: Iterable[Any], *, features: Literal["embedding", "class_tokens"] = "embedding"
+        self, modality: str, items: Iterable[Any], *, features: Literal["embedding", "class_token"] = "embedding"
     ) -> Tensor:
         """Embeddings [N, D] of N items (pictures as paths, bytes, arrays or PIL images; texts as str), L2-normalised,
         fp32, on the CPU. What is no collection, or is a str or bytes, is one item.
 
-        `features: class_tokens` gives instead what the embedding is projected from, [N, C * W], for probes. Raises
+        `features: class_token` gives instead what the embedding is projected from, [N, W], for probes. Raises
         `UserError` for a modality the recipe lacks, a backbone without class tokens, or an item that cannot be read.
         """
         if modality not in self.backbone:
             raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
         dims = self.backbone[modality].dims(self.backbone[modality].config)
-        if features == "class_tokens" and not dims.class_tokens:
+        if features == "class_token" and not dims.class_tokens:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
@@ -76,15 +76,15 @@ class Model:
         if waiting:
             parts.append(self._encode(modality, waiting, features))
         if not parts:
-            return torch.empty(0, dims.dim if features == "embedding" else dims.class_tokens * dims.width)
+            return torch.empty(0, dims.dim if features == "embedding" else dims.width)
         return torch.cat(parts)
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
         found = self.features(modality, views)
         made = found.pooled
-        if features == "class_tokens":
+        if features == "class_token":
             assert found.class_tokens is not None
-            made = found.class_tokens.flatten(2)  # [V, B, C, W] -> [V, B, C * W]
+            made = found.class_tokens[:, :, 0]  # the first makes the embedding
         return normalize(made[0].float(), dim=-1).cpu()
 
     @torch.no_grad()

@@ -29,9 +29,9 @@ class ProbeConfig(ComponentConfig):
 
     modality: str | None = None
     """The modality whose features are classified; null takes the recipe's first."""
-    features: Literal["embedding", "class_tokens"] = "embedding"
-    """`embedding`, as the other tasks compare it; or `class_tokens`, what the backbone projects it from (of several
-    tokens, one after the other), which published probes of DINO and CLIP read."""
+    features: Literal["embedding", "class_token"] = "embedding"
+    """`embedding`, as the other tasks compare it; or `class_token`, what the backbone projects it from (of texts their
+    end), which published probes of DINO and CLIP read."""
     label: str = "class"
     """Field of the sample, or of its json, that names its class."""
     learn: str | None = "train"
@@ -72,8 +72,8 @@ class Probe(Evaluation):
     def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:
         """The modality is there, and gives such features."""
         modality = config.modality or next(iter(plan.modalities))
-        if config.features == "class_tokens" and not plan.modalities[modality].class_tokens:
-            yield f"'features: class_tokens': the backbone of {modality!r} gives none; use 'embedding'"
+        if config.features == "class_token" and not plan.modalities[modality].class_tokens:
+            yield f"'features: class_token': the backbone of {modality!r} gives none; use 'embedding'"
 
     @classmethod
     def reads(cls, config: ProbeConfig) -> tuple[str, ...]:
@@ -238,7 +238,7 @@ class LinearConfig(ProbeConfig):
 class LinearProbe(Probe):
     """Multinomial logistic regression on frozen, L2-normalised features, by L-BFGS; accuracies in percent.
 
-    With `features: class_tokens` as in Radford et al. 2021, appendix A.3, but for the normalisation.
+    With `features: class_token` as in Radford et al. 2021, appendix A.3, but for the normalisation.
     """
 
     name = "linear_probe"

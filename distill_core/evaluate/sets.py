@@ -15,7 +15,7 @@ from distill_core.evaluate.cache import EmbeddingCache, Kept
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
 
-Of = Literal["embedding", "class_tokens"]
+Of = Literal["embedding", "class_token"]
 """What items are turned into: `Model.encode`."""
 
 Watch = Callable[[Iterable[Sample], str], Iterable[Sample]]

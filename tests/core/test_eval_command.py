@@ -107,10 +107,10 @@ def test_embeddings_are_kept_until_something_changes(
     assert score(run, "--split", "validation") == changed, "a file that was cut off is made again"
 
 
-def test_class_tokens_are_kept_apart_from_embeddings(run: Path, score: Score, encoded: list[str]) -> None:
+def test_a_class_token_is_kept_apart_from_the_embedding(run: Path, score: Score, encoded: list[str]) -> None:
     """Catches a probe that is handed what another one asked for."""
     task = "{{name: knn, id: {0}, learn: null, folds: 2, label: __key__, features: {0}}}"
-    tasks = ("--task", task.format("embedding"), "--task", task.format("class_tokens"))
+    tasks = ("--task", task.format("embedding"), "--task", task.format("class_token"))
     asked = (*tasks, "--set", "augment.image.size=24")
     score(run, *asked)
     assert encoded == ["image"] * 4, "two sides, two kinds of features"

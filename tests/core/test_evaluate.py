@@ -293,18 +293,18 @@ def test_load_encodes_as_evaluation_did(trained: SimpleNamespace) -> None:
     assert (trained.seen[4]["image"] - trained.seen[0]["image"]).abs().max() > 1e-4
 
 
-def test_class_tokens_are_what_the_embedding_is_projected_from(trained: SimpleNamespace) -> None:
+def test_class_token_is_what_the_embedding_is_projected_from(trained: SimpleNamespace) -> None:
     """Catches features behind the projection, and those of another token."""
     pictures, texts = contents(trained.shard)
     model = distill_core.load(trained.run)
     for modality, items, projection in (("image", pictures, "proj"), ("text", texts, "text_projection")):
-        classes = model.encode(modality, items, features="class_tokens")
+        classes = model.encode(modality, items, features="class_token")
         width = model.backbone[modality].config.width
         assert classes.shape == (len(items), width)
         torch.testing.assert_close(classes.norm(dim=-1), torch.ones(len(items)))
         projected = torch.nn.functional.normalize(classes @ getattr(model.backbone[modality], projection), dim=-1)
         torch.testing.assert_close(projected, model.encode(modality, items), rtol=0, atol=1e-5)
-        assert model.encode(modality, [], features="class_tokens").shape == (0, width)
+        assert model.encode(modality, [], features="class_token").shape == (0, width)
 
 
 def test_encode_takes_what_people_have(trained: SimpleNamespace, tmp_path: Path) -> None:

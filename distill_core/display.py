@@ -92,9 +92,9 @@ class Scoring:
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             Left(),
             console=console,

@@ -73,6 +73,8 @@ class Weights(Initializer):
     def _read(self, path: Path) -> tuple[dict[str, Tensor], bool, list[str]]:
         """(state dict, whether it is a run's, what to tell of the file)."""
         if (path / "recipe.yaml").is_file():
+            if self.config.key is not None:
+                raise UserError(f"init: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
             return Checkpoints(path).read(self.config.checkpoint)["objective"], True, []
         if not path.is_file():
             raise UserError(f"init: {path}: no such file or run folder")

@@ -59,6 +59,8 @@ class Model:
         """
         if modality not in self.backbone:
             raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
+        if features not in ("embedding", "class_token"):
+            raise UserError(f"no features {features!r}; there are 'embedding' and 'class_token'")
         dims = self.backbone[modality].dims(self.backbone[modality].config)
         if features == "class_token" and not dims.class_tokens:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")

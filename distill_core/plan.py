@@ -43,6 +43,8 @@ class Plan:
     modalities: Mapping[str, ModalityPlan]
     teacher: bool
     fusion: bool
+    complete: bool = True
+    """False where a modality is left out because its own options are wrong: their number then says nothing."""
 
 
 @dataclass(frozen=True)

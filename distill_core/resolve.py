@@ -274,7 +274,7 @@ class _Resolver:
                 node.config,
             )  # fmt: skip
         fusion = isinstance(self._get(("fusion",)), dict)
-        return Plan(modalities, has_teacher, fusion)
+        return Plan(modalities, has_teacher, fusion, set(modalities) == self._modalities())
 
     def _modalities(self) -> set[str]:
         sections = (self._get(("augment",)), self._get(("backbone",)))

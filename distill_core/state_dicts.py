@@ -47,9 +47,17 @@ def read_file(path: Path) -> Any:
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> StateDict:
-    """The state dict without what torch.compile, DistributedDataParallel and AveragedModel put into its names."""
-    bare = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in state.items()}
-    bare.pop("n_averaged", None)
+    """The state dict without what torch.compile, DistributedDataParallel and AveragedModel put into its names.
+
+    Raises `UserError` where two names become one.
+    """
+    named = [(name.replace("_orig_mod.", ""), value) for name, value in state.items() if name != "n_averaged"]
+    while named and all(name.startswith("module.") for name, _ in named):
+        named = [(name.removeprefix("module."), value) for name, value in named]
+    bare = dict(named)
+    if len(bare) < len(named):
+        twice = next(name for name in bare if sum(other == name for other, _ in named) > 1)
+        raise UserError(f"init: the state dict holds {twice!r} twice, once with `_orig_mod.` in its name")
     return bare
 
 
@@ -60,8 +68,8 @@ def choose(found: Any, path: Path, key: str | None) -> tuple[StateDict, list[str
     """
     if key is None and _is_state_dict(found):
         return {str(name): value for name, value in found.items()}, []
-    inside = found if isinstance(found, dict) else {}
-    there = [str(name) for name, value in inside.items() if _is_state_dict(value)]
+    inside = {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
+    there = [name for name, value in inside.items() if _is_state_dict(value)]
     if key is not None:
         if not isinstance(inside.get(key), dict):
             names = ", ".join(there) or "none"
@@ -74,7 +82,8 @@ def choose(found: Any, path: Path, key: str | None) -> tuple[StateDict, list[str
         raise UserError(f"init: {path}: holds {len(there)} state dicts: {', '.join(there)}; say which: key: {there[0]}")
     taken = (usual or there)[0]
     rest = ", ".join(name for name in there if name != taken)
-    return inside[taken], [f"its {taken!r} was taken" + (f" (there too, for `key`: {rest})" if rest else "")]
+    state = {str(name): value for name, value in inside[taken].items()}
+    return state, [f"its {taken!r} was taken" + (f" (there too, for `key`: {rest})" if rest else "")]
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -84,8 +93,11 @@ def _is_state_dict(value: Any) -> bool:
 def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):  # damaged: whoever loads it says so
+        return False
 
 
 def read_folder(folder: Path, names: Sequence[str], key: str | None = None) -> tuple[StateDict, list[str]]:
@@ -99,8 +111,10 @@ def read_folder(folder: Path, names: Sequence[str], key: str | None = None) -> t
         index = folder / f"{name}.index.json"
         if index.is_file():
             parts = read_json(index).get("weight_map", {})
-            if not isinstance(parts, dict) or any(
-                not isinstance(part, str) or Path(part).name != part for part in parts.values()
+            if (
+                not isinstance(parts, dict)
+                or not parts
+                or any(not isinstance(part, str) or Path(part).name != part or part == ".." for part in parts.values())
             ):
                 raise UserError(f"init: {index}: does not name files of its own folder")
             merged: StateDict = {}

@@ -71,8 +71,11 @@ class Probe(Evaluation):
     @classmethod
     def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:
         """The modality is there, and gives such features."""
-        modality = config.modality or next(iter(plan.modalities))
-        if config.features == "class_token" and not plan.modalities[modality].class_tokens:
+        modality = config.modality or next(iter(plan.modalities), None)
+        if modality is None:  # the plan is not complete
+            return
+        class_tokens = plan.modalities[modality].class_tokens
+        if config.features == "class_token" and not class_tokens:
             yield f"'features: class_token': the backbone of {modality!r} gives none; use 'embedding'"
 
     @classmethod
@@ -246,7 +249,12 @@ class LinearProbe(Probe):
     examples = ({"label": "number", "learn": None},)
 
     def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
-        """Log-probabilities; a class that nothing was learned of has none."""
+        """Log-probabilities; a class that nothing was learned of has none. Raises `DataError` for features to learn
+        from that are no numbers."""
+        if not taught.x.isfinite().all():
+            raise DataError(
+                f"{self.name!r}: features to learn from are no numbers (NaN or infinite): has the run diverged?"
+            )
         known, y = torch.unique(taught.y, return_inverse=True)
         owner, of_owner = _by_owner(y, taught.owners)
         counts, turn = torch.bincount(of_owner)[of_owner], turns(of_owner, seed=0)

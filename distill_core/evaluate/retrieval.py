@@ -121,3 +121,7 @@ def two_modalities(name: str, given: tuple[str, str] | None, plan: Plan) -> Iter
             raise KeyError(modality)
     if given is None and len(plan.modalities) > 2:
         yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"
+    if given is None and len(plan.modalities) == 1 and plan.complete:
+        yield f"{name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
+    if given is not None and given[0] == given[1]:
+        yield f"{name!r} compares two modalities; `modalities` names {given[0]!r} twice"

@@ -187,7 +187,11 @@ def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
 def _label(sample: Sample, field: str) -> str | None:
     """Raises ValueError, AttributeError, RecursionError or `BadSample` for what is no text, or no json object."""
     if field in sample:
-        value = sample[field]
-        return (value if isinstance(value, str) else bytes(value).decode()).strip() or None
-    found = json.loads(sample["json"]).get(field) if "json" in sample else None
-    return str(found) if isinstance(found, str | int) and str(found) else None
+        found = sample[field]
+        if isinstance(found, bytes | bytearray | memoryview):
+            found = bytes(found).decode()
+        elif not isinstance(found, str | int):
+            raise ValueError(f"holds no text but a {type(found).__name__}")
+    else:
+        found = json.loads(sample["json"]).get(field) if "json" in sample else None
+    return str(found).strip() or None if isinstance(found, str | int) else None

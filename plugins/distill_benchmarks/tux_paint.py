@@ -104,24 +104,29 @@ class TuxPaint(FileSource):
         if config.photographs is not None:
             known = set(read_lines(PHOTOGRAPHS, "a stamp a line"))
             found = [name for name in found if (name in known) == config.photographs]
+        kinds = {name: _words(kind) for name in found if (kind := _kind(name, config.classes)) is not None}
+        large = self._large(kinds)
         chosen: dict[str, dict[str, Any]] = {}
         captions: set[str] = set()
-        for name in found:
-            if (kind := _kind(name, config.classes)) is None:
-                continue
+        for name in large:
             caption = _caption(base / f"{name}.txt")
             if config.distinct and caption.casefold() in captions:
                 continue
             captions |= {caption.casefold()} - {""}
-            about = {"class": _words(kind), "folder": str(PurePosixPath(name).parent)}
+            about = {"class": kinds[name], "folder": str(PurePosixPath(name).parent)}
             chosen[name] = about | ({"references": [caption]} if caption else {})
-        sizes = Counter(about["class"] for about in chosen.values())
-        if config.classes is None:
-            chosen = {name: about for name, about in chosen.items() if sizes[about["class"]] >= config.minimum}
-        if not chosen:
-            most = f"; the largest class has {max(sizes.values())} of minimum: {config.minimum}" if sizes else ""
-            raise DataError(f"{base}: the options leave none of its stamps{most}; expected {self.layout}")
-        return chosen
+        left = self._large({name: about["class"] for name, about in chosen.items()})
+        if not left:
+            most = max(Counter(kinds[name] for name in chosen or kinds).values(), default=0)
+            why = f"; the largest class has {most} of minimum: {config.minimum}" if most else ""
+            raise DataError(f"{base}: the options leave none of its stamps{why}; expected {self.layout}")
+        return {name: chosen[name] for name in left}
+
+    def _large(self, kinds: Mapping[str, str]) -> list[str]:
+        """The stamps whose class has enough of them: before equal captions are dropped, and after."""
+        sizes = Counter(kinds.values())
+        least = self.config.minimum if self.config.classes is None else 1
+        return [name for name, kind in kinds.items() if sizes[kind] >= least]
 
 
 class Stamp(FileSample):

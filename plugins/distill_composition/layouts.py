@@ -16,6 +16,7 @@ from typing import Any
 
 from distill_core.components import ComponentConfig, DataSource
 from distill_core.errors import DataError
+from distill_core.evaluate.cache import stamps
 from distill_core.types import Sample
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -35,6 +36,15 @@ class Items:
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
+        self.place = str(items[0].images[0].parent) if items else ""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def fingerprint(self) -> str:
+        """Captions, and sizes and times of change of the pictures."""
+        captions = json.dumps([(item.key, item.captions) for item in self.items])
+        return f"{captions}\n{stamps(path for item in self.items for path in item.images)}"
 
     def __iter__(self) -> Iterator[Sample]:
         for item in self.items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import takewhile
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError
 from distill_core.evaluate.retrieval import two_modalities
@@ -58,8 +60,6 @@ class Composition(Evaluation):
     def problems(cls, config: CompositionConfig, plan: Plan) -> Iterator[str]:
         """Two modalities that the recipe has."""
         yield from two_modalities(cls.name, config.modalities, plan)
-        if config.modalities is None and len(plan.modalities) == 1:
-            yield f"{cls.name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
 
     @classmethod
     def example(cls, config: CompositionConfig) -> tuple[Model, list[Sample]]:
@@ -83,7 +83,7 @@ class Composition(Evaluation):
 
     def _scores(self, model: Model, samples: EvaluationSet) -> dict[str, float]:
         pictures, words = self.config.modalities or model.modalities
-        images, captions = self._present(samples)
+        images, captions = distributed.agree(partial(self._present, samples))
         sides = [samples.embeddings(model, pictures, field) for field in images]
         sides += [samples.embeddings(model, words, field) for field in captions]
         for (_, owners), field in zip(sides, (*images, *captions), strict=True):
@@ -101,7 +101,7 @@ class Composition(Evaluation):
         hits = accuracies(similarity)
         scores |= {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
         if self.config.threshold is not None:
-            pairs = self._pairs(samples, images, captions, set(common.tolist()))
+            pairs = distributed.agree(partial(self._pairs, samples, images, captions, set(common.tolist())))
             scores["match"] = 100 * matched(similarity, pairs, self.config.threshold)
         return scores
 

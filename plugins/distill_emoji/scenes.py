@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from io import BytesIO
 from typing import Any
 
@@ -125,11 +126,19 @@ class Scenes:
 
     def __init__(self, sprites: Sequence[Sprite], config: ScenesConfig, name: str) -> None:
         self.sprites, self.config, self.name = sprites, config, name
+        self.place = f"{name} {config.model_dump_json()}"
         names = [sprite.name.replace(",", "") for sprite in sprites]
         self.classes = "\n".join([BACKGROUND, *names] if config.background else names).encode()
 
     def __len__(self) -> int:
         return self.config.scenes
+
+    def fingerprint(self) -> str:
+        """Of what the scenes are made of."""
+        held = blake2b(self.place.encode())
+        for sprite in self.sprites:
+            held.update(repr(sprite).encode())
+        return held.hexdigest()
 
     def __iter__(self) -> Iterator[Sample]:
         for i in range(self.config.scenes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any
 
@@ -84,10 +85,7 @@ class Segmentation(Evaluation):
     def problems(cls, config: SegmentationConfig, plan: Plan) -> Iterator[str]:
         """Two modalities that the recipe has, and a backbone that gives the dense embeddings asked for."""
         yield from two_modalities(cls.name, config.modalities, plan)
-        names = config.modalities or tuple(plan.modalities)
-        if len(names) == 1:
-            yield f"{cls.name!r} compares two modalities; the recipe has {names[0]!r} alone"
-        for name in names[:1]:
+        for name in (config.modalities or tuple(plan.modalities))[:1]:
             dense = plan.modalities[name].dense
             if not dense:
                 yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone gives none (Backbone.dense)"
@@ -107,7 +105,7 @@ class Segmentation(Evaluation):
         """`SET/mIoU`, `SET/pixel_accuracy`, `SET/mean_accuracy`, `SET/IoU/CLASS`, `SET/pictures`; means over sets."""
         scores: dict[str, float] = {}
         for samples in sets:
-            segmenter = Segmenter(model, self.config, self.classes(samples))
+            segmenter = distributed.agree(partial(self._segmenter, model, samples))
             matrix, pictures = self._confusion(segmenter, samples)
             if not matrix.any():
                 raise DataError(f"evaluation set {samples.name!r}: no sample with a picture and a mask of some class")
@@ -120,7 +118,7 @@ class Segmentation(Evaluation):
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Picture]:
         """Picture, truth and what was found, side by side, of the first samples."""
         for i, here in enumerate(sets):
-            segmenter = Segmenter(model, self.config, self.classes(here))
+            segmenter = self._segmenter(model, here)
             for sample in islice(here, samples // len(sets) + (i < samples % len(sets))):
                 try:
                     yield self.overlay(segmenter, sample, here.name)
@@ -145,6 +143,9 @@ class Segmentation(Evaluation):
         raise DataError(
             f"evaluation set {samples.name!r}: no sample, or none with `classes.txt`; give the task `classes: FILE`"
         )
+
+    def _segmenter(self, model: Model, samples: EvaluationSet) -> Segmenter:
+        return Segmenter(model, self.config, self.classes(samples))
 
     def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
         """Of all ranks, each of which has segmented its share; and the number of pictures."""

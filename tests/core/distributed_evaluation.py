@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_composition.task import Composition
 from distill_core import distributed
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate import run
@@ -22,6 +23,8 @@ from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.probes import Knn
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.evaluate.zero_shot import ZeroShot
+from distill_segment.task import Segmentation
+from distill_towers import example
 
 
 class Model:
@@ -111,6 +114,23 @@ def unread(out: Path) -> run.Evaluated:
     return run.evaluate(recipe, {"student": Model()}, shared, "test", cache=cache)  # type: ignore[dict-item]
 
 
+def first_unread() -> list[str]:
+    """Tasks that look at the first sample before ranks do anything together, where rank 1 cannot read it."""
+
+    class CutAtOnce:
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            if distributed.rank() == 1:
+                raise DataError("cut.tar: ends at once")
+            captions = json.dumps({"caption_0": "a", "caption_1": "b"}).encode()
+            yield {"__key__": "k", "__url__": "u", "classes.txt": b"x\ny", "image_0": b"", "json": captions}
+
+    tasks = [Segmentation(Segmentation.Config()), Composition(Composition.Config())]
+    nodes = [SimpleNamespace(id=task.name, path="tasks", source=None, build=lambda task=task: task) for task in tasks]
+    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"))
+    shared: Any = SimpleNamespace(samples=lambda split: {"set": CutAtOnce()})
+    return run.evaluate(recipe, {"student": example.model()}, shared, "test").failed
+
+
 def refused() -> str:
     """What each rank says where rank 1 cannot encode its share."""
     try:
@@ -146,6 +166,7 @@ def main(out: Path) -> None:
         "learned": learned(),
         "unread": [cut.failed, cut.scores],
         "refused": refused(),
+        "first": first_unread(),
     }
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.stop()

@@ -220,6 +220,19 @@ def test_c_is_chosen_on_whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.bincount(y[parts[:, 0]]).tolist() == [2, 2], "a fifth of each class's samples"
 
 
+def test_features_that_are_no_numbers() -> None:
+    """kNN counts them wrong; a linear classifier cannot be learned from them, and says so."""
+    rows = samples(clusters(5, 2)[0], [0, 1] * 5)
+    model = Look()
+    encode = model.encode
+    model.encode = lambda *asked, **options: encode(*asked, **options).index_fill(0, torch.tensor([3]), torch.nan)  # type: ignore[method-assign]
+    options = json.dumps({"learn": None, "folds": 2})
+    scores = Knn(Knn.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)])  # type: ignore[arg-type]
+    assert scores["top1"] <= 90.0
+    with pytest.raises(DataError, match=r"'linear_probe': features to learn from are no numbers \(NaN or infinite\)"):
+        LinearProbe(LinearProbe.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)])  # type: ignore[arg-type]
+
+
 def test_folds_never_see_themselves() -> None:
     """With random labels a nearest neighbour that finds itself is always right; and each sample is asked once."""
     x = normalize(torch.randn(200, 8), dim=-1)
@@ -281,10 +294,13 @@ def test_labels_are_read_without_a_modality() -> None:
         {"__key__": "2", "__url__": "u", "json": b"no json"},
         {"__key__": "3", "__url__": "u", "json": b"[]"},
         {"__key__": "4", "__url__": "u"},
+        {"__key__": "5", "__url__": "u", "cls": 3},
+        {"__key__": "6", "__url__": "u", "cls": 3.5},
+        {"__key__": "7", "__url__": "u", "json": b'{"cls": " 3 "}'},
     ]
     here = EvaluationSet("s", given)
-    assert here.labels("cls") == {0: "3", 1: "4"}
-    assert sorted(here.skipped) == [("2", "cls"), ("3", "cls")], (
+    assert here.labels("cls") == {0: "3", 1: "4", 5: "3", 7: "3"}
+    assert sorted(here.skipped) == [("2", "cls"), ("3", "cls"), ("6", "cls")], (
         "json that cannot be read is told, no class is no fault"
     )
 

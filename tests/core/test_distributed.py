@@ -86,6 +86,8 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
         f"tasks.{i} ({i}): {why}" for i, why in enumerate(["cut.tar: ends too early"] * 3 + ["no sample is left"])
     ]
     assert first["unread"] == second["unread"] == [failed, {"student/4/n": 3.0}]
+    cut = [f"tasks ({name}): cut.tar: ends at once" for name in ("segmentation", "composition")]
+    assert first["first"] == second["first"] == cut
     assert first["refused"] == second["refused"] == "out of order"
     assert first["learned"]["top1"] == 100.0, "each sample's nearest is itself, whichever rank encoded it"
 

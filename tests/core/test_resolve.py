@@ -195,6 +195,24 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
             ["evaluate.tasks=[{name: retrieval, modalities: [image, audio]}]"],
             ["--set evaluate.tasks: evaluate.tasks.0: 'retrieval' needs a modality 'audio' (there are: image, text)"],
         ),
+        (
+            ["evaluate.tasks=[{name: knn, modality: audio}]"],
+            ["--set evaluate.tasks: evaluate.tasks.0: 'knn' needs a modality 'audio' (there are: image, text)"],
+        ),
+        (
+            ["evaluate.tasks=[{name: knn}]", "backbone.image.width=x", "backbone.text.width=x"],
+            [
+                "--set backbone.image.width: Input should be a valid integer, got 'x'",
+                "--set backbone.text.width: Input should be a valid integer, got 'x'",
+            ],
+        ),
+        (
+            ["evaluate.tasks=[{name: zero_shot, modalities: [image, image]}]"],
+            [
+                "--set evaluate.tasks: evaluate.tasks.0: 'zero_shot' compares two modalities; "
+                "`modalities` names 'image' twice"
+            ],
+        ),
     ],
 )
 def test_what_components_need_of_one_another(errors: Errors, overrides: list[str], messages: list[str]) -> None:

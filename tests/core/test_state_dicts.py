@@ -25,6 +25,7 @@ OPTIMIZER: dict[str, Any] = {"state": {}, "param_groups": [{"lr": 0.1}]}
         ({"model": A, "model_ema": B}, None, 2, ["its 'model_ema' was taken (there too, for `key`: model)"]),
         ({"student": A, "teacher": B}, "teacher", 2, []),
         ({"teacher": {"model": B}, "student": A}, "teacher", 2, ["its 'model' was taken"]),
+        ({0: A}, None, 1, ["its '0' was taken"]),
     ],
 )
 def test_which_is_taken(tmp_path: Path, found: Any, key: str | None, value: float, said: list[str]) -> None:
@@ -67,11 +68,32 @@ def test_wrappers() -> None:
         torch.compile(nn.DataParallel(plain())),
         nn.DataParallel(torch.compile(plain())),
         torch.optim.swa_utils.AveragedModel(plain()),
+        torch.optim.swa_utils.AveragedModel(nn.DataParallel(plain())),
     ]
     for module in modules:
         state = module.state_dict()
         assert set(state) != set(plain().state_dict())
         assert set(unwrapped(state)) == set(plain().state_dict())
+
+
+def test_names_are_text_and_stay_apart(tmp_path: Path) -> None:
+    """Numbers as names; a `module` that is the model's own; two names that would be one."""
+    torch.save({"model": {0: torch.zeros(1)}}, tmp_path / "w.pt")
+    assert list(read_state_dict(tmp_path / "w.pt")[0]) == ["0"]
+    assert set(unwrapped({"module.a": torch.zeros(1), "a": torch.ones(1)})) == {"module.a", "a"}
+    with pytest.raises(UserError, match="holds 'a' twice"):
+        unwrapped({"_orig_mod.a": torch.zeros(1), "a": torch.ones(1)})
+
+
+def test_a_damaged_archive(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(A, path)
+    data = bytearray(path.read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    data[directory : directory + 4] = b"XXXX"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"w\.pt: cannot be loaded"):
+        read_state_dict(path)
 
 
 def test_the_way_out_of_an_archive(tmp_path: Path) -> None:

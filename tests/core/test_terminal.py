@@ -17,7 +17,7 @@ from click.shell_completion import ShellComplete
 from rich.console import Console
 
 import distill_core.doctor as doctor
-from distill_core import completion, hookimpl
+from distill_core import completion, display, hookimpl
 from distill_core.cli import cli, main
 from distill_core.display import mean_table
 from distill_core.doctor import Diagnostic
@@ -232,3 +232,15 @@ def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/y")
     assert cache_folder() == Path("/y/distill")
+
+
+def test_a_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set's name is anybody's: `[/x]` is no markup."""
+    shown = io.StringIO()
+    monkeypatch.setattr(display, "Console", lambda stderr: Console(file=shown, force_terminal=True, width=120))
+    with display.Scoring() as scoring:
+        scoring.doing("retrieval [red]x")
+        assert [*scoring.watch([{"a": 1}], "image of [/x]")] == [{"a": 1}]
+        scoring._progress.refresh()
+    assert "retrieval [red]x" in shown.getvalue()
+    assert "1/1 image of [/x]" in shown.getvalue()

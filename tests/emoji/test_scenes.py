@@ -64,6 +64,21 @@ def test_masks_are_exact(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert white["image_0"] == white["png"]
 
 
+def test_what_tells_scenes_apart(cache: str) -> None:
+    """Kept embeddings: sources of other options stand side by side, and the same ones are known again."""
+
+    def told(**options: object) -> tuple[str, str]:
+        emoji = {"limit": 150, "shards": 1, "size": 24, "styles": ("openmoji",), "cache": cache}
+        source = EmojiScenes(ScenesConfig.model_validate({"scenes": 2, "concepts": 6, "emoji": emoji, **options}))
+        source.prepare()
+        (made,) = source.samples("validation").values()
+        return made.place, made.fingerprint()
+
+    assert told() == told()
+    for options in ({"size": 48}, {"seed": 1}, {"scenes": 3}):
+        assert all(one != other for one, other in zip(told(), told(**options), strict=True))
+
+
 def test_a_background_that_is_not_scored(cache: str) -> None:
     """The same scenes; where the background was, 255, and every other class one less."""
     scored, without = (scenes(cache, background=background) for background in (True, False))

@@ -65,8 +65,16 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Capture]:
         monkeypatch.setattr(chosen, "choose", lambda op, backend, inputs: op.get(backend))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta tensors know no autocast
     monkeypatch.setattr(torch, "autocast", lambda device, **options: nullcontext())
+    for name in ("tensor", "as_tensor"):  # no mode sees what they copy
+        monkeypatch.setattr(torch, name, functools.partial(copied, getattr(torch, name)))
     with Capture() as mode:
         yield mode
+
+
+def copied(make: Callable[..., Tensor], values: Any, **options: Any) -> Tensor:
+    if not isinstance(values, Tensor) and torch.device(options.get("device") or "cpu").type != "cpu":
+        raise NotCapturable(f"{make.__name__} copies values to {options['device']}")
+    return make(values, **options)
 
 
 def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -146,6 +154,8 @@ def test_what_cannot_be_captured_is_seen(capture: Capture) -> None:
         x.detach().nonzero()
     with pytest.raises(NotCapturable, match=r"copies from {'cpu'} to {'meta'}"):
         x.detach() + torch.ones(4, 8).to("meta")
+    with pytest.raises(NotCapturable, match="tensor copies values"):
+        x.detach() + torch.tensor([0.0], device=x.device)
     q = new(20, 2, 32)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         packed_attention(q, q, q, torch.empty(5, dtype=torch.int32, device="meta"))

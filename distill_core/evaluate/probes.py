@@ -31,7 +31,7 @@ class ProbeConfig(ComponentConfig):
     """The modality whose features are classified; null takes the recipe's first."""
     features: Literal["embedding", "class_token"] = "embedding"
     """`embedding`, as the other tasks compare it; or `class_token`, what the backbone projects it from (of texts their
-    end), which published probes of DINO and CLIP read."""
+    end), which published linear probes read."""
     label: str = "class"
     """Field of the sample, or of its json, that names its class."""
     learn: str | None = "train"

@@ -148,8 +148,8 @@ MODALITIES = {
     "vision",
     "visual",
 }
-THEIRS = {"clip_grad", "clip_grads_with_norm_", "ImageDraw", "ImageFont"}
-"""Gradient clipping by torch's own names, and Pillow's, with which sheets for trackers are drawn."""
+THEIRS = {"clip_grad", "clip_grads_with_norm_", "ImageDraw", "ImageFont", "TextColumn", "rich.text"}
+"""Gradient clipping by torch's own names, Pillow's, with which sheets for trackers are drawn, and rich's."""
 
 
 def parts(identifier: str) -> set[str]:
@@ -178,7 +178,7 @@ def words_of_methods(source: str) -> list[tuple[int, str]]:
                 continue
             words = parts(identifier)
             compound = len(words) > 1 and not identifier.endswith(("read_text", "write_text"))
-            if words & METHODS or (compound and words & MODALITIES and identifier != "TextColumn"):
+            if words & METHODS or (compound and words & MODALITIES):
                 found.append((node.lineno, identifier))
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             words = set(re.findall(r"[a-z]+\d*", node.value.lower().replace("clip_grad", "")))

@@ -11,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from distill_clip.components import Clip
-from distill_core.components import ModalityPlan, Plan
+from distill_core.components import Dims, ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.types import Features, Outputs, Progress
 from distill_slip.simclr import SimClr
 from distill_slip.views import SlipViews
+from distill_towers.clip_text import ClipText
 
 RECIPE = Path(__file__).parents[2] / "recipes/slip_tiny.yaml"
 WIDTH, DIM = 7, 5
@@ -146,8 +147,9 @@ def test_half_precision_keeps_the_batch_statistics() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_backbone_without_class_tokens_is_named(registry: Registry) -> None:
+def test_a_backbone_without_class_tokens_is_named(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not at the first step."""
+    monkeypatch.setattr(ClipText, "dims", lambda config: Dims(config.width, config.dim))
     given = ["augment.text={name: sub_captions, count: 2}", "loss.1.modality=text", "loss.1.role=global"]
     with pytest.raises(RecipeErrors) as caught:
         load_recipe(RECIPE, registry=registry, overrides=given)

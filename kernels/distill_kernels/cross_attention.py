@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_installed
 
 
@@ -146,24 +147,24 @@ def sdpa(inputs: CrossAttentionInputs) -> Tensor:
     return out.masked_fill(~some[:, :, None, None], 0.0)
 
 
-def xformers(inputs: CrossAttentionInputs) -> Tensor:
-    """xformers.ops.memory_efficient_attention."""
-    from xformers.ops import memory_efficient_attention
-
+def _xformers_call(inputs: CrossAttentionInputs) -> memory_efficient.Call:
     q, k, v, lengths, mask, scale = inputs
     b, h, queries, tokens = *q.shape[:3], k.shape[2]
     valid = key_mask(lengths, mask, tokens)
-    bias = some = None
+    bias = None
     if valid is not None:
-        some = valid.any(-1, keepdim=True)
         # xformers wants rows aligned to 8 elements: allocate wider and slice.
         padded = q.new_zeros(b, 1, 1, -(-tokens // 8) * 8)
-        padded[..., :tokens].masked_fill_(~(valid | ~some)[:, None, None, :], float("-inf"))
+        padded[..., :tokens].masked_fill_(~(valid | ~valid.any(-1, keepdim=True))[:, None, None, :], float("-inf"))
         bias = padded.expand(b, h, queries, -1)[..., :tokens]
-    out: Tensor = memory_efficient_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias, scale=scale
-    ).transpose(1, 2)
-    return out if some is None else out.masked_fill(~some[:, :, None, None], 0.0)
+    return memory_efficient.Call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, scale)
+
+
+def xformers(inputs: CrossAttentionInputs) -> Tensor:
+    """xformers.ops.memory_efficient_attention."""
+    out = memory_efficient.run(_xformers_call(inputs)).transpose(1, 2)
+    valid = key_mask(inputs.lengths, inputs.mask, inputs.k.shape[2])
+    return out if valid is None else out.masked_fill(~valid.any(-1)[:, None, None, None], 0.0)
 
 
 def _triton(inputs: CrossAttentionInputs) -> Tensor:
@@ -183,20 +184,11 @@ def _why_not_sdpa(inputs: CrossAttentionInputs | None) -> str | None:
 
 
 def _why_not_xformers(inputs: CrossAttentionInputs | None) -> str | None:
-    missing: str | None = why_not_installed("xformers")
-    if missing is not None:
-        return missing
     if inputs is None:
-        return None if torch.cuda.is_available() else "needs a CUDA device"
-    if inputs.q.device.type != "cuda":
-        return f"needs tensors on a CUDA device, these are on {inputs.q.device.type}"
-    if inputs.q.dtype == torch.float64:
-        return "no float64"
-    if inputs.q.shape[-1] % 8:
-        return f"needs a head width that is a multiple of 8, got {inputs.q.shape[-1]}"
-    if 0 in inputs.q.shape or inputs.k.shape[2] == 0:
-        return "no empty inputs"
-    return None
+        return memory_efficient.why_not_here(None)
+    if inputs.k.shape[2] == 0:
+        return "there are no tokens (L = 0)"
+    return memory_efficient.why_not_here(inputs.q) or memory_efficient.why_not_kernel(_xformers_call(inputs))
 
 
 def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
@@ -224,7 +216,7 @@ def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
 
 def _order(inputs: CrossAttentionInputs) -> Sequence[str]:
     if inputs.q.device.type == "cuda":
-        return ("triton", "xformers", "sdpa", "matmul")
+        return ("triton", "sdpa", "matmul")
     # Measured: the flash kernel wins in fp32 and wider, and its backward is slow in half precision.
     return ("matmul",) if inputs.q.dtype.itemsize < 4 else ("sdpa", "matmul")
 

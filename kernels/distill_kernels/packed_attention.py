@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose, why_not_installed
 from distill_kernels.self_attention import autocast, self_attention
 
@@ -132,7 +133,9 @@ class _Layout(NamedTuple):
     place: Tensor  # [T] padded row of each packed row
 
 
+# Kept tensors are made outside of inference mode, in which they could not take part in training later.
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
     """Group sequences whose lengths round up to the same multiple of _GROUP."""
     length = torch.tensor(lengths)
@@ -218,53 +221,58 @@ def _varlen(x: PackedInputs) -> Tensor:
     return out
 
 
-def _xformers(x: PackedInputs) -> Tensor:
-    from xformers import ops
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _block_diagonal(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    mask = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens([n for n in x.lengths if n], device=x.q.device)
-    if x.causal:
-        mask = mask.make_causal()
-    out: Tensor = ops.memory_efficient_attention(x.q[None], x.k[None], x.v[None], attn_bias=mask)
-    return out[0]
+    mask = BlockDiagonalMask.from_seqlens([n for n in lengths if n], device=device)
+    return mask.make_causal() if causal else mask
+
+
+def _xformers_call(x: PackedInputs) -> memory_efficient.Call:
+    mask = _block_diagonal(x.lengths, x.causal, x.q.device)
+    return memory_efficient.Call(x.q[None], x.k[None], x.v[None], mask)
+
+
+def _xformers(x: PackedInputs) -> Tensor:
+    return memory_efficient.run(_xformers_call(x))[0]
 
 
 def _runs(x: PackedInputs | None) -> str | None:
     return None
 
 
-def _why_not_gpu(x: PackedInputs | None, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def _why_not_varlen(x: PackedInputs | None) -> str | None:
+    missing: str | None = why_not_installed("torch.nn.attention.varlen")
+    if missing is not None:
+        return missing
     if x is None:
         return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
     if not x.q.is_cuda:
         return f"needs tensors on a GPU, these are on {x.q.device}"
-    if x.q.dtype not in dtypes:
-        return f"dtype {x.q.dtype} is not supported"
-    if x.q.shape[2] % 8:
-        return f"head width {x.q.shape[2]} is not a multiple of 8"
-    return None if len(x.q) else "there are no tokens"
-
-
-def _why_not_varlen(x: PackedInputs | None) -> str | None:
-    if reason := _why_not_gpu(x, (torch.float16, torch.bfloat16)):
-        return reason
-    missing: str | None = why_not_installed("torch.nn.attention.varlen")
-    if missing is not None:
-        return missing
+    if torch.version.cuda and torch.cuda.get_device_capability(x.q.device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    if x.q.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 or bfloat16, got {x.q.dtype}"
+    if x.q.shape[2] % 8 or x.q.shape[2] > 256:
+        return f"needs a head width that is a multiple of 8, up to 256, got {x.q.shape[2]}"
+    if x.q.numel() == 0:
+        return "no empty inputs"
     from torch.nn.attention.varlen import varlen_attn
 
-    if "window_size" not in inspect.signature(varlen_attn).parameters:
-        return "this torch's varlen_attn takes no window_size"
-    return None
+    takes_window = "window_size" in inspect.signature(varlen_attn).parameters
+    return None if takes_window else "this torch's varlen_attn takes no window_size"
 
 
 def _why_not_xformers(x: PackedInputs | None) -> str | None:
-    missing: str | None = why_not_installed("xformers")
-    return missing or _why_not_gpu(x, (torch.float16, torch.bfloat16, torch.float32))
+    reason = memory_efficient.why_not_here(None if x is None else x.q)
+    return reason or (None if x is None else memory_efficient.why_not_kernel(_xformers_call(x)))
 
 
 def _order(x: PackedInputs) -> Sequence[str]:
     if x.q.is_cuda:
-        return ("varlen", "xformers", "grouped")
+        return ("varlen", "grouped")
     if _layout(x.lengths, x.q.device).source is None:
         return ("grouped", "loop")  # nothing to copy
     # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, choose, why_not_installed
+from distill_kernels import memory_efficient
+from distill_kernels.backends import Backend, Op, choose
 
 
 class SelfAttention(NamedTuple):
@@ -168,30 +169,23 @@ def _sdpa(x: SelfAttention) -> Tensor:
     return out
 
 
-def _xformers(x: SelfAttention) -> Tensor:
-    from xformers import ops
+def _xformers_call(x: SelfAttention) -> memory_efficient.Call:
+    from xformers.ops import LowerTriangularMask
 
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))  # [N, L, H, K]
-    bias = ops.LowerTriangularMask() if x.causal else None
-    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
-    return out.transpose(1, 2)
+    return memory_efficient.Call(q, k, v, LowerTriangularMask() if x.causal else None)
+
+
+def _xformers(x: SelfAttention) -> Tensor:
+    return memory_efficient.run(_xformers_call(x)).transpose(1, 2)
 
 
 def _why_not_xformers(x: SelfAttention | None) -> str | None:
-    missing: str | None = why_not_installed("xformers")
-    if missing is not None:
-        return missing
     if x is None:
-        return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
-    if not x.q.is_cuda:
-        return f"needs tensors on a GPU, these are on {x.q.device}"
-    if x.q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"dtype {x.q.dtype} is not supported"
-    if x.q.shape[3] % 8:
-        return f"head width {x.q.shape[3]} is not a multiple of 8"
-    if x.q.numel() == 0:
-        return "there are no tokens"
-    return "takes no mask; use sdpa" if x.mask is not None else None
+        return memory_efficient.why_not_here(None)
+    if x.mask is not None:
+        return "takes no mask; use sdpa"
+    return memory_efficient.why_not_here(x.q) or memory_efficient.why_not_kernel(_xformers_call(x))
 
 
 def _runs(x: SelfAttention | None) -> str | None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_kernels.launches import dot_precision, launch
 from distill_kernels.triton_cross_attention_kernels import blocks, cross_attention_backward, cross_attention_forward
 
 
@@ -117,7 +118,9 @@ def launch_forward(
     if out.numel() == 0:
         return
     size = blocks(queries, width, q.element_size())
-    cross_attention_forward[(b * h, triton.cdiv(queries, size.queries))](
+    launch(
+        cross_attention_forward,
+        (b * h, triton.cdiv(queries, size.queries)),
         q,
         k,
         v,
@@ -167,7 +170,9 @@ def launch_backward(
         dq.zero_()
         return
     size = blocks(queries, width, q.element_size())
-    cross_attention_backward[(b * h,)](
+    launch(
+        cross_attention_backward,
+        (b * h,),
         dout,
         q,
         k,
@@ -209,7 +214,7 @@ def _constants(q: Tensor, lengths: Tensor | None, mask: Tensor | None) -> dict[s
         "HAS_LENGTHS": lengths is not None,
         "HAS_MASK": mask is not None,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": dot_precision(),
         # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
         "UPCAST": triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill_kernels.chunks import compute_dtype, target_mean
 from distill_kernels.compile_specs import Spec, make_spec
+from distill_kernels.launches import launch
 from distill_kernels.pairwise_ops import register_gradients
 from distill_kernels.triton_pairwise import (
     LOG2_E,
@@ -121,7 +122,7 @@ def launch_lse(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor) -> None:
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
     grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
-    _lse_kernel[grid](x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x))
+    launch(_lse_kernel, grid, x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x))
 
 
 def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Tensor:
@@ -133,7 +134,9 @@ def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tens
     size = block_sizes(part.x.element_size())
     grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
     d_scale = row_lse.new_empty(grid)
-    _gradient_kernel[grid](
+    launch(
+        _gradient_kernel,
+        grid,
         part.x,
         part.y,
         scale,

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.chunks import CHUNK, block_size, blocks, compute_dtype
+from distill_kernels.launches import dot_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -84,7 +85,7 @@ def launch_constants(x: Tensor) -> dict[str, Any]:
         "BLOCK_J": size.j,
         "BLOCK_D": size.d,
         "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        "PRECISION": dot_precision(),
         # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
         "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
         "num_warps": size.warps,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distill_kernels.chunks import compute_dtype, target_mean
 from distill_kernels.compile_specs import Spec, make_spec
+from distill_kernels.launches import launch
 from distill_kernels.pairwise_ops import register_gradients
 from distill_kernels.triton_pairwise import (
     LOG2_E,
@@ -113,9 +114,8 @@ def launch_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, cost: Ten
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
     grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
-    _softplus_kernel[grid](
-        x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x) | {"BLOCK_J": _FORWARD_J}
-    )  # fmt: skip
+    constants = launch_constants(x) | {"BLOCK_J": _FORWARD_J}
+    launch(_softplus_kernel, grid, x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **constants)
 
 
 def launch_sigmoid_gradient(part: Part, scale: Tensor, bias: Tensor) -> Tensor:
@@ -124,7 +124,9 @@ def launch_sigmoid_gradient(part: Part, scale: Tensor, bias: Tensor) -> Tensor:
     size = block_sizes(part.x.element_size())
     grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
     sums = part.weight.new_empty((*grid, 2))
-    _sigmoid_gradient_kernel[grid](
+    launch(
+        _sigmoid_gradient_kernel,
+        grid,
         part.x,
         part.y,
         scale,

@@ -28,12 +28,16 @@ def world_size() -> int:
 
 def start(device: torch.device) -> torch.device:
     """Join the process group that `torchrun` describes in the environment, if it does; returns this rank's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
-        # other ranks wait while the first writes data and checkpoints
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if device.type == "cuda":
+        if device.index is None:  # some launchers show each rank one GPU
+            number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+            device = torch.device("cuda", number if ranks > 1 else torch.cuda.current_device())
+        torch.cuda.set_device(device)
+    if ranks > 1 and not dist.is_initialized():
+        # gloo beside nccl: flags and objects stay on the CPU. Others wait while the first rank writes checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
     return device
 
 
@@ -49,8 +53,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.dim = dim
+        x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
+        dist.all_gather(parts, x)
         return torch.cat(parts, dim)
 
     @staticmethod
@@ -79,9 +84,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    used = torch.tensor(
-        [parameter.grad is not None for parameter in trained], dtype=torch.uint8, device=trained[0].device
-    )
+    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
     dist.all_reduce(used, op=dist.ReduceOp.MAX)
     by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
     for parameter, is_used in zip(trained, used.tolist(), strict=True):
@@ -109,8 +112,6 @@ def any_rank(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     value = torch.tensor(int(flag))
-    if dist.get_backend() == "nccl":
-        value = value.cuda()
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 

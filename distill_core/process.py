@@ -76,8 +76,9 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def get_random() -> dict[str, Any]:
-    """The state of all generators, as plain data and tensors that `torch.load(weights_only=True)` takes."""
+def get_random(device: torch.device) -> dict[str, Any]:
+    """The state of the generators of the CPU and of `device`, as plain data and tensors that
+    `torch.load(weights_only=True)` takes."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -85,17 +86,17 @@ def get_random() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random(state: Mapping[str, Any]) -> None:
+def set_random(state: Mapping[str, Any], device: torch.device) -> None:
     """The inverse of `get_random`."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -128,7 +128,7 @@ class Trainer:
         resumed = self.step > 0
         batches = iter(self.loader)  # workers fork here, before any thread starts
         if self._random is not None:
-            set_random(self._random)
+            set_random(self._random, self.device)
         self.display.step(self.step, None, {})
         complete = False
         try:
@@ -187,9 +187,8 @@ class Trainer:
             batch = next(batches)
             self._note_skipped(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
-            losses, norm = self._step(batch.to(self.device), progress)
+            losses, values, norm = self._step(batch.to(self.device), progress)
             self.step += 1
-            values = {name: value.item() for name, value in losses.terms.items()}
             rate = None
             if self.step % train.log_every == 0 or self.step == self.steps:
                 elapsed = time.perf_counter() - clock
@@ -218,8 +217,11 @@ class Trainer:
     _rate: float | None = None
     _final_better = False
 
-    def _step(self, batch: Batch, progress: Progress) -> tuple[Losses, float]:
-        """Forward, backward, update: one optimiser step, or none when a value is not finite and that is allowed."""
+    def _step(self, batch: Batch, progress: Progress) -> tuple[Losses, dict[str, float], float]:
+        """Forward, backward, update: one optimiser step, or none when a value is not finite and that is allowed.
+
+        Also the values of the losses' terms, and the gradient's norm.
+        """
         train, objective = self.recipe.train, self.objective
         factor = self.schedule.factor(self.step, self.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -229,30 +231,29 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             outputs = objective.represent(batch, progress)
             losses = objective.losses(outputs)
-        norm = math.nan
-        finite = not distributed.any_rank(not bool(torch.isfinite(losses.total)))
-        if finite:
-            losses.total.backward()  # type: ignore[no-untyped-call]
-            distributed.average_gradients(self.parameters)
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            total = torch.nn.utils.get_total_norm(gradients)
-            norm = total.item()
-            finite = math.isfinite(norm)
-            if finite and train.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, train.clip_grad, total)
-        if not finite:
-            self._not_finite(batch, losses, norm)
-            return losses, norm
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self.parameters)
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # read in one piece: the host waits for a GPU once a step
+        scalars = (losses.total, total_norm, *losses.terms.values())
+        loss, norm, *numbers = torch.stack([x.detach().to(self.device, torch.float32) for x in scalars]).tolist()
+        terms = dict(zip(losses.terms, numbers, strict=True))
+        # the norm is of all ranks' gradients, the loss this rank's
+        if distributed.any_rank(not (math.isfinite(loss) and math.isfinite(norm))):
+            self._not_finite(batch, terms, loss, norm)
+            return losses, terms, norm
+        if train.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, train.clip_grad, total_norm)
         objective.before_step(progress)
         self.optimizer.step()
         objective.after_step(outputs, progress)
-        return losses, norm
+        return losses, terms, norm
 
-    def _not_finite(self, batch: Batch, losses: Losses, norm: float) -> None:
-        terms = ", ".join(f"{name} = {value.item():.6g}" for name, value in losses.terms.items())
-        if not math.isfinite(losses.total.item()):
+    def _not_finite(self, batch: Batch, values: Mapping[str, float], loss: float, norm: float) -> None:
+        terms = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
+        if not math.isfinite(loss):
             what = "the loss is not finite"
-        elif math.isnan(norm) and self.world > 1:
+        elif self.world > 1 and not math.isinf(norm):
             what = "the loss or the gradient of another rank is not finite"
         else:
             what = f"the gradient's norm is {norm}"
@@ -352,7 +353,7 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         state = {
             "data": self.loader.state_dict(),
-            "random": get_random(),
+            "random": get_random(self.device),
             "skipped_samples": self.skipped_samples,
         }
         ranks = distributed.gather_objects(state)

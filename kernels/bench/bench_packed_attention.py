@@ -29,7 +29,7 @@ from distill_kernels.measure import interleaved, peak_bytes
 from distill_kernels.packed_attention import OP as PACKED
 from distill_kernels.packed_attention import PackedInputs, packed_attention
 from distill_kernels.self_attention import OP as DENSE
-from distill_kernels.self_attention import SelfAttention, self_attention
+from distill_kernels.self_attention import SelfAttention, self_attention, without_cudnn
 
 # N, L, H, K, causal: images and texts of the tiny recipe, ViT-B at 224 and 96 px, CLIP text.
 DENSE_CASES = (
@@ -89,14 +89,15 @@ def packed_calls(x: Tensor, lengths: tuple[int, ...], causal: bool) -> tuple[dic
     return calls, choose(PACKED, "auto", inputs).name
 
 
-def padded_call(lengths: tuple[int, ...], causal: bool) -> Call:
+def padded_call(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Call:
     """x [N, longest, 3, H, K], what a tower without packing computes."""
-    mask = None if causal else torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    valid = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+    keys = None if causal else valid[:, None, None, :]
 
     def attend(x: Tensor) -> Tensor:
         q, k, v = x.permute(2, 0, 3, 1, 4)
-        keys = None if mask is None else mask[:, None, None, :].to(x.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
+        with without_cudnn(device):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, is_causal=causal)
 
     return attend
 
@@ -130,7 +131,7 @@ def main() -> None:
                     calls, auto = packed_calls(x, lengths, causal)
                 steps = {name: functools.partial(step, call, x, training) for name, call in calls.items()}
                 y = new(n, max(lengths), 3, heads, width, requires_grad=training)
-                steps["padded"] = functools.partial(step, padded_call(lengths, causal), y, training)
+                steps["padded"] = functools.partial(step, padded_call(lengths, causal, device), y, training)
                 case = {"op": "packed_attention", "n": n, "length": f"{low}-{high}", "heads": heads}
                 case |= {"width": width, "causal": causal} | common
                 rows += measure(steps, case, "padded", auto, arguments.rounds, device)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +52,9 @@ TARGETS = {
 }
 
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
 class Row(NamedTuple):
     kernel: str
     variant: str
@@ -60,6 +66,7 @@ class Row(NamedTuple):
     triton: str
 
 
+@functools.cache
 def specs() -> list[Spec]:
     return [spec for module in MODULES for spec in importlib.import_module(module).compile_specs()]
 
@@ -87,12 +94,17 @@ def measure(spec: Spec, name: str) -> Row:
     return Row(spec.name, spec.variant, name, spec.warps, registers, spills, shared, triton.__version__)
 
 
+def _measure_named(name: str, variant: str, target: str) -> Row:
+    """In a worker: a kernel does not travel between processes."""
+    (spec,) = [s for s in specs() if (s.name, s.variant) == (name, variant)]
+    return measure(spec, target)
+
+
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump gave no resource usage:\n{text}")
@@ -131,7 +143,11 @@ def main() -> int:
     if arguments.list:
         print(*(f"{spec.name},{spec.variant}" for spec in chosen), sep="\n")
         return 0
-    rows = [measure(spec, target) for spec in chosen for target in arguments.targets]
+    if any(TARGETS[t].gpu.backend == "cuda" for t in arguments.targets) and not CUOBJDUMP.exists():
+        parser.error(f"this Triton has no {CUOBJDUMP.name} to read NVIDIA's binaries with; use --targets gfx942")
+    jobs = [(spec.name, spec.variant, target) for spec in chosen for target in arguments.targets]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(_measure_named, *zip(*jobs, strict=True), chunksize=4)) if jobs else []
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)

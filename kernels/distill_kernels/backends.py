@@ -14,6 +14,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,8 @@ def choose(op: Op, backend: str, inputs: Any) -> Backend:
     # Without a table the bucket is not asked for: under torch.compile it would fix dynamic sizes.
     if _has_table(device):
         measured = _measured(device, op.name, op.bucket(inputs)).split()
-        order = [n for n in measured if n in order] + order
+        known = {b.name for b in op.backends}
+        order = [n for n in measured if n in known] + order
     reasons = []
     for name in order:
         candidate = op.get(name)
@@ -134,6 +137,33 @@ def why_not_installed(package: str) -> str | None:
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on the CPU (set before triton is first imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not_triton(device: torch.device | None) -> str | None:
+    """Why Triton's kernels cannot run on tensors of `device`; None asks for this machine only."""
+    missing: str | None = why_not_installed("triton")
+    if missing is not None or interpreting():
+        return missing
+    if device is None:
+        if not torch.cuda.is_available():
+            return "needs a GPU (or TRITON_INTERPRET=1, to debug), and torch sees none"
+    elif device.type != "cuda":
+        return f"needs tensors on a GPU (or TRITON_INTERPRET=1, to debug), these are on {device}"
+    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 or newer"
+    no_compiler: str | None = _why_not_compile()
+    return no_compiler
+
+
+@_constant
+def _why_not_compile() -> str | None:
+    """Triton builds its launcher in C when a kernel is first launched."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc or clang, or name one in CC"
+    headers = Path(sysconfig.get_paths(scheme="posix_prefix")["include"])
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's headers (python3-dev): there is no {headers / 'Python.h'}"
+    return None
 
 
 def device_name(device: torch.device) -> str:

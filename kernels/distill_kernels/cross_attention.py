@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_installed
+from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_triton
+from distill_kernels.self_attention import without_cudnn
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -138,6 +139,11 @@ def sdpa(inputs: CrossAttentionInputs) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention."""
     q, k, v, lengths, mask, scale = inputs
     valid = key_mask(lengths, mask, k.shape[2])
+    with without_cudnn(q.device):
+        return _sdpa(q, k, v, valid, scale)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
     if valid is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
     # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
@@ -192,22 +198,12 @@ def _why_not_xformers(inputs: CrossAttentionInputs | None) -> str | None:
 
 
 def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
-    missing: str | None = why_not_installed("triton")
-    if missing is not None:
-        return missing
-    interpreted = interpreting()
-    if inputs is None:
-        if interpreted or torch.cuda.is_available():
-            return None
-        return "needs a GPU (or TRITON_INTERPRET=1, to debug)"
+    reason = why_not_triton(None if inputs is None else inputs.q.device)
+    if reason is not None or inputs is None:
+        return reason
     q = inputs.q
-    if q.device.type == "cpu" and not interpreted:
-        return "needs tensors on a GPU (or TRITON_INTERPRET=1, to debug)"
-    if q.device.type not in ("cpu", "cuda"):
-        return f"not written for {q.device.type} devices"
-    if q.device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not (interpreted and q.dtype == torch.float64):
+    wide = interpreting() and q.dtype == torch.float64
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not wide:
         return f"takes float16, bfloat16 or float32, got {q.dtype}"
     if not 1 <= q.shape[3] <= 128:
         return f"takes head widths up to 128, got {q.shape[3]}"

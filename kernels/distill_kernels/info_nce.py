@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_installed
+from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_triton
 from distill_kernels.chunked_info_nce import info_nce_chunked
 from distill_kernels.chunks import compute_dtype
 
@@ -128,20 +128,15 @@ def _runs(x: InfoNCEInputs | None) -> str | None:
     return None
 
 
-def why_not_triton(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor] = ()) -> str | None:
-    """Why Triton's kernels cannot take these, or, without any, why this machine cannot run them."""
-    missing: str | None = why_not_installed("triton")
-    if missing is not None:
-        return missing
-    interpreted = interpreting()
-    if not embeddings:
-        return None if interpreted or torch.cuda.is_available() else "needs a GPU, and torch sees none"
-    device = embeddings[0].device
-    if device.type != "cuda" and not interpreted:
-        return f"needs tensors on a GPU, these are on {device}"
+def why_not_pairwise(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor] = ()) -> str | None:
+    """Why the Triton kernels of pairs cannot take these, or, without any, why this machine cannot run them."""
+    device = embeddings[0].device if embeddings else None
+    reason = why_not_triton(device)
+    if reason is not None:
+        return reason
     dtypes = {t.dtype for t in embeddings}
-    known = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if interpreted else set())
-    if len(dtypes) != 1 or not dtypes <= known:
+    known = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if interpreting() else set())
+    if embeddings and (len(dtypes) != 1 or not dtypes <= known):
         return f"needs one dtype among float32, float16 and bfloat16, got {sorted(map(str, dtypes))}"
     for scalar in scalars:
         if scalar.device != device:
@@ -149,15 +144,21 @@ def why_not_triton(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor] 
     return None
 
 
+def order_on_gpu(embeddings: Tensor) -> Sequence[str]:
+    """In fp32 our products run without tensor cores, where the library's are hard to beat (neither was measured)."""
+    tensor_cores = embeddings.dtype.itemsize < 4 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return ("triton", "chunked") if tensor_cores else ("chunked", "triton")
+
+
 def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
     if x is None:
-        return why_not_triton()
-    return why_not_triton([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
+        return why_not_pairwise()
+    return why_not_pairwise([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
 
 
 def _order(x: InfoNCEInputs) -> Sequence[str]:
     if x.a.is_cuda:
-        return ("triton", "chunked")
+        return order_on_gpu(x.a)
     # Measured (bench_info_nce.py): up to 2^18 logits the calls of a custom op cost more than its passes save.
     # Under autocast a compiled backward pass would lower the reference's matmuls.
     columns = x.a.shape[1] if x.a_all is None else x.a_all.shape[1]

@@ -21,5 +21,5 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
 
 def dot_precision() -> str:
     """tl.dot's input_precision for fp32 operands, as torch's own matmul is set."""
-    # allow_tf32 cannot be read once a user has set fp32_precision; this reads both.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    # allow_tf32 cannot be read once a user has set fp32_precision; this reads both. Few AMD cards have tf32.
+    return "tf32" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -45,14 +45,14 @@ def packed_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(K)) v within each sequence: q, k, v [T, H, K] -> [T, H, K].
 
-    The lengths are read on the host, once for a `cu_lengths` tensor: hand every layer the same one. Under
-    torch.compile the call is a graph break.
+    The lengths are read on the host, once for a `cu_lengths` tensor: hand every layer the same one, on the CPU if it
+    is known there, so that the host need not wait for a GPU. Under torch.compile the call is a graph break.
 
     Args:
         q: [T, H, K].
         k: [T, H, K].
         v: [T, H, K].
-        cu_lengths: [N + 1] int, the first row of each sequence, then T. Sequences may be empty.
+        cu_lengths: [N + 1] int, the first row of each sequence, then T; on any device. Sequences may be empty.
         causal: token i of a sequence attends to its tokens 0..i.
         backend: "reference", "loop" (a sequence at a time, no copies), "grouped" (sequences of like length
             padded to one `self_attention`), "varlen" (torch's flash kernel, GPU), "xformers" (block-diagonal
@@ -213,10 +213,13 @@ def _grouped(x: PackedInputs) -> Tensor:
 def _varlen(x: PackedInputs) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = x.cu_lengths.to(torch.int32)
+    bounds = x.cu_lengths.to(x.q.device, torch.int32, non_blocking=True)
     longest = max(x.lengths)
-    window = (-1, 0) if x.causal else (-1, -1)
-    out = varlen_attn(x.q, x.k, x.v, bounds, bounds, longest, longest, window_size=window)
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        causal: dict[str, Any] = {"window_size": (-1, 0) if x.causal else (-1, -1)}
+    else:  # torch 2.10
+        causal = {"is_causal": x.causal}
+    out = varlen_attn(x.q, x.k, x.v, bounds, bounds, longest, longest, **causal)
     assert isinstance(out, Tensor)
     return out
 
@@ -259,10 +262,8 @@ def _why_not_varlen(x: PackedInputs | None) -> str | None:
         return f"needs a head width that is a multiple of 8, up to 256, got {x.q.shape[2]}"
     if x.q.numel() == 0:
         return "no empty inputs"
-    from torch.nn.attention.varlen import varlen_attn
-
-    takes_window = "window_size" in inspect.signature(varlen_attn).parameters
-    return None if takes_window else "this torch's varlen_attn takes no window_size"
+    # Without a causal mask it has given NaN there (pytorch issue 173469).
+    return "not on ROCm; use grouped or xformers" if torch.version.hip else None
 
 
 def _why_not_xformers(x: PackedInputs | None) -> str | None:

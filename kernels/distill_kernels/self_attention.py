@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose
@@ -161,12 +163,27 @@ def _explicit(x: SelfAttention) -> Tensor:
     return out
 
 
+def without_cudnn(device: torch.device) -> AbstractContextManager[object]:
+    """Leave cuDNN's kernel out of scaled_dot_product_attention on a GPU; torch 2.11 puts it first on the newest ones.
+
+    It makes a plan for each new shape (about half a second), and its backward pass has given NaN under a mask
+    (pytorch issue 196678).
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def _sdpa(x: SelfAttention) -> Tensor:
-    if x.mask is None:
-        out: Tensor = F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=x.causal)
-    else:
-        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=_allowed(x))
-    return out
+    with without_cudnn(x.q.device):
+        if x.mask is None:
+            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=x.causal)
+        allowed = _allowed(x)
+        assert allowed is not None
+        # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
+        some = allowed.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=allowed | ~some)
+        return out.masked_fill(~some, 0.0)
 
 
 def _xformers_call(x: SelfAttention) -> memory_efficient.Call:

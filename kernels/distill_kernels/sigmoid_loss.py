@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_kernels.backends import Backend, Op, choose
 from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.info_nce import check_inputs, why_not_triton
+from distill_kernels.info_nce import check_inputs, order_on_gpu, why_not_pairwise
 from distill_kernels.pairwise_ops import register_gradients
 
 
@@ -137,7 +137,7 @@ def _triton(x: SigmoidInputs) -> Tensor:
 
 
 def _why_not_triton(x: SigmoidInputs | None) -> str | None:
-    return why_not_triton() if x is None else why_not_triton((x.a, x.b), (x.scale, x.bias))
+    return why_not_pairwise() if x is None else why_not_pairwise((x.a, x.b), (x.scale, x.bias))
 
 
 def _runs(x: SigmoidInputs | None) -> str | None:
@@ -145,7 +145,7 @@ def _runs(x: SigmoidInputs | None) -> str | None:
 
 
 def _order(x: SigmoidInputs) -> Sequence[str]:
-    return ("triton", "chunked") if x.a.is_cuda else ("chunked",)
+    return order_on_gpu(x.a) if x.a.is_cuda else ("chunked",)
 
 
 def _bucket(x: SigmoidInputs) -> str:

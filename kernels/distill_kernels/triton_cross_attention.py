@@ -30,6 +30,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     out, lse = _forward_outputs(q)
+    lengths = None if lengths is None else lengths.contiguous()
     launch_forward(q, k, v, lengths, mask, scale, out, lse)
     return out, lse
 
@@ -60,6 +61,7 @@ def _backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if q.shape[2] == 0:
         return dq, dk.zero_(), dv.zero_()
+    lengths = None if lengths is None else lengths.contiguous()
     block = blocks(q.shape[2], q.shape[3], q.element_size()).queries
     if q.shape[2] <= block:
         launch_backward(dout, q, k, v, out, lse, lengths, mask, scale, dq, dk, dv)

@@ -89,7 +89,8 @@ def launch_constants(x: Tensor) -> dict[str, Any]:
         # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
         "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
         "num_warps": size.warps,
-        "num_stages": size.stages,
+        "num_stages": 2 if torch.version.hip else size.stages,
+        "enable_fp_fusion": True,
     }
 
 

@@ -125,23 +125,22 @@ class ClipText(Backbone):
     def _packed(self, read: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """ids [B, L], those of `read` whole -> end-of-text's tokens [B, W] of all, and all tokens [T, W] of `read`."""
         ids = [*read, *rest]
-        ends = [x.argmax(1) for x in ids]
-        ours = [torch.full_like(end, x.shape[1]) for x, end in zip(read, ends, strict=False)]
-        lengths = torch.cat([*ours, *(end + 1 for end in ends[len(read) :])])
-        columns = torch.arange(max(x.shape[1] for x in ids), device=lengths.device)
-        counts = torch.split(lengths, [len(x) for x in ids])
-        flat = torch.cat([x[columns[: x.shape[1]] < n[:, None]] for x, n in zip(ids, counts, strict=True)])
-        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        place = torch.arange(len(flat), device=flat.device) - torch.repeat_interleave(starts[:-1], lengths)
-        sequence = self.token_embedding(flat) + embedding(place, self.positional_embedding)
+        device, sizes = ids[0].device, [len(x) for x in ids]
+        # Read on the host once: where everything stands is worked out there.
+        ends = torch.cat([x.argmax(1) for x in ids]).cpu()
+        widths = torch.tensor([x.shape[1] for x in ids]).repeat_interleave(torch.tensor(sizes))
         whole, number = sum(x.numel() for x in read), sum(len(x) for x in read)
-        kept = torch.arange(whole, device=flat.device)
-        rows = torch.cat([kept, starts[number + 1 :] - 1])
+        lengths = torch.where(torch.arange(len(ends)) < number, widths, ends + 1)
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        place = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(lengths)
+        padded = (widths.cumsum(0) - widths).repeat_interleave(lengths) + place
+        rows = torch.cat([torch.arange(whole), starts[number + 1 :] - 1])
+        at_end = torch.cat([starts[:number] + ends[:number], torch.arange(whole, len(rows))])
+        padded, place, rows, at_end = (x.to(device, non_blocking=True) for x in (padded, place, rows, at_end))
+        flat = torch.cat([x.flatten() for x in ids])[padded]
+        sequence = self.token_embedding(flat) + embedding(place, self.positional_embedding)
         out = self.ln_final(self.transformer.packed(sequence, starts.int(), rows, causal=True))
-        at_end = torch.cat(
-            [starts[:number] + torch.cat(ends)[:number], torch.arange(whole, len(out), device=out.device)]
-        )
-        return list(torch.split(out.index_select(0, at_end), [len(x) for x in ids])), out[:whole]
+        return list(torch.split(out.index_select(0, at_end), sizes)), out[:whole]
 
     def _padded(self, x: Tensor) -> Tensor:
         """ids [N, L] -> [N, context], where tokens are handed on padded to it."""

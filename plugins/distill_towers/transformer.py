@@ -230,7 +230,7 @@ class Transformer(nn.Module):
         shapes = [sequences[i].shape for i in order]
         x = torch.cat([sequences[i].flatten(0, 1) for i in order])
         lengths = [shape[1] for shape in shapes for _ in range(shape[0])]
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=x.device)
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # stays on the CPU, where it is read
         for block in body:
             x = block.packed(x, starts, None, causal=False)  # type: ignore[operator]
         rows = torch.split(x, [shape[:2].numel() for shape in shapes])

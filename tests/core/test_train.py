@@ -181,7 +181,7 @@ def test_rows_are_json_even_when_values_are_not_finite(run: Run) -> None:
     row = next(row for row in rows if "terms" in row and row["step"] == 2)
     assert row["loss"] is None
     assert row["terms"]["poison"] is None
-    assert row["grad_norm"] is None
+    assert math.isfinite(row["grad_norm"])  # the poison is a constant
     assert math.isfinite(row["terms"]["contrastive"])
 
 

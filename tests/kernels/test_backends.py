@@ -75,8 +75,14 @@ def test_auto_without_any_says_why_for_each(tables: Path) -> None:
 
 
 def test_measured_table_decides(tables: Path) -> None:
-    """By bucket; a name that left the order, or cannot run these inputs, is passed over."""
-    table_path(CPU).write_text('{"double": {"small": ["gone", "plain"], "large": ["picky"]}}')
+    """By bucket, backends that are not in the built-in order included; a name that is gone, or cannot run these
+    inputs, is passed over."""
+    table_path(CPU).write_text(
+        '{"double": {"small": ["gone", "plain"], "large": ["picky"]}, "both": {"small": ["plain"]}}'
+    )
+    picky = make_op("both")
+    picky = Op(picky.name, picky.backends, lambda x: ("picky",), picky.bucket, picky.cases, picky.device)
+    assert choose(picky, "auto", [2]).name == "plain"
     op = make_op()
     assert choose(op, "auto", [2]).name == "plain"
     assert choose(op, "auto", [12]).name == "picky"
@@ -107,6 +113,20 @@ def test_tune_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="unset TRITON_INTERPRET"):
         tune(CPU)
+
+
+def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on a slim image: said by `distill kernels`, and `auto` takes another backend, instead of a failed build."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert str(backends.why_not_triton(None)).startswith("Triton needs Python's headers")
+    (tmp_path / "Python.h").touch()
+    assert backends.why_not_triton(None) is None
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert str(backends.why_not_triton(None)).startswith("Triton needs a C compiler")
 
 
 def test_every_op_is_listed_and_loads() -> None:

@@ -283,6 +283,19 @@ def test_autocast(backend: str) -> None:
     assert all(g.dtype == torch.float32 for g in grads)
 
 
+@pytest.mark.parametrize("backend", ["reference", "matmul", "sdpa", "triton"])
+def test_strided_lengths(backend: str) -> None:
+    """A column of a table, say. Catches a kernel that takes its elements to stand side by side."""
+    q, k, v = make((3, 1, 2, 20, 16), torch.float32)
+    lengths = torch.tensor([[7, 20], [3, 20], [20, 20]], device=DEVICE)[:, 0]
+    out = cross_attention(q, k, v, lengths, backend=backend)
+    torch.testing.assert_close(out, cross_attention(q, k, v, lengths.contiguous(), backend="reference"))
+    dout = torch.randn_like(out)
+    right = torch.autograd.grad(cross_attention(q, k, v, lengths.contiguous(), backend="reference"), (q, k, v), dout)
+    for found, expected in zip(torch.autograd.grad(out, (q, k, v), dout), right, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_choice_is_explicit() -> None:
     q, k, v = make((2, 2, 3, 20, 16), torch.float32)
     with pytest.raises(BackendError, match="no backend named 'flash'; there are reference, matmul"):

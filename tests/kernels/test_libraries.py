@@ -95,6 +95,7 @@ def libraries(xformers: None, monkeypatch: pytest.MonkeyPatch) -> None:
         scale = q.shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
         return plain(q, k, v, bias, scale).transpose(1, 2)
 
+    varlen_attn.__signature__ = takes["varlen"]  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(xformers.ops, "memory_efficient_attention", memory_efficient_attention)
 
@@ -137,6 +138,22 @@ def test_cross_attention(libraries: None, valid: str) -> None:
     mask = (torch.rand(3, 21) < 0.5).to(DEVICE) if valid == "mask" else None
     out = CROSS.get("xformers").run(CrossAttentionInputs(q, k, v, lengths, mask, 0.3))
     compare(out, cross_attention(q, k, v, lengths, mask, scale=0.3, backend="reference"), q, k, v)
+
+
+@pytest.mark.skipif(GPU, reason="stands in for an older torch")
+def test_varlen_of_torch_2_10(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has `is_causal` where later ones have `window_size`."""
+    asked = []
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, *bounds: Any, is_causal: bool = False) -> Tensor:
+        asked.append(is_causal)
+        return q
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    x = torch.zeros(3, 2, 16)
+    for causal in (True, False):
+        PACKED.get("varlen").run(PackedInputs(x, x, x, torch.tensor([0, 1, 3]), (1, 2), causal))
+    assert asked == [True, False]
 
 
 def test_varlen_fits_the_real_operator() -> None:

@@ -48,15 +48,15 @@ class Interrupt:
         self.say(f"{signal.Signals(number).name}: {self.doing}")
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` or a torch device name. Raises `UserError` for one that is not there."""
+def resolve_device(name: str, option: str = "train.device") -> torch.device:
+    """`auto` or a torch device name. Raises `UserError` for one that is not there, naming the option that asked."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"train.device: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option}: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
     return device
 
 

@@ -23,21 +23,34 @@ from distill_cosmos import official, plain
 from distill_cosmos.fusion import CrossAttention
 from distill_cosmos.losses import Contrastive, CrossModalDistillation
 
+CPU = torch.device("cpu")
+
 
 class Clock:
-    """Seconds of this process (user and system) by part; `mark(part)` gives it what passed since the last mark."""
+    """Seconds by part; `mark(part)` gives it what passed since the last mark.
 
-    def __init__(self) -> None:
+    On a CPU those of this process (user and system); on a GPU wall time, each part waited for.
+    """
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self.parts: dict[str, list[float]] = defaultdict(list)
         self._last = 0.0
 
+    def now(self) -> float:
+        """Seconds, from no particular moment."""
+        if self.device.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def start(self) -> None:
         """A step begins."""
-        self._last = time.process_time()
+        self._last = self.now()
 
     def mark(self, part: str) -> None:
         """A part has ended."""
-        now = time.process_time()
+        now = self.now()
         self.parts[part].append(now - self._last)
         self._last = now
 
@@ -115,7 +128,9 @@ class Plain:
     def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
         vit, text = recipe.backbone["image"].config, recipe.backbone["text"].config
         fusion: Any = recipe.fusion
-        self.student, self.teacher = (plain.PlainCosmos(vit, text, fusion.config.heads) for _ in range(2))
+        self.student, self.teacher = (
+            plain.PlainCosmos(vit, text, fusion.config.heads).to(clock.device) for _ in range(2)
+        )
         states = official.public_state_dict(objective)
         self.student.load_state_dict(states["student"])
         self.teacher.load_state_dict(states["teacher"], strict=False)
@@ -161,7 +176,7 @@ class Plain:
 
 def _step(side: Ours | Plain, precision: str) -> dict[str, Tensor]:
     side.clock.start()
-    with torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext():
+    with torch.autocast(side.clock.device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
         terms = side.losses()
     total = torch.stack(list(terms.values())).sum()
     total.backward()  # type: ignore[no-untyped-call]
@@ -183,7 +198,7 @@ def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
         wanted = expected[key]
         if key.endswith("in_proj_bias"):
             third = len(wanted) // 3
-            keep = torch.ones(len(wanted), dtype=torch.bool)
+            keep = torch.ones(len(wanted), dtype=torch.bool, device=wanted.device)
             keep[third : 2 * third] = False
             value, wanted = value[keep], wanted[keep]
         gradient = max(gradient, ((value - wanted).norm() / wanted.norm()).item())
@@ -212,18 +227,19 @@ def bench_step(
     rounds: int,
     say: Callable[[str], None],
     precisions: Sequence[str] = ("fp32", "bf16"),
+    device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
-    """Rows by precision and part: median process seconds of both, and their ratio. One thread, interleaved."""
+    """Rows by precision and part: median seconds of both (`Clock`), and their ratio. One thread, interleaved."""
     check(recipe)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
-    objective = Objective.from_recipe(recipe)
+    objective = Objective.from_recipe(recipe).to(device)
     if objective.fusion is not None and objective.fusion.config.mask_padding:
         objective.fusion.config = objective.fusion.config.model_copy(update={"mask_padding": False})
-    batch = make_batch(recipe, batch_size, global_tokens, local_tokens)
-    ours = Ours(recipe, objective, batch, Clock())
-    other = Plain(recipe, objective, batch, Clock())
+    batch = make_batch(recipe, batch_size, global_tokens, local_tokens).to(device)
+    ours = Ours(recipe, objective, batch, Clock(device))
+    other = Plain(recipe, objective, batch, Clock(device))
     loss, gradient = agreement(ours, other)
     say(f"same step: losses agree to {loss:.1e}, gradients to {gradient:.1e} (relative, fp32)")
     for precision in precisions:
@@ -232,14 +248,14 @@ def bench_step(
         other.clock.parts.clear()
         for i in range(rounds + 1):
             for name, side in (("ours", ours), ("plain", other)) if i % 2 else (("plain", other), ("ours", ours)):
-                began = time.process_time()
+                began = side.clock.now()
                 _step(side, precision)
                 side.update()
                 side.clock.mark("update")
                 if i == 0:
                     side.clock.parts.clear()
                 else:
-                    totals[name].append(time.process_time() - began)
+                    totals[name].append(side.clock.now() - began)
         for part in [*ours.clock.parts, "step"]:
             a = statistics.median(totals["ours"] if part == "step" else ours.clock.parts[part])
             b = statistics.median(totals["plain"] if part == "step" else other.clock.parts[part])
@@ -258,9 +274,10 @@ def bench_step(
     return rows
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]], recipe: str, batch_size: int) -> None:
-    """The rows, with recipe, batch, processor and torch."""
-    about = {"recipe": recipe, "batch": batch_size, "device": _processor(), "torch": torch.__version__.split("+")[0]}
+def write_csv(path: Path, rows: list[dict[str, Any]], recipe: str, batch_size: int, device: torch.device = CPU) -> None:
+    """The rows, with recipe, batch, device and torch."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    about = {"recipe": recipe, "batch": batch_size, "device": name, "torch": torch.__version__.split("+")[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")

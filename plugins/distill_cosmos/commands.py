@@ -26,6 +26,7 @@ def bench() -> None:
     show_default=True,
     help="Precisions to measure; bf16 is autocast.",
 )
+@click.option("--device", default="cpu", show_default=True, help="Where both run: cpu, cuda, cuda:1, or auto.")
 @click.option("--csv", "output", help="Write the rows to this file.")
 def step(
     recipe: str,
@@ -35,18 +36,21 @@ def step(
     local_tokens: int,
     rounds: int,
     precision: str,
+    device: str,
     output: str | None,
 ) -> None:
-    """COSMOS's step against a straightforward one written from the equations (CPU, one thread, process time).
+    """COSMOS's step against a straightforward one written from the equations.
 
-    First both must give the same losses and gradients.
+    First both must give the same losses and gradients. On a CPU: one thread, process time; on a GPU: wall time.
     """
     from pathlib import Path
 
+    from distill_core.process import resolve_device
     from distill_core.registry import Registry
     from distill_core.resolve import load_recipe
     from distill_cosmos.bench import bench_step, write_csv
 
+    where = resolve_device(device, "--device")
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
     rows = bench_step(
         loaded,
@@ -56,6 +60,7 @@ def step(
         rounds=rounds,
         precisions=("fp32", "bf16") if precision == "both" else (precision,),
         say=click.echo,
+        device=where,
     )
     if output is not None:
-        write_csv(Path(output), rows, Path(recipe).name, batch)
+        write_csv(Path(output), rows, Path(recipe).name, batch, where)

@@ -88,6 +88,8 @@ class Augmentation(Component, ABC):
     def read(self, sample: Sample, field: str | None = None) -> list[Any]:
         """The sample's items of this modality as they are (one picture; each caption), for evaluation.
 
+        On a GPU several threads call this and `plain`.
+
         `field` names another field of the sample than the one that training reads. Raises `BadSample`.
         """
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from distill_core.ahead import ahead
 from distill_core.components import Augmentation, Backbone, Collator, FusionHead
 from distill_core.errors import BadSample, UserError, did_you_mean
+from distill_core.process import reading_threads
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import Override, load_recipe
@@ -66,12 +68,17 @@ class Model:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
-        parts, waiting = [], []
-        for i, item in enumerate(items):
+        plain = self.augment[modality].plain
+
+        def view(numbered: tuple[int, Any]) -> View:
             try:
-                waiting.append([self.augment[modality].plain(item)])
+                return plain(numbered[1])
             except BadSample as error:
-                raise UserError(f"{modality} {i}: {error}") from error
+                raise UserError(f"{modality} {numbered[0]}: {error}") from error
+
+        parts, waiting = [], []
+        for made in ahead(view, enumerate(items), reading_threads(self.device)):
+            waiting.append([made])
             if len(waiting) == self.batch_size:
                 parts.append(self._encode(modality, waiting, features))
                 waiting = []

@@ -60,13 +60,22 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
     return device
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reading_threads(device: torch.device) -> int:
+    """Threads that read items for a model on `device`: none on a CPU, whose cores all compute."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if device.type == "cpu" else min(16, max(1, _cores() // ranks_here))
+
+
 def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
     """As asked; on a CPU, else, the cores that the loader's workers leave."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if threads is not None:
         torch.set_num_threads(threads)
     elif device.type == "cpu":
-        torch.set_num_threads(max(1, cores - workers))
+        torch.set_num_threads(max(1, _cores() - workers))
 
 
 def seed_all(seed: int) -> None:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from distill_core import distributed
+from distill_core.ahead import ahead
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache, Kept
 from distill_core.model import Model
+from distill_core.process import reading_threads
 from distill_core.types import Sample, Skipped
 
 Of = Literal["embedding", "class_token"]
@@ -102,12 +104,19 @@ class EvaluationSet:
 
         With `share`, only those of this rank's share of the samples.
         """
-        for i, sample in self.share(f"{modality} of {self.name}") if share else enumerate(self):
+        augment = model.augment[modality]
+
+        def read(numbered: tuple[int, Sample]) -> tuple[int, list[Any] | Skipped]:
+            i, sample = numbered
             try:
-                found = model.augment[modality].read(sample, field)
+                return i, augment.read(sample, field)
             except BadSample as error:
-                key = sample["__key__"]
-                self.skipped[key, modality] = Skipped(key, str(sample["__url__"]), f"{modality}: {error}")
+                return i, Skipped(sample["__key__"], str(sample["__url__"]), f"{modality}: {error}")
+
+        samples = self.share(f"{modality} of {self.name}") if share else enumerate(self)
+        for i, found in ahead(read, samples, reading_threads(model.device)):
+            if isinstance(found, Skipped):
+                self.skipped[found.key, modality] = found
                 continue
             for item in found:
                 yield i, item

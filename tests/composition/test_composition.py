@@ -33,6 +33,7 @@ class SeesColours:
     """A picture's embedding is the colour of its first pixel, a text's that of the first colour it names."""
 
     modalities = ("image", "text")
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.augment = {"image": Whole(PictureConfig()), "text": Words(CaptionConfig())}

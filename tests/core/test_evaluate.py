@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,6 +53,7 @@ class Look:
     """A model that encodes a vector as itself, and a word as its entry."""
 
     modalities = ("image", "text")
+    device = torch.device("cpu")
 
     def __init__(self, words: dict[str, Vector] | None = None) -> None:
         self.augment = {name: Given(name) for name in self.modalities}
@@ -327,6 +330,40 @@ def test_encode_takes_what_people_have(trained: SimpleNamespace, tmp_path: Path)
     whole = model.encode("text", [*texts, "a", "a much longer text of many more words than the others have"])
     model.batch_size = 1
     torch.testing.assert_close(model.encode("text", texts), whole[:4], rtol=0, atol=1e-6)
+
+
+def test_threads_read_ahead_in_order(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. Catches items that come as their threads finish, and a bad one that takes others with it."""
+    model = distill_core.load(trained.run)
+    pictures, _ = contents(trained.shard)
+    items = [*pictures, *pictures[::-1], *pictures]
+    samples = [{"__key__": str(i), "__url__": "here", "png": item} for i, item in enumerate(items)]
+    samples[3]["png"] = b"no picture"
+    samples[9]["png"] = pictures[0][:80]
+    alone = model.encode("image", items)
+    threads_alone = EvaluationSet("data", samples)
+    expected = threads_alone.embeddings(model, "image")
+    names = set()
+    plain = model.augment["image"].plain
+
+    def slow(item: Any) -> Any:
+        names.add(threading.current_thread().name)
+        time.sleep(0.001 * (id(item) % 7))
+        return plain(item)
+
+    for module in ("distill_core.model", "distill_core.evaluate.sets"):
+        monkeypatch.setattr(f"{module}.reading_threads", lambda device: 3)
+    monkeypatch.setattr(model.augment["image"], "plain", slow)
+    torch.testing.assert_close(model.encode("image", items), alone, rtol=0, atol=1e-6)
+    ahead = EvaluationSet("data", samples)
+    found = ahead.embeddings(model, "image")
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-6)
+    assert found[1].tolist() == expected[1].tolist() == [i for i in range(len(items)) if i not in (3, 9)]
+    assert ahead.skipped == threads_alone.skipped
+    assert len(names) > 1
+    assert threading.current_thread().name not in names
+    with pytest.raises(UserError, match="image 5: not a readable picture"):
+        model.encode("image", [*pictures, *pictures[:1], b"no picture", *pictures])
 
 
 def test_what_cannot_be_encoded(trained: SimpleNamespace, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class OpenClipFormat(Format):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        self.library = need("open_clip", "open_clip")
+        self.library = need("open_clip", "open-clip")
         self.clip = subject.clip("open_clip")
 
     @property

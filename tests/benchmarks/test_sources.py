@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
@@ -108,7 +109,7 @@ def test_urban1k_names_what_lacks_its_other_half(tmp_path: Path) -> None:
     for name in ("2", "3"):
         (tmp_path / "caption" / f"{name}.txt").write_text("words")
     found = EvaluationSet("u", source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"])
-    model: Any = type("Model", (), {"augment": {"text": TEXT, "image": IMAGE}})()
+    model: Any = type("Model", (), {"device": torch.device("cpu"), "augment": {"text": TEXT, "image": IMAGE}})()
     assert [i for i, _ in found.items(model, "image")] == [0, 1]
     assert [i for i, _ in found.items(model, "text")] == [1, 2]
     assert sorted(found.skipped) == [("1", "text"), ("3", "image")]
@@ -221,7 +222,7 @@ def test_clip_benchmark(tmp_path: Path) -> None:
     assert [grey(sample) for sample in found] == [0, 1, 2]
     data = EvaluationSet("c", made.samples("test")[name])
     assert data.labels("class") == {0: "cat", 1: "dog"}
-    model: Any = type("Model", (), {"augment": {"text": TEXT}})()
+    model: Any = type("Model", (), {"device": torch.device("cpu"), "augment": {"text": TEXT}})()
     assert dict(data.items(model, "text", "class")) == {0: "cat", 1: "dog"}
     assert list(data.skipped) == [("s0000000", "text")]
     assert made.samples("train") == {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill_benchmarks.tux_paint import PHOTOGRAPHS, TuxPaint
@@ -91,7 +92,7 @@ def test_captions(stamps: Path) -> None:
     (stamps / "animals/birds/owl.txt").write_bytes(b"\xff\n")
     (stamps / "animals/mammals/fox.txt").write_text("de.utf8=Ein Fuchs.\n")
     data = EvaluationSet("t", made(stamps))
-    model: Any = type("Model", (), {"augment": {"text": TEXT, "image": IMAGE}})()
+    model: Any = type("Model", (), {"device": torch.device("cpu"), "augment": {"text": TEXT, "image": IMAGE}})()
     assert [text for _, text in data.items(model, "text")] == ["A Bird.", "A bear.", "A teddy bear.", "A crow."]
     assert {key for key, _ in data.skipped} == {"animals/birds/crow", "animals/birds/owl", "animals/mammals/fox"}
     assert len(list(data.items(model, "image"))) == 7, "stamps without a caption are not taken for equal ones"

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,6 +187,20 @@ def words_of_methods(source: str) -> list[tuple[int, str]]:
             if words & METHODS or (key and words & MODALITIES):
                 found.append((node.lineno, node.value))
     return found
+
+
+def test_extras_that_are_asked_for_exist() -> None:
+    """As pip names them: one spelt with an underscore is unknown to pip 23, which Python 3.11 brings."""
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    assert {extra for extra in extras if not re.fullmatch(r"[a-z0-9-]+", extra)} == set()
+    asked = {
+        node.args[1].value
+        for package in PACKAGES
+        for path in files(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "need" and isinstance(node.args[1], ast.Constant)
+    }
+    assert {"open-clip", "hf", "onnx"} <= asked <= extras
 
 
 @pytest.mark.parametrize("path", files("distill_core"), ids=lambda path: str(path.relative_to(ROOT)))

@@ -105,6 +105,7 @@ class Look:
     """A model that encodes a vector as itself."""
 
     modalities = ("a", "b")
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.augment = {name: Given(name) for name in self.modalities}

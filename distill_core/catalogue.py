@@ -6,6 +6,7 @@ import inspect
 import json
 import types
 import typing
+from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,6 +18,9 @@ from rich.table import Table
 from distill_core.components import INTERFACES
 from distill_core.errors import UserError, did_you_mean
 from distill_core.registry import Entry, Registry
+
+PROJECT = "distill-framework"
+"""The package of whatever is built in."""
 
 
 def options(config: type[BaseModel]) -> list[dict[str, Any]]:
@@ -96,24 +100,26 @@ def as_json(registry: Registry, name: str | None) -> str:
     )
 
 
-def _columns(rows: list[tuple[str, ...]]) -> None:
-    """Aligned columns; on a terminal the last one is cut to fit, piped nothing is."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    console = Console(soft_wrap=True)
-    for row in rows:
-        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
-        if console.is_terminal and len(line) > console.width:
-            line = line[: console.width - 1] + "\u2026"
-        console.print(line, highlight=False, markup=False)
-
-
 def print_all(registry: Registry) -> None:
-    """A table of every component."""
-    rows: list[tuple[str, ...]] = [("kind", "name", "package", "")]
-    for entry in _entries(registry, None):
-        kind = entry.cls.kind
-        rows.append((kind, entry.cls.name, entry.package, summary(entry.cls)))
-    _columns(rows)
+    """Every component: on a terminal by kind, wrapped; piped, a line each with its package."""
+    console = Console(soft_wrap=True)
+    rows = [(e.cls.kind, e.cls.name, e.package, summary(e.cls)) for e in _entries(registry, None)]
+    if console.is_terminal:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for kind, of_kind in groupby(rows, key=lambda row: row[0]):
+            table.add_row(f"[bold]{kind}[/bold]")
+            for _, name, package, text in of_kind:
+                whose = "" if package == PROJECT else f" ({package})"
+                table.add_row(f"  {name}", escape(text + whose))
+        console.print(table, highlight=False, soft_wrap=False)
+        return
+    rows.insert(0, ("kind", "name", "package", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    for row in rows:
+        line = "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        console.print(line.rstrip(), highlight=False, markup=False)
 
 
 def print_one(registry: Registry, name: str) -> None:

@@ -34,8 +34,22 @@ CHECKPOINT = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
+class _PipeClosed(Exception):
+    """The reader of our output went away. (click and rich would each make of it exit code 1.)"""
+
+
 class _Commands(click.Group):
     """The built-in commands and those of plugins."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _PipeClosed from error
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):
+                raise _PipeClosed from end
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *sorted(self._plugin_commands())]
@@ -294,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif not isinstance(error, (RecipeErrors, PluginError, TrainingStopped)):  # these every rank meets alike
             click.echo(f"rank {rank}: {error}", err=True)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except _PipeClosed:
         _close_stdout()
         sys.exit(141)
 

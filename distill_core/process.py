@@ -60,14 +60,15 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
     return device
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reading_threads(device: torch.device) -> int:
     """Threads that read items for a model on `device`: none on a CPU, whose cores all compute."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if device.type == "cpu" else min(16, max(1, _cores() // ranks_here))
+    return 0 if device.type == "cpu" else min(16, max(1, cores() // ranks_here))
 
 
 def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
@@ -75,7 +76,7 @@ def set_threads(threads: int | None, workers: int, device: torch.device) -> None
     if threads is not None:
         torch.set_num_threads(threads)
     elif device.type == "cpu":
-        torch.set_num_threads(max(1, _cores() - workers))
+        torch.set_num_threads(max(1, cores() - workers))
 
 
 def seed_all(seed: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,13 @@ def read_file(path: Path) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
+        found = re.search(r"WeightsUnpickler error:\s*([^\n]*?)(?:\. Please use|\n|$)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"init: {path}: cannot be loaded: no torch file of tensors alone{what}; write one with "
+            "torch.save(model.state_dict(), ...), or a .safetensors file"
+        ) from error
     except Exception as error:
         raise UserError(f"init: {path}: cannot be loaded: {error}") from error
 

@@ -22,7 +22,7 @@ from distill_core.errors import TrainingStopped, UserError, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
-from distill_core.process import Interrupt, get_random, resolve_device, seed_all, set_random, set_threads
+from distill_core.process import Interrupt, cores, get_random, resolve_device, seed_all, set_random, set_threads
 from distill_core.recipe import Recipe
 from distill_core.report import Report, write_report
 from distill_core.tracked import TrackedRun
@@ -176,6 +176,12 @@ class Trainer:
                 f"a step takes {self.batch} samples and there are only {self.size} to train on: a sample comes more "
                 "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."
             )
+        workers = recipe.data.workers
+        if workers > cores():
+            self._warn(
+                f"data.workers is {workers}, but this process may use only {cores()} cores: "
+                f"--set data.workers={cores() - 1} is likely to be faster"
+            )
         if self.rank == 0:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
             self.tracked.start(self.folder.path, self.facts, self.shards, resumed, self.display.warn)
@@ -186,6 +192,7 @@ class Trainer:
         while self.step < self.steps:
             batch = next(batches)
             self._note_skipped(batch)
+            self._note_repeats(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
             losses, values, norm = self._step(batch.to(self.device), progress)
             self.step += 1
@@ -272,6 +279,18 @@ class Trainer:
                 f"behind this batch. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
             )
         self._warn(f"{line}; the step is skipped")
+
+    def _note_repeats(self, batch: Batch) -> None:
+        """Where nobody says how many samples there are, it shows when one comes twice in a batch."""
+        if self.size is None and not self._repeated and len(set(batch.keys)) < len(batch.keys):
+            self._repeated = True
+            key = next(key for key in batch.keys if batch.keys.count(key) > 1)
+            self._warn(
+                f"step {self.step + 1}: sample {key!r} comes more than once in a batch of {len(batch.keys)}, where a "
+                "contrastive loss pushes it away from itself. Lower data.batch_size, unless shards share keys."
+            )
+
+    _repeated = False
 
     def _note_skipped(self, batch: Batch) -> None:
         if batch.skipped:

@@ -8,6 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from distill_core.components import Collator
@@ -42,6 +43,16 @@ class Collate:
             keys = ", ".join(item.key for item in good[:3])
             return Failure(f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}")
         return Batch(views, [item.key for item in good], skipped)
+
+
+@contextmanager
+def _without_torchs_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torchdata still calls torch.set_vital, which torch has deprecated: nothing a user could act on
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        # more workers than cores: the trainer says it, in a recipe's terms
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        yield
 
 
 class _LeaveSignals:
@@ -86,9 +97,7 @@ class Loader:
             world=world,
         )
         workers = recipe.data.workers
-        with warnings.catch_warnings():
-            # torchdata still calls torch.set_vital, which torch has deprecated: nothing a user could act on
-            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        with _without_torchs_warnings():
             self._loader = StatefulDataLoader(
                 stream,
                 batch_size=recipe.data.batch_size,
@@ -101,7 +110,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Starts the workers at once. Raises `DataError` for what a worker met."""
-        return self._checked(iter(self._loader))
+        with _without_torchs_warnings():
+            return self._checked(iter(self._loader))
 
     def _checked(self, batches: Iterator[Batch | Failure]) -> Iterator[Batch]:
         for batch in batches:

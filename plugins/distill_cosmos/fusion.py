@@ -199,9 +199,9 @@ class CrossAttentionConfig(AttentionConfig):
 
 
 class CrossAttention(AttentionFusion):
-    """fused[m] = normalise(pooled[m] + attention(LN(pooled[m]), LN(map(tokens of the other's global 0)))).
+    """COSMOS's fusion (section 3.3): each view's embedding plus what it finds in the other modality's tokens.
 
-    COSMOS, section 3.3.
+    fused[m] = normalise(pooled[m] + attention(LN(pooled[m]), LN(map(tokens of the other's global 0)))).
     """
 
     name = "cross_attention"

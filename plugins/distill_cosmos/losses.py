@@ -17,8 +17,9 @@ from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
 class Contrastive(ContrastiveLoss):
-    """Mean over the first modality's global views x all views of the second of InfoNCE(student, student).
+    """COSMOS's contrastive loss: InfoNCE of the student's views of both modalities.
 
+    Mean over the first modality's global views x all views of the second of InfoNCE(student, student).
     Local image crops stay out: they make it overfit.
     """
 
@@ -54,8 +55,9 @@ class DistillationConfig(ContrastiveConfig):
 
 
 class CrossModalDistillation(ContrastiveLoss):
-    """Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs.
+    """COSMOS's self-distillation: the student's fused views against the teacher's views of both modalities.
 
+    Mean over {fused views of each modality} x {teacher's views of each} of the mean InfoNCE of all view pairs.
     `pairs` chooses among these four blocks; what no chosen block reads is neither gathered nor asked for. With soft
     targets (`distill_cosmos.soft_targets`) the metric `target_entropy` is what the loss cannot fall below.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
+from distill_core.state_dicts import read_file
 from distill_cosmos.losses import Contrastive, CrossModalDistillation
 
 StateDict = Mapping[str, Tensor]
@@ -139,10 +141,7 @@ class PublicCheckpoint(Initializer):
 
     def apply(self, objective: Objective) -> Loaded:
         """Raises `UserError` for a file that is missing, unsafe or does not fit."""
-        try:
-            states = torch.load(self.config.file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise UserError(f"{self.config.file}: cannot be loaded: {error}") from error
+        states = read_file(Path(self.config.file))
         if not isinstance(states, dict):
             raise UserError(f"{self.config.file}: holds no `student` and `teacher` state dicts")
         counts = load_state_dict(objective, states)

@@ -1,5 +1,6 @@
 """Files of weights: which of several state dicts is taken, what wrappers put into names, what is code."""
 
+import argparse
 import shlex
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,22 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"w\.pt: cannot be loaded"):
         read_state_dict(path)
+
+
+def test_no_advice_to_load_it_unsafely(tmp_path: Path) -> None:
+    """A picture, say, or a checkpoint with other objects: one line without torch's own, which advises just that."""
+    path = tmp_path / "w.png"
+    for content, what in ((b"\xffPNG", r"\(Unsupported operand 255\)"), (None, r"\(Unsupported global: GLOBAL .*\)")):
+        if content is None:
+            torch.save({"model": A, "args": argparse.Namespace(lr=1)}, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(
+            UserError, match=rf"w\.png: cannot be loaded: no torch file of tensors alone {what}"
+        ) as caught:
+            read_state_dict(path)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_the_way_out_of_an_archive(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +212,46 @@ def test_colour_on_a_terminal(variables: dict[str, str], coloured: bool, tmp_pat
     os.close(ours)
     assert "mind the gap" in seen
     assert ("\x1b[33m" in seen) == coloured
+
+
+@pytest.mark.parametrize("command", ["plugins", "kernels", "plugins cross_attention"])
+def test_a_closed_pipe(command: str) -> None:
+    """`distill ... | head -1`. click and rich each have an answer of their own to that."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "distill_core.cli", *command.split()],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_components_on_a_narrow_terminal() -> None:
+    """Nothing is cut off: `distill plugins` is where a newcomer reads what there is."""
+    code = "from distill_core.cli import main; main(['plugins'])"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, env=os.environ | {"COLUMNS": "70"})
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # at its end
+        while data := os.read(ours, 10_000):
+            seen += data
+    os.close(ours)
+    assert process.wait(300) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).splitlines()
+    assert max(map(len, lines)) <= 70
+    assert "fusion" in [line.strip() for line in lines]
+    text = " ".join(" ".join(lines).split())
+    assert (
+        "two_captions The web's caption, then the synthetic one; a sample of a single sentence gives it as both."
+        in text
+    )
 
 
 def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import signal
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -183,6 +184,25 @@ def test_rows_are_json_even_when_values_are_not_finite(run: Run) -> None:
     assert row["terms"]["poison"] is None
     assert math.isfinite(row["grad_norm"])  # the poison is a constant
     assert math.isfinite(row["terms"]["contrastive"])
+
+
+def test_a_batch_larger_than_data_of_unknown_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """12 samples in batches of 16: told once. Catches false alarms, too: the same in batches of 4."""
+    run("train.steps=3", "data.batch_size=16", "data.source.samples=null", "evaluate=null")
+    said = [line for line in capsys.readouterr().err.splitlines() if "more than once in a batch" in line]
+    assert len(said) == 1
+    assert "of 16" in said[0]
+    run("train.steps=3", "data.source.samples=null", "evaluate=null")
+    assert "more than once in a batch" not in capsys.readouterr().err
+
+
+def test_more_workers_than_cores(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line in a recipe's terms, and none of torch's."""
+    monkeypatch.setattr("distill_core.train.cores", lambda: 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("train.steps=1", "data.workers=2", "evaluate=null")
+    assert "data.workers is 2, but this process may use only 1 cores: --set data.workers=0" in capsys.readouterr().err
 
 
 def test_clipping_bounds_the_gradient(run: Run) -> None:

@@ -245,6 +245,8 @@ def _read(text: str) -> tuple[Any, dict[Path, int]]:
         problem = getattr(error, "problem", None) or str(error)
         if "${" in "".join(text.splitlines()[line - 1 : line]):
             problem += '; inside { } and [ ], write "${NAME}" in quotes'  # a brace ends a plain word there
+        elif problem.endswith("'{'"):
+            problem += "; a word that holds braces goes in quotes"
         raise _NotPlain([(line, (), f"not YAML: {problem}")]) from error
     except RecursionError as error:
         raise _NotPlain([(1, (), "an alias (*) stands inside what it names")]) from error

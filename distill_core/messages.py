@@ -42,8 +42,10 @@ def messages(
             message = "is required and not given"
         else:
             value = item["input"]
-            given[path] = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
             message = item["msg"].removeprefix("Value error, ")
+            told = isinstance(value, str) and repr(value) in message
+            shown = value is None or (isinstance(value, str | int | float) and not told)
+            given[path] = f", got {value!r}" if shown else ""
         if path in unset:
             found[path], given[path] = [unset[path]], ""
         elif message not in found.setdefault(path, []):

@@ -224,5 +224,6 @@ def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] =
         runs = (
             [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
         )
-        raise UserError(f"{folder}: not a run folder (it holds no recipe.yaml){did_you_mean(folder.name, runs)}")
+        what = "not a run folder (it holds no recipe.yaml)" if folder.is_dir() else "no such run folder"
+        raise UserError(f"{folder}: {what}{did_you_mean(folder.name, runs)}")
     return load_recipe(folder / "recipe.yaml", registry=registry, overrides=overrides, allow_unset=True)

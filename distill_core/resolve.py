@@ -116,7 +116,12 @@ class _Resolver:
 
     def error(self, path: Path, message: str, at: Path | None = None) -> None:
         """`at`: the part that is to blame, where the message speaks of what is above it."""
-        self.errors.append((self.document.origin(at or path), self._line(path, message, at)))
+        origin = self.document.origin(at or path)
+        if not origin.startswith("--set"):  # what the command line changed there is likely to be to blame
+            below = [where for part, where in self.document.origins.items() if part[: len(path)] == path]
+            changed = dict.fromkeys(where for where in below if where.startswith("--set"))
+            message += f" (with {', '.join(changed)})" if changed else ""
+        self.errors.append((origin, self._line(path, message, at)))
 
     def resolve(self) -> Recipe:
         warnings = []

@@ -28,10 +28,8 @@ def check_package(package: str) -> list[Result]:
     chosen = [name for name, owner in plugins.packages.items() if package in (name, owner)]
     if not chosen:
         known = sorted({*plugins.packages, *plugins.packages.values()})
-        raise UserError(
-            f"no plugin or package {package!r}{did_you_mean(package, known)}. Is it installed in this environment? "
-            "pip install -e ."
-        )
+        hint = did_you_mean(package, known) or "."
+        raise UserError(f"no plugin or package {package!r}{hint} Is it installed in this environment? pip install -e .")
     entries = [entry for entry in Registry.discover(plugins).entries.values() if entry.plugin in chosen]
     results = [result for name in chosen for result in _plugin(plugins, name)]
     if not entries:

@@ -116,8 +116,12 @@ class SugarCrepe(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """Each file is a set."""
-        given, images = _path(self.config.annotations), _folder(self.config.images)
-        files = sorted(_folder(given).glob("*.json")) if not given.is_file() else [given]
+        given, images = _path(self.config.annotations), _folder(self.config.images, "`images` is that of the pictures")
+        files = (
+            sorted(_folder(given, "`annotations` is a file, or that of the files").glob("*.json"))
+            if not given.is_file()
+            else [given]
+        )
         if not files:
             raise DataError(f"{given}: no file *.json")
         found = {}
@@ -158,8 +162,9 @@ class Winoground(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """One set, or one a tag."""
-        root = _folder(self.config.root)
-        file, images = root / "examples.jsonl", _folder(root / "images")
+        expected = "winoground has examples.jsonl and images in `root`"
+        root = _folder(self.config.root, expected)
+        file, images = root / "examples.jsonl", _folder(root / "images", expected)
         found: dict[str, list[Item]] = {}
         for number, line in _lines(file):
             where = f"{file}:{number}"
@@ -193,7 +198,7 @@ class SvoProbes(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """By what the negative picture differs in."""
-        file, images = _path(self.config.annotations), _folder(self.config.images)
+        file, images = _path(self.config.annotations), _folder(self.config.images, "`images` is that of the pictures")
         kinds = {"subj_neg": "subject", "verb_neg": "verb", "obj_neg": "object"}
         there = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
         found: dict[str, list[Item]] = {}
@@ -236,8 +241,9 @@ class MmvpVlm(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """By visual pattern."""
-        root = _folder(self.config.root)
-        file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images")
+        expected = "mmvp_vlm has Questions.csv and MLLM_VLM Images in `root`"
+        root = _folder(self.config.root, expected)
+        file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images", expected)
         _, *rows = _rows(file)
         for number, row in rows:
             if len(row) != 3 or not re.fullmatch(r"\s*[0-9]{1,9}\s*", row[0], re.ASCII):
@@ -260,10 +266,11 @@ def _path(given: str) -> Path:
     return Path(given).expanduser()
 
 
-def _folder(given: str | Path) -> Path:
+def _folder(given: str | Path, what: str) -> Path:
+    """`what` it is, for the `DataError` where it is not there."""
     folder = Path(given).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: no such folder; {what}")
     return folder
 
 

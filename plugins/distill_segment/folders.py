@@ -63,11 +63,16 @@ class Pairs:
             }  # fmt: skip
 
 
-def pairs_of(images: Path, masks: Path, how: Masks, listed: Path | None) -> list[tuple[str, Path, Path]]:
-    """(name, picture, mask) of each name in the list, or of each mask. Raises `DataError` for what is not there."""
+def pairs_of(
+    images: Path, masks: Path, how: Masks, listed: Path | None, expected: str = ""
+) -> list[tuple[str, Path, Path]]:
+    """(name, picture, mask) of each name in the list, or of each mask.
+
+    Raises `DataError` for what is not there; `expected` ends what it says of a folder.
+    """
     for folder in (images, masks):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder")
+            raise DataError(f"{folder}: no such folder{expected}")
     if listed is not None:
         try:
             keys = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -216,7 +221,8 @@ class SegmentationSet(_Folders):
             return {}
         layout, root = LAYOUTS[self.config.layout], Path(self.config.root).expanduser()
         listed = root / layout.listed if layout.listed else None
-        pairs = pairs_of(root / layout.images, root / layout.masks, layout.how, listed)
+        expected = f"; {self.config.layout} has {layout.images} and {layout.masks} in `root`"
+        pairs = pairs_of(root / layout.images, root / layout.masks, layout.how, listed, expected)
         classes = "\n".join(layout.classes).encode()
         if self.config.classes is not None:
             classes = read_classes(self.config.classes)

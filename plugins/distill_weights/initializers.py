@@ -197,6 +197,10 @@ class OpenClip(Towers):
         path = Path(self.config.source)
         told: dict[str, Any] = {}
         if path.is_dir():
+            if not (path / "open_clip_config.json").exists() and (path / "config.json").exists():
+                raise UserError(
+                    f"init: {path}: holds no open_clip_config.json, but a config.json: name hf_clip instead"
+                )
             told = read_json(path / "open_clip_config.json")
             if not isinstance(told.get("model_cfg"), dict):
                 raise UserError(f"init: {path}/open_clip_config.json: has no `model_cfg`")

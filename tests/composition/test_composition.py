@@ -197,7 +197,9 @@ def test_what_is_wrong_with_a_copy(tmp_path: Path) -> None:
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: '3': no text in 'negative_caption'"
     (tmp_path / "a.json").write_text("[]")
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: should be an object of entries by number"
-    assert said(Winoground, root=here) == "ROOT/images: no such folder"
+    assert (
+        said(Winoground, root=here) == "ROOT/images: no such folder; winoground has examples.jsonl and images in `root`"
+    )
     (tmp_path / "images").mkdir()
     assert said(Winoground, root=here).startswith("ROOT/examples.jsonl: cannot be read")
     (tmp_path / "examples.jsonl").write_text('\n{"image_0": "nowhere"}\n')

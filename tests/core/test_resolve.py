@@ -146,7 +146,10 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         ),
         (
             ["loss.0.modalities=[image, txt]"],
-            ["r.yaml:9: loss.0: 'contrastive' needs a modality 'txt', did you mean 'text'?"],
+            [
+                "r.yaml:9: loss.0: 'contrastive' needs a modality 'txt', did you mean 'text'? "
+                "(with --set loss.0.modalities)"
+            ],
         ),
         (
             ["augment.audio=multi_crop"],
@@ -162,7 +165,10 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         ),
         (
             ["fusion.heads=3"],
-            ["r.yaml:7: fusion: 'cross_attention' has 3 heads, which do not divide the embedding width 16"],
+            [
+                "r.yaml:7: fusion: 'cross_attention' has 3 heads, which do not divide the embedding width 16 "
+                "(with --set fusion.heads)"
+            ],
         ),
         (
             ["backbone.text.dim=8"],
@@ -175,7 +181,10 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
                 )
             ],
         ),
-        (["fusion.modalities=[image, image]"], ["r.yaml:7: fusion: 'cross_attention' needs two different modalities"]),
+        (
+            ["fusion.modalities=[image, image]"],
+            ["r.yaml:7: fusion: 'cross_attention' needs two different modalities (with --set fusion.modalities)"],
+        ),
         (
             ["loss.2=contrastive"],
             ["--set loss.2: a second 'contrastive': give it an `id:` of its own"],
@@ -184,12 +193,15 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
             ["evaluate.tasks.1=retrieval"],
             ["--set evaluate.tasks.1: a second 'retrieval': give it an `id:` of its own"],
         ),
-        (["train.steps=null"], ["r.yaml:14: train: give `steps` or `epochs`"]),
+        (["train.steps=null"], ["r.yaml:14: train: give `steps` or `epochs` (with --set train.steps)"]),
         (
             ["train.checkpoint.best=student/retrieval/M"],
             ["--set train.checkpoint.best: needs `evaluate.every`: scores on the validation split"],
         ),
-        (["backbone.image.patch=7"], ["r.yaml:5: backbone.image: image_size 16 is not a multiple of patch 7"]),
+        (
+            ["backbone.image.patch=7"],
+            ["r.yaml:5: backbone.image: image_size 16 is not a multiple of patch 7 (with --set backbone.image.patch)"],
+        ),
         (["loss.0.id=a.b"], ["--set loss.0.id: an id is a word of letters, digits, - and _, got 'a.b'"]),
         (
             ["evaluate.tasks=[{name: retrieval, modalities: [image, audio]}]"],

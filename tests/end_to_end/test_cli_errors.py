@@ -215,9 +215,7 @@ def test_a_folder_that_is_no_run(distill: Distill, tmp_path: Path, command: str)
     assert one_line(distill(command, "shards")) == "shards: not a run folder (it holds no recipe.yaml)"
     (tmp_path / "runs" / "first").mkdir(parents=True)
     shutil.copy(tmp_path / "tiny.yaml", tmp_path / "runs" / "first" / "recipe.yaml")
-    assert one_line(distill(command, "runs/frist")) == (
-        "runs/frist: not a run folder (it holds no recipe.yaml), did you mean 'first'?"
-    )
+    assert one_line(distill(command, "runs/frist")) == ("runs/frist: no such run folder, did you mean 'first'?")
     assert one_line(distill(command, "runs/first")) == "runs/first: no checkpoint 'last': the run has saved none yet"
 
 

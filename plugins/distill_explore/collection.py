@@ -44,6 +44,8 @@ class Collection(ABC):
 
     name: str
     """What it is called, the same when its files change."""
+    title: str
+    """What it is called to a person."""
 
     @abstractmethod
     def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
@@ -52,6 +54,10 @@ class Collection(ABC):
     @abstractmethod
     def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
         """The items at these places, as they are; places without one are left out."""
+
+    def holds(self, path: Path) -> bool:
+        """Whether this file is one of its items."""
+        return False
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -63,7 +69,7 @@ class Folder(Collection):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self.name = str(self.folder)
+        self.name, self.title = str(self.folder), str(folder)
         found = (path for path in self.folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
         self.keys = sorted(path.relative_to(self.folder).as_posix() for path in found)
         if not self.keys:
@@ -108,6 +114,10 @@ class Folder(Collection):
         sample = {"__key__": key, "__url__": str(path), path.suffix[1:].lower(): data}
         return model.augment[modality].read(sample)[0]
 
+    def holds(self, path: Path) -> bool:
+        """Whether it is one of the pictures."""
+        return path.resolve() in {(self.folder / key).resolve() for key in self.keys}
+
     def fingerprint(self) -> str:
         """Names, sizes and times of change."""
         return stamps(self.folder / key for key in self.keys)
@@ -116,9 +126,9 @@ class Folder(Collection):
 class Samples(Collection):
     """The samples of WebDataset shards or of another source, by their keys. A sample may have several items."""
 
-    def __init__(self, name: str, source: Iterable[Sample]) -> None:
+    def __init__(self, name: str, source: Iterable[Sample], title: str | None = None) -> None:
         self.samples = EvaluationSet("collection", source)
-        self.name = name
+        self.name, self.title = name, name if title is None else title
 
     def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
         """One embedding an item."""
@@ -176,23 +186,24 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
     """  # fmt: skip
     if Path(source).is_dir():
         return Folder(Path(source))
+    called = source
     known = [name for kind, name in registry.entries if kind == "source"]
     if source in known:
         source = f"{{name: {source}}}"
     if not _is_node(source):
         if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
             shards = expand(source)
-            return Samples("\n".join(shards), Shards(shards))
+            return Samples("\n".join(shards), Shards(shards), source)
         raise UserError(
             f"{source!r} is no folder of pictures, no shard (*.tar), and no data source ({', '.join(known)})"
         )
     made = _source(read_document(source, "SOURCE"), registry)
     made.prepare()
     if shards := [shard for found in made.sets(split).values() for shard in found]:
-        return Samples("\n".join(shards), Shards(shards))
+        return Samples("\n".join(shards), Shards(shards), f"{called}, split {split}")
     if not (found := made.samples(split)):
         raise DataError(f"{source!r} has no split {split!r}")
-    return Samples(f"{source} {split}", _All(found.values()))
+    return Samples(f"{source} {split}", _All(found.values()), f"{called}, split {split}")
 
 
 def _is_node(source: str) -> bool:

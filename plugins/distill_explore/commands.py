@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,8 +49,10 @@ def embed(
     _tell(bad)
     if not keys:
         raise UserError(f"{source}: nothing in it could be embedded")
-    write(Path(out), embedded, keys)
-    click.echo(f"{out}: {len(keys)} embeddings of width {embedded.shape[1]}, float32, L2-normalised")
+    first, *beside = write(Path(out), embedded, keys)
+    click.echo(f"{first}: {len(keys)} embeddings of width {embedded.shape[1]}, float32, L2-normalised")
+    for file in beside:
+        click.echo(f"{file}: their keys, one a line")
 
 
 @click.command()
@@ -57,7 +60,12 @@ def embed(
 @click.argument("query")
 @click.option("--in", "source", required=True, help="A folder of pictures, shards (*.tar), or a source as in a recipe.")
 @click.option("--top", type=click.IntRange(1, 100), default=12, show_default=True, help="How many to show.")
-@click.option("--out", default="search.png", show_default=True, help="The contact sheet: FILE.png or FILE.jpg.")
+@click.option(
+    "--out",
+    default="search.png",
+    show_default=True,
+    help="The contact sheet, FILE.png or FILE.jpg; one there is replaced.",
+)
 @click.option("--like", is_flag=True, help="QUERY is of the modality searched (a picture's path).")
 @click.option("--modality", help="What is searched; the recipe's first modality otherwise.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -84,11 +92,15 @@ def search(
     The collection's embeddings are kept in RUN/embeddings, and made anew when the checkpoint or a file changes.
     """
     import json
+    import os
+
+    from PIL.Image import Image
+    from rich.text import Text
 
     from distill_core.errors import UserError
-    from distill_core.media import sheet
     from distill_core.registry import Registry
     from distill_explore.collection import collect, places
+    from distill_explore.contact import Found, contact_sheet
     from distill_explore.files import check_out, write_whole
 
     check_out(Path(out), tuple(FORMATS))
@@ -99,7 +111,12 @@ def search(
         raise UserError(f"{run}: the recipe has {mine} alone, so there is nothing to describe it in; use --like")
     asking = mine if like else others[-1]
     asked = model.encode(asking, query)
+    query_shown = _shown(model, asking, query)
+    if not like and isinstance(query_shown, str) and os.path.isfile(query):  # a long text is no error to it
+        raise UserError(f"{query} is a file, and QUERY is taken as {asking} here; did you mean --like?")
     collection = collect(source, split, Registry.discover())
+    if collection.holds(Path(out)):
+        raise UserError(f"--out {out}: is one of what is searched, and would be replaced; name another")
     embedded, keys = _kept(Path(run), collection, model, mine, f"{checkpoint} {teacher}")
     if not keys:
         raise UserError(f"{source}: nothing in it could be embedded")
@@ -109,23 +126,25 @@ def search(
     # the item itself, and what stands beside it: of another modality the first item of its key
     looks = [(mine, [at[i] for i in best]), *((name, [(keys[i], 0) for i in best]) for name in others)]
     items = [(name, collection.read(model, name, wanted), wanted) for name, wanted in looks]
-    rows = [("", [_shown(model, asking, query)])]
     found = []
     for rank, i in enumerate(best):
-        shown = [_shown(model, name, read[wanted[rank]]) for name, read, wanted in items if wanted[rank] in read]
-        words = [one for one in shown if isinstance(one, str)]
-        pictures = [one for one in shown if one is not None and not isinstance(one, str)]
-        row = {"key": keys[i], "similarity": round(similarity[i], 4), "text": words[0] if words else ""}
-        found.append(row)
-        rows.append((f"{rank + 1}.  {row['similarity']:.3f}  {keys[i]}", [*words, *pictures]))
-    page = sheet([(label, [one for one in row if one is not None]) for label, row in rows])
-    write_whole(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
+        shown = [_whole(model, name, read[wanted[rank]]) for name, read, wanted in items if wanted[rank] in read]
+        words = next((one for one in shown if isinstance(one, str)), "")
+        found.append(Found(similarity[i], keys[i], words, next((one for one in shown if isinstance(one, Image)), None)))
+    told = f"the nearest {len(found)} of {len(keys)} in {collection.title}"
+    page = contact_sheet(query_shown, told, found)
+    file = write_whole(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
     if as_json:
-        click.echo(json.dumps({"query": query, "found": found, "sheet": out}, indent=1))
+        rows = [{"key": one.key, "similarity": round(one.similarity, 4), "text": one.text} for one in found]
+        click.echo(json.dumps({"query": query, "in": collection.title, "found": rows, "sheet": out}, indent=1))
         return
-    for rank, row in enumerate(found, 1):
-        click.echo(f"{rank:3}  {row['similarity']:6.3f}  {row['key']}  {_short(str(row['text']))}".rstrip())
-    click.echo(f"{out}: the nearest {len(found)} of {len(keys)}")
+    longest = max(len(one.key) for one in found)
+    for rank, one in enumerate(found, 1):
+        head = f"{rank:3}  {one.similarity:6.3f}  {one.key:{longest}}  "
+        caption = Text(" ".join(one.text.split()))
+        caption.truncate(max(20, get_terminal_size().columns - len(head)), overflow="ellipsis")
+        click.echo((head + caption.plain).rstrip())
+    click.echo(f"{file}: {told}")
 
 
 def _shown(model: Model, modality: str, item: Any) -> Shown:
@@ -139,8 +158,11 @@ def _shown(model: Model, modality: str, item: Any) -> Shown:
         return None
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _whole(model: Model, modality: str, item: Any) -> Shown:
+    """An item as it is, where a person can see that; else as the model sees it."""
+    from PIL.Image import Image
+
+    return item if isinstance(item, (str, Image)) else _shown(model, modality, item)
 
 
 def _model(run: str, teacher: bool, checkpoint: str) -> Model:

@@ -30,18 +30,20 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
         raise UserError(f"--out {path}: {'is a folder' if path.is_dir() else f'{above} cannot be written to'}")
 
 
-def write(path: Path, embedded: Tensor, keys: list[str]) -> None:
-    """Embeddings [N, D] and N keys, whole or not at all; parquet has columns `key`, `embedding`. Raises `UserError`."""
+def write(path: Path, embedded: Tensor, keys: list[str]) -> list[str]:
+    """Embeddings [N, D] and N keys, whole or not at all; parquet has columns `key`, `embedding`.
+
+    Returns what `write_whole` says of each file, that of the embeddings first. Raises `UserError`.
+    """
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
         values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embedded.numpy().ravel()), embedded.shape[1])
         table = pyarrow.table({"key": pyarrow.array(keys), "embedding": values})
-        write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))
-        return
-    write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
-    write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False))
+        return [write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))]
+    beside = write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
+    return [write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False)), beside]
 
 
 def read(path: Path) -> tuple[Tensor, list[str]] | None:
@@ -63,8 +65,12 @@ def remove(path: Path) -> None:
     _keys(path).unlink(missing_ok=True)
 
 
-def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """A file, whole or not at all, and its folder. Raises `UserError`."""
+def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> str:
+    """A file, whole or not at all, and its folder. Returns its name as it is told, `FILE` or `FILE (replaced)`.
+
+    Raises `UserError`.
+    """
+    told = f"{path} (replaced)" if path.exists() else str(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,3 +82,4 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return told

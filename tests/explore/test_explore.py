@@ -76,7 +76,10 @@ def test_embed_writes_the_models_embeddings(run: Path, call: Call, tmp_path: Pat
     (tmp_path / "p" / "notes.txt").write_text("no picture either")
     done = call("embed", str(run), str(tmp_path / "p"), "--out", str(tmp_path / "e.npy"))
     assert done.returncode == 0, done.stderr
-    assert "5 embeddings of width 16" in done.stdout
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'e.npy'}: 5 embeddings of width 16, float32, L2-normalised",
+        f"{tmp_path / 'e.keys.txt'}: their keys, one a line",
+    ]
     assert "broken.png" in done.stderr
     keys = (tmp_path / "e.keys.txt").read_text().splitlines()
     assert sorted(keys) == sorted(made)
@@ -144,6 +147,7 @@ def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path:
     first = done.stdout.splitlines()[0].split()
     assert first[:3] == ["1", "1.000", "test-0-4"]
     assert first[3] == "a", "the caption stands beside it"
+    assert done.stdout.splitlines()[-1] == f"{out}: the nearest 2 of 6 in {shard}"
 
 
 def test_search_of_texts(run: Path, call: Call, tmp_path: Path) -> None:
@@ -162,6 +166,60 @@ def test_search_of_texts(run: Path, call: Call, tmp_path: Path) -> None:
     assert [row["text"] for row in found] == [texts[row["key"]] for row in found]
     with Image.open(tmp_path / "s.jpg") as page:
         assert page.format == "JPEG"
+
+
+def test_a_search_replaces_no_picture_that_it_searches(run: Path, call: Call, tmp_path: Path) -> None:
+    pictures(tmp_path)
+    (tmp_path / "p0.png").rename(tmp_path / "search.png")
+    before = (tmp_path / "search.png").read_bytes()
+    done = call("search", str(run), "x", "--in", str(tmp_path), "--out", str(tmp_path / "search.png"))
+    assert done.returncode == 2
+    assert "is one of what is searched" in done.stderr
+    assert (tmp_path / "search.png").read_bytes() == before
+
+
+def test_what_is_replaced_is_told(tmp_path: Path) -> None:
+    from distill_explore.files import write
+
+    path, keys = tmp_path / "e.npy", tmp_path / "e.keys.txt"
+    assert write(path, torch.eye(2), ["a", "b"]) == [str(path), str(keys)]
+    assert write(path, torch.eye(2), ["a", "b"]) == [f"{path} (replaced)", f"{keys} (replaced)"]
+
+
+@pytest.mark.parametrize("words", ["", "ein rötlicher Vogel über dem Fluß " * 9, "一只红色的鸟" * 30])
+@pytest.mark.parametrize("count", [1, 2, 5, 12, 50])
+def test_a_contact_sheet_is_a_grid(count: int, words: str) -> None:
+    """Would catch a column of small pictures, cells of different sizes, and words that run into the next cell."""
+    from distill_explore.contact import GAP, SIDE, Found, contact_sheet
+
+    red = Image.new("RGB", (60, 40), "red")
+    found = [Found(0.5, "deep/folder/of/some/very/long/names/k.png", words, red)] * count
+    page = np.asarray(contact_sheet("a bird", "the nearest", found))
+    drawn = (page == (255, 0, 0)).all(-1)
+    lefts = np.flatnonzero(np.diff(drawn.any(0).astype(int)) == 1) + 1
+    tops = np.flatnonzero(np.diff(drawn.any(1).astype(int)) == 1) + 1
+    columns, side = {1: (1, 2 * SIDE), 2: (2, SIDE), 5: (3, SIDE), 12: (4, SIDE), 50: (7, SIDE)}[count]
+    assert lefts.tolist() == [GAP + i * (side + GAP) for i in range(columns)]
+    assert len(tops) == -(-count // columns)
+    assert len(set(np.diff(tops))) <= 1
+    assert drawn.sum() == count * side * round(side * 2 / 3)
+    below = page[tops[0] :]
+    assert all((below[:, left - GAP : left] == 255).all() for left in lefts), "nothing between the columns"
+    assert drawn.mean() > 0.35
+
+
+def test_words_are_shortened() -> None:
+    from distill_core.media import font_of
+    from distill_explore.contact import wrap
+
+    font = font_of(11)
+    assert wrap("two words", font, 160, 2) == ["two words"]
+    assert wrap(" ", font, 160, 2) == []
+    for long in ("word " * 50, "字" * 90):
+        lines = wrap(long, font, 160, 2)
+        assert len(lines) == 2
+        assert lines[1].endswith("…")
+        assert all(110 < font.getlength(line) <= 160 for line in lines)
 
 
 def test_items_of_one_key_are_told_apart(run: Path) -> None:
@@ -229,6 +287,7 @@ def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> No
         (("embed", "RUN", "EMPTY", "--out", "x.npy"), "holds no picture"),
         (("embed", "RUN", "EMPTY", "--modality", "imagge", "--out", "x.npy"), "did you mean 'image'?"),
         (("search", "RUN", "x", "--in", "{name: emoji, sizes: 3}"), "sizes"),
+        (("search", "RUN", "RUN/recipe.yaml", "--in", "EMPTY"), "is a file, and QUERY is taken as text here; did you"),
         (("search", "missing", "x", "--in", "EMPTY"), "not a run folder"),
     ],
 )

@@ -2,66 +2,92 @@
 
 from __future__ import annotations
 
-import colorsys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
+from distill_core.media import font_of
 from distill_segment.classes import IGNORE
 
-if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
+Colour = tuple[int, int, int]
 
 BACKGROUND = "background"
 """The class of this name is left unpainted."""
-SIDE, GAP, LINE, ALPHA = 240, 8, 20, 0.6
+SIDE, GAP, LINE, ALPHA = 240, 8, 20, 0.75
+FEW = 8
+"""So many classes of what was found are told apart, the largest, beside all of the truth."""
+HUES = ["#e6194b", "#0a64e6", "#ffdd00", "#2ca02c", "#f032e6", "#2bc8e8", "#ff6f00", "#7a28c8"]
+REST = (60, 60, 60)
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """A class's colour: hues a golden ratio apart, so that neighbours differ however many there are."""
-    r, g, b = colorsys.hsv_to_rgb(number * 0.61803398875 % 1, 0.85 if number % 2 else 0.6, 0.9)
-    return round(255 * r), round(255 * g), round(255 * b)
+def colour(place: int) -> Colour:
+    """The colour of a picture's class number `place` by size: 8 hues, then the same darker, then lighter."""
+    r, g, b = ImageColor.getrgb(HUES[place % len(HUES)])[:3]
+    toward, much = ((0, 0), (0, 0.5), (255, 0.55))[place // len(HUES) % 3]
+    return round(r + (toward - r) * much), round(g + (toward - g) * much), round(b + (toward - b) * much)
 
 
-def overlay(picture: Image.Image, mask: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """Classes [H, W] painted over a picture of that size; neither `IGNORE` nor the background is."""
-    table = np.zeros((IGNORE + 1, 3), np.float32)
-    painted = np.zeros(IGNORE + 1, np.float32)
+def told_apart(found: np.ndarray, truth: np.ndarray | None, names: Sequence[str]) -> tuple[dict[int, Colour], int]:
+    """Colours of the truth's classes and of the largest found, the largest class first; the number of other classes.
+
+    Masks are class numbers; neither the background nor what is no class has a colour.
+    """
+    classes = [i for i, name in enumerate(names) if name != BACKGROUND]
+    size = np.bincount(found.ravel(), minlength=IGNORE + 1)
+    own = np.zeros_like(size) if truth is None else np.bincount(truth.ravel(), minlength=IGNORE + 1)
+    largest = sorted((i for i in classes if size[i]), key=lambda i: -size[i])
+    listed = {i for i in classes if own[i]} | set(largest[:FEW])
+    order = sorted(listed, key=lambda i: (-(own[i] + size[i]), i))
+    return {i: colour(place) for place, i in enumerate(order)}, len(set(largest) - listed)
+
+
+def overlay(picture: Image.Image, mask: np.ndarray, names: Sequence[str], colours: Mapping[int, Colour]) -> Image.Image:
+    """Classes [H, W] painted over a picture of that size in pale grey, so that no colour of its own shifts theirs.
+
+    Classes without a colour are dark grey; neither `IGNORE` nor the background is painted.
+    """
+    table, painted = np.zeros((IGNORE + 1, 3), np.float32), np.zeros(IGNORE + 1, np.float32)
     for i, name in enumerate(names):
-        table[i], painted[i] = colour(i), 0.0 if name == BACKGROUND else ALPHA
+        table[i], painted[i] = colours.get(i, REST), 0.0 if name == BACKGROUND else ALPHA
     alpha = painted[mask][..., None]
-    pixels = np.asarray(picture.convert("RGB"), np.float32) * (1 - alpha) + table[mask] * alpha
-    return Image.fromarray(pixels.round().astype(np.uint8))
+    grey = 255 - (255 - np.asarray(picture.convert("L"), np.float32)[..., None]) * 0.5
+    return Image.fromarray((grey * (1 - alpha) + table[mask] * alpha).round().astype(np.uint8))
 
 
 def panel(picture: Image.Image, found: np.ndarray, truth: np.ndarray | None, names: Sequence[str]) -> Image.Image:
-    """The picture, the truth where there is one, what was found; below them the classes that are in either.
+    """The picture, the truth where there is one, what was found; below them the classes of the truth and the largest
+    found, by size.
 
     Masks are class numbers [H, W] of the picture's size; the picture's longer side becomes 240 pixels.
     """
+    colours, others = told_apart(found, truth, names)
     columns = {"picture": picture}
     if truth is not None:
-        columns["truth"] = overlay(picture, truth, names)
-    columns["found"] = overlay(picture, found, names)
+        columns["truth"] = overlay(picture, truth, names, colours)
+    columns["found"] = overlay(picture, found, names, colours)
     scale = SIDE / max(picture.size)
     width, height = (max(1, round(length * scale)) for length in picture.size)
-    font = _font(12)
+    font = font_of(12)
     total = GAP + len(columns) * (width + GAP)
-    shown = set(np.unique(found)) | (set(np.unique(truth)) if truth is not None else set())
-    entries = [(colour(i), name) for i, name in enumerate(names) if i in shown and name != BACKGROUND]
+    entries = [(paint, names[i]) for i, paint in colours.items()] + ([(REST, f"and {others} more")] if others else [])
     places, bottom = _flow([font.getlength(name) + LINE + GAP for _, name in entries], total, LINE + height + GAP)
     page = Image.new("RGB", (total, bottom + GAP), "white")
     draw = ImageDraw.Draw(page)
-    for i, (label, shown_picture) in enumerate(columns.items()):
+    for i, (label, shown) in enumerate(columns.items()):
         left = GAP + i * (width + GAP)
         draw.text((left, 3), label, fill="grey", font=font)
-        page.paste(shown_picture.resize((width, height), Image.Resampling.BICUBIC), (left, LINE))
+        page.paste(shown.resize((width, height), Image.Resampling.BICUBIC), (left, LINE))
     for (paint, name), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y + 3, x + 12, y + 15), fill=paint)
+        draw.rectangle((x, y + 3, x + 12, y + 15), fill=on_grey(paint))
         draw.text((x + LINE - 2, y + 1), name, fill="black", font=font)
     return page
+
+
+def on_grey(paint: Colour) -> Colour:
+    """A colour as it looks over the middle of the greys."""
+    r, g, b = (round(191 + (part - 191) * ALPHA) for part in paint)
+    return r, g, b
 
 
 def _flow(widths: Sequence[float], total: int, top: int) -> tuple[list[tuple[int, int]], int]:
@@ -73,11 +99,3 @@ def _flow(widths: Sequence[float], total: int, top: int) -> tuple[list[tuple[int
         places.append((round(x), y))
         x += width
     return places, y + LINE if widths else y
-
-
-def _font(size: int) -> FreeTypeFont:
-    """DejaVu, which matplotlib brings and which has most scripts' letters."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from colours import COLOURS, painted, sample
+from PIL import Image
 
 from distill_core.errors import UserError
 from distill_core.evaluate.sets import EvaluationSet
@@ -21,7 +22,7 @@ from distill_towers.example import model
 
 
 def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
-    """Blue where the truth says green: the third picture is painted as class 2, the second as class 1."""
+    """Blue where the truth says green: each is painted as its own entry of the legend."""
     from distill_segment.overlays import ALPHA, GAP, LINE, SIDE, colour
 
     here = EvaluationSet("set", [sample(painted([["blue"]], 12), np.ones((12, 12)))])
@@ -29,11 +30,41 @@ def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
     task.run(sees_colours, [here])
     (made,) = task.media(sees_colours, [here], 3)
     assert (made.name, made.caption, made.context) == ("overlay", "one", {"set": "set", "sample": "one"})
-    for column, number in ((1, 1), (2, 2)):
+    grey = 255 - (255 - Image.new("RGB", (1, 1), COLOURS["blue"]).convert("L").getpixel((0, 0))) / 2  # type: ignore[operator]
+    for column, place in ((1, 0), (2, 1)):
         seen = made.picture.getpixel((GAP + column * (SIDE + GAP) + SIDE // 2, LINE + SIDE // 2))
-        mixed = [(1 - ALPHA) * a + ALPHA * b for a, b in zip(COLOURS["blue"], colour(number), strict=True)]
-        assert seen == pytest.approx(mixed, abs=1)
+        assert seen == pytest.approx([(1 - ALPHA) * grey + ALPHA * part for part in colour(place)], abs=1)
     assert made.picture.getpixel((GAP + SIDE // 2, LINE + SIDE // 2)) == COLOURS["blue"]
+
+
+def test_colours_are_those_of_the_legend_and_can_be_told_apart() -> None:
+    """Of 40 classes: the truth's and the largest found have colours, the others are one grey, the background none.
+
+    Would catch hues that the picture shifts into another's, and a legend of all that was found.
+    """
+    from distill_segment.overlays import FEW, on_grey, overlay, told_apart
+
+    names = ["background", *(f"c{i}" for i in range(1, 40))]
+    found = np.repeat(np.arange(40), np.arange(40) + 1).reshape(20, 41)  # class i has i + 1 pixels
+    truth = np.full_like(found, 255)
+    truth[0], truth[1, :2] = 0, 3
+    colours, others = told_apart(found, truth, names)
+    assert list(colours) == [*range(39, 39 - FEW, -1), 3], "by size"
+    assert others == 40 - 1 - FEW - 1
+    assert told_apart(found, None, names)[1] == 40 - 1 - FEW
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (20, 41, 3), dtype=np.uint8))
+    drawn = np.asarray(overlay(picture, found, names, colours)).astype(int)
+    entries = np.array([on_grey(paint) for paint in colours.values()])
+    for i, place in zip(colours, range(len(colours)), strict=True):
+        nearest = np.abs(drawn[found == i][:, None] - entries).sum(-1).argmin(1)
+        assert (nearest == place).all()
+    for i in (0, 1, 20):
+        assert np.ptp(drawn[found == i], axis=1).max() == 0, "no hue"
+    assert drawn[found == 0].min() > 120 > drawn[found == 20].max()
+    first = np.array(list(colours.values())[:FEW])
+    apart = np.abs(first[:, None] - first).sum(-1) + np.eye(FEW, dtype=int) * 999
+    assert apart.min() > 100
 
 
 def test_overlays_of_pictures_replace_nothing(

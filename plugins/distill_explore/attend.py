@@ -69,16 +69,18 @@ def attend(
         "Colour says how much a token is read, against an even reading of all. Words say their weights when pointed at."
     )
     page = figure(rows, seen)
-    write_whole(files[0], lambda file: page.save(file, "PNG", optimize=True))
-    write_whole(files[1], lambda file: file.write(html(title, note, rows, seen).encode()))
+    written = [
+        write_whole(files[0], lambda file: page.save(file, "PNG", optimize=True)),
+        write_whole(files[1], lambda file: file.write(html(title, note, rows, seen).encode())),
+    ]
     if as_json:
         click.echo(json.dumps({"readings": [_numbers(one) for one in found], "files": list(map(str, files))}))
         return
     for row in rows:
         click.echo(row.label)
         for one in row.maps:
-            click.echo(f"    {one.caption}")
-    click.echo(f"{files[0]}, {files[1]}")
+            click.echo(f"    {one.told}")
+    click.echo(", ".join(written))
 
 
 def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Seen]]:

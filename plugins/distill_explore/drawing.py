@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill_core.media import font_of, sheet
 from distill_explore.attention import Reading, Seen, entropy, principal
+from distill_explore.contact import wrap
 
 SIDE = 140
 """Pixels of a picture's longer side on the page."""
@@ -39,14 +40,25 @@ class Map:
         return self.weights.numpy() * len(self.weights)
 
     @property
+    def most(self) -> float:
+        """The ratio at the end of the colours."""
+        return max(2.0, float(self.ratios.max(initial=0)))
+
+    @property
     def levels(self) -> np.ndarray:
         """[L], 0 to 1."""
-        return np.asarray(self.ratios / max(2.0, self.ratios.max(initial=0)))
+        return np.asarray(self.ratios / self.most)
 
     @property
     def caption(self) -> str:
-        """Its name, its entropy, and how much the most read token is read."""
-        return f"{self.name}: {float(entropy(self.weights)):.2f} nats, {self.ratios.max(initial=0):.1f}x"
+        """Its name, its entropy, and how much the most read token is read; its row's facts say in what units."""
+        return f"{self.name}: entropy {float(entropy(self.weights)):.2f}, top {self.ratios.max(initial=0):.1f}x"
+
+    @property
+    def told(self) -> str:
+        """The same in words that stand alone, the name last."""
+        spread = f"entropy {float(entropy(self.weights)):.2f} of {math.log(max(1, len(self.weights))):.2f} nats"
+        return f"{spread}, top token {self.ratios.max(initial=0):.1f}x an even share  {self.name}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,9 @@ def _row(group: Sequence[Reading], heads: bool) -> Row:
     if heads and count > 1:
         drawn += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
     facts = f"{mean}; " if several else ""
-    facts += f"an even reading of the {length} tokens: {math.log(length):.2f} nats, 1x"
+    facts += (
+        f"colour: times an even share (1/{length}) of the attention; entropy in nats, {math.log(length):.2f} if even"
+    )
     if asking is None:
         label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
     else:
@@ -128,9 +142,40 @@ def overlay(one: Map, side: int = SIDE) -> Image.Image:
     level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
     grey = 95 + grey * (160 / 255)  # colours read alike on dark pictures
+    return Image.fromarray(_painted(level, grey))
+
+
+def _painted(level: np.ndarray, grey: np.ndarray | float) -> np.ndarray:
+    """Levels [...] over greys [..., 1] -> bytes [..., 3]."""
     strength = 0.8 * np.sqrt(level)[..., None]
     mixed = (1 - strength) * grey + strength * colours(level, "YlOrRd")
-    return Image.fromarray(mixed.round().astype(np.uint8))
+    return np.asarray(mixed.round().astype(np.uint8))
+
+
+def scale(one: Map, width: int = SIDE) -> Image.Image:
+    """The colours of a map, as they are over white, from 0 to their end, with a mark at an even share (1x)."""
+    level, font, bar = np.linspace(0, 1, width, dtype=np.float32), font_of(9), 6
+    page = Image.new("RGB", (width, bar + 14), "white")
+    line = shade(level) if isinstance(one.seen.places, list) else _painted(level, 255)
+    page.paste(Image.fromarray(np.repeat(line[None], bar, 0)), (0, 2))
+    draw = ImageDraw.Draw(page)
+    draw.text((0, bar + 3), "0", fill="grey", font=font)
+    end, even = f"{one.most:.1f}x", round(width / one.most)
+    draw.text((width, bar + 3), end, fill="grey", font=font, anchor="ra")
+    draw.line((even, 0, even, bar + 3), fill="grey")
+    if 14 < even < width - font.getlength(end) - 10:
+        draw.text((even, bar + 3), "1x", fill="grey", font=font, anchor="ma")
+    return page
+
+
+def scaled(one: Map, side: int = SIDE) -> Image.Image:
+    """A map with its scale below: the overlay of a picture, or the words of a text."""
+    drawn = strip(one) if isinstance(one.seen.places, list) else overlay(one, side)
+    below = scale(one, min(side, drawn.width))
+    page = Image.new("RGB", (drawn.width, drawn.height + 2 + below.height), "white")
+    page.paste(drawn, (0, 0))
+    page.paste(below, (0, drawn.height + 2))
+    return page
 
 
 def plain(picture: Image.Image, side: int = SIDE) -> Image.Image:
@@ -166,13 +211,8 @@ def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
 
 def named(name: str, picture: Image.Image) -> Image.Image:
     """A picture with its name below it."""
-    font, lines = font_of(10), [""]
-    for word in name.split():
-        longer = f"{lines[-1]} {word}".lstrip()
-        if font.getlength(longer) <= picture.width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
+    font = font_of(10)
+    lines = wrap(name, font, picture.width, 6)
     page = Image.new("RGB", (picture.width, picture.height + 14 * len(lines) + 4), "white")
     page.paste(picture, (0, 0))
     ImageDraw.Draw(page).multiline_text((0, picture.height + 2), "\n".join(lines), fill="grey", font=font)
@@ -194,6 +234,6 @@ def figure(rows: Sequence[Row], seen: Sequence[Seen]) -> Image.Image:
 
 def _drawn(row: Row) -> Iterator[Image.Image]:
     for one in row.maps:
-        yield named(one.caption, strip(one) if isinstance(one.seen.places, list) else overlay(one))
+        yield named(one.caption, scaled(one))
     for name, picture in row.pictures.items():
         yield named(name, picture)

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from distill_explore.attention import Seen
-from distill_explore.drawing import Map, Row, overlay, plain, shade
+from distill_explore.drawing import Map, Row, plain, scale, scaled, shade
 
 SIDE = 176
 """Pixels of a picture's longer side."""
@@ -37,7 +37,12 @@ def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[Seen]) -> st
     parts += ['<div class="row">', *given, "</div>"]
     for row in rows:
         drawn = [
-            figure(one.caption, text(one) if isinstance(one.seen.places, list) else overlay(one, SIDE))
+            figure(
+                one.caption,
+                text(one) + image(scale(one, SIDE), "its colours")
+                if isinstance(one.seen.places, list)
+                else scaled(one, SIDE),
+            )
             for one in row.maps
         ]
         drawn += [figure(name, picture) for name, picture in row.pictures.items()]

@@ -153,7 +153,7 @@ def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call:
     assert sum(weights) == pytest.approx(6, abs=0.02)
     captions = " ".join(page.words)
     assert captions.count("head 2:") == 4, "text reads image, image reads text, and both self-attentions"
-    assert out.count("head 2:") == 4
+    assert out.count("an even share  head 2\n") == 4
     with Image.open(tmp_path / "a.png") as figure:
         assert figure.format == "PNG"
         assert figure.width > 700

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from distill_explore.attention import Seen, entropy, principal
-from distill_explore.drawing import Map, overlay, shade, strip
+from distill_explore.drawing import Map, overlay, scale, scaled, shade, strip
 
 
 def test_entropy_by_hand() -> None:
@@ -39,6 +39,20 @@ def test_colour_lies_where_the_weight_is() -> None:
     assert x >= 90
     even = np.asarray(overlay(Map("", seen, torch.full((8,), 1 / 8)), 120))
     assert np.ptp(even.reshape(-1, 3), axis=0).max() == 0, "read alike, drawn alike"
+
+
+def test_the_scale_says_what_colours_mean() -> None:
+    """From the colour of nothing to that of the largest weight, as on the map, with a mark at an even share."""
+    weights = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.0])
+    one = Map("mine", item(Image.new("RGB", (60, 30), "white"), (2, 4)), weights)
+    bar = np.asarray(scale(one, 120)).astype(int)
+    drawn = np.asarray(overlay(one, 120)).astype(int)
+    assert np.abs(bar[4, -1] - drawn[0, 0]).max() <= 2, "the most read patch"
+    assert bar[4, 0].tolist() == [255, 255, 255]
+    assert np.ptp(bar[0, 30]) == 0, "the mark is grey"
+    assert bar[0, 30].max() < 200
+    assert scaled(one, 120).height > overlay(one, 120).height + 10
+    assert one.told == "entropy 1.57 of 2.08 nats, top token 4.0x an even share  mine"
 
 
 def test_words_are_shaded_by_weight() -> None:

@@ -50,9 +50,11 @@ def confusion(truth: Tensor, chosen: Tensor, classes: int) -> np.ndarray[Any, np
 
 
 def confusion_picture(
-    matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], title: str
+    matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], name: str, whose: str
 ) -> Iterator[Media]:
-    """The matrix, each row in percent of its class; of more than `WHOLE` classes the most confused pairs."""
+    """The matrix of the set `name`, each row in percent of its class; of more than `WHOLE` classes the most confused
+    pairs. `whose` tells the task and the model in the title."""  # fmt: skip
+    title = f"{whose} on {name}"
     shown = [i for i in range(len(classes)) if matrix[i].any() or matrix[:, i].any()]
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     if len(shown) <= WHOLE:
@@ -65,7 +67,7 @@ def confusion_picture(
         if not pairs:
             return
         picture = _pairs([(classes[i], classes[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs], title)
-    yield Picture("confusion", picture, title, {"set": title})
+    yield Picture("confusion", picture, title, {"set": name})
 
 
 def _matrix(share: np.ndarray[Any, Any], names: Sequence[str], title: str) -> Any:
@@ -80,7 +82,7 @@ def _matrix(share: np.ndarray[Any, Any], names: Sequence[str], title: str) -> An
     axes.set_yticks(range(len(names)), short, fontsize=8)
     for i, j in np.argwhere(share >= 0.5):
         axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=_on(share[i, j]))
-    axes.set(xlabel="taken for", ylabel="class", title=f"{title}: percent of each class")
+    axes.set(xlabel="taken for", ylabel="class", title=f"{title}\npercent of each class")
     figure.colorbar(drawn, ax=axes, shrink=0.7, label="percent")
     return _drawn(figure)
 
@@ -96,7 +98,7 @@ def _pairs(rows: Sequence[tuple[str, str, int, float]], title: str) -> Any:
     axes.set_yticks(places, [f"{_short(own)} taken for {_short(other)}" for own, other, _, _ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set(xlabel="items (percent of the class)", title=f"{title}: the most confused of the classes")
+    axes.set(xlabel="items (percent of the class)", title=f"{title}\nthe most confused of the classes")
     axes.spines[["top", "right"]].set_visible(False)
     return _drawn(figure)
 

@@ -72,8 +72,9 @@ class ZeroShot(Evaluation):
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set."""
+        whose = f"{self.name} of the {'teacher' if model.teacher else 'student'}"
         for name, (truth, chosen) in self._chosen.items():
-            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name)
+            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
 
     def _read(
         self, model: Model, words_of: str, sets: Sequence[EvaluationSet]

@@ -31,7 +31,7 @@ class Look:
 
     def __init__(self, words: dict[str, list[float]] | None = None) -> None:
         self.augment = {name: SimpleNamespace(read=self.reader(name)) for name in self.modalities}
-        self.words = words or {}
+        self.words, self.teacher = words or {}, False
 
     @staticmethod
     def reader(name: str) -> Any:
@@ -96,10 +96,11 @@ def test_confusion_pictures(classes: int) -> None:
     """A matrix, and the list of pairs where there are too many classes for one; nothing where nothing is confused."""
     truth = torch.arange(classes).repeat(3)
     shifted = confusion(truth, (truth + 1) % classes, classes)
-    (shown,) = confusion_picture(shifted, [f"class {i}" for i in range(classes)], "mine")
+    (shown,) = confusion_picture(shifted, [f"class {i}" for i in range(classes)], "mine", "knn of the student")
+    assert (shown.caption, shown.context) == ("knn of the student on mine", {"set": "mine"})
     assert shown.picture.width > 300
     assert np.asarray(shown.picture).std() > 5
-    none = list(confusion_picture(confusion(truth, truth, classes), [str(i) for i in range(classes)], "mine"))
+    none = list(confusion_picture(confusion(truth, truth, classes), [str(i) for i in range(classes)], "mine", "knn"))
     assert len(none) == (classes == 4)
 
 

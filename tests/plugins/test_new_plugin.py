@@ -111,6 +111,11 @@ def test_the_written_schema_knows_the_installed_plugin(run: Run) -> None:
     assert "loss.stereo_waves_match" in json.loads(done.stdout)["$defs"]
 
 
+def test_its_recipe_has_the_package_s_name(project: Path) -> None:
+    """Would catch a run that is called `recipe`."""
+    assert "\nname: stereo-waves\n" in (project / "recipe.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

@@ -47,7 +47,7 @@ def test_the_recipe_trains(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
     recipe = Path(__file__).parents[1] / "recipe.yaml"
     main(["run", str(recipe), "--runs", str(tmp_path), "--quiet", "--set", "train.log_every=5"])
-    rows = [json.loads(line) for line in (tmp_path / "recipe" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "my-plugin" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.7 * losses[0]
-    assert "train,loss," in (tmp_path / "recipe" / "metrics.csv").read_text()
+    assert "train,loss," in (tmp_path / "my-plugin" / "metrics.csv").read_text()

@@ -38,6 +38,11 @@ class BadSample(Exception):
     """Raised while a sample is read or augmented: the sample is skipped, counted, and named in the log."""
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 sample`, `2 samples`; `many` where that is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """`, did you mean 'x'?`, or the known words where none is near."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

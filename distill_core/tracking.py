@@ -97,6 +97,15 @@ class RunFolder:
             write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a run that came to its end, else None (a kill may have cut it off)."""
+    try:
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return report
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(part) for key, part in value.items()}

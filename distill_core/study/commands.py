@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill_core import completion
-from distill_core.errors import RecipeErrors, TrainingStopped, UserError
+from distill_core.errors import RecipeErrors, TrainingStopped, UserError, counted
 from distill_core.without import without_option
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def ablate(
                 raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
             parameters[key.strip()] = option_values(value, "--slurm")[0]
         launcher = Slurm(folder / "slurm", parameters)
-    display = StudyDisplay(f"{study.name}: {many} runs", folder, study.scores, quiet=quiet or as_json)
+    display = StudyDisplay(f"{study.name}: {counted(many, 'run')}", folder, study.scores, quiet=quiet or as_json)
     at_once = jobs or (many if slurm else 1)
     runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)
     _end(plan, folder, runner.run(), as_json)
@@ -156,7 +156,8 @@ def _list(plan: StudyPlan, as_json: bool) -> None:
         about = {"name": study.name, "base": study.base, "seeds": list(study.seeds), "scores": list(study.scores)}
         click.echo(json.dumps({**about, "variants": rows}, indent=1))
         return
-    table = Table(title=f"{study.name}: {len(rows)} variants, {len(study.seeds)} seeds", title_justify="left")
+    title = f"{study.name}: {counted(len(rows), 'variant')}, {counted(len(study.seeds), 'seed')}"
+    table = Table(title=title, title_justify="left")
     for head in ("variant", "recipe", "steps", "changes"):
         table.add_column(head, overflow="fold")
     for row in rows:

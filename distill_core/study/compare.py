@@ -70,7 +70,9 @@ def _without_defaults(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
         nodes |= {(section, name): node for name, node in places.items()}
     for path, listed in ((("loss",), recipe.loss), (("evaluate", "tasks"), recipe.tasks), (("init",), recipe.init)):
         nodes |= {(*path, node.id): node for node in listed}
-    return {
+    teacher = recipe.teacher
+    short = {("teacher",): teacher.model_dump(mode="json", exclude_defaults=True)} if teacher is not None else {}
+    return short | {
         path: {"name": node.cls.name, **node.config.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
         for path, node in nodes.items()
     }

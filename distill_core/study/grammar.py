@@ -278,14 +278,15 @@ def _assignment(path: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a label has it: `none`, `cross_attention`, `cross_attention(heads=2)`, `0.5`."""
+    """A value as a label has it: `none`, `cross_attention`, `cross_attention(heads=2)`, `(momentum=0.9)`, `0.5`."""
     if value is None:
         return "none"
     if isinstance(value, str):
         return value
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-        options = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if key != "name")
-        return str(value["name"]) + (f"({options})" if options else "")
+    if isinstance(value, Mapping):
+        name = value["name"] if isinstance(value.get("name"), str) else ""
+        options = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if not (name and key == "name"))
+        return name + (f"({options})" if options else "" if name else "(defaults)")
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -20,18 +20,9 @@ from typing import Any, Literal, Protocol
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
-from distill_core.tracking import RunFolder
+from distill_core.tracking import RunFolder, read_report
 
 State = Literal["new", "half", "done"]
-
-
-def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that came to its end, else None (a kill may have cut it off)."""
-    try:
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return report
 
 
 def not_scored(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from distill_core.errors import counted
 from distill_core.study.plan import Run
 from distill_core.study.table import RunResult, default_scores
 
@@ -51,15 +52,21 @@ class StudyDisplay:
         """One line that `quiet` does not hide."""
         self.console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
+    def started(self, run: Run) -> None:
+        """A run begins, or goes on: a line where there is no table to see it in."""
+        if self._live is None:
+            self.say(f"{run.name}: started; what it prints: {self.folder / 'logs' / run.name}.log")
+
     def finished(self, run: Run, seconds: float | None = None) -> None:
-        """A run is complete; `seconds` since it was started, None when it had been before."""
+        """A run is complete; `seconds` since it was started, all told, None when it had been before."""
         result = RunResult.read(self.folder / run.name, run.seed)
         assert result is not None
         scores = [score for score in self.scores or default_scores([result]) if score in result.scores]
         self.cells[run.name] = f"{result.scores[scores[0]]:.2f}" if scores else "done"
         if seconds is not None:
             shown = ", ".join(f"{score} {result.scores[score]:.2f}" for score in scores)
-            self.say(f"{run.name}: {result.steps} steps, {seconds:.0f} s{': ' if shown else ''}{shown}")
+            steps = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s of training"
+            self.say(f"{run.name}: {steps}, {seconds:.0f} s in all{': ' if shown else ''}{shown}")
 
     def update(self, running: Sequence[Run]) -> None:
         """Draw again, at most twice a second."""

@@ -17,6 +17,7 @@ def draw(table: StudyTable, path: Path) -> None:
     """Writes the picture."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     few = len(table.groups) <= 10
     places = range(len(table.groups))
@@ -26,7 +27,10 @@ def draw(table: StudyTable, path: Path) -> None:
     rows = math.ceil(panels / columns)
     height = max(3.6, 0.34 * len(table.groups) + 1.4)
     figure = Figure(figsize=(5.0 * columns, height * rows), layout="constrained")
-    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(panels)]
+    grid = figure.add_gridspec(rows, columns)
+    axes = [figure.add_subplot(grid[divmod(i, columns)]) for i in range(panels - 1)]
+    axes.append(figure.add_subplot(grid[rows - 1, (panels - 1) % columns :]))  # the curves take what is left
+    several = "; interval over seeds; a dot a seed" if any(len(group.runs) > 1 for group in table.groups) else ""
     for axis, score in zip(axes, table.scores, strict=False):
         for i, group in enumerate(table.groups):
             cell = table.cells[group.name][score]
@@ -38,16 +42,21 @@ def draw(table: StudyTable, path: Path) -> None:
             if ends is not None:
                 reach = [[cell.summary.mean - ends[0]], [ends[1] - cell.summary.mean]]
                 axis.errorbar(cell.summary.mean, i, xerr=reach, color="0.15", capsize=3, linewidth=1.2)
-            axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)
+            if several:
+                axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)
         axis.set_yticks(range(len(table.groups)), [group.label for group in table.groups], fontsize=8)
         axis.invert_yaxis()
-        axis.set(title=score, xlabel="score; interval over seeds; a dot a seed")
+        unit = "percent" if score.count("/") == 2 else score.rpartition("/")[2]  # as in report.png
+        axis.set(title=score, xlabel=unit + several)
     curves = axes[len(table.scores)]
     for i, group in enumerate(table.groups):
         steps, low, mean, high = _loss(group)
-        curves.plot(steps, mean, color=colours[i], label=group.label, linewidth=1.4)
+        curves.plot(
+            steps, mean, color=colours[i], label=group.label, linewidth=1.4, marker="o" if len(steps) < 5 else None
+        )
         if len(group.runs) > 1:
             curves.fill_between(steps, low, high, color=colours[i], alpha=0.15, linewidth=0)
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.set(xlabel="optimiser step", ylabel="total loss (nats)", title="training loss: each variant's own losses")
     if any(group.runs for group in table.groups):
         curves.legend(frameon=False, fontsize=8)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill_core.errors import RecipeErrors, UserError
+from distill_core.errors import RecipeErrors, UserError, counted
 from distill_core.folders import write_whole
 from distill_core.model import run_recipe
 from distill_core.process import Interrupt
@@ -70,7 +70,7 @@ class StudyRunner:
             if self.plan.study.budget is not None and self.plan.study.budget.seconds is not None:
                 waiting = calibration_runs(self.plan, self.folder)
                 if waiting:
-                    self.display.say(f"timing {len(waiting)} variant(s) for a budget of seconds ...")
+                    self.display.say(f"timing {counted(len(waiting), 'variant')} for a budget of seconds ...")
                     drop_changed(waiting, self.folder / "calibration", self.registry)
                     # one at a time, so that they do not slow one another down
                     outcome = self._go(waiting, self.folder / "calibration", 1)
@@ -127,7 +127,9 @@ class StudyRunner:
             else:
                 waiting.append(run)
         if done or outcome.failed:
-            self.display.say(f"{folder}: {done} of {len(runs)} runs are done, {len(outcome.failed)} failed before")
+            self.display.say(
+                f"{folder}: {done} of {counted(len(runs), 'run')} done, {len(outcome.failed)} failed before"
+            )
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
         running: dict[str, tuple[Run, Job, float]] = {}
         try:
@@ -175,6 +177,8 @@ class StudyRunner:
                     continue
                 path = folder / "recipes" / f"{run.name}.yaml"
                 path.write_text(run.recipe.to_yaml(), encoding="utf-8")
+                if folder == self.folder:  # and no calibration
+                    self.display.started(run)
                 running[run.name] = (run, self.launcher.start(folder, run.name), time.monotonic())
             for name, (run, job, since) in list(running.items()):
                 code = job.poll()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,8 +13,11 @@ from rich.table import Table as RichTable
 
 from distill_core.errors import did_you_mean
 from distill_core.report import headline
-from distill_core.study.launch import read_report
 from distill_core.study.statistics import LEVEL, Difference, Summary, paired, summarise
+from distill_core.tracking import read_report
+
+LABEL = 28
+"""The most letters of a variant's name in a line of the terminal's table."""
 
 
 @dataclass(frozen=True)
@@ -168,19 +172,33 @@ def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[
 
 
 def as_rich(table: StudyTable) -> RichTable:
-    """For the terminal, whose width is dear: a difference stands below its mean."""
+    """For the terminal, whose width is dear: a difference stands below its mean, and what all rows share below all."""
     heads, rows = table.rows()
-    shown = RichTable(title=table.title, title_justify="left")
+    shown = RichTable(title=table.title, title_justify="left", caption_justify="left")
     scores = range(1, 2 * len(table.scores), 2)
-    shown.add_column(heads[0], overflow="fold")
+    others = list(range(1 + 2 * len(table.scores), len(heads)))
+    same = [i for i in others if heads[i] != "s" and len({row[i] for row in rows}) == 1]
+    shown.caption = ", ".join(f"{heads[i]}: {rows[0][i]}" for i in same) or None
+    others = [i for i in others if i not in same]
+    shown.add_column(heads[0], no_wrap=True)
     for i in scores:
-        shown.add_column(heads[i].replace("/", "/\n", 1), justify="right", overflow="fold")
-    for head in heads[1 + 2 * len(table.scores) :]:
-        shown.add_column(head, justify="right", no_wrap=True)
+        shown.add_column(heads[i].replace("/", "/\n"), justify="right", overflow="fold")
+    for i in others:
+        shown.add_column(heads[i], justify="right", no_wrap=True)
     for row in rows:
         cells = [escape(f"{row[i]}\n{row[i + 1]}".strip()) for i in scores]
-        shown.add_row(escape(row[0]), *cells, *row[1 + 2 * len(table.scores) :], end_section=row is not rows[-1])
+        shown.add_row(escape(_folded(row[0])), *cells, *(row[i] for i in others), end_section=row is not rows[-1])
     return shown
+
+
+def _folded(label: str) -> str:
+    """Lines that break between options, not in the middle of a word that is shorter than a line."""
+    lines = [""]
+    for part in re.findall(rf"[^\s,(]{{1,{LABEL}}}[\s,(]*|[\s,(]+", label):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > LABEL:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def as_markdown(table: StudyTable) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from distill_core.document import read_document
 from distill_core.errors import RecipeErrors
-from distill_core.study.grammar import Study, make_study, swaps_document
+from distill_core.study.grammar import Study, make_study, shown, swaps_document
 
 
 def read(text: str) -> Study:
@@ -72,6 +72,22 @@ def test_one_at_a_time_starts_from_the_recipe_as_it_is() -> None:
 def test_names_that_fall_together_are_told_apart() -> None:
     study = read("recipe: a.yaml\nswaps:\n  freeze: [[a, b], ['a', 'b c'], ['a b', c]]\n")
     assert len({variant.name for variant in study.variants}) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, "none"),
+        ({"name": "gated", "heads": 1}, "gated(heads=1)"),
+        ({"name": "gated"}, "gated"),
+        ({"momentum": 0.9}, "(momentum=0.9)"),
+        ({}, "(defaults)"),
+        ([1, 2], "[1, 2]"),
+    ],
+)
+def test_values_as_labels(value: object, words: str) -> None:
+    """Would catch a mapping without a name as JSON, beside components that read as calls."""
+    assert shown(value) == words
 
 
 def test_swaps_of_the_command_line() -> None:

@@ -109,7 +109,10 @@ def test_runs_once_each_and_no_more_at_a_time_than_asked(make: Make, capfd: pyte
     assert launcher.most == 2
     assert (outcome.failed, outcome.stopped, outcome.signal) == ({}, [], None)
     # no terminal: a line for each run that ends
-    lines = [line for line in capfd.readouterr().err.splitlines() if "student/retrieval/M 1.00" in line]
+    err = capfd.readouterr().err
+    assert err.count(": started; what it prints: ") == 4, "nothing to see for as long as a run takes"
+    assert "a-seed0: 4 steps in 1 s of training, 0 s in all: student/retrieval/M 1.00\n" in err
+    lines = [line for line in err.splitlines() if "student/retrieval/M 1.00" in line]
     assert sorted(line.split(":")[0] for line in lines) == sorted(ALL)
     again = Fake()
     make(again).run()

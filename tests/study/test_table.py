@@ -1,10 +1,22 @@
 """Tables of hand-made runs: the words of each cell, and the same numbers as JSON."""
 
+import io
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from distill_core.study.picture import draw
-from distill_core.study.table import Group, RunResult, StudyTable, as_json, as_latex, as_markdown, default_scores
+from distill_core.study.table import (
+    Group,
+    RunResult,
+    StudyTable,
+    as_json,
+    as_latex,
+    as_markdown,
+    as_rich,
+    default_scores,
+)
 
 M, TOP = "student/retrieval/M", "student/zero_shot/top1"
 
@@ -52,6 +64,17 @@ def test_the_notes_say_how_little_few_seeds_are() -> None:
     assert not any("0% of studies" in line for line in pair)
     one = StudyTable.of("t", [group("a", {0: 1.0}), group("b", {0: 2.0})], "a", [M]).notes()
     assert one[-1].startswith("One seed: no spread and no interval")
+
+
+def test_names_on_a_narrow_terminal() -> None:
+    """Would catch names that break in the middle of a word, and columns that say the same in every row."""
+    groups = [group("a", {0: 1.0}, "loss.1.weight=0.5", 1), group("b", {0: 2.0}, "fusion=attention(heads=2), lr=1", 1)]
+    file = io.StringIO()
+    Console(file=file, width=60).print(as_rich(StudyTable.of("t", groups, "a", [M, TOP])))
+    shown = file.getvalue()
+    assert all(part in shown for part in ("│ loss.1.weight=0.5 ", "│ fusion=attention(heads=2), │", "│ lr=1 "))
+    assert shown.splitlines()[-1].strip() == "seeds: 1/1, steps: 40, samples: 160"
+    assert max(map(len, shown.splitlines())) <= 60
 
 
 def test_markdown() -> None:

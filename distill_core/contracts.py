@@ -87,6 +87,14 @@ class Evaluation(Component, ABC):
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""
 
+    def note(self) -> str:
+        """What to know to read the means, in a few words that stand below their table; asked for behind `run`.
+
+        Their unit, what chance would score, what a short name means: 'percent; 10 classes, chance top1 10'. How many
+        sets they are means of is added.
+        """
+        return ""
+
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
         """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
 

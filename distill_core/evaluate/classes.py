@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill_core.errors import counted
 from distill_core.media import Media, Picture
 
 WHOLE = 30
@@ -25,15 +26,20 @@ def ranks_of_class(scores: Tensor, truth: Tensor) -> Tensor:
     return (~(scores < own)).sum(1) - 1 + own[:, 0].isnan()
 
 
-def accuracies(ranks: Tensor, truth: Tensor) -> dict[str, float]:
-    """`top1`, `top5` and `mean_per_class` (of top-1, over the classes that occur) in percent, of ranks [N]."""
+def accuracies(ranks: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` (of top-1, over the classes that occur) in percent, of ranks [N].
+
+    No `top5` among five `classes` or fewer: it would be 100 whatever the model.
+    """
     hit = (ranks == 0).double()
     per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
-    return {
-        "top1": 100 * hit.mean().item(),
-        "top5": 100 * (ranks < 5).double().mean().item(),
-        "mean_per_class": 100 * per_class.mean().item(),
-    }
+    top5 = {"top5": 100 * (ranks < 5).double().mean().item()} if classes > 5 else {}
+    return {"top1": 100 * hit.mean().item(), **top5, "mean_per_class": 100 * per_class.mean().item()}
+
+
+def chance(classes: int) -> str:
+    """What a task's note says of them."""
+    return f"{counted(classes, 'class', 'classes')}, chance top1 {100 / classes:.3g}"
 
 
 def means(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

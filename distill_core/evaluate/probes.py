@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
-from distill_core.errors import DataError
-from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_core.errors import DataError, counted
+from distill_core.evaluate.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
 from distill_core.evaluate.logistic import choose_c, fit, logits
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Media
@@ -88,18 +88,24 @@ class Probe(Evaluation):
         """Scores [M, C] of features asked [M, D]."""
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/top1`, `SET/top5`, `SET/mean_per_class`, `SET/learned_from` (samples), and the first three's means.
+        """`SET/top1`, `SET/top5` (of more than 5 classes), `SET/mean_per_class`, and each one's mean over sets;
+        `SET/learned_from` (samples).
 
-        With `shots`, means over draws; `SET/top1_std` is the spread among them.
+        With `shots`, means over draws; `SET/top1_std` is the spread among them. Warns of scored samples that are
+        learned from, and of fewer samples a class than `shots`.
         """
         config: ProbeConfig = self.config
         modality = config.modality or model.modalities[0]
-        learned = self._labelled(model, sets[0].of_split(config.learn), modality) if config.learn is not None else None
+        teaching = sets[0].of_split(config.learn) if config.learn is not None else []
+        learned = self._labelled(model, teaching, modality) if config.learn is not None else None
         asked = [self._labelled(model, [samples], modality) for samples in sets]
         self._classes = sorted({label for part in (learned, *asked) if part is not None for label in part.classes})
+        taught_from = {one for samples in teaching for one in samples.identities.values()}
         scores: dict[str, float] = {}
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples, here in zip(sets, asked, strict=True):
+            self._warn_of_both(samples, taught_from)
+            self._fewest = len(here.classes) + (len(learned.classes) if learned is not None else 0)
             truth = self._numbers(here.classes)
             found = []
             for draw in range(config.draws if config.shots else 1):
@@ -108,8 +114,11 @@ class Probe(Evaluation):
                     predicted = self.predict(taught, len(self._classes), here.features[part], model.device)
                     ranks[part], chosen[part] = ranks_of_class(predicted, truth[part]), predicted.argmax(1)
                     counts.append(len(torch.unique(taught.owners)))
-                found.append(accuracies(ranks, truth) | {"learned_from": sum(counts) / len(counts)})
+                found.append(accuracies(ranks, truth, len(self._classes)) | {"learned_from": sum(counts) / len(counts)})
                 self._chosen.setdefault(samples.name, (truth, chosen))
+            if config.shots is not None and self._fewest < config.shots:
+                fewest = f"the smallest class has {counted(self._fewest, 'sample')} to learn from"
+                samples.warn(f"{self.name!r}: `shots: {config.shots}`, but {fewest}; such classes give all they have")
             for score in found[0]:
                 scores[f"{samples.name}/{score}"] = sum(one[score] for one in found) / len(found)
             if len(found) > 1:
@@ -117,11 +126,25 @@ class Probe(Evaluation):
                 scores[f"{samples.name}/top1_std"] = spread
         return scores | means(scores, ("top1", "top5", "mean_per_class"))
 
+    def note(self) -> str:
+        """Unit, classes and chance; of few-shot, draws."""
+        draws = f"; means of {counted(self.config.draws, 'draw')}" if self.config.shots else ""
+        return f"percent; {chance(len(self._classes))}{draws}"
+
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set (of few-shot, the first draw's)."""
         whose = f"{self.name} of the {'teacher' if model.teacher else 'student'}"
         for name, (truth, chosen) in self._chosen.items():
             yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
+
+    def _warn_of_both(self, samples: EvaluationSet, taught_from: Collection[tuple[str, str]]) -> None:
+        both = sum(one in taught_from for one in samples.identities.values())
+        if both:
+            scored = counted(len(samples.identities), "scored sample")
+            samples.warn(
+                f"evaluation set {samples.name!r}: {both} of {scored} are in the split {self.config.learn!r} too, "
+                "which is learned from: such a score says nothing of new samples"
+            )
 
     def _labelled(self, model: Model, sets: Sequence[EvaluationSet], modality: str) -> Labelled:
         """The items of the sets' labelled samples."""
@@ -173,6 +196,7 @@ class Probe(Evaluation):
         if self.config.shots is None:
             return torch.arange(len(y))
         owner, of_owner = _by_owner(y, owners)
+        self._fewest = min(self._fewest, int(torch.bincount(of_owner)[of_owner].min()))
         chosen: Tensor = turns(of_owner, seed=draw)[owner] < self.config.shots
         return chosen.nonzero()[:, 0]
 

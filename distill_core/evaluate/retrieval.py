@@ -51,7 +51,8 @@ class Retrieval(Evaluation):
         """
         a, b = self.config.modalities or model.modalities
         scores: dict[str, float] = {}
-        means = []
+        means, chances = [], []
+        self._candidates: set[int] = set()
         for samples in sets:
             name = samples.name
             embedded, of = {}, {}
@@ -65,6 +66,9 @@ class Retrieval(Evaluation):
             recalls = []
             for query, target in ((a, b), (b, a)):
                 ranks = ranks_of(embedded[query], embedded[target], of[query], of[target])
+                own = torch.bincount(of[target])[of[query]].double().mean().item()
+                chances.append(100 * own / len(of[target]))
+                self._candidates.add(len(of[target]))
                 for k in sorted({*self.config.ks, 1, 5}):
                     recall = 100 * (ranks < k).double().mean().item()
                     if k in (1, 5):
@@ -75,10 +79,17 @@ class Retrieval(Evaluation):
             scores[f"{name}/candidates"] = float(len(of[b]))
             scores[f"{name}/M"] = sum(recalls) / len(recalls)
             means.append(scores[f"{name}/M"])
+        self._chance = sum(chances) / len(chances)
         for k in self.config.ks:
             found = [scores[f"{x.name}/{m}_to_{n}/R@{k}"] for x in sets for m, n in ((a, b), (b, a))]
             scores[f"R@{k}"] = sum(found) / len(found)
         return scores | {"M": sum(means) / len(means)}
+
+    def note(self) -> str:
+        """Unit, candidates, chance, and what `M` is."""
+        candidates = " to ".join(map(str, sorted({min(self._candidates), max(self._candidates)})))
+        chance = f"{candidates} candidates, chance R@1 {self._chance:.3g}"
+        return f"percent, both directions; {chance}; M: mean of R@1 and R@5"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """The nearest five of a few queries, and the similarities of pairs that belong together and of others."""

@@ -23,8 +23,12 @@ class Evaluated:
     """`scores` by `SIDE/TASK/...`, one line for each task that failed, and the samples that could not be read."""
 
     scores: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    """Task -> what to know to read its means, of the tasks that say so."""
     failed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What tasks have to say of their scores, a line each."""
     media: list[Media] = field(default_factory=list)
     no_media: Exception | None = None
     """Why there are no (more) pictures, where a task could not make them: scores do not suffer from it."""
@@ -64,6 +68,10 @@ def evaluate(
                 result.failed.append(f"{node.path} ({node.id}): {error}")
                 break
             result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
+            if any("/" not in name for name in scores):
+                words = (task.note(), f"means of {len(sets)} sets" if len(sets) > 1 else "")
+                if note := "; ".join(filter(None, words)):
+                    result.notes[node.id] = note
             if media and result.no_media is None:
                 try:
                     with _alone(opened.all()):
@@ -76,6 +84,7 @@ def evaluate(
                     for item in made
                 ]
     result.skipped = [skipped for samples in opened.all() for skipped in samples.skipped.values()]
+    result.warnings = list(dict.fromkeys(line for samples in opened.all() for line in samples.warnings))
     return result
 
 

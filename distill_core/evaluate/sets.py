@@ -45,6 +45,10 @@ class EvaluationSet:
         self._others, self._cache, self._watch = others, cache, watch
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
+        self.warnings: list[str] = []
+        """What tasks have to say of their scores on it: see `warn`."""
+        self.identities: dict[int, tuple[str, str]] = {}
+        """(key, file) of the samples that `labels` has found, by number: a sample of another set may be the same."""
         self.alone = False
         """Whether this rank works while the others do not: no embeddings can be made then, where there are several."""
         self._embedded: dict[tuple[int, str, str | None, Of], tuple[Tensor, Tensor]] = {}
@@ -60,6 +64,11 @@ class EvaluationSet:
         if self._others is None:
             raise DataError(f"evaluation set {self.name!r} stands alone: it has no split {split!r}")
         return self._others(split)
+
+    def warn(self, line: str) -> None:
+        """Tell the user, once, why scores say less than they seem to; they are kept."""
+        if line not in self.warnings:
+            self.warnings.append(line)
 
     def labels(self, field: str) -> dict[int, str]:
         """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out,
@@ -77,6 +86,7 @@ class EvaluationSet:
                 continue
             if label is not None:
                 found[i] = label
+                self.identities[i] = str(sample["__key__"]), str(sample["__url__"])
         return found
 
     def samples(self, numbers: Sequence[int]) -> dict[int, Sample]:

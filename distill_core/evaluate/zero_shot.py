@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from distill_core import distributed
 from distill_core.components import ComponentConfig, Evaluation, Plan
 from distill_core.errors import DataError
-from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_core.evaluate.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
 from distill_core.evaluate.prompts import Templates, plain_lines, prompts_of, templates_of
 from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
@@ -48,7 +48,9 @@ class ZeroShot(Evaluation):
         yield from two_modalities(cls.name, config.modalities, plan)
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/top1`, `SET/top5`, `SET/mean_per_class`, `SET/classes`, and each score's mean over sets."""
+        """`SET/top1`, `SET/top5` (of more than 5 classes), `SET/mean_per_class`, and each score's mean over sets;
+        `SET/classes`.
+        """
         items_of, words_of = self.config.modalities or model.modalities
         labels_of, self._classes, prompts = distributed.agree(lambda: self._read(model, words_of, sets))
         place = {label: i for i, label in enumerate(self._classes)}
@@ -64,11 +66,15 @@ class ZeroShot(Evaluation):
                 raise DataError(f"evaluation set {name!r}: no sample with {items_of} and {self.config.label!r}")
             truth = torch.tensor([place[labels[i]] for i in owners[known].tolist()])
             similarity = embedded[known] @ centres.T
-            found = accuracies(ranks_of_class(similarity, truth), truth)
+            found = accuracies(ranks_of_class(similarity, truth), truth, len(self._classes))
             scores |= {f"{name}/{score}": value for score, value in found.items()}
             scores[f"{name}/classes"] = float(len(self._classes))
             self._chosen[name] = truth, similarity.argmax(1)
         return scores | means(scores, ("top1", "top5", "mean_per_class"))
+
+    def note(self) -> str:
+        """Unit, classes and chance."""
+        return f"percent; {chance(len(self._classes))}"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set."""

@@ -81,6 +81,10 @@ class Composition(Evaluation):
                 scores[name] = sum(values) / len(values)
         return scores
 
+    def note(self) -> str:
+        """Unit, and what each score is."""
+        return "percent; text: each picture is nearest to its own caption; image: each caption to its own picture"
+
     def _scores(self, model: Model, samples: EvaluationSet) -> dict[str, float]:
         pictures, words = self.config.modalities or model.modalities
         images, captions = distributed.agree(partial(self._present, samples))

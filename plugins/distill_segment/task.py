@@ -115,6 +115,10 @@ class Segmentation(Evaluation):
             scores[name] = sum(scores[f"{samples.name}/{name}"] for samples in sets) / len(sets)
         return scores
 
+    def note(self) -> str:
+        """Unit, and what mIoU is."""
+        return "percent; mIoU: mean over classes of intersection over union"
+
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Picture]:
         """Picture, truth and what was found, side by side, of the first samples."""
         for i, here in enumerate(sets):

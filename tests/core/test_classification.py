@@ -65,7 +65,7 @@ def test_accuracies_against_torchmetrics() -> None:
     """Would catch the mean over classes taken over samples, classes that do not occur, and a top-5 of top-4."""
     torchmetrics = pytest.importorskip("torchmetrics")
     scores, truth = torch.randn(211, 9), torch.randint(0, 8, (211,))  # class 8 never occurs
-    found = accuracies(ranks_of_class(scores, truth), truth)
+    found = accuracies(ranks_of_class(scores, truth), truth, 9)
     for name, options in (
         ("top1", {"average": "micro"}),
         ("top5", {"average": "micro", "top_k": 5}),
@@ -263,7 +263,7 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
         assert torch.bincount(y[chosen]).tolist() == [2, 2, 2]
         taught = Taught(x[chosen], y[chosen], chosen.nonzero()[:, 0])
         votes = Knn(config).predict(taught, 3, asked, torch.device("cpu"))
-        each.append(accuracies(ranks_of_class(votes, truth), truth)["top1"])
+        each.append(accuracies(ranks_of_class(votes, truth), truth, 3)["top1"])
     assert scores["top1"] == pytest.approx(sum(each) / 4)
     assert scores["t0/top1_std"] == pytest.approx(np.std(each, ddof=1))
 
@@ -357,6 +357,36 @@ def test_zero_shot_with_files(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("boat\n")
     with pytest.raises(DataError, match="does not name 1 of the classes that occur, as 'bird'"):
         task.run(Look(words), [EvaluationSet("s", data)])  # type: ignore[arg-type]
+
+
+def test_what_is_learned_from_and_scored_is_told() -> None:
+    """Would catch 100 % of what was learned by heart without a word, and a warning where only keys coincide."""
+    x, y = torch.eye(3), ["a", "b", "c"]
+    for mine, of, both in (("u", "u", 3), ("u", "v", 0)):
+        learned = EvaluationSet("l", [{**row, "__url__": of} for row in samples(x, y)])
+        asked = [{**row, "__url__": mine} for row in samples(torch.cat([x, x[:1]]), [*y, "a"])]
+        here = EvaluationSet("s", asked, others=lambda split, learned=learned: [learned])  # type: ignore[misc]
+        scores = Knn(Knn.Config()).run(Look(), [here])  # type: ignore[arg-type]
+        assert "top5" not in scores, "it would be 100 of three classes"
+        lines = [line for line in here.warnings if f"{both} of 4 scored samples are in the split 'train' too" in line]
+        assert (len(lines), len(here.warnings)) == ((1, 1) if both else (0, 0))
+
+
+@pytest.mark.parametrize(("shots", "learn", "fewest"), [(5, "train", 2), (2, "train", None), (5, None, 1)])
+def test_fewer_samples_than_shots_are_told(shots: int, learn: str | None, fewest: int | None) -> None:
+    """Would catch `shots: 1000` of a class of two without a word."""
+    learned = samples(torch.eye(6)[[0, 0, 0, 1, 1]], ["a", "a", "a", "b", "b"])
+    asked = samples(torch.eye(6)[[0, 0, 1, 1]], ["a", "a", "b", "b"])
+    here, *_ = sets_of(learned, asked)
+    knn = Knn(Knn.Config.model_validate_json(json.dumps({"shots": shots, "learn": learn, "folds": 2})))
+    knn.run(Look(), [here])  # type: ignore[arg-type]
+    told = [line for line in here.warnings if "`shots: " in line]
+    if fewest is None:
+        assert not told
+    else:
+        (line,) = told
+        assert f"'knn': `shots: 5`, but the smallest class has {fewest} sample" in line
+    assert knn.note() == "percent; 2 classes, chance top1 50; means of 3 draws"
 
 
 def test_means() -> None:

@@ -150,6 +150,15 @@ def test_collapsed_and_broken_embeddings_score_nothing(tmp_path: Path, count: in
         assert shot["top5"] == 0.0
 
 
+@pytest.mark.parametrize(("captions", "said"), [(1, "8 candidates"), (3, "8 to 24 candidates")])
+def test_the_chance_that_retrieval_tells(tmp_path: Path, captions: int, said: str) -> None:
+    """Of random embeddings, whatever the number of captions: a query's own are 1 in 8. Would catch 1 in 24."""
+    task = Retrieval(Retrieval.Config())
+    one = np.eye(8).tolist()
+    task.run(Look(), [as_set(tmp_path, [{"image": [v], "text": [v] * captions} for v in one])])  # type: ignore[arg-type]
+    assert task.note() == f"percent, both directions; {said}, chance R@1 12.5; M: mean of R@1 and R@5"
+
+
 def test_sets_are_averaged_and_unreadable_samples_left_out(tmp_path: Path) -> None:
     """Catches sets that are pooled, and numbering that slips where a sample cannot be read on one side."""
     eye = np.eye(4).tolist()
@@ -208,7 +217,8 @@ def test_zero_shot_by_hand(tmp_path: Path) -> None:
     assert scores["data/classes"] == 3
     assert scores["data/top1"] == pytest.approx(100 * 5 / 7)
     assert scores["data/mean_per_class"] == pytest.approx(100 * (2 / 3 + 1 + 2 / 3) / 3)
-    assert scores["data/top5"] == 100.0
+    assert "top5" not in scores, "of three classes it would be 100"
+    assert task.note() == "percent; 3 classes, chance top1 33.3"
 
 
 def test_zero_shot_top5_and_sets(tmp_path: Path) -> None:

@@ -40,3 +40,7 @@ class Agreement(Evaluation):
             cosines = (first[list(rows)] * second[list(columns)]).sum(-1)
             scores[f"{samples.name}/cosine"] = 100 * cosines.double().mean().item()
         return scores | {"cosine": sum(scores.values()) / len(scores)}
+
+    def note(self):
+        """What stands below the table of scores."""
+        return "cosine times 100: 100 where both sides agree, 0 where they know nothing of each other"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill_core import __version__, authors, completion
-from distill_core.errors import PluginError, RecipeErrors, TrainingStopped, UserError
+from distill_core.errors import PluginError, RecipeErrors, TrainingStopped, UserError, counted
 from distill_core.study.commands import ablate, compare
 from distill_core.without import without_option
 
@@ -135,18 +135,30 @@ def _forget(folder: Path) -> None:
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
 @without_option
 def resume(folder: str, checkpoint: str, quiet: bool) -> None:
-    """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been."""
+    """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been.
+
+    One that is finished and scored is left as it is.
+    """
     from distill_core.model import run_recipe
-    from distill_core.tracking import RunFolder
+    from distill_core.tracking import RunFolder, read_report
     from distill_core.train import Trainer
 
     recipe = run_recipe(Path(folder), _registry())
+    report = read_report(Path(folder))
+    # a task that failed is tried again, and more steps in the folder's recipe are trained
+    if checkpoint == "last" and report is not None and not report.get("failed"):
+        steps: int = report["steps"]
+        if recipe.train.steps in (None, steps):
+            if os.environ.get("RANK", "0") == "0":
+                scored = f"finished at step {steps}; its scores: {Path(folder) / 'report.json'}"
+                click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
+            return
     _end(Trainer(recipe, RunFolder(Path(folder)), resume=checkpoint, quiet=quiet).run())
 
 
 def _end(result: Result) -> None:
     from distill_core import distributed
-    from distill_core.display import print_scores
+    from distill_core.display import per_second, print_scores
 
     rank = distributed.rank()
     if result.signal is None:
@@ -159,20 +171,20 @@ def _end(result: Result) -> None:
 
         report = json.loads((result.folder / "report.json").read_text())
         lines = [
-            f"{report['steps']} steps, {report['samples']} samples in {report['seconds']:.0f} s of training "
-            f"({report['samples_per_s'] or 0:.3g} samples/s)",
+            f"{counted(report['steps'], 'step')}, {counted(report['samples'], 'sample')} in {report['seconds']:.0f} s "
+            f"of training ({per_second(report['samples_per_s'] or 0)})",
         ]
         if report["skipped_samples"]:
             lines.append(
-                f"{report['skipped_samples']} samples could not be used and were skipped, {report['skipped_reads']} "
-                f"times over all passes; their keys: {result.folder / 'skipped.jsonl'}"
+                f"skipped: {counted(report['skipped_samples'], 'sample')} that could not be used, "
+                f"{counted(report['skipped_reads'], 'time')} over all passes; keys: {result.folder / 'skipped.jsonl'}"
             )
         if report["skipped_steps"]:
-            lines.append(
-                f"{report['skipped_steps']} steps were skipped: not finite; see {result.folder / 'metrics.jsonl'}"
-            )
-        lines.append(f"every score: {result.folder / 'report.json'}; picture: {result.folder / 'report.png'}")
-        print_scores(result.scores, f"{report['name']} on {report['split']}", lines)
+            steps = counted(report["skipped_steps"], "step")
+            lines.append(f"skipped: {steps} not finite; see {result.folder / 'metrics.jsonl'}")
+        lines.append(f"picture: {result.folder / 'report.png'}")
+        file = str(result.folder / "report.json")
+        print_scores(result.scores, f"{report['name']} on {report['split']}", lines, notes=report["notes"], file=file)
         if result.failed:
             raise UserError(
                 f"{len(result.failed)} evaluation task(s) failed, as warned above. The run is complete; score it again "

@@ -57,7 +57,7 @@ class Display:
     def step(self, step: int, rate: float | None, losses: Mapping[str, float]) -> None:
         """`step` steps are done."""
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        speed = f"{rate:.{0 if rate >= 10 else 1}f}/s" if rate is not None else ""
+        speed = per_second(rate) if rate is not None else ""
         self._progress.update(self._task, completed=step, rate=speed, losses=shown)
         due = time.monotonic() - self._last >= self.seconds
         if losses and due and not self.quiet and not self.console.is_terminal:
@@ -87,10 +87,11 @@ class Left(TimeRemainingColumn):
 
 
 class Scoring:
-    """A progress bar of what is encoded, on a terminal only."""
+    """A progress bar of what is encoded, on a terminal; elsewhere a line for each task that begins."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
+        self._said = None if quiet or console.is_terminal else console
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(),
@@ -114,6 +115,8 @@ class Scoring:
 
     def doing(self, what: str) -> None:
         """Name the task that is scored."""
+        if self._said is not None:
+            self._said.print(f"scoring {what}", highlight=False, markup=False, soft_wrap=True)
         self._task_name = what
         self._begin("", None)
 
@@ -189,13 +192,40 @@ def score_table(scores: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def print_scores(scores: Mapping[str, float], title: str, lines: Sequence[str] = (), *, full: bool = False) -> None:
-    """The summary on standard output: the means over sets, or `full`: every score of every set."""
+def print_scores(
+    scores: Mapping[str, float],
+    title: str,
+    lines: Sequence[str] = (),
+    *,
+    notes: Mapping[str, str] | None = None,
+    file: str = "",
+    full: bool = False,
+) -> None:
+    """The summary on standard output: the means over sets, or `full`: every score of every set.
+
+    Below it the tasks' `notes`, `lines`, and the `file` that has every score, those of tasks without means as well.
+    """
     console = Console()
     table = mean_table(scores, title)
-    if full or not table.row_count:
+    short = bool(table.row_count) and not full
+    if not short:
         table = score_table(scores, title)
     if scores:
         console.print(table)
+    tasks: dict[str, list[str]] = {}  # by what is said of them: tasks of one kind have one line
+    for task in dict.fromkeys(key.split("/")[1] for key in scores):
+        has_means = any(key.count("/") == 2 and key.split("/")[1] == task for key in scores)
+        note = "no means over sets; scores in the file below" if short and not has_means else (notes or {}).get(task)
+        if note:
+            tasks.setdefault(note, []).append(task)
+    for note, names in tasks.items():
+        console.print(f"{', '.join(names)}: {note}", highlight=False, markup=False)
+    if scores and file:
+        lines = [*lines, f"every score: {file}"]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def per_second(rate: float) -> str:
+    """`1,270 samples/s`, `8.4 samples/s`."""
+    return f"{rate:,.0f} samples/s" if rate >= 10 else f"{rate:.2g} samples/s"

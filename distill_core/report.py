@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Report:
     skipped_reads: int
     skipped_steps: int
     parameters: int
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Task -> what to know to read its means."""
     failed: Sequence[str] = ()
     """A line for each evaluation task that could not be scored."""
 
@@ -50,48 +52,45 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
 
     training = [row for row in rows if "terms" in row]
     bars = headline(report.scores)
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    curves, scores = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    figure = Figure(figsize=(12, 4.6) if bars else (6.5, 4.6), layout="constrained")
+    curves, *scores = figure.subplots(1, 2 if bars else 1, width_ratios=[1.2, 1] if bars else None, squeeze=False)[0]
     steps = [row["step"] for row in training]
+    marker = "o" if len(steps) < 5 else None
     for name in training[-1]["terms"] if training else ():
         values = [row["terms"].get(name) for row in training]
-        curves.plot(steps, values, label=name, linewidth=1.6, marker="o" if len(steps) < 5 else None)
+        curves.plot(steps, values, label=name, linewidth=1.6, marker=marker)
     if training and len(training[-1]["terms"]) > 1:
-        curves.plot(
-            steps,
-            [row["loss"] for row in training],
-            label="total",
-            color="0.6",
-            linewidth=1.2,
-            linestyle="--",
-        )
+        total = [row["loss"] for row in training]
+        curves.plot(steps, total, label="total", color="0.6", linewidth=1.2, linestyle="--", marker=marker)
     curves.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{report.name}: losses")
+    curves.set_xlim(0, 1.02 * max(report.steps, 1))
     if training:
         curves.legend(frameon=False)
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.25)
-
-    sides = sorted({side for side, _ in bars}, key=lambda side: side != "student")
-    names = list(dict.fromkeys(name for _, name in bars))
-    height = 0.8 / max(len(sides), 1)
-    for i, side in enumerate(sides):
-        places = [j + i * height for j in range(len(names))]
-        values = [bars.get((side, name), 0.0) for name in names]
-        drawn = scores.barh(places, values, height, label=side)
-        scores.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
-    scores.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(names))], names, fontsize=9)
-    scores.invert_yaxis()
-    scores.margins(x=0.12)
-    scores.set(xlabel="percent", title=f"scores on {report.split}")
-    if sides:
-        scores.legend(frameon=False)
-    else:
-        scores.set_axis_off()
-        scores.text(0.5, 0.5, "nothing was evaluated", ha="center", va="center", transform=scores.transAxes)
-    for axes in (curves, scores):
+    for axes in scores:
+        _bars(axes, bars, report.split)
+    for axes in (curves, *scores):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     return path
+
+
+def _bars(axes: Any, bars: Mapping[tuple[str, str], float], split: str) -> None:
+    """A group of bars for each score, a bar for each side."""
+    sides = sorted({side for side, _ in bars}, key=lambda side: side != "student")
+    names = list(dict.fromkeys(name for _, name in bars))
+    height = 0.8 / len(sides)
+    for i, side in enumerate(sides):
+        places = [j + i * height for j in range(len(names))]
+        values = [bars.get((side, name), 0.0) for name in names]
+        drawn = axes.barh(places, values, height, label=side)
+        axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    axes.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(names))], names, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="percent", title=f"scores on {split}")
+    axes.legend(frameon=False)
 
 
 def headline(scores: Mapping[str, float]) -> dict[tuple[str, str], float]:

@@ -16,9 +16,9 @@ import torch
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
 from distill_core.data.loader import Loader
-from distill_core.display import Display
+from distill_core.display import Display, Scoring
 from distill_core.environment import environment
-from distill_core.errors import TrainingStopped, UserError, did_you_mean
+from distill_core.errors import TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
@@ -88,6 +88,7 @@ class Trainer:
         self.skipped_samples = 0
         self.skipped_steps = 0
         self.best: float | None = None
+        self._warned: set[str] = set()
         self.seconds = 0.0
         seed_all(recipe.seed + 1 + self.rank)
         if resume is not None:
@@ -141,7 +142,7 @@ class Trainer:
                     self._warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
                     return Result(self.folder.path, signal=self.interrupt.signal)
             try:
-                evaluated = self._evaluate(self.recipe.evaluate.split)
+                evaluated = self._evaluate(self.recipe.evaluate.split, last=True)
             except KeyboardInterrupt:
                 self._warn(f"trained and saved, but not evaluated. Evaluate with: distill resume {self.folder.path}")
                 return Result(self.folder.path, signal=signal.SIGINT)
@@ -168,8 +169,8 @@ class Trainer:
         count = sum(p.numel() for p in self.parameters)
         start = f"resumed at step {self.step} of " if resumed else ""
         say(
-            f"{self.folder.path}: {start}{self.steps} steps of {self.batch} samples, {count / 1e6:.1f} M trained "
-            f"parameters, {recipe.train.precision} on {self.device}"
+            f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
+            f"{count / 1e6:.1f} M trained parameters, {recipe.train.precision} on {self.device}"
         )
         if self.size is not None and self.batch > self.size:
             self._warn(
@@ -320,17 +321,32 @@ class Trainer:
         self.folder.log(row)
         self.tracked.log(self.step, row)
 
-    def _evaluate(self, split: str) -> Evaluated:
+    def _evaluate(self, split: str, *, last: bool = False) -> Evaluated:
+        """Behind training (`last`) with a display of its own, before that in training's."""
         models = models_of(self.recipe, self.objective, self.device)
-        evaluated = evaluate(self.recipe, models, self.evaluation_source, split, self.display.doing, self.tracked.media)
+        scoring = Scoring(quiet=self.display.quiet or not last)
+        with scoring:
+            evaluated = evaluate(
+                self.recipe,
+                models,
+                self.evaluation_source,
+                split,
+                scoring.doing if last else self.display.doing,
+                self.tracked.media,
+                watch=scoring.watch,
+            )
         self.display.doing("")
         if self.rank > 0:
             return evaluated
+        for line in evaluated.warnings:
+            if line not in self._warned:
+                self._warned.add(line)
+                self.display.warn(line)
         if evaluated.skipped:
             first = evaluated.skipped[0]
             self.display.warn(
-                f"{split}: {len(evaluated.skipped)} items cannot be read and are not scored; the first: {first.key!r} "
-                f"of {first.url}: {first.reason}"
+                f"{split}: not scored, for it cannot be read: {counted(len(evaluated.skipped), 'item')}; the first: "
+                f"{first.key!r} of {first.url}: {first.reason}"
             )
             self.folder.skip(self.step, evaluated.skipped, split)
         if evaluated.scores:
@@ -403,6 +419,7 @@ class Trainer:
             skipped_reads=skipped,
             skipped_steps=self.skipped_steps,
             parameters=sum(p.numel() for p in self.parameters),
+            notes=evaluated.notes,
             failed=evaluated.failed,
         )
         picture = write_report(self.folder, report, self.facts)

@@ -12,7 +12,7 @@ import click
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
 from distill_core.display import Scoring, print_scores
-from distill_core.errors import UserError
+from distill_core.errors import UserError, counted
 from distill_core.evaluate.cache import EmbeddingCache, identities
 from distill_core.evaluate.pictures import write_pictures
 from distill_core.evaluate.run import Evaluated, evaluate
@@ -118,21 +118,23 @@ def _tell(
     overrides: Sequence[str],
 ) -> None:
     split, lines = recipe.evaluate.split, []
-    if evaluated.scores:
-        lines.append(f"every score: {_keep(folder, recipe, evaluated, step, overrides)}")
+    kept = _keep(folder, recipe, evaluated, step, overrides) if evaluated.scores else ""
     if pictures:
         drawn = write_pictures(Path(pictures), evaluated.media)
-        lines.append(f"{len(drawn)} pictures: {pictures}")
+        lines.append(f"{counted(len(drawn), 'picture')}: {pictures}")
         if evaluated.no_media is not None:
             _warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
     if as_json:
         click.echo(json.dumps(evaluated.scores, indent=1))
     elif evaluated.scores:
-        print_scores(evaluated.scores, f"{folder.name} ({checkpoint}) on {split}", lines, full=full)
+        title = f"{folder.name} ({checkpoint}) on {split}"
+        print_scores(evaluated.scores, title, lines, notes=evaluated.notes, file=kept, full=full)
+    for line in evaluated.warnings:
+        _warn(line)
     for skipped in evaluated.skipped[:5]:
         _warn(f"not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}")
     if len(evaluated.skipped) > 5:
-        _warn(f"{len(evaluated.skipped) - 5} more items are not scored")
+        _warn(f"not scored: {counted(len(evaluated.skipped) - 5, 'more item', 'more items')}")
     if evaluated.failed or not recipe.tasks:
         raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
@@ -149,6 +151,7 @@ def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrid
         "tasks": tasks,
         "overrides": list(overrides),
         "scores": evaluated.scores,
+        "notes": evaluated.notes,
         "failed": evaluated.failed,
         "skipped": [{"key": one.key, "url": one.url, "reason": one.reason} for one in evaluated.skipped],
     }

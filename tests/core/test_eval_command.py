@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,9 @@ def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> No
     assert given.count(["augment.image.background=[9, 9, 9]"]) == 1
 
 
-def test_tasks_on_a_folder_of_classes(run: Path, score: Score, tmp_path: Path) -> None:
+def test_tasks_on_a_folder_of_classes(
+    run: Path, score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """kNN and the linear probe tell red from blue; a broken picture is named and costs nothing else."""
     base = run.parents[1]
     (base / "test" / "red" / "broken.png").write_bytes(b"no picture")
@@ -148,6 +151,13 @@ def test_tasks_on_a_folder_of_classes(run: Path, score: Score, tmp_path: Path) -
     scores = score(run, *(part for task in tasks for part in ("--task", task)), "--pictures", tmp_path)
     assert scores["student/knn/top1"] == scores["student/linear_probe/top1"] == 100.0
     assert scores["student/knn/test/learned_from"] == 8
+    assert "warning: evaluation set" not in capsys.readouterr().err
+    again = f"{{name: knn, source: {{name: class_folder, train: {base / 'test'}, test: {base / 'test'}}}}}"
+    main(["eval", str(run), "--task", again])
+    seen = capsys.readouterr()
+    assert seen.err.count("9 scored samples are in the split 'train' too") == 1, "once, of student and teacher"
+    assert "knn: percent; 2 classes, chance top1 50\n" in seen.out
+    assert "scoring knn (teacher, test)\n" in seen.err
     assert scores["student/zero_shot/test/classes"] == 2
     assert (tmp_path / "knn_confusion-teacher-test.png").is_file()
     newest = max((run / "evaluations").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
@@ -163,6 +173,24 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
     scores = score(run, "--task", f"{{name: retrieval, source: {{name: pair_list, test: {base / 'pairs.csv'}}}}}")
     assert scores["student/retrieval/pairs/candidates"] == 12
     assert 1 <= scores["student/retrieval/pairs/text_to_image/median_rank"] <= 4
+
+
+def test_a_finished_run_is_not_scored_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`distill resume`. Would catch one that is left without its evaluation, or without steps that were added."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    before = (copy / "report.json").read_bytes()
+    main(["resume", str(copy)])
+    seen = capsys.readouterr()
+    said = f"{copy}: finished at step 2; its scores: {copy}/report.json. Score it again with: distill eval {copy}\n"
+    assert (seen.err, seen.out) == (said, "")
+    assert (copy / "report.json").read_bytes() == before
+    (copy / "report.json").unlink()
+    main(["resume", str(copy)])
+    assert json.loads((copy / "report.json").read_text())["scores"] == json.loads(before)["scores"]
+    recipe = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(recipe.replace("steps: 2", "steps: 3"))
+    main(["resume", str(copy)])
+    assert json.loads((copy / "report.json").read_text())["steps"] == 3
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from distill_core.checkpoint import Checkpoints
 from distill_core.components import Tracker
 from distill_core.errors import UserError
 from distill_core.registry import Entry, Registry
-from distill_core.report import headline
+from distill_core.report import Report, headline, write_report
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder, TrackerThread
 from distill_core.train import Trainer
@@ -281,10 +281,21 @@ def test_the_summary_names_skipped_samples(
     assert all(row["reason"] and 1 <= row["step"] <= 4 for row in rows)
     report = json.loads((folder.path / "report.json").read_text())
     assert (report["skipped_samples"], report["skipped_reads"]) == (6, len(rows))
-    line = f"6 samples could not be used and were skipped, {len(rows)} times over all passes; their keys: "
+    line = f"skipped: 6 samples that could not be used, {len(rows)} times over all passes; keys: "
     assert f"{line}{folder.skipped}" in seen.out.replace("\n", " ")
     assert "warning: skipped sample 'train-" in seen.err
     assert seen.err.count("skipped sample") <= 5, "a warning for each of millions of samples"
+
+
+def test_the_picture_of_a_run_has_no_empty_half(tmp_path: Path) -> None:
+    """Would catch room for scores where there are none."""
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 3, "loss": 2.0, "terms": {"a": 1.0, "b": 1.0}})
+    widths = []
+    for scores in ({}, {"student/maps/one/entropy": 1.0}, {"student/retrieval/M": 1.0}):
+        report = Report("r", 3, 9, 1.0, scores, "test", 0, 0, 0, 4)
+        widths.append(Image.open(write_report(folder, report, {})).width)
+    assert widths[0] == widths[1] < widths[2]
 
 
 def test_rewind(tmp_path: Path) -> None:

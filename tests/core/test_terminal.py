@@ -21,7 +21,7 @@ from rich.console import Console
 import distill_core.doctor as doctor
 from distill_core import completion, display, hookimpl
 from distill_core.cli import cli, main
-from distill_core.display import mean_table
+from distill_core.display import mean_table, per_second, print_scores
 from distill_core.doctor import Diagnostic
 from distill_core.errors import PluginError
 from distill_core.folders import cache_folder, in_words, size_of
@@ -197,6 +197,30 @@ def test_the_table_at_the_end_is_of_means() -> None:
     assert ["r", "M", "1.0", "4.0"] in words
     assert ["z", "t", "5.0"] in words
     assert "2.0" not in file.getvalue()
+
+
+def test_what_stands_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch a task whose scores are nowhere to be seen, and a file of scores where there are none."""
+    scores = {"student/r/M": 1.0, "student/n/M": 1.0, "student/maps/a/entropy": 2.0}
+    print_scores(scores, "t", ["more"], notes={"r": "percent", "n": "percent"}, file="report.json")
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert lines == [
+        "r, n: percent",
+        "maps: no means over sets; scores in the file below",
+        "more",
+        "every score: report.json",
+    ]
+    print_scores({}, "t", ["more"], file="report.json")
+    assert capsys.readouterr().out == "more\n"
+    assert [per_second(rate) for rate in (1270.4, 88.2, 8.43)] == ["1,270 samples/s", "88 samples/s", "8.4 samples/s"]
+
+
+def test_a_task_that_begins_is_a_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch minutes without a word, and words where none are wanted."""
+    for quiet in (False, True):
+        with display.Scoring(quiet=quiet) as scoring:
+            scoring.doing("knn (student, test)")
+        assert capsys.readouterr().err == ("" if quiet else "scoring knn (student, test)\n")
 
 
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

@@ -139,16 +139,17 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
 
     One that is finished and scored is left as it is.
     """
+    from distill_core.checkpoint import Checkpoints
     from distill_core.model import run_recipe
     from distill_core.tracking import RunFolder, read_report
     from distill_core.train import Trainer
 
     recipe = run_recipe(Path(folder), _registry())
     report = read_report(Path(folder))
-    # a task that failed is tried again, and more steps in the folder's recipe are trained
+    # a task that failed is tried again; steps that the recipe asks for since, or whose checkpoint is gone, are made
     if checkpoint == "last" and report is not None and not report.get("failed"):
         steps: int = report["steps"]
-        if recipe.train.steps in (None, steps):
+        if recipe.train.steps in (None, steps) and Checkpoints(Path(folder)).steps()[-1:] == [steps]:
             if os.environ.get("RANK", "0") == "0":
                 scored = f"finished at step {steps}; its scores: {Path(folder) / 'report.json'}"
                 click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)

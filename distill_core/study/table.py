@@ -172,13 +172,13 @@ def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[
 
 
 def as_rich(table: StudyTable) -> RichTable:
-    """For the terminal, whose width is dear: a difference stands below its mean, and what all rows share below all."""
+    """For the terminal, whose width is dear: a difference stands below its mean, what all rows share in the title."""
     heads, rows = table.rows()
-    shown = RichTable(title=table.title, title_justify="left", caption_justify="left")
     scores = range(1, 2 * len(table.scores), 2)
     others = list(range(1 + 2 * len(table.scores), len(heads)))
     same = [i for i in others if heads[i] != "s" and len({row[i] for row in rows}) == 1]
-    shown.caption = ", ".join(f"{heads[i]}: {rows[0][i]}" for i in same) or None
+    shared = ", ".join(f"{heads[i]} {rows[0][i]}" for i in same)
+    shown = RichTable(title=f"{table.title} ({shared})" if shared else table.title, title_justify="left")
     others = [i for i in others if i not in same]
     shown.add_column(heads[0], no_wrap=True)
     for i in scores:

@@ -50,6 +50,9 @@ class Task:
     def run(self, model: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
         return {"n": float(len(sets[0].embeddings(model, self.modality)[0]))}
 
+    def note(self) -> str:
+        return ""
+
     def media(self, model: Any, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Any]:
         sets[0].embeddings(model, self.modality)  # it is there
         sets[0].embeddings(model, "b")

@@ -73,7 +73,7 @@ def test_names_on_a_narrow_terminal() -> None:
     Console(file=file, width=60).print(as_rich(StudyTable.of("t", groups, "a", [M, TOP])))
     shown = file.getvalue()
     assert all(part in shown for part in ("│ loss.1.weight=0.5 ", "│ fusion=attention(heads=2), │", "│ lr=1 "))
-    assert shown.splitlines()[-1].strip() == "seeds: 1/1, steps: 40, samples: 160"
+    assert shown.splitlines()[0].strip() == "t (seeds 1/1, steps 40, samples 160)"
     assert max(map(len, shown.splitlines())) <= 60
 
 

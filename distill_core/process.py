@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +79,20 @@ def set_threads(threads: int | None, workers: int, device: torch.device) -> None
         torch.set_num_threads(threads)
     elif device.type == "cpu":
         torch.set_num_threads(max(1, cores() - workers))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large blocks that are freed, where it is glibc.
+
+    It hands them back to the system otherwise, and each step's tensors are faulted in page by page again (measured:
+    docs/log.md). What a step has needed at most stays with the process.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large one
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def seed_all(seed: int) -> None:

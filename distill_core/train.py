@@ -22,7 +22,16 @@ from distill_core.errors import TrainingStopped, UserError, counted, did_you_mea
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
 from distill_core.objective import Losses, Objective
-from distill_core.process import Interrupt, cores, get_random, resolve_device, seed_all, set_random, set_threads
+from distill_core.process import (
+    Interrupt,
+    cores,
+    get_random,
+    keep_freed_memory,
+    resolve_device,
+    seed_all,
+    set_random,
+    set_threads,
+)
 from distill_core.recipe import Recipe
 from distill_core.report import Report, write_report
 from distill_core.tracked import TrackedRun
@@ -51,6 +60,8 @@ class Trainer:
         if self.rank == 0:
             folder.lock()
         set_threads(train.threads, data.workers, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.source = recipe.source.build()
         self.source.prepare()
         self.evaluation_source = recipe.evaluate_source.build() if recipe.evaluate_source else self.source

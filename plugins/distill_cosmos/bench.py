@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill_core.errors import UserError
 from distill_core.objective import Objective
+from distill_core.process import keep_freed_memory
 from distill_core.recipe import Recipe
 from distill_core.types import Batch, Group, Progress, Views
 from distill_cosmos import official, plain
@@ -232,6 +233,8 @@ def bench_step(
     """Rows by precision and part: median seconds of both (`Clock`), and their ratio. One thread, interleaved."""
     check(recipe)
     torch.set_num_threads(1)
+    if device.type == "cpu":  # as training does, for both
+        keep_freed_memory()
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
     objective = Objective.from_recipe(recipe).to(device)

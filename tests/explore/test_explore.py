@@ -288,7 +288,7 @@ def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> No
         (("embed", "RUN", "EMPTY", "--modality", "imagge", "--out", "x.npy"), "did you mean 'image'?"),
         (("search", "RUN", "x", "--in", "{name: emoji, sizes: 3}"), "sizes"),
         (("search", "RUN", "RUN/recipe.yaml", "--in", "EMPTY"), "is a file, and QUERY is taken as text here; did you"),
-        (("search", "missing", "x", "--in", "EMPTY"), "not a run folder"),
+        (("search", "missing", "x", "--in", "EMPTY"), "no such run folder"),
     ],
 )
 def test_mistakes(run: Path, call: Call, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:

@@ -124,7 +124,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
             ).samples("test")
         return str(caught.value).replace(str(tmp_path), "ROOT")
 
-    assert said() == "ROOT/images/validation: no such folder"
+    assert (
+        said()
+        == "ROOT/images/validation: no such folder; ade20k has images/validation and annotations/validation in `root`"
+    )
     (tmp_path / "images/validation").mkdir(parents=True)
     (tmp_path / "annotations/validation").mkdir(parents=True)
     assert said() == "ROOT/annotations/validation: no mask NAME.png"

@@ -403,6 +403,6 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for to, module in (("open_clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnxruntime")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(UserError, match=rf"pip install 'distill-framework\[{to}\]'"):
+            with pytest.raises(UserError, match=rf"pip install 'distill-framework\[{to.replace('_', '-')}\]'"):
                 call(run, to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -46,6 +46,11 @@ class Model:
         self.precision = precision
 
     @property
+    def side(self) -> str:
+        """`student` or `teacher`."""
+        return "teacher" if self.teacher else "student"
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         """The recipe's names, in its order."""
         return tuple(self.backbone)

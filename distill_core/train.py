@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
@@ -21,7 +18,7 @@ from distill_core.environment import environment
 from distill_core.errors import TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.model import models_of
-from distill_core.objective import Losses, Objective
+from distill_core.objective import Objective
 from distill_core.process import (
     Interrupt,
     cores,
@@ -37,6 +34,7 @@ from distill_core.report import Report, write_report
 from distill_core.tracked import TrackedRun
 from distill_core.tracking import RunFolder
 from distill_core.types import Batch, Progress
+from distill_core.update import Step, Update
 
 
 @dataclass
@@ -81,12 +79,7 @@ class Trainer:
             )
         self.objective.to(self.device)
         distributed.broadcast(self.objective)
-        named = self.objective.trainable(recipe.freeze, train.lr_factors)
-        self.parameters = [parameter for _, parameter, _ in named]
-        maker = recipe.optimizer.build()
-        self.optimizer: torch.optim.Optimizer = maker.build(maker.groups(named))
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = recipe.schedule.build()
+        self.update = Update(recipe, self.objective, self.device)
 
         self.shards = [shard for shards in self.source.sets("train").values() for shard in shards]
         self.loader = Loader(recipe, self.shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
@@ -123,7 +116,7 @@ class Trainer:
         if len(state["ranks"]) != self.world:
             raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
         load_into(self.objective, state["objective"], str(self.folder.path))
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         self.skipped_samples = state["ranks"][self.rank]["skipped_samples"]
@@ -177,7 +170,7 @@ class Trainer:
         recipe, say = self.recipe, self.display.say
         for loaded in self.loaded:
             say(f"init: {loaded.line}")
-        count = sum(p.numel() for p in self.parameters)
+        count = sum(p.numel() for p in self.update.parameters)
         start = f"resumed at step {self.step} of " if resumed else ""
         say(
             f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
@@ -192,7 +185,7 @@ class Trainer:
         if workers > cores():
             self._warn(
                 f"data.workers is {workers}, but this process may use only {cores()} cores: "
-                f"--set data.workers={cores() - 1} is likely to be faster"
+                f"--set data.workers={cores() - 1} leaves one to train"
             )
         if self.rank == 0:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
@@ -206,17 +199,19 @@ class Trainer:
             self._note_skipped(batch)
             self._note_repeats(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
-            losses, values, norm = self._step(batch.to(self.device), progress)
+            made = self.update(batch.to(self.device), progress)
+            if not made.finite:
+                self._not_finite(batch, made)
             self.step += 1
             rate = None
             if self.step % train.log_every == 0 or self.step == self.steps:
                 elapsed = time.perf_counter() - clock
                 rate = (self.step - since) * self.batch / elapsed
                 self.seconds += elapsed
-                self._log(losses, values, progress, norm, rate)
+                self._log(made, progress, rate)
                 clock, since = time.perf_counter(), self.step
             self.tracked.views(self.step, int(progress.epoch))
-            self.display.step(self.step, rate if rate is not None else self._rate, values)
+            self.display.step(self.step, rate if rate is not None else self._rate, made.terms)
             self._rate = rate if rate is not None else self._rate
             every, last = train.checkpoint.every, self.step == self.steps
             pause = time.perf_counter()
@@ -236,46 +231,14 @@ class Trainer:
     _rate: float | None = None
     _final_better = False
 
-    def _step(self, batch: Batch, progress: Progress) -> tuple[Losses, dict[str, float], float]:
-        """Forward, backward, update: one optimiser step, or none when a value is not finite and that is allowed.
-
-        Also the values of the losses' terms, and the gradient's norm.
-        """
-        train, objective = self.recipe.train, self.objective
-        factor = self.schedule.factor(self.step, self.steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        bf16 = train.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
-            outputs = objective.represent(batch, progress)
-            losses = objective.losses(outputs)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        distributed.average_gradients(self.parameters)
-        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        # read in one piece: the host waits for a GPU once a step
-        scalars = (losses.total, total_norm, *losses.terms.values())
-        loss, norm, *numbers = torch.stack([x.detach().to(self.device, torch.float32) for x in scalars]).tolist()
-        terms = dict(zip(losses.terms, numbers, strict=True))
-        # the norm is of all ranks' gradients, the loss this rank's
-        if distributed.any_rank(not (math.isfinite(loss) and math.isfinite(norm))):
-            self._not_finite(batch, terms, loss, norm)
-            return losses, terms, norm
-        if train.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, train.clip_grad, total_norm)
-        objective.before_step(progress)
-        self.optimizer.step()
-        objective.after_step(outputs, progress)
-        return losses, terms, norm
-
-    def _not_finite(self, batch: Batch, values: Mapping[str, float], loss: float, norm: float) -> None:
-        terms = ", ".join(f"{name} = {value:.6g}" for name, value in values.items())
-        if not math.isfinite(loss):
+    def _not_finite(self, batch: Batch, made: Step) -> None:
+        terms = ", ".join(f"{name} = {value:.6g}" for name, value in made.terms.items())
+        if not math.isfinite(made.loss):
             what = "the loss is not finite"
-        elif self.world > 1 and not math.isinf(norm):
+        elif self.world > 1 and not math.isinf(made.norm):
             what = "the loss or the gradient of another rank is not finite"
         else:
-            what = f"the gradient's norm is {norm}"
+            what = f"the gradient's norm is {made.norm}"
         keys = [key for keys in distributed.gather_objects(batch.keys) for key in keys]
         more = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
         line = f"step {self.step + 1}: {what}: {terms}; samples {', '.join(keys[:8])}{more}"
@@ -283,7 +246,7 @@ class Trainer:
         if self.rank == 0:
             self.folder.log({"step": self.step + 1, "not_finite": what, "keys": keys})
         if self.recipe.train.nonfinite == "stop":
-            self.optimizer.zero_grad(set_to_none=True)
+            self.update.optimizer.zero_grad(set_to_none=True)
             self._save()
             in_fp32 = ", in fp32" if self.recipe.train.precision != "fp32" else ""
             raise TrainingStopped(
@@ -312,18 +275,18 @@ class Trainer:
             self.skipped_samples += len(batch.skipped)
             self.folder.skip(self.step + 1, batch.skipped)
 
-    def _log(self, losses: Losses, terms: Mapping[str, float], progress: Progress, norm: float, rate: float) -> None:
+    def _log(self, made: Step, progress: Progress, rate: float) -> None:
         if self.rank > 0:
             return
         teacher = self.objective.teacher
         row = {
             "step": self.step,
             "epoch": round(self.step * self.batch / self.size, 4) if self.size else None,
-            "loss": losses.total.item(),
-            "terms": dict(terms),
-            "metrics": {name: value.item() for name, value in losses.metrics.items()},
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm,
+            "loss": made.loss,
+            "terms": made.terms,
+            "metrics": {name: value.item() for name, value in made.losses.metrics.items()},
+            "lr": self.update.optimizer.param_groups[0]["lr"],
+            "grad_norm": made.norm,
             "samples_per_s": round(rate, 2),
             "seconds": round(self.seconds, 3),
         }
@@ -409,7 +372,7 @@ class Trainer:
             self.step,
             {
                 "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.update.optimizer.state_dict(),
                 "ranks": ranks,
                 "best": self.best,
                 "skipped_steps": self.skipped_steps,
@@ -429,7 +392,7 @@ class Trainer:
             skipped_samples=self.folder.skipped_in_training(),
             skipped_reads=skipped,
             skipped_steps=self.skipped_steps,
-            parameters=sum(p.numel() for p in self.parameters),
+            parameters=sum(p.numel() for p in self.update.parameters),
             notes=evaluated.notes,
             failed=evaluated.failed,
         )

@@ -58,8 +58,10 @@ def confusion(truth: Tensor, chosen: Tensor, classes: int) -> np.ndarray[Any, np
 def confusion_picture(
     matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], name: str, whose: str
 ) -> Iterator[Media]:
-    """The matrix of the set `name`, each row in percent of its class; of more than `WHOLE` classes the most confused
-    pairs. `whose` tells the task and the model in the title."""  # fmt: skip
+    """The matrix of the set `name`, each row in percent of its class; of many classes the most confused pairs.
+
+    More than `WHOLE` are many. `whose` tells the task and the model in the title.
+    """
     title = f"{whose} on {name}"
     shown = [i for i in range(len(classes)) if matrix[i].any() or matrix[:, i].any()]
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

@@ -133,7 +133,7 @@ class Probe(Evaluation):
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set (of few-shot, the first draw's)."""
-        whose = f"{self.name} of the {'teacher' if model.teacher else 'student'}"
+        whose = f"{self.name} of the {model.side}"
         for name, (truth, chosen) in self._chosen.items():
             yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
 

@@ -78,7 +78,7 @@ class ZeroShot(Evaluation):
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set."""
-        whose = f"{self.name} of the {'teacher' if model.teacher else 'student'}"
+        whose = f"{self.name} of the {model.side}"
         for name, (truth, chosen) in self._chosen.items():
             yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
 

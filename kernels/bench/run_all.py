@@ -1,8 +1,9 @@
-"""Every kernel benchmark, one after the other, each in its own process: on a GPU in under 8 minutes.
+"""Every kernel benchmark, one after the other, each in its own process. On a GPU they should take under 8 minutes.
 
     python kernels/bench/run_all.py [--only cross_attention info_nce packed_attention resources step]
 
 Each writes its CSV beside this file, with device and versions. A benchmark that fails does not stop the others.
+The time on a GPU was never measured.
 """
 
 from __future__ import annotations

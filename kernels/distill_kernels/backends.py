@@ -139,19 +139,31 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not_triton(device: torch.device | None) -> str | None:
-    """Why Triton's kernels cannot run on tensors of `device`; None asks for this machine only."""
-    missing: str | None = why_not_installed("triton")
-    if missing is not None or interpreting():
+def why_not_gpu(package: str, device: torch.device | None) -> str | None:
+    """Why what needs `package` and a GPU cannot run on tensors of `device`; None asks for this machine only."""
+    missing: str | None = why_not_installed(package)
+    if missing is not None:
         return missing
     if device is None:
-        if not torch.cuda.is_available():
-            return "needs a GPU (or TRITON_INTERPRET=1, to debug), and torch sees none"
-    elif device.type != "cuda":
-        return f"needs tensors on a GPU (or TRITON_INTERPRET=1, to debug), these are on {device}"
-    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
-    no_compiler: str | None = _why_not_compile()
+        return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
+    return None if device.type == "cuda" else f"needs tensors on a GPU, these are on {device}"
+
+
+def why_not_new(device: torch.device | None) -> str | None:
+    """Why a kernel for NVIDIA's GPUs from Ampere on cannot run there."""
+    old = device is not None and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0)
+    return "needs compute capability 8.0 or newer" if old else None
+
+
+def why_not_triton(device: torch.device | None) -> str | None:
+    """Why Triton's kernels cannot run on tensors of `device`; None asks for this machine only."""
+    if interpreting():
+        missing: str | None = why_not_installed("triton")
+        return missing
+    reason = why_not_gpu("triton", device)
+    if reason is not None:
+        return f"{reason} (TRITON_INTERPRET=1 debugs on a CPU)"
+    no_compiler: str | None = why_not_new(device) or _why_not_compile()
     return no_compiler
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill_kernels.backends import why_not_installed
+from distill_kernels.backends import why_not_gpu
 
 
 class Call(NamedTuple):
@@ -34,13 +34,9 @@ def run(call: Call) -> Tensor:
 
 def why_not_here(q: Tensor | None) -> str | None:
     """What rules xformers out before it is imported; `q` is None to ask for this machine only."""
-    missing: str | None = why_not_installed("xformers")
-    if missing is not None:
-        return missing
-    if q is None:
-        return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
-    if not q.is_cuda:
-        return f"needs tensors on a GPU, these are on {q.device}"
+    reason = why_not_gpu("xformers", None if q is None else q.device)
+    if reason is not None or q is None:
+        return reason
     if q.numel() == 0:
         return "no empty inputs"
     if q.shape[-1] % 8:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, choose, why_not_installed
+from distill_kernels.backends import Backend, Op, choose, why_not_gpu, why_not_new
 from distill_kernels.self_attention import autocast, self_attention
 
 # Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
@@ -247,15 +247,10 @@ def _runs(x: PackedInputs | None) -> str | None:
 
 
 def _why_not_varlen(x: PackedInputs | None) -> str | None:
-    missing: str | None = why_not_installed("torch.nn.attention.varlen")
-    if missing is not None:
-        return missing
-    if x is None:
-        return None if torch.cuda.is_available() else "needs a GPU, and torch sees none"
-    if not x.q.is_cuda:
-        return f"needs tensors on a GPU, these are on {x.q.device}"
-    if torch.version.cuda and torch.cuda.get_device_capability(x.q.device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
+    device = None if x is None else x.q.device
+    reason = why_not_gpu("torch.nn.attention.varlen", device) or why_not_new(device)
+    if reason is not None or x is None:
+        return reason
     if x.q.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 or bfloat16, got {x.q.dtype}"
     if x.q.shape[2] % 8 or x.q.shape[2] > 256:

@@ -166,8 +166,8 @@ def _explicit(x: SelfAttention) -> Tensor:
 def without_cudnn(device: torch.device) -> AbstractContextManager[object]:
     """Leave cuDNN's kernel out of scaled_dot_product_attention on a GPU; torch 2.11 puts it first on the newest ones.
 
-    It makes a plan for each new shape (about half a second), and its backward pass has given NaN under a mask
-    (pytorch issue 196678).
+    It makes a plan for each new shape, which others saw take half a second, and its backward pass has given NaN under a
+    mask (pytorch issue 196678).
     """
     if device.type != "cuda":
         return nullcontext()

@@ -278,14 +278,18 @@ def bench_step(
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], recipe: str, batch_size: int, device: torch.device = CPU) -> None:
-    """The rows, with recipe, batch, device and torch."""
+    """The rows, with recipe, batch, device and torch, in place of this device's rows of the file."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     about = {"recipe": recipe, "batch": batch_size, "device": name, "torch": torch.__version__.split("+")[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["device"] != name]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | about for row in rows)
+        writer.writerows([*kept, *(row | about for row in rows)])
 
 
 def _processor() -> str:

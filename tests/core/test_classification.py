@@ -31,7 +31,7 @@ class Look:
 
     def __init__(self, words: dict[str, list[float]] | None = None) -> None:
         self.augment = {name: SimpleNamespace(read=self.reader(name)) for name in self.modalities}
-        self.words, self.teacher = words or {}, False
+        self.words, self.side = words or {}, "student"
 
     @staticmethod
     def reader(name: str) -> Any:

@@ -31,7 +31,7 @@ def trainer(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> Make:
 def groups_of(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Parameter name -> the options of its group."""
     names = {id(p): name for name, p in trainer.objective.named_parameters()}
-    return {names[id(p)]: group for group in trainer.optimizer.param_groups for p in group["params"]}
+    return {names[id(p)]: group for group in trainer.update.optimizer.param_groups for p in group["params"]}
 
 
 def test_weight_decay_of_matrices_alone(trainer: Make) -> None:
@@ -40,7 +40,7 @@ def test_weight_decay_of_matrices_alone(trainer: Make) -> None:
     groups = groups_of(made)
     trained = {name for name, _ in made.objective.named_parameters() if not name.startswith("teacher.")}
     assert set(groups) == trained
-    assert sum(len(group["params"]) for group in made.optimizer.param_groups) == len(trained)
+    assert sum(len(group["params"]) for group in made.update.optimizer.param_groups) == len(trained)
     shapes = {name: p.ndim for name, p in made.objective.named_parameters()}
     assert {groups[name]["weight_decay"] for name in trained if shapes[name] < 2} == {0.0}
     assert {groups[name]["weight_decay"] for name in trained if shapes[name] >= 2} == {0.3}

@@ -77,6 +77,13 @@ def test_rows_and_csv(recipe: Recipe, tmp_path: Path) -> None:
         written = list(csv.DictReader(file))
     assert len(written) == len(rows)
     assert written[0]["torch"] == torch.__version__.split("+")[0]
+    other = (tmp_path / "step.csv").read_text().replace(written[0]["device"], "another")
+    (tmp_path / "step.csv").write_text(other)
+    for _ in range(2):
+        bench.write_csv(tmp_path / "step.csv", rows, "cosmos_tiny.yaml", 2)
+    with (tmp_path / "step.csv").open() as file:
+        devices = [row["device"] for row in csv.DictReader(file)]
+    assert devices == ["another"] * len(rows) + [written[0]["device"]] * len(rows)
 
 
 def test_other_recipes_are_refused(registry: Registry) -> None:

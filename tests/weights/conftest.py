@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
 from distill_core.checkpoint import Checkpoints
@@ -14,6 +15,7 @@ from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.tracking import RunFolder
+from distill_weights.commands import export
 
 RECIPE = """
 augment:
@@ -70,3 +72,9 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, registry: Registry) -> Ca
 @pytest.fixture(scope="session")
 def run(make_run: Callable[..., Path]) -> Path:
     return make_run()
+
+
+def call(run: Path, to: str, out: Path, *more: str) -> str:
+    """What `distill export` prints. Raises what it raises."""
+    done = CliRunner().invoke(export, [str(run), "--to", to, "--out", str(out), *more], catch_exceptions=False)
+    return done.output

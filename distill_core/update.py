@@ -1,0 +1,67 @@
+"""One step of training: forward, backward, optimiser and teacher."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from distill_core import distributed
+from distill_core.objective import Losses, Objective
+from distill_core.recipe import Recipe
+from distill_core.types import Batch, Progress
+
+
+@dataclass
+class Step:
+    """What a step gave: the values of the losses' terms and of their total, and the norm of all ranks' gradient.
+
+    Without `finite`, on some rank, nothing was updated.
+    """
+
+    losses: Losses
+    terms: dict[str, float]
+    loss: float
+    norm: float
+    finite: bool
+
+
+class Update:
+    """The objective's trained parameters, their optimiser and its schedule."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, device: torch.device) -> None:
+        self.objective, self.device = objective, device
+        self.bf16, self.clip_grad = recipe.train.precision == "bf16", recipe.train.clip_grad
+        named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
+        self.parameters = [parameter for _, parameter, _ in named]
+        maker = recipe.optimizer.build()
+        self.optimizer: torch.optim.Optimizer = maker.build(maker.groups(named))
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.schedule = recipe.schedule.build()
+
+    def __call__(self, batch: Batch, progress: Progress) -> Step:
+        """One optimiser step, or none where a value is not finite."""
+        factor = self.schedule.factor(progress.step, progress.steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            outputs = self.objective.represent(batch, progress)
+            losses = self.objective.losses(outputs)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        distributed.average_gradients(self.parameters)
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # read in one piece: the host waits for a GPU once a step
+        scalars = (losses.total, total_norm, *losses.terms.values())
+        loss, norm, *numbers = torch.stack([x.detach().to(self.device, torch.float32) for x in scalars]).tolist()
+        # the norm is of all ranks' gradients, the loss this rank's
+        finite = not distributed.any_rank(not (math.isfinite(loss) and math.isfinite(norm)))
+        if finite:
+            if self.clip_grad is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, total_norm)
+            self.objective.before_step(progress)
+            self.optimizer.step()
+            self.objective.after_step(outputs, progress)
+        return Step(losses, dict(zip(losses.terms, numbers, strict=True)), loss, norm, finite)

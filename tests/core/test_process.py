@@ -1,0 +1,45 @@
+"""What a process keeps, and how many threads read for it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from distill_core.process import reading_threads
+
+PROGRAM = """
+import torch
+from pathlib import Path
+from distill_core.process import keep_freed_memory
+{}
+def resident():  # MiB
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+x = torch.ones(200 * 2**18)  # 200 MiB
+y = torch.ones(200 * 2**18)
+before = resident()
+del x, y
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_memory_stays() -> None:
+    """Two tensors of 200 MiB: without it they go back to the system, with it they do not."""
+    given_back = []
+    for line in ("", "keep_freed_memory()"):
+        done = subprocess.run([sys.executable, "-c", PROGRAM.format(line)], capture_output=True, text=True, check=True)
+        given_back.append(float(done.stdout))
+    assert given_back[0] > 350
+    assert given_back[1] < 50
+
+
+def test_threads_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None where the model computes on the same cores; the ranks of a machine share its cores."""
+    assert reading_threads(torch.device("cpu")) == 0
+    monkeypatch.setattr("distill_core.process.cores", lambda: 24)
+    assert reading_threads(torch.device("cuda")) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert reading_threads(torch.device("cuda")) == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert reading_threads(torch.device("cuda")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
     from distill_core.media import Shown
     from distill_core.model import Model
-    from distill_explore.collection import Collection
+    from distill_explore.collection import Collection, Place
+    from distill_explore.contact import Found
 
 SPLIT = click.option("--split", default="test", show_default=True, help="Split, where SOURCE is a data source.")
 TEACHER = click.option("--teacher", is_flag=True, help="Use the teacher.")
@@ -94,13 +96,10 @@ def search(
     import json
     import os
 
-    from PIL.Image import Image
-    from rich.text import Text
-
     from distill_core.errors import UserError
     from distill_core.registry import Registry
     from distill_explore.collection import collect, places
-    from distill_explore.contact import Found, contact_sheet
+    from distill_explore.contact import contact_sheet
     from distill_explore.files import check_out, write_whole
 
     check_out(Path(out), tuple(FORMATS))
@@ -124,13 +123,8 @@ def search(
     best = sorted(range(len(keys)), key=lambda i: -similarity[i])[:top]
     at = places(keys)
     # the item itself, and what stands beside it: of another modality the first item of its key
-    looks = [(mine, [at[i] for i in best]), *((name, [(keys[i], 0) for i in best]) for name in others)]
-    items = [(name, collection.read(model, name, wanted), wanted) for name, wanted in looks]
-    found = []
-    for rank, i in enumerate(best):
-        shown = [_whole(model, name, read[wanted[rank]]) for name, read, wanted in items if wanted[rank] in read]
-        words = next((one for one in shown if isinstance(one, str)), "")
-        found.append(Found(similarity[i], keys[i], words, next((one for one in shown if isinstance(one, Image)), None)))
+    looks = {mine: [at[i] for i in best]} | {name: [(keys[i], 0) for i in best] for name in others}
+    found = _found(collection, model, looks, [similarity[i] for i in best])
     told = f"the nearest {len(found)} of {len(keys)} in {collection.title}"
     page = contact_sheet(query_shown, told, found)
     file = write_whole(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
@@ -138,13 +132,39 @@ def search(
         rows = [{"key": one.key, "similarity": round(one.similarity, 4), "text": one.text} for one in found]
         click.echo(json.dumps({"query": query, "in": collection.title, "found": rows, "sheet": out}, indent=1))
         return
+    _table(found)
+    click.echo(f"{file}: {told}")
+
+
+def _found(
+    collection: Collection, model: Model, looks: Mapping[str, Sequence[Place]], similarity: Sequence[float]
+) -> list[Found]:
+    """What each modality has at its places, by rank: the first words and the first picture."""
+    from PIL.Image import Image
+
+    from distill_explore.contact import Found
+
+    read = {name: collection.read(model, name, wanted) for name, wanted in looks.items()}
+    result = []
+    for places, alike in zip(zip(*looks.values(), strict=True), similarity, strict=True):
+        here = [(name, place) for name, place in zip(looks, places, strict=True) if place in read[name]]
+        shown = [_whole(model, name, read[name][place]) for name, place in here]
+        words = next((one for one in shown if isinstance(one, str)), "")
+        picture = next((one for one in shown if isinstance(one, Image)), None)
+        result.append(Found(alike, places[0][0], words, picture))
+    return result
+
+
+def _table(found: Sequence[Found]) -> None:
+    """A line each, its words cut to the terminal's width."""
+    from rich.text import Text
+
     longest = max(len(one.key) for one in found)
     for rank, one in enumerate(found, 1):
         head = f"{rank:3}  {one.similarity:6.3f}  {one.key:{longest}}  "
-        caption = Text(" ".join(one.text.split()))
-        caption.truncate(max(20, get_terminal_size().columns - len(head)), overflow="ellipsis")
-        click.echo((head + caption.plain).rstrip())
-    click.echo(f"{file}: {told}")
+        words = Text(" ".join(one.text.split()))
+        words.truncate(max(20, get_terminal_size().columns - len(head)), overflow="ellipsis")
+        click.echo((head + words.plain).rstrip())
 
 
 def _shown(model: Model, modality: str, item: Any) -> Shown:

@@ -79,11 +79,9 @@ def packed_calls(x: Tensor, lengths: tuple[int, ...], causal: bool) -> tuple[dic
     cu_lengths = torch.tensor((0, *lengths), device=x.device).cumsum(0)
 
     def attend(x: Tensor, backend: str) -> Tensor:
-        q, k, v = x.unbind(1)
-        return packed_attention(q, k, v, cu_lengths, causal=causal, backend=backend)
+        return packed_attention(x, cu_lengths, causal=causal, backend=backend)
 
-    q, k, v = x.unbind(1)
-    inputs = PackedInputs(q, k, v, cu_lengths, lengths, causal)
+    inputs = PackedInputs(x, cu_lengths, lengths, causal)
     names = [b.name for b in PACKED.backends if b.why_not(inputs) is None]
     calls: dict[str, Call] = {name: functools.partial(attend, backend=name) for name in names}
     return calls, choose(PACKED, "auto", inputs).name

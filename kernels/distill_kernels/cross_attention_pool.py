@@ -129,7 +129,9 @@ def cross_attention_pool(
     compute = result = queries.dtype
     if torch.is_autocast_enabled(device) and wide == torch.float32:
         compute, result = torch.get_autocast_dtype(device), wide
-    if form == "auto":
+    if form == "auto" and torch.compiler.is_exporting():
+        form = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
+    elif form == "auto":
         views, b, d = queries.shape
         cheaper = absorbed_is_cheaper(views, heads, tokens.shape[1], d, b, compute.itemsize)
         form = "absorbed" if cheaper else "projected"

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose, why_not_gpu, why_not_new
-from distill_kernels.self_attention import autocast, self_attention
+from distill_kernels.self_attention import autocast, self_attention, split_heads
 
 # Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
 _GROUP = 8
@@ -26,32 +26,22 @@ _GROUP = 8
 class PackedInputs(NamedTuple):
     """The arguments of `packed_attention`, with the lengths read."""
 
-    q: Tensor  # [T, H, K]
-    k: Tensor
-    v: Tensor
+    qkv: Tensor  # [T, 3, H, K]
     cu_lengths: Tensor  # [N + 1]
     lengths: tuple[int, ...]  # N
     causal: bool
 
 
-def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_lengths: Tensor,
-    *,
-    causal: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v within each sequence: q, k, v [T, H, K] -> [T, H, K].
+def packed_attention(qkv: Tensor, cu_lengths: Tensor, *, causal: bool = False, backend: str = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(K)) v within each sequence, qkv [T, 3, H, K] being q, k and v -> [T, H, K].
+
+    The three come in one tensor, as a joint projection leaves them, and their gradients are written into one.
 
     The lengths are read on the host, once for a `cu_lengths` tensor: hand every layer the same one, on the CPU if it
     is known there, so that the host need not wait for a GPU. Under torch.compile the call is a graph break.
 
     Args:
-        q: [T, H, K].
-        k: [T, H, K].
-        v: [T, H, K].
+        qkv: [T, 3, H, K].
         cu_lengths: [N + 1] int, the first row of each sequence, then T; on any device. Sequences may be empty.
         causal: token i of a sequence attends to its tokens 0..i.
         backend: "reference", "loop" (a sequence at a time, no copies), "grouped" (sequences of like length
@@ -62,18 +52,18 @@ def packed_attention(
         ValueError: shapes or lengths that do not fit; as `BackendError`, a backend that is unknown or cannot
             run this.
     """
-    if q.ndim != 3 or k.shape != q.shape or v.shape != q.shape:
-        raise ValueError(f"q, k, v must be [T, H, K], got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
-    out: Tensor = _packed_attention(q, k, v, cu_lengths, causal, backend)
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be [T, 3, H, K], got {[*qkv.shape]}")
+    out: Tensor = _packed_attention(qkv, cu_lengths, causal, backend)
     return out
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # (torch.compiler.disable would import dynamo with this)
-def _packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
-    q, k, v = autocast(q, k, v)
-    inputs = PackedInputs(q, k, v, cu_lengths, _lengths(cu_lengths, q.shape[0]), causal)
+def _packed_attention(qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
+    (qkv,) = autocast(qkv)
+    inputs = PackedInputs(qkv, cu_lengths, _lengths(cu_lengths, qkv.shape[0]), causal)
     chosen = choose(OP, backend, inputs)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(qkv.device.type, enabled=False):
         out: Tensor = chosen.run(inputs)
     return out
 
@@ -102,13 +92,20 @@ def _lengths(cu_lengths: Tensor, tokens: int) -> tuple[int, ...]:
     return lengths
 
 
+def _attend(rows: Tensor, groups: Sequence[_Group], causal: bool, backend: str) -> Tensor:
+    """Rows [P, 3, H, K] of groups of sequences, one after the other -> [P, H, K]."""
+    if not groups:
+        return rows.sum(1)  # nothing, with a gradient
+    outs = []
+    for group, q, k, v in zip(groups, *split_heads(rows, [group[:2] for group in groups]), strict=True):
+        # Causal attention never looks right, where the padding is.
+        out = self_attention(q, k, v, causal=causal, mask=None if causal else group.valid, backend=backend)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
 def _one_by_one(x: PackedInputs, backend: str) -> Tensor:
-    parts = []
-    for q, k, v in zip(*(torch.split(t, list(x.lengths)) for t in (x.q, x.k, x.v)), strict=True):
-        if len(q):
-            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, H, L, K]
-            parts.append(self_attention(q, k, v, causal=x.causal, backend=backend)[0].transpose(0, 1))
-    return torch.cat(parts) if parts else x.q * x.k * x.v  # nothing, with a gradient
+    return _attend(x.qkv, [_Group(1, length, None) for length in x.lengths if length], x.causal, backend)
 
 
 def _reference(x: PackedInputs) -> Tensor:
@@ -190,36 +187,27 @@ class _Unpad(torch.autograd.Function):
 
 
 def _grouped(x: PackedInputs) -> Tensor:
-    heads, width = x.q.shape[1:]
-    layout = _layout(x.lengths, x.q.device)
-    if not layout.groups:
-        return x.q * x.k * x.v  # nothing, with a gradient
-    rows = [group.sequences * group.length for group in layout.groups]
-    padded = [t.flatten(1) for t in (x.q, x.k, x.v)]  # 3 of [T, H * K]
+    layout = _layout(x.lengths, x.qkv.device)
+    rows = x.qkv
     if layout.source is not None:
-        padded = [_Pad.apply(t, layout.source, layout.place) for t in padded]  # type: ignore[no-untyped-call]
-    outs = []
-    for group, *qkv in zip(layout.groups, *(torch.split(t, rows) for t in padded), strict=True):
-        q, k, v = (t.view(group.sequences, group.length, heads, width).transpose(1, 2) for t in qkv)
-        # Causal attention never looks right, where the padding is.
-        out = self_attention(q, k, v, causal=x.causal, mask=None if x.causal else group.valid)
-        outs.append(out.transpose(1, 2).reshape(-1, heads * width))
-    joined = outs[0] if len(outs) == 1 else torch.cat(outs)
+        rows = _Pad.apply(rows, layout.source, layout.place)  # type: ignore[no-untyped-call]
+    out = _attend(rows, layout.groups, x.causal, "auto")
     if layout.source is not None:
-        joined = _Unpad.apply(joined, layout.place)  # type: ignore[no-untyped-call]
-    return joined.view(x.q.shape)
+        out = _Unpad.apply(out, layout.place)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _varlen(x: PackedInputs) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    bounds = x.cu_lengths.to(x.q.device, torch.int32, non_blocking=True)
+    q, k, v = x.qkv.unbind(1)
+    bounds = x.cu_lengths.to(q.device, torch.int32, non_blocking=True)
     longest = max(x.lengths)
     if "window_size" in inspect.signature(varlen_attn).parameters:
         causal: dict[str, Any] = {"window_size": (-1, 0) if x.causal else (-1, -1)}
     else:  # torch 2.10
         causal = {"is_causal": x.causal}
-    out = varlen_attn(x.q, x.k, x.v, bounds, bounds, longest, longest, **causal)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal)
     assert isinstance(out, Tensor)
     return out
 
@@ -234,8 +222,8 @@ def _block_diagonal(lengths: tuple[int, ...], causal: bool, device: torch.device
 
 
 def _xformers_call(x: PackedInputs) -> memory_efficient.Call:
-    mask = _block_diagonal(x.lengths, x.causal, x.q.device)
-    return memory_efficient.Call(x.q[None], x.k[None], x.v[None], mask)
+    q, k, v = (t[None] for t in x.qkv.unbind(1))
+    return memory_efficient.Call(q, k, v, _block_diagonal(x.lengths, x.causal, q.device))
 
 
 def _xformers(x: PackedInputs) -> Tensor:
@@ -247,48 +235,48 @@ def _runs(x: PackedInputs | None) -> str | None:
 
 
 def _why_not_varlen(x: PackedInputs | None) -> str | None:
-    device = None if x is None else x.q.device
+    device = None if x is None else x.qkv.device
     reason = why_not_gpu("torch.nn.attention.varlen", device) or why_not_new(device)
     if reason is not None or x is None:
         return reason
-    if x.q.dtype not in (torch.float16, torch.bfloat16):
-        return f"takes float16 or bfloat16, got {x.q.dtype}"
-    if x.q.shape[2] % 8 or x.q.shape[2] > 256:
-        return f"needs a head width that is a multiple of 8, up to 256, got {x.q.shape[2]}"
-    if x.q.numel() == 0:
+    if x.qkv.dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 or bfloat16, got {x.qkv.dtype}"
+    if x.qkv.shape[3] % 8 or x.qkv.shape[3] > 256:
+        return f"needs a head width that is a multiple of 8, up to 256, got {x.qkv.shape[3]}"
+    if x.qkv.numel() == 0:
         return "no empty inputs"
     # Without a causal mask it has given NaN there (pytorch issue 173469).
     return "not on ROCm; use grouped or xformers" if torch.version.hip else None
 
 
 def _why_not_xformers(x: PackedInputs | None) -> str | None:
-    reason = memory_efficient.why_not_here(None if x is None else x.q)
+    reason = memory_efficient.why_not_here(None if x is None else x.qkv)
     return reason or (None if x is None else memory_efficient.why_not_kernel(_xformers_call(x)))
 
 
 def _order(x: PackedInputs) -> Sequence[str]:
-    if x.q.is_cuda:
+    if x.qkv.is_cuda:
         return ("varlen", "grouped")
-    if _layout(x.lengths, x.q.device).source is None:
+    if _layout(x.lengths, x.qkv.device).source is None:
         return ("grouped", "loop")  # nothing to copy
     # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the
     # sooner the cheaper the attention itself is.
-    if x.q.dtype.itemsize < 4:
+    if x.qkv.dtype.itemsize < 4:
         long = 96
     else:
         long = 48 if _trains(x) else 20
-    few_or_long = len(x.lengths) <= 16 or len(x.q) >= long * len(x.lengths)
+    few_or_long = len(x.lengths) <= 16 or len(x.qkv) >= long * len(x.lengths)
     return ("loop", "grouped") if few_or_long else ("grouped", "loop")
 
 
 def _trains(x: PackedInputs) -> bool:
-    return torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)
+    return torch.is_grad_enabled() and x.qkv.requires_grad
 
 
 def _bucket(x: PackedInputs) -> str:
-    n, mean = len(x.lengths), len(x.q) // max(len(x.lengths), 1)
+    n, mean = len(x.lengths), len(x.qkv) // max(len(x.lengths), 1)
     sizes = f"N<={1 << max(n - 1, 0).bit_length()} mean<={1 << max(mean - 1, 0).bit_length()}"
-    return f"{x.q.dtype} {sizes} K{x.q.shape[2]} causal={x.causal} train={_trains(x)}"
+    return f"{x.qkv.dtype} {sizes} K{x.qkv.shape[3]} causal={x.causal} train={_trains(x)}"
 
 
 def _cases(device: torch.device) -> Iterable[PackedInputs]:
@@ -301,8 +289,7 @@ def _cases(device: torch.device) -> Iterable[PackedInputs]:
         cu_lengths = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).to(device)
         for dtype in (torch.float32, torch.bfloat16):
             new = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
-            q, k, v = (new(int(lengths.sum()), h, width) for _ in range(3))
-            yield PackedInputs(q, k, v, cu_lengths, tuple(lengths.tolist()), causal)
+            yield PackedInputs(new(int(lengths.sum()), 3, h, width), cu_lengths, tuple(lengths.tolist()), causal)
 
 
 OP = Op(
@@ -317,5 +304,5 @@ OP = Op(
     order=_order,
     bucket=_bucket,
     cases=_cases,
-    device=lambda x: x.q.device,
+    device=lambda x: x.qkv.device,
 )

@@ -67,13 +67,49 @@ def self_attention(
     return out
 
 
-def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in autocast's dtype, as scaled_dot_product_attention casts them; unchanged when it is off."""
-    device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
+def split_heads(qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, ...], ...]:
+    """Rows [R, 3, H, K] -> q, k and v, of each a view [N, H, L, K] for every (N, L) of `shapes`.
+
+    The shapes' rows come one after the other. Gradients are written into one tensor like `qkv`: autograd's own would
+    be collected by copies of their own.
+    """
+    views = _SplitHeads.apply(qkv, shapes)  # type: ignore[no-untyped-call]
+    return views[0::3], views[1::3], views[2::3]
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.shapes = shapes
+        return tuple(part.transpose(1, 2) for sequences in _split(qkv, shapes) for part in sequences.unbind(2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        rows = sum(n * length for n, length in ctx.shapes)
+        h, k = grads[0].shape[1], grads[0].shape[3]
+        joint = grads[0].new_empty(rows, 3, h, k)
+        for i, sequences in enumerate(_split(joint, ctx.shapes)):
+            for j in range(3):
+                sequences[:, :, j].copy_(grads[3 * i + j].transpose(1, 2))
+        return joint, None
+
+
+def _split(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """[R, 3, H, K] -> a view [N, L, 3, H, K] for each (N, L)."""
+    parts, first = [], 0
+    for n, length in shapes:  # not torch.split, whose views must not be written into
+        parts.append(rows.narrow(0, first, n * length).view(n, length, *rows.shape[1:]))
+        first += n * length
+    return parts
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in autocast's dtype, as scaled_dot_product_attention casts them; unchanged when it is off."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
     dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def _four_dims(mask: Tensor, q: Tensor) -> Tensor:

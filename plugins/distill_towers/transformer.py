@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from distill_kernels import cross_attention, packed_attention, self_attention
+from distill_kernels import cross_attention_pool, packed_attention, self_attention
+from distill_kernels.self_attention import split_heads
 
 DENSE = ("plain", "value", "value_value", "correlative")
 """What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""
@@ -46,8 +47,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *, causal: bool) -> Tensor:
         """x [N, L, W] -> [N, L, W]."""
-        q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
-        out: Tensor = self.out_proj(rearrange(self_attention(q, k, v, causal=causal), "n h l k -> n l (h k)"))
+        out: Tensor = self.out_proj(rearrange(self_attention(*self._project(x), causal=causal), "n h l k -> n l (h k)"))
         return out
 
     def dense(self, x: Tensor, attention: str) -> Tensor:
@@ -58,7 +58,7 @@ class Attention(nn.Module):
         the MLP; here it is the last block's, with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al.
         2023, SCLIP). Raises ValueError for any other.
         """
-        q, k, v = (t.transpose(1, 2) for t in self._project(x).unbind(2))
+        q, k, v = self._project(x)
         pairs = {"plain": [(q, k)], "value": [], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}
         if attention not in pairs:
             raise ValueError(f"no attention {attention!r} (there are: {', '.join(DENSE)})")
@@ -67,33 +67,22 @@ class Attention(nn.Module):
         out: Tensor = self.out_proj(rearrange(mixed, "n h l k -> n l (h k)"))
         return out
 
-    def _project(self, x: Tensor) -> Tensor:
-        """x [..., W] -> [..., 3, H, K]: unbound there, gradients are stacked as the product's backward wants them."""
-        projected = linear(x, self.in_proj_weight, self.in_proj_bias)
-        return rearrange(projected, "... (t h k) -> ... t h k", t=3, h=self.heads)
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, L, W] -> q, k, v [N, H, L, K]."""
+        n, length, _ = x.shape
+        (q,), (k,), (v,) = split_heads(self._rows(x.flatten(0, 1)), [(n, length)])
+        return q, k, v
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x [T, W] -> [T, 3, H, K]."""
+        return rearrange(linear(x, self.in_proj_weight, self.in_proj_bias), "t (j h k) -> t j h k", j=3, h=self.heads)
 
     def packed(self, x: Tensor, starts: Tensor, *, causal: bool) -> Tensor:
         """x [T, W] -> [T, W]; `starts` [N + 1] are the sequences' first rows, then T. Before `out_proj`."""
-        q, k, v = self._project(x).unbind(1)
-        return rearrange(packed_attention(q, k, v, starts, causal=causal), "r h k -> r (h k)")
-
-    def at(self, row: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """Few queries a sequence: row [N, W] or [N, Q, W] attends over x [N, L, W], of which the first `lengths` [N]
-        count; shaped as `row`."""  # fmt: skip
-        width = x.shape[-1]
-        q = linear(row, self.in_proj_weight[:width], self.in_proj_bias[:width])
-        k, v = rearrange(
-            linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]),
-            "n l (t h k) -> t n h l k",
-            t=2,
-            h=self.heads,
-        )
-        q = rearrange(q if q.ndim == 3 else q[:, None], "n q (h k) -> n h q k", h=self.heads)
-        out: Tensor = self.out_proj(rearrange(cross_attention(q, k, v, lengths), "n h q k -> n q (h k)"))
-        return out.reshape(row.shape)
+        return rearrange(packed_attention(self._rows(x), starts, causal=causal), "t h k -> t (h k)")
 
     def weights(self, row: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """With which `at` reads x [N, L, W] for one query a sequence, row [N, W]: [N, H, L]; mask [N, L]."""
+        """With which `Block.at` reads x [N, L, W] for one query a sequence, row [N, W]: [N, H, L]; mask [N, L]."""
         width = x.shape[-1]
         q = linear(row[:, None], self.in_proj_weight[:width], self.in_proj_bias[:width])
         k = linear(x, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
@@ -157,12 +146,28 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
-        """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W] -> [N, W] or [N, Q, W]; the
-        rest is not computed."""  # fmt: skip
-        normed = self.ln_1(x)
-        rows = torch.arange(x.shape[0], device=x.device).reshape(-1, *[1] * (index.ndim - 1))
-        row = x[rows, index] + self.attn.at(normed[rows, index], normed, lengths)
-        return row + self.mlp(self.ln_2(row))  # type: ignore[no-any-return]
+        """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W], of which the first `lengths`
+        [N] count -> [N, W] or [N, Q, W]; the rest is not computed."""  # fmt: skip
+        norm, attn = self.ln_1, self.attn
+        rows = x[torch.arange(x.shape[0], device=x.device)[:, None], index.reshape(x.shape[0], -1)]  # [N, Q, W]
+        rows = cross_attention_pool(
+            rows.transpose(0, 1),
+            x,
+            ln_q_weight=norm.weight,
+            ln_q_bias=norm.bias,
+            ln_k_weight=norm.weight,
+            ln_k_bias=norm.bias,
+            in_proj_weight=attn.in_proj_weight,
+            in_proj_bias=attn.in_proj_bias,
+            out_proj_weight=attn.out_proj.weight,
+            out_proj_bias=attn.out_proj.bias,
+            heads=attn.heads,
+            lengths=lengths,
+            eps=norm.eps,
+            normalize=False,
+        ).transpose(0, 1)
+        rows = rows.reshape(*index.shape, -1)
+        return rows + self.mlp(self.ln_2(rows))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """With which position `index` [N] reads x [N, L, W]: [N, H, L]; mask [N, L]."""

@@ -156,6 +156,6 @@ def test_what_cannot_be_captured_is_seen(capture: Capture) -> None:
         x.detach() + torch.ones(4, 8).to("meta")
     with pytest.raises(NotCapturable, match="tensor copies values"):
         x.detach() + torch.tensor([0.0], device=x.device)
-    q = new(20, 2, 32)
+    qkv = new(20, 3, 2, 32)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
-        packed_attention(q, q, q, torch.empty(5, dtype=torch.int32, device="meta"))
+        packed_attention(qkv, torch.empty(5, dtype=torch.int32, device="meta"))

@@ -117,10 +117,10 @@ def compare(out: Tensor, expected: Tensor, *inputs: Tensor) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backend", ["varlen", "xformers"])
 def test_packed(libraries: None, backend: str, causal: bool) -> None:
-    q, k, v = leaves(*3 * [(sum(LENGTHS), 2, 16)])
+    (qkv,) = leaves((sum(LENGTHS), 3, 2, 16))
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(DEVICE)
-    out = PACKED.get(backend).run(PackedInputs(q, k, v, bounds, LENGTHS, causal))
-    compare(out, packed_attention(q, k, v, bounds, causal=causal, backend="reference"), q, k, v)
+    out = PACKED.get(backend).run(PackedInputs(qkv, bounds, LENGTHS, causal))
+    compare(out, packed_attention(qkv, bounds, causal=causal, backend="reference"), qkv)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -150,19 +150,19 @@ def test_varlen_of_torch_2_10(monkeypatch: pytest.MonkeyPatch) -> None:
         return q
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-    x = torch.zeros(3, 2, 16)
+    qkv = torch.zeros(3, 3, 2, 16)
     for causal in (True, False):
-        PACKED.get("varlen").run(PackedInputs(x, x, x, torch.tensor([0, 1, 3]), (1, 2), causal))
+        PACKED.get("varlen").run(PackedInputs(qkv, torch.tensor([0, 1, 3]), (1, 2), causal))
     assert asked == [True, False]
 
 
 def test_varlen_fits_the_real_operator() -> None:
     """torch's own operator, on tensors without values: forward and backward take our arguments."""
-    q, k, v = (torch.empty(sum(LENGTHS), 2, 16, dtype=DTYPE, device="meta", requires_grad=True) for _ in range(3))
+    qkv = torch.empty(sum(LENGTHS), 3, 2, 16, dtype=DTYPE, device="meta", requires_grad=True)
     bounds = torch.empty(len(LENGTHS) + 1, dtype=torch.long, device="meta")
-    out = PACKED.get("varlen").run(PackedInputs(q, k, v, bounds, LENGTHS, True))
-    assert out.shape == q.shape
-    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == 3 * [q.shape]
+    out = PACKED.get("varlen").run(PackedInputs(qkv, bounds, LENGTHS, True))
+    assert out.shape == (sum(LENGTHS), 2, 16)
+    assert torch.autograd.grad(out.sum(), qkv)[0].shape == qkv.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,13 +174,13 @@ def test_xformers_takes_our_layouts(xformers: None, dtype: torch.dtype) -> None:
     no_gpu = ("device=cpu", "operator wasn't built", "xFormers wasn't build", "bf16 is only supported")
     q, k = torch.zeros(3, 2, 8, 16, dtype=dtype), torch.zeros(3, 2, 21, 16, dtype=dtype)
     some = torch.ones(3, 21, dtype=torch.bool)
-    x, bounds = torch.zeros(sum(LENGTHS), 2, 16, dtype=dtype), torch.tensor([0, *LENGTHS]).cumsum(0)
+    x, bounds = torch.zeros(sum(LENGTHS), 3, 2, 16, dtype=dtype), torch.tensor([0, *LENGTHS]).cumsum(0)
     calls = {
         "cross": cross_call(CrossAttentionInputs(q, k, k, None, None, 0.3)),
         "cross, mask": cross_call(CrossAttentionInputs(q, k, k, None, some, 0.3)),
         "causal": dense_call(SelfAttention(q, q, q, True, None)),
-        "packed": packed_call(PackedInputs(x, x, x, bounds, LENGTHS, False)),
-        "packed, causal": packed_call(PackedInputs(x, x, x, bounds, LENGTHS, True)),
+        "packed": packed_call(PackedInputs(x, bounds, LENGTHS, False)),
+        "packed, causal": packed_call(PackedInputs(x, bounds, LENGTHS, True)),
     }
     for name, call in calls.items():
         inputs = fmha.Inputs(query=call.q, key=call.k, value=call.v, attn_bias=call.bias, scale=call.scale)
@@ -230,27 +230,27 @@ def test_unasked_xformers_is_never_imported() -> None:
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors that say they are on a GPU
         x = torch.empty(3, 2, 21, 16, device="cuda")
-        y = torch.empty(sum(LENGTHS), 2, 16, device="cuda")
+        y = torch.empty(sum(LENGTHS), 3, 2, 16, device="cuda")
         assert CROSS.order(CrossAttentionInputs(x, x, x, None, None, 1.0)) == ("triton", "sdpa", "matmul")
         assert DENSE.order(SelfAttention(x, x, x, True, None)) == ("sdpa", "explicit")
-        assert PACKED.order(PackedInputs(y, y, y, bounds, LENGTHS, True)) == ("varlen", "grouped")
-    y = torch.zeros(sum(LENGTHS), 2, 16)
+        assert PACKED.order(PackedInputs(y, bounds, LENGTHS, True)) == ("varlen", "grouped")
+    y = torch.zeros(sum(LENGTHS), 3, 2, 16)
     for name in ("varlen", "xformers"):
         with pytest.raises(BackendError, match="needs tensors on a GPU, these are on cpu"):
-            choose(PACKED, name, PackedInputs(y, y, y, bounds, LENGTHS, False))
+            choose(PACKED, name, PackedInputs(y, bounds, LENGTHS, False))
 
 
 def test_layouts_made_in_inference_mode_serve_training() -> None:
     """Kept layouts outlive the mode in which they were first asked for (evaluation, then training)."""
     lengths = (4, 9, 2)  # lengths of this test alone
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    q, k, v = (torch.randn(sum(lengths), 2, 8) for _ in range(3))
+    qkv = torch.randn(sum(lengths), 3, 2, 8)
     with torch.inference_mode():
-        first = packed_attention(q, k, v, bounds, backend="grouped")
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    second = packed_attention(q, k, v, bounds, backend="grouped")
+        first = packed_attention(qkv, bounds, backend="grouped")
+    second = packed_attention(qkv.requires_grad_(), bounds, backend="grouped")
     torch.testing.assert_close(first, second)
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(second.sum(), leaves[2:]))
+    (gradient,) = torch.autograd.grad(second.square().sum(), qkv)
+    assert (gradient.abs().sum((0, 2, 3)) > 0).all()
 
 
 @pytest.mark.parametrize("statement", ["matmul.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('high')"])

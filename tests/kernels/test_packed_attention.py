@@ -14,7 +14,7 @@ from distill_kernels.backends import BackendError, choose
 from distill_kernels.packed_attention import OP as PACKED
 from distill_kernels.packed_attention import PackedInputs
 from distill_kernels.self_attention import OP as DENSE
-from distill_kernels.self_attention import SelfAttention
+from distill_kernels.self_attention import SelfAttention, split_heads
 
 DENSE_BACKENDS = ("reference", "explicit", "sdpa")
 PACKED_BACKENDS = ("reference", "loop", "grouped")
@@ -148,13 +148,30 @@ def test_strides_nan_and_empty(backend: str) -> None:
     out.sum().backward()
 
 
+def test_split_heads() -> None:
+    """Views of the rows; first and second derivatives, also where only some of the parts are used."""
+    qkv = torch.randn(3 * 5 + 2 * 4, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    shapes = [(3, 5), (2, 4)]
+    for j, parts in enumerate(split_heads(qkv, shapes)):
+        for part, rows, shape in zip(parts, qkv[:, j].split([15, 8]), shapes, strict=True):
+            assert part.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+            torch.testing.assert_close(part.transpose(1, 2), rows.view(*shape, 2, 4), rtol=0, atol=0)
+
+    def function(qkv: Tensor) -> Tensor:
+        (q, _), (k, _), (_, v) = split_heads(qkv, shapes)
+        return (q.sin() * k.exp()).sum() + v.pow(3).sum()
+
+    assert torch.autograd.gradcheck(function, qkv)
+    assert torch.autograd.gradgradcheck(function, qkv)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [[7], [3, 0, 1, 17, 8, 3, 9], [4, 4, 4], [0, 0, 5]])
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed(backend: str, lengths: list[int], causal: bool, dtype: torch.dtype) -> None:
     tensors = inputs(sum(lengths), 2, 8, dtype=dtype)
-    out = packed_attention(*tensors, bounds(lengths), causal=causal, backend=backend)
+    out = packed_attention(torch.stack(tensors, 1), bounds(lengths), causal=causal, backend=backend)
     assert out.dtype == dtype
     check(out, packed(*tensors, lengths, causal), tensors, dtype)
 
@@ -166,8 +183,7 @@ def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
     cu_lengths = bounds(lengths).int()
 
     def attend(qkv: Tensor) -> Tensor:
-        q, k, v = (qkv * 1).unbind(1)
-        return packed_attention(q, k, v, cu_lengths, causal=True, backend=backend)
+        return packed_attention(qkv * 1, cu_lengths, causal=True, backend=backend)
 
     expected = packed(*qkv.unbind(1), lengths, True)
     check(torch.compile(attend, backend="aot_eager")(qkv), expected, [qkv])
@@ -177,15 +193,15 @@ def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
     assert out.dtype == torch.bfloat16
     check(out, expected, [qkv], torch.bfloat16)
     with torch.inference_mode():  # whose tensors have no version to key a cache on
-        out = packed_attention(*qkv.unbind(1), bounds(lengths), causal=True, backend=backend)
+        out = packed_attention(qkv, bounds(lengths), causal=True, backend=backend)
     torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed_nan_stays_in_its_sequence(backend: str) -> None:
-    q, k, v = (t.detach() for t in inputs(12, 2, 4))
-    k[5, 0, 0] = float("nan")  # sequence 1: rows 3..8, padded beside rows 8..12 in `grouped`
-    out = packed_attention(q, k, v, bounds([3, 5, 4]), backend=backend)
+    qkv = torch.randn(12, 3, 2, 4)
+    qkv[5, 1, 0, 0] = float("nan")  # sequence 1: rows 3..8, padded beside rows 8..12 in `grouped`
+    out = packed_attention(qkv, bounds([3, 5, 4]), backend=backend)
     assert out[3:8, 0].isnan().all()
     assert out[3:8, 1].isfinite().all()
     assert out[:3].isfinite().all()
@@ -195,19 +211,18 @@ def test_packed_nan_stays_in_its_sequence(backend: str) -> None:
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed_without_tokens(backend: str, lengths: list[int]) -> None:
-    q, k, v = inputs(0, 2, 4)
-    out = packed_attention(q, k, v, bounds(lengths), causal=True, backend=backend)
+    out = packed_attention(torch.zeros(0, 3, 2, 4, requires_grad=True), bounds(lengths), causal=True, backend=backend)
     assert out.shape == (0, 2, 4)
     out.sum().backward()
 
 
 def test_lengths_changed_in_place_are_read_again() -> None:
-    q, k, v = inputs(6, 1, 4)
+    qkv = torch.randn(6, 3, 1, 4)
     cu_lengths = bounds([2, 4])
-    packed_attention(q, k, v, cu_lengths)
+    packed_attention(qkv, cu_lengths)
     cu_lengths[1] = 5
-    out = packed_attention(q, k, v, cu_lengths)
-    torch.testing.assert_close(out.double(), packed(q, k, v, [5, 1], False), rtol=2e-5, atol=2e-5)
+    out = packed_attention(qkv, cu_lengths)
+    torch.testing.assert_close(out.double(), packed(*qkv.unbind(1), [5, 1], False), rtol=2e-5, atol=2e-5)
 
 
 def test_auto_follows_the_measurements() -> None:
@@ -223,8 +238,8 @@ def test_auto_follows_the_measurements() -> None:
     assert dense_choice(37, torch.bfloat16, False) == "explicit"
 
     def packed_choice(lengths: list[int]) -> str:
-        q = torch.zeros(sum(lengths), 1, 8)
-        return choose(PACKED, "auto", PackedInputs(q, q, q, bounds(lengths), tuple(lengths), True)).name
+        qkv = torch.zeros(sum(lengths), 3, 1, 8)
+        return choose(PACKED, "auto", PackedInputs(qkv, bounds(lengths), tuple(lengths), True)).name
 
     assert packed_choice([10, 9] * 32) == "grouped"
     assert packed_choice([10, 9] * 4) == "loop"
@@ -233,7 +248,7 @@ def test_auto_follows_the_measurements() -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    x, y = torch.zeros(2, 2, 5, 8), torch.zeros(10, 2, 8)
+    x, y = torch.zeros(2, 2, 5, 8), torch.zeros(10, 3, 2, 8)
     with pytest.raises(ValueError, match=r"q, k, v must be \[N, H, L, K\]"):
         self_attention(x, x, x[:1])
     with pytest.raises(ValueError, match="mask must be bool"):
@@ -242,14 +257,14 @@ def test_errors_say_what_is_wrong() -> None:
         self_attention(x, x, x, mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(BackendError, match="needs tensors on a GPU"):
         self_attention(x, x, x, backend="xformers")
-    with pytest.raises(ValueError, match=r"q, k, v must be \[T, H, K\]"):
-        packed_attention(y, y, y[:, :1], bounds([10]))
+    with pytest.raises(ValueError, match=r"qkv must be \[T, 3, H, K\]"):
+        packed_attention(y[:, :2], bounds([10]))
     with pytest.raises(ValueError, match="ends at 9, but there are 10 tokens"):
-        packed_attention(y, y, y, bounds([4, 5]))
+        packed_attention(y, bounds([4, 5]))
     with pytest.raises(ValueError, match="start at 0 and not fall"):
-        packed_attention(y, y, y, torch.tensor([0, 7, 5, 10]))
+        packed_attention(y, torch.tensor([0, 7, 5, 10]))
     with pytest.raises(ValueError, match=r"must be \[N \+ 1\] integers"):
-        packed_attention(y, y, y, torch.tensor([0.0, 10.0]))
+        packed_attention(y, torch.tensor([0.0, 10.0]))
     for backend in ("varlen", "xformers"):
         with pytest.raises(BackendError, match="needs tensors on a GPU"):
-            packed_attention(y, y, y, bounds([10]), backend=backend)
+            packed_attention(y, bounds([10]), backend=backend)

@@ -149,7 +149,8 @@ class Block(nn.Module):
         """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W], of which the first `lengths`
         [N] count -> [N, W] or [N, Q, W]; the rest is not computed."""  # fmt: skip
         norm, attn = self.ln_1, self.attn
-        rows = x[torch.arange(x.shape[0], device=x.device)[:, None], index.reshape(x.shape[0], -1)]  # [N, Q, W]
+        places = index if index.ndim == 2 else index[:, None]
+        rows = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # [N, Q, W]
         rows = cross_attention_pool(
             rows.transpose(0, 1),
             x,
@@ -166,7 +167,7 @@ class Block(nn.Module):
             eps=norm.eps,
             normalize=False,
         ).transpose(0, 1)
-        rows = rows.reshape(*index.shape, -1)
+        rows = rows.reshape(*index.shape, x.shape[-1])
         return rows + self.mlp(self.ln_2(rows))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,13 +1,14 @@
 """One public function an op, its plain reference beside it, measured backends behind it."""
 
 from distill_kernels.cross_attention import cross_attention
-from distill_kernels.cross_attention_pool import cross_attention_pool
+from distill_kernels.cross_attention_pool import attend_to_tokens, cross_attention_pool
 from distill_kernels.info_nce import multi_view_info_nce
 from distill_kernels.packed_attention import packed_attention
 from distill_kernels.self_attention import self_attention
 from distill_kernels.sigmoid_loss import multi_view_sigmoid
 
 __all__ = [
+    "attend_to_tokens",
     "cross_attention",
     "cross_attention_pool",
     "multi_view_info_nce",

@@ -35,6 +35,7 @@ from torch import Tensor
 from distill_kernels.absorbed_attention import absorbed_attention, unit_weight
 from distill_kernels.backends import BackendError
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
+from distill_kernels.self_attention import tracing
 
 FORMS = ("auto", "projected", "absorbed", "reference")
 
@@ -43,6 +44,13 @@ FORMS = ("auto", "projected", "absorbed", "reference")
 # costs 0.2 % more than the better one on average, and never more than 10 %. GPUs are not measured; their data
 # sheets give 150 to 250 in half precision and 20 to 40 in fp32.
 MULTIPLICATIONS_PER_ELEMENT = {2: 80, 4: 30, 8: 30}
+
+
+class _Attention(NamedTuple):
+    ln_weight: Tensor  # [D], of the tokens' LayerNorm
+    ln_bias: Tensor  # [D]
+    in_proj_weight: Tensor  # [3D, D]
+    in_proj_bias: Tensor  # [3D]
 
 
 class _Weights(NamedTuple):
@@ -101,7 +109,8 @@ def cross_attention_pool(
         mask: [B, L] bool, True where a token may be attended to.
         eps: of both LayerNorms.
         normalize: L2-normalise the result over D.
-        form: auto (by `absorbed_is_cheaper`), projected, absorbed or reference.
+        form: auto (by `absorbed_is_cheaper`; projected in an exported or traced graph), projected, absorbed or
+            reference.
         backend: of `cross_attention`, in the projected form; naming one makes `auto` the projected form.
 
     Raises:
@@ -125,30 +134,88 @@ def cross_attention_pool(
         raise BackendError(f"form {form!r} has no backends; name one ({backend!r}) with form 'projected'")
 
     device = queries.device.type
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    compute = result = queries.dtype
-    if torch.is_autocast_enabled(device) and wide == torch.float32:
-        compute, result = torch.get_autocast_dtype(device), wide
-    if form == "auto" and torch.compiler.is_exporting():
-        form = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
-    elif form == "auto":
-        views, b, d = queries.shape
-        cheaper = absorbed_is_cheaper(views, heads, tokens.shape[1], d, b, compute.itemsize)
-        form = "absorbed" if cheaper else "projected"
+    wide, compute = _dtypes(queries)
+    result = wide if torch.is_autocast_enabled(device) else queries.dtype
     weights = _Weights(*(w.to(wide) for w in weights))
-    valid = key_mask(lengths, mask, tokens.shape[1])
     with torch.autocast(device, enabled=False):
         if form == "reference":
+            valid = key_mask(lengths, mask, tokens.shape[1])
             attended = _reference(queries.to(wide), tokens.to(wide), weights, heads, valid, eps)
         else:
             x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
-            if form == "absorbed":
-                values = _absorbed(x.to(compute), tokens, weights, heads, valid, eps)
-            else:
-                values = _projected(x.to(compute), tokens, weights, heads, lengths, mask, eps, backend)
+            w = _Attention(*weights[2:6])
+            values = _attend(x.to(compute), tokens, w, heads, lengths, mask, eps, form, backend)
             attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
         fused = queries.to(wide) + attended.to(wide)
         return (F.normalize(fused, dim=-1) if normalize else fused).to(result)
+
+
+def attend_to_tokens(
+    x: Tensor,
+    tokens: Tensor,
+    *,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    heads: int,
+    lengths: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Multi-head attention of x over LN(tokens), before the output projection: [V, B, D], [B, L, D] -> [V, B, D].
+
+    As `cross_attention_pool` has it, with its choice of forms, for blocks whose queries are normalised and whose
+    output is projected by modules of their own: x is what W_q takes. The result has x's dtype, or autocast's.
+
+    Args:
+        x: [V, B, D] queries, normalised.
+        tokens: [B, L, D], not normalised.
+        ln_weight: [D], LayerNorm of the tokens.
+        ln_bias: [D].
+        in_proj_weight: [3D, D], W_q, W_k and W_v stacked.
+        in_proj_bias: [3D].
+        heads: H, a divisor of D.
+        lengths: [B] integers, the number of valid tokens of each sample, a prefix.
+        eps: of the LayerNorm.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    w = _Attention(ln_weight, ln_bias, in_proj_weight, in_proj_bias)
+    _check(x, tokens, w, heads, lengths, None, "auto")
+    wide, compute = _dtypes(x)
+    with torch.autocast(x.device.type, enabled=False):
+        w = _Attention(*(t.to(wide) for t in w))
+        return _attend(x.to(compute), tokens, w, heads, lengths, None, eps, "auto", "auto")
+
+
+def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of norms and sums, at least fp32, and of products."""
+    device, wide = queries.device.type, torch.promote_types(queries.dtype, torch.float32)
+    autocast = torch.is_autocast_enabled(device) and wide == torch.float32
+    return wide, torch.get_autocast_dtype(device) if autocast else queries.dtype
+
+
+def _attend(
+    x: Tensor,
+    tokens: Tensor,
+    w: _Attention,
+    heads: int,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    form: str,
+    backend: str,
+) -> Tensor:
+    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+    views, b, d = x.shape
+    if torch.compiler.is_exporting() or tracing():
+        cheaper = False  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
+    else:
+        cheaper = absorbed_is_cheaper(views, heads, tokens.shape[1], d, b, x.dtype.itemsize)
+    if form == "absorbed" or (form == "auto" and cheaper):
+        return _absorbed(x, tokens, w, heads, key_mask(lengths, mask, tokens.shape[1]), eps)
+    return _projected(x, tokens, w, heads, lengths, mask, eps, backend)
 
 
 def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: int, itemsize: int) -> bool:
@@ -166,7 +233,7 @@ def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: 
 def _projected(
     x: Tensor,
     tokens: Tensor,
-    w: _Weights,
+    w: _Attention,
     heads: int,
     lengths: Tensor | None,
     mask: Tensor | None,
@@ -182,22 +249,22 @@ def _projected(
     q = _linear(x, w_q, w.in_proj_bias[:d])
     # LayerNorm's affine map goes into the weights: no pass over [B, L, D] for it or for its gradients. The
     # bias of the keys, LayerNorm's part included, leaves the softmax alone.
-    bias = torch.cat([torch.zeros_like(w.out_proj_bias), _value_bias(w, w_v)])
-    kv = _linear(y, torch.cat([w_k, w_v]) * w.ln_k_weight, bias)
+    bias = torch.cat([torch.zeros_like(w.ln_bias), _value_bias(w, w_v)])
+    kv = _linear(y, torch.cat([w_k, w_v]) * w.ln_weight, bias)
     k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, lengths, mask, backend=backend)
     return out.permute(2, 0, 1, 3).reshape(views, b, d)
 
 
-def _absorbed(x: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:
+def _absorbed(x: Tensor, tokens: Tensor, w: _Attention, heads: int, valid: Tensor | None, eps: float) -> Tensor:
     """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
     views, b, d = x.shape
     k = d // heads
     w_q, w_k, w_v = w.in_proj_weight.chunk(3)
     q = _linear(x, w_q, w.in_proj_bias[:d]).view(views * b, heads, k).transpose(0, 1)  # [H, VB, K]
-    key = (w_k * (w.ln_k_weight * k**-0.5)).to(x.dtype).view(heads, k, d)
-    value = (w_v * w.ln_k_weight).to(x.dtype).view(heads, k, d)
+    key = (w_k * (w.ln_weight * k**-0.5)).to(x.dtype).view(heads, k, d)
+    value = (w_v * w.ln_weight).to(x.dtype).view(heads, k, d)
     rows = torch.bmm(q, key).view(heads * views, b, d)
     z = absorbed_attention(rows, tokens, valid, eps=eps).view(heads, views * b, d)
     values = torch.bmm(z, value.mT).transpose(0, 1).reshape(views, b, d)
@@ -207,9 +274,9 @@ def _absorbed(x: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor 
     return values + bias if tokens.shape[1] else values
 
 
-def _value_bias(w: _Weights, w_v: Tensor) -> Tensor:
+def _value_bias(w: _Attention, w_v: Tensor) -> Tensor:
     """[D], W_v applied to LayerNorm's bias, plus the value bias."""
-    return torch.mv(w_v, w.ln_k_bias) + w.in_proj_bias[2 * w_v.shape[0] :]
+    return torch.mv(w_v, w.ln_bias) + w.in_proj_bias[2 * w_v.shape[0] :]
 
 
 def _reference(queries: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:
@@ -245,7 +312,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _check(
     queries: Tensor,
     tokens: Tensor,
-    w: _Weights,
+    w: _Weights | _Attention,
     heads: int,
     lengths: Tensor | None,
     mask: Tensor | None,
@@ -258,8 +325,8 @@ def _check(
     d = queries.shape[2]
     if heads < 1 or d % heads:
         raise ValueError(f"heads must divide D = {d}, got {heads}")
-    expected = _Weights((d,), (d,), (d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,))  # type: ignore[arg-type]
-    for name, weight, shape in zip(_Weights._fields, w, expected, strict=True):
+    for name, weight in w._asdict().items():
+        shape = {"in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,), "out_proj_weight": (d, d)}.get(name, (d,))
         if weight.shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(weight.shape)}")
     check_valid_tokens(lengths, mask, tokens)

@@ -73,15 +73,23 @@ def split_heads(qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[T
     The shapes' rows come one after the other. Gradients are written into one tensor like `qkv`: autograd's own would
     be collected by copies of their own.
     """
-    views = _SplitHeads.apply(qkv, shapes)  # type: ignore[no-untyped-call]
+    trains = torch.is_grad_enabled() and qkv.requires_grad and not tracing()
+    views = _SplitHeads.apply(qkv, shapes) if trains else _split_heads(qkv, shapes)  # type: ignore[no-untyped-call]
     return views[0::3], views[1::3], views[2::3]
 
 
+def _split_heads(qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return tuple(part.transpose(1, 2) for sequences in _split(qkv, shapes) for part in sequences.unbind(2))
+
+
 class _SplitHeads(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    forward = staticmethod(_split_heads)
+
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-        ctx.shapes = shapes
-        return tuple(part.transpose(1, 2) for sequences in _split(qkv, shapes) for part in sequences.unbind(2))
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.shapes = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -101,6 +109,11 @@ def _split(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         parts.append(rows.narrow(0, first, n * length).view(n, length, *rows.shape[1:]))
         first += n * length
     return parts
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace makes a graph, which knows none of our functions."""
+    return torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, no-any-return]
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from distill_kernels import cross_attention_pool, packed_attention, self_attention
+from distill_kernels import attend_to_tokens, packed_attention, self_attention
 from distill_kernels.self_attention import split_heads
 
 DENSE = ("plain", "value", "value_value", "correlative")
@@ -148,26 +148,20 @@ class Block(nn.Module):
     def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
         """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W], of which the first `lengths`
         [N] count -> [N, W] or [N, Q, W]; the rest is not computed."""  # fmt: skip
-        norm, attn = self.ln_1, self.attn
         places = index if index.ndim == 2 else index[:, None]
         rows = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # [N, Q, W]
-        rows = cross_attention_pool(
-            rows.transpose(0, 1),
+        values = attend_to_tokens(
+            self.ln_1(rows).transpose(0, 1),
             x,
-            ln_q_weight=norm.weight,
-            ln_q_bias=norm.bias,
-            ln_k_weight=norm.weight,
-            ln_k_bias=norm.bias,
-            in_proj_weight=attn.in_proj_weight,
-            in_proj_bias=attn.in_proj_bias,
-            out_proj_weight=attn.out_proj.weight,
-            out_proj_bias=attn.out_proj.bias,
-            heads=attn.heads,
+            ln_weight=self.ln_1.weight,
+            ln_bias=self.ln_1.bias,
+            in_proj_weight=self.attn.in_proj_weight,
+            in_proj_bias=self.attn.in_proj_bias,
+            heads=self.attn.heads,
             lengths=lengths,
-            eps=norm.eps,
-            normalize=False,
-        ).transpose(0, 1)
-        rows = rows.reshape(*index.shape, x.shape[-1])
+            eps=self.ln_1.eps,
+        )
+        rows = (rows + self.attn.out_proj(values).transpose(0, 1)).reshape(*index.shape, x.shape[-1])
         return rows + self.mlp(self.ln_2(rows))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:

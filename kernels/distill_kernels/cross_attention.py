@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_triton
-from distill_kernels.self_attention import without_cudnn
+from distill_kernels.self_attention import FEWEST_FLASH_KEYS, without_cudnn
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -214,7 +214,8 @@ def _order(inputs: CrossAttentionInputs) -> Sequence[str]:
     if inputs.q.device.type == "cuda":
         return ("triton", "sdpa", "matmul")
     # Measured: the flash kernel wins in fp32 and wider, and its backward is slow in half precision.
-    return ("matmul",) if inputs.q.dtype.itemsize < 4 else ("sdpa", "matmul")
+    half, few = inputs.q.dtype.itemsize < 4, inputs.k.shape[2] < FEWEST_FLASH_KEYS
+    return ("matmul",) if half or few else ("sdpa", "matmul")
 
 
 def _bucket(inputs: CrossAttentionInputs) -> str:

@@ -18,6 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill_kernels import memory_efficient
 from distill_kernels.backends import Backend, Op, choose
 
+FEWEST_FLASH_KEYS = 16
+"""With fewer, torch's flash kernel on a CPU gives zeros for a query that is NaN, so that `auto` does not take it."""
+
 
 class SelfAttention(NamedTuple):
     """The arguments of `self_attention`, with the mask broadcastable to [N, H, L, L]."""
@@ -269,7 +272,7 @@ def _order(x: SelfAttention) -> Sequence[str]:
     if x.q.dtype.itemsize < 4:
         explicit = training or short
     else:
-        explicit = training and short and n * h * length**2 <= 1 << 20
+        explicit = length < FEWEST_FLASH_KEYS or (training and short and n * h * length**2 <= 1 << 20)
     return ("explicit", "sdpa") if explicit else ("sdpa", "explicit")
 
 

@@ -61,6 +61,21 @@ def test_a_different_step_is_refused(recipe: Recipe) -> None:
     ours, other = sides(recipe)
     with torch.no_grad():
         other.student.image_token_mapping.weight[0, 0] += 0.5
+    with pytest.raises(UserError, match="the two steps differ: losses by"):
+        bench.agreement(ours, other)
+
+
+def test_a_step_without_a_gradient_is_refused(recipe: Recipe) -> None:
+    ours, other = sides(recipe)
+    ours.objective.get_parameter("backbone.image.conv1.weight").requires_grad_(False)
+    with pytest.raises(UserError, match=r"only one of them has a loss or a gradient of visual\.conv1\.weight"):
+        bench.agreement(ours, other)
+
+
+def test_a_step_of_nan_is_refused(recipe: Recipe) -> None:
+    ours, other = sides(recipe)
+    with torch.no_grad():
+        ours.objective.get_parameter("backbone.image.conv1.weight")[0] = float("nan")
     with pytest.raises(UserError, match="the two steps differ"):
         bench.agreement(ours, other)
 

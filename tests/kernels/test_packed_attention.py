@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_kernels import packed_attention, self_attention
+from distill_kernels import cross_attention, packed_attention, self_attention
 from distill_kernels.backends import BackendError, choose
 from distill_kernels.packed_attention import OP as PACKED
 from distill_kernels.packed_attention import PackedInputs
@@ -214,6 +214,29 @@ def test_packed_without_tokens(backend: str, lengths: list[int]) -> None:
     out = packed_attention(torch.zeros(0, 3, 2, 4, requires_grad=True), bounds(lengths), causal=True, backend=backend)
     assert out.shape == (0, 2, 4)
     out.sum().backward()
+
+
+@pytest.mark.parametrize("length", [1, 6, 15, 16, 40])
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_auto_gives_nan_for_nan(where: int, trains: bool, length: int) -> None:
+    """Whether a query, a key or a value is NaN; torch's flash kernel gives zeros for a query before few keys."""
+    qkv = torch.randn(length, 3, 1, 8)
+    qkv[0, where, 0, 0] = float("nan")
+    out = packed_attention(qkv.requires_grad_(trains), bounds([length]))
+    assert out[0].isnan().any()
+    q, k, v = (t.transpose(0, 1)[None] for t in qkv.unbind(1))
+    for out in (self_attention(q, k, v), cross_attention(q[:, :, :1], k, v)):
+        assert out[0, 0, 0].isnan().any()
+
+
+def test_gradcheck_of_padded_groups() -> None:
+    qkv = torch.randn(11, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    lengths = bounds([3, 0, 5, 1, 2])
+    for causal in (False, True):
+        assert torch.autograd.gradcheck(
+            lambda x, causal=causal: packed_attention(x, lengths, causal=causal, backend="grouped"), qkv
+        )
 
 
 def test_lengths_changed_in_place_are_read_again() -> None:

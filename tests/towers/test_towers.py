@@ -59,6 +59,39 @@ def test_vit_without_tokens_gives_the_same_embedding_and_gradients(vit: VisionTr
         torch.testing.assert_close(results[1][1][name], gradient, rtol=1e-9, atol=1e-10)
 
 
+def test_the_last_block_calls_its_modules(vit: VisionTransformer) -> None:
+    """Adapters and hooks on the output projection act where only the class token is computed, too."""
+    out_proj = vit.transformer.resblocks[-1].attn.out_proj
+    x = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    plain = vit.encode(x, tokens=False, token_mask=None).pooled
+    out_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
+    results = [vit.encode(x, tokens=tokens, token_mask=None).pooled for tokens in (True, False)]
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(results[1], plain)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("tokens", [False, True])
+def test_vit_is_traced_and_mapped(vit: VisionTransformer, tokens: bool) -> None:
+    """torch.jit.trace for another batch size, with none of our operators inside, and torch.func.vmap."""
+
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = vit
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.vit.encode(x, tokens=tokens, token_mask=None).pooled
+
+    tower, x, y = Tower(), *(torch.randn(n, 3, 24, 24, dtype=torch.float64) for n in (3, 5))
+    traced = torch.jit.trace(tower, (x,), check_trace=False)  # checked here, for another batch size
+    torch.testing.assert_close(traced(y), tower(y))
+    assert "distill::" not in str(traced.inlined_graph)
+    with torch.no_grad():
+        mapped = torch.func.vmap(tower)(y.view(5, 1, 3, 24, 24))
+        torch.testing.assert_close(mapped[:, :, 0], tower(y).transpose(0, 1))
+
+
 def test_text_without_tokens_gives_the_same_embedding(text: ClipText, ids: torch.Tensor) -> None:
     full = text.encode(ids, tokens=True, token_mask=None)
     short = text.encode(ids, tokens=False, token_mask=None)

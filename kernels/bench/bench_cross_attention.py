@@ -200,31 +200,43 @@ class Crossing(NamedTuple):
 
 
 def crossover(device: torch.device, rounds: int) -> Iterator[Crossing]:
-    """Both forms over V, H, L, D, B: what `MULTIPLICATIONS_PER_ELEMENT` is fitted to."""
+    """Both forms over V, H, L, D, B: what `BALANCE` is fitted to."""
     global VIEWS, HEADS, WIDTH
+    sizes = [
+        (batch, width, heads, tokens, views)
+        for batch in (8, 32)
+        for width, heads in ((512, 8), (768, 12), (256, 4), (512, 16))
+        for tokens in (49, 77, 196)
+        for views in ((1, 4, 8, 16, 24, 32, 48) if batch == 8 else (2, 8, 16, 32))
+    ]
+    # the tiny recipes' captions and pictures
+    sizes += [(256, 128, 4, tokens, views) for tokens in (20, 26, 37) for views in (1, 2, 4, 6, 8, 12)]
+    sizes += [(64, 128, 4, 26, views) for views in (1, 4, 8)]
+    sizes += [(16, 192, 3, 65, views) for views in (1, 8)] + [(64, 64, 2, 17, views) for views in (1, 4)]
+    # a class token in a tower's last block, one picture at a time and many
+    sizes += [(1, width, heads, 37, views) for width, heads in ((768, 12), (128, 4)) for views in (1, 8)]
+    sizes += [(1, 768, 12, 197, 1), (1, 768, 12, 197, 8), (4, 768, 12, 197, 1), (24, 768, 12, 37, 1)]
+    sizes += [(256, 768, 12, 37, 1)]
     for dtype in (torch.float32, torch.bfloat16):
-        for batch in (8, 32):
-            for WIDTH, HEADS in ((512, 8), (768, 12), (256, 4), (512, 16)):
-                for tokens in (49, 77, 196):
-                    for VIEWS in (1, 4, 8, 16, 24, 32, 48) if batch == 8 else (2, 8, 16, 32):
-                        calls = pool_calls(dtype, batch, tokens, device)
-                        forms = {name: calls[name] for name in ("projected", "absorbed")}
-                        seconds = interleaved(forms, rounds=rounds, device=device)
-                        p, a = (s.process if device.type == "cpu" else s.wall for s in seconds.values())
-                        row = Crossing(
-                            str(dtype).removeprefix("torch."),
-                            VIEWS,
-                            HEADS,
-                            tokens,
-                            WIDTH,
-                            batch,
-                            round(p * 1e3, 3),
-                            round(a * 1e3, 3),
-                            device_name(device),
-                            torch.__version__,
-                        )
-                        print(*row, flush=True)
-                        yield row
+        for batch, WIDTH, HEADS, tokens, VIEWS in sizes:
+            calls = pool_calls(dtype, batch, tokens, device)
+            forms = {name: calls[name] for name in ("projected", "absorbed")}
+            seconds = interleaved(forms, rounds=rounds, device=device)
+            p, a = (s.process if device.type == "cpu" else s.wall for s in seconds.values())
+            row = Crossing(
+                str(dtype).removeprefix("torch."),
+                VIEWS,
+                HEADS,
+                tokens,
+                WIDTH,
+                batch,
+                round(p * 1e3, 3),
+                round(a * 1e3, 3),
+                device_name(device),
+                torch.__version__,
+            )
+            print(*row, flush=True)
+            yield row
 
 
 def save(path: Path, rows: list[Row] | list[Crossing], device: str) -> None:

@@ -17,10 +17,11 @@ The cost model counts, for a sample's forward pass, multiplications and the elem
                 multiplications                           elements
     projected   2 L D^2  (keys, values)                   5 L D    (LN(tokens); keys and values, out and in)
                 + 2 V L D  (scores, sums)
-    absorbed    2 V D^2  (absorb W_k, apply W_v)          5 H V D  (queries out, in; sums out, placed, in)
-                + 2 H V L D  (scores, sums over all D)    + 4 D^2 / B  (W_k, W_v scaled, cast, once a batch)
+    absorbed    2 V D^2  (absorb W_k, apply W_v)          5 H V D  (queries out, in; sums out, placed, in;
+                + 2 H V L D  (scores, sums over all D)              8 in half precision, which casts)
+                                                          + 4 D^2 / B  (W_k, W_v scaled, cast, once a batch)
 
-An element costs as much as `MULTIPLICATIONS_PER_ELEMENT` multiplications. With free memory, absorbed is
+An element costs as much as `BALANCE` has it in multiplications. With free memory, absorbed is
 cheaper when V (H - 1) / D + V / L < 1; with fast matrix units memory decides, and it is when H V < L.
 """
 
@@ -39,11 +40,17 @@ from distill_kernels.self_attention import tracing
 
 FORMS = ("auto", "projected", "absorbed", "reference")
 
-# The machine's balance by element size of the products, fitted to the 264 timings of
-# kernels/bench/cross_attention_crossover.csv (forward + backward, one core with AMX): the form that it picks
-# costs 0.2 % more than the better one on average, and never more than 10 %. GPUs are not measured; their data
-# sheets give 150 to 250 in half precision and 20 to 40 in fp32.
-MULTIPLICATIONS_PER_ELEMENT = {2: 80, 4: 30, 8: 30}
+
+class _Balance(NamedTuple):
+    multiplications: int  # an element costs as much as these
+    moved: int  # elements moved for each of H V D
+
+
+# By element size of the products, fitted to the 332 timings of kernels/bench/cross_attention_crossover.csv (forward +
+# backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .25 % more than
+# the better one on average, and never more than 10 %. GPUs are not measured; their data sheets give 150 to 250
+# multiplications in half precision and 20 to 40 in fp32.
+BALANCE = {2: _Balance(40, 8), 4: _Balance(30, 5), 8: _Balance(30, 5)}
 
 
 class _Attention(NamedTuple):
@@ -223,10 +230,10 @@ def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: 
 
     `itemsize` is that of the products' dtype, in bytes.
     """
-    element = MULTIPLICATIONS_PER_ELEMENT[itemsize]
+    element, moved = BALANCE[itemsize]
     projected = 2 * tokens * width * width + 2 * views * tokens * width + element * 5 * tokens * width
     absorbed = 2 * views * width * width + 2 * heads * views * tokens * width
-    absorbed += element * (5 * heads * views * width + 4 * width * width // max(batch, 1))
+    absorbed += element * (moved * heads * views * width + 4 * width * width // max(batch, 1))
     return absorbed < projected
 
 

@@ -268,7 +268,7 @@ def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pyte
 
 
 def test_cost_model_on_the_measured_grid() -> None:
-    """The form that `auto` takes is never more than 10 % slower than the better one, whatever the sizes."""
+    """The form that `auto` takes is never more than 10 % slower than the better one at any measured size."""
     path = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "cross_attention_crossover.csv"
     losses, forms = [], set()
     with path.open(newline="") as file:
@@ -281,7 +281,7 @@ def test_cost_model_on_the_measured_grid() -> None:
             form = "absorbed" if absorbed else "projected"
             losses.append(milliseconds[form] / min(milliseconds.values()))
             forms.add(form)
-    assert len(losses) > 200
+    assert len(losses) > 300
     assert forms == {"projected", "absorbed"}
     assert max(losses) < 1.1
     assert sum(losses) / len(losses) < 1.005
@@ -297,9 +297,9 @@ def test_cost_model_at_the_recipes(tokens: int, itemsize: int) -> None:
 
 
 def test_cost_model_without_memory_is_the_stated_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_kernels.cross_attention_pool import MULTIPLICATIONS_PER_ELEMENT
+    from distill_kernels.cross_attention_pool import BALANCE
 
-    monkeypatch.setitem(MULTIPLICATIONS_PER_ELEMENT, 4, 0)
+    monkeypatch.setitem(BALANCE, 4, BALANCE[4]._replace(multiplications=0))
     g = torch.Generator().manual_seed(0)
     for _ in range(200):
         v, h, n, k = (int(torch.randint(1, high, (), generator=g)) for high in (100, 20, 300, 100))

@@ -25,12 +25,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, tor
 # B, H, V, L, K: the views and token counts of the recipes, and odd ones; K powers of two and not.
 SHAPES = [
     (2, 2, 8, 77, 64),
-    (1, 1, 1, 1, 16),
-    (3, 1, 3, 49, 24),
+    (3, 1, 1, 1, 16),
+    (4, 1, 3, 49, 24),
     (2, 1, 64, 33, 32),
-    (1, 2, 8, 196, 80),
-    (1, 1, 3, 257, 128),
-    (1, 1, 70, 20, 48),
+    (3, 1, 8, 196, 80),
+    (2, 1, 3, 257, 128),
+    (4, 1, 70, 20, 48),
 ]
 
 
@@ -72,7 +72,9 @@ def valid_tokens(kind: str, b: int, tokens: int) -> tuple[dict[str, Tensor], Ten
     if kind == "mask":
         mask = (torch.rand(b, tokens, generator=g) < 0.6).to(DEVICE)
         return {"mask": mask}, mask
-    lengths = torch.tensor([1, tokens - tokens // 3, 0] * b)[-b:].to(DEVICE)
+    # An odd one, then the full one: with one sample alone, or only zeros, a wrong length might not show.
+    lengths = torch.tensor([(tokens - tokens // 3) | 1, tokens, 0, 1][:b]).to(DEVICE)
+    assert 2 <= b == len(lengths)
     if kind == "int32":
         lengths = lengths.int()
     return {"lengths": lengths}, torch.arange(tokens, device=DEVICE) < lengths[:, None]
@@ -111,7 +113,7 @@ def test_output_and_gradients(shape: tuple[int, ...], kind: str, backend: str) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
 def test_dtypes(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     q, k, v = make(shape, dtype)
     options, valid = valid_tokens("lengths", shape[0], shape[3])
@@ -212,7 +214,7 @@ def test_triton_does_not_read_masked_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", ["all", "lengths", "mask"])
-@pytest.mark.parametrize("shape", [(2, 2, 8, 77, 24), (1, 1, 70, 20, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2, 8, 77, 24), (3, 1, 70, 20, 16)], ids=str)
 def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
     """Outputs are poisoned before the launch: what the kernel forgets stays NaN."""
     q, k, v = make(shape, torch.float32)

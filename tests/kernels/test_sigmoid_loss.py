@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +52,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
             monkeypatch.setitem(chunks.CHUNK, device, (7, 4))
 
 
-@pytest.mark.usefixtures("chunk")
+@pytest.mark.usefixtures("chunk", "poisoned_memory")
 @pytest.mark.parametrize(("va", "vb", "n", "d"), [(1, 1, 1, 1), (2, 3, 5, 7), (3, 1, 13, 6)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
@@ -199,17 +201,37 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_empty_and_strides(backend: str) -> None:
+def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float) -> None:
+    """And there to what the reference has: the sigmoid of an infinite logit is 0 or 1, and so finite."""
+    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    scale, bias = torch.tensor(4.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    with torch.no_grad():
+        a[1, 2, 3] = bad
+        b[..., 3] = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.5])  # infinite logits of both signs
+
+    def finite(backend: str) -> list[Tensor]:
+        loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
+        return [t.isfinite() for t in (loss, *torch.autograd.grad(loss.sum(), (a, b, scale, bias)))]
+
+    ours = finite(backend)
+    loss, d_a, d_b, d_scale, _ = ours
+    assert loss[0].all()
+    assert d_a[0].all()
+    for reached in (loss[1], d_b[..., 3], d_scale):
+        assert not reached.any()
+    for name, x, y in zip(("loss", "a", "b", "scale", "bias"), ours, finite("reference"), strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_and_strides(backend: str) -> None:
     scale, bias = torch.tensor(4.0), torch.tensor(-1.0)
     a, b = torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-5)
-    a = a.clone()
-    a[1, 2, 3] = float("nan")
-    loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
-    assert loss[0].isfinite().all()
-    assert loss[1].isnan().all()
     empty = torch.randn(2, 0, 4, requires_grad=True)
     every = embeddings(2, 5, 4)
     loss = multi_view_sigmoid(empty, empty, scale, bias, a_all=every, b_all=every, offset=1, backend=backend)

@@ -261,10 +261,7 @@ def _order(x: PackedInputs) -> Sequence[str]:
         return ("grouped", "loop")  # nothing to copy
     # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the
     # sooner the cheaper the attention itself is.
-    if x.qkv.dtype.itemsize < 4:
-        long = 96
-    else:
-        long = 48 if _trains(x) else 20
+    long = 96 if x.qkv.dtype.itemsize < 4 else 48
     few_or_long = len(x.lengths) <= 16 or len(x.qkv) >= long * len(x.lengths)
     return ("loop", "grouped") if few_or_long else ("grouped", "loop")
 

@@ -264,15 +264,14 @@ def _runs(x: SelfAttention | None) -> str | None:
 def _order(x: SelfAttention) -> Sequence[str]:
     if x.q.is_cuda:
         return ("sdpa", "explicit")
-    # Measured on one AMX core (bench_packed_attention.py). bf16: the flash kernel's backward is 2 to 7 times
-    # slower than matmuls at a tower's lengths, its forward faster from about 64 tokens on. fp32: matmuls win
-    # only in training, on short sequences whose scores stay in the second-level cache.
-    n, h, length, _ = x.q.shape
-    training, short = _trains(x), length < 64
+    # Measured on one AMX core with freed memory kept, as training keeps it (bench_packed_attention.py). bf16: the
+    # flash kernel's backward is 2 to 9 times slower than matmuls at a tower's lengths, its forward faster from about
+    # 64 tokens on. fp32: matmuls win in training, until their stored weights weigh too much.
+    length, training = x.q.shape[2], _trains(x)
     if x.q.dtype.itemsize < 4:
-        explicit = training or short
+        explicit = training or length < 64
     else:
-        explicit = length < FEWEST_FLASH_KEYS or (training and short and n * h * length**2 <= 1 << 20)
+        explicit = length < FEWEST_FLASH_KEYS or (training and length <= 160)
     return ("explicit", "sdpa") if explicit else ("sdpa", "explicit")
 
 

@@ -187,7 +187,9 @@ def _whole(model: Model, modality: str, item: Any) -> Shown:
 
 def _model(run: str, teacher: bool, checkpoint: str) -> Model:
     from distill_core.model import load_model
+    from distill_core.process import keep_freed_memory
 
+    keep_freed_memory()
     return load_model(run, teacher=teacher, checkpoint=checkpoint)
 
 

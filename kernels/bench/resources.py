@@ -22,7 +22,7 @@ import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -73,18 +73,20 @@ def specs() -> list[Spec]:
 
 def measure(spec: Spec, name: str) -> Row:
     target = TARGETS[name].gpu
-    # As a launch finds them: aligned pointers, and strides that are multiples of 16 elements.
+    # As a launch finds them: aligned pointers, and strides that are multiples of the width.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(spec.signature.items())
-        if kind.startswith("*") or (kind == "i32" and re.search(r"_s[a-z]$", argument))
+        if kind.startswith("*") or (spec.aligned and kind == "i32" and re.search(r"_s[a-z]$", argument))
     }
     source = ASTSource(spec.kernel, spec.signature, spec.constants, aligned)
-    options = {
+    options: dict[str, Any] = {
         "enable_fp_fusion": True,
         "num_warps": spec.warps,
         "num_stages": 2 if target.backend == "hip" else spec.stages,
     }
+    if target.backend == "cuda":
+        options["maxnreg"] = spec.registers
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
         registers, spills = _amd_usage(compiled.asm["amdgcn"])

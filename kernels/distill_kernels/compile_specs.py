@@ -18,6 +18,8 @@ class Spec(NamedTuple):
     constants: dict[str, Any]  # argument -> value, for the constexprs
     warps: int
     stages: int
+    registers: int | None  # NVIDIA: the most that a thread may use, None for the compiler's choice
+    aligned: bool  # all strides are multiples of 16 elements
 
 
 def make_spec(
@@ -28,6 +30,8 @@ def make_spec(
     *,
     warps: int,
     stages: int = 3,
+    registers: int | None = None,
+    aligned: bool = True,
 ) -> Spec:
     """A `Spec` from the types of the run-time arguments and the values of the constant ones.
 
@@ -39,4 +43,4 @@ def make_spec(
     if unknown:
         raise ValueError(f"{kernel.__name__} takes no argument {', '.join(sorted(unknown))}")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    return Spec(kernel.__name__, variant, kernel, signature, constants, warps, stages)
+    return Spec(kernel.__name__, variant, kernel, signature, constants, warps, stages, registers, aligned)

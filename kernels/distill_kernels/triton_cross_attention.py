@@ -13,7 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.launches import dot_precision, launch
-from distill_kernels.triton_cross_attention_kernels import blocks, cross_attention_backward, cross_attention_forward
+from distill_kernels.triton_cross_attention_kernels import (
+    Blocks,
+    blocks,
+    cross_attention_backward,
+    cross_attention_forward,
+)
 
 
 def triton_cross_attention(
@@ -139,12 +144,8 @@ def launch_forward(
         queries,
         k.shape[2],
         scale,
-        BLOCK_V=size.queries,
         BLOCK_L=size.forward,
-        BLOCK_K=size.width,
-        num_warps=size.warps,
-        enable_fp_fusion=True,
-        **_constants(q, lengths, mask),
+        **_constants(q, size, lengths, mask),
     )
 
 
@@ -200,23 +201,25 @@ def launch_backward(
         k.shape[2],
         first,
         scale,
-        BLOCK_V=size.queries,
         BLOCK_L=size.backward,
-        BLOCK_K=size.width,
         ADD=first > 0,
-        num_warps=size.warps,
-        enable_fp_fusion=True,
-        **_constants(q, lengths, mask),
+        **_constants(q, size, lengths, mask),
     )
 
 
-def _constants(q: Tensor, lengths: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
-    return {
+def _constants(q: Tensor, size: Blocks, lengths: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
+    constants = {
         "WIDTH": q.shape[3],
+        "BLOCK_V": size.queries,
+        "BLOCK_K": size.width,
         "HAS_LENGTHS": lengths is not None,
         "HAS_MASK": mask is not None,
         "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
         "PRECISION": dot_precision(),
         # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
         "UPCAST": triton.knobs.runtime.interpret and q.dtype == torch.bfloat16,
+        "num_warps": size.warps,
+        "num_stages": 2 if torch.version.hip else size.stages,
+        "enable_fp_fusion": True,
     }
+    return constants if torch.version.hip else constants | {"maxnreg": size.registers}

@@ -166,6 +166,11 @@ def cross_attention_backward(
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * (scale * LOG2_E)
         p = tl.where(valid[None, :], tl.exp2(s - lse[:, None]), 0.0)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION, out_dtype=ACC)
+        if ADD:  # dv goes before dk comes: the registers do not hold the sums of both
+            stored = (offs_l < tokens)[:, None] & in_k[None, :]
+            dv_at = dv_base + offs_l[:, None] * dv_sl + offs_k[None, :] * dv_sk
+            dv += tl.load(dv_at, mask=stored, other=0.0).to(ACC)
+            tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         # The second `where` keeps a NaN delta out of masked tokens.
         ds = tl.where(valid[None, :], p * (dp - delta[:, None]) * scale, 0.0).to(q.dtype)
@@ -173,12 +178,12 @@ def cross_attention_backward(
         dq += tl.dot(ds, k, input_precision=PRECISION, out_dtype=ACC)
         stored = (offs_l < tokens)[:, None] & in_k[None, :]
         dk_at = dk_base + offs_l[:, None] * dk_sl + offs_k[None, :] * dk_sk
-        dv_at = dv_base + offs_l[:, None] * dv_sl + offs_k[None, :] * dv_sk
         if ADD:
             dk += tl.load(dk_at, mask=stored, other=0.0).to(ACC)
-            dv += tl.load(dv_at, mask=stored, other=0.0).to(ACC)
         tl.store(dk_at, dk.to(dk_ptr.dtype.element_ty), mask=stored)
-        tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
+        if not ADD:
+            dv_at = dv_base + offs_l[:, None] * dv_sl + offs_k[None, :] * dv_sk
+            tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
     if HAS_LENGTHS and not ADD:
         nothing = tl.zeros([BLOCK_L, BLOCK_K], ACC)
@@ -202,68 +207,91 @@ class Blocks(NamedTuple):
     forward: int  # BLOCK_L of the forward kernel
     backward: int  # BLOCK_L of the backward kernel
     warps: int
+    registers: int | None  # NVIDIA: the most that a thread may use; None leaves it to the compiler
+    stages: int = 3
 
 
 def blocks(queries: int, width: int, itemsize: int) -> Blocks:
-    """The shipped block sizes, the largest that never spill on the targets of `kernels/bench/resources.csv`.
+    """The shipped block sizes: no spills on the targets of `kernels/bench/resources.csv`.
 
     16 is the smallest side of a matrix product. Exact fp32 products run outside the matrix units and hold
     their operands in registers: fewer queries, more warps.
+
+    Without a bound on the registers, even the largest, NVIDIA's compiler may spill some bytes to fit one more
+    program on a multiprocessor. The recipes' sizes do not spill, and keep that program.
     """
-    v = max(triton.next_power_of_2(queries), 16)
+    aligned = width % 16 == 0  # else the addresses of every element take registers, too
+    v = min(max(triton.next_power_of_2(queries), 16), 64 if aligned else 32)
     k = max(triton.next_power_of_2(width), 16)
     if itemsize <= 2:
-        if v * k <= 16 * 128:
-            return Blocks(min(v, 64), k, 64, 32, 4)
-        return Blocks(min(v, 64), k, 32, 16, 4 if k <= 64 else 8)
-    if k <= 64:
-        return Blocks(v, k, 64, 32, 4) if v == 16 else Blocks(32, k, 64, 16, 8)
-    return Blocks(16, k, 32, 16, 8)
+        bound = None if v == 16 and k <= 64 and aligned else 255
+        if v * k <= 16 * 128 and aligned:
+            return Blocks(v, k, 64, 32, 4, bound)
+        return Blocks(v, k, 32, 16, 4 if k <= 64 else 8, bound)
+    if k > 64 or not aligned:
+        return Blocks(16, k, 32 if aligned else 16, 16, 8, 255, stages=2)
+    return Blocks(v, k, 64, 32, 4, None if k == 64 else 255) if v == 16 else Blocks(32, k, 64, 16, 8, 255)
 
 
 def compile_specs() -> list[Spec]:
-    """Variants for `kernels/bench/resources.py`: dtypes, V and K, with and without lengths and mask."""
-    specs = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        for queries, width, masked in (
-            (8, 16, True), (8, 64, False), (8, 64, True), (8, 80, True), (8, 128, True), (32, 64, True),
-            (64, 64, True), (64, 128, True),
-        ):  # fmt: skip
-            forward, backward = _specs(dtype, queries, width, masked)
-            specs += [forward, backward]
-        for width in (64, 128):  # a further block of queries, which adds to the sums of the earlier ones
-            specs.append(_specs(dtype, 128, width, masked=True)[1])
-    return specs
+    """Variants for `kernels/bench/resources.py`: every `blocks` with every kind of valid tokens.
+
+    Widths that do not fill their block, aligned or not, come with one kind. fp16 takes bf16's blocks and, on
+    NVIDIA, exactly its registers: once.
+    """
+    specs = _specs("fp16", 8, 64, "lengths")
+    for dtype in ("bf16", "fp32"):
+        for width in (8, 16, 24, 32, 40, 64, 72, 80, 128):
+            kinds = ("all", "lengths", "mask") if width == blocks(1, width, 4).width else ("lengths",)
+            specs += [
+                s for queries in (8, 32, 64, 128) for valid in kinds for s in _specs(dtype, queries, width, valid)
+            ]
+    unique: dict[str, Spec] = {}
+    for s in specs:
+        unique.setdefault(str(s._replace(variant="")), s)
+    return list(unique.values())
 
 
-def _specs(dtype: str, queries: int, width: int, masked: bool) -> tuple[Spec, Spec]:
+def _specs(dtype: str, queries: int, width: int, valid: str) -> list[Spec]:
+    """All that a call launches; valid is "all", "lengths" or "mask"."""
     size = blocks(queries, width, 4 if dtype == "fp32" else 2)
-    several = queries > size.queries
-    variant = f"{dtype} V={queries} K={width}{' lengths mask' if masked else ''}"
+    variant = f"{dtype} V={queries} K={width}{'' if valid == 'all' else f' {valid}'}"
     common = {
         "WIDTH": width,
         "BLOCK_V": size.queries,
         "BLOCK_K": size.width,
-        "HAS_LENGTHS": masked,
-        "HAS_MASK": masked,
+        "HAS_LENGTHS": valid == "lengths",
+        "HAS_MASK": valid == "mask",
         "ACC": tl.float32,
         "PRECISION": "ieee",
         "UPCAST": False,
     }
     types = {"lse_ptr": "*fp32", "scale": "fp32"}
-    if masked:
-        types |= {"lengths_ptr": "*i64", "mask_ptr": "*i1"}
-    else:
-        common |= {"lengths_ptr": None, "mask_ptr": None}
+    for name, pointer, kind in (("lengths", "lengths_ptr", "*i64"), ("mask", "mask_ptr", "*i1")):
+        if valid == name:
+            types[pointer] = kind
+        else:
+            common[pointer] = None
 
     def spec(kernel: Any, tensors: tuple[str, ...], wide: tuple[str, ...], own: dict[str, Any]) -> Spec:
         last = {n: 1 for n in kernel.arg_names if n.endswith("_sk") or n == "mask_sl"}  # unit strides
         of_tensors = {f"{t}_ptr": f"*{dtype}" for t in tensors} | {f"{t}_ptr": "*fp32" for t in wide}
-        return make_spec(kernel, variant, types | of_tensors, common | last | own, warps=size.warps)
+        constants = common | last | own
+        return make_spec(
+            kernel,
+            variant,
+            types | of_tensors,
+            constants,
+            warps=size.warps,
+            stages=size.stages,
+            registers=size.registers,
+            aligned=width % 16 == 0,
+        )
 
     sums, more = ("dk", "dv"), ("do", "q", "k", "v", "out", "dq")
     forward = spec(cross_attention_forward, ("q", "k", "v", "out"), (), {"BLOCK_L": size.forward})
-    own = {"BLOCK_L": size.backward, "ADD": several}
-    if several:
-        return forward, spec(cross_attention_backward, more, sums, own)
-    return forward, spec(cross_attention_backward, (*more, *sums), (), own)
+    own = {"BLOCK_L": size.backward, "ADD": False}
+    if queries <= size.queries:
+        return [forward, spec(cross_attention_backward, (*more, *sums), (), own)]
+    # Blocks of queries after the first add to its sums, which are wide.
+    return [forward, spec(cross_attention_backward, more, sums, own | {"ADD": True})]

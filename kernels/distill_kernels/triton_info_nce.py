@@ -121,7 +121,7 @@ def launch_lse(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor) -> None:
     if lse.numel() == 0:
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
-    grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
+    grid = (triton.cdiv(n, block_sizes(x.shape[2], x.element_size()).i), va * vb)
     launch(_lse_kernel, grid, x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x))
 
 
@@ -131,7 +131,7 @@ def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tens
     row_lse is [nu, nv, ni], column_lse [nv, nu, nj], or None for one direction.
     """
     (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
-    size = block_sizes(part.x.element_size())
+    size = block_sizes(part.x.shape[2], part.x.element_size())
     grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
     d_scale = row_lse.new_empty(grid)
     launch(

@@ -62,24 +62,32 @@ def tile(
 
 
 class Blocks(NamedTuple):
-    """Block sizes for an element size; `kernels/bench/resources.py` holds their resources."""
+    """Block sizes for a (D, element size); `kernels/bench/resources.py` holds their resources."""
 
     i: int
     j: int
     d: int
     warps: int
     stages: int
+    registers: int | None  # NVIDIA: the most that a thread may use; None leaves it to the compiler
 
 
-def block_sizes(itemsize: int) -> Blocks:
-    """The shipped block sizes: what tensor cores like in half precision, what registers hold in fp32."""
-    return Blocks(128, 128, 32, 8, 3) if itemsize <= 2 else Blocks(64, 64, 16, 4, 3)
+def block_sizes(width: int, itemsize: int) -> Blocks:
+    """The shipped block sizes: what tensor cores like in half precision, what registers hold in fp32.
+
+    Rows whose width is no multiple of 16 are not aligned: their many addresses take the registers of half the
+    columns. Widths of one block need the bound, without which NVIDIA's compiler spills some bytes to fit one more
+    program on a multiprocessor.
+    """
+    i, j, d, warps = (128, 128, 32, 8) if itemsize <= 2 else (64, 64, 16, 4)
+    aligned = width % 16 == 0
+    return Blocks(i, j if aligned else j // 2, d, warps, 3, None if aligned and width > d else 255)
 
 
 def launch_constants(x: Tensor) -> dict[str, Any]:
     """The constants of a launch on embeddings like x [.., .., D]."""
-    size = block_sizes(x.element_size())
-    return {
+    size = block_sizes(x.shape[2], x.element_size())
+    constants = {
         "D": x.shape[2],
         "BLOCK_I": size.i,
         "BLOCK_J": size.j,
@@ -92,6 +100,7 @@ def launch_constants(x: Tensor) -> dict[str, Any]:
         "num_stages": 2 if torch.version.hip else size.stages,
         "enable_fp_fusion": True,
     }
+    return constants if torch.version.hip else constants | {"maxnreg": size.registers}
 
 
 class Part(NamedTuple):
@@ -163,14 +172,19 @@ class Variant(NamedTuple):
     dtype: str
     types: dict[str, str]
     constants: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 def variants() -> Iterator[Variant]:
-    """The variants that each kernel is compiled for ahead of time: dtypes x D."""
-    for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        size = block_sizes(itemsize)
-        for width in (512, 100):
+    """The variants that each kernel is compiled for ahead of time.
+
+    Widths of one block and of several, that fill their blocks or not, aligned or not. fp16 takes bf16's blocks and,
+    on NVIDIA, exactly its registers: once.
+    """
+    widths = (512, 100, 80, 32, 16, 8)
+    for dtype, itemsize, of in (("bf16", 2, widths), ("fp16", 2, (512,)), ("fp32", 4, widths)):
+        for width in of:
+            size = block_sizes(width, itemsize)
             yield Variant(
                 f"{dtype} D={width}",
                 dtype,
@@ -186,5 +200,10 @@ def variants() -> Iterator[Variant]:
                     "PRECISION": "ieee",
                     "UPCAST": False,
                 },
-                {"warps": size.warps, "stages": size.stages},
+                {
+                    "warps": size.warps,
+                    "stages": size.stages,
+                    "registers": size.registers,
+                    "aligned": width % 16 == 0,
+                },
             )

@@ -113,15 +113,16 @@ def launch_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, cost: Ten
     if cost.numel() == 0:
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
-    grid = (triton.cdiv(n, block_sizes(x.element_size()).i), va * vb)
-    constants = launch_constants(x) | {"BLOCK_J": _FORWARD_J}
+    grid = (triton.cdiv(n, block_sizes(x.shape[2], x.element_size()).i), va * vb)
+    constants = launch_constants(x)
+    constants["BLOCK_J"] = min(constants["BLOCK_J"], _FORWARD_J)
     launch(_softplus_kernel, grid, x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **constants)
 
 
 def launch_sigmoid_gradient(part: Part, scale: Tensor, bias: Tensor) -> Tensor:
     """Fill part.dz, contiguous, with the logits' gradient; returns its sums with and without the logit, [2]."""
     (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
-    size = block_sizes(part.x.element_size())
+    size = block_sizes(part.x.shape[2], part.x.element_size())
     grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
     sums = part.weight.new_empty((*grid, 2))
     launch(
@@ -187,7 +188,7 @@ def compile_specs() -> list[Spec]:
                 _softplus_kernel,
                 v.name,
                 types | {"cost_ptr": "*fp32"},
-                v.constants | {"BLOCK_J": _FORWARD_J},
+                v.constants | {"BLOCK_J": min(v.constants["BLOCK_J"], _FORWARD_J)},
                 **v.options,
             )
         )

@@ -74,6 +74,67 @@ def test_committed_resources_are_complete_and_within_bounds(tmp_path: Path) -> N
         assert int(row["shared_bytes"]) <= SHARED[row["target"]], row
 
 
+LAUNCHES = """
+import itertools, sys, torch
+sys.path.insert(0, sys.argv[1])
+import resources
+from distill_kernels import triton_cross_attention, triton_info_nce, triton_pairwise, triton_sigmoid_loss
+
+launched = set()
+
+
+def key(kernel, dtype, aligned, constants):
+    # Widths that are not aligned are compiled with one kind of valid tokens.
+    which = ("BLO", "ADD", "SYM", "num", "max", *["HAS"] * aligned)
+    kept = {k: v for k, v in constants.items() if k[:3] in which}
+    return kernel, dtype, aligned, *sorted(kept.items())
+
+
+def record(kernel, grid, x, *_, **constants):
+    width = x.shape[-1]  # an fp16 launch must be the bf16 one
+    launched.add(key(kernel.__name__, "fp32" if x.dtype == torch.float32 else "bf16", width % 16 == 0, constants))
+
+
+for module in (triton_cross_attention, triton_info_nce, triton_sigmoid_loss):
+    module.launch = record
+dtypes = (torch.float32, torch.bfloat16, torch.float16)
+for dtype in dtypes:
+    new = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
+    for width, queries in itertools.product(range(1, 129), (1, 17, 33, 65, 300)):
+        q, k = new(1, 1, queries, width), new(1, 1, 5, width)
+        lengths, mask = torch.empty(1, dtype=torch.int64), torch.empty(1, 5, dtype=torch.bool)
+        for valid in ((None, None), (lengths, None), (None, mask)):
+            triton_cross_attention.launch_forward(q, k, k, *valid, 1.0, q, q[..., 0])
+            triton_cross_attention._backward._init_fn(q, q, k, k, q, q[..., 0], *valid, 1.0)
+    for width in range(1, 257):
+        x, scale = new(1, 2, width), new()
+        triton_info_nce.launch_lse(x, x, scale, x)
+        triton_sigmoid_loss.launch_softplus(x, x, scale, scale, x)
+        part = triton_pairwise.Part(*[slice(None)] * 4, x, x, new(1, 1), 0, x)
+        for column in (None, new(1, 1, 2)):
+            triton_info_nce.launch_gradient(part, scale, new(1, 1, 2), column)
+        triton_sigmoid_loss.launch_sigmoid_gradient(part, scale, scale)
+compiled = set()
+for s in resources.specs():
+    dtype = (s.signature.get("q_ptr") or s.signature["x_ptr"]).strip("*")
+    options = {"num_warps": s.warps, "num_stages": s.stages, "maxnreg": s.registers}
+    compiled.add(key(s.name, dtype, s.aligned, s.constants | options))
+missing = sorted(map(str, launched - compiled))
+print(len(launched), *missing, sep="\\n")
+"""
+
+
+def test_every_launch_is_compiled(tmp_path: Path) -> None:
+    """The launchers, on tensors without data, over all widths: each choice of blocks is among the variants."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LAUNCHES, str(BENCH)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    count, *missing = done.stdout.splitlines()
+    assert int(count) > 100
+    assert missing == []
+
+
 def test_spills_are_seen(tmp_path: Path) -> None:
     """Blocks far too large for the registers must fail: the measure would otherwise be blind."""
     program = f"""
@@ -81,8 +142,8 @@ import sys
 sys.path.insert(0, {str(BENCH)!r})
 import resources
 from distill_kernels import triton_cross_attention_kernels as kernels
-kernels.blocks = lambda *_: kernels.Blocks(64, 64, 32, 32, 4)
-(spec,) = [s for s in kernels.compile_specs() if (s.name[-7:], s.variant[:14]) == ("forward", "fp32 V=64 K=64")]
+kernels.blocks = lambda *_: kernels.Blocks(64, 64, 32, 32, 4, None)
+(spec,) = [s for s in kernels.compile_specs() if (s.name[-7:], s.variant) == ("forward", "fp32 V=8 K=64")]
 row = resources.measure(spec, "sm_90")
 print(*resources.failures([row]), row.spills)
 """

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,10 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill_core.process import keep_freed_memory
 from distill_kernels.backends import choose, device_name
 from distill_kernels.measure import interleaved, peak_bytes
 from distill_kernels.packed_attention import OP as PACKED
@@ -105,6 +104,13 @@ def padded_call(lengths: tuple[int, ...], causal: bool, device: torch.device) ->
     return attend
 
 
+def keep_freed_memory() -> None:
+    """Start again with a C library (glibc) that keeps freed memory, which it reads when a process starts."""
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(sys.maxsize)}
+    if sys.platform.startswith("linux") and not kept.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | kept)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -115,7 +121,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
-        keep_freed_memory()  # as training does
+        keep_freed_memory()
     rows: list[dict[str, object]] = []
     for dtype in arguments.dtypes:
         new = functools.partial(torch.randn, device=device, dtype=getattr(torch, dtype))

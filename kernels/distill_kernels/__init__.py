@@ -4,7 +4,7 @@ from distill_kernels.cross_attention import cross_attention
 from distill_kernels.cross_attention_pool import attend_to_tokens, cross_attention_pool
 from distill_kernels.info_nce import multi_view_info_nce
 from distill_kernels.packed_attention import packed_attention
-from distill_kernels.self_attention import self_attention
+from distill_kernels.self_attention import self_attention, split_heads
 from distill_kernels.sigmoid_loss import multi_view_sigmoid
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "multi_view_sigmoid",
     "packed_attention",
     "self_attention",
+    "split_heads",
 ]

@@ -60,6 +60,13 @@ class _Attention(NamedTuple):
     in_proj_bias: Tensor  # [3D]
 
 
+class _Keys(NamedTuple):
+    tokens: Tensor  # [B, L, D], before LayerNorm
+    lengths: Tensor | None  # [B] int
+    mask: Tensor | None  # [B, L] bool
+    eps: float  # of the LayerNorm
+
+
 class _Weights(NamedTuple):
     ln_q_weight: Tensor  # [D]
     ln_q_bias: Tensor  # [D]
@@ -151,7 +158,7 @@ def cross_attention_pool(
         else:
             x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
             w = _Attention(*weights[2:6])
-            values = _attend(x.to(compute), tokens, w, heads, lengths, mask, eps, form, backend)
+            values = _attend(x.to(compute), _Keys(tokens, lengths, mask, eps), w, heads, form, backend)
             attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
         fused = queries.to(wide) + attended.to(wide)
         return (F.normalize(fused, dim=-1) if normalize else fused).to(result)
@@ -193,7 +200,7 @@ def attend_to_tokens(
     wide, compute = _dtypes(x)
     with torch.autocast(x.device.type, enabled=False):
         w = _Attention(*(t.to(wide) for t in w))
-        return _attend(x.to(compute), tokens, w, heads, lengths, None, eps, "auto", "auto")
+        return _attend(x.to(compute), _Keys(tokens, lengths, None, eps), w, heads, "auto", "auto")
 
 
 def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -203,26 +210,15 @@ def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return wide, torch.get_autocast_dtype(device) if autocast else queries.dtype
 
 
-def _attend(
-    x: Tensor,
-    tokens: Tensor,
-    w: _Attention,
-    heads: int,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    form: str,
-    backend: str,
-) -> Tensor:
+def _attend(x: Tensor, keys: _Keys, w: _Attention, heads: int, form: str, backend: str) -> Tensor:
     """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
-    views, b, d = x.shape
-    if torch.compiler.is_exporting() or tracing():
-        cheaper = False  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
-    else:
-        cheaper = absorbed_is_cheaper(views, heads, tokens.shape[1], d, b, x.dtype.itemsize)
-    if form == "absorbed" or (form == "auto" and cheaper):
-        return _absorbed(x, tokens, w, heads, key_mask(lengths, mask, tokens.shape[1]), eps)
-    return _projected(x, tokens, w, heads, lengths, mask, eps, backend)
+    if form == "auto" and (torch.compiler.is_exporting() or tracing()):
+        form = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
+    elif form == "auto":
+        views, b, d = x.shape
+        cheaper = absorbed_is_cheaper(views, heads, keys.tokens.shape[1], d, b, x.dtype.itemsize)
+        form = "absorbed" if cheaper else "projected"
+    return _absorbed(x, keys, w, heads) if form == "absorbed" else _projected(x, keys, w, heads, backend)
 
 
 def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: int, itemsize: int) -> bool:
@@ -237,20 +233,11 @@ def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: 
     return absorbed < projected
 
 
-def _projected(
-    x: Tensor,
-    tokens: Tensor,
-    w: _Attention,
-    heads: int,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    eps: float,
-    backend: str,
-) -> Tensor:
-    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) -> Tensor:
+    """`_attend` with keys and values made once a sample."""
     views, b, d = x.shape
-    n = tokens.shape[1]
-    y = F.layer_norm(tokens, (d,), unit_weight(tokens), None, eps).to(x.dtype)
+    n = keys.tokens.shape[1]
+    y = F.layer_norm(keys.tokens, (d,), unit_weight(keys.tokens), None, keys.eps).to(x.dtype)
     # Each weight is cut once: every further slice would cost a [3D, D] of zeros in the backward pass.
     w_q, w_k, w_v = w.in_proj_weight.chunk(3)
     q = _linear(x, w_q, w.in_proj_bias[:d])
@@ -260,20 +247,21 @@ def _projected(
     kv = _linear(y, torch.cat([w_k, w_v]) * w.ln_weight, bias)
     k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
-    out = cross_attention(q, k, v, lengths, mask, backend=backend)
+    out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
     return out.permute(2, 0, 1, 3).reshape(views, b, d)
 
 
-def _absorbed(x: Tensor, tokens: Tensor, w: _Attention, heads: int, valid: Tensor | None, eps: float) -> Tensor:
-    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+def _absorbed(x: Tensor, keys: _Keys, w: _Attention, heads: int) -> Tensor:
+    """`_attend` without keys and values."""
     views, b, d = x.shape
-    k = d // heads
+    k, tokens = d // heads, keys.tokens
+    valid = key_mask(keys.lengths, keys.mask, tokens.shape[1])
     w_q, w_k, w_v = w.in_proj_weight.chunk(3)
     q = _linear(x, w_q, w.in_proj_bias[:d]).view(views * b, heads, k).transpose(0, 1)  # [H, VB, K]
     key = (w_k * (w.ln_weight * k**-0.5)).to(x.dtype).view(heads, k, d)
     value = (w_v * w.ln_weight).to(x.dtype).view(heads, k, d)
     rows = torch.bmm(q, key).view(heads * views, b, d)
-    z = absorbed_attention(rows, tokens, valid, eps=eps).view(heads, views * b, d)
+    z = absorbed_attention(rows, tokens, valid, eps=keys.eps).view(heads, views * b, d)
     values = torch.bmm(z, value.mT).transpose(0, 1).reshape(views, b, d)
     bias = _value_bias(w, w_v).to(x.dtype)  # the probabilities of a row sum to one,
     if valid is not None:

@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from distill_kernels import attend_to_tokens, packed_attention, self_attention
-from distill_kernels.self_attention import split_heads
+from distill_kernels import attend_to_tokens, packed_attention, self_attention, split_heads
 
 DENSE = ("plain", "value", "value_value", "correlative")
 """What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""

@@ -1,10 +1,8 @@
 """cross_attention_pool: every form against nn.LayerNorm and nn.MultiheadAttention on repeated tokens."""
 
 import copy
-import csv
 import math
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from distill_kernels import cross_attention_pool
 from distill_kernels.absorbed_attention import CHUNK_BYTES, absorbed_attention
 from distill_kernels.backends import BackendError
-from distill_kernels.cross_attention_pool import absorbed_is_cheaper
 from distill_kernels.measure import peak_bytes
 
 FORMS = ("projected", "absorbed", "reference")
@@ -346,48 +343,6 @@ def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pyte
     with torch.no_grad():
         assert peak("absorbed") < size
         assert peak("projected") > 2 * size  # the measure sees what is there
-
-
-def test_cost_model_on_the_measured_grid() -> None:
-    """The form that `auto` takes is never more than 10 % slower than the better one at any measured size."""
-    path = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "cross_attention_crossover.csv"
-    losses, forms = [], set()
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            views, heads, tokens, width, batch = (
-                int(row[name]) for name in ("views", "heads", "tokens", "width", "batch")
-            )
-            absorbed = absorbed_is_cheaper(views, heads, tokens, width, batch, getattr(torch, row["dtype"]).itemsize)
-            milliseconds = {name: float(row[f"{name}_ms"]) for name in ("projected", "absorbed")}
-            form = "absorbed" if absorbed else "projected"
-            losses.append(milliseconds[form] / min(milliseconds.values()))
-            forms.add(form)
-    assert len(losses) > 300
-    assert forms == {"projected", "absorbed"}
-    assert max(losses) < 1.1
-    assert sum(losses) / len(losses) < 1.005
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("tokens", [77, 196])
-def test_cost_model_at_the_recipes(tokens: int, itemsize: int) -> None:
-    assert absorbed_is_cheaper(8, 8, tokens, 512, 32, itemsize)
-    assert not absorbed_is_cheaper(64, 8, tokens, 512, 32, itemsize)
-    assert not absorbed_is_cheaper(8, 8, 1, 512, 32, itemsize)  # one token: nothing to share
-    assert not absorbed_is_cheaper(8, 8, 0, 512, 0, itemsize)  # nothing at all
-
-
-def test_cost_model_without_memory_is_the_stated_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_kernels.cross_attention_pool import BALANCE
-
-    monkeypatch.setitem(BALANCE, 4, BALANCE[4]._replace(multiplications=0))
-    g = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        v, h, n, k = (int(torch.randint(1, high, (), generator=g)) for high in (100, 20, 300, 100))
-        d = h * k
-        margin = v * (h - 1) / d + v / n - 1
-        if abs(margin) > 1e-9:
-            assert absorbed_is_cheaper(v, h, n, d, 1, 4) is (margin < 0)
 
 
 def test_auto_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.absorbed_attention import absorbed_attention, unit_weight
+from distill_kernels.absorbed_attention import absorbed_attention, norm_weights
 from distill_kernels.backends import BackendError
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.self_attention import tracing
@@ -237,14 +237,16 @@ def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) 
     """`_attend` with keys and values made once a sample."""
     views, b, d = x.shape
     n = keys.tokens.shape[1]
-    y = F.layer_norm(keys.tokens, (d,), unit_weight(keys.tokens), None, keys.eps).to(x.dtype)
-    # Each weight is cut once: every further slice would cost a [3D, D] of zeros in the backward pass.
-    w_q, w_k, w_v = w.in_proj_weight.chunk(3)
-    q = _linear(x, w_q, w.in_proj_bias[:d])
-    # LayerNorm's affine map goes into the weights: no pass over [B, L, D] for it or for its gradients. The
-    # bias of the keys, LayerNorm's part included, leaves the softmax alone.
-    bias = torch.cat([torch.zeros_like(w.ln_bias), _value_bias(w, w_v)])
-    kv = _linear(y, torch.cat([w_k, w_v]) * w.ln_weight, bias)
+    w_q, w_kv = torch.split(w.in_proj_weight, [d, 2 * d])
+    b_q, _, b_v = w.in_proj_bias.chunk(3)
+    # A bias adds the same to all keys of a sample, which leaves the softmax alone, and to all values, whose
+    # probabilities sum to one: no sums of rounded gradients over all tokens. (Half of w_kv would cost zeros for its
+    # gradient; LayerNorm is slower without a bias than with zeros.)
+    b_v = b_v + torch.mv(w_kv, w.ln_bias)[d:]
+    ln_weight, zeros = norm_weights(keys.tokens, w.ln_weight, torch.zeros_like(w.ln_bias))
+    y = F.layer_norm(keys.tokens, (d,), ln_weight, zeros, keys.eps).to(x.dtype)
+    q = _linear(x, w_q, b_q)
+    kv = _linear(y, w_kv, torch.cat([torch.zeros_like(b_v), b_v]))
     k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
@@ -253,25 +255,8 @@ def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) 
 
 def _absorbed(x: Tensor, keys: _Keys, w: _Attention, heads: int) -> Tensor:
     """`_attend` without keys and values."""
-    views, b, d = x.shape
-    k, tokens = d // heads, keys.tokens
-    valid = key_mask(keys.lengths, keys.mask, tokens.shape[1])
-    w_q, w_k, w_v = w.in_proj_weight.chunk(3)
-    q = _linear(x, w_q, w.in_proj_bias[:d]).view(views * b, heads, k).transpose(0, 1)  # [H, VB, K]
-    key = (w_k * (w.ln_weight * k**-0.5)).to(x.dtype).view(heads, k, d)
-    value = (w_v * w.ln_weight).to(x.dtype).view(heads, k, d)
-    rows = torch.bmm(q, key).view(heads * views, b, d)
-    z = absorbed_attention(rows, tokens, valid, eps=keys.eps).view(heads, views * b, d)
-    values = torch.bmm(z, value.mT).transpose(0, 1).reshape(views, b, d)
-    bias = _value_bias(w, w_v).to(x.dtype)  # the probabilities of a row sum to one,
-    if valid is not None:
-        bias = bias * valid.any(-1, keepdim=True)  # [B, D]: or, without valid tokens, to zero
-    return values + bias if tokens.shape[1] else values
-
-
-def _value_bias(w: _Attention, w_v: Tensor) -> Tensor:
-    """[D], W_v applied to LayerNorm's bias, plus the value bias."""
-    return torch.mv(w_v, w.ln_bias) + w.in_proj_bias[2 * w_v.shape[0] :]
+    valid = key_mask(keys.lengths, keys.mask, keys.tokens.shape[1])
+    return absorbed_attention(x, keys.tokens, **w._asdict(), heads=heads, valid=valid, eps=keys.eps)
 
 
 def _reference(queries: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:

@@ -290,48 +290,98 @@ def test_compile_and_checkpoint(form: str) -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def absorbed_inputs(v: int, b: int, n: int, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    shapes = {"x": (v, b, d), "tokens": (b, n, d), "ln_weight": (d,), "ln_bias": (d,)}
+    shapes |= {"in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,)}
+    return {name: torch.randn(*shape, dtype=dtype).div_(2).requires_grad_() for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_absorbed_gradcheck(masked: bool) -> None:
-    q = torch.randn(4, 3, 6, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda *x: absorbed_attention(*x, VALID if masked else None), (q, tokens))
+    leaves, valid = absorbed_inputs(2, 3, 5, 6, torch.float64), VALID if masked else None
+
+    def attend(*values: Tensor) -> Tensor:
+        x, tokens, *weights = values
+        return absorbed_attention(x, tokens, **dict(zip(list(leaves)[2:], weights, strict=True)), heads=2, valid=valid)
+
+    assert gradcheck(attend, tuple(leaves.values()))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_absorbed_opcheck(dtype: torch.dtype, strided: bool, masked: bool) -> None:
-    q, dz, tokens = (torch.randn(*s, dtype=dtype) for s in ((4, 3, 6), (4, 3, 6), (3, 5, 6)))
+    x, tokens, *weights = (t.detach() for t in absorbed_inputs(2, 3, 5, 6, dtype).values())
+    d_out = torch.randn_like(x)
     if strided:
-        q, dz, tokens = (x.mT.contiguous().mT for x in (q, dz, tokens))
+        d_out, x, tokens = (t.mT.contiguous().mT for t in (d_out, x, tokens))
+        weights[2] = weights[2].mT.contiguous().mT
     valid = VALID if masked else None
-    leaves = (q.requires_grad_(), tokens.requires_grad_())
-    torch.library.opcheck(torch.ops.distill.absorbed_attention.default, (*leaves, valid, 1e-5))
+    leaves = [t.requires_grad_() for t in (x, tokens, *(w.float() for w in weights))]
+    torch.library.opcheck(torch.ops.distill.absorbed_attention.default, (*leaves, valid, 2, 1e-5))
     with torch.no_grad():
-        _, p = torch.ops.distill.absorbed_attention(q, tokens, valid, 1e-5)
-        torch.library.opcheck(torch.ops.distill.absorbed_attention_backward.default, (dz, q, tokens, p, 1e-5))
+        _, q, p = torch.ops.distill.absorbed_attention(*leaves, valid, 2, 1e-5)
+        for wanted in ((True, True), (True, False), (False, True)):
+            args = (d_out, *leaves[:5], valid, q, p, 2, 1e-5, *wanted)
+            torch.library.opcheck(torch.ops.distill.absorbed_attention_backward.default, args)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("v", "b", "n"), [(0, 2, 3), (2, 0, 3), (2, 2, 0), (0, 0, 0)])
+def test_absorbed_of_nothing(v: int, b: int, n: int, dtype: torch.dtype) -> None:
+    leaves = absorbed_inputs(v, b, n, 8, dtype)
+    out = absorbed_attention(**leaves, heads=2)
+    assert torch.equal(out, torch.zeros(v, b, 8, dtype=dtype))
+    for t, g in zip(leaves.values(), torch.autograd.grad(out.sum(), list(leaves.values())), strict=True):
+        assert g.dtype == t.dtype
+        assert torch.equal(g, torch.zeros_like(t))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 def test_absorbed_works_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 1, 2 and 5 samples (the last one smaller) against the formula, every element written."""
-    q = torch.randn(6, 5, 16, requires_grad=True)
-    tokens = torch.randn(5, 7, 16, requires_grad=True)
-    x = F.layer_norm(tokens, (16,))
-    expected = ((q.transpose(0, 1) @ x.mT).softmax(-1) @ x).transpose(0, 1)
-    truth = torch.autograd.grad(expected.square().sum(), (q, tokens))
-    for samples in (1, 2, 5):
-        monkeypatch.setitem(CHUNK_BYTES, "cpu", samples * 7 * 16 * 4)
-        out = absorbed_attention(q, tokens)
+    """Chunks of 1, 2, 3 and 5 samples (the last one smaller) against the formula, every element written."""
+    v, b, n, d, h = 3, 5, 7, 16, 2
+    leaves = absorbed_inputs(v, b, n, d, torch.float32)
+    x, tokens, ln_weight, ln_bias, w, bias = leaves.values()
+    q = F.linear(x, w[:d], bias[:d]).view(v, b, h, -1).permute(1, 2, 0, 3)
+    kv = F.linear(F.layer_norm(tokens, (d,), ln_weight, ln_bias), w[d:], bias[d:])
+    k, values = kv.view(b, n, 2, h, d // h).permute(2, 0, 3, 1, 4)  # [B, H, L, K]
+    expected = (q @ k.mT / (d // h) ** 0.5).softmax(-1) @ values
+    expected = expected.permute(2, 0, 1, 3).reshape(v, b, d)
+    truth = torch.autograd.grad(expected.square().sum(), list(leaves.values()))
+    for samples in (1, 2, 3, 5):
+        monkeypatch.setitem(CHUNK_BYTES, ("cpu", 4), samples * (n + 2 * h * v) * d * 4)
+        out = absorbed_attention(**leaves, heads=h)
         torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-        for a, b in zip(torch.autograd.grad(out.square().sum(), (q, tokens)), truth, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        ours = torch.autograd.grad(out.square().sum(), list(leaves.values()))
+        for name, a, e in zip(leaves, ours, truth, strict=True):
+            torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    "frozen", [("tokens",), ("ln_weight", "ln_bias", "in_proj_weight", "in_proj_bias"), ("ln_bias",)]
+)
+def test_absorbed_gradients_of_what_is_trained(frozen: tuple[str, ...]) -> None:
+    """What is frozen costs others no bit of theirs and gets none."""
+    leaves = absorbed_inputs(3, 5, 7, 16, torch.float32)
+    absorbed_attention(**leaves, heads=2).square().sum().backward()
+    truth = {name: t.grad for name, t in leaves.items()}
+    for name, t in leaves.items():
+        t.grad = None
+        t.requires_grad_(name not in frozen)
+    absorbed_attention(**leaves, heads=2).square().sum().backward()
+    for name, t in leaves.items():
+        if name in frozen:
+            assert t.grad is None
+        else:
+            assert torch.equal(t.grad, truth[name])
 
 
 def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is alive at once is smaller than the tokens; keys and values alone are twice as large."""
     b, n, d = 16, 256, 64
-    monkeypatch.setitem(CHUNK_BYTES, "cpu", n * d * 4)
+    monkeypatch.setitem(CHUNK_BYTES, ("cpu", 4), n * d * 4)
     modules = make(d, 2, torch.float32)
     queries, tokens = torch.randn(2, b, d), torch.randn(b, n, d)
 

@@ -123,7 +123,8 @@ def matmul(inputs: CrossAttentionInputs) -> Tensor:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    scores = (q * scale) @ k.transpose(-1, -2)  # [B, H, V, L]
+    # The keys come first: both they and their gradient then keep the layout that projections have, [.., L, K].
+    scores = (k @ (q * scale).transpose(-1, -2)).transpose(-1, -2)  # [B, H, V, L]
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if valid is None:

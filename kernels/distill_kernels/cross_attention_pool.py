@@ -36,7 +36,7 @@ from torch import Tensor
 from distill_kernels.absorbed_attention import absorbed_attention, norm_weights
 from distill_kernels.backends import BackendError
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
-from distill_kernels.self_attention import tracing
+from distill_kernels.self_attention import split_heads, tracing
 
 FORMS = ("auto", "projected", "absorbed", "reference")
 
@@ -247,7 +247,7 @@ def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) 
     y = F.layer_norm(keys.tokens, (d,), ln_weight, zeros, keys.eps).to(x.dtype)
     q = _linear(x, w_q, b_q)
     kv = _linear(y, w_kv, torch.cat([torch.zeros_like(b_v), b_v]))
-    k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
+    (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])  # [B, H, L, K] each
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
     return out.permute(2, 0, 1, 3).reshape(views, b, d)

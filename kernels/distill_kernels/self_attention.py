@@ -70,19 +70,20 @@ def self_attention(
     return out
 
 
-def split_heads(qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, ...], ...]:
-    """Rows [R, 3, H, K] -> q, k and v, of each a view [N, H, L, K] for every (N, L) of `shapes`.
+def split_heads(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[tuple[Tensor, ...], ...]:
+    """Rows [R, P, H, K] -> for each of the P parts (q, k and v, say) a view [N, H, L, K] for every (N, L) of `shapes`.
 
-    The shapes' rows come one after the other. Gradients are written into one tensor like `qkv`: autograd's own would
+    The shapes' rows come one after the other. Gradients are written into one tensor like `rows`: autograd's own would
     be collected by copies of their own.
     """
-    trains = torch.is_grad_enabled() and qkv.requires_grad and not tracing()
-    views = _SplitHeads.apply(qkv, shapes) if trains else _split_heads(qkv, shapes)  # type: ignore[no-untyped-call]
-    return views[0::3], views[1::3], views[2::3]
+    trains = torch.is_grad_enabled() and rows.requires_grad and not tracing()
+    views = _SplitHeads.apply(rows, shapes) if trains else _split_heads(rows, shapes)  # type: ignore[no-untyped-call]
+    parts = rows.shape[1]
+    return tuple(views[i::parts] for i in range(parts))
 
 
-def _split_heads(qkv: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    return tuple(part.transpose(1, 2) for sequences in _split(qkv, shapes) for part in sequences.unbind(2))
+def _split_heads(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+    return tuple(part.transpose(1, 2) for sequences in _split(rows, shapes) for part in sequences.unbind(2))
 
 
 class _SplitHeads(torch.autograd.Function):
@@ -96,17 +97,17 @@ class _SplitHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        rows = sum(n * length for n, length in ctx.shapes)
+        rows, parts = sum(n * length for n, length in ctx.shapes), len(grads) // len(ctx.shapes)
         h, k = grads[0].shape[1], grads[0].shape[3]
-        joint = grads[0].new_empty(rows, 3, h, k)
+        joint = grads[0].new_empty(rows, parts, h, k)
         for i, sequences in enumerate(_split(joint, ctx.shapes)):
-            for j in range(3):
-                sequences[:, :, j].copy_(grads[3 * i + j].transpose(1, 2))
+            for j in range(parts):
+                sequences[:, :, j].copy_(grads[parts * i + j].transpose(1, 2))
         return joint, None
 
 
 def _split(rows: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """[R, 3, H, K] -> a view [N, L, 3, H, K] for each (N, L)."""
+    """[R, P, H, K] -> a view [N, L, P, H, K] for each (N, L)."""
     parts, first = [], 0
     for n, length in shapes:  # not torch.split, whose views must not be written into
         parts.append(rows.narrow(0, first, n * length).view(n, length, *rows.shape[1:]))

@@ -165,6 +165,9 @@ def test_split_heads() -> None:
 
     assert torch.autograd.gradcheck(function, qkv)
     assert torch.autograd.gradgradcheck(function, qkv)
+    ((k,), (v,)), joint = split_heads(qkv[:, 1:], [(23, 1)]), qkv[:, 1:].transpose(0, 1)[..., None, :]
+    torch.testing.assert_close((k, v), (joint[0], joint[1]), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda x: torch.stack([t.sin() for (t,) in split_heads(x[:, 1:], [(23, 1)])]), qkv)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,8 +8,7 @@ Two forms give the same numbers:
 - *projected*: keys and values are made once a sample, V queries attend to them.
 - *absorbed*: a score is (W_q x) . (W_k y) = (W_k^T W_q x) . y, so each head's query absorbs its W_k and
   attends to the normalised tokens themselves; a head's output is W_v (sum of p y), so W_v is applied after
-  the sum. LayerNorm's affine map is absorbed too, and what adds one number to all scores of a row (its bias,
-  the key bias) leaves the softmax alone. Keys and values never exist.
+  the sum. Keys and values never exist (`absorbed_attention`).
 
 The cost model counts, for a sample's forward pass, multiplications and the elements moved to and from memory
 (the backward pass about doubles every term; what both forms do alike is left out):
@@ -17,12 +16,13 @@ The cost model counts, for a sample's forward pass, multiplications and the elem
                 multiplications                           elements
     projected   2 L D^2  (keys, values)                   5 L D    (LN(tokens); keys and values, out and in)
                 + 2 V L D  (scores, sums)
-    absorbed    2 V D^2  (absorb W_k, apply W_v)          5 H V D  (queries out, in; sums out, placed, in;
-                + 2 H V L D  (scores, sums over all D)              8 in half precision, which casts)
-                                                          + 4 D^2 / B  (W_k, W_v scaled, cast, once a batch)
+    absorbed    2 V D^2  (absorb W_k, apply W_v)          m H V D  (queries out, in; sums out, in; and how the
+                + 2 H V L D  (scores, sums over all D)              products' layouts are met)
+                and a sixth of it: backward makes         + w D^2 / B  (once a batch)
+                queries and sums again
 
-An element costs as much as `BALANCE` has it in multiplications. With free memory, absorbed is
-cheaper when V (H - 1) / D + V / L < 1; with fast matrix units memory decides, and it is when H V < L.
+An element costs as much as `BALANCE` has it in multiplications. With free memory, absorbed is cheaper when
+V (7 H / 6 - 1) / D + 7 V / (6 L) < 1; with fast matrix units memory decides, and it is when m H V < 5 L.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ FORMS = ("auto", "projected", "absorbed", "reference")
 class _Balance(NamedTuple):
     multiplications: int  # an element costs as much as these
     moved: int  # elements moved for each of H V D
+    weights: int  # elements moved for each of D^2, once a batch
 
 
 # By element size of the products, fitted to the 332 timings of kernels/bench/cross_attention_crossover.csv (forward +
-# backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .25 % more than
+# backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .2 % more than
 # the better one on average, and never more than 10 %. GPUs are not measured; their data sheets give 150 to 250
 # multiplications in half precision and 20 to 40 in fp32.
-BALANCE = {2: _Balance(40, 8), 4: _Balance(30, 5), 8: _Balance(30, 5)}
+BALANCE = {2: _Balance(44, 10, 0), 4: _Balance(14, 9, 2), 8: _Balance(14, 9, 2)}
 
 
 class _Attention(NamedTuple):
@@ -226,10 +227,10 @@ def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: 
 
     `itemsize` is that of the products' dtype, in bytes.
     """
-    element, moved = BALANCE[itemsize]
+    element, moved, weights = BALANCE[itemsize]
     projected = 2 * tokens * width * width + 2 * views * tokens * width + element * 5 * tokens * width
-    absorbed = 2 * views * width * width + 2 * heads * views * tokens * width
-    absorbed += element * (moved * heads * views * width + 4 * width * width // max(batch, 1))
+    absorbed = 7 / 6 * (2 * views * width * width + 2 * heads * views * tokens * width)
+    absorbed += element * (moved * heads * views * width + weights * width * width / max(batch, 1))
     return absorbed < projected
 
 

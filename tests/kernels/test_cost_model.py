@@ -26,7 +26,7 @@ def test_cost_model_on_the_measured_grid() -> None:
     assert len(losses) > 300
     assert forms == {"projected", "absorbed"}
     assert max(losses) < 1.1
-    assert sum(losses) / len(losses) < 1.005
+    assert sum(losses) / len(losses) < 1.003
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -44,6 +44,6 @@ def test_cost_model_without_memory_is_the_stated_inequality(monkeypatch: pytest.
     for _ in range(200):
         v, h, n, k = (int(torch.randint(1, high, (), generator=g)) for high in (100, 20, 300, 100))
         d = h * k
-        margin = v * (h - 1) / d + v / n - 1
+        margin = v * (7 * h / 6 - 1) / d + 7 * v / (6 * n) - 1
         if abs(margin) > 1e-9:
             assert absorbed_is_cheaper(v, h, n, d, 1, 4) is (margin < 0)

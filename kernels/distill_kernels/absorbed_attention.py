@@ -5,31 +5,33 @@ themselves, which are keys and values for every head; its W_v is applied to the 
 
 Shape letters: V queries (views) of each of B samples, L tokens, D embedding, H heads, K = D / H, R = H V rows.
 
-    q = (x W_q^T + b_q) / sqrt(K)          [V, B, D]
-    t = LayerNorm(tokens)                  [B, L, D]
-    y = q W_k  for each head               [B, R, D]
-    p = softmax(y t^T)  over valid tokens  [B, R, L]
-    z = p t                                [B, R, D]
-    out = z W_v^T + b_v  for each head     [V, B, D]
+    q = (x W_q^T + b_q) / sqrt(K)              [V, B, D]
+    t = LayerNorm(tokens), not scaled          [B, L, D]    g and b, its weight and bias, are absorbed too
+    y = q (W_k g)  for each head               [B, R, D]
+    p = softmax(y t^T)  over valid tokens      [B, R, L]
+    z = p t                                    [B, R, D]
+    out = z (W_v g)^T + W_v b + b_v            [V, B, D]    each head's rows of W_v
 
-The key bias adds one number to all scores of a row and leaves the softmax alone. The normalised tokens t and the
-rows y and z exist for one chunk of samples at a time, in both passes: nothing of size B x L x D or B x R x D is
-written but the tokens' own gradient. What the backward pass keeps is q and p.
+What adds one number to all scores of a row (b, b_k) leaves the softmax alone, and a row of p sums to one. The
+normalised tokens t and the rows y and z exist for one chunk of samples at a time, in both passes: nothing of size
+B x L x D or B x R x D is written but the tokens' own gradient. What the backward pass keeps is x, q and p. The
+gradient of g comes from the weights', in at least fp32: torch's LayerNorm sums it over half-precision tokens in half
+precision.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Bytes of one chunk's tokens and rows, by device and element size: large enough that a product's fixed costs, which
-# weigh more where products are fast, are small; on CPU not much more, for caches (measured: a third of this costs
-# 10 to 20 %, twice as much 0 to 10 %). On a GPU enough work to fill it.
+# weigh more where products are fast, are small; on CPU not much more, for caches (measured: steps with a third of
+# this cost 10 to 20 % more, with twice as much up to 10 %).
 CHUNK_BYTES = {("cpu", 2): 7 << 20, ("cpu", 4): 5 << 20, ("cpu", 8): 5 << 20}
 DEVICE_CHUNK_BYTES = 1 << 28
 
@@ -48,8 +50,8 @@ def absorbed_attention(
 ) -> Tensor:
     """Multi-head attention of x over LayerNorm(tokens): [V, B, D], [B, L, D] -> [V, B, D], not projected yet.
 
-    Products are in x's dtype, LayerNorm, softmax and what is summed over samples in at least fp32. A sample without
-    valid tokens gives zeros and sends zero gradients.
+    Products are in x's dtype, statistics, softmax and what is summed over samples in at least fp32; normalised tokens
+    are rounded to the tokens' dtype and x's. A sample without valid tokens gives zeros and sends zero gradients.
 
     Args:
         x: [V, B, D] what W_q takes.
@@ -81,14 +83,16 @@ def _forward(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (v, b, d), n = x.shape, tokens.shape[1]
-    q = F.linear(x, in_proj_weight[:d].to(x.dtype), in_proj_bias[:d].to(x.dtype)).mul_((d // heads) ** -0.5)
-    out, p = q.new_empty(q.shape), q.new_empty(b, heads * v, n)
-    w, ln = _by_head(in_proj_weight, heads, q.dtype), _Norm(*norm_weights(tokens, ln_weight, ln_bias), eps)
-    for c in _chunks(q, tokens, heads):
-        _attend(q[:, c], tokens[c], ln, w, None if valid is None else valid[c], out[:, c], p[c])
-    out += _of_reached(in_proj_bias[2 * d :], tokens, valid).to(out.dtype)
-    return out, q, p
+    with torch.autocast(x.device.type, enabled=False):
+        (v, b, d), n = x.shape, tokens.shape[1]
+        q = F.linear(x, in_proj_weight[:d].to(x.dtype), in_proj_bias[:d].to(x.dtype)).mul_((d // heads) ** -0.5)
+        out, p = q.new_empty(q.shape), q.new_empty(b, heads * v, n)
+        w = _scaled(in_proj_weight, ln_weight, heads, q.dtype)
+        for c in _chunks(q, tokens, heads):
+            _attend(q[:, c], tokens[c], w, None if valid is None else valid[c], eps, out[:, c], p[c])
+        bias = torch.addmv(in_proj_bias[2 * d :], in_proj_weight[2 * d :], ln_bias)
+        out += _of_reached(bias, tokens, valid).to(out.dtype)
+        return out, q, p
 
 
 @_forward.register_fake
@@ -124,31 +128,36 @@ def _backward(
     for_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of x, tokens, ln_weight, ln_bias, in_proj_weight and in_proj_bias; empty where they are not asked for."""
-    (v, b, d), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
-    gradients = _unwritten(x, tokens, ln_weight, ln_bias, in_proj_weight, for_tokens, for_weights)
-    dx, d_tokens, d_ln_weight, d_ln_bias, d_weight, d_bias = gradients
-    w, ln = _by_head(in_proj_weight, heads, q.dtype), _Norm(*norm_weights(tokens, ln_weight, ln_bias), eps)
-    sums = _Sums(d_weight.to(wide), d_ln_weight.zero_().to(wide)) if for_weights else None
-    dq = torch.empty_like(q)
-    for c in _chunks(q, tokens, heads):
-        into = d_tokens[c] if for_tokens else None
-        _attend_backward(d_out[:, c], q[:, c], tokens[c], ln, w, p[c], dq[:, c], into, sums, first=c.start == 0)
-    dq *= (d // heads) ** -0.5
-    torch.matmul(dq, in_proj_weight[:d].to(q.dtype), out=dx)
-    if sums is not None:
-        if not b:  # no chunk has written it
-            sums.weight.zero_()
-        _product(dq.view(1, v * b, d).mT, x.reshape(1, v * b, d), sums.weight[:d].view(1, d, d), add=False)
-        d_bias[:d] = dq.sum((0, 1), dtype=wide)
-        d_bias[d : 2 * d] = 0.0
-        d_bias[2 * d :] = d_b_v = _of_reached(d_out.sum(0, dtype=wide), tokens, valid).sum(0)
-        # LayerNorm's bias adds the same to every token, which reaches the values alone, whose probabilities sum to
-        # one: no sum of rounded gradients over all tokens.
-        d_ln_bias.copy_(in_proj_weight[2 * d :].mT @ d_b_v.to(in_proj_weight.dtype))
-        for of, total in ((d_weight, sums.weight), (d_ln_weight, sums.ln_weight)):
-            if of is not total:
-                of.copy_(total)
-    return gradients
+    with torch.autocast(x.device.type, enabled=False):
+        (v, b, d), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
+        gradients = _unwritten(x, tokens, ln_weight, ln_bias, in_proj_weight, for_tokens, for_weights)
+        dx, d_tokens, d_ln_weight, d_ln_bias, d_weight, d_bias = gradients
+        w = _scaled(in_proj_weight, ln_weight, heads, q.dtype)
+        total = d_weight if d_weight.dtype == wide else d_weight.new_empty(d_weight.shape, dtype=wide)  # [3D, D]
+        dq, dw = torch.empty_like(q), total[d:].view(w.shape) if for_weights else None
+        for c in _chunks(q, tokens, heads):
+            d_chunk, first = d_tokens[c] if for_tokens else None, c.start == 0
+            _attend_backward(d_out[:, c], q[:, c], tokens[c], w, p[c], eps, dq[:, c], d_chunk, dw, first)
+        dq *= (d // heads) ** -0.5
+        torch.matmul(dq, in_proj_weight[:d].to(q.dtype), out=dx)
+        if dw is not None:
+            del w  # its memory is for what follows
+            if not b:  # no chunk has written it
+                dw.zero_()
+            _product(dq.view(1, v * b, d).mT, x.reshape(1, v * b, d), total[:d].view(1, d, d), add=False)
+            d_b_v = _of_reached(d_out.sum(0, dtype=wide), tokens, valid).sum(0)
+            d_bias[:d] = dq.sum((0, 1), dtype=wide)
+            d_bias[d : 2 * d] = 0.0
+            d_bias[2 * d :] = d_b_v
+            of_w_k, of_w_v = total[d:].chunk(2)
+            w_k, w_v = in_proj_weight[d:].chunk(2)
+            d_ln_weight.copy_((of_w_k * w_k).sum(0) + (of_w_v * w_v).sum(0))
+            total[d:] *= ln_weight
+            of_w_v.addr_(d_b_v, ln_bias.to(wide))
+            d_ln_bias.copy_(w_v.mT.to(wide) @ d_b_v)
+            if total is not d_weight:
+                d_weight.copy_(total)
+        return gradients
 
 
 @_backward.register_fake
@@ -188,7 +197,7 @@ def _unwritten(
         like(ln_weight, for_weights),
         like(ln_bias, for_weights),
         like(in_proj_weight, for_weights),
-        like(in_proj_weight[:, 0], for_weights),
+        in_proj_weight.new_empty(len(in_proj_weight) if for_weights else 0),
     )
 
 
@@ -217,28 +226,10 @@ def _gradient(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
 _forward.register_autograd(_gradient, setup_context=_keep)
 
 
-class _Norm(NamedTuple):
-    weight: Tensor  # [D]
-    bias: Tensor  # [D]
-    eps: float
-
-    def __call__(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, L, D] in `dtype`, and what the backward pass takes of it."""
-        t, mean, rstd = torch.native_layer_norm(tokens, [tokens.shape[-1]], self.weight, self.bias, self.eps)
-        return t.to(dtype), mean, rstd
-
-
-class _Sums(NamedTuple):
-    """Gradients summed over samples, in at least fp32."""
-
-    weight: Tensor  # [3D, D], of the input projection
-    ln_weight: Tensor  # [D]
-
-
-def _attend(q: Tensor, tokens: Tensor, ln: _Norm, w: Tensor, valid: Tensor | None, out: Tensor, p: Tensor) -> None:
+def _attend(q: Tensor, tokens: Tensor, w: Tensor, valid: Tensor | None, eps: float, out: Tensor, p: Tensor) -> None:
     """One chunk of samples, into out [V, b, D] and p [b, R, L]."""
     (w_k, w_v), (v, b, d) = w.chunk(2), q.shape  # [H, K, D] each
-    t, _, _ = ln(tokens, q.dtype)
+    t, _, _ = _normalise(tokens, eps, q.dtype)
     y = torch.bmm(_split(q, len(w_k)), w_k).view(p.shape[1], b, d).transpose(0, 1)  # [b, R, D]
     p.copy_(_softmax(torch.bmm(y, t.mT), valid))
     z = torch.bmm(p, t, out=y).transpose(0, 1).view(len(w_v), v * b, d)  # [H, V b, D]
@@ -249,17 +240,17 @@ def _attend_backward(
     d_out: Tensor,
     q: Tensor,
     tokens: Tensor,
-    ln: _Norm,
     w: Tensor,
     p: Tensor,
+    eps: float,
     dq: Tensor,
     d_tokens: Tensor | None,
-    sums: _Sums | None,
+    dw: Tensor | None,
     first: bool,
 ) -> None:
-    """One chunk of samples, into dq [V, b, D] and d_tokens [b, L, D]; added to sums, unless it is the first."""
+    """One chunk of samples, into dq [V, b, D], d_tokens [b, L, D] and dw [2H, K, D]; added to dw if not the first."""
     (v, b, d), heads, r = q.shape, len(w) // 2, p.shape[1]
-    t, mean, rstd = ln(tokens, q.dtype)
+    t, mean, rstd = _normalise(tokens, eps, q.dtype)
     # What goes with W_k and what goes with W_v share their products: y and dz, ds and p, dy and z.
     q_do = torch.cat([_split(q, heads), _split(d_out, heads)])  # [2H, V b, K]
     y_dz = torch.bmm(q_do, w).view(2 * r, b, d).transpose(0, 1)  # [b, 2R, D]
@@ -267,24 +258,21 @@ def _attend_backward(
     ds_p = torch.cat([ds, p], 1)  # [b, 2R, L]
     del ds
     dt = None
-    if d_tokens is not None or sums is not None:
-        into = d_tokens if d_tokens is not None and d_tokens.dtype == t.dtype else None
-        dt = torch.bmm(ds_p.mT, y_dz, out=into)  # [b, L, D]
+    if d_tokens is not None:
+        dt = torch.bmm(ds_p.mT, y_dz, out=d_tokens if d_tokens.dtype == t.dtype else None)  # [b, L, D]
+    # y and dz are done with, so that dy and z take their place
     dy_z = torch.bmm(ds_p, t, out=y_dz).transpose(0, 1).view(2 * heads, v * b, d)  # [2H, V b, D]
     _merge(torch.bmm(dy_z[:heads], w[:heads].mT), dq)
-    if sums is not None:
-        _product(q_do.mT, dy_z, sums.weight[d:].view(w.shape), add=not first)
-    if dt is None:
-        return
-    del t, y_dz, dy_z  # their memory is for what follows
-    wanted = [d_tokens is not None, sums is not None, False]
-    of_tokens, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
-        dt.to(tokens.dtype), tokens, [d], mean, rstd, ln.weight, ln.bias, wanted
-    )
-    if d_tokens is not None:
-        d_tokens.copy_(of_tokens)
-    if sums is not None:
-        sums.ln_weight.add_(of_weight)
+    if dw is not None:
+        _product(q_do.mT, dy_z, dw, add=not first)
+    if d_tokens is not None and dt is not None:
+        del t, y_dz, dy_z  # their memory is for what follows
+        ones, zeros = unit_norm(tokens)
+        d_tokens.copy_(
+            torch.ops.aten.native_layer_norm_backward(
+                dt.to(tokens.dtype), tokens, [d], mean, rstd, ones, zeros, [True, False, False]
+            )[0]
+        )
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
@@ -297,10 +285,10 @@ def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
         out.copy_(torch.bmm(a, b))
 
 
-def _by_head(in_proj_weight: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """[2H, K, D], each head's W_k, then each head's W_v."""
-    d = in_proj_weight.shape[1]
-    return in_proj_weight[d:].to(dtype).view(2 * heads, d // heads, d)
+def _scaled(in_proj_weight: Tensor, ln_weight: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """[2H, K, D], W_k g of each head, then W_v g of each."""
+    d = len(ln_weight)
+    return (in_proj_weight[d:] * ln_weight).to(dtype).view(2 * heads, d // heads, d)
 
 
 def _of_reached(of_samples: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -331,14 +319,21 @@ def _merge(x: Tensor, out: Tensor) -> None:
     out.view(v, b, len(x), d // len(x)).copy_(x.view(len(x), v, b, d // len(x)).permute(1, 2, 0, 3))
 
 
-def norm_weights(tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A LayerNorm's weight and bias as its kernel takes them: in the tokens' dtype, or fp32 for half precision on CPU.
+def _normalise(tokens: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens in `dtype`, and their mean and 1 / standard deviation."""
+    t, mean, rstd = torch.native_layer_norm(tokens, [tokens.shape[-1]], *unit_norm(tokens), eps)
+    return t.to(dtype), mean, rstd
 
-    With an fp32 weight the CPU kernel keeps fp32 statistics for its backward pass; GPU kernels always do.
+
+def unit_norm(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a LayerNorm that scales nothing: the CPU's is slower without any.
+
+    In fp32 for half-precision tokens on CPU, whose kernel then keeps fp32 statistics for its backward pass; GPU
+    kernels always do.
     """
     half = tokens.dtype.itemsize < 4 and tokens.device.type == "cpu"
-    dtype = torch.float32 if half else tokens.dtype
-    return weight.to(dtype), bias.to(dtype)
+    dtype, width = torch.float32 if half else tokens.dtype, tokens.shape[-1]
+    return tokens.new_ones(width, dtype=dtype), tokens.new_zeros(width, dtype=dtype)
 
 
 def _softmax(scores: Tensor, valid: Tensor | None) -> Tensor:

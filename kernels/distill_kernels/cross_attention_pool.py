@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.absorbed_attention import absorbed_attention, norm_weights
+from distill_kernels.absorbed_attention import absorbed_attention, unit_norm
 from distill_kernels.backends import BackendError
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.self_attention import split_heads, tracing
@@ -49,8 +49,8 @@ class _Balance(NamedTuple):
 
 # By element size of the products, fitted to the 332 timings of kernels/bench/cross_attention_crossover.csv (forward +
 # backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .2 % more than
-# the better one on average, and never more than 10 %. GPUs are not measured; their data sheets give 150 to 250
-# multiplications in half precision and 20 to 40 in fp32.
+# the better one on average, and never more than 10 %. fp64 is taken as fp32; GPUs are not measured, their data sheets
+# give 150 to 250 multiplications in half precision and 20 to 40 in fp32.
 BALANCE = {2: _Balance(44, 10, 0), 4: _Balance(14, 9, 2), 8: _Balance(14, 9, 2)}
 
 
@@ -240,15 +240,16 @@ def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) 
     n = keys.tokens.shape[1]
     w_q, w_kv = torch.split(w.in_proj_weight, [d, 2 * d])
     b_q, _, b_v = w.in_proj_bias.chunk(3)
-    # A bias adds the same to all keys of a sample, which leaves the softmax alone, and to all values, whose
-    # probabilities sum to one: no sums of rounded gradients over all tokens. (Half of w_kv would cost zeros for its
-    # gradient; LayerNorm is slower without a bias than with zeros.)
+    # LayerNorm's weight and bias go into the weights: no sums of half-precision gradients over all tokens. What adds
+    # the same to all keys of a sample leaves the softmax alone. (Half of w_kv would cost zeros for its gradient.)
     b_v = b_v + torch.mv(w_kv, w.ln_bias)[d:]
-    ln_weight, zeros = norm_weights(keys.tokens, w.ln_weight, torch.zeros_like(w.ln_bias))
-    y = F.layer_norm(keys.tokens, (d,), ln_weight, zeros, keys.eps).to(x.dtype)
+    y = F.layer_norm(keys.tokens, (d,), *unit_norm(keys.tokens), keys.eps).to(x.dtype)
     q = _linear(x, w_q, b_q)
-    kv = _linear(y, w_kv, torch.cat([torch.zeros_like(b_v), b_v]))
-    (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])  # [B, H, L, K] each
+    kv = _linear(y, w_kv * w.ln_weight, torch.cat([torch.zeros_like(b_v), b_v]))
+    if torch.compiler.is_exporting() or tracing():  # for any number of tokens
+        k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
+    else:
+        (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
     return out.permute(2, 0, 1, 3).reshape(views, b, d)

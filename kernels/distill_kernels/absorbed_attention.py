@@ -96,19 +96,34 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
+def _(x: Tensor, tokens: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    (v, b, _), (*_, heads, _) = x.shape, others
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(b, heads * v, tokens.shape[1])
+
+
+def _unwritten(
+    d_out: Tensor,
     x: Tensor,
     tokens: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
     in_proj_weight: Tensor,
-    in_proj_bias: Tensor,
-    valid: Tensor | None,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    v, b, _ = x.shape
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(b, heads * v, tokens.shape[1])
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_backward`'s results, not filled in: its fake implementation, and where it writes."""
+    *_, for_tokens, for_weights = others
+
+    def like(t: Tensor, wanted: bool) -> Tensor:
+        return t.new_empty(t.shape if wanted else 0)
+
+    return (
+        like(x, True),
+        like(tokens, for_tokens),
+        like(ln_weight, for_weights),
+        like(ln_bias, for_weights),
+        like(in_proj_weight, for_weights),
+        in_proj_weight.new_empty(len(in_proj_weight) if for_weights else 0),
+    )
 
 
 @torch.library.custom_op("distill::absorbed_attention_backward", mutates_args=())
@@ -130,7 +145,7 @@ def _backward(
     """Of x, tokens, ln_weight, ln_bias, in_proj_weight and in_proj_bias; empty where they are not asked for."""
     with torch.autocast(x.device.type, enabled=False):
         (v, b, d), wide = q.shape, torch.promote_types(q.dtype, torch.float32)
-        gradients = _unwritten(x, tokens, ln_weight, ln_bias, in_proj_weight, for_tokens, for_weights)
+        gradients = _unwritten(d_out, x, tokens, ln_weight, ln_bias, in_proj_weight, for_tokens, for_weights)
         dx, d_tokens, d_ln_weight, d_ln_bias, d_weight, d_bias = gradients
         w = _scaled(in_proj_weight, ln_weight, heads, q.dtype)
         total = d_weight if d_weight.dtype == wide else d_weight.new_empty(d_weight.shape, dtype=wide)  # [3D, D]
@@ -160,45 +175,7 @@ def _backward(
         return gradients
 
 
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    in_proj_weight: Tensor,
-    valid: Tensor | None,
-    q: Tensor,
-    p: Tensor,
-    heads: int,
-    eps: float,
-    for_tokens: bool,
-    for_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _unwritten(x, tokens, ln_weight, ln_bias, in_proj_weight, for_tokens, for_weights)
-
-
-def _unwritten(
-    x: Tensor,
-    tokens: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    in_proj_weight: Tensor,
-    for_tokens: bool,
-    for_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like(t: Tensor, wanted: bool) -> Tensor:
-        return t.new_empty(t.shape if wanted else 0)
-
-    return (
-        like(x, True),
-        like(tokens, for_tokens),
-        like(ln_weight, for_weights),
-        like(ln_bias, for_weights),
-        like(in_proj_weight, for_weights),
-        in_proj_weight.new_empty(len(in_proj_weight) if for_weights else 0),
-    )
+_backward.register_fake(_unwritten)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -257,22 +234,17 @@ def _attend_backward(
     ds = torch._softmax_backward_data(torch.bmm(y_dz[:, r:], t.mT), p, -1, p.dtype)  # [b, R, L]
     ds_p = torch.cat([ds, p], 1)  # [b, 2R, L]
     del ds
-    dt = None
     if d_tokens is not None:
-        dt = torch.bmm(ds_p.mT, y_dz, out=d_tokens if d_tokens.dtype == t.dtype else None)  # [b, L, D]
+        into = d_tokens if d_tokens.dtype == t.dtype else t.new_empty(t.shape)
+        dt = torch.bmm(ds_p.mT, y_dz, out=into)  # [b, L, D]
     # y and dz are done with, so that dy and z take their place
     dy_z = torch.bmm(ds_p, t, out=y_dz).transpose(0, 1).view(2 * heads, v * b, d)  # [2H, V b, D]
     _merge(torch.bmm(dy_z[:heads], w[:heads].mT), dq)
     if dw is not None:
         _product(q_do.mT, dy_z, dw, add=not first)
-    if d_tokens is not None and dt is not None:
+    if d_tokens is not None:
         del t, y_dz, dy_z  # their memory is for what follows
-        ones, zeros = unit_norm(tokens)
-        d_tokens.copy_(
-            torch.ops.aten.native_layer_norm_backward(
-                dt.to(tokens.dtype), tokens, [d], mean, rstd, ones, zeros, [True, False, False]
-            )[0]
-        )
+        d_tokens.copy_(_normalise_backward(dt, tokens, mean, rstd))
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool) -> None:
@@ -323,6 +295,13 @@ def _normalise(tokens: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, 
     """Tokens in `dtype`, and their mean and 1 / standard deviation."""
     t, mean, rstd = torch.native_layer_norm(tokens, [tokens.shape[-1]], *unit_norm(tokens), eps)
     return t.to(dtype), mean, rstd
+
+
+def _normalise_backward(dt: Tensor, tokens: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    d_tokens: Tensor = torch.ops.aten.native_layer_norm_backward(
+        dt.to(tokens.dtype), tokens, [tokens.shape[-1]], mean, rstd, *unit_norm(tokens), [True, False, False]
+    )[0]
+    return d_tokens
 
 
 def unit_norm(tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -165,9 +165,17 @@ def test_split_heads() -> None:
 
     assert torch.autograd.gradcheck(function, qkv)
     assert torch.autograd.gradgradcheck(function, qkv)
-    ((k,), (v,)), joint = split_heads(qkv[:, 1:], [(23, 1)]), qkv[:, 1:].transpose(0, 1)[..., None, :]
-    torch.testing.assert_close((k, v), (joint[0], joint[1]), rtol=0, atol=0)
-    assert torch.autograd.gradcheck(lambda x: torch.stack([t.sin() for (t,) in split_heads(x[:, 1:], [(23, 1)])]), qkv)
+
+
+def test_split_heads_of_keys_and_values() -> None:
+    """Two parts, as cross-attention projects them."""
+    rows = torch.randn(3 * 5, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    (k,), (v,) = split_heads(rows, [(3, 5)])
+    for part, j in ((k, 0), (v, 1)):
+        torch.testing.assert_close(part, rows[:, j].view(3, 5, 2, 4).transpose(1, 2), rtol=0, atol=0)
+    weights = torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)
+    (grad,) = torch.autograd.grad((torch.stack([k, v]) * weights).sum(), rows)
+    torch.testing.assert_close(grad, weights.permute(1, 3, 0, 2, 4).reshape(rows.shape), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

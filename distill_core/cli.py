@@ -89,7 +89,10 @@ def _registry() -> Registry:
 def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
     from distill_core.resolve import load_recipe
 
-    return load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
+    loaded = load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
+    for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
+        click.echo(f"warning: {warning}", err=True)
+    return loaded
 
 
 @cli.command()
@@ -258,8 +261,6 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in; the output is a recipe itself."""
     loaded = _load(recipe, overrides, allow_unset=True)
-    for warning in loaded.warnings:
-        click.echo(f"warning: {warning}", err=True)
     if as_json:
         import json
 

@@ -61,8 +61,11 @@ class Document:
             path = path[:-1]
         return self.origins.get(path, f"{self.name}:1")
 
-    def set(self, assignment: str, origin: str | None = None) -> None:
-        """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`."""
+    def set(self, assignment: str, origin: str | None = None) -> tuple[Path, Any]:
+        """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`.
+
+        Returns the path, and what it held. A bare name where a component of this name is already changes nothing.
+        """
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             where = f"{origin}: {assignment}" if origin else f"--set {assignment}"
@@ -93,11 +96,15 @@ class Document:
                 below = node[part] = [] if parts[depth + 1] == "0" else {}
                 self.origins[tuple(parts[: depth + 1])] = origin
             node = below
-        node[parts[-1]] = value
         path = tuple(parts)
+        before = _child(node, parts[-1])
+        if isinstance(before, dict) and isinstance(value, str) and before.get("name") == value:
+            return path, before
+        node[parts[-1]] = value
         for known in [p for p in self.origins if p[: len(path)] == path]:
             del self.origins[known]
         self.origins[path] = origin
+        return path, before
 
     def expand(self) -> list[tuple[Path, str]]:
         """Put environment variables into `${NAME}`; returns (path, name) of those that are not set.

@@ -91,10 +91,9 @@ def parse_recipe(
     failed: list[str] = []
     for override in overrides:
         try:
-            document.set(*((override,) if isinstance(override, str) else override))
+            resolver.change(*((override,) if isinstance(override, str) else override))
         except RecipeErrors as error:
             failed.extend(error.lines)
-        resolver.write_out()  # so that the next one finds loss.1.weight where `loss.1` was a bare name
     if failed:
         raise RecipeErrors(failed)
     document.data.setdefault("name", default_name)
@@ -113,6 +112,16 @@ class _Resolver:
         self.errors: list[tuple[str, str]] = []  # (where it was written, line)
         self.nodes: dict[Path, Node] = {}
         self.unset: dict[Path, str] = {}
+        self.replaced: dict[Path, dict[str, Any]] = {}  # components in whose place a change named another
+
+    def change(self, assignment: str, origin: str | None = None) -> None:
+        """Apply one override. Raises `RecipeErrors`."""
+        path, before = self.document.set(assignment, origin)
+        named = isinstance(self._get(path), str)
+        self.write_out()  # so that the next one finds loss.1.weight where `loss.1` was a bare name
+        self.replaced.pop(path, None)
+        if named and isinstance(before, dict) and isinstance(self._get(path), dict):
+            self.replaced[path] = before
 
     def error(self, path: Path, message: str, at: Path | None = None) -> None:
         """`at`: the part that is to blame, where the message speaks of what is above it."""
@@ -143,7 +152,26 @@ class _Resolver:
             order = {line: i for i, line in enumerate(self.document.origins.values())}
             found = sorted(set(self.errors), key=lambda x: (order.get(x[0], -1), x[1]))
             raise RecipeErrors([line for _, line in found])
-        return self._recipe(frame, plan, warnings)
+        return self._recipe(frame, plan, [*warnings, *self._left_behind()])
+
+    def _left_behind(self) -> Iterable[str]:
+        """A line for each component that a bare name replaced, and that had options the new one has too.
+
+        The new one has its own defaults: an option of the same name may mean another thing (a scale, a width).
+        """
+        for path, before in self.replaced.items():
+            node = self.nodes.get(path)
+            if node is None:
+                continue
+            now = node.config.model_dump(mode="json", by_alias=True)
+            shared = {key: value for key, value in before.items() if key in now and now[key] != value}
+            if shared:
+                options = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shared.items())
+                yield self._line(
+                    path,
+                    f"{node.cls.name!r} starts from its own defaults, without the recipe's {options} of "
+                    f"{before['name']!r}; write {{name: {node.cls.name}, {options}}} to give it the same",
+                )
 
     def _line(self, path: Path, message: str, at: Path | None = None) -> str:
         return f"{located(self.document.origin(at or path), path)}: {message}"
@@ -192,6 +220,8 @@ class _Resolver:
                 above[path[-1]] = None
             elif isinstance(value, str) and path not in OPTIONAL and "${" not in value:
                 above[path[-1]] = {"name": value}
+            elif isinstance(value, dict) and path in DEFAULTS:
+                value.setdefault("name", DEFAULTS[path])
         for section in ("augment", "backbone"):
             if isinstance(self._get((section,)), dict):
                 self.document.data[section] = {k: v for k, v in self.document.data[section].items() if v is not None}
@@ -218,7 +248,7 @@ class _Resolver:
             if not isinstance(value, dict):
                 continue  # the frame's check has said what it should be
             options = dict(value)
-            name, given_id = options.pop("name", DEFAULTS.get(path)), options.pop("id", None)
+            name, given_id = options.pop("name", None), options.pop("id", None)
             own = options.pop("source", None) if kind == "evaluation" else None
             if own is not None and not isinstance(own, dict):
                 self.error((*path, "source"), f"should be a data source, as {{name: ...}}, got {own!r}")

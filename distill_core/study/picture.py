@@ -40,7 +40,8 @@ def draw(table: StudyTable, path: Path) -> None:
             axis.barh(i, cell.summary.mean, 0.7, color=colours[i], alpha=0.75)
             ends = interval(values)
             if ends is not None:
-                reach = [[cell.summary.mean - ends[0]], [ends[1] - cell.summary.mean]]
+                # not below 0: where seeds tie, the rounding of the mean may lie outside of its interval
+                reach = [[max(0.0, cell.summary.mean - ends[0])], [max(0.0, ends[1] - cell.summary.mean)]]
                 axis.errorbar(cell.summary.mean, i, xerr=reach, color="0.15", capsize=3, linewidth=1.2)
             if several:
                 axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)

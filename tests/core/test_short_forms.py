@@ -52,6 +52,30 @@ def test_options_of_defaults_need_no_name(check: Check) -> None:
     assert (recipe.tracking.cls.name, recipe.tracking.config.experiment) == ("aim", "x")
 
 
+def test_a_bare_name_keeps_the_options_of_the_component_that_is_there(check: Check) -> None:
+    """Would catch a swap of `fusion=cross_attention` that trains 8 heads where the recipe has 2, and optimisers too."""
+    recipe = check("fusion=cross_attention", "train.optimizer.lr=0.01", "train.optimizer=adamw")
+    assert (recipe.fusion.config.heads, recipe.optimizer.config.lr) == (2, 0.01)
+    assert list(recipe.warnings) == []
+    recipe = check("fusion.heads=4", "fusion=cross_attention")
+    assert recipe.fusion.config.heads == 4
+    assert check("fusion={name: cross_attention}").fusion.config.heads == 8
+
+
+def test_another_component_has_its_own_defaults_and_that_is_said(check: Check) -> None:
+    """Would catch options that are carried over, or dropped without a word where both components have them."""
+    text = BASE.replace("{name: contrastive}", "{name: contrastive, weight: 0.5, temperature: 0.2}")
+    recipe = check("fusion=gated", "loss.0=clip", text=text)
+    assert (recipe.fusion.config.heads, recipe.loss[0].config.weight) == (8, 1.0)
+    assert list(recipe.warnings) == [
+        "--set fusion: 'gated' starts from its own defaults, without the recipe's heads: 2 of 'cross_attention'; "
+        "write {name: gated, heads: 2} to give it the same",
+        "--set loss.0: 'clip' starts from its own defaults, without the recipe's weight: 0.5, temperature: 0.2 of "
+        "'contrastive'; write {name: clip, weight: 0.5, temperature: 0.2} to give it the same",
+    ]
+    assert list(check("fusion=identity", "loss.1=null").warnings) == []
+
+
 def test_an_id_names_a_second_loss(check: Check) -> None:
     recipe = check("loss.2={name: contrastive, id: again}", "loss.again.weight=0.25")
     assert [(node.id, node.config.weight) for node in recipe.loss] == [

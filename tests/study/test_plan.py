@@ -79,6 +79,19 @@ def test_a_swap_that_the_recipe_has_is_not_run_twice(tiny_recipe: Path, tmp_path
     assert made.warnings == ["'fusion.heads=2' is the recipe as it is; it is not run a second time"]
 
 
+def test_a_swap_to_the_recipes_own_component_keeps_its_options(
+    tiny_recipe: Path, tmp_path: Path, registry: Registry
+) -> None:
+    """Would catch a variant named after the recipe's fusion that trains another number of heads."""
+    made = plan("swaps: {fusion: [cross_attention, gated]}\n", tmp_path, registry)
+    fusions = [made.recipes[variant.name].fusion for variant in made.variants]
+    assert [fusion.config.heads for fusion in fusions if fusion is not None] == [2, 8]
+    assert len(made.warnings) == 1
+    assert "'gated' starts from its own defaults, without the recipe's heads: 2" in made.warnings[0]
+    made = plan("swaps: {fusion: [cross_attention]}\ndesign: one_at_a_time\n", tmp_path, registry)
+    assert [variant.name for variant in made.variants] == ["base"]
+
+
 def test_scores_that_no_task_gives(tiny_recipe: Path, tmp_path: Path, registry: Registry) -> None:
     found = errors(
         "scores: [student/retrieval/M, teacher/retrival/M, M, pupil/retrieval/M]\nvariants: {a: {}}\n",

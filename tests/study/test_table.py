@@ -119,6 +119,17 @@ def test_default_scores_are_the_students_means() -> None:
     assert default_scores([]) == []
 
 
+def test_a_tie_of_seeds_is_drawn(tmp_path: Path) -> None:
+    """The mean of one number three times is not that number in floating point; an error bar of -4e-16 is refused."""
+    for value in (18.75 / 7, 0.1, 17.6, 64.0625):
+        results = tuple(
+            RunResult(str(tmp_path / f"a-seed{seed}"), seed, {M: value}, 3, 3, 1.0, 1, "test") for seed in range(3)
+        )
+        groups = [Group("a", "a", results, 3), Group("b", "b", results[:2], 3)]
+        draw(StudyTable.of("t", groups, "a", [M]), tmp_path / f"{value}.png")
+        assert (tmp_path / f"{value}.png").stat().st_size > 0
+
+
 def test_the_picture_has_a_panel_for_each_score_and_takes_missing_runs(tmp_path: Path) -> None:
     run = tmp_path / "a-seed0"
     run.mkdir()

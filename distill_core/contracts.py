@@ -28,14 +28,21 @@ class DataSource(Component, ABC):
     """Where shards come from."""
 
     kind = "source"
+    trainable: ClassVar[bool] = True
+    """False for a source without shards: evaluations read its `samples`, and nothing can be trained on it."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...] | None:
-        """The splits it has, if its options tell: a recipe that evaluates on another is refused at once."""
+        """The splits it has, if its options tell: a recipe that uses another is refused at once."""
         return None
+
+    @classmethod
+    def knows_size(cls, config: Any) -> bool:
+        """Whether `size` will know the samples of `train`: a recipe with `train.epochs` is refused at once if not."""
+        return cls.size is not DataSource.size
 
     def prepare(self) -> None:
         """Write what must be written once (a cache), with a progress bar. Raises `DataError`."""
@@ -50,8 +57,8 @@ class DataSource(Component, ABC):
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
         """What evaluations read of a split, by set; each is read again and again. {} where it has no such split.
 
-        The samples of the shards, unless a source that has none overrides it: its `sets` is {}, and nothing can be
-        trained on it. Samples have a `__key__`, a `__url__` (the file), and bytes by field; they may be mappings that
+        The samples of the shards, unless a source that has none (`trainable = False`) overrides it: its `sets` is {}.
+        Samples have a `__key__`, a `__url__` (the file), and bytes by field; they may be mappings that
         open a file when a field is asked for, and raise `BadSample` then. What is returned may have a `fingerprint()`,
         a text that changes when its samples do, which kept embeddings are looked up by. Raises `DataError`.
         """

@@ -1,4 +1,4 @@
-"""The splits that a recipe's evaluation scores and learns from: each is there, and none is both."""
+"""The splits of a recipe's data: it can be trained on; what is scored and learned from is there, and is not both."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def split_problems(nodes: Mapping[Path, Node], evaluate: EvaluateConfig) -> Iter
         where = ".".join(str(part) for part in source)
         return f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has"
 
+    training: Path = ("data", "source")
+    if (node := nodes.get(training)) is not None:
+        if not node.cls.trainable:  # type: ignore[attr-defined]
+            yield (
+                training,
+                f"{node.cls.name!r} has no shards, so nothing can be trained on it; it is for evaluations: name it as "
+                "`evaluate.source`, or as a task's `source`",
+            )
+        elif message := lacks(training, "train"):
+            yield training, f"{message.partition(';')[0]}; give it one to train on"
     shared: Path = ("evaluate", "source") if ("evaluate", "source") in nodes else ("data", "source")
     tasks = [path for path in nodes if path[:-1] == ("evaluate", "tasks")]
     scored = [("split", evaluate.split)]

@@ -139,6 +139,10 @@ def shards(case: Case) -> None:
                 "`sets` must return {set: [shards]}",
             )
             require(samples[split] and all(sets.values()), f"the split {split!r} has nothing in it")
+            require(
+                bool(sets) == case.cls.trainable,
+                f"`sets` of {split!r} names {'no ' if not sets else ''}shards, and `trainable` is {case.cls.trainable}",
+            )
             if not all(is_local(name) for part in sets.values() for name in part):
                 continue
             keys = [sample["__key__"] for part in samples[split].values() for sample in part]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill_core.components import ComponentConfig, DataSource
 from distill_core.data.shards import as_sets, check
@@ -15,14 +15,20 @@ Urls = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 class WebDatasetConfig(ComponentConfig):
     """A name, a list of names, or {set: names}. Names may have braces ({0000..0575}) and, for files, wildcards."""
 
-    urls: Urls
-    """Training shards: paths, URLs, or `pipe:COMMAND`."""
+    urls: Urls | None = None
+    """Training shards: paths, URLs, or `pipe:COMMAND`; null for a source that is only evaluated on."""
     validation: Urls | None = None
     """Shards of the validation split."""
     test: Urls | None = None
     """Shards of the test split."""
     samples: Annotated[int, Field(gt=0)] | None = None
     """Samples of the training split; `train.epochs` needs it."""
+
+    @model_validator(mode="after")
+    def _has_shards(self) -> WebDatasetConfig:
+        if self.urls is None and self.validation is None and self.test is None:
+            raise ValueError("names no shards: give `urls` (to train on), `validation` or `test`")
+        return self
 
 
 class WebDatasetSource(DataSource):
@@ -38,7 +44,13 @@ class WebDatasetSource(DataSource):
     @classmethod
     def splits(cls, config: WebDatasetConfig) -> tuple[str, ...]:
         """Those whose shards are named."""
-        return ("train", *(split for split in ("validation", "test") if getattr(config, split) is not None))
+        named = {"train": config.urls, "validation": config.validation, "test": config.test}
+        return tuple(split for split, urls in named.items() if urls is not None)
+
+    @classmethod
+    def knows_size(cls, config: WebDatasetConfig) -> bool:
+        """Where the recipe says it."""
+        return config.samples is not None
 
     def prepare(self) -> None:
         """Checks the local shards of every split."""

@@ -103,6 +103,8 @@ class FileSamples(Sequence[Sample]):
 class FileSource(DataSource):
     """Base of sources without shards: evaluations read them, nothing can be trained on them."""
 
+    trainable = False
+
     def sets(self, split: str) -> dict[str, list[str]]:
         """No shards."""
         return {}

@@ -104,6 +104,7 @@ class ClipBenchmark(DataSource):
     name = "clip_benchmark"
     Config = ClipBenchmarkConfig
     examples = ({"folder": "no-such-folder/wds_cars"},)
+    trainable = False
     layout = "test/nshards.txt, test/0.tar, ... and classnames.txt (or dataset_type.txt: retrieval) in it"
     folders = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}  # noqa: RUF012
 

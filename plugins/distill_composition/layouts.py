@@ -75,6 +75,8 @@ class CopyConfig(ComponentConfig):
 class _Copy(DataSource):
     """Without shards: nothing can be trained on it."""
 
+    trainable = False
+
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
         """The one of the option."""

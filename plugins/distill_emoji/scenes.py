@@ -60,6 +60,7 @@ class EmojiScenes(DataSource):
 
     name = "emoji_scenes"
     Config = ScenesConfig
+    trainable = False
     examples = ({"scenes": 4, "concepts": 5, "size": 32, "emoji": {"limit": 200, "shards": 1, "size": 16}},)
 
     def __init__(self, config: ScenesConfig) -> None:

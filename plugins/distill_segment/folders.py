@@ -102,6 +102,8 @@ def pairs_of(
 class _Folders(DataSource):
     """Without shards: `sets` is {}, and nothing can be trained on it."""
 
+    trainable = False
+
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
         """The one of the option."""

@@ -326,3 +326,27 @@ def test_splits_that_are_evaluated_must_be_there(errors: Errors, check: Check) -
     check("data.source.test=null", "evaluate.tasks=[]")
     check("evaluate.split=train", "data.source.test=null")
     check("evaluate.source={name: emoji}", "data.source.test=null", "evaluate.every=2")
+
+
+def test_a_source_that_cannot_train_is_refused_as_training_data(errors: Errors, check: Check) -> None:
+    """Would catch a folder of labelled pictures that passes `validate` and then cannot train."""
+    only_scored = (
+        "--set data.source: 'class_folder' has no shards, so nothing can be trained on it; it is for evaluations: name "
+        "it as `evaluate.source`, or as a task's `source`"
+    )
+    assert errors("data.source={name: class_folder, train: t, test: f}") == [only_scored]
+    check("evaluate.source={name: class_folder, test: f}")
+    assert errors("data.source={name: webdataset, test: y.tar}") == [
+        "--set data.source: data.source has no split 'train' (it has test); give it one to train on"
+    ]
+
+
+def test_a_source_of_an_evaluation_needs_no_training_shards(errors: Errors, check: Check) -> None:
+    """Would catch `urls` that a task's own data must name though nothing is trained on it."""
+    check("evaluate.source={name: webdataset, test: y.tar}", "data.source.test=null")
+    recipe = check("evaluate.tasks=[{name: retrieval, source: {name: webdataset, test: {one: y.tar}}}]")
+    assert recipe.tasks[0].source is not None
+    assert recipe.tasks[0].source.build().sets("test") == {"one": ["y.tar"]}
+    assert errors("evaluate.source={name: webdataset}") == [
+        "--set evaluate.source: names no shards: give `urls` (to train on), `validation` or `test`"
+    ]

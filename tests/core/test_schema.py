@@ -118,7 +118,7 @@ WRONG = [
     ("fusion", {"name": "cross_attention", "form": "fast"}),
     ("backbone.image.patch", 8.5),
     ("data.source", None),
-    ("data.source", {"name": "webdataset"}),
+    ("data.source", {"name": "karpathy"}),
     ("train.optimizer", None),
     ("train.optimizer", {"lr": 0.1, "momentum": 0.9}),
     ("train.steps", "many"),

@@ -20,6 +20,8 @@ from distill_core.train import Trainer
 class Listed(WebDatasetSource):
     """Samples without shards, of the split `test` alone."""
 
+    trainable = False
+
     name = "listed"
 
     @classmethod

@@ -14,6 +14,9 @@ from distill_core.errors import BadSample, DataError
 IGNORE = 255
 """The mask's value where nothing is scored."""
 
+MASK_FORMATS = ("png", "tiff", "bmp", "gif")
+"""Formats of masks, all without loss; no others are decoded."""
+
 Classes = Sequence[tuple[str, ...]]
 """The words for each class; the first is its name."""
 
@@ -59,7 +62,7 @@ def read_mask(data: bytes, ignore: int = IGNORE) -> np.ndarray:
     Raises `BadSample`, also for values below 0, and above 255 but for `ignore`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data), formats=MASK_FORMATS) as picture:
             if picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise BadSample(f"the mask is {picture.mode}; its pixels must be class numbers (mode L, P or I)")
             mask = np.asarray(picture).astype(np.int64)

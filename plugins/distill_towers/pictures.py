@@ -6,11 +6,11 @@ import io
 import math
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
@@ -24,6 +24,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Strength = Annotated[float, Field(ge=0)]
 Jitter = tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]]
 """Strengths of brightness, contrast, saturation and hue."""
+Format = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "ppm", "tiff", "webp"]
+"""What Pillow decodes by itself; others may start a program, as EPS does Ghostscript."""
 
 
 class PictureConfig(ComponentConfig):
@@ -39,6 +41,11 @@ class PictureConfig(ComponentConfig):
     """Colour behind transparent pixels."""
     fields: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """Fields of a sample that may hold the picture; the first that is there is read."""
+    formats: Annotated[tuple[Format, ...], Field(min_length=1)] = ("jpeg", "png", "webp", "gif", "bmp")
+    """Formats that are decoded, whatever the field is called; a picture of another one is a bad sample."""
+    exif_orientation: bool = False
+    """Turn and mirror a picture as its EXIF orientation says, as a viewer does. The public codes of CLIP, COSMOS and
+    the others leave it as it is stored, which for photographs of a phone may be on its side."""
 
 
 def other_pixels(plan: Plan, name: str, mean: Sequence[float], std: Sequence[float], why: str) -> list[str]:
@@ -75,17 +82,24 @@ class PictureAugmentation(Augmentation):
         raise BadSample(f"no picture: none of the fields {', '.join(names)}")
 
     def open(self, item: Any) -> Image.Image:
-        """Bytes, a path, an array [H, W, 3] of uint8, or a PIL image -> an RGB image. Raises `BadSample`."""
+        """Bytes, a path, an array [H, W, 3] of uint8, or a PIL image -> an RGB image. Raises `BadSample`.
+
+        Grey of 16 bits is scaled to 8; transparent pixels take the background's colour.
+        """
         try:
             if isinstance(item, Image.Image):
                 picture = item
             elif isinstance(item, bytes):
-                picture = Image.open(io.BytesIO(item))
+                picture = Image.open(io.BytesIO(item), formats=self.config.formats)
             elif isinstance(item, str | os.PathLike):
-                picture = Image.open(item)
+                picture = Image.open(item, formats=self.config.formats)
             else:
                 picture = Image.fromarray(np.asarray(item))
             picture.load()
+            if self.config.exif_orientation:
+                picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith(("I", "F")):
+                picture = to_eight_bits(picture)
             if picture.mode == "P" or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
             if picture.mode in ("RGBA", "LA", "PA"):
@@ -95,7 +109,8 @@ class PictureAugmentation(Augmentation):
             return picture.convert("RGB")
         except UnidentifiedImageError as error:
             # PIL's own words name the buffer's address in memory
-            raise BadSample("not a readable picture: of no known format") from error
+            known = ", ".join(self.config.formats)
+            raise BadSample(f"not a readable picture: of none of the formats {known} (option `formats`)") from error
         except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
             raise BadSample(f"not a readable picture: {error}") from error
 
@@ -122,6 +137,21 @@ class PictureAugmentation(Augmentation):
         mean = torch.tensor(self.config.mean).view(3, 1, 1) * 255
         std = torch.tensor(self.config.std).view(3, 1, 1) * 255
         return (pixels - mean).div_(std)
+
+
+def to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits -> of 8 (L, or LA where one value is transparent), which Pillow would clip to white.
+
+    Raises `BadSample` for 32 bits a pixel: whether they end at 1, 255 or elsewhere, no file says.
+    """
+    if not picture.mode.startswith("I;16"):
+        raise BadSample(f"not a readable picture: 32 bits a pixel (mode {picture.mode}); store it with 8 or 16")
+    values = np.asarray(picture)
+    grey = Image.fromarray((values.astype(np.float32) / 257).round().astype(np.uint8))
+    transparent = picture.info.get("transparency")
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def crop_box(

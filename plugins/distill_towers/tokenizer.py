@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 49408
+LONGEST = 32
+"""No token stands for more characters than this: the longest of the vocabulary are of 24."""
 
 
 @cache
@@ -28,8 +30,17 @@ class ClipTokenizer:
 
     def __call__(self, texts: list[str]) -> Tensor:
         """ids [N, context] int64: start, tokens (cut to fit), end = the largest id of the row, zeros."""
-        ids = _tokenizer().tokenize_batch([clean(text) for text in texts], context_length=self.context)
+        ids = _tokenizer().tokenize_batch([self._shortened(text) for text in texts], context_length=self.context)
         return torch.from_numpy(ids.astype("int64"))
+
+    def _shortened(self, text: str) -> str:
+        """The text, clean, and cut where its tokens cannot fit any more.
+
+        The tokenizer's time grows with the square of a word's length: a megabyte without spaces takes minutes. Cut
+        before it is cleaned, too, at many times that length, for entities and broken encodings get shorter.
+        """
+        length = self.context * LONGEST
+        return clean(text[: 32 * length])[:length]
 
     def pieces(self, text: str) -> list[str]:
         """What each token of a text stands for, `<start> ` and `<end> ` included; a space ends a word.

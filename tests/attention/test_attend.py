@@ -193,7 +193,7 @@ def test_what_cannot_be_told_is_left_out_and_said(runs: Path, picture: Path, cal
     [
         (("cosmos",), "give --image FILE, --text WORDS, or both"),
         (("cosmos", "--image", "nowhere.png"), "--image nowhere.png: not a readable picture"),
-        (("cosmos", "--image", "NOTES"), "not a readable picture: of no known format"),
+        (("cosmos", "--image", "NOTES"), "not a readable picture: of none of the formats jpeg, png, webp"),
         (("missing", "--text", "x"), "no such run folder"),
         (("plain", "--text", "x", "--teacher"), "trained no teacher"),
         (("cosmos", "--text", "x", "--out", "NOTES/a"), "is no folder"),

@@ -247,7 +247,7 @@ def test_bad_samples_are_skipped_and_named(sees_colours: Any) -> None:
         "coloured": "image: the mask is RGB; its pixels must be class numbers (mode L, P or I)",
         "torn": "image: the mask is not a picture of a known format",
         "bare": "image: no mask: no field mask.png",
-        "blind": "image: not a readable picture: of no known format",
+        "blind": "image: not a readable picture: of none of the formats jpeg, png, webp, gif, bmp (option `formats`)",
     }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from distill_core.types import GLOBAL, Outputs, Sample, View
-from distill_towers.captions import CaptionAugmentation, TakeConfig, text_of
+from distill_towers.captions import OneText, TakeConfig
 from distill_towers.contrastive import ContrastiveLoss
 from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
 
@@ -37,11 +37,10 @@ class RandomCrop(PictureAugmentation):
         return [View(self.normalise(flip(picture, self.config.flip, rng)))]
 
 
-class WholeCaption(CaptionAugmentation):
+class WholeCaption(OneText):
     """One text a sample."""
 
     name = "caption"
-    Config = TakeConfig
 
     @classmethod
     def roles(cls, config: TakeConfig) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ class WholeCaption(CaptionAugmentation):
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
-        text, source = text_of(self.pool(sample), self.config.take, rng)
+        text, source = self.text(sample, rng)
         return [View(text, source=source)]
 
 

@@ -87,7 +87,7 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
     """What the user named, and the sentences of texts of several. Raises `UserError`."""
     from distill_core.errors import BadSample, UserError
     from distill_explore.attention import see
-    from distill_towers.captions import sentences
+    from distill_towers.captions import CaptionAugmentation
 
     found: list[Seen] = []
     more: list[Seen] = []
@@ -95,9 +95,12 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
         if items and modality not in model.modalities:
             raise UserError(f"--{modality}: the run has no modality {modality!r}, but {', '.join(model.modalities)}")
         for item in items:
-            parts = sentences(item) if modality == "text" else []  # as a text crop cuts it
+            augment = model.augment[modality]
+            parts = (
+                augment.sentences(item) if isinstance(augment, CaptionAugmentation) else []
+            )  # as a text crop cuts it
             try:
-                views = [model.augment[modality].plain(one) for one in [item, *(parts if len(parts) > 1 else ())]]
+                views = [augment.plain(one) for one in [item, *(parts if len(parts) > 1 else ())]]
             except BadSample as error:
                 raise UserError(f"--{modality} {item}: {error}") from error
             whole, *rest = see(model, modality, views)

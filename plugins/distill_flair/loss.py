@@ -18,8 +18,10 @@ from distill_towers.contrastive import Sigmoid, SigmoidConfig
 
 
 class FlairConfig(SigmoidConfig):
-    """Defaults are the public code's."""
+    """Defaults are the public code's: it starts from CLIP's scale, 1 / 0.07, and SigLIP's bias, -10."""
 
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """The scale starts at 1 / temperature, 14.29."""
     weight: Annotated[float, Field(ge=0)] = 0.5
     """Factor of both terms in the total: the public code takes their mean."""
     modalities: tuple[str, str] = ("image", "text")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, linear, mse_loss
 
 from distill_core.components import Loss, LossConfig, Needs, Plan
 from distill_core.errors import UserError
@@ -25,7 +25,10 @@ Patch = Annotated[int, Field(gt=0)]
 
 
 class PredictionHead(nn.Module):
-    """Linear, GELU, LayerNorm, linear: what FLAVA (and BERT) puts behind a hidden token."""
+    """Linear, GELU, LayerNorm, linear: what FLAVA (and BERT) puts after a hidden token.
+
+    The last layer is computed in fp32 under autocast, too: in bf16, logits of some ten are good to a sixteenth.
+    """
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -35,8 +38,10 @@ class PredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, W] -> fp32 (or wider) [N, outputs]."""
-        out: Tensor = self.decoder(self.norm(nn.functional.gelu(self.dense(x))))
-        return out.to(torch.promote_types(out.dtype, torch.float32))
+        hidden: Tensor = self.norm(nn.functional.gelu(self.dense(x)))
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(torch.promote_types(hidden.dtype, self.decoder.weight.dtype), torch.float32)
+            return linear(hidden.to(wide), self.decoder.weight.to(wide), self.decoder.bias.to(wide))
 
 
 def masked_group(who: str, outputs: Outputs, modality: str, role: str) -> tuple[int, Group, Tensor, Tensor]:

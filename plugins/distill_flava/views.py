@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, TakeConfig, text_of
+from distill_towers.captions import OneText, TakeConfig
 from distill_towers.masking import MASKED
 from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
 
@@ -37,11 +37,10 @@ class FlavaImage(PictureAugmentation):
         return [View(pixels, GLOBAL), View(pixels, MASKED)]
 
 
-class FlavaText(CaptionAugmentation):
+class FlavaText(OneText):
     """One text twice: a global view, and one of the role `masked`."""
 
     name = "flava_text"
-    Config = TakeConfig
 
     @classmethod
     def roles(cls, config: TakeConfig) -> tuple[str, ...]:
@@ -50,5 +49,5 @@ class FlavaText(CaptionAugmentation):
 
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
-        text, source = text_of(self.pool(sample), self.config.take, rng)
+        text, source = self.text(sample, rng)
         return [View(text, GLOBAL, source), View(text, MASKED, source)]

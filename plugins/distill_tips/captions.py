@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
+from distill_core.errors import BadSample
 from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
+from distill_towers.captions import LAYOUTS, CaptionAugmentation, CaptionConfig, example_sentences, join, lines
+
+WEB = ("raw_caption", "original_caption")
+"""The web's caption in the layouts that have one, DreamLIP's and PixelProse's."""
 
 
 class TwoCaptionsConfig(CaptionConfig):
-    """The pool's first sentence is the web's caption (DreamLIP's `raw_caption`, PixelProse's `original_caption`, the
-    first of `captions`, or of a `txt`); the rest is the synthetic one."""
+    """Which caption is the web's, and how much of the others a step sees."""
 
+    web: str | None = None
+    """The json's field that holds the web's caption; null takes DreamLIP's `raw_caption` or PixelProse's
+    `original_caption`. The synthetic caption is all others. A sample that lacks one of the two is bad, and skipped: a
+    synthetic text in the web's place would teach its class token the other's task."""
     sentences: Annotated[int, Field(gt=0)] | None = None
     """The most sentences of the synthetic caption, drawn at random and left in their order; null takes all."""
 
 
 class TwoCaptions(CaptionAugmentation):
-    """The web's caption, then the synthetic one; a sample of a single sentence gives it as both."""
+    """The web's caption, whole, then the synthetic one."""
 
     name = "two_captions"
     Config = TwoCaptionsConfig
@@ -30,10 +38,43 @@ class TwoCaptions(CaptionAugmentation):
         """Two global views."""
         return (GLOBAL, GLOBAL)
 
+    @classmethod
+    def example_sample(cls, config: TwoCaptionsConfig, rng: np.random.Generator) -> Sample:
+        """Both captions, in the layout of the options; DreamLIP's for `auto`."""
+        fields = LAYOUTS.get(config.layout, LAYOUTS["dreamlip"])
+        words = example_sentences(rng)
+        document = {**dict.fromkeys(fields, words), config.web or WEB[0]: "birds of the sea"}
+        sample = {"json": json.dumps(document).encode()}
+        return {**sample, "txt": ". ".join(words).encode()} if config.layout == "txt" else sample
+
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the place in the pool of the (first) sentence."""
-        pool = self.pool(sample)
-        rest = list(range(1, len(pool))) or [0]
+        """View.source is 0 of the web's caption, 1 + the number of its first sentence of the synthetic one."""
+        web = self.web(sample)
+        # a data set may have the web's caption among the sentences as well, as the emoji's name is
+        rest = [
+            sentence
+            for field, caption in self.captions(sample).items()
+            if field not in ((self.config.web,) if self.config.web is not None else WEB)
+            for sentence in caption
+            if sentence != web
+        ]
+        if not rest:
+            raise BadSample("no synthetic caption beside the web's")
+        chosen = list(range(len(rest)))
         if self.config.sentences is not None:
-            rest = sorted(int(i) for i in rng.permutation(rest)[: self.config.sentences])
-        return [View(pool[0]), View(join([pool[i] for i in rest]), source=rest[0])]
+            chosen = sorted(int(i) for i in rng.permutation(chosen)[: self.config.sentences])
+        return [View(web), View(join([rest[i] for i in chosen]), source=1 + chosen[0])]
+
+    def web(self, sample: Sample) -> str:
+        """The web's caption. Raises `BadSample` when there is none."""
+        if self.config.web is not None:
+            texts = self.read(sample, self.config.web)
+        else:
+            captions = self.texts(sample)
+            texts = next((captions[field] for field in WEB if field in captions), [])
+        if not texts:
+            raise BadSample(
+                f"no caption of the web: neither {' nor '.join(WEB)}; name the json's field that holds it by the "
+                "option `web`"
+            )
+        return join([line for text in texts for line in lines(text)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from string import whitespace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,9 +24,22 @@ DREAMLIP = (
     "longLLA_captions",
 )
 """The lists of a DreamLIP shard's json; the pool is their concatenation."""
+LAYOUTS = {"dreamlip": DREAMLIP, "pixelprose": ("original_caption", "caption"), "captions": ("captions",)}
+"""The json's fields of each layout, in the pool's order."""
+AS_THEY_ARE = ("original_caption", "captions")
+"""Fields whose texts are sentences already: COSMOS's public code does not split PixelProse's original caption."""
 
-# a sentence ends at . ! or ? before white space, but not after an initial or a common title
-_END = re.compile(r"(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)(?<!\bMrs\.)(?<!\bvs\.)(?<=[.!?])\s+")
+STOPS = ".\u3002\uff0e\uff61"
+"""Full stops: the Latin one, the ideographic one, and the two in other widths."""
+_BREAK = r"\n|</s>"
+_FULL_STOPS = re.compile(rf"{_BREAK}|[{STOPS}]")
+# a sentence ends at . ! or ? before white space, but not after an initial or a title; ideographic marks need no space
+_SENTENCES = re.compile(
+    rf"{_BREAK}|(?<=[\u3002\uff0e\uff61\uff01\uff1f])|(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)"
+    r"(?<!\bMrs\.)(?<!\bvs\.)(?<=[.!?])\s+"
+)
+
+Split = Literal["full_stops", "sentences"]
 
 
 class CaptionConfig(ComponentConfig):
@@ -33,25 +47,45 @@ class CaptionConfig(ComponentConfig):
 
     layout: Literal["auto", "dreamlip", "pixelprose", "captions", "txt"] = "auto"
     """Where a sample keeps its captions: json with DreamLIP's lists; json with PixelProse's `original_caption` and
-    `caption`; json with a list `captions`; or plain `txt`. `auto` looks at each sample."""
+    `caption`; json with a list `captions` of sentences; or plain `txt`. `auto` looks at each sample."""
+    split: Split = "full_stops"
+    """Where a caption is cut into sentences. `full_stops`: at every full stop, line break and `</s>`, as the public
+    codes of COSMOS, FLAIR and DreamLIP do, and at a Chinese or Japanese full stop; "3.5 m" is cut, too. `sentences`: at
+    line breaks, `</s>`, and marks (. ! ?) that end a word, but not after initials and titles."""
 
 
 class TakeConfig(CaptionConfig):
     """Which text a step sees."""
 
     take: Literal["all", "one"] = "all"
-    """All sentences joined, or one drawn at random."""
+    """The whole caption, or one of its sentences drawn at random."""
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, without white space around them or a full stop behind them; none is empty."""
-    parts = (part.strip().rstrip(".").rstrip() for part in _END.split(text.strip()))
-    return [part for part in parts if part]
+def sentences(text: str, split: Split = "full_stops") -> list[str]:
+    """The sentences of a text, without white space around them or a full stop after them; none is empty."""
+    cut = _FULL_STOPS if split == "full_stops" else _SENTENCES
+    return [part for part in (tidy(part) for part in cut.split(text)) if part]
+
+
+def tidy(text: str) -> str:
+    """Without white space around it, and without full stops after it."""
+    return text.strip().rstrip(STOPS + whitespace)
+
+
+def lines(text: str) -> list[str]:
+    """A text cut at line breaks and `</s>` alone; none is empty."""
+    return [line for line in (tidy(part) for part in re.split(_BREAK, text)) if line]
 
 
 def join(parts: Sequence[str]) -> str:
-    """Sentences as one text: a full stop behind each but the last, unless it ends in a mark of its own."""
-    return " ".join([part if part.endswith(("?", "!")) else f"{part}." for part in parts[:-1]] + list(parts[-1:]))
+    """Sentences as one text: a full stop after each but the last, unless it ends in a mark of its own."""
+    marks = ("?", "!", "\uff1f", "\uff01")
+    return " ".join([part if part.endswith(marks) else f"{part}." for part in parts[:-1]] + list(parts[-1:]))
+
+
+def example_sentences(rng: np.random.Generator) -> list[str]:
+    """Four of six words each."""
+    return [" ".join(rng.choice(["a", "red", "old", "bird", "boat", "by", "the", "sea"], 6)) for _ in range(4)]
 
 
 def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
@@ -60,56 +94,67 @@ def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]
     return whole + [int(i) for i in rng.permutation(population)[: count % population]]
 
 
-def text_of(pool: Sequence[str], take: Literal["all", "one"], rng: np.random.Generator) -> tuple[str, int]:
-    """(all sentences joined, 0), or (one drawn at random, its place in the pool)."""
-    if take == "all":
-        return join(pool), 0
-    chosen = int(rng.integers(len(pool)))
-    return pool[chosen], chosen
-
-
 class CaptionAugmentation(Augmentation):
     """Base of text augmentations: finds the sample's sentences; the evaluation view is the whole caption."""
 
     config: Any
 
     @classmethod
-    def example_sample(cls, config: CaptionConfig, rng: np.random.Generator) -> Sample:
+    def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
         """Four sentences, in the layout of the options."""
-        words = [" ".join(rng.choice(["a", "red", "old", "bird", "boat", "by", "the", "sea"], 6)) for _ in range(4)]
+        words = example_sentences(rng)
         if config.layout in ("auto", "txt"):
             return {"txt": ". ".join(words).encode()}
-        keys = {"dreamlip": DREAMLIP, "pixelprose": ("original_caption", "caption"), "captions": ("captions",)}
-        return {"json": json.dumps(dict.fromkeys(keys[config.layout], words)).encode()}
+        return {"json": json.dumps(dict.fromkeys(LAYOUTS[config.layout], words)).encode()}
 
-    def pool(self, sample: Sample) -> list[str]:
-        """All sentences of the sample, in order. Raises `BadSample` when there is none."""
+    def sentences(self, text: str) -> list[str]:
+        """A text's sentences, cut as the option `split` says."""
+        return sentences(text, self.config.split)
+
+    def texts(self, sample: Sample) -> dict[str, list[str]]:
+        """The captions by their field, in the layout's order: each one text, or several that make it up.
+
+        Raises `BadSample` when there is none.
+        """
         document, layout = _json(sample), self.config.layout
         if layout == "auto":
             layout = _layout(document)
         if layout == "txt":
-            found = sentences(_text(sample))
-        elif layout == "dreamlip":
-            found = [part for key in DREAMLIP for text in _texts(document, key) for part in sentences(text)]
-        elif layout == "pixelprose":
-            found = [text.strip().rstrip(".") for text in _texts(document, "original_caption")]
-            found += [part for text in _texts(document, "caption") for part in sentences(text)]
+            texts = {"txt": [_text(sample)]}
         else:
-            found = [text.strip().rstrip(".") for text in _texts(document, "captions")]
-        found = [text for text in found if text.strip()]
-        if not found:
+            texts = {field: _texts(document, field) for field in LAYOUTS[layout]}
+        texts = {field: [text for text in parts if lines(text)] for field, parts in texts.items()}
+        texts = {field: parts for field, parts in texts.items() if parts}
+        if not texts:
             raise BadSample(f"no caption in the {layout} layout")
-        return found
+        return texts
+
+    def captions(self, sample: Sample) -> dict[str, list[str]]:
+        """The captions by their field, each as its sentences. Raises `BadSample` when there is none."""
+        return {
+            field: [tidy(text) for text in texts]
+            if field in AS_THEY_ARE
+            else [sentence for text in texts for sentence in self.sentences(text)]
+            for field, texts in self.texts(sample).items()
+        }
+
+    def pool(self, sample: Sample) -> list[str]:
+        """The sentences of all captions, in order. Raises `BadSample` when there is none."""
+        return [sentence for caption in self.captions(sample).values() for sentence in caption]
+
+    def whole(self, sample: Sample) -> str:
+        """All captions as one text, not cut but at line breaks and `</s>`. Raises `BadSample` when there is none."""
+        return join([line for texts in self.texts(sample).values() for text in texts for line in lines(text)])
 
     def read(self, sample: Sample, field: str | None = None) -> list[str]:
-        """The whole caption (all sentences), or what a field of the json holds: one text, or each of a list.
+        """The whole caption, or what a field of the json holds: one text, or each of a list.
 
         Where the json has `references` (an evaluation's captions of the picture, each a whole one), each of them.
         """
         if field is None and "references" in _json(sample):
             field = "references"
         if field is None:
-            return [join(self.pool(sample))]
+            return [self.whole(sample)]
         found = [text for text in _texts(_json(sample), field) if text.strip()]
         if not found:
             raise BadSample(f"no text in the json's field {field!r}")
@@ -120,6 +165,20 @@ class CaptionAugmentation(Augmentation):
         if not isinstance(item, str):
             raise BadSample(f"not a text: {type(item).__name__}")
         return View(item)
+
+
+class OneText(CaptionAugmentation):
+    """Base of text augmentations whose views are all of one text; options `TakeConfig`."""
+
+    Config = TakeConfig
+
+    def text(self, sample: Sample, rng: np.random.Generator) -> tuple[str, int]:
+        """(the whole caption, 0), or (a sentence drawn at random, its place in the pool). Raises `BadSample`."""
+        if self.config.take == "all":
+            return self.whole(sample), 0
+        pool = self.pool(sample)
+        chosen = int(rng.integers(len(pool)))
+        return pool[chosen], chosen
 
 
 def _json(sample: Sample) -> Mapping[str, Any]:

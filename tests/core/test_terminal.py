@@ -272,10 +272,7 @@ def test_components_on_a_narrow_terminal() -> None:
     assert max(map(len, lines)) <= 70
     assert "fusion" in [line.strip() for line in lines]
     text = " ".join(" ".join(lines).split())
-    assert (
-        "two_captions The web's caption, then the synthetic one; a sample of a single sentence gives it as both."
-        in text
-    )
+    assert "two_captions The web's caption, whole, then the synthetic one." in text
 
 
 def test_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill_clip.components import WholeCaption
 from distill_core.errors import BadSample
 from distill_cosmos.text_crop import TextCrop
-from distill_towers.captions import draw, sentences
+from distill_towers.captions import TakeConfig, draw, sentences
 
 POOL = [f"sentence {chr(97 + i)}" for i in range(12)]
 
@@ -102,12 +103,19 @@ def test_layouts() -> None:
         "other": 3,
     }
     assert crop().pool(sample(dreamlip)) == [
+        "a raw one", "short ib", "Long one", "And two", "short sv", "short lla", "The end? Yes", "Mr",
+        "Smith sat down",
+    ]  # fmt: skip
+    assert crop(split="sentences").pool(sample(dreamlip)) == [
         "a raw one", "short ib", "Long one", "And two", "short sv", "short lla", "The end?", "Yes",
         "Mr. Smith sat down",
     ]  # fmt: skip
     prose = {"original_caption": "Cat. On a mat", "caption": "This is a cat. It sits on a mat. "}
     assert crop().pool(sample(prose)) == ["Cat. On a mat", "This is a cat", "It sits on a mat"]
-    assert crop().pool(sample(txt=b"One thing. Another!  A third")) == ["One thing", "Another!", "A third"]
+    assert crop().pool(sample(txt=b"One thing. Another!  A third")) == ["One thing", "Another!  A third"]
+    assert crop(split="sentences").pool(sample(txt=b"One thing. Another!  A third")) == [
+        "One thing", "Another!", "A third",
+    ]  # fmt: skip
     assert crop(layout="txt").pool(sample({"captions": ["x"]}, txt=b"from txt")) == ["from txt"]
     assert crop(layout="dreamlip").pool(sample({"raw_caption": ["as", "a list"]})) == ["as", "a list"]
 
@@ -125,6 +133,7 @@ def test_layouts() -> None:
         sample(txt=b"\xff\xfe"),
         sample(txt=b"  "),
         sample({"raw_caption": None, "longIB_captions": []}),
+        sample(txt=b" </s>\n. . </s>"),
     ],
 )
 def test_a_sample_without_a_caption_is_bad(bad: dict[str, Any]) -> None:
@@ -141,7 +150,46 @@ def test_evaluation_reads_the_whole_caption_or_a_field() -> None:
         crop().read(sample(document), "missing")
 
 
-def test_sentences_keep_abbreviations_together() -> None:
-    assert sentences("J. S. Bach sat. St. Paul's is near! Dr. Who? no") == [
-        "J. S. Bach sat", "St. Paul's is near!", "Dr. Who?", "no",
+CAPTIONS = [
+    "A dog. It runs 3.5 m.",
+    "a dog\nit runs</s>fast",
+    "one</s></s>. . two...three",
+    " \n. no full stop",
+    "J. S. Bach? Yes! He sat",
+    "",
+]
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_captions_are_cut_as_the_public_codes_cut_them(caption: str) -> None:
+    """COSMOS, FLAIR and DreamLIP: at every full stop, line break and `</s>`; white space and empty parts are dropped."""
+    parts, current = [], ""
+    for character in caption.replace("</s>", "\n"):
+        if character in "\n.":
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    parts = [part.strip() for part in [*parts, current] if part.strip()]
+    assert sentences(caption) == parts
+
+
+def test_chinese_and_japanese_full_stops_end_a_sentence() -> None:
+    text = "\u4e00\u53ea\u732b\u3002\u5b83\u5750\u7740\uff01\u597d"
+    assert sentences(text) == ["\u4e00\u53ea\u732b", "\u5b83\u5750\u7740\uff01\u597d"]
+    assert sentences(text, "sentences") == ["\u4e00\u53ea\u732b", "\u5b83\u5750\u7740\uff01", "\u597d"]
+
+
+def test_sentences_keep_abbreviations_and_numbers_together() -> None:
+    assert sentences("J. S. Bach sat. St. Paul's is near! Dr. Who? no</s>3.5 m\nhigh.", "sentences") == [
+        "J. S. Bach sat", "St. Paul's is near!", "Dr. Who?", "no", "3.5 m", "high",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["full_stops", "sentences"])
+def test_evaluation_and_whole_captions_are_not_cut(split: str) -> None:
+    """A text that is read as one must not become "3. 5 m"."""
+    told = sample(txt=b"A tower of 3.5 m by J. S. Bach.</s>It stands\n")
+    assert crop(split=split).read(told) == ["A tower of 3.5 m by J. S. Bach. It stands"]
+    whole = WholeCaption(TakeConfig.model_validate({"split": split}))
+    assert whole.views(told, np.random.default_rng(0))[0].data == "A tower of 3.5 m by J. S. Bach. It stands"

@@ -215,6 +215,13 @@ def test_a_fusion_in_which_texts_do_not_ask_is_named(registry: Registry, step: M
         made.losses(outputs)
 
 
+def test_scale_and_bias_start_as_in_the_public_code() -> None:
+    """Its model starts with CLIP's scale, ln(1 / 0.07), though its bias is SigLIP's, whose scale is 10."""
+    loss = Flair(FlairConfig(), PLAN)
+    assert loss.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert loss.logit_bias.item() == -10
+
+
 def test_scale_is_clamped(step: ModuleType) -> None:
     made: Objective = step.objective()
     loss: Any = made.loss["flair"]

@@ -17,6 +17,7 @@ from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.types import Batch, Group, Outputs, Progress, View, Views
+from distill_flava.losses import PredictionHead
 from distill_flava.views import FlavaImage, FlavaImageConfig, FlavaText
 from distill_towers.captions import TakeConfig
 
@@ -344,3 +345,23 @@ def test_views_are_the_same_twice() -> None:
     assert all(("one", "two", "three")[a.source] == a.data for a, _ in drawn)
     with pytest.raises(BadSample):
         text.views({"txt": b""}, np.random.default_rng(0))
+
+
+def test_the_vocabularys_logits_are_of_fp32_under_autocast() -> None:
+    """A last layer in bf16 rounds logits of some ten to a sixteenth, whatever type they are cast to afterwards."""
+    torch.manual_seed(0)
+    head = PredictionHead(32, 500)
+    with torch.no_grad():
+        head.decoder.weight.mul_(20)
+    x = torch.randn(6, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head(x)
+        hidden = head.norm(nn.functional.gelu(head.dense(x)))
+    assert logits.dtype == torch.float32
+    expected = hidden.double() @ head.decoder.weight.double().T + head.decoder.bias.double()
+    assert expected.abs().max() > 10
+    assert (logits - expected).abs().max() < 1e-4
+    logits.sum().backward()
+    assert head.decoder.weight.grad is not None
+    assert head.decoder.weight.grad.dtype == torch.float32
+    assert head.double()(x.double()).dtype == torch.float64

@@ -15,7 +15,7 @@ import pytest
 import torch
 from beside import load_beside
 
-from distill_core.errors import RecipeErrors
+from distill_core.errors import BadSample, RecipeErrors
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_core.types import Progress
@@ -93,35 +93,57 @@ def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, steps: Module
     assert (alone - joint["gradients"]["loss.two_token_contrastive.projection"]).abs().max() > 1e-4
 
 
-def captions(*texts: str) -> dict[str, bytes]:
-    return {"json": json.dumps({"captions": list(texts)}).encode()}
+def told(**fields: object) -> dict[str, bytes]:
+    return {"json": json.dumps(fields).encode()}
 
 
-def test_two_captions() -> None:
-    """Catches a web caption that is in both texts, a synthetic one that loses its order, and a sample of one sentence
-    that is thrown away."""
-    texts = [f"sentence {i}" for i in range(6)]
-    rng = np.random.default_rng(0)
-    whole = TwoCaptions(TwoCaptionsConfig())
-    first, second = whole.views(captions(*texts), rng)
-    assert (first.data, first.role, first.source) == ("sentence 0", "global", 0)
-    assert (second.data, second.role, second.source) == (". ".join(texts[1:]), "global", 1)
+def texts_of(sample: dict[str, bytes], **options: object) -> list[str]:
+    views = TwoCaptions(TwoCaptionsConfig.model_validate(options)).views(sample, np.random.default_rng(0))
+    assert tuple(view.role for view in views) == TwoCaptions.roles(TwoCaptionsConfig())
+    return [view.data for view in views]
+
+
+def test_the_webs_caption_is_the_whole_one_of_its_field() -> None:
+    """Its first sentence was taken for it, and the rest for the synthetic caption."""
+    dreamlip = told(raw_caption="Cat. On a mat, 3.5 m", shortIB_captions=["one. two."], longLLA_captions="three")
+    assert texts_of(dreamlip) == ["Cat. On a mat, 3.5 m", "one. two. three"]
+    assert texts_of(told(original_caption="Cat. On a mat", caption="A cat. It sits.")) == [
+        "Cat. On a mat", "A cat. It sits",
+    ]  # fmt: skip
+    emoji = told(captions=["cat", "a picture of a cat", "it meows"], name="cat")
+    assert texts_of(emoji, web="name") == ["cat", "a picture of a cat. it meows"]
+    assert texts_of(told(captions=["it meows"], alt="Cat"), web="alt") == ["Cat", "it meows"]
+
+
+@pytest.mark.parametrize(
+    ("sample", "options", "reason"),
+    [
+        (told(captions=["a cat", "it sits"]), {}, "no caption of the web: neither raw_caption nor original_caption"),
+        ({"txt": b"A cat. It sits."}, {}, "name the json's field that holds it by the option `web`"),
+        (told(captions=["a cat"]), {"web": "name"}, "no text in the json's field 'name'"),
+        (told(raw_caption="web"), {}, "no synthetic caption beside the web's"),
+        (told(longIB_captions=["one"]), {}, "no caption of the web"),
+    ],
+)
+def test_a_sample_without_one_of_the_two_is_bad(
+    sample: dict[str, bytes], options: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(BadSample, match=reason):
+        texts_of(sample, **options)
+
+
+def test_synthetic_sentences_are_drawn_and_stay_in_order() -> None:
     drawn = TwoCaptions(TwoCaptionsConfig(sentences=3))
-    seen = set()
+    rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
-        first, second = drawn.views(captions(*texts), rng)
-        parts = [int(part.removeprefix("sentence ")) for part in second.data.split(". ")]
-        assert first.data == "sentence 0"
+        first, second = drawn.views(told(raw_caption="web", longIB_captions=[f"s {i}" for i in range(5)]), rng)
+        parts = [int(part.removeprefix("s ")) for part in second.data.split(". ")]
+        assert (first.data, first.source) == ("web", 0)
         assert len(parts) == 3
-        assert parts == sorted(set(parts) - {0})
-        assert second.source == parts[0]
+        assert parts == sorted(set(parts))
+        assert second.source == 1 + parts[0]
         seen.add(tuple(parts))
     assert len(seen) == 10, "all of the choices of 3 of 5"
-    alone = whole.views(captions("a cat"), rng)
-    assert [view.data for view in alone] == ["a cat", "a cat"]
-    assert len(alone) == len(TwoCaptions.roles(TwoCaptionsConfig()))
-    dreamlip = {"json": json.dumps({"raw_caption": "web", "shortIB_captions": ["one. two."]}).encode()}
-    assert [view.data for view in whole.views(dreamlip, rng)] == ["web", "one. two"]
 
 
 def test_masked_copies_are_the_global_crops() -> None:

@@ -162,7 +162,7 @@ CAPTIONS = [
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_captions_are_cut_as_the_public_codes_cut_them(caption: str) -> None:
-    """COSMOS, FLAIR and DreamLIP: at every full stop, line break and `</s>`; white space and empty parts are dropped."""
+    """COSMOS, FLAIR and DreamLIP: at every full stop, line break and `</s>`; empty parts are dropped."""
     parts, current = [], ""
     for character in caption.replace("</s>", "\n"):
         if character in "\n.":

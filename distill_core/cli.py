@@ -227,7 +227,11 @@ def evaluate_run(run: str, **options: Any) -> None:
 @JSON
 @without_option
 def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
-    """Check recipes without touching data or weights; prints every error."""
+    """Check recipes without touching data or weights; prints every error.
+
+    A device that is not available here is a warning: a recipe may be checked where it will not run.
+    """
+    from distill_core.process import resolve_device
     from distill_core.resolve import load_recipe
 
     registry = _registry()
@@ -236,9 +240,15 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
         errors: list[str] = []
         warnings: list[str] = []
         try:
-            warnings += load_recipe(name, registry=registry, overrides=overrides, allow_unset=True).warnings
+            loaded = load_recipe(name, registry=registry, overrides=overrides, allow_unset=True)
         except UserError as error:
             errors += str(error).splitlines()
+        else:
+            warnings += loaded.warnings
+            try:
+                resolve_device(loaded.train.device)
+            except UserError as error:
+                warnings.append(f"{name}: {error}")
         rows.append({"recipe": name, "ok": not errors, "errors": errors, "warnings": warnings})
         if not as_json:
             for line in [*errors, *(f"warning: {warning}" for warning in warnings if not quiet)]:

@@ -10,7 +10,7 @@ What a component needs of the rest of a recipe it says in `needs`, before any da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -80,6 +80,12 @@ class Augmentation(Component, ABC):
     def roles(cls, config: Any) -> tuple[str, ...]:
         """The role of each view that `views` returns, globals first."""
 
+    @classmethod
+    def shapes(cls, config: Any) -> tuple[tuple[int, ...], ...] | None:
+        """The shape of the data of each view that `views` returns, where the options tell: backbones refuse those that
+        they cannot encode (`Backbone.view_problems`) before anything is read."""
+        return None
+
     @abstractmethod
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The sample's training views. Raises `BadSample` when it cannot be used."""
@@ -133,7 +139,10 @@ class Dims:
 
 
 class Backbone(nn.Module, Component, ABC):
-    """One modality: views -> features. `forward` is its only entry."""
+    """One modality: views -> features. `forward` is its only entry.
+
+    It may be built under `torch.device("meta")`, to learn the names of its parameters: it reads no weights then.
+    """
 
     kind: ClassVar[str] = "backbone"
 
@@ -145,6 +154,11 @@ class Backbone(nn.Module, Component, ABC):
     @abstractmethod
     def dims(cls, config: Any) -> Dims:
         """Widths, without building anything."""
+
+    @classmethod
+    def view_problems(cls, config: Any, views: ModalityPlan) -> Iterable[str]:
+        """Reasons, one line each, why it cannot encode the views of its modality: their roles, or their shapes."""
+        return ()
 
     @classmethod
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -208,18 +208,28 @@ class Objective(nn.Module):
         if self.teacher is not None and self.teacher.config.update == "after_optimizer":
             self.teacher.move(progress)
 
+    def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """All but the teacher's."""
+        return [(name, p) for name, p in self.named_parameters() if not name.startswith("teacher.")]
+
+    def unknown_parts(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """(path, message) of those that name no part of the model with parameters that could be trained."""
+        names = [name.split(".") for name, _ in self._own_parameters()]
+        prefixes = sorted({".".join(parts[:i]) for parts in names for i in range(1, len(parts) + 1)})
+        for path in paths:
+            if path not in prefixes:
+                near = [p for p in prefixes if p.count(".") == path.count(".")]
+                yield path, f"{path!r} names no part of the model{did_you_mean(path, near)}"
+
     def trainable(self, freeze: Sequence[str], factors: Mapping[str, float]) -> list[tuple[str, nn.Parameter, float]]:
         """(name, parameter, learning-rate factor) of what is trained; `freeze` and `factors` go by path prefix.
 
         Raises `UserError` for a path that names nothing.
         """
-        own = [(name, p) for name, p in self.named_parameters() if not name.startswith("teacher.")]
-        prefixes = sorted({".".join(name.split(".")[:i]) for name, _ in own for i in range(1, name.count(".") + 2)})
+        own = self._own_parameters()
         for section, paths in (("freeze", freeze), ("train.lr_factors", factors)):
-            for path in paths:
-                if path not in prefixes:
-                    near = [p for p in prefixes if p.count(".") == path.count(".")]
-                    raise UserError(f"{section}: {path!r} names no part of the model{did_you_mean(path, near)}")
+            for _, message in self.unknown_parts(paths):
+                raise UserError(f"{section}: {message}")
 
         def under(name: str, path: str) -> bool:
             return name == path or name.startswith(path + ".")

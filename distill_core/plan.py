@@ -30,6 +30,8 @@ class ModalityPlan:
     """The kinds of attention that `Backbone.dense` can take in its last layer; empty where it has no dense path."""
     augment: ComponentConfig | None = None
     """The options of its augmentation; None where they are not known."""
+    shapes: tuple[tuple[int, ...], ...] | None = None
+    """The shape of each view's data; None where the augmentation's options do not tell."""
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""

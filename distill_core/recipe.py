@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from distill_core.components import Component, ComponentConfig, Needs, Plan
 from distill_core.errors import UserError
@@ -89,6 +90,18 @@ class TrainConfig(ComponentConfig):
     """Steps between rows of metrics.jsonl."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save, and what to keep."""
+
+    @field_validator("device")
+    @classmethod
+    def _is_device(cls, name: str) -> str:
+        """Whether there is such a device shows when it is used: a recipe may be checked on another machine."""
+        try:
+            known = name == "auto" or torch.device(name).type != "meta"
+        except RuntimeError:
+            known = False
+        if not known:
+            raise ValueError(f"{name!r} is no device; take auto, cpu, cuda, or one of several as cuda:1")
+        return name
 
 
 class EvaluateConfig(ComponentConfig):

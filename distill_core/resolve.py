@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -19,7 +22,7 @@ from distill_core.components import ComponentConfig, ModalityPlan, Plan
 from distill_core.document import Document, Path, located, read_document, read_file
 from distill_core.errors import RecipeErrors, UserError, did_you_mean
 from distill_core.messages import messages
-from distill_core.recipe import Frame, Node, Recipe, TrainConfig
+from distill_core.recipe import EvaluateConfig, Frame, Node, Recipe, TeacherConfig, TrainConfig
 from distill_core.registry import Registry
 from distill_core.splits import split_problems
 
@@ -48,6 +51,8 @@ DEFAULTS: dict[Path, str] = {
 
 OPTIONAL: tuple[Path, ...] = (("teacher",), ("evaluate",), ("evaluate", "tasks"), ("init",), ("freeze",))
 """Sections that `null` and `none` empty."""
+
+Section = TypeVar("Section", bound=ComponentConfig)
 
 Override = str | tuple[str, str]
 """`path=value`, or that and where it was written."""
@@ -146,13 +151,22 @@ class _Resolver:
         self._components()
         plan = self._plan()
         self._compatibility(plan)
-        if frame is not None:
-            self._whole(frame)
-        if self.errors or frame is None:
+        self._whole()
+        self._raise()
+        assert frame is not None
+        recipe = self._recipe(frame, plan, [*warnings, *self._left_behind()])
+        if recipe.freeze or recipe.train.lr_factors:
+            unchecked = self._parts(recipe)
+            self._raise()
+            recipe = replace(recipe, warnings=(*recipe.warnings, *unchecked))
+        return recipe
+
+    def _raise(self) -> None:
+        """All errors so far, in the order of the document."""
+        if self.errors:
             order = {line: i for i, line in enumerate(self.document.origins.values())}
             found = sorted(set(self.errors), key=lambda x: (order.get(x[0], -1), x[1]))
             raise RecipeErrors([line for _, line in found])
-        return self._recipe(frame, plan, [*warnings, *self._left_behind()])
 
     def _left_behind(self) -> Iterable[str]:
         """A line for each component that a bare name replaced, and that had options the new one has too.
@@ -306,7 +320,7 @@ class _Resolver:
                 continue
             modalities[name] = ModalityPlan(
                 roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens, dims.dense,
-                node.config,
+                node.config, node.cls.shapes(node.config),  # type: ignore[attr-defined]
             )  # fmt: skip
         fusion = isinstance(self._get(("fusion",)), dict)
         return Plan(modalities, has_teacher, fusion, set(modalities) == self._modalities())
@@ -329,6 +343,8 @@ class _Resolver:
             try:
                 needs = node.cls.needs(node.config, plan)
                 problems = list(node.cls.problems(node.config, plan))
+                if path[0] == "backbone" and path[1] in plan.modalities:
+                    problems += node.cls.view_problems(node.config, plan.modalities[str(path[1])])  # type: ignore[attr-defined]
             except KeyError as error:
                 # a component asks for a modality that the plan lacks
                 name = str(error.args[0])
@@ -341,18 +357,75 @@ class _Resolver:
             for problem in [*unmet(node.cls.name, needs, plan, self._modalities()), *problems]:
                 self.error(path, problem)
 
-    def _whole(self, frame: Frame) -> None:
-        if frame.train.steps is None and frame.train.epochs is None:
-            self.error(("train",), "give `steps` or `epochs`")
-        if frame.train.checkpoint.best is not None and frame.evaluate.every is None:
+    def _whole(self) -> None:
+        """What sections need of one another. Options that are wrong by themselves are taken for their defaults."""
+        train, evaluate = (self._get((section,)) for section in ("train", "evaluate"))
+        if isinstance(train, dict) and train.get("steps") is None:
+            source = self.nodes.get(("data", "source"))
+            if train.get("epochs") is None:
+                self.error(("train",), "give `steps` or `epochs`")
+            elif source is not None and not source.cls.knows_size(source.config):  # type: ignore[attr-defined]
+                self.error(
+                    ("train", "epochs"),
+                    f"{source.cls.name!r} does not say how many samples it has to train on: give `data.source.samples` "
+                    "where it has that option, or `train.steps`",
+                )
+        best = self._get(("train", "checkpoint", "best"))
+        if best is not None and not (isinstance(evaluate, dict) and evaluate.get("every") is not None):
             self.error(("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split")
-        for path, message in split_problems(self.nodes, frame.evaluate):
+        for path, message in split_problems(self.nodes, _valid(EvaluateConfig, evaluate)):
             self.error(path, message)
-        if not any(node is not None for node in frame.loss):
+        losses = self._get(("loss",))
+        if isinstance(losses, list) and losses and all(loss is None for loss in losses):
             self.error(("loss",), "no loss is left")
-        for name in frame.teacher.modalities or () if frame.teacher else ():
+        for name in _valid(TeacherConfig, self._get(("teacher",))).modalities or ():
             if name not in self._modalities():
                 self.error(("teacher", "modalities"), f"no modality {name!r}")
+        components = self._component_paths()
+        for at, part in self._part_paths():
+            name = part if part in components else ".".join(part.split(".")[: 1 if part.startswith("fusion.") else 2])
+            if name not in components:
+                self.error(at, f"{part!r} names no part of the model{did_you_mean(part, components)}")
+
+    def _component_paths(self) -> list[str]:
+        """The paths of the parts that a model is made of, as far as the document names them."""
+        backbones, losses = self._get(("backbone",)), self._get(("loss",))
+        found = [f"backbone.{name}" for name in backbones] if isinstance(backbones, dict) else []
+        for loss in losses if isinstance(losses, list) else ():
+            found += [f"loss.{loss.get('id') or loss.get('name')}"] if isinstance(loss, dict) else []
+        return [*found, *(["fusion"] if self._get(("fusion",)) is not None else []), "backbone", "loss"]
+
+    def _part_paths(self) -> Iterator[tuple[Path, str]]:
+        """(place in the recipe, path of a part of the model) of `freeze` and `train.lr_factors`."""
+        frozen, factors = self._get(("freeze",)), self._get(("train", "lr_factors"))
+        for i, part in enumerate(frozen if isinstance(frozen, list) else ()):
+            if isinstance(part, str):
+                yield ("freeze", i), part
+        for part in factors if isinstance(factors, dict) else ():
+            yield ("train", "lr_factors", part), part
+
+    def _parts(self, recipe: Recipe) -> list[str]:
+        """Check the paths of `freeze` and `lr_factors` against the model, built without memory. Returns warnings."""
+        from distill_core.objective import Objective
+
+        try:
+            with torch.device("meta"):
+                objective = Objective.from_recipe(recipe)
+        except Exception as error:  # a component of a plugin may need memory
+            why = next(iter(str(error).splitlines()), "")
+            return [
+                "freeze, train.lr_factors: their paths are checked only when training starts, for the model cannot be "
+                f"built without weights: {type(error).__name__}: {why}"
+            ]
+        for at, part in self._part_paths():
+            for _, message in objective.unknown_parts([part]):
+                self.error(at, message)
+        if not self.errors:
+            try:
+                objective.trainable(recipe.freeze, {})
+            except UserError as error:
+                self.error(("freeze",), str(error).removeprefix("freeze: "))
+        return []
 
     def _recipe(self, frame: Frame, plan: Plan, warnings: Sequence[str]) -> Recipe:
         def all_of(*prefix: str) -> list[Node]:
@@ -410,6 +483,16 @@ class _Resolver:
             file=self.document.name,
             warnings=tuple(warnings),
         )
+
+
+def _valid(model: type[Section], options: Any) -> Section:
+    """A section with those of its options that are right by themselves; the others have their defaults."""
+    right = {}
+    for name, value in options.items() if isinstance(options, dict) else ():
+        with suppress(ValidationError):
+            model.model_validate_json(json.dumps({name: value}))
+            right[name] = value
+    return model.model_validate_json(json.dumps(right))
 
 
 def _is_word(value: Any) -> bool:

@@ -68,6 +68,9 @@ def roles(case: Case) -> None:
         require(all(isinstance(view, View) for view in made), "`views` must return a list of View")
         found = tuple(view.role for view in made)
         require(found == declared, f"`views` makes {found}, `roles` says {declared}")
+        if (shapes := case.cls.shapes(case.config)) is not None:
+            sizes = tuple(tuple(view.data.shape) for view in made)
+            require(sizes == shapes, f"`views` makes data of {sizes}, `shapes` says {shapes}")
 
 
 @checks(KIND)

@@ -31,6 +31,11 @@ class RandomCrop(PictureAugmentation):
         """One global view."""
         return (GLOBAL,)
 
+    @classmethod
+    def shapes(cls, config: RandomCropConfig) -> tuple[tuple[int, ...], ...]:
+        """[3, S, S] of each."""
+        return ((3, config.size, config.size),) * len(cls.roles(config))
+
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """[3, S, S], normalised."""
         picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)

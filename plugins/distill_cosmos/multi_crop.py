@@ -69,6 +69,12 @@ class MultiCrop(PictureAugmentation):
         """Globals, locals, then the globals' copies."""
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local + (MASKED,) * config.masked
 
+    @classmethod
+    def shapes(cls, config: MultiCropConfig) -> tuple[tuple[int, ...], ...]:
+        """[3, S, S] of each."""
+        sides = {LOCAL: config.local_size}
+        return tuple((3, *[sides.get(role, config.size)] * 2) for role in cls.roles(config))
+
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source numbers the crops."""
         picture, config = self.read(sample)[0], self.config

@@ -30,6 +30,11 @@ class FlavaImage(PictureAugmentation):
         """Global, masked."""
         return (GLOBAL, MASKED)
 
+    @classmethod
+    def shapes(cls, config: FlavaImageConfig) -> tuple[tuple[int, ...], ...]:
+        """[3, S, S] of each."""
+        return ((3, config.size, config.size),) * len(cls.roles(config))
+
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Both views hold the same pixels."""
         picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)

@@ -110,7 +110,8 @@ class HfText(Backbone):
         super().__init__(config)
         hf: Any = need("transformers", "hf")
         folder = locate(config.folder, config.package)
-        self.model: Any = _load(hf, folder)
+        # on `meta` only the names and shapes are asked for: no weights are read
+        self.model: Any = hf.AutoModel.from_config(_config(config)) if torch.empty(0).is_meta else _load(hf, folder)
         if self.model.config.is_encoder_decoder:
             raise UserError(f"hf_text: {folder}: {self.model.config.model_type} has a decoder; take an encoder")
         if getattr(self.model, "pooler", None) is not None:

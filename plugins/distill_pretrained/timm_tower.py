@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, ModalityPlan
 from distill_core.errors import UserError, did_you_mean
 from distill_core.extras import need
 from distill_core.types import GLOBAL, LOCAL, Features, View
@@ -41,6 +42,8 @@ class Shape(NamedTuple):
     """Whether there are tokens: patches of a ViT or places of a feature map."""
     sized: bool
     """Whether it takes pictures of one size alone."""
+    patch: int
+    """Pixels of a patch's side; 1 where it has none."""
 
 
 def create(name: str, image_size: int) -> nn.Module:
@@ -77,7 +80,21 @@ def shape_of(name: str, image_size: int) -> Shape:
         raise UserError(f"{name!r} gives more than features of a picture, and cannot be a backbone")
     last = getattr(model, "output_fmt", "NCHW") in ("NHWC", "NLC")
     width = found.shape[1] if found.ndim == 4 and not last else found.shape[-1]
-    return Shape(width, pooled.shape[1], found.ndim in (3, 4), sized)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[-1]
+    return Shape(width, pooled.shape[1], found.ndim in (3, 4), sized, patch)
+
+
+def misfit(config: TimmTowerConfig, side: int) -> str | None:
+    """Why the model takes no pictures of this side, or None."""
+    shape = shape_of(config.model, config.image_size)
+    if shape.sized and side != config.image_size:
+        return (
+            f"{config.model!r} takes pictures of {config.image_size} px alone, not of {side}: take a ViT or a "
+            "convolutional network for crops of several sizes"
+        )
+    if side % shape.patch:
+        return f"crops of {side} px are not whole patches of {shape.patch} px"
+    return None
 
 
 class TimmTower(Backbone):
@@ -98,7 +115,7 @@ class TimmTower(Backbone):
         super().__init__(config)
         shape = shape_of(config.model, config.image_size)
         self.model = create(config.model, config.image_size)
-        self.sized, self.classes = shape.sized, shape.width == shape.pooled
+        self.classes = shape.width == shape.pooled
         self.proj = nn.Linear(shape.pooled, config.dim, bias=False)
 
     @classmethod
@@ -106,6 +123,12 @@ class TimmTower(Backbone):
         """Widths of the model. Raises `UserError` for a model that timm has not."""
         shape = shape_of(config.model, config.image_size)
         return Dims(shape.width, config.dim, shape.tokens, class_tokens=int(shape.width == shape.pooled))
+
+    @classmethod
+    def view_problems(cls, config: TimmTowerConfig, views: ModalityPlan) -> Iterable[str]:
+        """Crops of a size that the model does not take."""
+        sides = dict.fromkeys(shape[-1] for shape in views.shapes or ())
+        return [problem for side in sides if (problem := misfit(config, side))]
 
     @classmethod
     def collator(cls, config: TimmTowerConfig) -> Collator:
@@ -128,7 +151,8 @@ class TimmTower(Backbone):
         """
         if token_mask is not None:
             raise ValueError("timm cannot hide patches")
-        self._check(x)
+        if problem := misfit(self.config, x.shape[-1]):
+            raise UserError(f"backbone timm: {problem}")
         count = x.shape[0]  # not len, which torch.export takes for a constant
         if not count:  # timm's reshapes want a picture
             x = x.new_zeros(1, *x.shape[1:])
@@ -136,17 +160,6 @@ class TimmTower(Backbone):
         pooled: Tensor = self.model.forward_head(found, pre_logits=True)  # type: ignore[operator]
         classes = pooled[None, :, None] if self.classes else None
         return Features(self.proj(pooled)[None], {0: self._tokens(found)} if tokens else {}, class_tokens=classes)
-
-    def _check(self, x: Tensor) -> None:
-        size, own = x.shape[-1], self.config.image_size
-        if self.sized and size != own:
-            raise UserError(
-                f"backbone timm: {self.config.model!r} takes pictures of {own} px alone, not of {size}: take a ViT "
-                "or a convolutional network for crops of several sizes"
-            )
-        patch = getattr(getattr(self.model, "patch_embed", None), "patch_size", None)
-        if not self.sized and patch is not None and size % patch[-1]:
-            raise UserError(f"backbone timm: crops of {size} px are not whole patches of {patch[-1]} px")
 
     def _tokens(self, found: Tensor) -> Tensor:
         """[N, L, W] of tokens [N, P + L, W], or of a feature map, channels first or last."""

@@ -56,6 +56,11 @@ class SlipViews(PictureAugmentation):
         """The global view, then SimCLR's two."""
         return (GLOBAL, SIMCLR, SIMCLR)
 
+    @classmethod
+    def shapes(cls, config: SlipViewsConfig) -> tuple[tuple[int, ...], ...]:
+        """[3, S, S] of each."""
+        return ((3, config.size, config.size),) * len(cls.roles(config))
+
     def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """[3, S, S] each, normalised; View.source numbers them."""
         picture, config = self.read(sample)[0], self.config

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, ModalityPlan, Plan
 from distill_core.types import GLOBAL, Features, View, Views
 from distill_towers.clip_text import Positive, TextCollator, example_texts
 from distill_towers.masking import role_problems
@@ -88,11 +88,14 @@ class BertText(Backbone):
 
     @classmethod
     def problems(cls, config: BertTextConfig, plan: Plan) -> Iterable[str]:
-        """Room for every id of the tokenizer; roles to be masked that no view has."""
+        """Room for every id of the tokenizer."""
         if config.vocabulary < VOCABULARY:
             yield f"vocabulary {config.vocabulary} is too small: CLIP's tokenizer has {VOCABULARY} ids"
-        if config.masking is not None:
-            yield from role_problems(config.masking.roles, cls.dims(config), plan)
+
+    @classmethod
+    def view_problems(cls, config: BertTextConfig, views: ModalityPlan) -> Iterable[str]:
+        """Roles to be masked that no view has."""
+        return role_problems(config.masking.roles, views) if config.masking is not None else ()
 
     @classmethod
     def example_views(cls, config: BertTextConfig, rng: np.random.Generator) -> list[View]:

@@ -12,7 +12,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.components import ComponentConfig, Dims, Plan
+from distill_core.components import ComponentConfig, ModalityPlan
 from distill_core.errors import did_you_mean
 from distill_core.types import GLOBAL
 
@@ -45,16 +45,11 @@ class MaskingConfig(ComponentConfig):
         return self
 
 
-def role_problems(roles: Sequence[str], dims: Dims, plan: Plan) -> Iterable[str]:
-    """Roles to be masked that no view has.
-
-    A backbone is not told its modality: those whose backbone has these `dims` count.
-    """
-    modalities = plan.modalities.values()
-    mine = [m for m in modalities if dims == Dims(m.width, m.dim, m.has_tokens, m.can_mask, m.class_tokens, m.dense)]
-    have = sorted({role for modality in mine for role in modality.roles})
+def role_problems(roles: Sequence[str], views: ModalityPlan) -> Iterable[str]:
+    """Roles to be masked that no view has."""
+    have = sorted(set(views.roles))
     for role in roles:
-        if have and role not in have:
+        if role not in have:
             yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
 
 

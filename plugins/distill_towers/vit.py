@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
+from distill_core.components import Backbone, Collator, ComponentConfig, Dims, ModalityPlan
 from distill_core.types import GLOBAL, LOCAL, Features, Group, View, Views
 from distill_towers.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_towers.transformer import DENSE, Activation, Transformer
@@ -103,9 +103,11 @@ class VisionTransformer(Backbone):
         return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
 
     @classmethod
-    def problems(cls, config: VisionTransformerConfig, plan: Plan) -> Iterable[str]:
-        """Roles to be masked that no view has."""
-        return role_problems(config.masking.roles, cls.dims(config), plan) if config.masking else ()
+    def view_problems(cls, config: VisionTransformerConfig, views: ModalityPlan) -> Iterable[str]:
+        """Roles to be masked that no view has; crops that patches do not tile."""
+        if config.masking is not None:
+            yield from role_problems(config.masking.roles, views)
+        yield from patch_problems(config.patch, views)
 
     @classmethod
     def collator(cls, config: VisionTransformerConfig) -> Collator:
@@ -208,6 +210,13 @@ def position_map(grid: int, rows: int, columns: int) -> Tensor:
     if resized.shape[-2:] != (rows, columns):
         raise ValueError(f"cannot resize {grid} x {grid} positions to {rows} x {columns}")
     return resized.reshape(grid * grid, rows * columns).T
+
+
+def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
+    """Crops [3, S, S] that patches of so many pixels do not tile."""
+    for role, (*_, rows, columns) in dict.fromkeys(zip(views.roles, views.shapes or (), strict=False)):
+        if rows % patch or columns % patch:
+            yield f"{role} views of {rows} x {columns} px are not whole patches of {patch} px"
 
 
 class PictureCollator:

@@ -1,8 +1,10 @@
 """YAML to a checked recipe: where errors point, that all come at once, strict types, what components need."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from base_recipe import BASE, Check, Errors
 
 from distill_core import hookimpl
@@ -350,3 +352,111 @@ def test_a_source_of_an_evaluation_needs_no_training_shards(errors: Errors, chec
     assert errors("evaluate.source={name: webdataset}") == [
         "--set evaluate.source: names no shards: give `urls` (to train on), `validation` or `test`"
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["augment.image.local_size=12"],
+            "r.yaml:5: backbone.image: local views of 12 x 12 px are not whole patches of 8 px",
+        ),
+        (
+            ["augment.image={name: random_crop, size: 20}"],
+            "r.yaml:5: backbone.image: global views of 20 x 20 px are not whole patches of 8 px",
+        ),
+        (
+            ["train={epochs: 2}"],
+            "--set train: train.epochs: 'webdataset' does not say how many samples it has to train on: give "
+            "`data.source.samples` where it has that option, or `train.steps`",
+        ),
+        (
+            ["freeze=[backbone.txt]"],
+            "--set freeze: freeze.0: 'backbone.txt' names no part of the model, did you mean 'backbone.text'?",
+        ),
+        (
+            ["train.lr_factors={backbone.image.proj: 0.1, backbone.image.prj: 0.1}"],
+            "--set train.lr_factors: train.lr_factors.backbone.image.prj: 'backbone.image.prj' names no part of the "
+            "model, did you mean 'backbone.image.proj'?",
+        ),
+        (["freeze=[backbone, loss, fusion]"], "--set freeze: everything is frozen; leave something to train"),
+        (
+            ["train.device=gpu"],
+            "--set train.device: 'gpu' is no device; take auto, cpu, cuda, or one of several as cuda:1",
+        ),
+        (
+            ["train.device=meta"],
+            "--set train.device: 'meta' is no device; take auto, cpu, cuda, or one of several as cuda:1",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_a_run_would_refuse_is_refused_at_once(errors: Errors, overrides: list[str], message: str) -> None:
+    """Would catch each of these passing `validate`, and ending a run that data were read and a folder made for."""
+    assert errors(*overrides) == [message]
+
+
+def test_what_a_run_takes_is_not_refused(check: Check) -> None:
+    """Would catch a check that is stricter than the run."""
+    check("train={epochs: 2}", "data.source.samples=100")
+    check("train={epochs: 2, steps: 3}")
+    check("data.source={name: emoji}", "train={epochs: 2}", "evaluate.source={name: webdataset, test: y.tar}")
+    check("train.device=cuda:3", "freeze=[backbone.image.transformer, loss]", "train.lr_factors={fusion: 0.5}")
+    check("augment.image.local_size=24", "backbone.image.image_size=32")
+    check("augment.image.local=0", "augment.image.local_size=12", "loss.1=null")
+
+
+def test_options_of_a_wrong_type_hide_no_other_error(errors: Errors) -> None:
+    """Would catch checks of sections that begin only when every option has its type; and what follows from a wrong
+    option alone: a run has steps though they are no number."""
+    assert errors(
+        "train.steps=many", "evaluate.every=often", "evaluate.split=tset", "evaluate.batch_size=x", "freeze=[fussion]",
+        "train.checkpoint.best=student/retrieval/M", "teacher.modalities=[image, text, audio]", "teacher.momentum=2",
+    ) == [
+        "--set train.steps: Input should be a valid integer, got 'many'",
+        "--set evaluate.every: Input should be a valid integer, got 'often'",
+        "--set evaluate.split: data.source has no split 'tset' (it has train, test); name one that it has, give it "
+        "one, or leave out evaluate.tasks",
+        "--set evaluate.batch_size: Input should be a valid integer, got 'x'",
+        "--set freeze: freeze.0: 'fussion' names no part of the model, did you mean 'fusion'?",
+        "--set teacher.modalities: no modality 'audio'",
+        "--set teacher.momentum: Input should be less than or equal to 1, got 2",
+    ]  # fmt: skip
+
+
+def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(registry: Registry) -> None:
+    """Would catch a plugin's tower that reads weights when it is built, and is refused, or passed without a word."""
+
+    class Reads(Backbone):
+        name = "reads"
+
+        def __init__(self, config: ComponentConfig) -> None:
+            super().__init__(config)
+            if torch.empty(0).is_meta:
+                raise RuntimeError("no storage")
+
+        @classmethod
+        def dims(cls, config: ComponentConfig) -> Dims:
+            return Dims(16, 16)
+
+        @classmethod
+        def collator(cls, config: ComponentConfig) -> Any:
+            raise AssertionError("not for checking")
+
+        def encode(self, x: Any, *, tokens: bool, token_mask: Any) -> Any:
+            raise AssertionError("not for checking")
+
+    class _Plugin:
+        @staticmethod
+        @hookimpl
+        def distill_components() -> list[type]:
+            return [Reads]
+
+    more = Registry([*registry.entries.values(), *Registry.of(_Plugin).entries.values()])
+    recipe = parse_recipe(
+        BASE, "r.yaml", registry=more, overrides=["backbone.image={name: reads}", "freeze=[backbone.image.body]"]
+    )
+    assert recipe.warnings == (
+        "freeze, train.lr_factors: their paths are checked only when training starts, for the model cannot be built "
+        "without weights: RuntimeError: no storage",
+    )

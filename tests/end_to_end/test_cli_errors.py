@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from distill_core.cli import main
 
@@ -187,6 +188,19 @@ def test_validate_reports_all_files_and_warns_of_unset_variables(
     ended = distill("validate", "gone.yaml", "tiny.yaml", "--set", "seed=1")
     assert (ended.code, ended.out) == (2, "tiny.yaml: ok\n")
     assert ended.err.startswith("gone.yaml: no such recipe")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
+def test_validate_warns_of_a_device_that_is_not_here_and_run_refuses_it(distill: Distill, tmp_path: Path) -> None:
+    """Would catch a recipe that cannot be checked on a login node, and the folder of a run that cannot begin."""
+    cuda = ("tiny.yaml", "--set", "train.device=cuda:1")
+    ended = distill("validate", *cuda)
+    assert (ended.code, ended.out) == (0, "tiny.yaml: ok\n")
+    assert ended.err.startswith("warning: tiny.yaml: train.device: 'cuda:1' is not")
+    ended = distill("run", *cuda, "--runs", "here")
+    assert ended.code == 2
+    assert ended.err.startswith("train.device: 'cuda:1' is not")
+    assert not (tmp_path / "here").exists()
 
 
 def test_validate_and_show_as_json(distill: Distill, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distill_core.components import Tracker, TrackerConfig
+from distill_core.folders import write_whole
 
 
 class AimConfig(TrackerConfig):
@@ -32,10 +33,13 @@ class AimTracker(Tracker):
         """Opens the run; its hash is kept in the run folder."""
         from aim.sdk.run import Run
 
+        from distill_aim.repository import limit_exit, prepare
+
         memory = Path(folder) / "aim.json"
         # whole: `distill ui` may be asked for it from another folder
         repo = str((Path(self.config.repo).expanduser() if self.config.repo else Path(folder).parent).absolute())
-        Path(repo).mkdir(parents=True, exist_ok=True)
+        prepare(Path(repo))
+        limit_exit()
         known = json.loads(memory.read_text())["run"] if resume and memory.exists() else None
         self.run = Run(
             known,
@@ -45,7 +49,7 @@ class AimTracker(Tracker):
             log_system_params=False,
             capture_terminal_logs=False,
         )
-        memory.write_text(json.dumps({"run": self.run.hash, "repo": repo}))
+        write_whole(memory, json.dumps({"run": self.run.hash, "repo": repo}))
         self.run.name = name
         self.run["recipe"] = recipe
 

@@ -41,7 +41,7 @@ class TwoCaptions(CaptionAugmentation):
     @classmethod
     def example_sample(cls, config: TwoCaptionsConfig, rng: np.random.Generator) -> Sample:
         """Both captions, in the layout of the options; DreamLIP's for `auto`."""
-        fields = LAYOUTS.get(config.layout, LAYOUTS["dreamlip"])
+        fields = config.fields or LAYOUTS.get(config.layout, LAYOUTS["dreamlip"])
         words = example_sentences(rng)
         document = {**dict.fromkeys(fields, words), config.web or WEB[0]: "birds of the sea"}
         sample = {"json": json.dumps(document).encode()}
@@ -70,8 +70,8 @@ class TwoCaptions(CaptionAugmentation):
         if self.config.web is not None:
             texts = self.read(sample, self.config.web)
         else:
-            captions = self.texts(sample)
-            texts = next((captions[field] for field in WEB if field in captions), [])
+            found = self.texts(sample)
+            texts = next((found[field] for field in WEB if field in found), [])
         if not texts:
             raise BadSample(
                 f"no caption of the web: neither {' nor '.join(WEB)}; name the json's field that holds it by the "

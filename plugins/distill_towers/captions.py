@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from string import whitespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from distill_core.components import Augmentation, ComponentConfig
 from distill_core.errors import BadSample
@@ -48,6 +49,8 @@ class CaptionConfig(ComponentConfig):
     layout: Literal["auto", "dreamlip", "pixelprose", "captions", "txt"] = "auto"
     """Where a sample keeps its captions: json with DreamLIP's lists; json with PixelProse's `original_caption` and
     `caption`; json with a list `captions` of sentences; or plain `txt`. `auto` looks at each sample."""
+    fields: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Fields of the json that are read in place of the layout's; [raw_caption] trains on the web's captions alone."""
     split: Split = "full_stops"
     """Where a caption is cut into sentences. `full_stops`: at every full stop, line break and `</s>`, as the public
     codes of COSMOS, FLAIR and DreamLIP do, and at a Chinese or Japanese full stop; "3.5 m" is cut, too. `sentences`: at
@@ -103,9 +106,10 @@ class CaptionAugmentation(Augmentation):
     def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
         """Four sentences, in the layout of the options."""
         words = example_sentences(rng)
-        if config.layout in ("auto", "txt"):
+        fields = config.fields or LAYOUTS.get(config.layout)
+        if fields is None:
             return {"txt": ". ".join(words).encode()}
-        return {"json": json.dumps(dict.fromkeys(LAYOUTS[config.layout], words)).encode()}
+        return {"json": json.dumps(dict.fromkeys(fields, words)).encode()}
 
     def sentences(self, text: str) -> list[str]:
         """A text's sentences, cut as the option `split` says."""
@@ -116,17 +120,18 @@ class CaptionAugmentation(Augmentation):
 
         Raises `BadSample` when there is none.
         """
-        document, layout = _json(sample), self.config.layout
+        document, layout, fields = _json(sample), self.config.layout, self.config.fields
         if layout == "auto":
             layout = _layout(document)
-        if layout == "txt":
+        if fields is None and layout == "txt":
             texts = {"txt": [_text(sample)]}
         else:
-            texts = {field: _texts(document, field) for field in LAYOUTS[layout]}
+            texts = {field: _texts(document, field) for field in fields or LAYOUTS[layout]}
         texts = {field: [text for text in parts if lines(text)] for field, parts in texts.items()}
         texts = {field: parts for field, parts in texts.items() if parts}
         if not texts:
-            raise BadSample(f"no caption in the {layout} layout")
+            where = f"the {layout} layout" if fields is None else f"the json's fields {', '.join(fields)}"
+            raise BadSample(f"no caption in {where}")
         return texts
 
     def captions(self, sample: Sample) -> dict[str, list[str]]:

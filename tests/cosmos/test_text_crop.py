@@ -120,6 +120,15 @@ def test_layouts() -> None:
     assert crop(layout="dreamlip").pool(sample({"raw_caption": ["as", "a list"]})) == ["as", "a list"]
 
 
+def test_fields_in_place_of_the_layouts() -> None:
+    """The web's captions alone (CLIP and SLIP as published), in any layout and from any field."""
+    told = sample({"raw_caption": ["web. more"], "longIB_captions": ["Long one."], "alt": "an alt. text"}, txt=b"no")
+    assert crop(fields=["raw_caption"]).pool(told) == ["web", "more"]
+    assert crop(fields=["alt", "longIB_captions"], layout="txt").pool(told) == ["an alt", "text", "Long one"]
+    with pytest.raises(BadSample, match="no caption in the json's fields other"):
+        crop(fields=["other"]).pool(told)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -1,0 +1,118 @@
+"""`recipes/published`: each validates, says the published numbers, and takes a step on the embedded data."""
+
+from __future__ import annotations
+
+import gc
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distill_core.data.loader import Loader
+from distill_core.data.shards import expand
+from distill_core.objective import Objective
+from distill_core.process import seed_all
+from distill_core.registry import Registry
+from distill_core.resolve import load_recipe
+from distill_core.types import Progress
+from distill_core.update import Update
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes" / "published").glob("*.yaml"))
+COSMOS = [ROOT / "recipes" / "cosmos_vitb16.yaml", *(file for file in FILES if file.stem.startswith("cosmos"))]
+
+PAIRS = {
+    "cc3m": 2_823_019,
+    "cc12m": 10_010_225,
+    "yfcc15m": 14_065_827,
+    "merged30m": 26_899_071,
+    "pixelprose": 15_037_386,
+}
+SHARDS = {"cc3m": 576, "cc12m": 2176, "yfcc15m": 3637, "merged30m": 3637 + 2176 + 575, "pixelprose": 1700}
+METHODS = {
+    "clip_vitb16": tuple(PAIRS),
+    "cosmos_vitb16": ("cc12m", "yfcc15m", "merged30m", "pixelprose"),
+    "cosmos_vitb32": tuple(PAIRS),
+    "flair_vitb16": ("cc3m", "cc12m", "yfcc15m", "merged30m"),
+    "slip_vitb16": ("cc3m", "cc12m", "yfcc15m"),
+}
+
+
+def test_every_published_setting_is_there() -> None:
+    assert [file.stem for file in FILES] == sorted(f"{method}_{data}" for method in METHODS for data in METHODS[method])
+
+
+@pytest.mark.parametrize("file", [COSMOS[0], *FILES], ids=lambda file: file.stem)
+def test_a_recipe_validates_and_says_the_published_numbers(
+    file: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches one file of a family that was not changed with the others, and a command that names another file."""
+    data = file.stem.partition("_")[2].partition("_")[2] or "cc3m"
+    for name in ("CC3M", "CC12M", "YFCC15M", "PIXELPROSE"):
+        monkeypatch.setenv(name, "/shards")
+    text = file.read_text(encoding="utf-8")
+    resolved: dict[str, Any] = load_recipe(file, registry=registry).to_dict()
+    ranks = 8
+    assert f"torchrun --nproc-per-node {ranks} -m distill_core.cli run {file.relative_to(ROOT)}\n" in text
+    batch = ranks * resolved["data"]["batch_size"]
+    source, train = resolved["data"]["source"], resolved["train"]
+    if file.stem != "flair_vitb16_merged30m":  # its script says 27,000,000
+        assert source["samples"] == PAIRS[data]
+    urls = source["urls"] if isinstance(source["urls"], list) else [source["urls"]]
+    assert sum(len(expand(pattern)) for pattern in urls) == SHARDS[data]
+    assert f"R ranks set data.batch_size to {batch} / R" in text
+    assert resolved["data"]["workers"] == 16
+    optimizer = train["optimizer"]
+    if file.stem.startswith(("cosmos", "clip")):
+        assert batch == (1024 if data == "cc3m" else 4096)
+        assert (train["epochs"], optimizer["lr"], optimizer["weight_decay"], optimizer["eps"]) == (32, 5e-4, 0.5, 1e-8)
+        assert (optimizer["betas"], train["schedule"]["warmup"]) == ([0.9, 0.98], 2000)
+    if file.stem.startswith("cosmos"):
+        assert resolved["teacher"]["momentum"] == (0.999 if data == "cc3m" else 0.99)
+        assert resolved["backbone"]["image"]["patch"] == int(file.stem.partition("vitb")[2][:2])
+        image, words = resolved["augment"]["image"], resolved["augment"]["text"]
+        assert (image["global"], image["local"], image["global_scale"]) == (2, 6, [0.4, 1.0])
+        assert (words["global"], words["local"]) == (2, 6)
+    if file.stem.startswith("flair"):
+        assert batch == {"cc3m": 1024, "merged30m": 4096}.get(data, 6144)
+        assert resolved["augment"]["text"]["captions"] == (8 if data in ("cc3m", "cc12m") else 10)
+        assert resolved["loss"][0]["temperature"] == 0.07
+    if file.stem.startswith("slip"):
+        epochs = {"yfcc15m": 25, "cc3m": 40, "cc12m": 35}[data]
+        assert (batch, train["epochs"], optimizer["lr"], optimizer["weight_decay"]) == (4096, epochs, 3e-3, 0.1)
+        assert train["schedule"]["warmup"] == pytest.approx(1 / epochs, abs=1e-4)
+        assert train["schedule"]["final"] * 3e-3 == pytest.approx(1e-5, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_step_on_the_embedded_data(file: Path, registry: Registry, cache: Path) -> None:
+    """Towers at their published size, crops and captions at theirs; a batch of 2 in bf16."""
+    overrides = [
+        "train.steps=1", "data.batch_size=2", "data.workers=0", "data.shuffle=1", "augment.text.fields=null",
+        f"data.source={{name: emoji, limit: 60, shards: 1, size: 64, cache: {cache}}}",
+    ]  # fmt: skip
+    recipe = load_recipe(file, registry=registry, overrides=overrides, allow_unset=True)
+    source = recipe.source.build()
+    source.prepare()
+    shards = [shard for names in source.sets("train").values() for shard in names]
+    (batch,) = islice(Loader(recipe, shards), 1)
+    assert (len(batch), batch.skipped) == (2, [])
+    seed_all(recipe.seed)
+    objective = Objective.from_recipe(recipe)
+    before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
+    step = Update(recipe, objective, torch.device("cpu"))(batch, Progress(0, 1))
+    assert step.finite
+    assert step.loss > 0
+    # biases before a batch norm, and those of keys, have no gradient
+    trained = {name: p for name, p in objective.named_parameters() if p.requires_grad and p.ndim > 1}
+    assert [name for name, parameter in trained.items() if torch.equal(parameter, before[name])] == []
+    del objective, before, trained, step
+    gc.collect()

@@ -17,10 +17,8 @@ from rich.table import Table
 
 from distill_core.components import INTERFACES
 from distill_core.errors import UserError, did_you_mean
+from distill_core.extras import project
 from distill_core.registry import Entry, Registry
-
-PROJECT = "distill-framework"
-"""The package of whatever is built in."""
 
 
 def options(config: type[BaseModel]) -> list[dict[str, Any]]:
@@ -111,7 +109,7 @@ def print_all(registry: Registry) -> None:
         for kind, of_kind in groupby(rows, key=lambda row: row[0]):
             table.add_row(f"[bold]{kind}[/bold]")
             for _, name, package, text in of_kind:
-                whose = "" if package == PROJECT else f" ({package})"
+                whose = "" if package == project() else f" ({package})"
                 table.add_row(f"  {name}", escape(text + whose))
         console.print(table, highlight=False, soft_wrap=False)
         return

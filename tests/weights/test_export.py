@@ -1,6 +1,7 @@
 """Exports, loaded as a user of the other library loads them, embed what the run embeds."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 import distill_core
 from distill_core.components import Loaded
 from distill_core.errors import UserError
+from distill_core.extras import install
 from distill_core.registry import Registry
 from distill_core.resolve import parse_recipe
 from distill_weights.formats import HfFormat, OpenClipFormat
@@ -332,6 +334,6 @@ def test_mistakes_are_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.Mo
     for to, module in (("open_clip", "open_clip"), ("hf", "transformers"), ("onnx", "onnxruntime")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            with pytest.raises(UserError, match=rf"pip install 'distill-framework\[{to.replace('_', '-')}\]'"):
+            with pytest.raises(UserError, match=re.escape(install(to.replace("_", "-")))):
                 call(run, to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]

@@ -10,7 +10,7 @@ What a component needs of the rest of a recipe it says in `needs`, before any da
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -105,6 +105,18 @@ class Augmentation(Component, ABC):
 
         Raises `BadSample` for an item that cannot be read.
         """
+
+    def measure(self, sample: Sample) -> Mapping[str, float]:
+        """What a run should know of its samples (how many captions, how many sentences), of the first ones that train.
+
+        Raises `BadSample` where there is nothing to measure. The default measures nothing.
+        """
+        return {}
+
+    @classmethod
+    def remarks(cls, config: Any, means: Mapping[str, float]) -> tuple[str, str | None]:
+        """Of the mean of each measure, what a run says when it starts: a line, and a warning or None."""
+        return ", ".join(f"{mean:.1f} {name}" for name, mean in means.items()) + " a sample", None
 
     def show(self, view: View) -> Shown:
         """What a view looks like to a person, for trackers: a PIL image or a str; None where there is nothing to see.

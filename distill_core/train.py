@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from distill_core.tracked import TrackedRun
 from distill_core.tracking import RunFolder
 from distill_core.types import Batch, Progress
 from distill_core.update import Step, Update
+
+ENOUGH = 64
+"""Samples whose measures tell what the data holds."""
 
 
 @dataclass
@@ -170,6 +173,7 @@ class Trainer:
         recipe, say = self.recipe, self.display.say
         for loaded in self.loaded:
             say(f"init: {loaded.line}")
+        self._measures = None if resumed else []
         count = sum(p.numel() for p in self.update.parameters)
         start = f"resumed at step {self.step} of " if resumed else ""
         say(
@@ -198,6 +202,7 @@ class Trainer:
             batch = next(batches)
             self._note_skipped(batch)
             self._note_repeats(batch)
+            self._note_measures(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
             made = self.update(batch.to(self.device), progress)
             if not made.finite:
@@ -266,6 +271,26 @@ class Trainer:
             )
 
     _repeated = False
+
+    def _note_measures(self, batch: Batch) -> None:
+        """Once there are enough, or the last: what the data holds, by its augmentations' measures."""
+        if self._measures is None:
+            return
+        self._measures += batch.measures
+        if len(self._measures) < ENOUGH and self.step + 1 < self.steps:
+            return
+        for modality, node in self.recipe.augment.items():
+            measured = [one[modality] for one in self._measures if modality in one]
+            if not measured:
+                continue
+            means = {name: sum(one[name] for one in measured) / len(measured) for name in measured[0]}
+            line, warning = node.cls.remarks(node.config, means)  # type: ignore[attr-defined]
+            self.display.say(f"data: {modality}: {line} (of {counted(len(measured), 'sample')})")
+            if warning is not None:
+                self._warn(f"augment.{modality}: {warning}")
+        self._measures = None
+
+    _measures: list[dict[str, Mapping[str, float]]] | None = None
 
     def _note_skipped(self, batch: Batch) -> None:
         if batch.skipped:

@@ -100,11 +100,15 @@ class Skipped:
 
 @dataclass(slots=True)
 class Batch:
-    """B samples: their views by modality, their keys, and the samples that were passed over on the way."""
+    """B samples: their views by modality, their keys, and the samples that were passed over on the way.
+
+    `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
+    """
 
     views: dict[str, Views]
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
+    measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -118,7 +122,8 @@ class Batch:
         return self._map(lambda x: x.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch({name: views.map(function) for name, views in self.views.items()}, self.keys, self.skipped)
+        views = {name: views.map(function) for name, views in self.views.items()}
+        return Batch(views, self.keys, self.skipped, self.measures)
 
 
 @dataclass(slots=True)

@@ -42,7 +42,8 @@ class Collate:
         except Exception as error:
             keys = ", ".join(item.key for item in good[:3])
             return Failure(f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}")
-        return Batch(views, [item.key for item in good], skipped)
+        measures = [item.measures for item in good if item.measures]
+        return Batch(views, [item.key for item in good], skipped, measures)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ class Item:
     seed: int
     """For what its collators draw: a function of (seed, epoch, key), as the views are."""
     skipped: list[Skipped] = field(default_factory=list)
+    measures: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """By modality, of the first samples of each worker."""
 
 
 @dataclass(slots=True)
@@ -49,12 +51,31 @@ def number(*parts: Any) -> int:
     return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0] >> 1)
 
 
+MEASURED = 64
+"""Samples that each worker measures."""
+
+
 class SampleViews:
     """Raw sample -> the views of every modality. Picklable."""
 
     def __init__(self, augment: Mapping[str, Augmentation], seed: int) -> None:
         self.augment = dict(augment)
         self.seed = seed
+        self.measured = 0
+
+    def measure(self, sample: Sample) -> dict[str, Mapping[str, float]]:
+        """What the augmentations measure of one of the first samples; {} of all others."""
+        if self.measured == MEASURED:
+            return {}
+        self.measured += 1
+        measures = {}
+        for name, augmentation in self.augment.items():
+            try:
+                if measure := augmentation.measure(sample):
+                    measures[name] = measure
+            except BadSample:  # a sample can be trained on without what is measured
+                continue
+        return measures
 
     def __call__(self, sample: Sample, epoch: int) -> dict[str, list[View]]:
         """Raises `BadSample`; any other error of an augmentation is a `DataError` that names the sample."""
@@ -196,6 +217,7 @@ class ShardStream(IterableDataset[Item | Failure]):
             return
         self.bad_in_a_row = 0
         item = Item(sample["__key__"], views, number(self.seed, self.epoch, sample["__key__"]), list(skipped))
+        item.measures = self.views.measure(sample)
         skipped.clear()
         yield item
 

@@ -28,6 +28,7 @@ class TextCrop(CaptionAugmentation):
 
     name = "text_crop"
     Config = TextCropConfig
+    wants_several = True
 
     @classmethod
     def roles(cls, config: TextCropConfig) -> tuple[str, ...]:

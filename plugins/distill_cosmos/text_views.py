@@ -110,6 +110,7 @@ class SentenceCrop(CaptionAugmentation):
 
     name = "sentence_crop"
     Config = SentenceCropConfig
+    wants_several = True
 
     @classmethod
     def roles(cls, config: SentenceCropConfig) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ class SubCaptions(CaptionAugmentation):
 
     name = "sub_captions"
     Config = SubCaptionsConfig
+    wants_several = True
 
     @classmethod
     def roles(cls, config: SubCaptionsConfig) -> tuple[str, ...]:

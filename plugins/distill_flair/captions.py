@@ -25,6 +25,7 @@ class SampledCaptions(CaptionAugmentation):
 
     name = "sampled_captions"
     Config = SampledCaptionsConfig
+    wants_several = True
 
     @classmethod
     def roles(cls, config: SampledCaptionsConfig) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from string import whitespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -39,6 +39,9 @@ _SENTENCES = re.compile(
     rf"{_BREAK}|(?<=[\u3002\uff0e\uff61\uff01\uff1f])|(?<!\b[A-Z]\.)(?<!\bMr\.)(?<!\bMs\.)(?<!\bDr\.)(?<!\bSt\.)"
     r"(?<!\bMrs\.)(?<!\bvs\.)(?<=[.!?])\s+"
 )
+
+FEWEST = 1.5
+"""Sentences a sample, by the mean: with fewer, most texts that are drawn of them are the same."""
 
 Split = Literal["full_stops", "sentences"]
 
@@ -101,6 +104,8 @@ class CaptionAugmentation(Augmentation):
     """Base of text augmentations: finds the sample's sentences; the evaluation view is the whole caption."""
 
     config: Any
+    wants_several: ClassVar[bool] = False
+    """Whether the views are cut out of several sentences, and are all alike where a sample has one."""
 
     @classmethod
     def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
@@ -164,6 +169,23 @@ class CaptionAugmentation(Augmentation):
         if not found:
             raise BadSample(f"no text in the json's field {field!r}")
         return found
+
+    def measure(self, sample: Sample) -> Mapping[str, float]:
+        """Captions and sentences. Raises `BadSample` when there is none."""
+        captions = self.captions(sample).values()
+        return {"captions": len(captions), "sentences": sum(len(caption) for caption in captions)}
+
+    @classmethod
+    def remarks(cls, config: CaptionConfig, means: Mapping[str, float]) -> tuple[str, str | None]:
+        """Captions a sample and sentences a caption; a warning where there are too few sentences to cut views from."""
+        captions, sentences = means["captions"], means["sentences"]
+        line = f"{captions:.1f} captions a sample, {sentences / captions:.1f} sentences a caption"
+        if not cls.wants_several or sentences >= FEWEST:
+            return line, None
+        return line, (
+            f"{cls.name} cuts its texts out of a sample's sentences, and there are {sentences:.1f} a sample: its texts "
+            "are much the same. Give longer captions, or more of them; docs/methods.md says what each method wants."
+        )
 
     def plain(self, item: Any) -> View:
         """A text as it is."""

@@ -8,14 +8,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from distill_core.data.stream import Item, ShardStream
+from distill_core.data.stream import Item, SampleViews, ShardStream
 from distill_core.types import Sample, View
 
 Write = Callable[..., list[Path]]
 
 
-class TellEpoch:
+class TellEpoch(SampleViews):
     """In place of a sample's views: the epoch that it is read in."""
+
+    def __init__(self) -> None:
+        super().__init__({}, seed=0)
 
     def __call__(self, sample: Sample, epoch: int) -> dict[str, list[View]]:
         return {"epoch": [View(epoch)]}

@@ -19,8 +19,6 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from distill_core.types import Sample
-
 
 class Display:
     """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings."""
@@ -120,8 +118,8 @@ class Scoring:
         self._task_name = what
         self._begin("", None)
 
-    def watch(self, samples: Iterable[Sample], what: str) -> Iterator[Sample]:
-        """The samples, counted as they are read."""
+    def watch(self, samples: Iterable[Any], what: str) -> Iterator[Any]:
+        """The samples (or the steps of other work), counted as they are taken."""
         total = len(samples) if isinstance(samples, Sized) else self._counts.get(id(samples))
         self._begin(what, total)
         done = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -83,6 +83,9 @@ class Probe(Evaluation):
         """What is learned from."""
         return (config.learn,) if config.learn is not None else ()
 
+    watch: Callable[[Sequence[float]], Iterable[float]] = staticmethod(iter)
+    """Shows whoever waits the steps of `predict` as they are taken."""
+
     @abstractmethod
     def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """Scores [M, C] of features asked [M, D]."""
@@ -105,6 +108,7 @@ class Probe(Evaluation):
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples, here in zip(sets, asked, strict=True):
             self._warn_of_both(samples, taught_from)
+            self.watch = partial(samples.watch, what=f"fits for {samples.name}")
             self._fewest = len(here.classes) + (len(learned.classes) if learned is not None else 0)
             truth = self._numbers(here.classes)
             found = []
@@ -285,7 +289,7 @@ class LinearProbe(Probe):
         counts, turn = torch.bincount(of_owner)[of_owner], turns(of_owner, seed=0)
         held = ((counts > 1) & (turn % 5 == counts.clamp(max=5) - 1))[owner]  # a sample's items together
         x, y, held = taught.x.to(device), y.to(device), held.to(device)
-        c = choose_c(x, y, held, self.config.cs, self.config.iterations)
+        c = choose_c(x, y, held, self.config.cs, self.config.iterations, self.watch)
         weights = fit(x, y, c, self.config.iterations)
         found = torch.full((len(asked), classes), -torch.inf)
         found[:, known] = logits(asked.to(device), weights).log_softmax(1).cpu()

@@ -17,6 +17,9 @@ from distill_core.model import Model
 from distill_core.recipe import Node, Recipe
 from distill_core.types import Sample, Skipped
 
+NAMED = 8
+"""The most sets that are named below a table of means."""
+
 
 @dataclass
 class Evaluated:
@@ -69,7 +72,7 @@ def evaluate(
                 break
             result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
             if any("/" not in name for name in scores):
-                words = (task.note(), f"means of {len(sets)} sets" if len(sets) > 1 else "")
+                words = (task.note(), _means_of([samples.name for samples in sets]))
                 if note := "; ".join(filter(None, words)):
                     result.notes[node.id] = note
             if media and result.no_media is None:
@@ -91,6 +94,14 @@ def evaluate(
 def _run(task: Evaluation, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
     """Its scores. Raises `UserError` on every rank: one that gave up alone would go on to the next task alone."""
     return distributed.agree(lambda: task.run(model, sets))
+
+
+def _means_of(names: Sequence[str]) -> str:
+    """Which sets the means are of: data may have fewer of them here than elsewhere."""
+    if len(names) < 2:
+        return ""
+    some = ", ".join(names[:NAMED])
+    return f"means of {len(names)} sets: {some}{', ...' if len(names) > NAMED else ''}"
 
 
 def _has(source: Node | None, split: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from distill_core.types import Sample, Skipped
 Of = Literal["embedding", "class_token"]
 """What items are turned into: `Model.encode`."""
 
-Watch = Callable[[Iterable[Sample], str], Iterable[Sample]]
-"""The samples themselves, shown to somebody as they are read; the str says what for."""
+Step = TypeVar("Step")
+
+Watch = Callable[[Iterable[Any], str], Iterable[Any]]
+"""The samples (or the steps of other work) themselves, shown to somebody as they are taken; the str says what for."""
 
 
 class EvaluationSet:
@@ -70,6 +72,10 @@ class EvaluationSet:
         if line not in self.warnings:
             self.warnings.append(line)
 
+    def watch(self, steps: Iterable[Step], what: str) -> Iterable[Step]:
+        """The steps of work that a task does on this set, shown to whoever waits as they are taken."""
+        return steps if self._watch is None else self._watch(steps, what)
+
     def labels(self, field: str) -> dict[int, str]:
         """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out,
         those whose field cannot be read are `skipped`, too.
@@ -102,8 +108,7 @@ class EvaluationSet:
     def share(self, what: str) -> Iterator[tuple[int, Sample]]:
         """(number, sample) of this rank's share, every world-size-th; `what` says so where a bar shows them as read."""
         rank, world = distributed.rank(), distributed.world_size()
-        samples = self if self._watch is None else self._watch(self.source, what)
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(self.watch(self.source, what)):
             if i % world == rank:
                 yield i, sample
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from distill_core.data.shards import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import RecipeErrors
+from distill_core.evaluate.run import evaluate
+from distill_core.model import models_of
+from distill_core.objective import Objective
 from distill_core.registry import Entry, Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
@@ -75,3 +79,16 @@ def test_what_is_wrong_with_a_task_s_own_source(tiny_recipe: Path, registry: Reg
     own = "evaluate.tasks=[{name: retrieval, source: {name: listed, urls: x}}]"
     with pytest.raises(RecipeErrors, match=r"evaluate.tasks.0.source has no split 'train' \(it has test\)"):
         load_recipe(tiny_recipe, registry=more, overrides=[own, "evaluate.split=train"])
+
+
+def test_the_means_say_of_which_sets_they_are(tiny_recipe: Path, registry: Registry) -> None:
+    """Would catch scores of two styles where another machine has three, without a word: both are called the mean."""
+    train = str(tiny_recipe.parent / "shards" / "train-*.tar")
+    test = str(tiny_recipe.parent / "shards" / "test-*.tar")
+    for sets, note in (({"a": test}, False), ({"one": test, "other": train}, True)):
+        recipe = load_recipe(tiny_recipe, registry=registry, overrides=[f"data.source.test={json.dumps(sets)}"])
+        objective = Objective.from_recipe(recipe)
+        scored = evaluate(recipe, models_of(recipe, objective, torch.device("cpu")), recipe.source.build(), "test")
+        assert scored.failed == []
+        assert scored.notes["retrieval"].endswith("; means of 2 sets: one, other") == note
+        assert ("means of" in scored.notes["retrieval"]) == note

@@ -189,6 +189,8 @@ def _end(result: Result) -> None:
         lines.append(f"picture: {result.folder / 'report.png'}")
         file = str(result.folder / "report.json")
         print_scores(result.scores, f"{report['name']} on {report['split']}", lines, notes=report["notes"], file=file)
+        if result.unsaved is not None:
+            raise UserError(f"{result.unsaved}. Make room, then: distill resume {result.folder}")
         if result.failed:
             raise UserError(
                 f"{len(result.failed)} evaluation task(s) failed, as warned above. The run is complete; score it again "

@@ -165,7 +165,11 @@ class Tracker(Component, ABC):
 
     @abstractmethod
     def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
-        """Open the run of this name; `folder` is its run folder."""
+        """Open the run of this name; `folder` is its run folder.
+
+        Not to `resume` in a folder that has been here before: the run went back to an older checkpoint, and is a new
+        one with that as its parent; `describe` has a fact `branch` then, from which `step`.
+        """
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:

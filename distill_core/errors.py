@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+import click
+
 
 class UserError(Exception):
     """One clear line: what is wrong, where, and what to do next. Exit code 2."""
@@ -36,6 +38,11 @@ class TrainingStopped(UserError):
 
 class BadSample(Exception):
     """Raised while a sample is read or augmented: the sample is skipped, counted, and named in the log."""
+
+
+def warn(line: str) -> None:
+    """Say it on standard error, where no display does."""
+    click.echo(f"warning: {line}", err=True)
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -14,6 +16,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distill"
 
 
+def temporary_for(path: Path) -> Path:
+    """Where this process writes a file that takes its name when it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed processes have left of `temporary_for`, from a folder that no other process writes to."""
+    for path in folder.glob(".*.*"):
+        if path.suffix[1:].isdecimal():
+            with suppress(OSError):  # it takes room, and does no other harm
+                path.unlink()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there in full or not at all, whenever the process is killed."""
     write_bytes(path, text.encode())
@@ -21,9 +36,23 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """`write_whole` of bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    temporary = temporary_for(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def cannot_write(path: Path, error: OSError, size: int = 0) -> str:
+    """`PATH: cannot be written: REASON`; with the room there is, and the `size` it takes, where that is the reason."""
+    line = f"{path}: cannot be written: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        needed = f"it takes {in_words(size)}, and " if size else ""
+        line += f" ({needed}{in_words(free_at(path.parent))} are free)"
+    return line
 
 
 def size_of(folder: Path) -> int:

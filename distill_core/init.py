@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill_core.checkpoint import Checkpoints
+from distill_core.checkpoint import Checkpoints, read_checkpoint
 from distill_core.components import ComponentConfig, Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.state_dicts import choose, read_file
@@ -75,12 +75,13 @@ class Weights(Initializer):
         if (path / "recipe.yaml").is_file():
             if self.config.key is not None:
                 raise UserError(f"init: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
-            return Checkpoints(path).read(self.config.checkpoint)["objective"], True, []
+            said: list[str] = []
+            return Checkpoints(path).load(self.config.checkpoint, said.append).state["objective"], True, said
         if not path.is_file():
             raise UserError(f"init: {path}: no such file or run folder")
         found = read_file(path)
         if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
-            return found["objective"], True, []
+            return read_checkpoint(path)["objective"], True, []  # once more, against its digest
         state, said = choose(found, path, self.config.key)
         return state, False, said
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
 from distill_core.components import Tracker
-from distill_core.errors import UserError
-from distill_core.folders import write_whole
+from distill_core.errors import UserError, counted, warn
+from distill_core.folders import cannot_write, remove_temporaries, write_whole
 from distill_core.media import Media, Picture
 from distill_core.recipe import Recipe
 from distill_core.types import Skipped
@@ -27,7 +30,9 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
+        self.warn: Callable[[str], None] = warn
         self._lock: IO[str] | None = None
+        self._waiting: dict[Path, list[str]] = {}
 
     @classmethod
     def create(cls, base: Path, recipe: Recipe) -> RunFolder:
@@ -40,22 +45,46 @@ class RunFolder:
                 continue
             except OSError as error:
                 raise UserError(f"{path}: cannot be made: {error}. Choose another place with --runs.") from error
-            (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-            return cls(path)
+            folder = cls(path)
+            try:
+                folder.restore(recipe)
+            except UserError:
+                path.rmdir()
+                raise
+            return folder
         raise UserError(f"{base / recipe.name}: too many runs of this name; give another with --set name=...")
 
+    def restore(self, recipe: Recipe) -> None:
+        """Have the folder, with its recipe, where it is new or somebody has removed it. Raises `UserError`."""
+        path = self.path / "recipe.yaml"
+        try:
+            if not path.exists():
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_whole(path, recipe.to_yaml())
+                if self._lock is not None:  # of the folder that was removed
+                    self.unlock()
+                    self.lock()
+        except OSError as error:
+            raise UserError(cannot_write(path, error)) from error
+
     def lock(self) -> None:
-        """Keep other processes from training into this folder while this one lives. Raises `UserError`."""
+        """Keep other processes from training into this folder while this one lives, and remove what killed ones have
+        left half written. Raises `UserError`."""
         try:
             import fcntl
         except ImportError:  # no such locks on this system
             return
-        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{cannot_write(self.path / '.lock', error)}; a run needs a folder to write to") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.unlock()
             raise UserError(f"{self.path}: another process is training in this run folder") from error
+        for folder in (self.path, self.path / "checkpoints"):
+            remove_temporaries(folder)
 
     def unlock(self) -> None:
         """Let others train into this folder again."""
@@ -69,8 +98,7 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; what is not finite is null there, which JSON has no number for."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row)) + "\n")
+        self._append(self.metrics, [_finite(row)])
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
@@ -78,23 +106,69 @@ class RunFolder:
 
     def skip(self, step: int, samples: Sequence[Skipped], split: str = "train") -> None:
         """Append to skipped.jsonl what was passed over on the way to a step's batch, or in scoring a split."""
-        with self.skipped.open("a", encoding="utf-8") as file:
-            for sample in samples:
-                row = {"step": step, "split": split, "key": sample.key, "shard": sample.url, "reason": sample.reason}
-                file.write(json.dumps(row) + "\n")
+        rows = [
+            {"step": step, "split": split, "key": sample.key, "shard": sample.url, "reason": sample.reason}
+            for sample in samples
+        ]
+        self._append(self.skipped, rows)
+
+    def _append(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that cannot be written wait for the next ones, so that none is missing once there is room again."""
+        none_waited, start, written = not self._waiting, 0, 0
+        lines = self._waiting.pop(path, []) + [json.dumps(row) + "\n" for row in rows]
+        data = "".join(lines).encode()
+        try:
+            with path.open("ab", buffering=0) as file:
+                start = file.tell()
+                while written < len(data):
+                    written += file.write(data[written:])
+        except OSError as error:
+            with suppress(OSError):
+                if written and path.stat().st_size == start + written:
+                    os.truncate(path, start)  # no half of a row
+            if none_waited:
+                self.warn(f"{cannot_write(path, error)}; training continues, and its rows wait until it can be")
+            self._waiting[path] = lines
+
+    def unwritten(self) -> list[str]:
+        """A line for each file that lacks rows still."""
+        return [f"{path}: {counted(len(lines), 'row')} could not be written" for path, lines in self._waiting.items()]
 
     def skipped_in_training(self) -> int:
         """How many different samples training has passed over."""
         return len({(row["shard"], row["key"]) for row in _jsonl(self.skipped) if row.get("split", "train") == "train"})
 
+    def set_aside(self, checkpoints: Sequence[Path]) -> Path:
+        """Move checkpoints and report to a new folder `set-aside-N`, with copies of recipe, metrics, skipped samples.
+
+        It is a run folder itself, which can be scored and resumed. Raises `UserError`.
+        """
+        folder = next(path for n in count(1) if not (path := self.path / f"set-aside-{n}").exists())
+        try:
+            (folder / "checkpoints").mkdir(parents=True)
+            for path in (self.path / "recipe.yaml", self.metrics, self.skipped):
+                if path.exists():
+                    shutil.copy2(path, folder)
+            for name in ("report.json", "report.png"):
+                if (self.path / name).exists():
+                    (self.path / name).replace(folder / name)
+            for path in checkpoints:
+                path.replace(folder / "checkpoints" / path.name)
+        except OSError as error:
+            raise UserError(cannot_write(folder, error)) from error
+        return folder
+
     def rewind(self, step: int, steps: int) -> None:
-        """Drop what a run of `steps` steps that is resumed at `step` is going to write again."""
+        """Drop what a run of `steps` steps that is resumed at `step` is going to write again. Raises `UserError`."""
         for path in (self.metrics, self.skipped):
             if not path.exists():
                 continue
-            # the evaluations behind the last step are made again when the run ended among them
+            # the evaluations after the last step are made again when the run ended among them
             kept = [r for r in _jsonl(path) if r["step"] <= step and not ("scores" in r and r["step"] == steps)]
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            try:
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+            except OSError as error:
+                raise UserError(cannot_write(path, error)) from error
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

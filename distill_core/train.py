@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from distill_core import distributed
-from distill_core.checkpoint import Checkpoints, load_into
+from distill_core.checkpoint import Checkpoint, Checkpoints, load_into
 from distill_core.data.loader import Loader
 from distill_core.display import Display, Scoring
 from distill_core.environment import environment
 from distill_core.errors import TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.folders import cannot_write
 from distill_core.model import models_of
 from distill_core.objective import Objective
 from distill_core.process import (
@@ -48,6 +49,8 @@ class Result:
     scores: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     signal: int | None = None
+    unsaved: str | None = None
+    """Why its last step is in no checkpoint."""
 
 
 class Trainer:
@@ -88,6 +91,7 @@ class Trainer:
         self.loader = Loader(recipe, self.shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
+        folder.warn = self.display.warn
         self.interrupt = Interrupt(self._warn)
         self.tracked = TrackedRun(recipe)
         self.facts: dict[str, Any] = {}
@@ -115,7 +119,10 @@ class Trainer:
 
     def _resume(self, checkpoint: str) -> None:
         """Take everything from a checkpoint: weights, optimiser, data, random state, counts."""
-        state = self.checkpoints.read(checkpoint)
+        loaded = distributed.agree(lambda: self.checkpoints.load(checkpoint, self._warn))
+        if len(set(distributed.gather_objects(loaded.digest))) > 1:
+            raise UserError(f"{loaded.path}: is not the same file on all ranks; run folders must be shared")
+        state = loaded.state
         if len(state["ranks"]) != self.world:
             raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
         load_into(self.objective, state["objective"], str(self.folder.path))
@@ -126,8 +133,28 @@ class Trainer:
         self.loader.load_state_dict(state["ranks"][self.rank]["data"])
         self._random = state["ranks"][self.rank]["random"]
         if self.rank == 0:
+            self._go_back(loaded)
             self.folder.rewind(self.step, self.steps)
-        distributed.barrier()  # no rank may add to a file before it is rewound
+        # no rank may add to a file before it is rewound
+        self.branch, self.best = distributed.gather_objects((self.branch, self.best))[0]
+        self._best_saved = self.best
+
+    def _go_back(self, loaded: Checkpoint) -> None:
+        """Leave no later checkpoint in the way of those that are going to be written."""
+        if later := self.checkpoints.later(self.step):
+            aside = self.folder.set_aside(later)
+            self.checkpoints.restart_from(loaded)
+            self.branch = {"step": self.step, "set_aside": str(aside)}
+            if self.checkpoints.best in later:
+                self.best = None  # the next score is the best of this branch: its own was written over
+            names = ", ".join(path.name for path in later)
+            self._warn(
+                f"going back to step {self.step}: {names} and what belongs to them are set aside in {aside}, a run "
+                "folder that can be scored and resumed"
+            )
+
+    branch: dict[str, Any] | None = None
+    """Of a run that has gone back: the `step`, and the folder of what was `set_aside`."""
 
     _random: dict[str, Any] | None = None
 
@@ -146,12 +173,14 @@ class Trainer:
                 self._save()
                 if self.interrupt.signal is not None:
                     name = signal.Signals(self.interrupt.signal).name
-                    self._warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
+                    if self.unsaved is None:
+                        self._warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
                     return Result(self.folder.path, signal=self.interrupt.signal)
             try:
                 evaluated = self._evaluate(self.recipe.evaluate.split, last=True)
             except KeyboardInterrupt:
-                self._warn(f"trained and saved, but not evaluated. Evaluate with: distill resume {self.folder.path}")
+                done = "trained and saved" if self.unsaved is None else "trained"
+                self._warn(f"{done}, but not evaluated. Evaluate with: distill resume {self.folder.path}")
                 return Result(self.folder.path, signal=signal.SIGINT)
             for line in evaluated.failed:
                 self._warn(f"not evaluated: {line}")
@@ -159,8 +188,10 @@ class Trainer:
             if self.rank == 0:
                 self._finish(evaluated, skipped)
             complete = True
-            return Result(self.folder.path, evaluated.scores, evaluated.failed)
+            return Result(self.folder.path, evaluated.scores, evaluated.failed, unsaved=self.unsaved)
         finally:
+            for line in self.folder.unwritten():
+                self._warn(line)
             self.tracked.finish(complete)
             self.folder.unlock()
 
@@ -193,7 +224,10 @@ class Trainer:
             )
         if self.rank == 0:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
-            self.tracked.start(self.folder.path, self.facts, self.shards, resumed, self.display.warn)
+            if self.branch is not None:
+                self.facts["branch"] = self.branch
+            goes_on = resumed and self.branch is None
+            self.tracked.start(self.folder.path, self.facts, self.shards, goes_on, self.display.warn)
 
     def _loop(self, batches: Iterator[Batch]) -> None:
         recipe, train = self.recipe, self.recipe.train
@@ -252,11 +286,11 @@ class Trainer:
             self.folder.log({"step": self.step + 1, "not_finite": what, "keys": keys})
         if self.recipe.train.nonfinite == "stop":
             self.update.optimizer.zero_grad(set_to_none=True)
-            self._save()
+            saved = "The weights from before this step are saved" if self._save() else self.unsaved
             in_fp32 = ", in fp32" if self.recipe.train.precision != "fp32" else ""
             raise TrainingStopped(
-                f"{line}.\nThe weights from before this step are saved; distill resume {self.folder.path} goes on "
-                f"behind this batch. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
+                f"{line}.\n{saved}; distill resume {self.folder.path} continues after this batch. "
+                f"Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
             )
         self._warn(f"{line}; the step is skipped")
 
@@ -384,27 +418,45 @@ class Trainer:
 
     _validated = False
 
-    def _save(self, best: bool = False) -> None:
+    def _save(self, best: bool = False) -> bool:
+        """Write a checkpoint; whether that could be done, alike on all ranks. The next time it may be."""
         state = {
             "data": self.loader.state_dict(),
             "random": get_random(self.device),
             "skipped_samples": self.skipped_samples,
         }
         ranks = distributed.gather_objects(state)
-        if self.rank > 0:
-            return
-        self.checkpoints.save(
-            self.step,
-            {
-                "objective": self.objective.state_dict(),
-                "optimizer": self.update.optimizer.state_dict(),
-                "ranks": ranks,
-                "best": self.best,
-                "skipped_steps": self.skipped_steps,
-                "seconds": self.seconds,
-            },
-            best=best or (self._final_better and self.step == self.steps),
-        )
+        best = best or (self._final_better and self.step == self.steps)
+        problem = None
+        if self.rank == 0:
+            try:
+                self.folder.restore(self.recipe)
+                self.checkpoints.save(
+                    self.step,
+                    {
+                        "objective": self.objective.state_dict(),
+                        "optimizer": self.update.optimizer.state_dict(),
+                        "ranks": ranks,
+                        "best": self.best,
+                        "skipped_steps": self.skipped_steps,
+                        "seconds": self.seconds,
+                    },
+                    best=best,
+                )
+            except UserError as error:
+                steps = self.checkpoints.steps()
+                last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+                problem = f"{error}. Step {self.step} is not saved; {last}"
+                self._warn(problem)
+        self.unsaved = distributed.gather_objects(problem)[0]
+        if best and self.unsaved is None:
+            self._best_saved = self.best
+        elif best:
+            self.best = self._best_saved
+        return self.unsaved is None
+
+    unsaved: str | None = None
+    _best_saved: float | None = None
 
     def _finish(self, evaluated: Evaluated, skipped: int) -> None:
         report = Report(
@@ -421,5 +473,12 @@ class Trainer:
             notes=evaluated.notes,
             failed=evaluated.failed,
         )
-        picture = write_report(self.folder, report, self.facts)
+        try:
+            picture = write_report(self.folder, report, self.facts)
+        except OSError as error:
+            saved = " and saved" if self.unsaved is None else ""
+            raise UserError(
+                f"{cannot_write(self.folder.path / 'report.json', error)}. The run is trained{saved}, and has no "
+                f"report. Make room, then: distill resume {self.folder.path}"
+            ) from error
         self.tracked.report(self.step, picture, self.folder.path.name)

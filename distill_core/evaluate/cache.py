@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill_core.data.shards import Shards, is_local
-from distill_core.folders import write_bytes
+from distill_core.folders import cannot_write, write_bytes
 from distill_core.model import Model
 from distill_core.types import Sample, Skipped
 
@@ -69,7 +69,7 @@ class EmbeddingCache:
             self.folder.mkdir(exist_ok=True)
             write_bytes(path, data)
         except OSError as error:  # a run folder of somebody else's can be scored all the same
-            self._warn(f"{path}: cannot be written ({error.strerror or error}): embeddings are not kept")
+            self._warn(f"{cannot_write(path, error, len(data))}: embeddings are not kept")
             return
         for old in self.folder.glob(f"{stays}-*.safetensors"):
             if old != path:
@@ -119,16 +119,18 @@ def stamps(paths: Iterable[Path]) -> str:
 
 
 def identities(
-    recipe: Mapping[str, object], models: Mapping[str, Model], checkpoint: Path
+    recipe: Mapping[str, object], models: Mapping[str, Model], checkpoint: str, digest: str
 ) -> Callable[[Model, str], tuple[str, str]]:
-    """`whose` of an `EmbeddingCache`, for the sides of a run; `recipe` is the resolved one as plain data."""
+    """`whose` of an `EmbeddingCache`, for the sides of a run; `recipe` is the resolved one as plain data.
+
+    `checkpoint` is the name of the file that the models were loaded from, `digest` that of what it held then.
+    """
     sides = {id(model): side for side, model in models.items()}
-    stamp = stamps([checkpoint])
 
     def whose(model: Model, modality: str) -> tuple[str, str]:
         parts = {part: recipe[part][modality] for part in ("augment", "backbone")}  # type: ignore[index]
         made_by = json.dumps([parts, model.precision, model.device.type], sort_keys=True)
-        return f"{checkpoint.name} {sides[id(model)]}", f"{stamp}\n{made_by}"
+        return f"{checkpoint} {sides[id(model)]}", f"{digest}\n{made_by}"
 
     return whose
 

@@ -12,11 +12,11 @@ import click
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoints, load_into
 from distill_core.display import Scoring, print_scores
-from distill_core.errors import UserError, counted
+from distill_core.errors import UserError, counted, warn
 from distill_core.evaluate.cache import EmbeddingCache, identities
 from distill_core.evaluate.pictures import write_pictures
 from distill_core.evaluate.run import Evaluated, evaluate
-from distill_core.folders import write_whole
+from distill_core.folders import cannot_write, write_whole
 from distill_core.model import models_of, run_recipe
 from distill_core.objective import Objective
 from distill_core.process import keep_freed_memory, resolve_device, set_threads
@@ -53,19 +53,26 @@ def score(
     set_threads(recipe.train.threads, 0, device)
     if device.type == "cpu":
         keep_freed_memory()
-    checkpoints = Checkpoints(folder)
-    state = checkpoints.read(checkpoint)
+    # by one rank, once: where the run still trains, others might find another file of the same name
+    loaded = distributed.agree(lambda: Checkpoints(folder).load(checkpoint) if first else None)
     objective = Objective.from_recipe(recipe)
-    load_into(objective, state["objective"], str(folder))
+
+    def fill() -> None:
+        if loaded is not None:
+            load_into(objective, loaded.state["objective"], str(folder))
+
+    distributed.agree(fill)
+    file, digest, step = distributed.gather_objects(loaded and (loaded.path, loaded.digest, loaded.state["step"]))[0]
     objective.to(device)
+    distributed.broadcast(objective)
     models = models_of(recipe, objective, device)
     source = (recipe.evaluate_source or recipe.source).build()
     if any(node.source is None for node in recipe.tasks):
         source.prepare()
     kept = None
     if cache:
-        whose = identities(recipe.to_dict(), models, checkpoints.file(checkpoint))
-        kept = EmbeddingCache(folder / "embeddings", whose, _warn)
+        whose = identities(recipe.to_dict(), models, file.name, digest)
+        kept = EmbeddingCache(folder / "embeddings", whose, warn)
     with Scoring(quiet=quiet or as_json or not first) as display:
         evaluated = evaluate(
             recipe,
@@ -79,7 +86,7 @@ def score(
         )
     distributed.stop()
     if first:
-        _tell(folder, recipe, evaluated, state["step"], checkpoint, full, pictures, as_json, overrides)
+        _tell(folder, recipe, evaluated, step, checkpoint, full, pictures, as_json, overrides)
 
 
 def where(run: str, checkpoint: str) -> tuple[Path, str]:
@@ -125,18 +132,18 @@ def _tell(
         drawn = write_pictures(Path(pictures), evaluated.media)
         lines.append(f"{counted(len(drawn), 'picture')}: {pictures}")
         if evaluated.no_media is not None:
-            _warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
+            warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
     if as_json:
         click.echo(json.dumps(evaluated.scores, indent=1))
     elif evaluated.scores:
         title = f"{folder.name} ({checkpoint}) on {split}"
         print_scores(evaluated.scores, title, lines, notes=evaluated.notes, file=kept, full=full)
     for line in evaluated.warnings:
-        _warn(line)
+        warn(line)
     for skipped in evaluated.skipped[:5]:
-        _warn(f"not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}")
+        warn(f"not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}")
     if len(evaluated.skipped) > 5:
-        _warn(f"not scored: {counted(len(evaluated.skipped) - 5, 'more item', 'more items')}")
+        warn(f"not scored: {counted(len(evaluated.skipped) - 5, 'more item', 'more items')}")
     if evaluated.failed or not recipe.tasks:
         raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
@@ -163,10 +170,6 @@ def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrid
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(document, indent=1))
     except OSError as error:  # a run folder of somebody else's can be scored all the same
-        _warn(f"{path}: cannot be written ({error.strerror or error}): scores are not kept")
+        warn(f"{cannot_write(path, error)}: scores are not kept")
         return "not kept"
     return str(path)
-
-
-def _warn(line: str) -> None:
-    click.echo(f"warning: {line}", err=True)

@@ -6,10 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-
 from distill_core.components import TrackerConfig
 from distill_core.environment import environment
+from distill_core.errors import warn
 from distill_core.study.picture import draw
 from distill_core.study.plan import Run, StudyPlan
 from distill_core.study.table import (
@@ -25,10 +24,6 @@ from distill_core.study.table import (
 from distill_core.tracking import TrackerThread
 
 
-def _warn(line: str) -> None:
-    click.echo(f"warning: {line}", err=True)
-
-
 def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTable:
     """Of the runs that are finished; warns of scores that none of them has."""
     groups = []
@@ -41,7 +36,7 @@ def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTabl
     scores = list(plan.study.scores) or default_scores(every)
     if every:
         for score, line in unknown_scores(scores, every).items():
-            _warn(f"scores: {line}")
+            warn(f"scores: {line}")
             scores.remove(score)
     return StudyTable.of(plan.study.name, groups, plan.study.base, scores)
 
@@ -70,7 +65,7 @@ def publish(plan: StudyPlan, table: StudyTable, folder: Path) -> None:
         return
     place = folder / "summary"
     place.mkdir(exist_ok=True)
-    tracker = TrackerThread(recipe.tracking.build(), _warn)
+    tracker = TrackerThread(recipe.tracking.build(), warn)
     tags = {"study": plan.study.name}
     tracker.call(
         "start", str(place), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True

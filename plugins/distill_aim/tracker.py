@@ -24,7 +24,10 @@ class AimConfig(TrackerConfig):
 
 
 class AimTracker(Tracker):
-    """One Aim run for each run folder; a resumed run goes on in the same one."""
+    """One Aim run for each run folder; a resumed run continues in the same one.
+
+    One that goes back to an older checkpoint is a new one, with the parameter `parent`: the hash of the one before.
+    """
 
     name = "aim"
     Config = AimConfig
@@ -40,9 +43,9 @@ class AimTracker(Tracker):
         repo = str((Path(self.config.repo).expanduser() if self.config.repo else Path(folder).parent).absolute())
         prepare(Path(repo))
         limit_exit()
-        known = json.loads(memory.read_text())["run"] if resume and memory.exists() else None
+        known = json.loads(memory.read_text())["run"] if memory.exists() else None
         self.run = Run(
-            known,
+            known if resume else None,
             repo=repo,
             experiment=self.config.experiment,
             system_tracking_interval=None,
@@ -52,6 +55,8 @@ class AimTracker(Tracker):
         write_whole(memory, json.dumps({"run": self.run.hash, "repo": repo}))
         self.run.name = name
         self.run["recipe"] = recipe
+        if known is not None and not resume:
+            self.run["parent"] = known
 
     def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
         """A series a name; values that are not finite are left out (Aim cannot draw them)."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +116,30 @@ def test_the_repository_is_found_from_another_folder(tmp_path: Path, monkeypatch
     tracker.finish()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert where(tmp_path / "runs" / "one")[0] == tmp_path / "aim"
+
+
+def test_a_branch_is_a_run_of_its_own_that_names_its_parent(tmp_path: Path) -> None:
+    """Would catch curves of two branches in one run, and a resumed branch that goes on in its parent."""
+    from aim import Repo
+
+    (tmp_path / "one").mkdir()
+
+    def run(resume: bool) -> str:
+        """In a process of its own: a `Repo` does not see runs that another of its process has made."""
+        code = (
+            "import sys; from distill_aim.tracker import AimConfig, AimTracker; tracker = AimTracker(AimConfig()); "
+            f"tracker.start(sys.argv[1], 'one', {{}}, {resume}); tracker.finish()"
+        )
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, timeout=120)
+        kept: str = json.loads((tmp_path / "one" / "aim.json").read_text())["run"]
+        return kept
+
+    first = run(False)
+    branch = run(False)
+    assert branch != first
+    assert run(True) == branch
+    repo = Repo(str(tmp_path))
+    repo._recreate_index()
+    assert repo.get_run(branch).get("parent") == first
+    assert repo.get_run(first).get("parent") is None
+    repo.close()

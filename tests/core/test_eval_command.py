@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from distill_core.checkpoint import Checkpoints
 from distill_core.cli import main
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate import sets
 from distill_core.model import Model
+from distill_core.objective import Objective
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
@@ -106,6 +109,37 @@ def test_embeddings_are_kept_until_something_changes(
     for path in (run / "embeddings").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
     assert score(run, "--split", "validation") == changed, "a file that was cut off is made again"
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_a_checkpoint_that_is_replaced_while_it_is_read(
+    run: Path, tmp_path: Path, score: Score, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """A run that trains saves another between any two looks at its folder. Catches embeddings of one checkpoint that
+    are kept under the other's name: wrong scores from then on."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(copy / "embeddings", ignore_errors=True)
+    checkpoints = Checkpoints(copy, keep=1)
+    first, second = checkpoints.read("1"), checkpoints.read("2")
+    for name, value in second["objective"].items():  # far from the first
+        if name.endswith("weight"):
+            second["objective"][name] = torch.randn_like(value)
+    checkpoints.path(2).unlink()
+    checkpoints.save(1, first, best=True)
+    build = Objective.from_recipe.__func__  # type: ignore[attr-defined]
+
+    def late(cls: Any, recipe: Any) -> Any:
+        checkpoints.save(2, second, best=True)
+        return build(cls, recipe)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "from_recipe", classmethod(late))
+        of_first = score(copy, "--checkpoint", which)
+    assert checkpoints.steps() == [2]
+    of_second = score(copy, "--checkpoint", which)
+    assert of_second == score(copy, "--checkpoint", which, "--no-cache")
+    assert of_first == score(run, "--checkpoint", "1", "--no-cache")
+    assert of_first != of_second
 
 
 def test_a_class_token_is_kept_apart_from_the_embedding(run: Path, score: Score, encoded: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import distill_core.cli
 from distill_core.checkpoint import Checkpoints
 from distill_core.components import Tracker
 from distill_core.errors import UserError
+from distill_core.model import run_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.report import Report, headline, write_report
 from distill_core.resolve import load_recipe
@@ -135,6 +137,22 @@ def test_what_a_run_is_made_with(run: Run) -> None:
     assert facts["device"].startswith("cpu")
     report = json.loads((folder.path / "report.json").read_text())
     assert {key: report[key] for key in facts} == facts
+
+
+def test_a_run_that_goes_back_is_a_new_one_to_its_tracker(run: Run, more: Registry) -> None:
+    """Catches two branches in one run of the tracker's, and a branch that cannot be told from its parent."""
+    folder, _ = run("tracking={name: keeps, media: 0}", "train.checkpoint={every: 2, keep: 2}")
+
+    def resume(checkpoint: str) -> tuple[bool, Any]:
+        recipe = run_recipe(folder.path, more)
+        Trainer(recipe, RunFolder(folder.path), resume=checkpoint, quiet=True).run()
+        calls = dict(Keeps.calls[:2])
+        return calls["start"][3], calls["describe"][0].get("branch")
+
+    branch = {"step": 2, "set_aside": str(folder.path / "set-aside-1")}
+    assert resume("2") == (False, branch)
+    assert json.loads((folder.path / "report.json").read_text())["branch"] == branch
+    assert resume("4") == (True, None), "the last one: nothing to go back from"
 
 
 def test_pictures_of_a_run(run: Run) -> None:
@@ -327,48 +345,6 @@ def test_run_folders_do_not_overwrite_one_another(tiny_recipe: Path, more: Regis
         RunFolder.create(tmp_path / "file", recipe)
 
 
-def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a half-written checkpoint in place of a good one, and left-over files."""
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (5, 10, 15):
-        checkpoints.save(step, {"objective": {"x": torch.full((3,), float(step))}}, best=step == 5)
-    assert checkpoints.steps() == [10, 15]
-    assert checkpoints.read("best")["objective"]["x"][0] == 5
-    real = torch.save
-
-    def half(state: Any, file: Any) -> None:
-        real(state, file)
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(15, {"objective": {"x": torch.zeros(3)}}, best=True)
-    assert checkpoints.read("last")["objective"]["x"][0] == 15
-    assert checkpoints.read("best")["objective"]["x"][0] == 5
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [
-        "best.pt",
-        "step-00000010.pt",
-        "step-00000015.pt",
-    ]
-
-
-def test_checkpoints_that_cannot_be_read(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match="the run has saved none yet"):
-        checkpoints.read()
-    checkpoints.save(3, {})
-    checkpoints.save(6, {})
-    with pytest.raises(UserError, match="no checkpoint '4'; there are 3, 6"):
-        checkpoints.read("4")
-    path = checkpoints.path(6)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"step-00000006\.pt: cannot be read .* Try --checkpoint 3"):
-        checkpoints.read()
-    torch.save({"version": 99}, checkpoints.path(3))
-    with pytest.raises(UserError, match="written in format 99; this distill reads format 1"):
-        checkpoints.read("3")
-
-
 def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
     """Would catch two resumes of one run that mix their rows and checkpoints."""
     tmp_path.mkdir(exist_ok=True)
@@ -390,3 +366,121 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
         holder.wait(20)
         holder.stdout.close()
     RunFolder(tmp_path).lock()
+
+
+def full(path: Path) -> Any:
+    """A file that takes 7 bytes, and no more."""
+    file = open(path, "ab", buffering=0)  # noqa: SIM115
+    write = file.write
+
+    class Full:
+        room = 7
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            file.close()
+
+        def tell(self) -> int:
+            return file.tell()
+
+        def write(self, data: bytes) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = write(data[: self.room])
+            self.room = 0
+            return written
+
+    return Full()
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback, half of a row, rows that are lost, and a warning for each of them."""
+    folder, warnings = RunFolder(tmp_path), []
+    folder.warn = warnings.append
+    folder.log({"step": 1})
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *options, **more: full(path))
+    for step in (2, 3):
+        folder.log({"step": step})
+        folder.skip(step, [Skipped(f"k{step}", "s.tar", "bad")])
+    monkeypatch.setattr(Path, "open", opened)
+    assert [row["step"] for row in folder.rows()] == [1]
+    assert folder.skipped.read_text() == ""
+    assert folder.unwritten() == [
+        f"{folder.metrics}: 2 rows could not be written",
+        f"{folder.skipped}: 2 rows could not be written",
+    ]
+    (line,) = warnings
+    assert line.startswith(f"{folder.metrics}: cannot be written: No space left on device (")
+    assert "are free); training continues" in line
+    folder.log({"step": 4})
+    folder.skip(4, [])
+    assert [row["step"] for row in folder.rows()] == [1, 2, 3, 4]
+    assert [json.loads(row)["key"] for row in folder.skipped.read_text().splitlines()] == ["k2", "k3"]
+    assert folder.unwritten() == []
+
+
+def test_a_folder_that_cannot_be_written(
+    tiny_recipe: Path, more: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, from `run` and from `resume`, and no folder that holds nothing."""
+    recipe = load_recipe(tiny_recipe, registry=more)
+    folder = RunFolder.create(tmp_path / "runs", recipe)
+    opened, written = Path.open, Path.write_bytes
+
+    def read_only(path: Path, mode: str = "r", *options: Any, **more: Any) -> IO[Any]:
+        if set(mode) & set("wa+"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *options, **more)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(UserError, match=r"tiny/\.lock: cannot be written: Read-only file system; a run needs"):
+        folder.lock()
+    monkeypatch.undo()
+
+    def no_room(path: Path, data: bytes) -> int:
+        written(path, data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", no_room)
+    with pytest.raises(UserError, match=r"tiny-2/recipe\.yaml: cannot be written: No space left on device \(.* free"):
+        RunFolder.create(tmp_path / "runs", recipe)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
+
+
+def test_what_killed_saves_left_is_removed(tmp_path: Path) -> None:
+    """Catches 162 MB of halves after 63 kills; what is no half of ours stays, and what another process trains, too."""
+    (tmp_path / "checkpoints").mkdir()
+    halves = [".metrics.jsonl.17", "checkpoints/.step-00000003.pt.99999", "checkpoints/.best.pt.1"]
+    stay = ["metrics.jsonl", ".nfs0001", ".hidden.txt", "checkpoints/step-00000002.pt", "checkpoints/best.pt"]
+    for name in [*halves, *stay]:
+        (tmp_path / name).write_text("x")
+    holder = RunFolder(tmp_path)
+    holder.lock()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {*stay, ".lock"}
+    (tmp_path / halves[0]).write_text("of the holder")
+    with pytest.raises(UserError, match="another process is training"):
+        RunFolder(tmp_path).lock()
+    assert (tmp_path / halves[0]).exists()
+    holder.unlock()
+
+
+def test_setting_aside_makes_a_run_folder(tmp_path: Path) -> None:
+    """Catches a file that is lost, one that is left in the way of the new branch, and a second time over the first."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for n in (1, 2):
+        for name in ("recipe.yaml", "report.json", "report.png", "checkpoints/step-00000009.pt", "checkpoints/best.pt"):
+            (run / name).write_text(f"{name} {n}")
+        folder = RunFolder(run)
+        folder.log({"step": n})
+        aside = folder.set_aside([run / "checkpoints" / "step-00000009.pt", run / "checkpoints" / "best.pt"])
+        assert aside == run / f"set-aside-{n}"
+        for name in ("recipe.yaml", "report.json", "report.png", "checkpoints/step-00000009.pt", "checkpoints/best.pt"):
+            assert (aside / name).read_text() == f"{name} {n}"
+        assert [row["step"] for row in RunFolder(aside).rows()] == list(range(1, n + 1))
+        assert sorted(path.name for path in run.glob("*.*")) == ["metrics.jsonl", "recipe.yaml"]
+        assert list((run / "checkpoints").iterdir()) == []

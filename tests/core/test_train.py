@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import shutil
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +22,7 @@ import distill_core.cli
 from distill_core.checkpoint import Checkpoints
 from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig, Optimizer
 from distill_core.errors import TrainingStopped, UserError
+from distill_core.model import run_recipe
 from distill_core.optimizers import Constant, WarmupCosine
 from distill_core.process import Interrupt
 from distill_core.registry import Entry, Registry
@@ -339,3 +343,217 @@ def test_second_signal_stops_at_once() -> None:
 
 def test_training_stopped_has_its_exit_code() -> None:
     assert (TrainingStopped.exit_code, UserError.exit_code) == (3, 2)
+
+
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have training meet SIGTERM in that step."""
+    log = Trainer._log
+
+    def stopping(self: Trainer, *arguments: Any) -> None:
+        log(self, *arguments)
+        if self.step == step:
+            self.interrupt.signal = signal.SIGTERM
+
+    monkeypatch.setattr(Trainer, "_log", stopping)
+
+
+def go_on(folder: RunFolder, registry: Registry, checkpoint: str = "last") -> None:
+    Trainer(run_recipe(folder.path, registry), RunFolder(folder.path), resume=checkpoint, quiet=True).run()
+
+
+def test_going_back_keeps_both_branches(
+    run: Run, more: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`resume --checkpoint OLDER`, stopped and resumed once more. Catches new checkpoints that pruning drops at once, a
+    next `resume` that takes the abandoned branch, rows of both branches in one file, and anything that is deleted."""
+    Scripted.calls = 0
+    scores = "[1.0, 9.0, 2.0, 10.0, 8.0, 5.0, 6.0, 3.0, 0.0]"  # of steps 2, 4, 6, 8, 8; then 6, 8, 8
+    folder = run(
+        *PLAIN[:3],
+        "train.steps=8",
+        "train.checkpoint={every: 1, keep: 4, best: student/scripted/M}",
+        f"evaluate={{every: 2, tasks: [{{name: scripted, scores: {scores}}}]}}",
+    )
+    checkpoints, rows, report = Checkpoints(folder.path), folder.rows(), folder.path / "report.json"
+    assert (checkpoints.steps(), checkpoints.read("best")["step"]) == ([5, 6, 7, 8], 8)
+    before, old_report = {step: checkpoints.load(str(step)).digest for step in (5, 6, 7, 8)}, report.read_text()
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        stop_after(6, patch)
+        go_on(folder, more, "5")
+    said = capsys.readouterr().err
+    aside = folder.path / "set-aside-1"
+    names = "step-00000006.pt, step-00000007.pt, step-00000008.pt, best.pt"
+    assert f"going back to step 5: {names} and what belongs to them are set aside in {aside}" in said
+    assert checkpoints.steps() == [5, 6]
+    assert checkpoints.load("6").digest != before[6], "of the new branch: other seconds, at least"
+    assert [row["step"] for row in training(folder)] == [1, 2, 3, 4, 5, 6]
+    assert not report.exists()
+    assert checkpoints.read("best")["step"] == 6, "the best of the common part was written over"
+    assert RunFolder(aside).rows() == rows
+    assert (aside / "report.json").read_text() == old_report
+    old = Checkpoints(aside)
+    assert {step: old.load(str(step)).digest for step in old.steps()} == {n: before[n] for n in (6, 7, 8)}
+    assert old.read("best")["step"] == 8
+    assert run_recipe(aside, more).to_dict() == run_recipe(folder.path, more).to_dict()
+    go_on(folder, more)
+    assert [row["step"] for row in training(folder)] == list(range(1, 9))
+    assert checkpoints.steps() == [5, 6, 7, 8]
+    assert checkpoints.read("best")["step"] == 8
+    assert report.exists()
+    assert [path.name for path in folder.path.glob("set-aside-*")] == ["set-aside-1"]
+
+
+def test_a_best_checkpoint_of_the_common_part_stays(run: Run, more: Registry) -> None:
+    """Catches a score of the abandoned branch that the new one is held to, and a best that is forgotten."""
+    Scripted.calls = 0
+    folder = run(
+        *PLAIN[:3],
+        "train.steps=6",
+        "train.checkpoint={every: 2, keep: 9, best: student/scripted/M}",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [5.0, 1.0, 2.0, 0.0, 4.0, 5.5, 0.0]}]}",
+    )
+    checkpoints = Checkpoints(folder.path)
+    assert checkpoints.read("best")["step"] == 2
+    go_on(folder, more, "2")
+    assert checkpoints.read("best")["step"] == 6
+    assert checkpoints.read("6")["best"] == 5.5
+    assert checkpoints.read("4")["best"] == 5.0
+
+
+def test_a_damaged_checkpoint_is_gone_back_behind(run: Run, more: Registry, capsys: pytest.CaptureFixture[str]) -> None:
+    """One flipped bit in the last one: the run goes on from the one before, and keeps the damaged file elsewhere."""
+    folder = run("train.steps=4", "train.checkpoint={every: 2, keep: 2}")
+    path = Checkpoints(folder.path).path(4)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+    (folder.path / "report.json").unlink()
+    capsys.readouterr()
+    go_on(folder, more)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warned) == 2
+    assert "step-00000004.pt: cannot be read (damaged" in warned[0]
+    assert "step-00000002.pt is taken in its place" in warned[0]
+    assert "going back to step 2: step-00000004.pt and" in warned[1]
+    assert (folder.path / "set-aside-1" / "checkpoints" / path.name).read_bytes() == bytes(data)
+    assert [row["step"] for row in training(folder)] == [1, 2, 3, 4]
+    assert Checkpoints(folder.path).read()["step"] == 4
+
+
+def no_room(monkeypatch: pytest.MonkeyPatch, number: int, *calls: int) -> None:
+    """Have these saves (from 0) fail with an error of the system's."""
+    fsync, done = os.fsync, []
+
+    def failing(descriptor: int) -> None:
+        done.append(descriptor)
+        if len(done) - 1 in calls:
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_save_that_fails_is_tried_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """Catches an end of training, a good checkpoint that is lost, and a warning that does not say what is full."""
+    no_room(monkeypatch, number, 1, 2)
+    folder = run("train.steps=4", "train.checkpoint={every: 1, keep: 1}", "evaluate=null")
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warned) == 2
+    for step, line in zip((2, 3), warned, strict=True):
+        assert f"checkpoints/step-0000000{step}.pt: cannot be written: {os.strerror(number)}" in line
+        assert line.endswith(f"Step {step} is not saved; the last checkpoint is of step 1")
+        assert ("it takes" in line and "are free)" in line) == (number == errno.ENOSPC)
+    assert Checkpoints(folder.path).steps() == [4]
+    assert [row["step"] for row in training(folder)] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_last_save_fails_says_so(
+    tiny_recipe: Path,
+    more: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches exit code 0, scores that are lost, and a `resume` that calls the run finished."""
+    monkeypatch.setattr(distill_core.cli, "_registry", lambda: more)
+    runs = tmp_path / "runs"
+    arguments = ["run", str(tiny_recipe), "--runs", str(runs), "--quiet", "--set", "train.checkpoint.every=2"]
+    with monkeypatch.context() as patch:
+        no_room(patch, errno.ENOSPC, 1)
+        with pytest.raises(SystemExit) as end:
+            distill_core.cli.main(arguments)
+    assert end.value.code == 2
+    seen = capsys.readouterr()
+    assert "Traceback" not in seen.err
+    last = seen.err.splitlines()[-1]
+    assert "step-00000004.pt: cannot be written: No space left on device" in last
+    assert "the last checkpoint is of step 2. Make room, then: distill resume" in last
+    assert "retrieval" in seen.out, "the scores are shown"
+    assert json.loads((runs / "tiny" / "report.json").read_text())["scores"]
+    distill_core.cli.main(["resume", str(runs / "tiny"), "--quiet"])
+    assert Checkpoints(runs / "tiny").steps() == [2, 4]
+    assert [row["step"] for row in training(RunFolder(runs / "tiny"))] == [1, 2, 3, 4]
+
+
+def test_a_signal_whose_save_fails(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches "saved at step 2" where nothing is."""
+    stop_after(2, monkeypatch)
+    no_room(monkeypatch, errno.ENOSPC, 0)
+    folder = run()
+    error = capsys.readouterr().err
+    assert "Step 2 is not saved; there is no checkpoint yet" in error
+    assert "saved at step" not in error
+    assert Checkpoints(folder.path).steps() == []
+
+
+def test_a_best_score_that_was_not_saved_does_not_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the scores 3, 9, 5 the 9 meets a full disk: catches a best.pt that stays at 3."""
+    Scripted.calls = 0
+    no_room(monkeypatch, errno.ENOSPC, 1)
+    folder = run(
+        *PLAIN[:3],
+        "train.steps=7",
+        "train.checkpoint={every: null, best: student/scripted/M}",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [3.0, 9.0, 5.0, 0.0, 0.0]}]}",
+    )
+    assert Checkpoints(folder.path).read("best")["step"] == 6
+    assert Checkpoints(folder.path).read()["best"] == 5.0
+
+
+def test_a_run_folder_that_is_removed(
+    run: Run, more: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback, a warning for each step, and work that is lost: the next save makes the folder again."""
+    log = Trainer._log
+
+    def removing(self: Trainer, *arguments: Any) -> None:
+        if self.step == 3:
+            shutil.rmtree(self.folder.path)
+        log(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_log", removing)
+    folder = run("train.steps=9", "train.checkpoint={every: 6, keep: 2}")
+    error = capsys.readouterr().err
+    assert error.count("warning") == 1
+    assert f"{folder.metrics}: cannot be written: No such file or directory; training continues" in error
+    assert [row["step"] for row in training(folder)] == [3, 4, 5, 6, 7, 8, 9]
+    assert Checkpoints(folder.path).steps() == [6, 9]
+    assert json.loads((folder.path / "report.json").read_text())["steps"] == 9
+    assert run_recipe(folder.path, more).train.steps == 9
+
+
+def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a traceback at the end of a run, and an end that does not say how to get at its scores."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("distill_core.report.write_whole", refused)
+    with pytest.raises(UserError, match=r"report\.json: cannot be written: Read-only file system\. The run is"):
+        run("train.steps=2")

@@ -132,15 +132,15 @@ class Trainer:
         self.skipped_samples = state["ranks"][self.rank]["skipped_samples"]
         self.loader.load_state_dict(state["ranks"][self.rank]["data"])
         self._random = state["ranks"][self.rank]["random"]
-        if self.rank == 0:
-            self._go_back(loaded)
-            self.folder.rewind(self.step, self.steps)
         # no rank may add to a file before it is rewound
+        distributed.agree(lambda: self._rewind(loaded))
         self.branch, self.best = distributed.gather_objects((self.branch, self.best))[0]
         self._best_saved = self.best
 
-    def _go_back(self, loaded: Checkpoint) -> None:
-        """Leave no later checkpoint in the way of those that are going to be written."""
+    def _rewind(self, loaded: Checkpoint) -> None:
+        """Leave no later checkpoint and no row in the way of those that are going to be written."""
+        if self.rank > 0:
+            return
         if later := self.checkpoints.later(self.step):
             aside = self.folder.set_aside(later)
             self.checkpoints.restart_from(loaded)
@@ -148,10 +148,8 @@ class Trainer:
             if self.checkpoints.best in later:
                 self.best = None  # the next score is the best of this branch: its own was written over
             names = ", ".join(path.name for path in later)
-            self._warn(
-                f"going back to step {self.step}: {names} and what belongs to them are set aside in {aside}, a run "
-                "folder that can be scored and resumed"
-            )
+            self._warn(f"going back to step {self.step}: {names} and what belongs to them are set aside in {aside}")
+        self.folder.rewind(self.step, self.steps)
 
     branch: dict[str, Any] | None = None
     """Of a run that has gone back: the `step`, and the folder of what was `set_aside`."""
@@ -286,11 +284,11 @@ class Trainer:
             self.folder.log({"step": self.step + 1, "not_finite": what, "keys": keys})
         if self.recipe.train.nonfinite == "stop":
             self.update.optimizer.zero_grad(set_to_none=True)
-            saved = "The weights from before this step are saved" if self._save() else self.unsaved
+            resume = f"distill resume {self.folder.path} continues after this batch"
+            saved = f"The weights from before this step are saved; {resume}" if self._save() else self.unsaved
             in_fp32 = ", in fp32" if self.recipe.train.precision != "fp32" else ""
             raise TrainingStopped(
-                f"{line}.\n{saved}; distill resume {self.folder.path} continues after this batch. "
-                f"Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
+                f"{line}.\n{saved}. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
             )
         self._warn(f"{line}; the step is skipped")
 

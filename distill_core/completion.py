@@ -25,10 +25,22 @@ if TYPE_CHECKING:
 
 
 def recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """YAML files, here and one folder below."""
+    """YAML files, here and one folder below, and the names of recipes that plugins bring."""
     if has_magic(incomplete):
         return []
-    return sorted({*glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/*.yaml")})
+    return [
+        *sorted({*glob(f"{incomplete}*.yaml"), *glob(f"{incomplete}*/*.yaml")}),
+        *recipe_names(ctx, param, incomplete),
+    ]
+
+
+def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of recipes that plugins bring."""
+    from distill_core.named_recipes import named_recipes
+
+    with suppress(UserError):  # a plugin that is broken: the command says so
+        return sorted(name for name in named_recipes() if name.startswith(incomplete))
+    return []
 
 
 def run_folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
@@ -60,10 +72,10 @@ def set_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     found = set(known["sections"])
     if (given := _given(ctx)) is not None:
         from distill_core.document import read_document
+        from distill_core.named_recipes import recipe_file
 
-        file = Path(given)
-        file = file / "recipe.yaml" if file.is_dir() else file
         with suppress(OSError, UnicodeDecodeError, UserError):  # a recipe that is being written has nothing to offer
+            file = Path(given, "recipe.yaml") if Path(given).is_dir() else recipe_file(given)
             found |= set(_paths(read_document(file.read_text(encoding="utf-8"), str(file)).data, known["options"]))
     return sorted(path for path in found if path.startswith(incomplete))
 

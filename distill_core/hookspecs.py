@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import click
 
     from distill_core.components import Component
@@ -31,6 +33,13 @@ hookspec = pluggy.HookspecMarker("distill")
 @hookspec
 def distill_components() -> list[type[Component]]:  # type: ignore[empty-body]
     """The component classes of this plugin; each states its `kind` (by its base class), `name` and `Config`."""
+
+
+@hookspec
+def distill_recipes() -> list[Path]:  # type: ignore[empty-body]
+    """Folders of recipes and studies (YAML files, in folders below them too). Commands find each by its file's name
+    without `.yaml`, which is unique among all plugins: `distill run NAME`. A wheel must have them as package data.
+    """
 
 
 @hookspec

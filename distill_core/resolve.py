@@ -22,6 +22,7 @@ from distill_core.components import ComponentConfig, ModalityPlan, Plan
 from distill_core.document import Document, Path, located, read_document, read_file
 from distill_core.errors import RecipeErrors, UserError, did_you_mean
 from distill_core.messages import messages
+from distill_core.named_recipes import recipe_file
 from distill_core.recipe import EvaluateConfig, Frame, Node, Recipe, TeacherConfig, TrainConfig
 from distill_core.registry import Registry
 from distill_core.splits import split_problems
@@ -65,18 +66,21 @@ def load_recipe(
     overrides: Sequence[Override] = (),
     allow_unset: bool = False,
 ) -> Recipe:
-    """Read and check a recipe. Raises `RecipeErrors` with all that is wrong.
+    """Read and check a recipe: a file, or the name of one that a plugin brings.
+
+    Raises `RecipeErrors` with all that is wrong.
 
     `overrides` are `path=value` strings, each with the place it was written at where that is not the command line.
     `allow_unset` turns unset `${NAME}` into warnings.
     """
+    file = recipe_file(file)
     return parse_recipe(
         read_file(file, "recipe"),
         str(file),
         registry=registry,
         overrides=overrides,
         allow_unset=allow_unset,
-        default_name=FilePath(file).stem,
+        default_name=file.stem,
     )
 
 
@@ -91,6 +95,8 @@ def parse_recipe(
 ) -> Recipe:
     """As `load_recipe`, from text."""
     document = read_document(text, file)
+    if "recipe" in document.data and not {"backbone", "loss"} & document.data.keys():
+        raise RecipeErrors([f"{file}: is a study, and no recipe: distill ablate {file}"])
     resolver = _Resolver(document, registry, allow_unset)
     resolver.write_out()
     failed: list[str] = []

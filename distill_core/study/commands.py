@@ -114,9 +114,11 @@ def ablate(
 
 def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: Sequence[str]) -> Study:
     """The study of a file, or of a recipe and its swaps; what the command line gives wins."""
+    from distill_core.named_recipes import recipe_file
     from distill_core.study.grammar import make_study, read_study_document, swaps_document
 
-    document = read_study_document(target)
+    file = recipe_file(target)
+    document = read_study_document(file)
     is_study = "recipe" in document.data
     if swaps and is_study:
         raise UserError(f"{target}: is a study; --swap is for recipes. Write the swap in its `swaps`.")
@@ -130,8 +132,8 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
             for path in [path for path in document.origins if path[0] == key]:
                 del document.origins[path]
             document.origins[key,] = "--score" if key == "scores" else f"--{key}"
-    folder = Path() if swaps else Path(target).parent
-    return make_study(document, folder, Path(target).stem + ("-swaps" if swaps else ""), overrides)
+    folder = Path() if swaps else file.parent
+    return make_study(document, folder, file.stem + ("-swaps" if swaps else ""), overrides)
 
 
 def _list(plan: StudyPlan, as_json: bool) -> None:

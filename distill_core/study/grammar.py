@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from distill_core.components import ComponentConfig
 from distill_core.document import Document, Path, read_document, read_file
 from distill_core.errors import RecipeErrors, UserError, did_you_mean
+from distill_core.named_recipes import recipe_file
 
 Change = tuple[str, str]
 """`path=value`, and where it was written."""
@@ -41,7 +42,7 @@ class StudyFile(ComponentConfig):
     """What a study file holds."""
 
     recipe: str
-    """The base recipe; its path is relative to the study file."""
+    """The base recipe: a path relative to the study file, or the name of a recipe that a plugin brings."""
     name: Annotated[str, Field(pattern=f"^{_WORD.pattern}$")] | None = None
     """The study's folder; the file's name otherwise."""
     changes: Any = Field(None, alias="set")
@@ -124,6 +125,7 @@ class _Reader:
     def __init__(self, document: Document, folder: FilePath) -> None:
         self.document = document
         self.folder = folder
+        self.recipe = ""
         self.errors: list[str] = []
 
     def error(self, path: Path, message: str) -> None:
@@ -134,6 +136,7 @@ class _Reader:
         frame = self._frame()
         if frame is None:
             raise RecipeErrors(self.errors)
+        self.recipe = self._recipe_file(("recipe",), frame.recipe)
         shared = [*self._changes(("set",), frame.changes, frame.budget)]
         for change in overrides:
             target = change.partition("=")[0].strip()
@@ -213,15 +216,24 @@ class _Reader:
         path: Path = ("variants", name)
         if not _WORD.fullmatch(name):
             self.error(path, "a variant's name is a word of letters, digits, - . and _")
-        recipe: Any = frame.recipe
+        recipe = self.recipe
         if isinstance(value, dict) and "recipe" in value:
-            recipe = value["recipe"]
+            named = value["recipe"]
             value = {key: item for key, item in value.items() if key != "recipe"}
-            if not isinstance(recipe, str):
-                self.error((*path, "recipe"), "is the path of a recipe")
-                recipe = ""
+            if isinstance(named, str):
+                recipe = self._recipe_file((*path, "recipe"), named)
+            else:
+                self.error((*path, "recipe"), "is the path or the name of a recipe")
         changes = tuple(self._changes(path, value, frame.budget))
-        return Variant(name, name, str(self.folder / recipe), changes, self.document.origin(path))
+        return Variant(name, name, recipe, changes, self.document.origin(path))
+
+    def _recipe_file(self, path: Path, recipe: str) -> str:
+        try:
+            return str(recipe_file(recipe, self.folder))
+        except RecipeErrors as error:
+            for line in error.lines:
+                self.error(path, line)
+            return recipe
 
     def _swapped(self, frame: StudyFile) -> list[Variant]:
         axes: list[list[tuple[str, Change]]] = []
@@ -245,7 +257,6 @@ class _Reader:
         else:
             combinations = [(), *((swap,) for axis in axes for swap in axis)]
         made: list[Variant] = []
-        recipe = str(self.folder / frame.recipe)
         for parts in combinations:
             label = ", ".join(label for label, _ in parts) or "base"
             name = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-._")[:80]
@@ -253,7 +264,7 @@ class _Reader:
             if name in taken:
                 name = next(f"{name}-{i}" for i in itertools.count(2) if f"{name}-{i}" not in taken)
             origin = parts[-1][1][1] if parts else self.document.origin(("swaps",))
-            made.append(Variant(name, label, recipe, tuple(change for _, change in parts), origin))
+            made.append(Variant(name, label, self.recipe, tuple(change for _, change in parts), origin))
         return made
 
     def _allowed(self, place: Path, target: str, budget: Budget | None) -> None:

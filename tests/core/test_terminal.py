@@ -58,7 +58,10 @@ def test_commands_files_and_names_are_completed(complete: Complete, tmp_path: Pa
             (tmp_path / "runs" / run / "checkpoints" / f"step-{step:08d}.pt").touch()
     (tmp_path / "runs" / "none").mkdir()
     assert {"run", "resume", "eval", "doctor", "kernels", "ui"} <= set(complete(""))
-    assert complete("run", "") == ["c.yaml", "recipes/a.yaml", "recipes/b.yaml"]
+    assert complete("run", "")[:3] == ["c.yaml", "recipes/a.yaml", "recipes/b.yaml"]
+    assert "cosmos_tiny" in complete("run", "")
+    assert complete("recipes", "copy", "cosmos_ti") == ["cosmos_tiny"]
+    assert "fusion.heads" in complete("run", "cosmos_tiny", "--set", "fusion.")
     assert complete("run", "recipes/") == ["recipes/a.yaml", "recipes/b.yaml"]
     assert complete("validate", "c.yaml", "recipes/b") == ["recipes/b.yaml"]
     assert complete("resume", "") == ["runs/one", "runs/two"]
@@ -68,7 +71,7 @@ def test_commands_files_and_names_are_completed(complete: Complete, tmp_path: Pa
     assert complete("compare", "runs/one", "runs/") == ["runs/one", "runs/two"]
     assert complete("ablate", "recipes/") == ["recipes/a.yaml", "recipes/b.yaml"]
     assert complete("ablate", "c.yaml", "--set", "loss.0.na") == ["loss.0.name"]
-    assert complete("bench", "step", "c") == ["c.yaml"]
+    assert complete("bench", "step", "c")[:2] == ["c.yaml", "clip_tiny"]
     assert complete("ui", "runs/o") == ["runs/one"]
     assert complete("plugins", "cross") == ["cross_attention", "cross_modal_distillation"]
 

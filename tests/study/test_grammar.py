@@ -144,19 +144,22 @@ def test_all_that_is_wrong_at_once_with_its_line() -> None:
     [
         ("variants: {a: {}}\n", ["s.yaml:1: recipe: is required and not given"]),
         ("recipe: a.yaml\n", ["s.yaml:1: give `variants` or `swaps`, one of them"]),
-        ("recipe: a\nvariants: {a: {}}\nswaps: {a: [1]}\n", ["s.yaml:1: give `variants` or `swaps`, one of them"]),
-        ("recipe: a\nvariants: {}\n", ["s.yaml:2: variants: there is no variant"]),
-        ("recipe: a\nswaps: {x: 3}\n", ["s.yaml:2: swaps.x: needs the values to try: a list, or {name: value}"]),
-        ("recipe: a\nvariant: {a: {}}\n", ["s.yaml:2: variant: unknown option 'variant', did you mean 'variants'?"]),
+        ("recipe: a.yaml\nvariants: {a: {}}\nswaps: {a: [1]}\n", ["s.yaml:1: give `variants` or `swaps`, one of them"]),
+        ("recipe: a.yaml\nvariants: {}\n", ["s.yaml:2: variants: there is no variant"]),
+        ("recipe: a.yaml\nswaps: {x: 3}\n", ["s.yaml:2: swaps.x: needs the values to try: a list, or {name: value}"]),
         (
-            "recipe: a\nvariants: {a: {}}\nseeds: [0, x]\nbudget: {step: 3}\n",
+            "recipe: a.yaml\nvariant: {a: {}}\n",
+            ["s.yaml:2: variant: unknown option 'variant', did you mean 'variants'?"],
+        ),
+        (
+            "recipe: a.yaml\nvariants: {a: {}}\nseeds: [0, x]\nbudget: {step: 3}\n",
             [
                 "s.yaml:3: seeds.1: Input should be a valid integer, got 'x'",
                 "s.yaml:4: budget.step: unknown option 'step', did you mean 'steps'?",
             ],
         ),
         (
-            "recipe: a\nswaps: {seed: [1, 2]}\n",
+            "recipe: a.yaml\nswaps: {seed: [1, 2]}\n",
             ["s.yaml:2: swaps.seed: 'seed' is the study's own to give; see `seeds`"],
         ),
     ],

@@ -18,7 +18,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         yield f"{who} needs a teacher; this recipe has none"
     if needs.fused and not plan.fusion:
         yield f"{who} needs fused views; this recipe has no fusion"
-    names = {*needs.modalities, *needs.tokens, *needs.teacher_tokens, *needs.views, *needs.masked}
+    names = needs.named
     for missing in sorted(names - modalities):
         yield f"{who} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
     for name in sorted(names & set(plan.modalities)):

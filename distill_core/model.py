@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,9 @@ from distill_core.registry import Registry
 from distill_core.resolve import Override, load_recipe
 from distill_core.types import Features, View, Views
 
+FeatureKind = Literal["embedding", "class_token"]
+"""What an item is turned into: see `Model.encode`."""
+
 
 class Model:
     """Backbones of one side (student or teacher), with the views and collators that evaluation uses."""
@@ -35,7 +38,10 @@ class Model:
         device: torch.device | str = "cpu",
         batch_size: int = 256,
         precision: str = "fp32",
+        untrained: Collection[str] = (),
     ) -> None:
+        """`untrained`: modalities whose embedding no loss trained (`Recipe.untrained_embeddings`)."""
+        self.untrained = frozenset(untrained)
         self.backbone = dict(backbone)
         self.augment = dict(augment)
         self.collators = dict(collators)
@@ -52,20 +58,27 @@ class Model:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The recipe's names, in its order."""
+        """Those of this side, in the recipe's order: a teacher may have fewer than the student."""
         return tuple(self.backbone)
 
-    def encode(
-        self, modality: str, items: Iterable[Any], *, features: Literal["embedding", "class_token"] = "embedding"
-    ) -> Tensor:
+    def default_features(self, modality: str) -> FeatureKind:
+        """`embedding`; `class_token`, from which it is projected, where no loss trained the embedding."""
+        module = self.backbone[modality]
+        if modality in self.untrained and module.dims(module.config).class_tokens:
+            return "class_token"
+        return "embedding"
+
+    def encode(self, modality: str, items: Iterable[Any], *, features: FeatureKind | None = None) -> Tensor:
         """Embeddings [N, D] of N items (pictures as paths, bytes, arrays or PIL images; texts as str), L2-normalised,
         fp32, on the CPU. What is no collection, or is a str or bytes, is one item.
 
-        `features: class_token` gives instead what the embedding is projected from, [N, W], for probes. Raises
-        `UserError` for a modality the recipe lacks, a backbone without class tokens, or an item that cannot be read.
+        `features: class_token` gives instead what the embedding is projected from, [N, W]; None, the default, does so
+        where no loss trained the embedding (`default_features`). Raises `UserError` for a modality that this side
+        lacks, a backbone without class tokens, or an item that cannot be read.
         """
         if modality not in self.backbone:
-            raise UserError(f"no modality {modality!r}{did_you_mean(modality, self.modalities)}")
+            raise UserError(f"the {self.side} has no modality {modality!r}{did_you_mean(modality, self.modalities)}")
+        features = features or self.default_features(modality)
         if features not in ("embedding", "class_token"):
             raise UserError(f"no features {features!r}; there are 'embedding' and 'class_token'")
         dims = self.backbone[modality].dims(self.backbone[modality].config)
@@ -162,11 +175,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:
-    """`student`, and `teacher` where it has every modality; they share weights with the objective."""
+    """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
     sides = {"student": objective.backbone}
-    if objective.teacher is not None and set(objective.teacher.backbone) == set(objective.backbone):
+    if objective.teacher is not None and len(objective.teacher.backbone):
         sides["teacher"] = objective.teacher.backbone
     return {
         side: Model(
@@ -178,6 +191,7 @@ def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str,
             device=device,
             batch_size=recipe.evaluate.batch_size,
             precision=recipe.train.precision,
+            untrained=recipe.untrained_embeddings(),
         )
         for side, backbone in sides.items()
     }
@@ -203,15 +217,17 @@ def model_of(
     from distill_core.checkpoint import load_into
 
     prefix = "teacher.backbone." if teacher else "backbone."
-    backbone = {name: node.build() for name, node in recipe.backbone.items()}
-    for name, module in backbone.items():
-        own = {
-            key.removeprefix(f"{prefix}{name}."): v for key, v in state.items() if key.startswith(f"{prefix}{name}.")
-        }
-        if not own:
-            raise UserError(f"{what}: this run trained no {'teacher' if teacher else 'student'} of {name!r}")
-        load_into(module, own, what)
-        module.to(device).eval().requires_grad_(False)
+    backbone: dict[str, Backbone] = {}
+    for name, node in recipe.backbone.items():
+        start = f"{prefix}{name}."
+        own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if not own and teacher:  # it may have fewer modalities than the student
+            continue
+        backbone[name] = node.build()
+        load_into(backbone[name], own, what)
+        backbone[name].to(device).eval().requires_grad_(False)
+    if not backbone:
+        raise UserError(f"{what}: this run trained no teacher")
     fusion = None
     if recipe.fusion is not None and not teacher:
         fusion = recipe.fusion.build(recipe.plan)
@@ -220,7 +236,10 @@ def model_of(
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
     batch_size = recipe.evaluate.batch_size
-    return Model(backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size)
+    return Model(
+        backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size,
+        untrained=recipe.untrained_embeddings(),
+    )  # fmt: skip
 
 
 def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] = ()) -> Recipe:

@@ -57,6 +57,8 @@ class Needs:
     teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names modalities
     whose backbone must be able to hide tokens.
     `views` asks for a least number of views: {modality: {role: number}}.
+    `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
+    names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
     """
 
     teacher: bool = False
@@ -66,6 +68,12 @@ class Needs:
     teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] | None = None
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The modalities that it names anywhere."""
+        return frozenset({*self.modalities, *self.tokens, *self.teacher_tokens, *self.views, *self.masked})
 
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:

@@ -213,6 +213,14 @@ class Recipe:
         nodes = [*([self.fusion] if self.fusion else []), *self.loss]
         return [(node, node.cls.needs(node.config, self.plan)) for node in nodes]
 
+    def untrained_embeddings(self) -> frozenset[str]:
+        """The modalities whose embedding no loss trains: what their projection was at first is what it stays."""
+        trained: set[str] = set()
+        for node in self.loss:
+            needs = node.cls.needs(node.config, self.plan)
+            trained |= set((needs.named or self.plan.modalities) if needs.embeddings is None else needs.embeddings)
+        return frozenset(self.plan.modalities) - trained
+
     def components(self) -> list[Node]:
         """Every component that it is made of, but the tracker."""
         some = [self.fusion, self.source, self.optimizer, self.schedule, self.evaluate_source]

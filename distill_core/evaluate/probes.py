@@ -6,20 +6,20 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from distill_core import distributed
-from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.components import ComponentConfig, Evaluation, Needs, Plan
 from distill_core.errors import DataError, counted
 from distill_core.evaluate.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
 from distill_core.evaluate.logistic import choose_c, fit, logits
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.media import Media
-from distill_core.model import Model
+from distill_core.model import FeatureKind, Model
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -29,9 +29,10 @@ class ProbeConfig(ComponentConfig):
 
     modality: str | None = None
     """The modality whose features are classified; null takes the recipe's first."""
-    features: Literal["embedding", "class_token"] = "embedding"
+    features: FeatureKind | None = None
     """`embedding`, as the other tasks compare it; or `class_token`, what the backbone projects it from (of texts their
-    end), which published linear probes read."""
+    end), which published linear probes read. null takes the embedding, or the class token where no loss of the recipe
+    trains the embedding (DINO, iBOT)."""
     label: str = "class"
     """Field of the sample, or of its json, that names its class."""
     learn: str | None = "train"
@@ -69,6 +70,12 @@ class Probe(Evaluation):
     Config = ProbeConfig
 
     @classmethod
+    def needs(cls, config: ProbeConfig, plan: Plan) -> Needs:
+        """Its modality."""
+        modality = config.modality or next(iter(plan.modalities), None)
+        return Needs(modalities=(modality,) if modality is not None else ())
+
+    @classmethod
     def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:
         """The modality is there, and gives such features."""
         modality = config.modality or next(iter(plan.modalities), None)
@@ -99,6 +106,7 @@ class Probe(Evaluation):
         """
         config: ProbeConfig = self.config
         modality = config.modality or model.modalities[0]
+        self._features = config.features or model.default_features(modality)
         teaching = sets[0].of_split(config.learn) if config.learn is not None else []
         learned = self._labelled(model, teaching, modality) if config.learn is not None else None
         asked = [self._labelled(model, [samples], modality) for samples in sets]
@@ -131,9 +139,11 @@ class Probe(Evaluation):
         return scores | means(scores, ("top1", "top5", "mean_per_class"))
 
     def note(self) -> str:
-        """Unit, classes and chance; of few-shot, draws."""
+        """Unit, classes and chance; of few-shot, draws; what is read where the recipe does not say."""
         draws = f"; means of {counted(self.config.draws, 'draw')}" if self.config.shots else ""
-        return f"percent; {chance(len(self._classes))}{draws}"
+        chosen = self.config.features is None and self._features == "class_token"
+        read = "; of class tokens, for no loss trains the embedding" if chosen else ""
+        return f"percent; {chance(len(self._classes))}{draws}{read}"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """What is taken for what, in each set (of few-shot, the first draw's)."""
@@ -155,7 +165,7 @@ class Probe(Evaluation):
         parts, classes, of, before = [], [], [], 0
         for samples in sets:
             labels = distributed.agree(partial(samples.labels, self.config.label))
-            embedded, owners = samples.embeddings(model, modality, features=self.config.features)
+            embedded, owners = samples.embeddings(model, modality, features=self._features)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])
             classes += [labels[i] for i in owners[known].tolist()]

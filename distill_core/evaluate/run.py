@@ -51,11 +51,13 @@ def evaluate(
     """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores.
 
     A task with a `source` of its own is scored on that. While training it is left out where that has no such split.
+    A teacher with fewer modalities than the student is scored by the tasks that do without the others, which is said.
     `media` asks each task for pictures of about so many samples. `watch` sees the samples as they are encoded.
     """
     result = Evaluated()
     scored = [node for node in recipe.tasks if split == recipe.evaluate.split or _has(node.source, split)]
     opened = _Opened(source, cache, watch)
+    left_out: dict[str, list[str]] = {}
     for node in scored:
         try:
             sets = opened.sets(node.source, split)
@@ -64,6 +66,9 @@ def evaluate(
             continue
         task = node.build()
         for side, model in models.items():
+            if not _scorable(node, recipe, model):
+                left_out.setdefault(side, []).append(node.id)
+                continue
             progress(f"{node.id} ({side}, {split})")
             try:
                 scores = _run(task, model, sets)
@@ -88,7 +93,22 @@ def evaluate(
                 ]
     result.skipped = [skipped for samples in opened.all() for skipped in samples.skipped.values()]
     result.warnings = list(dict.fromkeys(line for samples in opened.all() for line in samples.warnings))
+    for side, ids in left_out.items():
+        missing = ", ".join(name for name in recipe.backbone if name not in models[side].modalities)
+        result.warnings.append(f"the {side} has no {missing}, so {', '.join(ids)} cannot score it")
     return result
+
+
+def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
+    """Whether a task can do with the modalities that this side has."""
+    own = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
+    if len(own) == len(recipe.plan.modalities):
+        return True
+    try:
+        wanted = node.cls.needs(node.config, recipe.plan).named
+        return wanted <= own.keys() and not list(node.cls.problems(node.config, replace(recipe.plan, modalities=own)))
+    except KeyError:  # a modality that it asks the plan for
+        return False
 
 
 def _run(task: Evaluation, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:

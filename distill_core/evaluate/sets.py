@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,9 @@ from distill_core import distributed
 from distill_core.ahead import ahead
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache, Kept
-from distill_core.model import Model
+from distill_core.model import FeatureKind, Model
 from distill_core.process import reading_threads
 from distill_core.types import Sample, Skipped
-
-Of = Literal["embedding", "class_token"]
-"""What items are turned into: `Model.encode`."""
 
 Step = TypeVar("Step")
 
@@ -53,7 +50,7 @@ class EvaluationSet:
         """(key, file) of the samples that `labels` has found, by number: a sample of another set may be the same."""
         self.alone = False
         """Whether this rank works while the others do not: no embeddings can be made then, where there are several."""
-        self._embedded: dict[tuple[int, str, str | None, Of], tuple[Tensor, Tensor]] = {}
+        self._embedded: dict[tuple[int, str, str | None, FeatureKind], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Sample]:
         yield from self.source
@@ -137,11 +134,12 @@ class EvaluationSet:
                 yield i, item
 
     def embeddings(
-        self, model: Model, modality: str, field: str | None = None, *, features: Of = "embedding"
+        self, model: Model, modality: str, field: str | None = None, *, features: FeatureKind = "embedding"
     ) -> tuple[Tensor, Tensor]:
         """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N], in the order of the samples.
 
-        Or other `features` of theirs, as `Model.encode` has them.
+        Or other `features` of theirs, as `Model.encode` has them; a task that compares nothing across modalities takes
+        `Model.default_features`.
 
         Each rank encodes its share; all ranks get all of them, so every rank must ask. Raises `UserError` on every rank
         when one cannot go on, and where pictures, which are made on rank 0 alone, ask for what `run` did not.
@@ -159,7 +157,7 @@ class EvaluationSet:
             self._embedded[key] = kept.embedded, kept.owners
         return self._embedded[key]
 
-    def _kept(self, model: Model, modality: str, field: str | None, features: Of) -> Kept | None:
+    def _kept(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> Kept | None:
         """What the cache holds, where it does on every rank."""
         if self._cache is None:
             return None
@@ -167,7 +165,7 @@ class EvaluationSet:
         found = distributed.agree(lambda: cache.read(self.name, self.source, model, modality, field, features))
         return found if all(distributed.gather_objects(found is not None)) else None
 
-    def _encode(self, model: Model, modality: str, field: str | None, features: Of) -> Kept:
+    def _encode(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> Kept:
         parts = distributed.gather_objects(distributed.agree(lambda: self._share(model, modality, field, features)))
         embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         order = torch.argsort(owners, stable=True)
@@ -178,7 +176,7 @@ class EvaluationSet:
         return kept
 
     def _share(
-        self, model: Model, modality: str, field: str | None, features: Of
+        self, model: Model, modality: str, field: str | None, features: FeatureKind
     ) -> tuple[Tensor, Tensor, dict[tuple[str, str], Skipped]]:
         """This rank's embeddings, their samples' numbers and what was skipped."""
         owners: list[int] = []
@@ -193,12 +191,12 @@ class EvaluationSet:
 
 
 def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
-    """`model.encode` of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask.
+    """The embeddings of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask.
 
     Raises `UserError` on every rank when one cannot go on.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    mine = distributed.agree(lambda: model.encode(modality, items[rank::world]))
+    mine = distributed.agree(lambda: model.encode(modality, items[rank::world], features="embedding"))
     if world == 1:
         return mine
     parts = distributed.gather_objects(mine)

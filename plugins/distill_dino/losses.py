@@ -39,7 +39,7 @@ class Dino(PrototypeLoss):
     @classmethod
     def needs(cls, config: DinoConfig, plan: Plan) -> Needs:
         """A teacher of the modality."""
-        return Needs(teacher=True, modalities=(config.modality,))
+        return Needs(teacher=True, modalities=(config.modality,), embeddings=())
 
     @classmethod
     def problems(cls, config: DinoConfig, plan: Plan) -> Iterable[str]:
@@ -105,6 +105,7 @@ class Ibot(PrototypeLoss):
             teacher_tokens={m: tuple(t for _, t in pairs)},
             masked=(m,),
             views={m: {config.role: 1, target: count}},
+            embeddings=(),
         )
 
     @classmethod

@@ -19,7 +19,7 @@ from distill_core.document import Document, located, read_document
 from distill_core.errors import BadSample, DataError, RecipeErrors, UserError, did_you_mean
 from distill_core.evaluate.cache import fingerprint, stamps
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
+from distill_core.model import FeatureKind, Model
 from distill_core.registry import Registry
 from distill_core.types import Sample
 
@@ -48,7 +48,9 @@ class Collection(ABC):
     """What it is called to a person."""
 
     @abstractmethod
-    def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
+    def embed(
+        self, model: Model, modality: str, field: str | None, features: FeatureKind
+    ) -> tuple[Tensor, list[str], list[str]]:
         """Embeddings [N, D], the key of each, and a line for each item that cannot be read. Raises `DataError`."""
 
     @abstractmethod
@@ -75,7 +77,9 @@ class Folder(Collection):
         if not self.keys:
             raise DataError(f"{folder}: holds no picture ({', '.join(PICTURES)}); for shards, name the tar files")
 
-    def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
+    def embed(
+        self, model: Model, modality: str, field: str | None, features: FeatureKind
+    ) -> tuple[Tensor, list[str], list[str]]:
         """One embedding a picture. Raises `UserError` for a field: files have none."""
         if field is not None:
             raise UserError(f"{self.folder}: the files of a folder have no field {field!r}")
@@ -92,7 +96,7 @@ class Folder(Collection):
                 keys.append(key)
                 yield item
 
-        return model.encode(modality, items()), keys, bad
+        return model.encode(modality, items(), features=features), keys, bad
 
     def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
         """The pictures; nothing for another modality."""
@@ -130,9 +134,11 @@ class Samples(Collection):
         self.samples = EvaluationSet("collection", source)
         self.name, self.title = name, name if title is None else title
 
-    def embed(self, model: Model, modality: str, field: str | None) -> tuple[Tensor, list[str], list[str]]:
+    def embed(
+        self, model: Model, modality: str, field: str | None, features: FeatureKind
+    ) -> tuple[Tensor, list[str], list[str]]:
         """One embedding an item."""
-        embedded, owners = self.samples.embeddings(model, modality, field)
+        embedded, owners = self.samples.embeddings(model, modality, field, features=features)
         names = [str(sample["__key__"]) for sample in self.samples]
         bad = [f"{skipped.url}: sample {skipped.key!r}: {skipped.reason}" for skipped in self.samples.skipped.values()]
         return embedded, [names[owner] for owner in owners.tolist()], bad

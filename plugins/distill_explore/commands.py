@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from distill_core.media import Shown
-    from distill_core.model import Model
+    from distill_core.model import FeatureKind, Model
     from distill_explore.collection import Collection, Place
     from distill_explore.contact import Found
 
@@ -47,12 +47,14 @@ def embed(
     check_out(Path(out), (".npy", ".parquet"))
     model = _model(run, teacher, checkpoint)
     mine = _modality(model, modality)
-    embedded, keys, bad = collect(source, split, Registry.discover()).embed(model, mine, field)
+    features = model.default_features(mine)
+    embedded, keys, bad = collect(source, split, Registry.discover()).embed(model, mine, field, features)
     _tell(bad)
     if not keys:
         raise UserError(f"{source}: nothing in it could be embedded")
     first, *beside = write(Path(out), embedded, keys)
-    click.echo(f"{first}: {len(keys)} embeddings of width {embedded.shape[1]}, float32, L2-normalised")
+    what = "embeddings" if features == "embedding" else "class tokens (no loss trains the embedding)"
+    click.echo(f"{first}: {len(keys)} {what} of width {embedded.shape[1]}, float32, L2-normalised")
     for file in beside:
         click.echo(f"{file}: their keys, one a line")
 
@@ -107,16 +109,17 @@ def search(
     mine = _modality(model, modality)
     others = [name for name in model.modalities if name != mine]
     if not like and not others:
-        raise UserError(f"{run}: the recipe has {mine} alone, so there is nothing to describe it in; use --like")
+        raise UserError(f"{run}: the {model.side} has {mine} alone, so there is nothing to describe it in; use --like")
     asking = mine if like else others[-1]
-    asked = model.encode(asking, query)
+    features: FeatureKind = model.default_features(mine) if like else "embedding"
+    asked = model.encode(asking, query, features=features)
     query_shown = _shown(model, asking, query)
     if not like and isinstance(query_shown, str) and os.path.isfile(query):  # a long text is no error to it
         raise UserError(f"{query} is a file, and QUERY is taken as {asking} here; did you mean --like?")
     collection = collect(source, split, Registry.discover())
     if collection.holds(Path(out)):
         raise UserError(f"--out {out}: is one of what is searched, and would be replaced; name another")
-    embedded, keys = _kept(Path(run), collection, model, mine, f"{checkpoint} {teacher}")
+    embedded, keys = _kept(Path(run), collection, model, mine, features, f"{checkpoint} {teacher}")
     if not keys:
         raise UserError(f"{source}: nothing in it could be embedded")
     similarity = (embedded @ asked[0]).tolist()
@@ -201,7 +204,9 @@ def _modality(model: Model, given: str | None) -> str:
     return given or model.modalities[0]
 
 
-def _kept(run: Path, collection: Collection, model: Model, modality: str, what: str) -> tuple[Tensor, list[str]]:
+def _kept(
+    run: Path, collection: Collection, model: Model, modality: str, features: FeatureKind, what: str
+) -> tuple[Tensor, list[str]]:
     """Embeddings and keys, from RUN/embeddings where the same checkpoint has embedded the same files before.
 
     One for each collection, side and modality: those of an earlier state of it are removed.
@@ -210,11 +215,11 @@ def _kept(run: Path, collection: Collection, model: Model, modality: str, what: 
     from distill_explore.files import read, remove, write
 
     checkpoints = "\n".join(f"{p.name} {p.stat().st_mtime_ns}" for p in sorted((run / "checkpoints").glob("*.pt")))
-    whose = _digest(what, modality, collection.name)
+    whose = _digest(what, modality, features, collection.name)
     path = run / "embeddings" / f"{whose}-{_digest(checkpoints, collection.fingerprint())}.npy"
     if (known := read(path)) is not None:
         return known
-    embedded, keys, bad = collection.embed(model, modality, None)
+    embedded, keys, bad = collection.embed(model, modality, None, features)
     _tell(bad)
     if keys:
         try:

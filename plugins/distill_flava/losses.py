@@ -82,7 +82,7 @@ def masked_needs(config: MaskedLanguageConfig | MaskedImageConfig, plan: Plan) -
     """Masked views of one modality, and their tokens."""
     m, role = config.modality, config.role
     return Needs(
-        modalities=(m,), tokens={m: plan.modalities[m].views(role)}, views={m: {role: 1}}, masked=(m,)
+        modalities=(m,), tokens={m: plan.modalities[m].views(role)}, views={m: {role: 1}}, masked=(m,), embeddings=()
     )  # fmt: skip
 
 
@@ -221,7 +221,7 @@ class MaskedMultimodal(Loss):
     def needs(cls, config: MaskedMultimodalConfig, plan: Plan) -> Needs:
         """Fused tokens of masked views."""
         views = {m: {config.role: 1} for m in config.modalities}
-        return Needs(fused=True, modalities=config.modalities, views=views, masked=config.modalities)
+        return Needs(fused=True, modalities=config.modalities, views=views, masked=config.modalities, embeddings=())
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms, `text` and `image`. Raises `UserError` where the fusion has not fused the masked views."""

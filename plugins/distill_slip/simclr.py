@@ -95,7 +95,8 @@ class SimClr(Loss):
     @classmethod
     def needs(cls, config: SimClrConfig, plan: Plan) -> Needs:
         """Two views of the role."""
-        return Needs(modalities=(config.modality,), views={config.modality: {config.role: 2}})
+        m = config.modality
+        return Needs(modalities=(m,), views={m: {config.role: 2}}, embeddings=(m,) if config.source == "pooled" else ())
 
     @classmethod
     def problems(cls, config: SimClrConfig, plan: Plan) -> Iterable[str]:

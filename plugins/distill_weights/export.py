@@ -40,6 +40,7 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
         raise UserError(f"--out {out}: exists, and is not overwritten; name a new folder")
     subject = Subject.load(run, teacher=teacher, checkpoint=checkpoint)
     form = FORMATS[to](subject)
+    form.notes += form.untrained()
     target = out.absolute()  # `.` has no name and no parent
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def check(form: Format, modality: str) -> Checked:
     subject = form.subject
     items = subject.items(modality)
     x = subject.inputs(modality, items)
-    ours = subject.embed(modality, items)
+    ours = subject.embed(modality, items, form.features(modality))
     difference = float((form.embed(modality, x) - ours).abs().max())
     theirs = form.inputs(modality, items)
     own = ""

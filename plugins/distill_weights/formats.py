@@ -15,6 +15,7 @@ from torch.nn.functional import normalize, pad
 
 from distill_core.errors import UserError
 from distill_core.extras import need
+from distill_core.model import FeatureKind
 from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 
@@ -50,6 +51,23 @@ class Format(ABC):
     def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
         """Its own preprocessing of raw items; None where it brings none."""
         return None
+
+    def features(self, modality: str) -> FeatureKind:
+        """What it gives of an item: embeddings are all that most layouts have."""
+        return "embedding"
+
+    def untrained(self) -> list[str]:
+        """A line for each modality whose embedding no loss trained."""
+        return [
+            f"{name}: no loss of the run trains its embedding, so "
+            + (
+                "its class tokens are exported"
+                if self.features(name) == "class_token"
+                else "the projection that is exported is as it was at first"
+            )
+            for name in self.modalities
+            if name in self.subject.model.untrained
+        ]
 
 
 class OpenClipFormat(Format):
@@ -217,16 +235,16 @@ class HfFormat(Format):
 
 
 class Tower(nn.Module):
-    """A backbone's plain path: input [N, ...] -> embedding [N, D], L2-normalised."""
+    """A backbone's plain path: input [N, ...] -> embedding [N, D], or class token [N, W], L2-normalised."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, features: FeatureKind) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.features = backbone, features
 
     def forward(self, x: Tensor) -> Tensor:
         """One group of inputs, no tokens, nothing packed."""
-        pooled = self.backbone.encode(x, tokens=False, token_mask=None).pooled[0]  # type: ignore[operator]
-        return normalize(pooled, dim=-1)
+        found = self.backbone.encode(x, tokens=False, token_mask=None)  # type: ignore[operator]
+        return normalize(found.pooled[0] if self.features == "embedding" else found.class_tokens[0, :, 0], dim=-1)
 
 
 class OnnxFormat(Format):
@@ -242,11 +260,15 @@ class OnnxFormat(Format):
         """All of the run."""
         return self.subject.model.modalities
 
+    def features(self, modality: str) -> FeatureKind:
+        """What the run itself takes for an item's embedding."""
+        return self.subject.model.default_features(modality)
+
     def write(self, folder: Path) -> None:
         """Raises `UserError` for a tower that cannot be traced."""
         told: dict[str, Any] = {}
         for name in self.modalities:
-            tower = Tower(self.subject.model.backbone[name]).eval()
+            tower = Tower(self.subject.model.backbone[name], self.features(name)).eval()
             x = self.subject.inputs(name, self.subject.items(name))
             sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
             if not x.is_floating_point():

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from distill_core.components import Backbone
 from distill_core.errors import UserError
-from distill_core.model import Model, model_of, run_recipe
+from distill_core.model import FeatureKind, Model, model_of, run_recipe
 from distill_towers.captions import CaptionAugmentation
 from distill_towers.clip_text import ClipText
 from distill_towers.pictures import PictureAugmentation
@@ -85,9 +85,9 @@ class Subject:
         views = [[self.model.augment[modality].plain(item)] for item in items]
         return self.model.collators[modality](views, [0] * len(views)).groups[0].x[0]
 
-    def embed(self, modality: str, items: list[Any]) -> Tensor:
-        """The run's own embeddings [N, D], L2-normalised."""
-        return self.model.encode(modality, items)
+    def embed(self, modality: str, items: list[Any], features: FeatureKind) -> Tensor:
+        """The run's own embeddings [N, D], or class tokens [N, W], L2-normalised."""
+        return self.model.encode(modality, items, features=features)
 
     def clip(self, to: str) -> Clip:
         """Its towers, where they are CLIP's. Raises `UserError` that names what the layout cannot hold."""

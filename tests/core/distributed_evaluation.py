@@ -35,6 +35,9 @@ class Model:
         self.device = torch.device("cpu")
         self.augment = {name: SimpleNamespace(read=read) for name in ("a", "b")}
 
+    def default_features(self, modality: str) -> str:
+        return "embedding"
+
     def encode(self, modality: str, items: Iterable[Any], *, features: str = "embedding") -> Tensor:
         if modality == "broken" and distributed.rank() == 1:
             raise UserError("out of order")

@@ -44,6 +44,9 @@ class Look:
 
         return read
 
+    def default_features(self, modality: str) -> str:
+        return "embedding"
+
     def encode(self, modality: str, items: Sequence[Any], *, features: str = "embedding") -> Tensor:
         rows = [self.words[item] if isinstance(item, str) else item for item in items]
         return normalize(torch.tensor(rows, dtype=torch.float32), dim=-1)

@@ -20,8 +20,10 @@ import distill_core
 from distill_core.components import ComponentConfig, Evaluation
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import UserError
+from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
+from distill_core.model import Model, models_of
+from distill_core.objective import Objective
 from distill_core.registry import Entry, Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
@@ -198,7 +200,7 @@ def test_what_cannot_be_loaded(trained: SimpleNamespace, tmp_path: Path, tiny_re
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=options)
     plain = RunFolder.create(tmp_path / "runs", recipe)
     Trainer(recipe, plain, quiet=True).run()
-    with pytest.raises(UserError, match=r"this run trained no teacher of 'image'"):
+    with pytest.raises(UserError, match=r"this run trained no teacher"):
         distill_core.load(str(plain.path), teacher=True)
 
 
@@ -225,3 +227,65 @@ def test_a_source_that_turns_out_to_lack_a_split(
     assert result.scores == {}
     assert result.failed == ["the data source has no split 'test'"]
     assert "not evaluated: the data source has no split 'test'" in capsys.readouterr().err
+
+
+IMAGE_TEACHER = ("fusion=null", "loss=[{name: contrastive}]", "teacher={modalities: [image], momentum: 0.5}")
+
+
+def test_a_teacher_of_fewer_modalities_is_scored_by_what_it_can_do(
+    tiny_recipe: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SILC and TIPS. Would catch a teacher that is not scored at all, one scored by the student's text tower, and tasks
+    left out without a word."""
+    tasks = "evaluate.tasks=[retrieval, {name: retrieval, id: again}, {name: knn, label: txt, learn: null}]"
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*IMAGE_TEACHER, tasks])
+    folder = RunFolder.create(tmp_path / "runs", recipe)
+    ended = Trainer(recipe, folder, quiet=False).run()
+    assert ended.failed == []
+    assert {"student/retrieval/M", "student/knn/top1", "teacher/knn/top1"} <= ended.scores.keys()
+    assert not [name for name in ended.scores if name.startswith("teacher/") and "knn" not in name]
+    said = "the teacher has no text, so retrieval, again cannot score it"
+    assert said in " ".join(capsys.readouterr().err.split())
+    teacher = distill_core.load(str(folder.path), teacher=True)
+    assert teacher.modalities == ("image",)
+    assert teacher.encode("image", np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
+    with pytest.raises(UserError, match="the teacher has no modality 'text'"):
+        teacher.encode("text", ["a bird"])
+
+
+def test_tasks_of_the_first_modality_are_not_scored_with_a_teachers_own_first(
+    tiny_recipe: Path, registry: Registry
+) -> None:
+    """Would catch a probe of texts beside a teacher's probe of pictures, under one name."""
+    text = tiny_recipe.read_text(encoding="utf-8")
+    first = "  image: {name: multi_crop, size: 16, local_size: 8, global: 2, local: 1}\n"
+    second = "  text: {name: text_crop, global: 2, local: 1}\n"
+    assert first + second in text
+    tiny_recipe.write_text(text.replace(first + second, second + first), encoding="utf-8")
+    tasks = "evaluate.tasks=[{name: knn, label: txt, learn: null}]"
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*IMAGE_TEACHER, tasks])
+    models = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))
+    found = evaluate(recipe, models, recipe.source.build(), "test")
+    assert {name.split("/")[0] for name in found.scores} == {"student"}
+    assert found.warnings == ["the teacher has no text, so knn cannot score it"]
+
+
+def test_what_no_loss_trains_is_not_what_is_scored(tiny_recipe: Path, registry: Registry) -> None:
+    """DINO, iBOT. Would catch a projection that stays as it was drawn, taken for the model's embedding."""
+    alone = [
+        "augment.text=null", "backbone.text=null", "fusion=null", "teacher=null", "loss=[{name: koleo}]",
+        "backbone.image.dim=8",
+    ]  # fmt: skip
+    tasks = "evaluate.tasks=[{name: knn, label: txt, learn: null}, {name: knn, id: asked, label: txt, learn: null, \
+features: embedding}]"
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*alone, tasks])
+    models = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))
+    model, items = models["student"], np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    assert torch.equal(model.encode("image", items), model.encode("image", items, features="class_token"))
+    assert model.encode("image", items).shape == (3, 16)
+    assert model.encode("image", items, features="embedding").shape == (3, 8)
+    found = evaluate(recipe, models, recipe.source.build(), "test")
+    assert "of class tokens, for no loss trains the embedding" in found.notes["knn"]
+    assert "class tokens" not in found.notes["asked"]
+    trained = load_recipe(tiny_recipe, registry=registry)
+    assert trained.untrained_embeddings() == frozenset()

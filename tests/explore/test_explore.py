@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import distill_core
+from distill_core.cli import main
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
@@ -298,3 +299,26 @@ def test_mistakes(run: Path, call: Call, tmp_path: Path, arguments: tuple[str, .
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_what_no_loss_trains_is_not_what_is_searched(
+    run: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures alone, and a loss of class tokens. Would catch neighbours by a projection that stays as it was drawn."""
+    alone = [
+        "augment.text=null", "backbone.text=null", "fusion=null", "teacher=null", "loss=[{name: koleo}]",
+        "backbone.image.dim=8", "train.steps=1", "evaluate.tasks=[]",
+    ]  # fmt: skip
+    recipe = load_recipe(run.parents[1] / "r.yaml", registry=registry, overrides=alone)
+    made = RunFolder.create(tmp_path / "runs", recipe)
+    Trainer(recipe, made, quiet=True).run()
+    pictures(tmp_path / "pictures")
+    capsys.readouterr()
+    main(["embed", str(made.path), str(tmp_path / "pictures"), "--out", str(tmp_path / "e.npy")])
+    assert "5 class tokens (no loss trains the embedding) of width 16" in capsys.readouterr().out
+    embedded = np.load(tmp_path / "e.npy")
+    query = str(sorted((tmp_path / "pictures").rglob("*.png"))[0])
+    main(["search", str(made.path), query, "--like", "--in", str(tmp_path / "pictures"), "--json",
+          "--out", str(tmp_path / "s.png")])  # fmt: skip
+    found = [row["similarity"] for row in json.loads(capsys.readouterr().out)["found"]]
+    np.testing.assert_allclose(found, sorted(embedded @ embedded[0], reverse=True), atol=1e-4)

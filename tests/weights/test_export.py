@@ -95,6 +95,29 @@ def test_onnx(run: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
     close(torch.from_numpy(session.run(None, {"text": short.numpy()})[0]), ours.encode("text", TEXTS[:1]))
 
 
+ALONE = ["augment.text=null", "backbone.text=null", "fusion=null", "loss=[{name: dino}]"]
+
+
+def test_what_no_loss_trained_is_not_exported_for_the_embedding(
+    make_run: Callable[..., Path], tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    """DINO. Would catch a projection that stays as it was drawn, exported as the model's embedding."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    alone = make_run(*ALONE)
+    said = call(alone, "onnx", tmp_path / "out")
+    assert "image: no loss of the run trains its embedding, so its class tokens are exported" in said
+    model = distill_core.load(str(alone))
+    views = torch.stack([model.augment["image"].plain(picture).data for picture in pictures])
+    (found,) = onnxruntime.InferenceSession(tmp_path / "out" / "image.onnx").run(None, {"image": views.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model.encode("image", pictures, features="class_token"))
+    both = make_run("fusion=null", "loss=[{name: dino}]")
+    assert (
+        call(both, "open_clip", tmp_path / "clip").count("the projection that is exported is as it was at first")
+        == 2  # both
+    )
+
+
 def test_onnx_takes_other_towers(
     make_run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,14 +125,16 @@ def test_onnx_takes_other_towers(
     pytest.importorskip("onnxscript")
     pytest.importorskip("timm")
     timm = "backbone.image={name: timm, model: test_vit, image_size: 16, dim: 10}"
-    assert call(make_run(timm), "onnx", tmp_path / "out").count("maximum difference") == 2
+    assert (
+        call(make_run(timm, "augment.image.local_size=16"), "onnx", tmp_path / "out").count("maximum difference") == 2
+    )
 
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("a data-dependent shape\nand much more")
 
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(UserError, match=r"backbone\.image \('timm'\) cannot be traced.*a data-dependent shape$"):
-        call(make_run(timm), "onnx", tmp_path / "none")
+        call(make_run(timm, "augment.image.local_size=16"), "onnx", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

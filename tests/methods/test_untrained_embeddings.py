@@ -1,0 +1,38 @@
+"""Which embeddings a recipe trains, as its losses say: what is scored, searched and exported by default follows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_core.components import Loss
+from distill_core.conformance.inputs import fits, outputs
+from distill_core.registry import Registry
+from distill_core.resolve import load_recipe
+
+RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*_tiny.yaml"))
+ENTRIES = [entry for (kind, _), entry in Registry.discover().entries.items() if kind == "loss"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes(path: Path, registry: Registry) -> None:
+    """Would catch a recipe of pictures alone whose projection, which nothing trains, is what is scored."""
+    untrained = {"image"} if path.stem in ("dino_tiny", "ibot_tiny") else set()
+    assert load_recipe(path, registry=registry).untrained_embeddings() == untrained
+
+
+@pytest.mark.parametrize("cls", [entry.cls for entry in ENTRIES], ids=lambda cls: cls.name)
+def test_a_gradient_reaches_the_embeddings_that_a_loss_says_it_trains(cls: type[Loss]) -> None:
+    """Would catch a loss that reads class tokens or tokens alone and does not say so, or says so and reads more."""
+    for options in cls.examples:
+        config = cls.Config.model_validate(dict(options), strict=False)
+        fit = fits(cls, config)[0]
+        loss = cls(config, fit.plan).train()
+        given = outputs(fit, cls, config, loss)
+        torch.stack(list(loss(given)[0].values())).sum().backward()
+        reached = {name for name, f in given.student.items() if f.pooled.grad is not None and f.pooled.grad.any()}
+        if fit.needs.embeddings is not None:
+            assert reached == set(fit.needs.embeddings)
+        elif not fit.needs.fused:  # fused features are made of the embeddings
+            assert reached <= fit.needs.named
+            assert reached, "it trains no embedding: its `needs` should say embeddings=()"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill_core import __version__, authors, completion
-from distill_core.errors import PluginError, RecipeErrors, TrainingStopped, UserError, counted
+from distill_core.errors import UserError, counted
 from distill_core.study.commands import ablate, compare
 from distill_core.without import without_option
 
@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0":
             click.echo(str(error), err=True)
-        elif not isinstance(error, (RecipeErrors, PluginError, TrainingStopped)):  # these every rank meets alike
+        elif not error.everywhere:
             click.echo(f"rank {rank}: {error}", err=True)
         sys.exit(error.exit_code)
     except _PipeClosed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +14,14 @@ from torch import Tensor
 from distill_core.errors import UserError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one another: the first may be writing a checkpoint."""
+_meeting: dist.ProcessGroup | None = None
+"""For `highest`, so that a rank that comes there out of turn is never paired with another collective."""
+
+
+class RanksApart(UserError):
+    """Another rank has ended, or does not come to where this one waits for it."""
 
 
 def rank() -> int:
@@ -37,13 +45,17 @@ def start(device: torch.device) -> torch.device:
     if ranks > 1 and not dist.is_initialized():
         # gloo beside nccl: flags and objects stay on the CPU. Others wait while the first rank writes checkpoints.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=6))
+        dist.init_process_group(backend, timeout=_PATIENCE)
+        global _meeting
+        _meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
 
 
 def stop() -> None:
     """Leave the process group."""
+    global _meeting
     if dist.is_initialized():
+        _meeting = None
         dist.destroy_process_group()
 
 
@@ -114,6 +126,32 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def highest(number: int, seconds: float | None = None) -> int:
+    """The highest of the numbers that all ranks come with.
+
+    Raises `RanksApart` where another has ended, or has not come within `seconds`.
+    """
+    if world_size() == 1:
+        return number
+    value = torch.tensor(number)
+    work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_meeting, async_op=True)
+    assert work is not None
+    try:
+        work.wait(_PATIENCE if seconds is None else timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise RanksApart(f"another rank has ended or does not answer ({str(error).splitlines()[0][:200]})") from error
+    return int(value.item())
+
+
+def mean(values: Sequence[float]) -> list[float]:
+    """The mean over ranks of each value; every rank must come with as many."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return (total / world_size()).tolist()
 
 
 def gather_objects(value: Any) -> list[Any]:

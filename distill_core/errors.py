@@ -12,10 +12,14 @@ class UserError(Exception):
     """One clear line: what is wrong, where, and what to do next. Exit code 2."""
 
     exit_code = 2
+    everywhere = False
+    """Whether every rank meets it alike, so that the first one alone says it."""
 
 
 class RecipeErrors(UserError):
     """All that is wrong with one recipe, a line each."""
+
+    everywhere = True
 
     def __init__(self, lines: Sequence[str]) -> None:
         super().__init__("\n".join(lines))
@@ -29,11 +33,20 @@ class DataError(UserError):
 class PluginError(UserError):
     """A plugin that cannot be used; the message names its package."""
 
+    everywhere = True
+
 
 class TrainingStopped(UserError):
     """Training cannot go on (a loss that is not finite). Exit code 3."""
 
     exit_code = 3
+    everywhere = True
+
+
+class OtherRankFailed(UserError):
+    """A run's other rank met an error, and says it."""
+
+    everywhere = True
 
 
 class BadSample(Exception):

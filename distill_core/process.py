@@ -18,22 +18,27 @@ from distill_core.errors import UserError
 
 
 class Interrupt:
-    """SIGINT and SIGTERM set `signal`; the loop saves and stops. A second one stops at once.
+    """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless
+    something is `finishing`.
 
     `doing` is said when one comes.
     """
 
-    def __init__(self, say: Callable[[str], None], doing: str = "saving behind this step ...") -> None:
+    def __init__(self, say: Callable[[str], None], doing: str = "saving after this step ...") -> None:
         self.say = say
         self.doing = doing
         self.signal: int | None = None
+        self._finishing = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While training goes on, and only in the main thread (signals belong to it)."""
         before = {}
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # not every system has SIGHUP
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    continue  # ignored: started by nohup, to outlive the terminal
                 before[number] = signal.signal(number, self._take)
         except ValueError:
             before = {}
@@ -43,11 +48,33 @@ class Interrupt:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """A second signal does not break off what is done here."""
+        self._finishing = True
+        try:
+            yield
+        finally:
+            self._finishing = False
+
     def _take(self, number: int, frame: object) -> None:
-        if self.signal is not None:
+        name = signal.Signals(number).name
+        if self.signal is None:
+            self.signal = number
+            self.say(f"{name}: {self.doing}")
+        elif self._finishing:
+            self.say(f"{name}: a checkpoint is being written; the run ends after it")
+        else:
             raise KeyboardInterrupt
-        self.signal = number
-        self.say(f"{signal.Signals(number).name}: {self.doing}")
+
+
+def end_with_parent(parent: int, number: int) -> None:
+    """Have the system send this process the signal `number` when its `parent` ends, however that ends (on Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it had ended before
+        os._exit(128 + number)
 
 
 def resolve_device(name: str, option: str = "train.device") -> torch.device:

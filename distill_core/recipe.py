@@ -49,6 +49,9 @@ class DataConfig(ComponentConfig):
     """Samples in each worker's shuffle buffer; 0 keeps the shards' order."""
     prefetch: Positive = 4
     """Batches that each worker keeps ready."""
+    stall_warning: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a batch after which a line names the worker and the shard that are waited for; again each time
+    the wait has doubled."""
 
 
 class CheckpointConfig(ComponentConfig):
@@ -86,6 +89,8 @@ class TrainConfig(ComponentConfig):
     """CPU threads of torch; null leaves a core to the loader's workers when there are any."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite stops the run, or skips the step and counts it."""
+    max_nonfinite: Positive = 20
+    """With `nonfinite: skip`: so many skipped steps in a row stop the run all the same."""
     log_every: Positive = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint: CheckpointConfig = CheckpointConfig()

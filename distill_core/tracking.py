@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
+from weakref import WeakSet
 
 from distill_core.components import Tracker
 from distill_core.errors import UserError, counted, warn
@@ -78,6 +79,7 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"{cannot_write(self.path / '.lock', error)}; a run needs a folder to write to") from error
+        _locked.add(self)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -91,8 +93,12 @@ class RunFolder:
         if self._lock is not None:
             import fcntl
 
-            # by name: loader workers hold the same open file
             fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self.drop_lock()
+
+    def drop_lock(self) -> None:
+        """Leave the lock to the process that this one was forked from."""
+        if self._lock is not None:
             self._lock.close()
             self._lock = None
 
@@ -169,6 +175,19 @@ class RunFolder:
                 write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
+
+
+_locked: WeakSet[RunFolder] = WeakSet()
+
+
+def _drop_locks() -> None:
+    for folder in list(_locked):
+        folder.drop_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # loader workers inherit the open file; one that outlives a killed trainer would keep the folder locked
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from distill_core.checkpoint import Checkpoint, Checkpoints, load_into
 from distill_core.data.loader import Loader
 from distill_core.display import Display, Scoring
 from distill_core.environment import environment
-from distill_core.errors import TrainingStopped, UserError, counted, did_you_mean
+from distill_core.errors import OtherRankFailed, TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.folders import cannot_write
 from distill_core.model import models_of
@@ -39,6 +39,10 @@ from distill_core.update import Step, Update
 
 ENOUGH = 64
 """Samples whose measures tell what the data holds."""
+READY, WAITING, STOPPED, FAILED = range(4)
+"""What a rank says of its next batch; all ranks do what the highest of them says."""
+SECONDS_TO_ANSWER = 30.0
+"""For the other ranks, when one has failed and would save what all have done."""
 
 
 @dataclass
@@ -95,9 +99,13 @@ class Trainer:
         self.interrupt = Interrupt(self._warn)
         self.tracked = TrackedRun(recipe)
         self.facts: dict[str, Any] = {}
+        self.resumed = resume is not None
         self.step = 0
+        self.saved: int | None = None
+        """The step of the last checkpoint that this process wrote or began with."""
         self.skipped_samples = 0
         self.skipped_steps = 0
+        self.nonfinite_in_a_row = 0
         self.best: float | None = None
         self._warned: set[str] = set()
         self.seconds = 0.0
@@ -128,6 +136,7 @@ class Trainer:
         load_into(self.objective, state["objective"], str(self.folder.path))
         self.update.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
+        self.saved = self.step
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         self.skipped_samples = state["ranks"][self.rank]["skipped_samples"]
         self.loader.load_state_dict(state["ranks"][self.rank]["data"])
@@ -158,22 +167,22 @@ class Trainer:
 
     def run(self) -> Result:
         """Train to the end (or to an interrupt), evaluate, report."""
-        resumed = self.step > 0
-        batches = iter(self.loader)  # workers fork here, before any thread starts
+        self.loader.start()  # workers fork here, before any thread starts
         if self._random is not None:
             set_random(self._random, self.device)
         self.display.step(self.step, None, {})
         complete = False
         try:
             with self.display, self.interrupt.listening():
-                self._greet(resumed)
-                self._loop(batches)
-                self._save()
-                if self.interrupt.signal is not None:
-                    name = signal.Signals(self.interrupt.signal).name
+                self._greet()
+                self._train()
+                if distributed.any_rank(self.interrupt.signal is not None):
+                    number = self.interrupt.signal or signal.SIGTERM
+                    name = signal.Signals(number).name
                     if self.unsaved is None:
                         self._warn(f"{name}: saved at step {self.step}. Go on with: distill resume {self.folder.path}")
-                    return Result(self.folder.path, signal=self.interrupt.signal)
+                    return Result(self.folder.path, signal=number)
+                self.loader.close()
             try:
                 evaluated = self._evaluate(self.recipe.evaluate.split, last=True)
             except KeyboardInterrupt:
@@ -188,23 +197,34 @@ class Trainer:
             complete = True
             return Result(self.folder.path, evaluated.scores, evaluated.failed, unsaved=self.unsaved)
         finally:
+            self.loader.close()
             for line in self.folder.unwritten():
                 self._warn(line)
             self.tracked.finish(complete)
             self.folder.unlock()
+
+    def _train(self) -> None:
+        """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""
+        self._note_state()
+        try:
+            self._loop()
+            self._save()
+        except Exception as error:
+            self._save_after(error)
+            raise
 
     def _warn(self, line: str) -> None:
         """What every rank has to say alike is said once."""
         if self.rank == 0:
             self.display.warn(line)
 
-    def _greet(self, resumed: bool) -> None:
+    def _greet(self) -> None:
         recipe, say = self.recipe, self.display.say
         for loaded in self.loaded:
             say(f"init: {loaded.line}")
-        self._measures = None if resumed else []
+        self._measures = None if self.resumed else []
         count = sum(p.numel() for p in self.update.parameters)
-        start = f"resumed at step {self.step} of " if resumed else ""
+        start = f"resumed at step {self.step} of " if self.resumed else ""
         say(
             f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
             f"{count / 1e6:.1f} M trained parameters, {recipe.train.precision} on {self.device}"
@@ -224,22 +244,23 @@ class Trainer:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
             if self.branch is not None:
                 self.facts["branch"] = self.branch
-            goes_on = resumed and self.branch is None
+            goes_on = self.resumed and self.branch is None
             self.tracked.start(self.folder.path, self.facts, self.shards, goes_on, self.display.warn)
 
-    def _loop(self, batches: Iterator[Batch]) -> None:
+    def _loop(self) -> None:
         recipe, train = self.recipe, self.recipe.train
         clock, since = time.perf_counter(), self.step
-        while self.step < self.steps:
-            batch = next(batches)
+        while self.step < self.steps and (batch := self._next_batch()) is not None:
             self._note_skipped(batch)
             self._note_repeats(batch)
             self._note_measures(batch)
             progress = Progress(self.step, self.steps, self.step * self.batch / self.size if self.size else 0.0)
             made = self.update(batch.to(self.device), progress)
+            self.nonfinite_in_a_row = 0 if made.finite else self.nonfinite_in_a_row + 1
             if not made.finite:
                 self._not_finite(batch, made)
             self.step += 1
+            self._note_state()
             rate = None
             if self.step % train.log_every == 0 or self.step == self.steps:
                 elapsed = time.perf_counter() - clock
@@ -255,15 +276,71 @@ class Trainer:
             better = False
             if recipe.evaluate.every and self.step % recipe.evaluate.every == 0 and not last:
                 better = self._validate()
+                self._note_state()
             if not last and (better or (every and self.step % every == 0)):
                 self._save(best=better)
             clock += time.perf_counter() - pause
-            # behind the validation that is due at this step: a resumed run goes on with the next one
-            if distributed.any_rank(self.interrupt.signal is not None):
-                self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
-                return
-        if recipe.evaluate.every:
+        if recipe.evaluate.every and self.step == self.steps:
             self._final_better = self._validate()
+            self._note_state()
+
+    def _next_batch(self) -> Batch | None:
+        """This rank's next batch, once every rank has its own; None where one of them got a signal.
+
+        Ranks meet here at least once a second while one of them waits for its batch, so that none is out of reach of
+        a signal or another's error in the middle of a step.
+        """
+        begun, warn_after = time.monotonic(), self.recipe.data.stall_warning
+        batch: Batch | None = None
+        while True:
+            stopped = self.interrupt.signal is not None
+            if batch is None and not stopped:
+                batch = self.loader.wait(min(1.0, warn_after))
+            state = distributed.highest(STOPPED if stopped else WAITING if batch is None else READY)
+            if state == READY:
+                return batch
+            if state == STOPPED:
+                self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
+                return None
+            if state == FAILED:
+                raise OtherRankFailed("stopped, for another rank has failed: its own message says why")
+            if batch is None and time.monotonic() - begun >= warn_after:
+                rank = f"rank {self.rank}: " if self.world > 1 else ""
+                self.display.warn(f"{rank}no batch for {warn_after:g} s: {self.loader.waiting_for()}")
+                warn_after *= 2
+
+    def _note_state(self) -> None:
+        """Remember what of this rank's state a batch or a step changes before it is complete."""
+        self._state = {
+            "data": self.loader.state_dict(),
+            "random": get_random(self.device),
+            "skipped_samples": self.skipped_samples,
+        }
+
+    def _save_after(self, error: Exception) -> None:
+        """Save the last complete step before an error ends the run, if there is anything new, and say so."""
+        last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
+        try:
+            if not isinstance(error, OtherRankFailed):
+                distributed.highest(FAILED, SECONDS_TO_ANSWER)
+        except distributed.RanksApart as apart:
+            self.display.warn(f"rank {self.rank}: step {self.step} is not saved: {apart}; {last}")
+            return
+        places = distributed.gather_objects((self.step, self.update.whole))
+        if self.saved == self.step or (self.saved is None and self.step == 0):
+            return
+        if places != [(self.step, True)] * self.world:
+            self._warn(f"not saved: step {self.step + 1} broke off while it changed the weights; {last}")
+            return
+        try:
+            saved = self._save()  # which says why not
+        except Exception as second:
+            self._warn(f"step {self.step} could not be saved either: {type(second).__name__}: {second}; {last}")
+            return
+        if saved:
+            self._warn(
+                f"saved at step {self.step}, before the error below. Go on with: distill resume {self.folder.path}"
+            )
 
     _rate: float | None = None
     _final_better = False
@@ -282,15 +359,23 @@ class Trainer:
         self.skipped_steps += 1
         if self.rank == 0:
             self.folder.log({"step": self.step + 1, "not_finite": what, "keys": keys})
-        if self.recipe.train.nonfinite == "stop":
-            self.update.optimizer.zero_grad(set_to_none=True)
-            resume = f"distill resume {self.folder.path} continues after this batch"
-            saved = f"The weights from before this step are saved; {resume}" if self._save() else self.unsaved
-            in_fp32 = ", in fp32" if self.recipe.train.precision != "fp32" else ""
-            raise TrainingStopped(
-                f"{line}.\n{saved}. Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
-            )
-        self._warn(f"{line}; the step is skipped")
+        train = self.recipe.train
+        if train.nonfinite == "skip" and self.nonfinite_in_a_row < train.max_nonfinite:
+            self._warn(f"{line}; the step is skipped")
+            return
+        self.update.optimizer.zero_grad(set_to_none=True)
+        self._note_state()
+        resume = f"distill resume {self.folder.path} continues after this batch"
+        in_fp32 = ", in fp32" if train.precision != "fp32" else ""
+        if train.nonfinite == "stop":
+            weights = "The weights from before this step are saved"
+            hint = f"Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
+        else:
+            line += f".\nThat is {counted(self.nonfinite_in_a_row, 'step')} in a row (train.max_nonfinite)"
+            weights = "The weights from before them are saved"
+            hint = f"It may only meet more of them: rather start again with a lower learning rate{in_fp32}."
+        saved = f"{weights}; {resume}" if self._save() else self.unsaved
+        raise TrainingStopped(f"{line}.\n{saved}. {hint}")
 
     def _note_repeats(self, batch: Batch) -> None:
         """Where nobody says how many samples there are, it shows when one comes twice in a batch."""
@@ -333,15 +418,18 @@ class Trainer:
             self.folder.skip(self.step + 1, batch.skipped)
 
     def _log(self, made: Step, progress: Progress, rate: float) -> None:
+        """A row of metrics.jsonl. A rank's losses are those of its own samples: the means of all ranks are logged."""
+        metrics = {name: value.item() for name, value in made.losses.metrics.items()}
+        means = iter(distributed.mean([made.loss, *made.terms.values(), *metrics.values()]))
         if self.rank > 0:
             return
         teacher = self.objective.teacher
         row = {
             "step": self.step,
             "epoch": round(self.step * self.batch / self.size, 4) if self.size else None,
-            "loss": made.loss,
-            "terms": made.terms,
-            "metrics": {name: value.item() for name, value in made.losses.metrics.items()},
+            "loss": next(means),
+            "terms": {name: next(means) for name in made.terms},
+            "metrics": {name: next(means) for name in metrics},
             "lr": self.update.optimizer.param_groups[0]["lr"],
             "grad_norm": made.norm,
             "samples_per_s": round(rate, 2),
@@ -389,10 +477,12 @@ class Trainer:
         """Evaluate on the validation split; whether this is the best so far."""
         evaluated = self._evaluate(self.recipe.evaluate.validation)
         scores, name = evaluated.scores, self.recipe.train.checkpoint.best
+        for line in evaluated.failed:
+            if line not in self._not_validated:  # what fails again and again is said once
+                self._warn(f"step {self.step}: not validated: {line}")
+        self._not_validated = evaluated.failed
         if not self._validated:
             self._validated = True
-            for line in evaluated.failed:
-                self._warn(f"not validated: {line}")
             if name is not None and name not in scores:
                 self._warn(
                     f"train.checkpoint.best: no score {name!r}, so no best checkpoint is kept"
@@ -415,38 +505,37 @@ class Trainer:
         return True
 
     _validated = False
+    _not_validated: Sequence[str] = ()
 
     def _save(self, best: bool = False) -> bool:
         """Write a checkpoint; whether that could be done, alike on all ranks. The next time it may be."""
-        state = {
-            "data": self.loader.state_dict(),
-            "random": get_random(self.device),
-            "skipped_samples": self.skipped_samples,
-        }
-        ranks = distributed.gather_objects(state)
+        ranks = distributed.gather_objects(self._state)
         best = best or (self._final_better and self.step == self.steps)
         problem = None
         if self.rank == 0:
             try:
                 self.folder.restore(self.recipe)
-                self.checkpoints.save(
-                    self.step,
-                    {
-                        "objective": self.objective.state_dict(),
-                        "optimizer": self.update.optimizer.state_dict(),
-                        "ranks": ranks,
-                        "best": self.best,
-                        "skipped_steps": self.skipped_steps,
-                        "seconds": self.seconds,
-                    },
-                    best=best,
-                )
+                with self.interrupt.finishing():
+                    self.checkpoints.save(
+                        self.step,
+                        {
+                            "objective": self.objective.state_dict(),
+                            "optimizer": self.update.optimizer.state_dict(),
+                            "ranks": ranks,
+                            "best": self.best,
+                            "skipped_steps": self.skipped_steps,
+                            "seconds": self.seconds,
+                        },
+                        best=best,
+                    )
             except UserError as error:
                 steps = self.checkpoints.steps()
                 last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
                 problem = f"{error}. Step {self.step} is not saved; {last}"
                 self._warn(problem)
         self.unsaved = distributed.gather_objects(problem)[0]
+        if self.unsaved is None:
+            self.saved = self.step
         if best and self.unsaved is None:
             self._best_saved = self.best
         elif best:

@@ -121,6 +121,10 @@ class Batch:
         """The same batch in pinned memory; the loader calls this by its name."""
         return self._map(lambda x: x.pin_memory())
 
+    def share_memory(self) -> None:
+        """Move the tensors, in place, to memory that another process can open. Raises RuntimeError where it is full."""
+        self._map(lambda x: x.share_memory_())  # type: ignore[no-untyped-call]
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         views = {name: views.map(function) for name, views in self.views.items()}
         return Batch(views, self.keys, self.skipped, self.measures)

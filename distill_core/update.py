@@ -40,6 +40,8 @@ class Update:
         self.optimizer: torch.optim.Optimizer = maker.build(maker.groups(named))
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = recipe.schedule.build()
+        self.whole = True
+        """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
 
     def __call__(self, batch: Batch, progress: Progress) -> Step:
         """One optimiser step, or none where a value is not finite."""
@@ -61,7 +63,9 @@ class Update:
         if finite:
             if self.clip_grad is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, total_norm)
+            self.whole = False
             self.objective.before_step(progress)
             self.optimizer.step()
             self.objective.after_step(outputs, progress)
+            self.whole = True
         return Step(losses, dict(zip(losses.terms, numbers, strict=True)), loss, norm, finite)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,8 +112,11 @@ class ShardStream(IterableDataset[Item | Failure]):
         shuffle: int,
         rank: int = 0,
         world: int = 1,
+        reading: Callable[[str], None] | None = None,
     ) -> None:
+        """`reading` is called with the name of each shard that is opened."""
         super().__init__()
+        self.reading = reading
         self.shards = list(shards)
         self.views = views
         self.seed = seed
@@ -229,7 +232,7 @@ class ShardStream(IterableDataset[Item | Failure]):
             start = self.offset
             count = 0
             try:
-                for offset, sample in enumerate(read_shard(self.shards[shard])):
+                for offset, sample in enumerate(self._read(shard)):
                     count = offset + 1
                     if offset < start:
                         continue
@@ -245,6 +248,11 @@ class ShardStream(IterableDataset[Item | Failure]):
                 raise DataError(f"{self.shards[shard]}: the shard is empty. Write it again, or leave it out.")
             self.position, self.offset, self.before = self.position + 1, 0, self.before + count
 
+    def _read(self, shard: int) -> Iterator[Sample]:
+        if self.reading is not None:
+            self.reading(self.shards[shard])
+        return read_shard(self.shards[shard])
+
     def _restore(self) -> list[tuple[int, int, Sample]]:
         """Read the buffered samples again, by their references."""
         wanted: dict[int, set[int]] = {}
@@ -253,7 +261,7 @@ class ShardStream(IterableDataset[Item | Failure]):
         found: dict[tuple[int, int], Sample] = {}
         for shard, offsets in wanted.items():
             last = max(offsets)
-            for offset, sample in enumerate(read_shard(self.shards[shard])):
+            for offset, sample in enumerate(self._read(shard)):
                 if offset in offsets:
                     found[shard, offset] = sample
                 if offset >= last:

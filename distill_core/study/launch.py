@@ -6,7 +6,6 @@ what it printed. Whether it starts or goes on is decided where it starts, so tha
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shutil
@@ -15,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
 from distill_core.extras import install
+from distill_core.process import end_with_parent
 from distill_core.tracking import RunFolder, read_report
 
 State = Literal["new", "half", "done"]
@@ -102,7 +103,8 @@ class Local:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_stop_with_parent(),  # the study has no threads while it starts runs
+                # a run whose study is killed saves, rather than train on unseen (and the study has no threads yet)
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
         return LocalJob(process)
 
@@ -142,21 +144,6 @@ class LocalJob:
     def stop(self, number: int) -> None:
         """As `Job.stop`."""
         self.process.send_signal(number)
-
-
-def _stop_with_parent() -> Any:
-    """On Linux: a run whose study is killed gets SIGTERM, and saves, rather than train on unseen."""
-    if not sys.platform.startswith("linux"):
-        return None
-    library = ctypes.CDLL(None)
-    parent = os.getpid()
-
-    def apply() -> None:
-        library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(128 + signal.SIGTERM)
-
-    return apply
 
 
 class Slurm:

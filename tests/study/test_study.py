@@ -119,7 +119,7 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     process = start(study, runs, tmp_path, 1)
     started.append(process)
     os.killpg(process.pid, signal.SIGTERM)  # the run has a group of its own: it hears of it from the study
-    wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 1)
+    wait_for(lambda: log.read_text().count("SIGTERM: saving after this step") == 1)
     (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -131,7 +131,7 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     started.append(process)
     process.kill()
     process.communicate(timeout=600)
-    wait_for(lambda: log.read_text().count("SIGTERM: saving behind this step") == 2)  # its study had died
+    wait_for(lambda: log.read_text().count("SIGTERM: saving after this step") == 2)  # its study had died
     (tmp_path / "go").touch()
     wait_for(lambda: not in_use(run))
     assert Checkpoints(run).steps() == [2, 4]
@@ -189,7 +189,7 @@ def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pyt
     task = int(Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0])
     os.kill(task, submitit.JobEnvironment._usr_sig())
     log = tmp_path / "logs" / "one.log"
-    wait_for(lambda: "SIGTERM: saving behind this step" in log.read_text())
+    wait_for(lambda: "SIGTERM: saving after this step" in log.read_text())
     (tmp_path / "go").touch()
     wait_for(lambda: job.poll() is not None)
     assert job.poll() == 0

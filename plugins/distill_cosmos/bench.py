@@ -145,6 +145,10 @@ class Plain:
             for group in batch.views["text"].groups
             for x in group.x
         ]
+        # the text tokens that a fusion reads: to the context, or to the longest global text
+        longest = batch.views["text"].groups[0].x.shape[-1]
+        self.text_length = text.context if text.padding == "context" else longest
+        self.mask_padding = bool(fusion.config.mask_padding)
         self.globals = [recipe.plan.modalities[name].roles.count("global") for name in ("image", "text")]
         options = recipe.optimizer.config
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
@@ -159,7 +163,10 @@ class Plain:
     def losses(self) -> dict[str, Tensor]:
         """Forward pass."""
         images, texts = self.globals
-        return plain.losses(self.student, self.teacher, self.crops, self.texts, images, texts, self.clock.mark)
+        return plain.losses(
+            self.student, self.teacher, self.crops, self.texts, images, texts, self.text_length, self.mask_padding,
+            self.clock.mark,
+        )  # fmt: skip
 
     def update(self) -> None:
         """Teacher and optimiser."""
@@ -234,16 +241,21 @@ def bench_step(
     precisions: Sequence[str] = ("fp32", "bf16"),
     device: torch.device = CPU,
 ) -> list[dict[str, Any]]:
-    """Rows by precision and part: median seconds of both (`Clock`), and their ratio. One thread, interleaved."""
+    """Rows by precision and part: median seconds of both (`Clock`), and their ratio. One thread, interleaved.
+
+    Raises `UserError` for another recipe than `check` takes, for two steps that differ, and for a batch of one sample.
+    """
     check(recipe)
+    if batch_size < 2:
+        raise UserError(
+            "distill bench step: one sample has no negatives, so losses and gradients are 0: --batch 2 or more"
+        )
     torch.set_num_threads(1)
     if device.type == "cpu":  # as training does, for both
         keep_freed_memory()
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
     objective = Objective.from_recipe(recipe).to(device)
-    if objective.fusion is not None and objective.fusion.config.mask_padding:
-        objective.fusion.config = objective.fusion.config.model_copy(update={"mask_padding": False})
     batch = make_batch(recipe, batch_size, global_tokens, local_tokens).to(device)
     ours = Ours(recipe, objective, batch, Clock(device))
     other = Plain(recipe, objective, batch, Clock(device))

@@ -15,7 +15,7 @@ def bench() -> None:
 @bench.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
-@click.option("--batch", default=4, show_default=True, help="Samples in the batch.")
+@click.option("--batch", type=click.IntRange(min=2), default=4, show_default=True, help="Samples in the batch.")
 @click.option("--global-tokens", default=41, show_default=True, help="Mean tokens of a global caption.")
 @click.option("--local-tokens", default=19, show_default=True, help="Mean tokens of a local caption.")
 @click.option("--rounds", default=5, show_default=True, help="Measured rounds, each a step of both.")

@@ -48,10 +48,10 @@ class _Pooler(nn.Module):
         self.ln_q, self.ln_k = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
 
-    def forward(self, tokens: Tensor, queries: Tensor) -> Tensor:
-        """tokens [N, L, D], queries [N, 1, D] -> [N, 1, D]."""
-        keys = self.ln_k(tokens)
-        return self.attn(self.ln_q(queries), keys, keys, need_weights=False)[0]  # type: ignore[no-any-return]
+    def forward(self, tokens: Tensor, queries: Tensor, padding: Tensor | None = None) -> Tensor:
+        """tokens [N, L, D], queries [N, 1, D], padding [N, L] (True where there is some) -> [N, 1, D]."""
+        keys, queries = self.ln_k(tokens), self.ln_q(queries)
+        return self.attn(queries, keys, keys, key_padding_mask=padding, need_weights=False)[0]  # type: ignore[no-any-return]
 
 
 class _Visual(nn.Module):
@@ -132,9 +132,14 @@ def losses(
     texts: Sequence[Tensor],
     image_globals: int,
     text_globals: int,
+    text_length: int,
+    mask_padding: bool,
     timed: Callable[[str], None] = lambda part: None,
 ) -> dict[str, Tensor]:
-    """The two terms; `timed(part)` is called after each part."""
+    """The two terms; `timed(part)` is called after each part.
+
+    Images attend to the first `text_length` tokens of a text, padding among them unless `mask_padding`.
+    """
     batch = len(crops[0])
     with torch.no_grad():
         teacher_images = teacher.encode_images(crops[:image_globals])[0]
@@ -145,8 +150,13 @@ def losses(
     words, text_tokens = student.encode_text(torch.cat(list(texts)))
     timed("text tower")
     image_keys = student.image_token_mapping(image_tokens[:batch])
-    text_keys = student.text_token_mapping(text_tokens[:batch])
-    fused_images = images + student.text_attn_cross_pool(text_keys.repeat(len(crops), 1, 1), images[:, None])[:, 0]
+    text_keys = student.text_token_mapping(text_tokens[:batch, :text_length])
+    padding = None
+    if mask_padding:
+        place = torch.arange(text_length, device=text_keys.device)
+        padding = (place > texts[0].argmax(1, keepdim=True)).repeat(len(crops), 1)
+    many_keys = text_keys.repeat(len(crops), 1, 1)
+    fused_images = images + student.text_attn_cross_pool(many_keys, images[:, None], padding)[:, 0]
     fused_texts = words + student.visual.attn_cross_pool(image_keys.repeat(len(texts), 1, 1), words[:, None])[:, 0]
     timed("fusion")
 

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import load_recipe
 from distill_cosmos import bench
+from distill_cosmos.fusion import CrossAttention
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +22,37 @@ ROOT = Path(__file__).parents[2]
 def recipe(registry: Registry) -> Recipe:
     overrides = ["fusion.mask_padding=false", "backbone.text.padding=context", "teacher.update=before_optimizer"]
     return load_recipe(ROOT / "recipes/cosmos_tiny.yaml", registry=registry, overrides=overrides)
+
+
+@pytest.mark.parametrize("mask_padding", [True, False])
+@pytest.mark.parametrize("padding", ["longest", "context"])
+def test_every_cosmos_recipe_is_compared_as_it_is(registry: Registry, mask_padding: bool, padding: str) -> None:
+    """Would catch a comparison that fails where padding is masked, or that measures a recipe without the mask."""
+    changes = [f"fusion.mask_padding={str(mask_padding).lower()}", f"backbone.text.padding={padding}"]
+    recipe = load_recipe(ROOT / "recipes/cosmos_tiny.yaml", registry=registry, overrides=changes)
+    said: list[str] = []
+    ours: list[bool] = []
+    forward = CrossAttention.pool
+
+    def pool(self: CrossAttention, *arguments: Any) -> torch.Tensor:
+        ours.append(self.config.mask_padding)
+        return forward(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CrossAttention, "pool", pool)
+        threads = torch.get_num_threads()
+        bench.bench_step(
+            recipe, batch_size=3, global_tokens=12, local_tokens=6, rounds=1, say=said.append, precisions=("fp32",)
+        )
+        torch.set_num_threads(threads)
+    assert said[0].startswith("same step: losses agree to")
+    assert set(ours) == {mask_padding}
+
+
+def test_a_batch_of_one_is_refused(recipe: Recipe) -> None:
+    """Would catch a comparison of zeros: one sample has no negatives."""
+    with pytest.raises(UserError, match="--batch 2 or more"):
+        bench.bench_step(recipe, batch_size=1, global_tokens=8, local_tokens=5, rounds=1, say=print)
 
 
 def sides(recipe: Recipe) -> tuple[bench.Ours, bench.Plain]:

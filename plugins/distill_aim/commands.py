@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import socket
 import sys
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 import click
 
 from distill_core import completion
-
-START = "from aim.cli.cli import cli_entry_point; cli_entry_point()"
 
 
 @click.command()
@@ -37,7 +34,9 @@ def ui(runs: str, host: str, port: int) -> None:
     click.echo(f"http://{host}:{port}{page}  (Aim on {repo / '.aim'}; it takes some seconds; Ctrl-C ends it)")
     sys.stdout.flush()
     arguments = ["up", "--repo", str(repo), "--host", host, "--port", str(port), "--workers", "1", "--yes"]
-    os.execv(sys.executable, [sys.executable, "-c", START, *arguments])
+    from distill_aim.server import serve
+
+    sys.exit(serve(arguments))
 
 
 def where(runs: Path) -> tuple[Path, str]:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from distill_aim.commands import where
@@ -92,6 +93,38 @@ def page(aim_run: RunFolder) -> Iterator[str]:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
         process.stdout.close()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_it_ends_its_server(tmp_path: Path, kind: signal.Signals) -> None:
+    """However it is ended. Would catch a web server, which Aim starts as another process, that stays on its port."""
+    from distill_aim.repository import prepare
+
+    prepare(tmp_path)
+    command = [sys.executable, "-m", "distill_core.cli", "ui", str(tmp_path), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    started: list[psutil.Process] = []
+    try:
+        end = time.monotonic() + 200
+        while not any("uvicorn" in " ".join(child.cmdline()) for child in started):
+            assert time.monotonic() < end, "Aim starts no server"
+            assert process.poll() is None
+            time.sleep(0.2)
+            started = [child for child in descendants(process.pid) if child.is_running()]
+        process.send_signal(kind)
+        code = process.wait(120)
+        assert code == (-kind if kind == signal.SIGKILL else 128 + kind)
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert alive == []
+    finally:
+        process.kill()
+        for child in started:
+            if child.is_running():
+                child.kill()
 
 
 def test_a_browser_sees_the_curves(browser: Any, page: str) -> None:

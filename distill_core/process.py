@@ -9,12 +9,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from distill_core.errors import UserError
+
+if TYPE_CHECKING:
+    from distill_core.recipe import TrainConfig
 
 
 class Interrupt:
@@ -87,6 +90,18 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{option}: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def set_matmul_precision(precision: Literal["high", "highest"]) -> None:
+    """Of products of fp32 tensors on CUDA (`train.matmul_precision`); a CPU's stay as they are."""
+    # by the older of torch's two interfaces: after the newer one, reading the older is an error
+    torch.backends.cuda.matmul.allow_tf32 = precision == "high"
+
+
+def arithmetic(train: TrainConfig, device: torch.device) -> str:
+    """In what a step computes on `device`, for the log: "bf16 on cuda:0, fp32 products in TF32"."""
+    products = {"high": ", fp32 products in TF32", "highest": ", fp32 products in fp32"}[train.matmul_precision]
+    return f"{train.precision} on {device}{products if device.type == 'cuda' else ''}"
 
 
 def cores() -> int:

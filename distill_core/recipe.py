@@ -81,6 +81,10 @@ class TrainConfig(ComponentConfig):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights and teacher stay fp32, and so do the embeddings that losses
     read and the built-in losses' logits."""
+    matmul_precision: Literal["high", "highest"] = "high"
+    """Of products of fp32 tensors on CUDA, as `torch.set_float32_matmul_precision` names them: `high` runs them on
+    tensor cores (torch's in TF32, the losses' logits and the built-in attention in three TF32 products, which keep
+    fp32's precision); `highest` in fp32, without tensor cores. Products of bf16 tensors are not concerned."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Scale the gradients down where their global L2 norm is above this value."""
     device: str = "auto"

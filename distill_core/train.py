@@ -22,11 +22,13 @@ from distill_core.model import models_of
 from distill_core.objective import Objective
 from distill_core.process import (
     Interrupt,
+    arithmetic,
     cores,
     get_random,
     keep_freed_memory,
     resolve_device,
     seed_all,
+    set_matmul_precision,
     set_random,
     set_threads,
 )
@@ -65,6 +67,7 @@ class Trainer:
         train, data = recipe.train, recipe.data
         self.device = distributed.start(resolve_device(train.device))
         self.rank, self.world = distributed.rank(), distributed.world_size()
+        set_matmul_precision(train.matmul_precision)
         if self.rank == 0:
             folder.lock()
         set_threads(train.threads, data.workers, self.device)
@@ -227,7 +230,7 @@ class Trainer:
         start = f"resumed at step {self.step} of " if self.resumed else ""
         say(
             f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
-            f"{count / 1e6:.1f} M trained parameters, {recipe.train.precision} on {self.device}"
+            f"{count / 1e6:.1f} M trained parameters, {arithmetic(recipe.train, self.device)}"
         )
         if self.size is not None and self.batch > self.size:
             self._warn(

@@ -5,7 +5,7 @@ import os
 import shutil
 import tarfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,14 @@ evaluate:
     - {{name: retrieval}}
 tracking: null
 """
+
+
+@pytest.fixture(autouse=True)
+def matmul_precision() -> Iterator[None]:
+    """A trainer sets it for its process: the next test finds torch's default again."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def png(rng: np.random.Generator, size: int = 20) -> bytes:

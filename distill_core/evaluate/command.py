@@ -19,7 +19,7 @@ from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.folders import cannot_write, write_whole
 from distill_core.model import models_of, run_recipe
 from distill_core.objective import Objective
-from distill_core.process import keep_freed_memory, resolve_device, set_threads
+from distill_core.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads
 from distill_core.recipe import Recipe
 from distill_core.registry import Registry
 from distill_core.resolve import Override
@@ -50,6 +50,7 @@ def score(
     recipe = _recipe(folder, registry, split, tasks, overrides)
     device = distributed.start(resolve_device(recipe.train.device))
     first = distributed.rank() == 0
+    set_matmul_precision(recipe.train.matmul_precision)
     set_threads(recipe.train.threads, 0, device)
     if device.type == "cpu":
         keep_freed_memory()

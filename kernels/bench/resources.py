@@ -137,17 +137,24 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("resources.csv"))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[""], help="parts of '<kernel> <variant>', any of them")
-    parser.add_argument("--list", action="store_true", help="print '<kernel>,<variant>' lines and compile nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print '<kernel>,<variant>,<target>' lines, compile nothing"
+    )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     chosen = [s for s in specs() if any(part in f"{s.name} {s.variant}" for part in arguments.only)]
+    jobs = [
+        (spec.name, spec.variant, target)
+        for spec in chosen
+        for target in arguments.targets
+        if TARGETS[target].gpu.backend == "cuda" or not spec.nvidia_only
+    ]
     if arguments.list:
-        print(*(f"{spec.name},{spec.variant}" for spec in chosen), sep="\n")
+        print(*(",".join(job) for job in jobs), sep="\n")
         return 0
     if any(TARGETS[t].gpu.backend == "cuda" for t in arguments.targets) and not CUOBJDUMP.exists():
         parser.error(f"this Triton has no {CUOBJDUMP.name} to read NVIDIA's binaries with; use --targets gfx942")
-    jobs = [(spec.name, spec.variant, target) for spec in chosen for target in arguments.targets]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(_measure_named, *zip(*jobs, strict=True), chunksize=4)) if jobs else []
     with arguments.out.open("w", newline="") as file:

@@ -2,7 +2,8 @@
 
 An op is one public function. Its module holds an `Op`: its backends, the order in which `auto` tries
 them, and the shape bucket under which a measured table (see `tune.py`) keeps its own order. An explicit
-choice that cannot run raises `BackendError` with the reason; nothing falls back silently.
+choice that cannot run raises `BackendError` with the reason; nothing falls back silently. What is chosen, and
+why the others are not, can be recorded, also for a GPU that is not there: see `choices.py`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import platform
 import re
 import shutil
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,6 +29,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Where each op's `Op` lives, "module:attribute". Imported only when asked about.
 OPS: dict[str, str] = {
     "cross_attention": "distill_kernels.cross_attention:OP",
+    "cross_attention_pool": "distill_kernels.cross_attention_pool:OP",
     "multi_view_info_nce": "distill_kernels.info_nce:OP",
     "multi_view_sigmoid": "distill_kernels.sigmoid_loss:OP",
     "packed_attention": "distill_kernels.packed_attention:OP",
@@ -39,6 +41,30 @@ def _constant(function: _F) -> _F:
     """torch.compiler.assume_constant_result, whose call alone would import torch._dynamo (over a second)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+_caches: list[Callable[[], None]] = []
+
+
+def once(function: _F) -> _F:
+    """Answer once a process for each arguments, a constant to torch.compile; `forget` asks again.
+
+    For what looks at files, or at the card, and is asked at every call of an op.
+    """
+    cached = functools.cache(function)
+    _caches.append(cached.cache_clear)
+
+    @functools.wraps(function)
+    def answer(*args: Any) -> Any:
+        return cached(*args)
+
+    return _constant(answer)  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Ask the machine again at the next choice: packages, compiler, card and measured table."""
+    for clear in _caches:
+        clear()
 
 
 class BackendError(ValueError):
@@ -59,17 +85,24 @@ class Backend:
     run: Callable[[Any], Any]
 
 
+class Order(NamedTuple):
+    """What `auto` tries, best guess first, and why: what was measured, or what it is estimated from."""
+
+    names: tuple[str, ...]
+    why: str
+
+
 @dataclass(frozen=True)
 class Op:
     """An op: its backends and how `auto` chooses among them.
 
-    `order(inputs)` is what `auto` tries, best guess first; `bucket(inputs)` names the shape class in the
-    measured table; `cases(device)` makes the inputs that `tune.tune` times.
+    `order(inputs)` is what `auto` tries; `bucket(inputs)` names the shape class in the measured table;
+    `cases(device)` makes the inputs that `tune.tune` times.
     """
 
     name: str
     backends: tuple[Backend, ...]
-    order: Callable[[Any], Sequence[str]]
+    order: Callable[[Any], Order]
     bucket: Callable[[Any], str]
     cases: Callable[[torch.device], Iterable[Any]]
     device: Callable[[Any], torch.device]
@@ -83,33 +116,48 @@ class Op:
         raise BackendError(f"{self.name}: no backend named {name!r}; there are {names}, and auto")
 
 
+observer: Callable[[Op, str, Any], Backend] | None = None
+"""Stands in for `choose` while choices are recorded (`choices.recorded`)."""
+
+
 def choose(op: Op, backend: str, inputs: Any) -> Backend:
     """The backend that will run `inputs`.
 
     Raises `BackendError` when `backend` names one that is unknown or cannot run these inputs, or when
     `auto` finds none that can.
     """
+    return choose_here(op, backend, inputs) if observer is None else observer(op, backend, inputs)
+
+
+def choose_here(op: Op, backend: str, inputs: Any) -> Backend:
+    """`choose`, unobserved."""
     if backend != "auto":
         chosen = op.get(backend)
         reason = chosen.why_not(inputs)
         if reason is not None:
             raise BackendError(f"{op.name}: backend {backend!r} cannot run this: {reason}")
         return chosen
-    order = list(op.order(inputs))
-    device = str(op.device(inputs))
-    # Without a table the bucket is not asked for: under torch.compile it would fix dynamic sizes.
-    if _has_table(device):
-        measured = _measured(device, op.name, op.bucket(inputs)).split()
-        known = {b.name for b in op.backends}
-        order = [n for n in measured if n in known] + order
     reasons = []
-    for name in order:
+    for name in order_of(op, inputs).names:
         candidate = op.get(name)
         reason = candidate.why_not(inputs)
         if reason is None:
             return candidate
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"{op.name}: no backend can run this ({'; '.join(reasons)})")
+
+
+def order_of(op: Op, inputs: Any) -> Order:
+    """What `auto` tries for `inputs`: what this device's table has measured, then the op's own order."""
+    order = op.order(inputs)
+    device = str(op.device(inputs))
+    # Without a table the bucket is not asked for: under torch.compile it would fix dynamic sizes.
+    if _has_table(device):
+        known = {b.name for b in op.backends}
+        measured = [n for n in _measured(device, op.name, op.bucket(inputs)).split() if n in known]
+        if measured:
+            return Order((*measured, *order.names), "measured here (distill kernels --tune)")
+    return order
 
 
 def load_op(name: str) -> Op:
@@ -127,7 +175,7 @@ def listing() -> list[tuple[str, str, str]]:
     return [(name, backend.name, backend.why_not(None) or "yes") for name in OPS for backend in load_op(name).backends]
 
 
-@_constant
+@once
 def why_not_installed(package: str) -> str | None:
     """None when `package` can be imported, without importing it."""
     return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
@@ -149,10 +197,22 @@ def why_not_gpu(package: str, device: torch.device | None) -> str | None:
     return None if device.type == "cuda" else f"needs tensors on a GPU, these are on {device}"
 
 
+assumed_capability: tuple[int, int] | None = None
+"""NVIDIA's compute capability of a GPU that is not there, while its choices are asked for (`choices.recorded`)."""
+
+
 def why_not_new(device: torch.device | None) -> str | None:
     """Why a kernel for NVIDIA's GPUs from Ampere on cannot run there."""
-    old = device is not None and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0)
+    capability = assumed_capability
+    if capability is None and device is not None and torch.version.cuda:
+        capability = _capability(device)
+    old = capability is not None and capability < (8, 0)
     return "needs compute capability 8.0 or newer" if old else None
+
+
+@once
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def why_not_triton(device: torch.device | None) -> str | None:
@@ -167,7 +227,7 @@ def why_not_triton(device: torch.device | None) -> str | None:
     return no_compiler
 
 
-@_constant
+@once
 def _why_not_compile() -> str | None:
     """Triton builds its launcher in C when a kernel is first launched."""
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -197,27 +257,22 @@ def table_path(device: torch.device) -> Path:
     return Path(os.environ.get("DISTILL_KERNEL_TABLES") or default) / f"{slug}.json"
 
 
-# torch.compile may take the table for a constant: it is read once a process.
-# Plain bools and strings, because those are the constants that it can take.
-@_constant
+# Plain bools and strings, because those are the constants that torch.compile can take.
+@once
 def _has_table(device: str) -> bool:
     return bool(_table(device))
 
 
-@_constant
+@once
 def _measured(device: str, op: str, bucket: str) -> str:
     return " ".join(_table(device).get(op, {}).get(bucket, ()))
 
 
-@functools.cache
+@once
 def _table(device: str) -> dict[str, dict[str, list[str]]]:
-    path = table_path(torch.device(device))
-    if not path.exists():
-        return {}
-    table: dict[str, dict[str, list[str]]] = json.loads(path.read_text())
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        return {}  # tensors that only say so: no card was measured
+    path = table_path(where)
+    table: dict[str, dict[str, list[str]]] = json.loads(path.read_text()) if path.exists() else {}
     return table
-
-
-def forget_table() -> None:
-    """Read the measured table again at the next choice."""
-    _table.cache_clear()

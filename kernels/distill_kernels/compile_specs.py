@@ -21,6 +21,16 @@ class Spec(NamedTuple):
     registers: int | None  # NVIDIA: the most that a thread may use, None for the compiler's choice
     aligned: bool  # all strides are multiples of 16 elements
 
+    @property
+    def nvidia_only(self) -> bool:
+        """Whether other cards never get it: their fp32 products are always exact (`launches.dot_precision`)."""
+        return bool(self.constants["PRECISION"] == "tf32x3")
+
+
+def precisions(dtype: str) -> tuple[str, ...]:
+    """What `launches.dot_precision` may be for "bf16", "fp16" or "fp32" operands; half precision does not read it."""
+    return ("ieee", "tf32x3") if dtype == "fp32" else ("ieee",)
+
 
 def make_spec(
     kernel: Any,

@@ -7,7 +7,7 @@ about 77 or 196 here: the keys and values of a sample are shared by its V querie
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_triton
+from distill_kernels.backends import Backend, Op, Order, choose, interpreting, why_not_triton
 from distill_kernels.self_attention import FEWEST_FLASH_KEYS, without_cudnn
 
 
@@ -211,12 +211,21 @@ def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
     return None
 
 
-def _order(inputs: CrossAttentionInputs) -> Sequence[str]:
+ON_GPU = Order(
+    ("triton", "sdpa", "matmul"),
+    "estimated: with this few queries keys and values are read once in each pass, without padded tiles; sdpa's kernels "
+    "under a mask are xformers' as well",
+)
+MATMULS = Order(("matmul",), "measured on a CPU: two batched products beat a flash kernel on few queries")
+FUSED = Order(("sdpa", "matmul"), "measured on a CPU: the flash kernel wins in fp32")
+
+
+def _order(inputs: CrossAttentionInputs) -> Order:
     if inputs.q.device.type == "cuda":
-        return ("triton", "sdpa", "matmul")
+        return ON_GPU
     # Measured: the flash kernel wins in fp32 and wider, and its backward is slow in half precision.
     half, few = inputs.q.dtype.itemsize < 4, inputs.k.shape[2] < FEWEST_FLASH_KEYS
-    return ("matmul",) if half or few else ("sdpa", "matmul")
+    return MATMULS if half or few else FUSED
 
 
 def _bucket(inputs: CrossAttentionInputs) -> str:

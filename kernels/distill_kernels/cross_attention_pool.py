@@ -23,10 +23,15 @@ The cost model counts, for a sample's forward pass, multiplications and the elem
 
 An element costs as much as `BALANCE` has it in multiplications. With free memory, absorbed is cheaper when
 V (7 H / 6 - 1) / D + 7 V / (6 L) < 1; with fast matrix units memory decides, and it is when m H V < 5 L.
+
+The model is a CPU's. On a GPU the absorbed chain is bound by its launches, about 160 both ways and a millisecond of
+the host's time for a sixth of that on the device; projected is two products and one kernel each way (estimated).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.absorbed_attention import absorbed_attention, unit_norm
-from distill_kernels.backends import BackendError
+from distill_kernels.backends import Backend, BackendError, Op, Order, choose
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.self_attention import split_heads, tracing
 
@@ -49,8 +54,7 @@ class _Balance(NamedTuple):
 
 # By element size of the products, fitted to the 332 timings of kernels/bench/cross_attention_crossover.csv (forward +
 # backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .2 % more than
-# the better one on average, and never more than 10 %. fp64 is taken as fp32; GPUs are not measured, their data sheets
-# give 150 to 250 multiplications in half precision and 20 to 40 in fp32.
+# the better one on average, and never more than 10 %. fp64 is taken as fp32.
 BALANCE = {2: _Balance(44, 10, 0), 4: _Balance(14, 9, 2), 8: _Balance(14, 9, 2)}
 
 
@@ -66,6 +70,17 @@ class _Keys(NamedTuple):
     lengths: Tensor | None  # [B] int
     mask: Tensor | None  # [B, L] bool
     eps: float  # of the LayerNorm
+
+
+class PoolInputs(NamedTuple):
+    """What a form computes from: attention of x over LN(tokens), before the output projection."""
+
+    x: Tensor  # [V, B, D], normalised queries
+    keys: _Keys
+    w: _Attention  # in at least fp32
+    heads: int
+    compute: torch.dtype  # of products
+    backend: str  # of `cross_attention`, in the projected form
 
 
 class _Weights(NamedTuple):
@@ -124,8 +139,8 @@ def cross_attention_pool(
         mask: [B, L] bool, True where a token may be attended to.
         eps: of both LayerNorms.
         normalize: L2-normalise the result over D.
-        form: auto (by `absorbed_is_cheaper`; projected in an exported or traced graph), projected, absorbed or
-            reference.
+        form: auto (on a CPU by `absorbed_is_cheaper`; on a GPU, and in an exported or traced graph, projected),
+            projected, absorbed or reference.
         backend: of `cross_attention`, in the projected form; naming one makes `auto` the projected form.
 
     Raises:
@@ -153,14 +168,10 @@ def cross_attention_pool(
     result = wide if torch.is_autocast_enabled(device) else queries.dtype
     weights = _Weights(*(w.to(wide) for w in weights))
     with torch.autocast(device, enabled=False):
-        if form == "reference":
-            valid = key_mask(lengths, mask, tokens.shape[1])
-            attended = _reference(queries.to(wide), tokens.to(wide), weights, heads, valid, eps)
-        else:
-            x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
-            w = _Attention(*weights[2:6])
-            values = _attend(x.to(compute), _Keys(tokens, lengths, mask, eps), w, heads, form, backend)
-            attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
+        x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
+        keys, w = _Keys(tokens, lengths, mask, eps), _Attention(*weights[2:6])
+        values = _attend(PoolInputs(x, keys, w, heads, compute, backend), form)
+        attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
         fused = queries.to(wide) + attended.to(wide)
         return (F.normalize(fused, dim=-1) if normalize else fused).to(result)
 
@@ -201,7 +212,7 @@ def attend_to_tokens(
     wide, compute = _dtypes(x)
     with torch.autocast(x.device.type, enabled=False):
         w = _Attention(*(t.to(wide) for t in w))
-        return _attend(x.to(compute), _Keys(tokens, lengths, None, eps), w, heads, "auto", "auto")
+        return _attend(PoolInputs(x, _Keys(tokens, lengths, None, eps), w, heads, compute, "auto"), "auto")
 
 
 def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -211,15 +222,12 @@ def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return wide, torch.get_autocast_dtype(device) if autocast else queries.dtype
 
 
-def _attend(x: Tensor, keys: _Keys, w: _Attention, heads: int, form: str, backend: str) -> Tensor:
-    """[V, B, D] normalised queries -> [V, B, D] attention output before the output projection."""
+def _attend(inputs: PoolInputs, form: str) -> Tensor:
+    """[V, B, D] attention output before the output projection."""
     if form == "auto" and (torch.compiler.is_exporting() or tracing()):
         form = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
-    elif form == "auto":
-        views, b, d = x.shape
-        cheaper = absorbed_is_cheaper(views, heads, keys.tokens.shape[1], d, b, x.dtype.itemsize)
-        form = "absorbed" if cheaper else "projected"
-    return _absorbed(x, keys, w, heads) if form == "absorbed" else _projected(x, keys, w, heads, backend)
+    out: Tensor = choose(OP, form, inputs).run(inputs)
+    return out
 
 
 def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: int, itemsize: int) -> bool:
@@ -234,8 +242,10 @@ def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: 
     return absorbed < projected
 
 
-def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) -> Tensor:
+def _projected(inputs: PoolInputs) -> Tensor:
     """`_attend` with keys and values made once a sample."""
+    x, keys, w, heads, compute, backend = inputs
+    x = x.to(compute)
     views, b, d = x.shape
     n = keys.tokens.shape[1]
     w_q, w_kv = torch.split(w.in_proj_weight, [d, 2 * d])
@@ -255,36 +265,88 @@ def _projected(x: Tensor, keys: _Keys, w: _Attention, heads: int, backend: str) 
     return out.permute(2, 0, 1, 3).reshape(views, b, d)
 
 
-def _absorbed(x: Tensor, keys: _Keys, w: _Attention, heads: int) -> Tensor:
+def _absorbed(inputs: PoolInputs) -> Tensor:
     """`_attend` without keys and values."""
+    x, keys, w, heads, compute, _ = inputs
     valid = key_mask(keys.lengths, keys.mask, keys.tokens.shape[1])
-    return absorbed_attention(x, keys.tokens, **w._asdict(), heads=heads, valid=valid, eps=keys.eps)
+    return absorbed_attention(x.to(compute), keys.tokens, **w._asdict(), heads=heads, valid=valid, eps=keys.eps)
 
 
-def _reference(queries: Tensor, tokens: Tensor, w: _Weights, heads: int, valid: Tensor | None, eps: float) -> Tensor:
-    """[V, B, D] attention output after the output projection, as nn.MultiheadAttention has it."""
-    d = queries.shape[2]
-    x = F.layer_norm(queries, (d,), w.ln_q_weight, w.ln_q_bias, eps)
-    y = F.layer_norm(tokens, (d,), w.ln_k_weight, w.ln_k_bias, eps).transpose(0, 1)  # [L, B, D]
-    some = y.new_ones(y.shape[1:2], dtype=torch.bool) if valid is None else valid.any(-1)
+def _reference(inputs: PoolInputs) -> Tensor:
+    """`_attend` as nn.MultiheadAttention has it, in at least fp32, with an output projection that changes nothing."""
+    (_, b, d), keys, w = inputs.x.shape, inputs.keys, inputs.w
+    x, tokens = inputs.x.to(w.in_proj_weight.dtype), keys.tokens.to(w.in_proj_weight.dtype)
+    y = F.layer_norm(tokens, (d,), w.ln_weight, w.ln_bias, keys.eps).transpose(0, 1)  # [L, B, D]
+    valid = key_mask(keys.lengths, keys.mask, tokens.shape[1])
+    some = y.new_ones(b, dtype=torch.bool) if valid is None else valid.any(-1)
     out, _ = F.multi_head_attention_forward(
         x,
         y,
         y,
         d,
-        heads,
+        inputs.heads,
         w.in_proj_weight,
         w.in_proj_bias,
         None,
         None,
         False,
         0.0,
-        w.out_proj_weight,
-        w.out_proj_bias,
+        torch.eye(d, dtype=x.dtype, device=x.device),
+        None,  # no output bias
         key_padding_mask=None if valid is None else ~valid & some[:, None],
         need_weights=False,
     )
-    return torch.where(some[:, None], out, w.out_proj_bias)
+    return out.masked_fill(~some[:, None], 0.0)
+
+
+PROJECTED = Order(
+    ("projected", "absorbed"),
+    "estimated: two products and one kernel each way, where the absorbed chain takes about 160 launches",
+)
+PROJECTED_ON_CPU = Order(("projected", "absorbed"), "the CPU's cost model: keys and values are cheaper to make")
+ABSORBED_ON_CPU = Order(("absorbed", "projected"), "the CPU's cost model: keys and values cost more than they save")
+
+
+def _order(inputs: PoolInputs) -> Order:
+    (views, b, d), keys = inputs.x.shape, inputs.keys
+    if inputs.x.device.type != "cpu":
+        return PROJECTED
+    cheaper = absorbed_is_cheaper(views, inputs.heads, keys.tokens.shape[1], d, b, inputs.compute.itemsize)
+    return ABSORBED_ON_CPU if cheaper else PROJECTED_ON_CPU
+
+
+def _runs(inputs: PoolInputs | None) -> str | None:
+    return None
+
+
+def _bucket(inputs: PoolInputs) -> str:
+    (views, b, d), n = inputs.x.shape, inputs.keys.tokens.shape[1]
+    batch, tokens = (1 << (max(size, 1) - 1).bit_length() for size in (b, n))
+    return f"{inputs.compute} V{views} B<={batch} L<={tokens} D{d} H{inputs.heads}"
+
+
+def _cases(device: torch.device) -> Iterable[PoolInputs]:
+    """COSMOS's fusion, and the class token of a ViT-B's last block."""
+    for views, batch, n, d, heads in ((8, 16, 77, 512, 8), (8, 16, 196, 512, 8), (1, 16, 197, 768, 12)):
+        for dtype in (torch.float32, torch.bfloat16):
+            new = functools.partial(torch.randn, device=device, requires_grad=True)
+            keys = _Keys(new(batch, n, d, dtype=dtype), None, None, 1e-5)
+            w = _Attention(new(d), new(d), new(3 * d, d), new(3 * d))
+            yield PoolInputs(new(views, batch, d), keys, w, heads, dtype, "auto")
+
+
+OP = Op(
+    name="cross_attention_pool",
+    backends=(
+        Backend("reference", _runs, _reference),
+        Backend("projected", _runs, _projected),
+        Backend("absorbed", _runs, _absorbed),
+    ),
+    order=_order,
+    bucket=_bucket,
+    cases=_cases,
+    device=lambda inputs: inputs.x.device,
+)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

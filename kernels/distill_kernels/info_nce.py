@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, choose, interpreting, why_not_triton
+from distill_kernels.backends import Backend, Op, Order, choose, interpreting, why_not_triton
 from distill_kernels.chunked_info_nce import info_nce_chunked
 from distill_kernels.chunks import compute_dtype
+from distill_kernels.launches import dot_precision
 
 
 class InfoNCEInputs(NamedTuple):
@@ -144,10 +145,22 @@ def why_not_pairwise(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor
     return None
 
 
-def order_on_gpu(embeddings: Tensor) -> Sequence[str]:
-    """In fp32 our products run without tensor cores, where the library's are hard to beat (neither was measured)."""
-    tensor_cores = embeddings.dtype.itemsize < 4 or torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return ("triton", "chunked") if tensor_cores else ("chunked", "triton")
+TENSOR_CORES = Order(
+    ("triton", "chunked"),
+    "estimated: products on tensor cores (half precision, or fp32 as three TF32 products), logits in registers",
+)
+NO_TENSOR_CORES = Order(
+    ("chunked", "triton"),
+    "estimated: exact fp32 products (torch.backends.cuda.matmul) run without tensor cores, where the library's are "
+    "hard to beat",
+)
+REFERENCE = Order(("reference",), "measured on a CPU: for this few logits a custom op's calls cost more than it saves")
+CHUNKED = Order(("chunked",), "a CPU: a chunk of logits stays in cache")
+
+
+def order_on_gpu(embeddings: Tensor) -> Order:
+    """Of the pairwise losses, by whether products reach tensor cores (neither was measured)."""
+    return TENSOR_CORES if embeddings.dtype.itemsize < 4 or dot_precision() != "ieee" else NO_TENSOR_CORES
 
 
 def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
@@ -156,7 +169,7 @@ def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
     return why_not_pairwise([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
 
 
-def _order(x: InfoNCEInputs) -> Sequence[str]:
+def _order(x: InfoNCEInputs) -> Order:
     if x.a.is_cuda:
         return order_on_gpu(x.a)
     # Measured (bench_info_nce.py): up to 2^18 logits the calls of a custom op cost more than its passes save.
@@ -164,8 +177,8 @@ def _order(x: InfoNCEInputs) -> Sequence[str]:
     columns = x.a.shape[1] if x.a_all is None else x.a_all.shape[1]
     logits = x.a.shape[0] * x.b.shape[0] * x.a.shape[1] * columns
     if logits <= 1 << 18 and not torch.is_autocast_enabled(x.a.device.type):
-        return ("reference",)
-    return ("chunked",)
+        return REFERENCE
+    return CHUNKED
 
 
 def _bucket(x: InfoNCEInputs) -> str:

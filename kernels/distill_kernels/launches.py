@@ -20,6 +20,10 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) 
 
 
 def dot_precision() -> str:
-    """tl.dot's input_precision for fp32 operands, as torch's own matmul is set."""
+    """tl.dot's input_precision for fp32 operands: "tf32x3" where torch's own products may be in TF32, else "ieee".
+
+    Three TF32 products (Triton's split of both operands) keep fp32's precision on tensor cores; one would leave logits
+    near 100 good to a few thousandths.
+    """
     # allow_tf32 cannot be read once a user has set fp32_precision; this reads both. Few AMD cards have tf32.
-    return "tf32" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32x3" if not torch.version.hip and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

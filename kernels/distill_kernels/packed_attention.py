@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, choose, why_not_gpu, why_not_new
+from distill_kernels.backends import Backend, Op, Order, choose, why_not_gpu, why_not_new
 from distill_kernels.self_attention import autocast, self_attention, split_heads
 
 # Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
@@ -197,13 +197,18 @@ def _grouped(x: PackedInputs) -> Tensor:
     return out
 
 
+@functools.cache
+def _takes_window(varlen_attn: Callable[..., Any]) -> bool:
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
 def _varlen(x: PackedInputs) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = x.qkv.unbind(1)
     bounds = x.cu_lengths.to(q.device, torch.int32, non_blocking=True)
     longest = max(x.lengths)
-    if "window_size" in inspect.signature(varlen_attn).parameters:
+    if _takes_window(varlen_attn):
         causal: dict[str, Any] = {"window_size": (-1, 0) if x.causal else (-1, -1)}
     else:  # torch 2.10
         causal = {"is_causal": x.causal}
@@ -254,16 +259,26 @@ def _why_not_xformers(x: PackedInputs | None) -> str | None:
     return reason or (None if x is None else memory_efficient.why_not_kernel(_xformers_call(x)))
 
 
-def _order(x: PackedInputs) -> Sequence[str]:
+ON_GPU = Order(
+    ("varlen", "xformers", "grouped"),
+    "estimated: one launch for all sequences, without padding: flash, and where that has no kernel (fp32, or before "
+    "Ampere) xformers' memory-efficient one with a block-diagonal mask",
+)
+NOTHING_TO_COPY = Order(("grouped", "loop"), "nothing is padded, so that groups are views")
+GROUPS = Order(("grouped", "loop"), "measured on a CPU: many short sequences, whose calls cost more than copies")
+ONE_BY_ONE = Order(("loop", "grouped"), "measured on a CPU: few or long sequences, whose copies cost more than calls")
+
+
+def _order(x: PackedInputs) -> Order:
     if x.qkv.is_cuda:
-        return ("varlen", "grouped")
+        return ON_GPU
     if _layout(x.lengths, x.qkv.device).source is None:
-        return ("grouped", "loop")  # nothing to copy
+        return NOTHING_TO_COPY
     # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the
     # sooner the cheaper the attention itself is.
     long = 96 if x.qkv.dtype.itemsize < 4 else 48
     few_or_long = len(x.lengths) <= 16 or len(x.qkv) >= long * len(x.lengths)
-    return ("loop", "grouped") if few_or_long else ("grouped", "loop")
+    return ONE_BY_ONE if few_or_long else GROUPS
 
 
 def _trains(x: PackedInputs) -> bool:

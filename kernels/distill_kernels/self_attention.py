@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, choose
+from distill_kernels.backends import Backend, Op, Order, choose
 
 FEWEST_FLASH_KEYS = 16
 """With fewer, torch's flash kernel on a CPU gives zeros for a query that is NaN, so that `auto` does not take it."""
@@ -262,9 +262,17 @@ def _runs(x: SelfAttention | None) -> str | None:
     return None
 
 
-def _order(x: SelfAttention) -> Sequence[str]:
+ON_GPU = Order(
+    ("sdpa", "explicit"),
+    "estimated: torch's flash kernel, or under a mask its memory-efficient one, which is xformers' as well",
+)
+MATMULS = Order(("explicit", "sdpa"), "measured on a CPU: three library calls win at this length")
+FUSED = Order(("sdpa", "explicit"), "measured on a CPU: the fused kernel wins at this length")
+
+
+def _order(x: SelfAttention) -> Order:
     if x.q.is_cuda:
-        return ("sdpa", "explicit")
+        return ON_GPU
     # Measured on one AMX core with freed memory kept, as training keeps it (bench_packed_attention.py). bf16: the
     # flash kernel's backward is 2 to 9 times slower than matmuls at a tower's lengths, its forward faster from about
     # 64 tokens on. fp32: matmuls win in training, until their stored weights weigh too much.
@@ -273,7 +281,7 @@ def _order(x: SelfAttention) -> Sequence[str]:
         explicit = training or length < 64
     else:
         explicit = length < FEWEST_FLASH_KEYS or (training and length <= 160)
-    return ("explicit", "sdpa") if explicit else ("sdpa", "explicit")
+    return MATMULS if explicit else FUSED
 
 
 def _trains(x: SelfAttention) -> bool:

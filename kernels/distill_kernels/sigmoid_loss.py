@@ -5,16 +5,16 @@ Shape letters: Va, Vb views of the two sides, B rows of this rank, M rows of all
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, choose
+from distill_kernels.backends import Backend, Op, Order, choose
 from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.info_nce import check_inputs, order_on_gpu, why_not_pairwise
+from distill_kernels.info_nce import CHUNKED, check_inputs, order_on_gpu, why_not_pairwise
 from distill_kernels.pairwise_ops import register_gradients
 
 
@@ -144,8 +144,8 @@ def _runs(x: SigmoidInputs | None) -> str | None:
     return None
 
 
-def _order(x: SigmoidInputs) -> Sequence[str]:
-    return order_on_gpu(x.a) if x.a.is_cuda else ("chunked",)
+def _order(x: SigmoidInputs) -> Order:
+    return order_on_gpu(x.a) if x.a.is_cuda else CHUNKED
 
 
 def _bucket(x: SigmoidInputs) -> str:

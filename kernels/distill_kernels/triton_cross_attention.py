@@ -67,7 +67,7 @@ def _backward(
     if q.shape[2] == 0:
         return dq, dk.zero_(), dv.zero_()
     lengths = None if lengths is None else lengths.contiguous()
-    block = blocks(q.shape[2], q.shape[3], q.element_size()).queries
+    block = blocks(q.shape[2], q.shape[3], q.element_size(), dot_precision()).queries
     if q.shape[2] <= block:
         launch_backward(dout, q, k, v, out, lse, lengths, mask, scale, dq, dk, dv)
         return dq, dk, dv
@@ -124,7 +124,7 @@ def launch_forward(
     b, h, queries, width = q.shape
     if out.numel() == 0:
         return
-    size = blocks(queries, width, q.element_size())
+    size = blocks(queries, width, q.element_size(), dot_precision())
     launch(
         cross_attention_forward,
         (b * h, triton.cdiv(queries, size.queries)),
@@ -172,7 +172,7 @@ def launch_backward(
     if k.numel() == 0:
         dq.zero_()
         return
-    size = blocks(queries, width, q.element_size())
+    size = blocks(queries, width, q.element_size(), dot_precision())
     launch(
         cross_attention_backward,
         (b * h,),

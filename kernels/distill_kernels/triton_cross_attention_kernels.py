@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from distill_kernels.compile_specs import Spec, make_spec
+from distill_kernels.compile_specs import Spec, make_spec, precisions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -211,7 +211,7 @@ class Blocks(NamedTuple):
     stages: int = 3
 
 
-def blocks(queries: int, width: int, itemsize: int) -> Blocks:
+def blocks(queries: int, width: int, itemsize: int, precision: str = "ieee") -> Blocks:
     """The shipped block sizes: no spills on the targets of `kernels/bench/resources.csv`.
 
     16 is the smallest side of a matrix product. Exact fp32 products run outside the matrix units and hold
@@ -222,6 +222,7 @@ def blocks(queries: int, width: int, itemsize: int) -> Blocks:
     """
     aligned = width % 16 == 0  # else the addresses of every element take registers, too
     v = min(max(triton.next_power_of_2(queries), 16), 64 if aligned else 32)
+    split = precision == "tf32x3"  # both halves of every fp32 operand are held at once
     k = max(triton.next_power_of_2(width), 16)
     if itemsize <= 2:
         bound = None if v == 16 and k <= 64 and aligned else 255
@@ -230,7 +231,11 @@ def blocks(queries: int, width: int, itemsize: int) -> Blocks:
         return Blocks(v, k, 32, 16, 4 if k <= 64 else 8, bound)
     if k > 64 or not aligned:
         return Blocks(16, k, 32 if aligned else 16, 16, 8, 255, stages=2)
-    return Blocks(v, k, 64, 32, 4, None if k == 64 else 255) if v == 16 else Blocks(32, k, 64, 16, 8, 255)
+    if split:
+        return Blocks(16, k, 64, 16, 4, 255)
+    if v == 16:
+        return Blocks(16, k, 64, 32, 4, None if k == 64 else 255)
+    return Blocks(32, k, 64, 16, 8, 255)
 
 
 def compile_specs() -> list[Spec]:
@@ -244,7 +249,11 @@ def compile_specs() -> list[Spec]:
         for width in (8, 16, 24, 32, 40, 64, 72, 80, 128):
             kinds = ("all", "lengths", "mask") if width == blocks(1, width, 4).width else ("lengths",)
             specs += [
-                s for queries in (8, 32, 64, 128) for valid in kinds for s in _specs(dtype, queries, width, valid)
+                s
+                for queries in (8, 32, 64, 128)
+                for valid in kinds
+                for precision in precisions(dtype)
+                for s in _specs(dtype, queries, width, valid, precision)
             ]
     unique: dict[str, Spec] = {}
     for s in specs:
@@ -252,10 +261,11 @@ def compile_specs() -> list[Spec]:
     return list(unique.values())
 
 
-def _specs(dtype: str, queries: int, width: int, valid: str) -> list[Spec]:
+def _specs(dtype: str, queries: int, width: int, valid: str, precision: str = "ieee") -> list[Spec]:
     """All that a call launches; valid is "all", "lengths" or "mask"."""
-    size = blocks(queries, width, 4 if dtype == "fp32" else 2)
-    variant = f"{dtype} V={queries} K={width}{'' if valid == 'all' else f' {valid}'}"
+    size = blocks(queries, width, 4 if dtype == "fp32" else 2, precision)
+    more_words = [word for word in (valid, precision) if word not in ("all", "ieee")]
+    variant = " ".join([f"{dtype} V={queries} K={width}", *more_words])
     common = {
         "WIDTH": width,
         "BLOCK_V": size.queries,
@@ -263,7 +273,7 @@ def _specs(dtype: str, queries: int, width: int, valid: str) -> list[Spec]:
         "HAS_LENGTHS": valid == "lengths",
         "HAS_MASK": valid == "mask",
         "ACC": tl.float32,
-        "PRECISION": "ieee",
+        "PRECISION": precision,
         "UPCAST": False,
     }
     types = {"lse_ptr": "*fp32", "scale": "fp32"}

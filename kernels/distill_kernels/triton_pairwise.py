@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.chunks import CHUNK, block_size, blocks, compute_dtype
+from distill_kernels.compile_specs import precisions
 from distill_kernels.launches import dot_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -166,7 +167,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class Variant(NamedTuple):
-    """A dtype and an embedding width, as `kernels/bench/resources.py` compiles them."""
+    """A dtype, an embedding width and a precision of fp32 products, as `kernels/bench/resources.py` compiles them."""
 
     name: str
     dtype: str
@@ -185,25 +186,26 @@ def variants() -> Iterator[Variant]:
     for dtype, itemsize, of in (("bf16", 2, widths), ("fp16", 2, (512,)), ("fp32", 4, widths)):
         for width in of:
             size = block_sizes(width, itemsize)
-            yield Variant(
-                f"{dtype} D={width}",
-                dtype,
-                {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "scale_ptr": "*fp32"},
-                {
-                    "x_sd": 1,
-                    "y_sd": 1,
-                    "D": width,
-                    "BLOCK_I": size.i,
-                    "BLOCK_J": size.j,
-                    "BLOCK_D": size.d,
-                    "ACC": tl.float32,
-                    "PRECISION": "ieee",
-                    "UPCAST": False,
-                },
-                {
-                    "warps": size.warps,
-                    "stages": size.stages,
-                    "registers": size.registers,
-                    "aligned": width % 16 == 0,
-                },
-            )
+            for precision in precisions(dtype):
+                yield Variant(
+                    f"{dtype} D={width}{'' if precision == 'ieee' else f' {precision}'}",
+                    dtype,
+                    {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "scale_ptr": "*fp32"},
+                    {
+                        "x_sd": 1,
+                        "y_sd": 1,
+                        "D": width,
+                        "BLOCK_I": size.i,
+                        "BLOCK_J": size.j,
+                        "BLOCK_D": size.d,
+                        "ACC": tl.float32,
+                        "PRECISION": precision,
+                        "UPCAST": False,
+                    },
+                    {
+                        "warps": size.warps,
+                        "stages": size.stages,
+                        "registers": size.registers,
+                        "aligned": width % 16 == 0,
+                    },
+                )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_kernels.backends import OPS, Backend, BackendError, forget_table, interpreting, load_op, table_path
+from distill_kernels.backends import OPS, Backend, BackendError, forget, interpreting, load_op, table_path
 from distill_kernels.measure import interleaved
 
 
@@ -45,7 +45,7 @@ def tune(device: torch.device, *, rounds: int = 7) -> tuple[Path, list[tuple[str
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(table, indent=1))
     partial.replace(path)
-    forget_table()
+    forget()
     return path, rows
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
-
 import torch
 
 from distill_core.doctor import Diagnostic
 from distill_kernels.backends import listing, table_path
+from distill_kernels.memory_efficient import built_for, why_not_built
 
 
 def kernels() -> list[Diagnostic]:
@@ -28,18 +25,11 @@ def kernels() -> list[Diagnostic]:
 
 
 def _xformers() -> list[Diagnostic]:
-    """Whether its compiled part was built for this torch; read from its own note, since importing it takes seconds."""
-    spec = importlib.util.find_spec("xformers")
-    note = Path(spec.origin).parent / "cpp_lib.json" if spec is not None and spec.origin else None
-    if note is None or not note.is_file():
+    """Whether its compiled part was built for this torch."""
+    built, reason = built_for(), why_not_built()
+    if built is None:
         return []
-    built = json.loads(note.read_text(encoding="utf-8"))["version"]["torch"]
-    warning = ""
-    if built.partition("+")[0] != torch.__version__.partition("+")[0] or (
-        "+cu" in built and torch.version.cuda is None
-    ):
-        warning = (
-            f"its compiled kernels do not load in torch {torch.__version__}, and it warns of that when imported; "
-            "distill then leaves its backends alone"
-        )
-    return [Diagnostic("kernels", "xformers", f"built for torch {built}", warning)]
+    if reason is None and "+cu" in built and torch.version.cuda is None:
+        reason = f"its kernels were built for torch {built} and this torch has no CUDA"
+    advice = "distill leaves its backends alone; the extra `gpu` installs a pair that fits"
+    return [Diagnostic("kernels", "xformers", f"built for torch {built}", f"{reason}: {advice}" if reason else "")]

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from distill_core.process import reading_threads
+from distill_core.process import arithmetic, reading_threads, set_matmul_precision
+from distill_core.recipe import TrainConfig
 
 PROGRAM = """
 import torch
@@ -32,6 +33,21 @@ def test_freed_memory_stays() -> None:
         given_back.append(float(done.stdout))
     assert given_back[0] > 350
     assert given_back[1] < 50
+
+
+def test_matmul_precision() -> None:
+    """CUDA's products of fp32 tensors and no others; by the interface after which both of torch's can be read."""
+    matmul = torch.backends.cuda.matmul
+    cpu = torch.backends.mkldnn.matmul.fp32_precision
+    for name, tf32, words in (("high", True, "in TF32"), ("highest", False, "in fp32")):
+        set_matmul_precision(name)
+        assert matmul.allow_tf32 is tf32
+        assert (matmul.fp32_precision == "tf32") is tf32
+        assert torch.backends.mkldnn.matmul.fp32_precision == cpu
+        train = TrainConfig(precision="bf16", matmul_precision=name)
+        assert arithmetic(train, torch.device("cuda", 1)) == f"bf16 on cuda:1, fp32 products {words}"
+        assert arithmetic(train, torch.device("cpu")) == "bf16 on cpu"
+    assert TrainConfig().matmul_precision == "high"
 
 
 def test_threads_that_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,6 +256,25 @@ def test_bf16(run: Run) -> None:
     assert json.loads((rough.path / "report.json").read_text())["scores"]
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_matmul_precision_is_set_and_said(
+    tiny_recipe: Path,
+    more: Registry,
+    tmp_path: Path,
+    precision: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the trainer, before anything is computed."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "highest"
+    monkeypatch.setattr("distill_core.train.arithmetic", lambda train, device: f"sums in {train.matmul_precision}")
+    overrides = ["train.steps=1", "evaluate=null", f"train.matmul_precision={precision}"]
+    recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
+    Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe)).run()
+    assert torch.backends.cuda.matmul.allow_tf32 == (precision == "high")
+    assert f"trained parameters, sums in {precision}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_evaluates_on_the_way_and_keeps_the_best(run: Run) -> None:
     """Catches a best checkpoint by the last or the lowest score or by the test split, one that `keep` deletes, and
     evaluations at the wrong steps."""

@@ -64,11 +64,10 @@ def test_committed_resources_are_complete_and_within_bounds(tmp_path: Path) -> N
     rows = read(BENCH / "resources.csv")
     listed = resources("--list", cache=tmp_path)
     assert listed.returncode == 0, listed.stderr
-    variants = {tuple(line.split(",", 1)) for line in listed.stdout.splitlines()}
-    assert len(variants) > 40
-    assert {(r["kernel"], r["variant"], r["target"]) for r in rows} == {
-        (*variant, target) for variant in variants for target in TARGETS
-    }
+    variants = {tuple(line.split(",")) for line in listed.stdout.splitlines()}
+    assert len(variants) > 160
+    assert {target for *_, target in variants} == set(TARGETS)
+    assert {(r["kernel"], r["variant"], r["target"]) for r in rows} == variants
     for row in rows:
         assert row["spills"] == "0", row
         assert int(row["shared_bytes"]) <= SHARED[row["target"]], row
@@ -85,7 +84,7 @@ launched = set()
 
 def key(kernel, dtype, aligned, constants):
     # Widths that are not aligned are compiled with one kind of valid tokens.
-    which = ("BLO", "ADD", "SYM", "num", "max", *["HAS"] * aligned)
+    which = ("BLO", "ADD", "SYM", "PRE", "num", "max", *["HAS"] * aligned)
     kept = {k: v for k, v in constants.items() if k[:3] in which}
     return kernel, dtype, aligned, *sorted(kept.items())
 
@@ -98,7 +97,8 @@ def record(kernel, grid, x, *_, **constants):
 for module in (triton_cross_attention, triton_info_nce, triton_sigmoid_loss):
     module.launch = record
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
-for dtype in dtypes:
+for dtype, tf32 in [*itertools.product(dtypes, (False,)), (torch.float32, True)]:
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     new = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
     for width, queries in itertools.product(range(1, 129), (1, 17, 33, 65, 300)):
         q, k = new(1, 1, queries, width), new(1, 1, 5, width)

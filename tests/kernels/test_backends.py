@@ -1,5 +1,7 @@
 """How a backend is chosen, the measured table behind `auto`, and what importing the package costs."""
 
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from distill_kernels.backends import (
     Backend,
     BackendError,
     Op,
+    Order,
     choose,
     device_name,
-    forget_table,
+    forget,
     listing,
     load_op,
     table_path,
@@ -36,7 +39,7 @@ def make_op(name: str = "double") -> Op:
             Backend("plain", lambda x: None, lambda x: x[0] + x[0]),
             Backend("missing", lambda x: "not here", lambda x: None),
         ),
-        order=lambda x: ("picky", "plain"),
+        order=lambda x: Order(("picky", "plain"), "a guess"),
         bucket=lambda x: "small" if x[0] < 10 else "large",
         cases=lambda device: [[1], [2], [20]],
         device=lambda x: CPU,
@@ -46,9 +49,9 @@ def make_op(name: str = "double") -> Op:
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DISTILL_KERNEL_TABLES", str(tmp_path))
-    forget_table()
+    forget()
     yield tmp_path
-    forget_table()
+    forget()
 
 
 def test_auto_takes_the_first_that_can(tables: Path) -> None:
@@ -69,7 +72,7 @@ def test_explicit_choice_never_falls_back(tables: Path) -> None:
 
 def test_auto_without_any_says_why_for_each(tables: Path) -> None:
     op = make_op()
-    op = Op(op.name, op.backends, lambda x: ("picky", "missing"), op.bucket, op.cases, op.device)
+    op = Op(op.name, op.backends, lambda x: Order(("picky", "missing"), "a guess"), op.bucket, op.cases, op.device)
     with pytest.raises(BackendError, match="no backend can run this \\(picky: odd; missing: not here\\)"):
         choose(op, "auto", [3])
 
@@ -81,7 +84,7 @@ def test_measured_table_decides(tables: Path) -> None:
         '{"double": {"small": ["gone", "plain"], "large": ["picky"]}, "both": {"small": ["plain"]}}'
     )
     picky = make_op("both")
-    picky = Op(picky.name, picky.backends, lambda x: ("picky",), picky.bucket, picky.cases, picky.device)
+    picky = dataclasses.replace(picky, order=lambda x: Order(("picky",), "a guess"))
     assert choose(picky, "auto", [2]).name == "plain"
     op = make_op()
     assert choose(op, "auto", [2]).name == "plain"
@@ -120,13 +123,38 @@ def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "interpreting", lambda: False)
     monkeypatch.setenv("CC", "cc")
+    forget()
     monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
     assert str(backends.why_not_triton(None)).startswith("Triton needs Python's headers")
     (tmp_path / "Python.h").touch()
+    forget()
     assert backends.why_not_triton(None) is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
+    forget()
     assert str(backends.why_not_triton(None)).startswith("Triton needs a C compiler")
+    forget()
+
+
+def test_what_the_machine_has_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call must not look for packages, a compiler or headers: that took ten times as long as a kernel."""
+    looked = []
+
+    def look(name: str, answer: object) -> object:
+        looked.append(name)
+        return answer
+
+    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.delenv("CC", raising=False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: look(name, find_spec("torch")))
+    monkeypatch.setattr(backends.shutil, "which", lambda name: look(name, "/usr/bin/gcc"))
+    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: look("headers", {"include": "/nowhere"}))
+    forget()
+    reasons = {backends.why_not_triton(torch.device("cuda", 0)) for _ in range(3)}
+    forget()
+    assert sorted(looked) == ["gcc", "headers", "triton"]
+    assert reasons == {"Triton needs Python's headers (python3-dev): there is no /nowhere/Python.h"}
 
 
 def test_every_op_is_listed_and_loads() -> None:

@@ -7,6 +7,7 @@ signature: that checks layouts, bounds and masks, not the library. On a GPU the 
 from __future__ import annotations
 
 import inspect
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill_kernels import cross_attention, memory_efficient, packed_attention, self_attention
+from distill_kernels import backends, cross_attention, memory_efficient, packed_attention, self_attention
 from distill_kernels.backends import BackendError, choose
 from distill_kernels.cross_attention import OP as CROSS
 from distill_kernels.cross_attention import CrossAttentionInputs
@@ -205,19 +206,22 @@ def test_xformers_is_asked_whether_it_has_a_kernel(xformers: None, monkeypatch: 
 
     q = torch.zeros(1, 5, 2, 16, requires_grad=True)
     call = memory_efficient.Call(q, q, q, torch.zeros(1, 2, 5, 5))
+    monkeypatch.setattr(memory_efficient, "_answers", {})
     monkeypatch.setattr(dispatch, "_dispatch_fw", none)
     reason = memory_efficient.why_not_kernel(call)
     assert reason is not None
     assert "no forward kernel for torch.float32, head width 16 and a Tensor as its mask" in reason
     with torch.no_grad():
         memory_efficient.why_not_kernel(call)
-    assert asked == [True, False]
+    assert memory_efficient.why_not_kernel(call) == reason
+    assert asked == [True, False], "asked once for each kind of call"
 
     class Forward:
         VARLEN_LSE_PACKED = True
 
     monkeypatch.setattr(dispatch, "_dispatch_fw", lambda inputs, needs_gradient: Forward)
     monkeypatch.setattr(dispatch, "_dispatch_bw", none)
+    monkeypatch.setattr(memory_efficient, "_answers", {})
     reason = memory_efficient.why_not_kernel(call._replace(bias=None))
     assert reason is not None
     assert "no backward kernel" in reason
@@ -225,15 +229,59 @@ def test_xformers_is_asked_whether_it_has_a_kernel(xformers: None, monkeypatch: 
         assert memory_efficient.why_not_kernel(call) is None
 
 
-def test_unasked_xformers_is_never_imported() -> None:
-    """`auto` has other ways everywhere, and importing xformers warns where its build does not fit."""
+def packed_on_gpu(dtype: torch.dtype) -> PackedInputs:
+    """Tensors that say they are on a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        qkv = torch.empty(sum(LENGTHS), 3, 2, 16, device="cuda", dtype=dtype)
+    return PackedInputs(qkv, torch.tensor([0, *LENGTHS]).cumsum(0), LENGTHS, True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "loads", "expected"),
+    [
+        (torch.bfloat16, (8, 0), True, "varlen"),
+        (torch.float32, (8, 0), True, "xformers"),
+        (torch.float16, (7, 5), True, "xformers"),
+        (torch.float32, (8, 0), False, "grouped"),
+        (torch.float16, (7, 5), False, "grouped"),
+    ],
+)
+def test_packed_attention_takes_xformers_where_flash_has_no_kernel(
+    dtype: torch.dtype, capability: tuple[int, int], loads: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, and before Ampere, where its build loads."""
+    monkeypatch.setattr(backends, "assumed_capability", capability)
+    monkeypatch.setattr(backends, "why_not_installed", lambda package: None)
+    monkeypatch.setattr(memory_efficient, "why_not_here", lambda q: None if loads else "built for another torch")
+    monkeypatch.setattr(memory_efficient, "why_not_kernel", lambda call: None)
+    monkeypatch.setattr(sys.modules[PackedInputs.__module__], "_xformers_call", lambda x: None)
+    assert choose(PACKED, "auto", packed_on_gpu(dtype)).name == expected
+
+
+def test_a_build_that_does_not_load_is_not_imported() -> None:
+    """Importing xformers takes seconds, and warns where its build does not fit: its own note says so before."""
+    program = """
+import sys, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from distill_kernels import memory_efficient
+from distill_kernels.backends import choose
+from distill_kernels.packed_attention import OP, PackedInputs
+memory_efficient.built_for = lambda: "1.0.0+cu99"
+with FakeTensorMode(allow_non_fake_inputs=True):
+    qkv = torch.empty(6, 3, 2, 16, device="cuda")
+inputs = PackedInputs(qkv, torch.tensor([0, 2, 6]), (2, 4), True)
+print(choose(OP, "auto", inputs).name, OP.get("xformers").why_not(inputs), "xformers" in sys.modules, sep="\\n")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, reason, imported = done.stdout.splitlines()
+    assert (name, imported) == ("grouped", "False")
+    assert reason == f"its kernels were built for torch 1.0.0+cu99 and do not load in {torch.__version__}"
+
+
+def test_named_backends_need_a_gpu() -> None:
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors that say they are on a GPU
-        x = torch.empty(3, 2, 21, 16, device="cuda")
-        y = torch.empty(sum(LENGTHS), 3, 2, 16, device="cuda")
-        assert CROSS.order(CrossAttentionInputs(x, x, x, None, None, 1.0)) == ("triton", "sdpa", "matmul")
-        assert DENSE.order(SelfAttention(x, x, x, True, None)) == ("sdpa", "explicit")
-        assert PACKED.order(PackedInputs(y, bounds, LENGTHS, True)) == ("varlen", "grouped")
     y = torch.zeros(sum(LENGTHS), 3, 2, 16)
     for name in ("varlen", "xformers"):
         with pytest.raises(BackendError, match="needs tensors on a GPU, these are on cpu"):
@@ -265,4 +313,4 @@ before = dot_precision()
 print(before, dot_precision())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["ieee", "tf32"], done.stderr
+    assert done.stdout.split() == ["ieee", "tf32x3"], done.stderr

@@ -1,0 +1,117 @@
+"""What `auto` would choose, and why: recorded while a step runs, on this device or as if on a GPU that is not here.
+
+A step on tensors without values (`WithoutValues`) costs next to nothing. Where choices are asked for as if on a GPU,
+each op's inputs are shown to its backends as tensors of that GPU, and the step continues with what runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from distill_kernels import backends
+from distill_kernels.backends import Backend, Op, choose_here, order_of
+
+
+class Choice(NamedTuple):
+    """One call's choice."""
+
+    op: str
+    backend: str
+    inputs: str  # the op's bucket: dtype and sizes
+    why: str  # what the order of `auto` goes by, or that the backend was named
+    others: tuple[tuple[str, str], ...]  # each other backend, and why it was passed over
+
+
+@contextmanager
+def recorded(device: torch.device | None = None, capability: tuple[int, int] = (9, 0)) -> Iterator[list[Choice]]:
+    """The choices of every op called in the block, in order.
+
+    With a CUDA `device` they are those for that device. Where torch sees no GPU, one of this compute capability is
+    assumed (9.0: an H100), with the C compiler and the packages of this machine.
+
+    Raises:
+        BackendError: in the block, as `choose` does, for a backend that is named and could not run there.
+    """
+    choices: list[Choice] = []
+    elsewhere = device is not None and device.type == "cuda"
+
+    def observe(op: Op, backend: str, inputs: Any) -> Backend:
+        shown = _moved(inputs, torch.device("cuda")) if elsewhere else inputs
+        chosen = choose_here(op, backend, shown)
+        choices.append(_choice(op, backend, chosen, shown))
+        if not elsewhere or chosen.why_not(inputs) is None:
+            return chosen
+        return Backend(chosen.name, chosen.why_not, lambda x: _unobserved(op, x))
+
+    before = backends.observer, backends.assumed_capability
+    backends.observer = observe
+    if elsewhere and not torch.cuda.is_available():
+        backends.assumed_capability = capability
+    try:
+        yield choices
+    finally:
+        backends.observer, backends.assumed_capability = before
+
+
+def _unobserved(op: Op, inputs: Any) -> Any:
+    """What this device's own choice computes."""
+    observer, backends.observer = backends.observer, None
+    try:
+        return choose_here(op, "auto", inputs).run(inputs)
+    finally:
+        backends.observer = observer
+
+
+def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:
+    order = order_of(op, inputs)
+    others = []
+    for other in op.backends:
+        if other.name != chosen.name:
+            behind = f"after {chosen.name} in the order" if other.name in order.names else "only when named"
+            others.append((other.name, other.why_not(inputs) or (behind if asked == "auto" else "another was named")))
+    why = order.why if asked == "auto" else "named"
+    return Choice(op.name, chosen.name, op.bucket(inputs), why, tuple(others))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors as ones of `device` without values, of the same layout; the host's integers stay where they are read."""
+    if isinstance(value, Tensor):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        return moved.requires_grad_(value.requires_grad)
+    if isinstance(value, tuple):
+        items = [_moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+class WithoutValues(TorchFunctionMode):
+    """`convert` maps floating-point tensors of the CPU to ones without values, for modules and batches.
+
+    Integers and bools keep theirs: towers read lengths from token ids, and masks from positions. While the mode is on,
+    such a mask selects from tensors without values: as indices, whose number is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def convert(self, tensor: Tensor) -> Tensor:
+        """The tensor without values, or itself where it is not of floating point."""
+        return self._fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and _is_mask(args[1]):
+            args = (args[0], args[1].nonzero(as_tuple=True))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,31 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
     assert first["first"] == second["first"] == cut
     assert first["refused"] == second["refused"] == "out of order"
     assert first["learned"]["top1"] == 100.0, "each sample's nearest is itself, whichever rank encoded it"
+
+
+@pytest.mark.parametrize("where", ["batch", "step"])
+def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> None:
+    """Catches a rank that waits for ever for one that failed; steps that are lost though both stood between two; a
+    checkpoint of one rank alone; and rows of metrics.jsonl with the losses of rank 0 alone."""
+    runs = tmp_path / "runs"
+    done = two(str(SCRIPT.with_name("distributed_failures.py")), str(tiny_recipe), str(runs), where, "3")
+    assert done.returncode != 0
+    assert "a slip of the plugin" in done.stderr
+    folder = RunFolder(runs / "tiny")
+    if where == "batch":
+        assert len(Checkpoints(folder.path).read()["ranks"]) == 2
+        assert Checkpoints(folder.path).steps() == [2, 3]
+        assert "saved at step 3, before the error below" in done.stderr
+        assert re.search(r"^rank 1: .* augment\.text \(slips\) failed: ZeroDivisionError", done.stderr, re.MULTILINE)
+        assert "stopped, for another rank has failed: its own message says why" in done.stderr
+    else:
+        assert Checkpoints(folder.path).steps() == [2]
+        assert "rank 1: step 3 is not saved: another rank has ended or does not answer" in done.stderr
+        assert "the last checkpoint is of step 2" in done.stderr
+    rows = [row for row in folder.rows() if "terms" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:  # of losses 0 and 2, and metrics 0 and 1
+        assert (row["loss"], row["terms"], row["metrics"]) == (1.0, {"rank_loss": 1.0}, {"rank_loss/rank": 0.5})
 
 
 def test_a_run_of_two_ranks(

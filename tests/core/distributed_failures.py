@@ -1,0 +1,79 @@
+"""A run of two ranks in which rank 1 fails; run by test_distributed.
+
+`python -m torch.distributed.run --nproc-per-node 2 distributed_failures.py RECIPE RUNS WHERE STEP`: rank 1 fails at
+step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where rank 0 is in a collective (`step`).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distill_core.cli
+import distill_core.train
+from distill_core import distributed
+from distill_core.components import Loss
+from distill_core.registry import Entry, Registry
+from distill_core.types import Outputs, Sample, View
+from distill_towers.captions import CaptionAugmentation, CaptionConfig
+
+RECIPE, RUNS, WHERE, STEP = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+BATCH = 4
+
+
+class Slips(CaptionAugmentation):
+    """Rank 1 cannot make the batch of step STEP."""
+
+    name = "slips"
+    Config = CaptionConfig
+    made: ClassVar[int] = 0
+
+    @classmethod
+    def roles(cls, config: CaptionConfig) -> tuple[str, ...]:
+        return ("global",)
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        Slips.made += 1
+        if WHERE == "batch" and distributed.rank() == 1 and Slips.made > STEP * BATCH:
+            raise ZeroDivisionError("a slip of the plugin")
+        return [View("a bird")]
+
+
+class RankLoss(Loss):
+    """The rank's number, as its value and as a metric."""
+
+    name = "rank_loss"
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        if WHERE == "step" and distributed.rank() == 1 and outputs.progress.step == STEP:
+            raise ZeroDivisionError("a slip of the plugin")
+        number = torch.tensor(float(distributed.rank()))
+        everyone = outputs.gather("student.image")
+        return {"rank_loss": everyone.mean() * 0 + 2 * number}, {"rank": number}
+
+
+def main() -> None:
+    mine = [Entry(cls, "mine", "mine") for cls in (Slips, RankLoss)]
+    registry = Registry([*Registry.discover().entries.values(), *mine])
+    patch: Any = distill_core.cli
+    patch._registry = lambda: registry
+    distill_core.train.SECONDS_TO_ANSWER = 3.0
+    settings = (
+        "fusion=null",
+        "teacher=null",
+        "evaluate=null",
+        "augment.text={name: slips}",
+        "loss=[{name: rank_loss}]",
+        "train.steps=6",
+        "train.checkpoint.every=2",
+    )
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    distill_core.cli.main(["run", RECIPE, "--runs", RUNS, *overrides])
+
+
+if __name__ == "__main__":
+    main()

@@ -115,21 +115,23 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
     folder = distributed.gather_objects(made)[0]
     if made is not None and made.path.name != loaded.name:
         click.echo(f"{Path(runs) / loaded.name} exists; this run is {made.path}", err=True)
+    trainer = None
     try:
         trainer = Trainer(loaded, folder, quiet=quiet)
+        result = trainer.run()
     except BaseException:
-        if made is not None:
+        if made is not None and (trainer is None or trainer.step == 0):
             _forget(made.path)
         raise
-    _end(trainer.run())
+    _end(result)
 
 
 def _forget(folder: Path) -> None:
-    """Take back the folder of a run that could not begin."""
-    for name in ("recipe.yaml", ".lock"):
-        (folder / name).unlink(missing_ok=True)
-    if not any(folder.iterdir()):
-        folder.rmdir()
+    """Take back the folder of a run that has not made its first step; one with a checkpoint is kept."""
+    import shutil
+
+    if not any((folder / "checkpoints").glob("*.pt")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @cli.command()

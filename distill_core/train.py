@@ -381,13 +381,19 @@ class Trainer:
         raise TrainingStopped(f"{line}.\n{saved}. {hint}")
 
     def _note_repeats(self, batch: Batch) -> None:
-        """Where nobody says how many samples there are, it shows when one comes twice in a batch."""
-        if self.size is None and not self._repeated and len(set(batch.keys)) < len(batch.keys):
+        """Where nobody says how many samples there are: a batch that is longer than a pass of the worker that made it.
+
+        Each worker's first batch begins with a pass, so that a sample comes twice in it only then. A later one may hold
+        a sample at the end of one pass and again at the beginning of the next, which is no mistake.
+        """
+        first = self.step < max(1, self.recipe.data.workers)
+        if self.size is None and first and not self._repeated and len(set(batch.keys)) < len(batch.keys):
             self._repeated = True
             key = next(key for key in batch.keys if batch.keys.count(key) > 1)
             self._warn(
                 f"step {self.step + 1}: sample {key!r} comes more than once in a batch of {len(batch.keys)}, where a "
-                "contrastive loss pushes it away from itself. Lower data.batch_size, unless shards share keys."
+                "contrastive loss pushes it away from itself: a loader worker has fewer samples. Lower "
+                "data.batch_size or data.workers, unless shards share keys."
             )
 
     _repeated = False

@@ -29,7 +29,7 @@ from distill_core.registry import Entry, Registry
 from distill_core.resolve import load_recipe
 from distill_core.tracking import RunFolder
 from distill_core.train import Trainer
-from distill_core.types import Outputs
+from distill_core.types import Batch, Outputs
 
 
 class PoisonConfig(LossConfig):
@@ -197,6 +197,23 @@ def test_a_batch_larger_than_data_of_unknown_size(run: Run, capsys: pytest.Captu
     assert len(said) == 1
     assert "of 16" in said[0]
     run("train.steps=3", "data.source.samples=null", "evaluate=null")
+    assert "more than once in a batch" not in capsys.readouterr().err
+
+
+def test_a_batch_across_two_passes_is_no_mistake(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """12 samples in batches of 8, whose second holds the end of one pass and the beginning of the next. Would catch the
+    advice to lower a batch size that is right."""
+    seen: list[list[str]] = []
+    note = Trainer._note_repeats
+
+    def noting(self: Trainer, batch: Batch) -> None:
+        seen.append(list(batch.keys))
+        note(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_note_repeats", noting)
+        run("train.steps=6", "data.batch_size=8", "data.source.samples=null", "evaluate=null")
+    assert any(len(set(keys)) < len(keys) for keys in seen), "no sample came twice in a batch here"
     assert "more than once in a batch" not in capsys.readouterr().err
 
 

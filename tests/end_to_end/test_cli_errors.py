@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from distill_core.cli import main
+from distill_core.errors import DataError
+from distill_core.types import Batch, Progress
+from distill_core.update import Step, Update
 
 
 @dataclass
@@ -61,7 +64,7 @@ def one_line(ended: Ended) -> str:
     ("arguments", "line"),
     [
         (["tinny.yaml"], "tinny.yaml: no such recipe, did you mean 'tiny.yaml'?"),
-        (["shards"], "shards: cannot be read: [Errno 21] Is a directory: 'shards'"),
+        (["shards"], "shards: no such file, and no recipe of this name; `distill recipes` lists the names"),
         (
             ["tiny.yaml", "--set", "trian.steps=1"],
             "--set trian.steps: trian: unknown option 'trian', did you mean 'train'?",
@@ -103,7 +106,7 @@ def one_line(ended: Ended) -> str:
         (["tiny.yaml", "--set", "data.source.urls=[]"], "no shards: the data source names none"),
         (
             ["tiny.yaml", "--set", "freeze=[backbone.txt]"],
-            "freeze: 'backbone.txt' names no part of the model, did you mean 'backbone.text'?",
+            "--set freeze: freeze.0: 'backbone.txt' names no part of the model, did you mean 'backbone.text'?",
         ),
         (
             ["tiny.yaml", "--set", "init.0={name: weights, source: gone.pt}"],
@@ -111,8 +114,8 @@ def one_line(ended: Ended) -> str:
         ),
         (
             ["tiny.yaml", "--set", "train={epochs: 1}", "--set", "data.source.samples=null"],
-            "train.epochs: the data source does not say how many samples it has; give `data.source.samples`, or "
-            "train.steps",
+            "--set train: train.epochs: 'webdataset' does not say how many samples it has to train on: give "
+            "`data.source.samples` where it has that option, or `train.steps`",
         ),
     ],
 )
@@ -143,6 +146,38 @@ def test_shards_that_hold_nothing(distill: Distill, tmp_path: Path, content: byt
     shard.write_bytes(content)
     assert one_line(distill("run", "tiny.yaml", "--quiet")) == line.format(shard)
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(
+    distill: Distill, tmp_path: Path, write_shards: Callable[..., list[Path]], workers: int
+) -> None:
+    """No sample can be used, which shows in the first batch. Would catch a folder without a step or a checkpoint, which
+    `resume` refuses, and the next run of that name that is called NAME-2."""
+    bad = {(0, j): {"png": b"no picture", "txt": b"a. b. c"} for j in range(4)}
+    write_shards(tmp_path / "bad", 1, 4, replace=bad)
+    options = ("--quiet", "--set", f"data.source.urls={tmp_path / 'bad' / 'train-000.tar'}")
+    ended = distill("run", "tiny.yaml", *options, "--set", f"data.workers={workers}")
+    assert ended.code == 2
+    assert "no sample can be used" in ended.err
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_run_that_fails_later_keeps_its_folder(
+    distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a folder that is taken back with the steps in it."""
+    step = Update.__call__
+
+    def failing(self: Update, batch: Batch, progress: Progress) -> Step:
+        if progress.step == 2:
+            raise DataError("made up")
+        return step(self, batch, progress)
+
+    monkeypatch.setattr(Update, "__call__", failing)
+    ended = distill("run", "tiny.yaml", "--quiet")
+    assert ended.code == 2
+    assert [path.name for path in tmp_path.glob("runs/tiny/checkpoints/*.pt")] == ["step-00000002.pt"]
 
 
 def test_a_shard_cut_off_in_its_first_sample(distill: Distill, tmp_path: Path) -> None:

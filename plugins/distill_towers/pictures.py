@@ -111,8 +111,8 @@ class PictureAugmentation(Augmentation):
             # PIL's own words name the buffer's address in memory
             known = ", ".join(self.config.formats)
             raise BadSample(f"not a readable picture: of none of the formats {known} (option `formats`)") from error
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadSample(f"not a readable picture: {error}") from error
+        except Exception as error:  # damaged bytes raise whatever a decoder's author thought of, RuntimeError included
+            raise BadSample(f"not a readable picture: {str(error) or type(error).__name__}") from error
 
     def plain(self, item: Any) -> View:
         """The shorter side resized to `size` (bicubic), the centre cropped; rounded as torchvision rounds."""

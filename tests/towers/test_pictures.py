@@ -1,6 +1,8 @@
 """Reading pictures: bit depths, formats, orientation."""
 
 import io
+import struct
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -87,3 +89,32 @@ def test_exif_orientation_is_an_option() -> None:
     assert np.array_equal(opened(data), np.asarray(stored))
     assert np.array_equal(opened(data, exif_orientation=True), np.rot90(np.asarray(stored), -1))
     assert np.array_equal(opened(encoded(stored, "png"), exif_orientation=True), np.asarray(stored))
+
+
+@pytest.mark.parametrize("form", ["avif", "jpeg", "png", "webp", "gif", "bmp"])
+def test_damaged_bytes_are_a_bad_sample(form: str) -> None:
+    """Any byte may be wrong: an AVIF raises RuntimeError then. Catches a picture whose bytes end the run."""
+    ramp = Image.fromarray(np.arange(24 * 32 * 3, dtype=np.uint8).reshape(24, 32, 3))
+    whole = encoded(ramp, form)
+    for case in range(120):
+        rng = np.random.default_rng(case)
+        changed = bytearray(whole)
+        changed[rng.integers(min(len(whole), 400))] ^= 1 << int(rng.integers(8))
+        with suppress(BadSample):
+            assert opened(bytes(changed), formats=(form,)).shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("x"), NotImplementedError("x"), struct.error("x"), IndexError("x"), MemoryError()]
+)
+def test_whatever_a_decoder_raises_is_a_bad_sample(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Third-party decoders of Pillow promise no errors of a certain kind."""
+    from PIL import PngImagePlugin
+
+    def load(picture: Image.Image) -> None:
+        raise error
+
+    data = encoded(Image.new("RGB", (20, 20)), "png")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(BadSample, match=f"not a readable picture: {str(error) or 'MemoryError'}"):
+        opened(data)

@@ -180,9 +180,10 @@ def _end(result: Result) -> None:
             f"{counted(report['steps'], 'step')}, {counted(report['samples'], 'sample')} in {report['seconds']:.0f} s "
             f"of training ({per_second(report['samples_per_s'] or 0)})",
         ]
-        if report["skipped_samples"]:
+        if report["skipped_reads"]:
+            shards = f" and {counted(report['skipped_shards'], 'shard')}" if report["skipped_shards"] else ""
             lines.append(
-                f"skipped: {counted(report['skipped_samples'], 'sample')} that could not be used, "
+                f"skipped: {counted(report['skipped_samples'], 'sample')}{shards} that could not be used, "
                 f"{counted(report['skipped_reads'], 'time')} over all passes; keys: {result.folder / 'skipped.jsonl'}"
             )
         if report["skipped_steps"]:

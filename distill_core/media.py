@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from distill_core.errors import BadSample
+from distill_core.errors import BadSample, DataError
 from distill_core.types import Sample
 
 if TYPE_CHECKING:
@@ -92,14 +92,17 @@ class Showcase:
         return [sample for shard in chosen for sample in islice(self._usable(shard), each)][: self.count]
 
     def _usable(self, shard: str, tries: int = 20) -> Iterator[Sample]:
-        from distill_core.data.shards import read_shard
+        from distill_core.data.shards import Patience, read_shard
 
-        for sample in islice(read_shard(shard), tries):
-            try:
-                self.views(sample, 0)
-            except BadSample:
-                continue
-            yield sample
+        try:
+            for sample in islice(read_shard(shard, Patience(retries=0)), tries):
+                try:
+                    self.views(sample, 0)
+                except BadSample:
+                    continue
+                yield sample
+        except DataError:  # training reads it too, tries longer, and counts the loss
+            return
 
 
 def words(head: str, rows: Mapping[str, Sequence[Shown]]) -> str:

@@ -52,6 +52,14 @@ class DataConfig(ComponentConfig):
     stall_warning: Annotated[float, Field(gt=0)] = 60.0
     """Seconds without a batch after which a line names the worker and the shard that are waited for; again each time
     the wait has doubled."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a shard that cannot be read is tried again, after 1, 4, 16, ... seconds. Then it is skipped, counted
+    and named in skipped.jsonl; the next pass tries it again."""
+    timeout: Annotated[float, Field(gt=0)] = 60
+    """Seconds for which a URL or `pipe:COMMAND` may send nothing before it counts as failed."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Stop (saved, with an error) where more than this share of the samples that a loader worker goes through cannot be
+    used, those of unreadable shards included. Judged by a pass, and by no less than 10 shards and 1,000 samples."""
 
 
 class CheckpointConfig(ComponentConfig):

@@ -16,7 +16,8 @@ from distill_core.tracking import RunFolder
 class Report:
     """The end of a run. `seconds` is the time of the training steps alone; scores are `SIDE/TASK/...`.
 
-    `skipped_samples` counts different samples, `skipped_reads` how often, over all passes, one was passed over.
+    `skipped_samples` counts different samples, `skipped_shards` different shards of which all or the rest could not be
+    read, `skipped_reads` how often, over all passes, one of either was passed over.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Report:
     """Task -> what to know to read its means."""
     failed: Sequence[str] = ()
     """A line for each evaluation task that could not be scored."""
+    skipped_shards: int = 0
 
 
 def write_report(folder: RunFolder, report: Report, facts: Mapping[str, Any]) -> Path:

@@ -21,7 +21,7 @@ from distill_core.errors import UserError, counted, warn
 from distill_core.folders import cannot_write, remove_temporaries, write_whole
 from distill_core.media import Media, Picture
 from distill_core.recipe import Recipe
-from distill_core.types import Skipped
+from distill_core.types import REST_OF_SHARD, WHOLE_SHARD, Skipped
 
 
 class RunFolder:
@@ -140,9 +140,12 @@ class RunFolder:
         """A line for each file that lacks rows still."""
         return [f"{path}: {counted(len(lines), 'row')} could not be written" for path, lines in self._waiting.items()]
 
-    def skipped_in_training(self) -> int:
-        """How many different samples training has passed over."""
-        return len({(row["shard"], row["key"]) for row in _jsonl(self.skipped) if row.get("split", "train") == "train"})
+    def skipped_in_training(self) -> tuple[int, int]:
+        """How many different samples training has passed over, and of how many shards all or the rest."""
+        rows = [row for row in _jsonl(self.skipped) if row.get("split", "train") == "train"]
+        shards = {row["shard"] for row in rows if row["key"] in (WHOLE_SHARD, REST_OF_SHARD)}
+        samples = {(row["shard"], row["key"]) for row in rows if row["key"] not in (WHOLE_SHARD, REST_OF_SHARD)}
+        return len(samples), len(shards)
 
     def set_aside(self, checkpoints: Sequence[Path]) -> Path:
         """Move checkpoints and report to a new folder `set-aside-N`, with copies of recipe, metrics, skipped samples.

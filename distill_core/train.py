@@ -13,6 +13,8 @@ from typing import Any
 from distill_core import distributed
 from distill_core.checkpoint import Checkpoint, Checkpoints, load_into
 from distill_core.data.loader import Loader
+from distill_core.data.shards import check, check_any
+from distill_core.data.stream import unseen
 from distill_core.display import Display, Scoring
 from distill_core.environment import environment
 from distill_core.errors import OtherRankFailed, TrainingStopped, UserError, counted, did_you_mean
@@ -75,6 +77,8 @@ class Trainer:
             keep_freed_memory()
         self.source = recipe.source.build()
         self.source.prepare()
+        self.shards = [shard for shards in self.source.sets("train").values() for shard in shards]
+        (check if resume is None else check_any)(self.shards)
         self.evaluation_source = recipe.evaluate_source.build() if recipe.evaluate_source else self.source
         if recipe.evaluate_source is not None:
             self.evaluation_source.prepare()
@@ -93,8 +97,6 @@ class Trainer:
         self.objective.to(self.device)
         distributed.broadcast(self.objective)
         self.update = Update(recipe, self.objective, self.device)
-
-        self.shards = [shard for shards in self.source.sets("train").values() for shard in shards]
         self.loader = Loader(recipe, self.shards, rank=self.rank, world=self.world, pin=self.device.type == "cuda")
         self.checkpoints = Checkpoints(folder.path, train.checkpoint.keep)
         self.display = Display(self.steps, quiet=quiet or self.rank > 0)
@@ -242,6 +244,13 @@ class Trainer:
             self._warn(
                 f"data.workers is {workers}, but this process may use only {cores()} cores: "
                 f"--set data.workers={cores() - 1} leaves one to train"
+            )
+        streams = self.world * max(workers, 1)
+        if not self.resumed and (share := unseen(len(self.shards), streams)) > 0:
+            self._warn(
+                f"{counted(len(self.shards), 'shard')} cannot be dealt evenly to {streams} streams (data.workers times "
+                f"ranks): after as many samples as there are, about {share:.0%} of them have not been seen and others "
+                "twice; which ones changes from pass to pass. A number of shards that the streams divide avoids it."
             )
         if self.rank == 0:
             self.facts = environment(self.device, [node.package for node in recipe.components()])
@@ -421,8 +430,7 @@ class Trainer:
     def _note_skipped(self, batch: Batch) -> None:
         if batch.skipped:
             if self.skipped_samples < 5:
-                first = batch.skipped[0]
-                self.display.warn(f"skipped sample {first.key!r} of {first.url}: {first.reason}")
+                self.display.warn(f"skipped {batch.skipped[0]}")
             self.skipped_samples += len(batch.skipped)
             self.folder.skip(self.step + 1, batch.skipped)
 
@@ -555,6 +563,7 @@ class Trainer:
     _best_saved: float | None = None
 
     def _finish(self, evaluated: Evaluated, skipped: int) -> None:
+        skipped_samples, skipped_shards = self.folder.skipped_in_training()
         report = Report(
             name=self.folder.path.name,
             steps=self.step,
@@ -562,7 +571,8 @@ class Trainer:
             seconds=self.seconds,
             scores=evaluated.scores,
             split=self.recipe.evaluate.split,
-            skipped_samples=self.folder.skipped_in_training(),
+            skipped_samples=skipped_samples,
+            skipped_shards=skipped_shards,
             skipped_reads=skipped,
             skipped_steps=self.skipped_steps,
             parameters=sum(p.numel() for p in self.update.parameters),

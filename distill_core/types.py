@@ -89,13 +89,22 @@ class Views:
         return Views([group.map(function) for group in self.groups])
 
 
+WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"
+"""In place of a sample's key: all or the rest of a shard, of which nobody knows how many samples it has."""
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A sample that could not be used, and why."""
+    """A sample that could not be used, or all or the rest of a shard, and why."""
 
     key: str
     url: str
     reason: str
+
+    def __str__(self) -> str:
+        if self.key in (WHOLE_SHARD, REST_OF_SHARD):
+            return f"{self.key.strip('()')}: {self.reason}"  # which names the shard
+        return f"sample {self.key!r} of {self.url}: {self.reason}"
 
 
 @dataclass(slots=True)

@@ -21,7 +21,8 @@ from distill_core.components import Loaded, TrackerConfig
 from distill_core.conformance import surroundings
 from distill_core.conformance.modules import close
 from distill_core.conformance.suite import Case, DoesNotFit, Mend, checks, require
-from distill_core.data.shards import Shards, is_local
+from distill_core.data.opening import is_local
+from distill_core.data.shards import Shards
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model

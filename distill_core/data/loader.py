@@ -24,7 +24,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from distill_core.components import Collator
-from distill_core.data.shards import check
+from distill_core.data.shards import Patience
 from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
 from distill_core.errors import DataError
 from distill_core.folders import in_words
@@ -200,7 +200,6 @@ class Loader:
     ) -> None:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        check(shards)
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
         workers = recipe.data.workers
@@ -214,6 +213,8 @@ class Loader:
             rank=rank,
             world=world,
             reading=self.table,
+            patience=Patience(recipe.data.retries, recipe.data.timeout),
+            max_bad_fraction=recipe.data.max_bad_fraction,
         )
         self._workers: list[BaseProcess] = []
         self._reader: _Reader | None = None

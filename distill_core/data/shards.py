@@ -1,19 +1,61 @@
-"""Reading WebDataset shards: names, checks, and samples in order."""
+"""WebDataset shards: their names, checks before a run, and their samples in order."""
 
 from __future__ import annotations
 
 import glob
-import os
-import tarfile
-from collections.abc import Iterator, Sequence
+import gzip
+import lzma
+import re
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import DataError
+from distill_core.data.opening import is_local, open_shard
+from distill_core.data.tar import Damaged, members
+from distill_core.errors import BadSample, DataError
 from distill_core.types import Sample
 
-_BLOCK = 512
 WILD = "*?["
+BACK_OFF = 1.0
+"""Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
+_METADATA = re.compile(r"__[^/]*__($|/)")  # members that are no samples, as webdataset has it
+_DAMAGED = (Damaged, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_UNREADABLE = (*_DAMAGED, OSError, HTTPException)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a shard is tried before it counts as unreadable; the options of `data` with these names."""
+
+    retries: int = 3
+    timeout: float = 60.0
+
+
+PATIENCE = Patience()
+
+
+class Unusable(Mapping[str, Any]):
+    """A sample that is known to be bad before anyone decodes it: each look at a field raises `BadSample`."""
+
+    def __init__(self, key: str, url: str, reason: str) -> None:
+        self._identity = {"__key__": key, "__url__": url}
+        self._reason = reason
+
+    def __getitem__(self, field: str) -> Any:
+        if field in self._identity:
+            return self._identity[field]
+        raise BadSample(self._reason)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._identity)
+
+    def __len__(self) -> int:
+        return len(self._identity)
 
 
 def expand(pattern: str) -> list[str]:
@@ -28,11 +70,6 @@ def expand(pattern: str) -> list[str]:
         else:
             found.append(name)
     return found
-
-
-def is_local(shard: str) -> bool:
-    """Whether a shard is a file of this machine (not a URL, not `pipe:COMMAND`)."""
-    return "://" not in shard and not shard.startswith("pipe:")
 
 
 def check(shards: Sequence[str]) -> None:
@@ -54,32 +91,102 @@ def check(shards: Sequence[str]) -> None:
         )
     for shard in local:
         try:
-            with tarfile.open(shard) as tar:
-                empty = tar.next() is None
-        except (tarfile.ReadError, EOFError, OSError) as error:
-            if Path(shard).stat().st_size:
-                # tarfile tells of each kind of compression on a line of its own
-                reason = str(error).splitlines()[0].rstrip(":")
+            with open_shard(shard, PATIENCE.timeout) as file:
+                empty = next(members(file), None) is None
+        except _UNREADABLE as error:
+            empty = Path(shard).stat().st_size == 0
+            if not empty:
                 raise DataError(
-                    f"{shard}: not a readable tar file: {reason}. Write it again, or leave it out."
+                    f"{shard}: not a readable tar file: {_reason(error)}. Write it again, or leave it out."
                 ) from error
-            empty = True
         if empty:
             raise DataError(f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")
 
 
-def read_shard(shard: str) -> Iterator[Sample]:
-    """The samples of a shard, in order, undecoded. Raises `DataError` with the shard's name."""
-    from webdataset.tariterators import tarfile_samples
+def check_any(shards: Sequence[str]) -> None:
+    """For a resumed run, which continues without shards that have gone since. Raises `DataError` where all have."""
+    for shard in shards:
+        with suppress(DataError):
+            check([shard])
+            return
+    check(shards)
 
+
+def read_shard(shard: str, patience: Patience = PATIENCE) -> Iterator[Sample]:
+    """The samples of a shard, in order, undecoded. One with the key of the sample just before it is `Unusable`.
+
+    What fails is tried again, and continues after the samples that were yielded; a local file that is damaged is
+    damaged for good. Raises `DataError` with the shard's name where that does not help, or where there is no sample;
+    the samples before the damage have been yielded by then.
+    """
+    yielded = failures = 0
+    while True:
+        count = 0
+        try:
+            for count, sample in enumerate(_samples(shard, patience.timeout), start=1):
+                if count > yielded:
+                    yielded, failures = count, 0
+                    yield sample
+            break
+        except _Broken as broken:
+            if broken.may_pass and failures < patience.retries:
+                time.sleep(min(BACK_OFF * 4**failures, 60))
+                failures += 1
+                continue
+            if broken.last is not None and count == yielded:
+                yield broken.last
+            raise DataError(f"{shard}: cannot be read: {broken}") from broken.__cause__
+    if not yielded:
+        raise DataError(f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")
+
+
+class _Broken(Exception):
+    """Why a shard cannot be read to its end, and the sample that the damage follows, where that looks whole."""
+
+    def __init__(self, shard: str, error: Exception, last: Sample | None) -> None:
+        super().__init__(_reason(error))
+        self.may_pass = not (is_local(shard) and isinstance(error, _DAMAGED))
+        self.last = last
+
+
+def _samples(shard: str, timeout: float) -> Iterator[Sample]:
+    """Members that stand together and differ only in what follows the first dot of their names are one sample."""
+    from webdataset.tariterators import base_plus_ext
+
+    sample: dict[str, Any] = {}
+    again = False  # whether its key is that of the sample before
+    fields: Set[str] = set()  # of the sample before
     try:
-        yield from tarfile_samples([{"url": shard}])
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        reason = str(error.args[0]) if error.args else type(error).__name__
-        reason = reason.splitlines()[0].partition(" @ <")[0]  # webdataset adds its stream's repr
-        raise DataError(f"{shard}: cannot be read: {reason[:200]}") from error
-    if _cut_off(shard):
-        raise DataError(f"{shard}: ends without a tar's closing block of zeros: it was cut off. Write it again.")
+        with open_shard(shard, timeout) as file:
+            for name, content in members(file):
+                key, field = base_plus_ext(name)
+                if key is None or _METADATA.match(name):
+                    continue
+                field = field.lower()
+                if sample and (key != sample["__key__"] or field in sample):
+                    yield _closed(sample, again)
+                    again, fields = key == sample["__key__"], sample.keys()
+                    sample = {}
+                if not sample:
+                    sample = {"__key__": key, "__url__": shard}
+                sample[field] = content
+    except _UNREADABLE as error:
+        whole = bool(fields) and fields <= sample.keys()
+        raise _Broken(shard, error, _closed(sample, again) if whole else None) from error
+    if sample:
+        yield _closed(sample, again)
+
+
+def _closed(sample: dict[str, Any], again: bool) -> Sample:
+    if not again:
+        return sample
+    return Unusable(sample["__key__"], sample["__url__"], "its key is that of the sample just before it in the shard")
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return reason.splitlines()[0][:200]
 
 
 class Shards:
@@ -92,15 +199,6 @@ class Shards:
     def __iter__(self) -> Iterator[Sample]:
         for name in self.names:
             yield from read_shard(name)
-
-
-def _cut_off(shard: str) -> bool:
-    """Whether a local, uncompressed tar lacks its last block: `tarfile` takes a cut inside a header for the end."""
-    if not is_local(shard) or not shard.endswith(".tar"):
-        return False
-    with open(shard, "rb") as file:
-        file.seek(-min(_BLOCK, Path(shard).stat().st_size), os.SEEK_END)
-        return file.read() != bytes(_BLOCK)
 
 
 def as_sets(urls: Any) -> dict[str, list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from distill_core.components import Augmentation
-from distill_core.data.shards import read_shard
+from distill_core.data.shards import PATIENCE, Patience, Unusable, read_shard
 from distill_core.errors import BadSample, DataError
-from distill_core.types import Sample, Skipped, View
+from distill_core.types import REST_OF_SHARD, WHOLE_SHARD, Sample, Skipped, View
 
 
 @dataclass(slots=True)
@@ -42,7 +43,11 @@ class Failure:
 
 
 MANY = 1000
-"""So many bad samples in a row, with no good one in a whole pass, say that the data does not fit the recipe."""
+"""Give up after this many unusable samples in a row; and by fewer samples no share of bad ones is judged."""
+SHARDS = 10
+"""By fewer shards no share of bad samples is judged."""
+DOWN = 5
+"""Give up after this many different shards in a row that cannot be read (or all, where there are fewer)."""
 
 
 def number(*parts: Any) -> int:
@@ -77,12 +82,16 @@ class SampleViews:
                 continue
         return measures
 
-    def __call__(self, sample: Sample, epoch: int) -> dict[str, list[View]]:
-        """Raises `BadSample`; any other error of an augmentation is a `DataError` that names the sample."""
+    def __call__(self, sample: Sample, epoch: int, repeat: int = 0) -> dict[str, list[View]]:
+        """`repeat` numbers the places of a shard that is listed more than once: each has views of its own.
+
+        Raises `BadSample` for what an augmentation says it cannot use. Any other error of an augmentation is a bug, not
+        the sample's fault: a `DataError` that names the sample.
+        """
         key = sample["__key__"]
         views = {}
         for name, augmentation in self.augment.items():
-            rng = np.random.default_rng(number(self.seed, epoch, key, name))
+            rng = np.random.default_rng(number(self.seed, epoch, key, name, *_repetition(repeat)))
             try:
                 views[name] = augmentation.views(sample, rng)
             except BadSample:
@@ -90,9 +99,36 @@ class SampleViews:
             except Exception as error:
                 raise DataError(
                     f"{sample.get('__url__')}: sample {key!r}: augment.{name} ({augmentation.name}) failed: "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {error}. An augmentation raises BadSample for a sample that is to be "
+                    "skipped; this is a bug of it."
                 ) from error
         return views
+
+
+def _repetition(repeat: int) -> tuple[int, ...]:
+    """What enters a seed: nothing for the first place of a shard, whose views are those of a shard listed once."""
+    return (repeat,) if repeat else ()
+
+
+def digest(shards: Sequence[str]) -> int:
+    """Of the shards' names in order, without the folder (or the URL) that they have in common, which may move."""
+    first, last = min(shards), max(shards)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    start = first.rfind("/", 0, same) + 1
+    return number(*(shard[start:] for shard in shards))
+
+
+def unseen(shards: int, streams: int) -> float:
+    """Share of the samples that were not seen once as many as all have been, where all shards are of one size.
+
+    All streams go on at one pace, so those that were dealt one shard more than others are not at their end then. The
+    others have begun their next pass, on shards drawn anew.
+    """
+    each, more = divmod(shards, streams)
+    if each == 0:  # all streams read all shards, and share their samples evenly
+        return 0.0
+    left = more * (each + 1 - shards / streams) / shards
+    return left * (1 - left)
 
 
 class ShardStream(IterableDataset[Item | Failure]):
@@ -113,15 +149,24 @@ class ShardStream(IterableDataset[Item | Failure]):
         rank: int = 0,
         world: int = 1,
         reading: Callable[[str], None] | None = None,
+        patience: Patience = PATIENCE,
+        max_bad_fraction: float = 0.1,
     ) -> None:
         """`reading` is called with the name of each shard that is opened."""
         super().__init__()
         self.reading = reading
         self.shards = list(shards)
+        listed: Counter[str] = Counter()
+        self.repeats: list[int] = []  # how often each of them stands before its place in the list
+        for shard in self.shards:
+            self.repeats.append(listed[shard])
+            listed[shard] += 1
         self.views = views
         self.seed = seed
         self.shuffle = max(shuffle, 1)
         self.rank, self.world = rank, world
+        self.patience, self.max_bad_fraction = patience, max_bad_fraction
+        self.sizes: dict[int, int] = {}  # samples of the shards that were read whole
         self.epoch = 0
         self.position = 0  # in this epoch's list of shards
         self.offset = 0  # samples already read of that shard
@@ -129,6 +174,11 @@ class ShardStream(IterableDataset[Item | Failure]):
         self.drawn = 0  # picks from the buffer so far in this epoch
         self.waiting: list[tuple[int, int]] = []  # (shard, offset) of each sample in the buffer
         self.bad_in_a_row = 0
+        self.good, self.bad = 0, 0  # samples, as judged by `max_bad_fraction`
+        self.passes = 0  # complete ones that they come from
+        self.failed = 0  # shards of this epoch that could not be read
+        self.down: list[int] = []  # shards that could not be read since one could
+        self.changed: str | None = None  # what makes a resume impossible
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers."""
@@ -140,22 +190,42 @@ class ShardStream(IterableDataset[Item | Failure]):
             "drawn": self.drawn,
             "waiting": [value for pair in self.waiting for value in pair],
             "bad_in_a_row": self.bad_in_a_row,
+            "good": self.good,
+            "bad": self.bad,
+            "passes": self.passes,
+            "failed": self.failed,
+            "down": list(self.down),
             "shards": len(self.shards),
+            "names": digest(self.shards),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises `DataError` when the data has changed under the run."""
+        """Where the shards are others than the run was started on, the stream holds a `Failure` alone.
+
+        Raised here, it would leave a worker process as a traceback.
+        """
+        state = {**self.state_dict(), **state}  # an older checkpoint has fewer counts
         if state["shards"] != len(self.shards):
-            raise DataError(
-                f"the run was started on {state['shards']} shards and data.source now names {len(self.shards)}; "
-                "an exact resume needs the same shards"
+            self.changed = (
+                f"the run was started on {state['shards']} shards and data.source now names {len(self.shards)} (a "
+                "wildcard names those that are there); an exact resume needs the same shards"
+            )
+        elif state["names"] != digest(self.shards):
+            self.changed = (
+                f"data.source names other shards than the run was started on, or in another order (now "
+                f"{self.shards[0]}, ...); an exact resume needs the same, though their folder may have moved"
             )
         self.epoch, self.position, self.offset = state["epoch"], state["position"], state["offset"]
         self.before, self.drawn, self.bad_in_a_row = state["before"], state["drawn"], state["bad_in_a_row"]
+        self.good, self.bad, self.passes = state["good"], state["bad"], state["passes"]
+        self.failed, self.down = state["failed"], list(state["down"])
         flat = state["waiting"]
         self.waiting = list(zip(flat[::2], flat[1::2], strict=True))
 
     def __iter__(self) -> Iterator[Item | Failure]:
+        if self.changed is not None:
+            yield Failure(self.changed)
+            return
         try:
             yield from self._items()
         except DataError as error:
@@ -167,13 +237,18 @@ class ShardStream(IterableDataset[Item | Failure]):
         workers = worker.num_workers if worker is not None else 1
         return self.rank * workers + (worker.id if worker is not None else 0), self.world * workers
 
+    def _shares(self) -> int:
+        """Among how many streams a shard's samples are shared out."""
+        _, streams = self._stream()
+        return streams if len(self.shards) < streams else 1
+
     def _deal(self) -> tuple[list[int], int, int]:
         """This epoch's shards of this stream, and (share, shares) of their samples to keep."""
         mine, streams = self._stream()
         order = [
             int(i) for i in np.random.default_rng(number(self.seed, "shards", self.epoch)).permutation(len(self.shards))
         ]
-        if len(order) >= streams:
+        if self._shares() == 1:
             return order[mine::streams], 0, 1
         return order, mine, streams
 
@@ -189,18 +264,23 @@ class ShardStream(IterableDataset[Item | Failure]):
                     yield from self._use(buffer, skipped, mine)
             while buffer:
                 yield from self._use(buffer, skipped, mine)
-            if self.drawn == 0:
+            # a stream whose shards cannot be read now is dealt others in the next pass
+            if self.drawn == 0 and (not self.failed or self._shares() > 1):
                 raise DataError(
                     f"the shards hold fewer samples than there are loader workers over all ranks ({streams}): lower "
                     f"data.workers; the shards: {', '.join(self.shards[:3])}"
                 )
             # one of several streams may be dealt only bad shards for a pass or two
-            if self.bad_in_a_row >= (self.drawn if streams == 1 else max(self.drawn, MANY)):
+            if self.drawn and self.bad_in_a_row >= (self.drawn if streams == 1 else max(self.drawn, MANY)):
                 raise DataError(
                     f"no sample can be used: the last {self.bad_in_a_row} were all skipped, the last one "
                     f"{skipped[-1].url}: {skipped[-1].key!r}: {skipped[-1].reason}"
                 )
             self.epoch, self.position, self.offset, self.before, self.drawn = self.epoch + 1, 0, 0, 0, 0
+            self.failed = 0
+            self.passes += 1
+            if self.good + self.bad >= self._fewest():
+                self.good, self.bad, self.passes = 0, 0, 0
 
     def _use(
         self, buffer: list[tuple[int, int, Sample]], skipped: list[Skipped], mine: int
@@ -210,16 +290,19 @@ class ShardStream(IterableDataset[Item | Failure]):
         self.drawn += 1
         buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
         self.waiting[pick], self.waiting[-1] = self.waiting[-1], self.waiting[pick]
-        _, _, sample = buffer.pop()
+        shard, _, sample = buffer.pop()
         self.waiting.pop()
+        key, repeat = sample["__key__"], self.repeats[shard]
         try:
-            views = self.views(sample, self.epoch)
+            views = self.views(sample, self.epoch, repeat)
         except BadSample as error:
             self.bad_in_a_row += 1
-            skipped.append(Skipped(sample["__key__"], str(sample["__url__"]), str(error)))
+            skipped.append(Skipped(key, str(sample["__url__"]), str(error)))
+            self._count_bad(1, skipped[-1])
             return
         self.bad_in_a_row = 0
-        item = Item(sample["__key__"], views, number(self.seed, self.epoch, sample["__key__"]), list(skipped))
+        self.good += 1
+        item = Item(key, views, number(self.seed, self.epoch, key, *_repetition(repeat)), list(skipped))
         item.measures = self.views.measure(sample)
         skipped.clear()
         yield item
@@ -240,33 +323,68 @@ class ShardStream(IterableDataset[Item | Failure]):
                     # counted on from shard to shard, or shards of few samples would leave the last streams none
                     if (self.before + offset) % shares == share:
                         yield shard, offset, sample
+                self.sizes[shard] = count
             except DataError as error:
-                if count == 0:
-                    raise
-                skipped.append(Skipped("(rest of the shard)", self.shards[shard], str(error)))
-            if count == 0:
-                raise DataError(f"{self.shards[shard]}: the shard is empty. Write it again, or leave it out.")
-            self.position, self.offset, self.before = self.position + 1, 0, self.before + count
+                self._skip_rest(shard, max(count, start), str(error), skipped)
+            if count:
+                self.down = []
+            # other streams may have read a shard whole that failed here
+            self.before += max(count, self.sizes.get(shard, 0))
+            self.position, self.offset = self.position + 1, 0
+
+    def _skip_rest(self, shard: int, count: int, reason: str, skipped: list[Skipped]) -> None:
+        """Note the loss of a shard after `count` samples; raises `DataError` where there are too many."""
+        skipped.append(Skipped(REST_OF_SHARD if count else WHOLE_SHARD, self.shards[shard], reason))
+        self.failed += 1
+        if not count and shard not in self.down:
+            self.down.append(shard)
+        if len(self.down) >= min(len(self.shards), DOWN):
+            raise DataError(f"no shard can be read: the last {len(self.down)} failed, the last one {reason}")
+        expected = self.sizes.get(shard, self._largest())
+        self._count_bad(max((expected - count) // self._shares(), 1), skipped[-1])
+
+    def _largest(self) -> int:
+        return max(self.sizes.values(), default=0)
+
+    def _fewest(self) -> int:
+        """Samples by which a share of bad ones can be judged."""
+        return max(MANY, SHARDS * self._largest() // self._shares())
+
+    def _count_bad(self, samples: int, last: Skipped) -> None:
+        """Raises `DataError` past the recipe's tolerance."""
+        self.bad += samples
+        _, streams = self._stream()
+        whole_pass = len(self.shards) * self._largest() // streams
+        tried = max(self.good + self.bad, (self.passes + 1) * whole_pass, self._fewest())
+        if self.bad > self.max_bad_fraction * tried:
+            raise DataError(
+                f"too many samples cannot be used: {self.bad}, and {self.good} can, where data.max_bad_fraction "
+                f"({self.max_bad_fraction:g}) allows {int(self.max_bad_fraction * tried)}; the last: {last}"
+            )
 
     def _read(self, shard: int) -> Iterator[Sample]:
         if self.reading is not None:
             self.reading(self.shards[shard])
-        return read_shard(self.shards[shard])
+        return read_shard(self.shards[shard], self.patience)
 
     def _restore(self) -> list[tuple[int, int, Sample]]:
-        """Read the buffered samples again, by their references."""
+        """Read the buffered samples again, by their references; those of a shard that has gone are `Unusable`."""
         wanted: dict[int, set[int]] = {}
         for shard, offset in self.waiting:
             wanted.setdefault(shard, set()).add(offset)
-        found: dict[tuple[int, int], Sample] = {}
+        samples: dict[tuple[int, int], Sample] = {}
         for shard, offsets in wanted.items():
-            last = max(offsets)
-            for offset, sample in enumerate(self._read(shard)):
-                if offset in offsets:
-                    found[shard, offset] = sample
-                if offset >= last:
-                    break
-        lost = [reference for reference in self.waiting if reference not in found]
-        if lost:
-            raise DataError(f"{self.shards[lost[0][0]]}: has fewer samples than when the run was saved; it has changed")
-        return [(shard, offset, found[shard, offset]) for shard, offset in self.waiting]
+            url, last, reason = self.shards[shard], max(offsets), None
+            try:
+                for offset, sample in enumerate(self._read(shard)):
+                    if offset in offsets:
+                        samples[shard, offset] = sample
+                    if offset >= last:
+                        break
+            except DataError as error:
+                reason = str(error)
+            for offset in offsets - {offset for of, offset in samples if of == shard}:
+                if reason is None:
+                    raise DataError(f"{url}: has fewer samples than when the run was saved; it has changed")
+                samples[shard, offset] = Unusable(f"(sample {offset})", url, reason)
+        return [(shard, offset, samples[shard, offset]) for shard, offset in self.waiting]

@@ -53,8 +53,8 @@ class WebDatasetSource(DataSource):
         return config.samples is not None
 
     def prepare(self) -> None:
-        """Checks the local shards of every split."""
-        for split in ("train", "validation", "test"):
+        """Checks the local shards that are scored; training checks its own, unless it is resumed."""
+        for split in ("validation", "test"):
             for shards in self.sets(split).values():
                 check(shards)
 

@@ -11,7 +11,7 @@ import pytest
 from streams import Write, keys_in, stream_of, take
 
 from distill_core.data.shards import check
-from distill_core.data.stream import Failure
+from distill_core.data.stream import Failure, Item, digest
 from distill_core.errors import DataError
 
 
@@ -58,7 +58,7 @@ def test_a_cut_inside_a_tar_header_is_told(tmp_path: Path, write_shards: Write) 
 
 @pytest.mark.parametrize("damage", ["missing", "zero bytes", "no entries", "not a tar"])
 def test_shards_that_cannot_be_read_are_named(tmp_path: Path, write_shards: Write, damage: str) -> None:
-    """Both before training (`check`) and when a shard goes bad later; catches errors without the shard's name."""
+    """Before training (`check`) an error, later a loss that is counted; catches either without the shard's name."""
     paths = write_shards(tmp_path, 2, 3)
     broken = paths[1]
     if damage == "missing":
@@ -81,10 +81,69 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path, write_shards: Writ
     assert str(broken) in str(error.value)
     assert str(paths[0]) not in str(error.value)
     assert "\n" not in str(error.value)
-    found = list(islice(iter(stream_of(paths)), 20))
-    assert isinstance(found[-1], Failure)
-    assert str(broken) in found[-1].message
-    assert "\n" not in found[-1].message
+    items = take(stream_of(paths), 9)
+    assert {item.key for item in items} == set(keys_in(paths[:1]))
+    skipped = [skip for item in items for skip in item.skipped]
+    assert 2 <= len(skipped) <= 3, "once a pass"
+    assert {(skip.key, skip.url) for skip in skipped} == {("(whole shard)", str(broken))}
+    assert all(str(broken) in str(skip) and "\n" not in str(skip) for skip in skipped)
+    (failure,) = islice(iter(stream_of(paths[1:])), 2)
+    assert isinstance(failure, Failure)
+    assert "no shard can be read" in failure.message
+    assert str(broken) in failure.message
+    assert "\n" not in failure.message
+
+
+def test_a_shard_that_goes_is_skipped_and_comes_back(tmp_path: Path, write_shards: Write) -> None:
+    """Catches a shard removed between two passes that ends the run, or stays away when it is there again."""
+    paths = write_shards(tmp_path, 3, 4)
+    away = paths[1].with_suffix(".away")
+    stream = stream_of(paths, shuffle=1)
+    items = iter(stream)
+    passes: list[list[str]] = [[], [], []]
+    for epoch, keys in enumerate(passes):
+        while len(keys) < (8 if epoch == 1 else 12):
+            item = next(items)
+            assert isinstance(item, Item)
+            assert item.views["epoch"][0].data == epoch
+            keys.append(item.key)
+        if epoch == 0:
+            paths[1].rename(away)
+        elif epoch == 1:
+            away.rename(paths[1])
+    assert sorted(passes[0]) == sorted(passes[2]) == sorted(keys_in(paths))
+    assert sorted(passes[1]) == sorted(keys_in([paths[0], paths[2]]))
+
+
+def test_a_shard_that_goes_while_it_is_read(tmp_path: Path, write_shards: Write) -> None:
+    """An open file can be read to its end; a resume then finds nothing at its place, nor its samples of the buffer.
+
+    Catches a resume that ends the run, losses that are not named one by one, and other samples that change for it.
+    """
+    paths = write_shards(tmp_path, 3, 6)
+    whole = [item.key for item in take(stream_of(paths), 15)]
+    for done in range(1, 15):
+        stream = stream_of(paths)
+        take(stream, done)
+        state = stream.state_dict()
+        buffered = {(shard, offset) for shard, offset in stream.waiting}
+        open_shard = {int(key.split("-")[1]) for key in whole[done:]} & {shard for shard, _ in buffered}
+        for gone in sorted(open_shard):
+            away = paths[gone].rename(paths[gone].with_suffix(".away"))
+            resumed = stream_of(paths)
+            resumed.load_state_dict(state)
+            items = take(resumed, 10)
+            away.rename(paths[gone])
+            first = [item.key for item in items if item.views["epoch"][0].data == 0]
+            left = [key for key in whole[done:] if int(key.split("-")[1]) != gone]
+            # the shard's samples that the buffer did not hold yet are missed there, so only the set can be the same
+            assert set(first) <= {*left, *keys_in(paths)}
+            assert not any(key.startswith(f"train-{gone}-") for key in first)
+            named = [skip for item in items for skip in item.skipped if skip.key.startswith("(sample")]
+            lost = {offset for shard, offset in buffered if shard == gone}
+            assert {skip.key for skip in named} == {f"(sample {offset})" for offset in lost}
+            assert {skip.url for skip in named} == {str(paths[gone])}
+            assert all("No such file" in skip.reason for skip in named)
 
 
 def test_a_changed_data_set_is_refused(tmp_path: Path, write_shards: Write) -> None:
@@ -92,8 +151,27 @@ def test_a_changed_data_set_is_refused(tmp_path: Path, write_shards: Write) -> N
     paths = write_shards(tmp_path, 3, 6)
     stream = stream_of(paths)
     take(stream, 4)
-    with pytest.raises(DataError, match=r"3 shards and data\.source now names 2"):
-        stream_of(paths[:2]).load_state_dict(stream.state_dict())
+    others = write_shards(tmp_path, 3, 6, prefix="others")
+    for shards, said in (
+        (paths[:2], "3 shards and data.source now names 2"),
+        ([paths[1], paths[0], paths[2]], "names other shards than the run was started on, or in another order"),
+        (others, "names other shards"),
+        ([*paths[:2], others[2]], "names other shards"),
+    ):
+        refusing = stream_of(shards)
+        refusing.load_state_dict(stream.state_dict())
+        (failure,) = islice(iter(refusing), 2)
+        assert isinstance(failure, Failure)
+        assert said in failure.message
+        assert "\n" not in failure.message
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    elsewhere = [moved / path.name for path in paths]
+    for path, other in zip(paths, elsewhere, strict=True):
+        other.write_bytes(path.read_bytes())
+    resumed = stream_of(elsewhere)
+    resumed.load_state_dict(stream.state_dict())
+    assert [item.key for item in take(resumed, 20)] == [item.key for item in take(stream_of(paths), 24)][4:]
     state = stream.state_dict()
     write_shards(tmp_path, 3, 1)
     resumed = stream_of(paths)
@@ -101,6 +179,15 @@ def test_a_changed_data_set_is_refused(tmp_path: Path, write_shards: Write) -> N
     (failure,) = islice(iter(resumed), 2)
     assert isinstance(failure, Failure)
     assert "it has changed" in failure.message
+
+
+def test_the_digest_of_names() -> None:
+    """Catches one that a moved folder changes, and one that mixes up shards of two folders."""
+    a, b = "/data/one/0.tar", "/data/two/0.tar"
+    assert digest([a, b]) == digest(["https://host/x/one/0.tar", "https://host/x/two/0.tar"])
+    assert digest([a, b]) not in (digest([b, a]), digest([a, a]), digest([a]), digest([b, b]))
+    assert digest([a]) == digest([b]) == digest(["0.tar"]), "one shard alone has its name"
+    assert digest(["/d/1.tar", "/d/10.tar"]) == digest(["1.tar", "10.tar"]) != digest(["/d/1.tar", "/d/11.tar"])
 
 
 def test_no_shards_at_all() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,10 @@ import torch
 from streams import Write, epochs_of, keys_in, stream_of, take
 
 import distill_core.data.stream
-from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
+from distill_core.data.stream import Failure, Item, SampleViews, ShardStream, unseen
+from distill_core.errors import BadSample
 from distill_core.registry import Registry
-from distill_core.types import View
+from distill_core.types import Sample, View
 
 
 class OneOf:
@@ -275,6 +277,153 @@ def test_one_bad_shard_of_one_worker_does_not_stop_it(
         assert not any(item.key.startswith("train-1-") for item in items)
         met += sum(len(item.skipped) for item in items)
     assert met >= 4, "no worker was dealt the bad shard: this test shows nothing"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_repeated_shard_has_other_views(tmp_path: Path, write_shards: Write, registry: Registry, world: int) -> None:
+    """As often as it is listed; the first place keeps the views of a shard that is listed once.
+
+    Catches copies that are the same bit for bit within an epoch, which a contrastive loss pushes apart.
+    """
+    paths = write_shards(tmp_path, 2, 3)
+    views = sample_views(registry)
+
+    def drawn(shards: list[Path]) -> dict[str, list[Item]]:
+        found: dict[str, list[Item]] = {}
+        for rank in range(world):
+            stream = stream_of(shards, views, rank=rank, world=world)
+            for item in stream:
+                assert isinstance(item, Item)
+                if stream.epoch:
+                    break
+                found.setdefault(item.key, []).append(item)
+        return found
+
+    once, often = drawn(paths), drawn([paths[0], paths[1], paths[0], paths[0]])
+    for key, (alone,) in once.items():
+        copies = often[key]
+        assert len(copies) == (3 if key.startswith("train-0-") else 1)
+        assert sum(same_views(copy.views, alone.views) and copy.seed == alone.seed for copy in copies) == 1
+        for copy, other in itertools.combinations(copies, 2):
+            assert not same_views(copy.views, other.views)
+            assert copy.seed != other.seed
+
+
+@pytest.mark.parametrize(("shards", "workers"), [(64, 48), (7, 3), (5, 4), (6, 3), (2, 3), (9, 8)])
+def test_the_share_that_a_pass_does_not_see(
+    tmp_path: Path, write_shards: Write, be_worker: OneOf, shards: int, workers: int
+) -> None:
+    """Counted in streams that take turns, as batches do, averaged over seeds."""
+    paths = write_shards(tmp_path, shards, 12)
+    shares = []
+    for seed in range(4):
+        seen = []
+        for worker in range(workers):
+            be_worker(worker, workers)
+            seen += [item.key for item in take(stream_of(paths, shuffle=1, seed=seed), shards * 12 // workers)]
+        shares.append(1 - len(set(seen)) / (shards * 12))
+    expected = unseen(shards, workers)
+    assert (expected > 0) == (shards > workers and shards % workers > 0)
+    assert abs(np.mean(shares) - expected) < 0.05
+    assert round(unseen(64, 48), 2) == 0.14
+
+
+class Picky(SampleViews):
+    """Views of samples whose key a function allows."""
+
+    def __init__(self, usable: Callable[[str], bool]) -> None:
+        super().__init__({}, seed=0)
+        self.usable = usable
+
+    def __call__(self, sample: Sample, epoch: int, repeat: int = 0) -> dict[str, list[View]]:
+        if not self.usable(sample["__key__"]):
+            raise BadSample("not this one")
+        return {"epoch": [View(epoch)]}
+
+
+def stopped(stream: ShardStream, most: int) -> tuple[int, str | None]:
+    """How many items came, of `most`, and the failure."""
+    for count, item in enumerate(islice(iter(stream), most)):
+        if isinstance(item, Failure):
+            return count, item.message
+    return most, None
+
+
+def test_the_run_stops_past_a_tolerance_of_bad_samples(tmp_path: Path, write_shards: Write) -> None:
+    """One in four is bad: 1,000 are looked at before that is judged, over passes where there are few."""
+    paths = write_shards(tmp_path, 2, 60)
+    picky = Picky(lambda key: int(key.rsplit("-", 1)[1]) % 4 != 0)
+    assert stopped(stream_of(paths, picky, max_bad_fraction=0.3), 2000) == (2000, None)
+    assert stopped(stream_of(paths, picky, max_bad_fraction=1.0), 2000) == (2000, None)
+    count, message = stopped(stream_of(paths, picky, max_bad_fraction=0.2), 2000)
+    assert 550 <= count <= 650, "200 bad ones are reached after 600 good ones"
+    assert message is not None
+    assert re.search(r"too many samples cannot be used: 201, and 6\d\d can, .*\(0.2\) allows 200; the last: ", message)
+    assert "not this one" in message
+    count, message = stopped(stream_of(paths, picky, max_bad_fraction=0.0), 2000)
+    assert count < 10
+    assert message is not None
+
+
+def test_counts_of_bad_samples_survive_a_resume(tmp_path: Path, write_shards: Write) -> None:
+    """Catches a run that is stopped often and so never reaches its tolerance."""
+    paths = write_shards(tmp_path, 2, 60)
+    picky = Picky(lambda key: int(key.rsplit("-", 1)[1]) % 4 != 0)
+    whole, _ = stopped(stream_of(paths, picky, max_bad_fraction=0.2), 2000)
+    state, came = stream_of(paths, picky).state_dict(), 0
+    while True:
+        stream = stream_of(paths, picky, max_bad_fraction=0.2)
+        stream.load_state_dict(state)
+        count, message = stopped(stream, 100)
+        came += count
+        if message is not None:
+            break
+        state = stream.state_dict()
+    assert came == whole
+
+
+def test_the_run_stops_past_a_tolerance_of_unreadable_shards(tmp_path: Path, write_shards: Write) -> None:
+    """Catches shards that are missing for good while the run trains on half of its data."""
+    paths = write_shards(tmp_path, 8, 100)
+    away = paths[2]
+    away.unlink()
+    assert stopped(stream_of(paths, max_bad_fraction=0.15), 6000) == (6000, None)
+    count, message = stopped(stream_of(paths, max_bad_fraction=0.1), 6000)
+    assert 700 <= count < 1400
+    assert message is not None
+    assert re.search(r"too many samples cannot be used: 200, and \d+ can", message)
+    assert str(away) in message
+    for path in paths:
+        path.unlink(missing_ok=True)
+    assert stopped(stream_of(paths, max_bad_fraction=1.0), 10)[0] == 0, "no run goes on with nothing"
+
+
+def test_streams_of_few_shards_stay_in_step_where_one_fails(
+    tmp_path: Path, write_shards: Write, be_worker: OneOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three streams share two shards; from the second epoch on one of them cannot open the first shard for a while.
+
+    Catches samples of the other shard that come twice or never, since the streams count from different places.
+    """
+    paths = write_shards(tmp_path, 2, 7)
+    epochs: list[list[str]] = [[], [], []]
+    for worker in range(3):
+        be_worker(worker, 3)
+        stream = stream_of(paths)
+        for item in stream:
+            assert isinstance(item, Item)
+            epoch = item.views["epoch"][0].data
+            if epoch == 3:
+                break
+            epochs[epoch].append(item.key)
+            if worker == 1 and epoch == 1:
+                stream.shards[0] = str(tmp_path / "gone.tar")
+            elif worker == 1 and epoch == 2:
+                stream.shards[0] = str(paths[0])
+    assert Counter(epochs[0]) == Counter(epochs[0]) == Counter(keys_in(paths))
+    for epoch in epochs:
+        of_second = [key for key in epoch if key.startswith("train-1-")]
+        assert Counter(of_second) == Counter(keys_in(paths[1:]))
 
 
 def test_small_shards_are_shared_out_evenly(tmp_path: Path, write_shards: Write, be_worker: OneOf) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_a_run_that_cannot_begin(
         (b"\0" * 10240, "{}: the shard is empty. Write it again, or leave it out of data.source."),
         (
             b"not a tar file" * 100,
-            "{}: not a readable tar file: file could not be opened successfully. Write it again, or leave it out.",
+            "{}: not a readable tar file: no tar header at its start. Write it again, or leave it out.",
         ),
     ],
     ids=["no bytes", "a tar of nothing", "no tar"],
@@ -181,14 +182,18 @@ def test_a_run_that_fails_later_keeps_its_folder(
 
 
 def test_a_shard_cut_off_in_its_first_sample(distill: Distill, tmp_path: Path) -> None:
-    """Its header is whole, so that only reading it tells; with a worker, so that the worker's error must travel."""
-    whole = (tmp_path / "shards" / "train-000.tar").read_bytes()
+    """Its first member is whole, so that only reading it tells; with a worker, so that its error must travel."""
+    whole = tmp_path / "shards" / "train-000.tar"
+    with tarfile.open(whole) as tar:
+        second = tar.getmembers()[1]
     shard = tmp_path / "cut.tar"
-    shard.write_bytes(whole[:700])
+    shard.write_bytes(whole.read_bytes()[: second.offset_data + 3])
     line = one_line(
         distill("run", "tiny.yaml", "--quiet", "--set", f"data.source.urls={shard}", "--set", "data.workers=1")
     )
-    assert line == f"{shard}: cannot be read: unexpected end of data"
+    missing = second.size - 3
+    reason = f"{shard}: cannot be read: ends inside '{second.name}', {missing} bytes before its end: it was cut off"
+    assert line == f"no shard can be read: the last 1 failed, the last one {reason}"
 
 
 def test_every_error_of_a_file_is_a_line(distill: Distill, tmp_path: Path) -> None:

@@ -15,17 +15,18 @@ Write = Callable[..., list[Path]]
 
 
 class TellEpoch(SampleViews):
-    """In place of a sample's views: the epoch that it is read in."""
+    """In place of a sample's views: the epoch that it is read in. As any augmentation, it looks at the sample."""
 
     def __init__(self) -> None:
         super().__init__({}, seed=0)
 
-    def __call__(self, sample: Sample, epoch: int) -> dict[str, list[View]]:
+    def __call__(self, sample: Sample, epoch: int, repeat: int = 0) -> dict[str, list[View]]:
+        assert "none" not in sample
         return {"epoch": [View(epoch)]}
 
 
-def stream_of(shards: list[Path], views: Any = None, *, shuffle: int = 5, seed: int = 3, **rank: int) -> ShardStream:
-    return ShardStream([str(shard) for shard in shards], views or TellEpoch(), seed=seed, shuffle=shuffle, **rank)
+def stream_of(shards: list[Path], views: Any = None, *, shuffle: int = 5, seed: int = 3, **options: Any) -> ShardStream:
+    return ShardStream([str(shard) for shard in shards], views or TellEpoch(), seed=seed, shuffle=shuffle, **options)
 
 
 def take(stream: ShardStream, count: int) -> list[Item]:

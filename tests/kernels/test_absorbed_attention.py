@@ -3,24 +3,27 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, here
 from torch import Tensor
 from torch.autograd import gradcheck
 
 from distill_kernels.absorbed_attention import CHUNK_BYTES, absorbed_attention
 
-# Of 3 samples' 5 tokens: all, none, and some.
-VALID = torch.tensor([[1, 1, 1, 1, 1], [0] * 5, [0, 1, 1, 0, 1]]).bool()
+
+def some_valid() -> Tensor:
+    """Of 3 samples' 5 tokens: all, none, and some."""
+    return here.tensor([[1, 1, 1, 1, 1], [0] * 5, [0, 1, 1, 0, 1]]).bool()
 
 
 def absorbed_inputs(v: int, b: int, n: int, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"x": (v, b, d), "tokens": (b, n, d), "ln_weight": (d,), "ln_bias": (d,)}
     shapes |= {"in_proj_weight": (3 * d, d), "in_proj_bias": (3 * d,)}
-    return {name: torch.randn(*shape, dtype=dtype).div_(2).requires_grad_() for name, shape in shapes.items()}
+    return {name: here.randn(*shape, dtype=dtype).div_(2).requires_grad_() for name, shape in shapes.items()}
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_absorbed_gradcheck(masked: bool) -> None:
-    leaves, valid = absorbed_inputs(2, 3, 5, 6, torch.float64), VALID if masked else None
+    leaves, valid = absorbed_inputs(2, 3, 5, 6, torch.float64), some_valid() if masked else None
 
     def attend(*values: Tensor) -> Tensor:
         x, tokens, *weights = values
@@ -38,7 +41,7 @@ def test_absorbed_opcheck(dtype: torch.dtype, strided: bool, masked: bool) -> No
     if strided:
         d_out, x, tokens = (t.mT.contiguous().mT for t in (d_out, x, tokens))
         weights[2] = weights[2].mT.contiguous().mT
-    valid = VALID if masked else None
+    valid = some_valid() if masked else None
     leaves = [t.requires_grad_() for t in (x, tokens, *(w.float() for w in weights))]
     torch.library.opcheck(torch.ops.distill.absorbed_attention.default, (*leaves, valid, 2, 1e-5))
     with torch.no_grad():
@@ -54,7 +57,7 @@ def test_absorbed_opcheck(dtype: torch.dtype, strided: bool, masked: bool) -> No
 def test_absorbed_of_nothing(v: int, b: int, n: int, dtype: torch.dtype) -> None:
     leaves = absorbed_inputs(v, b, n, 8, dtype)
     out = absorbed_attention(**leaves, heads=2)
-    assert torch.equal(out, torch.zeros(v, b, 8, dtype=dtype))
+    assert torch.equal(out, here.zeros(v, b, 8, dtype=dtype))
     for t, g in zip(leaves.values(), torch.autograd.grad(out.sum(), list(leaves.values())), strict=True):
         assert g.dtype == t.dtype
         assert torch.equal(g, torch.zeros_like(t))
@@ -73,10 +76,10 @@ def test_absorbed_works_in_chunks(samples: int, dtype: torch.dtype, monkeypatch:
     k, values = kv.view(b, n, 2, h, d // h).permute(2, 0, 3, 1, 4)  # [B, H, L, K]
     expected = (q @ k.mT / (d // h) ** 0.5).softmax(-1) @ values
     expected = expected.permute(2, 0, 1, 3).reshape(v, b, d)
-    grad = torch.randn(v, b, d).to(dtype)
+    grad = here.randn(v, b, d).to(dtype)
     truth = (expected, *torch.autograd.grad(expected, wide, grad.double()))
 
-    monkeypatch.setitem(CHUNK_BYTES, ("cpu", dtype.itemsize), samples * (n + 2 * h * v) * d * dtype.itemsize)
+    monkeypatch.setitem(CHUNK_BYTES, (DEVICE, dtype.itemsize), samples * (n + 2 * h * v) * d * dtype.itemsize)
     out = absorbed_attention(**leaves, heads=h)
     ours = (out, *torch.autograd.grad(out, list(leaves.values()), grad))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
@@ -108,7 +111,7 @@ def test_absorbed_backward_within_autocast() -> None:
     leaves = absorbed_inputs(2, 3, 5, 8, torch.float32)
     out = absorbed_attention(**leaves, heads=2)
     expected = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out), retain_graph=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         ours = torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
     for a, b in zip(ours, expected, strict=True):
         assert torch.equal(a, b)

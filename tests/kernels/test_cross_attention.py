@@ -1,12 +1,13 @@
 """cross_attention: every backend against the formula written out in float64, its gradients, and its contracts.
 
-The Triton backend runs in Triton's interpreter when there is no GPU (see conftest.py).
+The Triton backend runs in Triton's interpreter when there is no GPU (kernel_device.py).
 """
 
 import math
 
 import pytest
 import torch
+from kernel_device import DEVICE
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,6 @@ from distill_kernels.backends import BackendError, choose, listing
 from distill_kernels.cross_attention import OP, CrossAttentionInputs
 
 BACKENDS = ("reference", "matmul", "sdpa", "xformers", "triton")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Largest error allowed, relative to the largest entry of the float64 result. A half-precision result is rounded
 # once (2^-8 in bf16, 2^-11 in fp16), and so are the probabilities on the way.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, here
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +53,7 @@ class Modules(NamedTuple):
         }
 
 
-def make(width: int, heads: int, dtype: torch.dtype, seed: int = 0) -> Modules:
+def make(width: int, heads: int, dtype: torch.dtype, seed: int = 0, device: str = DEVICE) -> Modules:
     """Modules whose every parameter is random: a fresh LayerNorm's ones and zeros would hide its weights."""
     torch.manual_seed(seed)
     modules = Modules(nn.LayerNorm(width), nn.LayerNorm(width), nn.MultiheadAttention(width, heads))
@@ -60,7 +61,7 @@ def make(width: int, heads: int, dtype: torch.dtype, seed: int = 0) -> Modules:
         for name, parameter in module.named_parameters():
             mean = 1.0 if name == "weight" else 0.0
             nn.init.normal_(parameter, mean, 0.3 if parameter.ndim == 1 else width**-0.5)
-        module.to(dtype)
+        module.to(device, dtype)
     return modules
 
 
@@ -71,7 +72,7 @@ def repeated_tokens(
     v, b, d = queries.shape
     copies = tokens.unsqueeze(0).expand(v, -1, -1, -1).reshape(v * b, -1, d).transpose(0, 1)  # [L, VB, D]
     keys = modules.ln_k(copies)
-    some = torch.ones(b, dtype=torch.bool) if valid is None else valid.any(1)
+    some = here.ones(b, dtype=torch.bool) if valid is None else valid.any(1)
     hidden = None if valid is None else (~valid & some[:, None]).repeat(v, 1)
     x = modules.ln_q(queries).reshape(1, v * b, d)
     out, _ = modules.attention(x, keys, keys, key_padding_mask=hidden)
@@ -81,16 +82,16 @@ def repeated_tokens(
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     v, b, n, d, _ = shape
-    queries = torch.randn(v, b, d, dtype=dtype, requires_grad=True)
-    tokens = (torch.randn(b, n, d, dtype=dtype) * 2 + 0.5).requires_grad_()
-    return queries, tokens, torch.randn(v, b, d, dtype=dtype)
+    queries = here.randn(v, b, d, dtype=dtype, requires_grad=True)
+    tokens = (here.randn(b, n, d, dtype=dtype) * 2 + 0.5).requires_grad_()
+    return queries, tokens, here.randn(v, b, d, dtype=dtype)
 
 
 def pool_options(kind: str, b: int, n: int) -> tuple[dict[str, Tensor], Tensor | None]:
     if kind == "all":
         return {}, None
-    lengths = torch.tensor([n, 0, n // 2 | 1, 1, n])[:b]
-    valid = torch.arange(n) < lengths[:, None]
+    lengths = here.tensor([n, 0, n // 2 | 1, 1, n])[:b]
+    valid = here.arange(n) < lengths[:, None]
     return ({"lengths": lengths} if kind == "lengths" else {"mask": valid}), valid
 
 
@@ -100,7 +101,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 # The output, and what has gradients.
-NAMES = ("out", "queries", "tokens", *make(1, 1, torch.float32).parameters)
+NAMES = ("out", "queries", "tokens", "ln_q_weight", "ln_q_bias", "ln_k_weight", "ln_k_bias")
+NAMES += ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
 
 
 def without_key_bias(in_proj_bias: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def check(
     """Output and gradients for (queries, tokens, *weights), held against those of float64 on the same numbers."""
     queries, tokens, grad = inputs
     heads = modules.attention.num_heads
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
         out = cross_attention_pool(queries, tokens, **modules.parameters, heads=heads, normalize=normalize, **options)
     ours = torch.autograd.grad(out, [queries, tokens, *modules.parameters.values()], grad.to(out.dtype))
     exact = Modules(*(copy.deepcopy(module).double() for module in modules))
@@ -193,9 +195,9 @@ def test_autocast(half_inputs: bool, form: str) -> None:
     if half_inputs:
         queries, tokens = (x.detach().bfloat16().requires_grad_() for x in (queries, tokens))
     else:
-        tokens = (torch.randn(3, 40, 64) + 20).requires_grad_()
-    lengths = torch.tensor([40, 0, 17])
-    valid = torch.arange(40) < lengths[:, None]
+        tokens = (here.randn(3, 40, 64) + 20).requires_grad_()
+    lengths = here.tensor([40, 0, 17])
+    valid = here.arange(40) < lengths[:, None]
     out, *ours = check(modules, (queries, tokens, grad), valid, 2e-2, autocast=True, form=form, lengths=lengths)
     assert out.dtype == torch.float32
     assert (out.norm(dim=-1) - 1).abs().max() < 1e-6  # normalised in fp32
@@ -224,7 +226,7 @@ def test_without_tokens(form: str) -> None:
     queries, tokens, grad = inputs((3, 2, 9, 32, 2), torch.float32)
     expected = F.normalize(queries + modules.attention.out_proj.bias, dim=-1)
     options = {"heads": 2, "form": form, **modules.parameters}
-    out = cross_attention_pool(queries, tokens, lengths=torch.tensor([0, 0]), **options)
+    out = cross_attention_pool(queries, tokens, lengths=here.tensor([0, 0]), **options)
     torch.testing.assert_close(out, expected)
     everything = [tokens, *modules.parameters.values()]
     gradients = dict(zip(["tokens", *modules.parameters], torch.autograd.grad(out, everything, grad), strict=True))
@@ -284,7 +286,7 @@ def test_half_precision_tokens_do_not_spoil_their_norm(form: str) -> None:
     leaves = [modules.parameters[name] for name in ("ln_k_weight", "ln_q_weight")]
 
     def gradients(form: str, bf16: bool) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             options = {"heads": 4, "normalize": False, "form": form, **modules.parameters}
             out = cross_attention_pool(queries, tokens if bf16 else tokens.float(), **options)
         return torch.autograd.grad((out - queries.detach()).square().sum(), leaves)
@@ -302,9 +304,9 @@ def test_exports_with_any_number_of_tokens(form: str) -> None:
     parameters = {name: t.detach() for name, t in make(32, 4, torch.float32).parameters.items()}
     b, n = torch.export.Dim("b", min=2, max=1000), torch.export.Dim("n", min=16, max=1000)
     shapes = {"queries": {1: b}, "tokens": {0: b, 1: n}}
-    examples = (torch.randn(3, 4, 32), torch.randn(4, 20, 32))
+    examples = (here.randn(3, 4, 32), here.randn(4, 20, 32))
     exported = torch.export.export(Pool(), examples, dynamic_shapes=shapes, strict=False).module()
-    queries, tokens = torch.randn(3, 7, 32), torch.randn(7, 53, 32)
+    queries, tokens = here.randn(3, 7, 32), here.randn(7, 53, 32)
     torch.testing.assert_close(exported(queries, tokens), Pool()(queries, tokens), atol=1e-5, rtol=1e-4)
 
 
@@ -312,7 +314,7 @@ def test_exports_with_any_number_of_tokens(form: str) -> None:
 def test_compile_and_checkpoint(form: str) -> None:
     modules = make(32, 2, torch.float32)
     queries, tokens, grad = inputs((3, 2, 9, 32, 2), torch.float32)
-    lengths = torch.tensor([9, 4])
+    lengths = here.tensor([9, 4])
 
     def layer(q: Tensor, t: Tensor) -> Tensor:
         return cross_attention_pool(q, t, **modules.parameters, heads=2, form=form, lengths=lengths)
@@ -329,7 +331,7 @@ def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pyte
     """All that is alive at once is smaller than the tokens; keys and values alone are twice as large."""
     b, n, d = 16, 256, 64
     monkeypatch.setitem(CHUNK_BYTES, ("cpu", 4), n * d * 4)
-    modules = make(d, 2, torch.float32)
+    modules = make(d, 2, torch.float32, device="cpu")
     queries, tokens = torch.randn(2, b, d), torch.randn(b, n, d)
 
     def peak(form: str) -> int:
@@ -370,7 +372,7 @@ def test_wrong_arguments() -> None:
         ("no form named 'best'", {"form": "best"}),
         ("heads must divide D = 32, got 5", {"heads": 5}),
         ("in_proj_weight must be \\(96, 32\\)", {"in_proj_weight": modules.attention.out_proj.weight}),
-        ("not both", {"lengths": torch.tensor([1, 2]), "mask": torch.ones(2, 9).bool()}),
+        ("not both", {"lengths": here.tensor([1, 2]), "mask": here.ones(2, 9).bool()}),
     ):
         with pytest.raises(ValueError, match=match):
             cross_attention_pool(queries, tokens, **(options | wrong))

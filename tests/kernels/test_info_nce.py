@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, here, skip_float64_on_gpu
 from torch import Tensor
 
 from distill_kernels import chunks, multi_view_info_nce
@@ -21,14 +22,14 @@ BACKENDS = ("reference", "chunked", "triton")
 SHAPES = ((1, 1, 1, 1), (2, 3, 5, 7), (1, 2, 67, 20), (8, 2, 3, 33))
 
 
-def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1).to(dtype).requires_grad_()
+def embeddings(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
+    return F.normalize(torch.randn(*shape, dtype=torch.float64, device=device), dim=-1).to(dtype).requires_grad_()
 
 
 def pair_by_pair(a: Tensor, b: Tensor, scale: Tensor, a_all: Tensor, b_all: Tensor, offset: int) -> Tensor:
     """The definition: two cross-entropies a pair, in float64."""
     a, b, scale, a_all, b_all = (t.double() for t in (a, b, scale, a_all, b_all))
-    target = torch.arange(a.shape[1]) + offset
+    target = here.arange(a.shape[1]) + offset
     losses = [
         F.cross_entropy(scale * a[u] @ b_all[v].T, target) / 2 + F.cross_entropy(scale * b[v] @ a_all[u].T, target) / 2
         for u, v in itertools.product(range(len(a)), range(len(b)))
@@ -54,8 +55,8 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
     # fp32 rounding of logits up to 14 and sums of 67 terms.
     a, b = embeddings(va, n, d), embeddings(vb, n, d)
-    scale = torch.tensor(1 / 0.07, requires_grad=True)
-    weight = torch.randn(va, vb, dtype=torch.float64)
+    scale = here.tensor(1 / 0.07, requires_grad=True)
+    weight = here.randn(va, vb, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     expected = pair_by_pair(a, b, scale, a, b, 0)
     assert loss.dtype == torch.float32
@@ -72,8 +73,8 @@ def test_own_rows_against_gathered(backend: str) -> None:
     # Rows 3..8 of 11, every tensor a leaf of its own: a gradient sent to the wrong one shows.
     tensors = [embeddings(*s, 6) for s in ((3, 5), (2, 5), (3, 11), (2, 11))]
     a, b, a_all, b_all = tensors
-    scale = torch.tensor(5.0, requires_grad=True)
-    weight = torch.randn(3, 2, dtype=torch.float64)
+    scale = here.tensor(5.0, requires_grad=True)
+    weight = here.randn(3, 2, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=3, backend=backend)
     expected = pair_by_pair(a, b, scale, a_all, b_all, 3)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
@@ -89,8 +90,8 @@ def test_ranks_average_to_one_batch(backend: str, ranks: int) -> None:
     # The mean over ranks of the loss, and of its gradients summed over ranks, is the whole batch's.
     n = 4
     a, b = embeddings(2, ranks * n, 8), embeddings(3, ranks * n, 8)
-    scale = torch.tensor(7.0, requires_grad=True)
-    weight = torch.randn(2, 3, dtype=torch.float64)
+    scale = here.tensor(7.0, requires_grad=True)
+    weight = here.randn(2, 3, dtype=torch.float64)
     loss = torch.stack(
         [
             multi_view_info_nce(
@@ -115,8 +116,9 @@ def test_ranks_average_to_one_batch(backend: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64(backend: str) -> None:
+    skip_float64_on_gpu(backend)
     a, b = embeddings(2, 9, 5, dtype=torch.float64), embeddings(2, 9, 5, dtype=torch.float64)
-    scale = torch.tensor(9.0, dtype=torch.float64)
+    scale = here.tensor(9.0, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     torch.testing.assert_close(loss, pair_by_pair(a, b, scale, a, b, 0), rtol=1e-12, atol=1e-12)
 
@@ -127,8 +129,8 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
     # Logits near 100 are good to .5 in bf16 and .06 in fp16; the loss is within 1e-4 of the exact one. Gradients
     # have the inputs' precision.
     a, b = embeddings(2, 40, 16, dtype=dtype), embeddings(2, 40, 16, dtype=dtype)
-    scale = torch.tensor(100.0, requires_grad=True)
-    weight = torch.randn(2, 2, dtype=torch.float64)
+    scale = here.tensor(100.0, requires_grad=True)
+    weight = here.randn(2, 2, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     expected = pair_by_pair(a, b, scale, a, b, 0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-4)
@@ -144,15 +146,15 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_at_both_ends(backend: str) -> None:
     # Row and column sums differ by exp(200): a shift shared by a whole chunk would lose the smaller ones.
-    a = torch.zeros(1, 6, 2)
+    a = here.zeros(1, 6, 2)
     a[..., 0] = 1
-    b = a * torch.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
+    b = a * here.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
     a, b = a.requires_grad_(), b.requires_grad_()
-    scale = torch.tensor(100.0, requires_grad=True)
+    scale = here.tensor(100.0, requires_grad=True)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     expected = pair_by_pair(a, b, scale, a, b, 0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
-    one = torch.ones(1, 1, dtype=torch.float64)
+    one = here.ones(1, 1, dtype=torch.float64)
     for got, true in zip(gradients(loss, one, [a, b, scale]), gradients(expected, one, [a, b, scale]), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-4)
 
@@ -160,8 +162,9 @@ def test_logits_at_both_ends(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_gradcheck(backend: str, gathered: bool) -> None:
+    skip_float64_on_gpu(backend)
     a, b = embeddings(2, 2, 3, dtype=torch.float64), embeddings(1, 2, 3, dtype=torch.float64)
-    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    scale = here.tensor(3.0, dtype=torch.float64, requires_grad=True)
     if not gathered:
         assert torch.autograd.gradcheck(lambda a, b, s: multi_view_info_nce(a, b, s, backend=backend), (a, b, scale))
         return
@@ -182,24 +185,24 @@ def test_opcheck(backend: str, symmetric: bool) -> None:
         "triton": (info_nce_triton, info_nce_triton_backward),
     }[backend]
     x, y = embeddings(2, 4, 6), embeddings(3, 4 if symmetric else 7, 6)
-    scale = torch.tensor(2.0, requires_grad=True)
+    scale = here.tensor(2.0, requires_grad=True)
     offset = 0 if symmetric else 2
     torch.library.opcheck(forward, (x, y, scale, offset, symmetric))
     with torch.no_grad():
         _, row, column = forward(x, y, scale, offset, symmetric)
-        torch.library.opcheck(backward, (torch.randn(2, 3), x, y, scale, row, column, offset, symmetric))
+        torch.library.opcheck(backward, (here.randn(2, 3), x, y, scale, row, column, offset, symmetric))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_in_one_graph(backend: str) -> None:
     a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
-    scale = torch.tensor(4.0, requires_grad=True)
+    scale = here.tensor(4.0, requires_grad=True)
     compiled = torch.compile(
         lambda a, b, s: multi_view_info_nce(a * 2, b, s, backend=backend), fullgraph=True, backend="aot_eager"
     )
     loss, expected = compiled(a, b, scale), pair_by_pair(a * 2, b, scale, a * 2, b, 0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    weight = torch.randn(2, 3, dtype=torch.float64)
+    weight = here.randn(2, 3, dtype=torch.float64)
     for got, true in zip(
         gradients(loss, weight, [a, b, scale]), gradients(expected, weight, [a, b, scale]), strict=True
     ):
@@ -210,14 +213,14 @@ def test_compile_in_one_graph(backend: str) -> None:
 def test_autocast_does_not_lower_the_logits(backend: str) -> None:
     # fp32 rounding of logits near 100 is 4e-6, and the scale multiplies it again in the gradients.
     a, b = embeddings(2, 9, 16), embeddings(2, 9, 16)
-    scale = torch.tensor(100.0, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    scale = here.tensor(100.0, requires_grad=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = multi_view_info_nce(a, b, scale, backend=backend)
     expected = pair_by_pair(a, b, scale, a, b, 0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-4)
-    weight = torch.ones(2, 2, dtype=torch.float64)
+    weight = here.ones(2, 2, dtype=torch.float64)
     # A backward pass under autocast lowers plain matmuls whatever we do, but not the custom ops.
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backend != "reference"):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backend != "reference"):
         grads = gradients(loss, weight, [a, b, scale])
     for got, true in zip(grads, gradients(expected, weight, [a, b, scale]), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-4)
@@ -226,12 +229,12 @@ def test_autocast_does_not_lower_the_logits(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing(backend: str) -> None:
     a, b = embeddings(2, 5, 6), embeddings(1, 5, 6)
-    scale = torch.tensor(4.0, requires_grad=True)
+    scale = here.tensor(4.0, requires_grad=True)
     loss = torch.utils.checkpoint.checkpoint(
         lambda a, b, s: multi_view_info_nce(a.tanh(), b, s, backend=backend), a, b, scale, use_reentrant=False
     )
     expected = pair_by_pair(a.tanh(), b, scale, a.tanh(), b, 0)
-    weight = torch.randn(2, 1, dtype=torch.float64)
+    weight = here.randn(2, 1, dtype=torch.float64)
     for got, true in zip(
         gradients(loss, weight, [a, b, scale]), gradients(expected, weight, [a, b, scale]), strict=True
     ):
@@ -244,10 +247,10 @@ def test_checkpointing(backend: str) -> None:
 def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float) -> None:
     """And there to what the reference has."""
     a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
-    scale = torch.tensor(4.0, requires_grad=True)
+    scale = here.tensor(4.0, requires_grad=True)
     with torch.no_grad():
         a[1, 2, 3] = bad
-        b[..., 3] = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.5])  # infinite logits of both signs
+        b[..., 3] = here.tensor([0.5, -0.5, 0.5, -0.5, 0.5])  # infinite logits of both signs
 
     def finite(backend: str) -> list[Tensor]:
         loss = multi_view_info_nce(a, b, scale, backend=backend)
@@ -268,9 +271,9 @@ def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend: str, gathered: bool) -> None:
     # The mean of nothing is NaN; the gathered rows of other ranks get zeros, not NaN.
-    a, b = torch.randn(2, 0, 4, requires_grad=True), torch.randn(3, 0, 4, requires_grad=True)
+    a, b = here.randn(2, 0, 4, requires_grad=True), here.randn(3, 0, 4, requires_grad=True)
     a_all, b_all = (embeddings(2, 5, 4), embeddings(3, 5, 4)) if gathered else (None, None)
-    scale = torch.tensor(4.0, requires_grad=True)
+    scale = here.tensor(4.0, requires_grad=True)
     loss = multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=2 * gathered, backend=backend)
     assert loss.shape == (2, 3)
     assert loss.isnan().all()
@@ -284,9 +287,9 @@ def test_empty_batch(backend: str, gathered: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend: str) -> None:
-    a = torch.randn(5, 7, 4, 2)[..., 0].permute(2, 0, 1)  # [4, 5, 7]
-    b = torch.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
-    scale = torch.tensor(0.7)
+    a = here.randn(5, 7, 4, 2)[..., 0].permute(2, 0, 1)  # [4, 5, 7]
+    b = here.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
+    scale = here.tensor(0.7)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     torch.testing.assert_close(loss.double(), pair_by_pair(a, b, scale, a, b, 0), rtol=1e-5, atol=1e-5)
 
@@ -295,7 +298,7 @@ def test_chunked_memory_grows_as_rows() -> None:
     # 4 x 512 x 512 logits are 4 MiB, and the reference holds them three times. Gradients (32 KiB), log-sum-exps
     # (16 KiB) and two buffers of a 64 x 64 chunk (32 KiB) are all that grows here.
     def peak(backend: str) -> int:
-        a, b = embeddings(2, 512, 4), embeddings(2, 512, 4)
+        a, b = embeddings(2, 512, 4, device="cpu"), embeddings(2, 512, 4, device="cpu")
         call = functools.partial(multi_view_info_nce, a, b, torch.tensor(9.0), backend=backend)
         return peak_bytes(lambda: torch.autograd.grad(call().sum(), (a, b)), torch.device("cpu"))
 
@@ -310,22 +313,22 @@ def test_triton_writes_every_element_and_no_other() -> None:
     from distill_kernels.triton_pairwise import Part
 
     x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
-    scale = torch.tensor(3.0)
+    scale = here.tensor(3.0)
     z = 3.0 * torch.einsum("uid,vjd->uvij", x.double(), y.double())
-    guarded = torch.full((2 * 3 * 67 + 64,), 777.0)
+    guarded = here.full((2 * 3 * 67 + 64,), 777.0)
     guarded[: 2 * 3 * 67] = float("nan")
     launch_lse(x, y, scale, guarded[: 2 * 3 * 67].view(2, 3, 67))
     assert (guarded[2 * 3 * 67 :] == 777.0).all()
     torch.testing.assert_close(guarded[: 2 * 3 * 67].view(2, 3, 67).double(), z.logsumexp(3), rtol=1e-5, atol=1e-5)
-    row, column, weight = z.logsumexp(3).float(), z.logsumexp(2).transpose(0, 1).float(), torch.randn(2, 3)
+    row, column, weight = z.logsumexp(3).float(), z.logsumexp(2).transpose(0, 1).float(), here.randn(2, 3)
     size = 2 * 67 * 3 * 131
-    guarded = torch.full((size + 64,), 777.0)
+    guarded = here.full((size + 64,), 777.0)
     guarded[:size] = float("nan")
     dz = guarded[:size].view(2 * 67, 3 * 131)
     whole = slice(None)
     d_scale = launch_gradient(Part(whole, whole, whole, whole, x, y, weight, 5, dz), scale, row, column.contiguous())
-    target = torch.zeros(67, 131, dtype=torch.float64)
-    target[torch.arange(67), torch.arange(67) + 5] = 2
+    target = here.zeros(67, 131, dtype=torch.float64)
+    target[here.arange(67), here.arange(67) + 5] = 2
     expected = weight[..., None, None] * (z.softmax(3) + z.softmax(2) - target)
     assert (guarded[size:] == 777.0).all()
     torch.testing.assert_close(dz.view(2, 67, 3, 131).double(), expected.transpose(1, 2), rtol=1e-4, atol=1e-6)
@@ -335,21 +338,21 @@ def test_triton_writes_every_element_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": torch.zeros(2, 4, 3)}, r"a and b must be"),
-        ({"scale": torch.zeros(1)}, r"scale must be a 0-dim"),
-        ({"a_all": torch.zeros(1, 8, 3)}, r"both a_all and b_all"),
+        ({"b": here.zeros(2, 4, 3)}, r"a and b must be"),
+        ({"scale": here.zeros(1)}, r"scale must be a 0-dim"),
+        ({"a_all": here.zeros(1, 8, 3)}, r"both a_all and b_all"),
         ({"offset": 1}, r"offset 1 needs"),
-        ({"a_all": torch.zeros(1, 8, 3), "b_all": torch.zeros(2, 9, 3)}, r"b_all must be \[2, 8, 3\]"),
-        ({"a_all": torch.zeros(1, 8, 3), "b_all": torch.zeros(2, 8, 3), "offset": 4}, r"rows 4..9"),
+        ({"a_all": here.zeros(1, 8, 3), "b_all": here.zeros(2, 9, 3)}, r"b_all must be \[2, 8, 3\]"),
+        ({"a_all": here.zeros(1, 8, 3), "b_all": here.zeros(2, 8, 3), "offset": 4}, r"rows 4..9"),
         ({"backend": "fast"}, r"no backend named 'fast'"),
     ],
 )
 def test_errors_say_what_is_wrong(change: dict[str, object], message: str) -> None:
-    arguments = {"a": torch.zeros(1, 5, 3), "b": torch.zeros(2, 5, 3), "scale": torch.tensor(1.0)} | change
+    arguments = {"a": here.zeros(1, 5, 3), "b": here.zeros(2, 5, 3), "scale": here.tensor(1.0)} | change
     with pytest.raises(ValueError, match=message):
         multi_view_info_nce(**arguments)  # type: ignore[arg-type]
 
 
 def test_triton_refuses_mixed_dtypes() -> None:
     with pytest.raises(BackendError, match="needs one dtype"):
-        multi_view_info_nce(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3).bfloat16(), torch.tensor(1.0), backend="triton")
+        multi_view_info_nce(here.zeros(1, 2, 3), here.zeros(1, 2, 3).bfloat16(), here.tensor(1.0), backend="triton")

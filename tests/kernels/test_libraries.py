@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_device import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,8 +31,7 @@ from distill_kernels.self_attention import OP as DENSE
 from distill_kernels.self_attention import SelfAttention
 from distill_kernels.self_attention import _xformers_call as dense_call
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16
 LENGTHS = (5, 1, 0, 12, 12)
 # Both sides round their results to bf16 once (2^-8), and may round the probabilities.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_device import DEVICE, here
 from torch import Tensor
 
 from distill_kernels import cross_attention, packed_attention, self_attention
@@ -25,7 +26,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
+    return [here.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
 
 
 def row_by_row(q: Tensor, k: Tensor, v: Tensor, causal: bool, allowed: Tensor | None = None) -> Tensor:
@@ -69,7 +70,7 @@ def check(out: Tensor, expected: Tensor, tensors: list[Tensor], dtype: torch.dty
     """Values and gradients under a random output gradient."""
     close = functools.partial(torch.testing.assert_close, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     close(out.double(), expected)
-    weight = torch.randn(out.shape, dtype=torch.float64)
+    weight = here.randn(out.shape, dtype=torch.float64)
     got = torch.autograd.grad((out.double() * weight).sum(), tensors)
     true = torch.autograd.grad((expected * weight).sum(), tensors, retain_graph=True)
     for g, t in zip(got, true, strict=True):
@@ -94,11 +95,11 @@ def test_masks(backend: str, form: str, causal: bool) -> None:
     # Sequence 1 has no key at all: zeros, and zero gradients instead of NaN.
     tensors = inputs(3, 2, 6, 4)
     if form == "keys":
-        mask = torch.rand(3, 6) > 0.4
+        mask = here.rand(3, 6) > 0.4
         mask[1] = False
         full = mask[:, None, None, :].expand(3, 2, 6, 6)
     else:
-        mask = torch.rand(3, 1, 6, 6) > 0.4
+        mask = here.rand(3, 1, 6, 6) > 0.4
         mask[1] = False
         full = mask.expand(3, 2, 6, 6)
     out = self_attention(*tensors, causal=causal, mask=mask, backend=backend)
@@ -108,8 +109,8 @@ def test_masks(backend: str, form: str, causal: bool) -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck_of_the_written_out_gradient(causal: bool) -> None:
-    q, k, v = (torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[True, False, True], [False, True, False]])
+    q, k, v = (here.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = here.tensor([[True, False, True], [False, True, False]])
     for m in (None, mask):
         assert torch.autograd.gradcheck(
             lambda q, k, v, m=m: self_attention(q, k, v, causal=causal, mask=m, backend="explicit"), (q, k, v)
@@ -127,7 +128,7 @@ def test_compile_autocast_checkpoint(backend: str, causal: bool) -> None:
     expected = dense(*tensors, causal)
     check(torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors), expected, tensors)
     check(torch.utils.checkpoint.checkpoint(attend, *tensors, use_reentrant=False), expected, tensors)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = attend(*tensors)
     assert out.dtype == torch.bfloat16
     check(out, expected, tensors, torch.bfloat16)
@@ -136,7 +137,7 @@ def test_compile_autocast_checkpoint(backend: str, causal: bool) -> None:
 @pytest.mark.parametrize("backend", DENSE_BACKENDS)
 def test_strides_nan_and_empty(backend: str) -> None:
     # As a fused projection leaves them: [N, L, 3, H, K].
-    qkv = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    qkv = here.randn(2, 5, 3, 2, 4, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     check(self_attention(q, k, v, backend=backend), dense(q, k, v, False), [qkv])
     poisoned = v.detach().clone()
@@ -144,7 +145,7 @@ def test_strides_nan_and_empty(backend: str) -> None:
     out = self_attention(q, k, poisoned, backend=backend)
     assert out[1, 1, :, 0].isnan().all()
     assert out[0].isfinite().all()
-    nothing = torch.randn(0, 2, 5, 4, requires_grad=True)
+    nothing = here.randn(0, 2, 5, 4, requires_grad=True)
     out = self_attention(nothing, nothing, nothing, causal=True, backend=backend)
     assert out.shape == (0, 2, 5, 4)
     out.sum().backward()
@@ -152,7 +153,7 @@ def test_strides_nan_and_empty(backend: str) -> None:
 
 def test_split_heads() -> None:
     """Views of the rows; first and second derivatives, also where only some of the parts are used."""
-    qkv = torch.randn(3 * 5 + 2 * 4, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    qkv = here.randn(3 * 5 + 2 * 4, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     shapes = [(3, 5), (2, 4)]
     for j, parts in enumerate(split_heads(qkv, shapes)):
         for part, rows, shape in zip(parts, qkv[:, j].split([15, 8]), shapes, strict=True):
@@ -169,11 +170,11 @@ def test_split_heads() -> None:
 
 def test_split_heads_of_keys_and_values() -> None:
     """Two parts, as cross-attention projects them."""
-    rows = torch.randn(3 * 5, 2, 2, 4, dtype=torch.float64, requires_grad=True)
+    rows = here.randn(3 * 5, 2, 2, 4, dtype=torch.float64, requires_grad=True)
     (k,), (v,) = split_heads(rows, [(3, 5)])
     for part, j in ((k, 0), (v, 1)):
         torch.testing.assert_close(part, rows[:, j].view(3, 5, 2, 4).transpose(1, 2), rtol=0, atol=0)
-    weights = torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)
+    weights = here.randn(2, 3, 2, 5, 4, dtype=torch.float64)
     (grad,) = torch.autograd.grad((torch.stack([k, v]) * weights).sum(), rows)
     torch.testing.assert_close(grad, weights.permute(1, 3, 0, 2, 4).reshape(rows.shape), rtol=0, atol=0)
 
@@ -192,7 +193,7 @@ def test_packed(backend: str, lengths: list[int], causal: bool, dtype: torch.dty
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
     lengths = [3, 9, 1, 12]
-    qkv = torch.randn(25, 3, 2, 4, requires_grad=True)
+    qkv = here.randn(25, 3, 2, 4, requires_grad=True)
     cu_lengths = bounds(lengths).int()
 
     def attend(qkv: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
     expected = packed(*qkv.unbind(1), lengths, True)
     check(torch.compile(attend, backend="aot_eager")(qkv), expected, [qkv])
     check(torch.utils.checkpoint.checkpoint(attend, qkv, use_reentrant=False), expected, [qkv])
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = attend(qkv)
     assert out.dtype == torch.bfloat16
     check(out, expected, [qkv], torch.bfloat16)
@@ -212,7 +213,7 @@ def test_packed_compile_autocast_checkpoint_strides(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed_nan_stays_in_its_sequence(backend: str) -> None:
-    qkv = torch.randn(12, 3, 2, 4)
+    qkv = here.randn(12, 3, 2, 4)
     qkv[5, 1, 0, 0] = float("nan")  # sequence 1: rows 3..8, padded beside rows 8..12 in `grouped`
     out = packed_attention(qkv, bounds([3, 5, 4]), backend=backend)
     assert out[3:8, 0].isnan().all()
@@ -224,7 +225,7 @@ def test_packed_nan_stays_in_its_sequence(backend: str) -> None:
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
 @pytest.mark.parametrize("backend", PACKED_BACKENDS)
 def test_packed_without_tokens(backend: str, lengths: list[int]) -> None:
-    out = packed_attention(torch.zeros(0, 3, 2, 4, requires_grad=True), bounds(lengths), causal=True, backend=backend)
+    out = packed_attention(here.zeros(0, 3, 2, 4, requires_grad=True), bounds(lengths), causal=True, backend=backend)
     assert out.shape == (0, 2, 4)
     out.sum().backward()
 
@@ -233,7 +234,7 @@ def test_packed_without_tokens(backend: str, lengths: list[int]) -> None:
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_auto_gives_nan_for_nan(where: int, trains: bool, length: int) -> None:
-    """Whether a query, a key or a value is NaN; torch's flash kernel gives zeros for a query before few keys."""
+    """On a CPU, for a NaN in queries, keys or values; torch's flash kernel gives zeros for a query before few keys."""
     qkv = torch.randn(length, 3, 1, 8)
     qkv[0, where, 0, 0] = float("nan")
     out = packed_attention(qkv.requires_grad_(trains), bounds([length]))
@@ -244,7 +245,7 @@ def test_auto_gives_nan_for_nan(where: int, trains: bool, length: int) -> None:
 
 
 def test_gradcheck_of_padded_groups() -> None:
-    qkv = torch.randn(11, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    qkv = here.randn(11, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     lengths = bounds([3, 0, 5, 1, 2])
     for causal in (False, True):
         assert torch.autograd.gradcheck(
@@ -253,8 +254,8 @@ def test_gradcheck_of_padded_groups() -> None:
 
 
 def test_lengths_changed_in_place_are_read_again() -> None:
-    qkv = torch.randn(6, 3, 1, 4)
-    cu_lengths = bounds([2, 4])
+    qkv = here.randn(6, 3, 1, 4)
+    cu_lengths = bounds([2, 4]).to(DEVICE)
     packed_attention(qkv, cu_lengths)
     cu_lengths[1] = 5
     out = packed_attention(qkv, cu_lengths)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, here, skip_float64_on_gpu
 from torch import Tensor
 
 from distill_kernels import chunks, multi_view_sigmoid
@@ -17,7 +18,7 @@ BACKENDS = ("reference", "chunked", "triton")
 
 
 def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1).to(dtype).requires_grad_()
+    return F.normalize(here.randn(*shape, dtype=torch.float64), dim=-1).to(dtype).requires_grad_()
 
 
 def term_by_term(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int) -> Tensor:
@@ -38,7 +39,7 @@ def term_by_term(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, offset: int)
 def check(loss: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     """Values and gradients of a weighted sum over pairs; fp32 rounding of logits up to 20."""
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
-    weight = torch.randn(loss.shape, dtype=torch.float64)
+    weight = here.randn(loss.shape, dtype=torch.float64)
     got = torch.autograd.grad((loss.double() * weight).sum(), inputs)
     true = torch.autograd.grad((expected * weight).sum(), inputs)
     for g, t in zip(got, true, strict=True):
@@ -57,7 +58,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
     a, b = embeddings(va, n, d), embeddings(vb, n, d)
-    scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    scale, bias = here.tensor(10.0, requires_grad=True), here.tensor(-10.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     check(loss, term_by_term(a, b, scale, bias, 0), [a, b, scale, bias])
 
@@ -66,7 +67,7 @@ def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_average_to_one_batch(backend: str) -> None:
     a, b = embeddings(2, 12, 5), embeddings(3, 12, 5)
-    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
     loss = torch.stack(
         [
@@ -80,15 +81,16 @@ def test_ranks_average_to_one_batch(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_rows_against_gathered(backend: str) -> None:
     a, b, a_all, b_all = (embeddings(*s, 6) for s in ((3, 5), (2, 5), (3, 11), (2, 11)))
-    scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=3, backend=backend)
     check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_gradcheck(backend: str) -> None:
+    skip_float64_on_gpu(backend)
     a, b = embeddings(2, 3, 4, dtype=torch.float64), embeddings(1, 3, 4, dtype=torch.float64)
-    scale, bias = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
+    scale, bias = (here.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
     assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend=backend), (a, b, scale, bias))
 
 
@@ -101,16 +103,17 @@ def test_opcheck(backend: str) -> None:
         "triton": (sigmoid_triton, sigmoid_triton_backward),
     }[backend]
     x, y = embeddings(2, 4, 6), embeddings(3, 7, 6)
-    scale, bias = torch.tensor(2.0, requires_grad=True), torch.tensor(-2.0, requires_grad=True)
+    scale, bias = here.tensor(2.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     torch.library.opcheck(forward, (x, y, scale, bias, 2))
     with torch.no_grad():
-        torch.library.opcheck(backward, (torch.randn(2, 3), x, y, scale, bias, 2))
+        torch.library.opcheck(backward, (here.randn(2, 3), x, y, scale, bias, 2))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64(backend: str) -> None:
+    skip_float64_on_gpu(backend)
     a, b = embeddings(2, 9, 5, dtype=torch.float64), embeddings(2, 9, 5, dtype=torch.float64)
-    scale, bias = torch.tensor(9.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    scale, bias = here.tensor(9.0, dtype=torch.float64), here.tensor(-10.0, dtype=torch.float64)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     torch.testing.assert_close(loss, term_by_term(a, b, scale, bias, 0), rtol=1e-12, atol=1e-12)
 
@@ -119,7 +122,7 @@ def test_float64(backend: str) -> None:
 def test_many_small_terms_keep_their_digits(backend: str) -> None:
     # At bias -10 the negatives cost e^-10 each: log(1 + e) in fp32 would be off by .1 %, one by one.
     a, b = embeddings(1, 3, 8), embeddings(1, 300, 8)
-    scale, bias = torch.tensor(1.0), torch.tensor(-10.0)
+    scale, bias = here.tensor(1.0), here.tensor(-10.0)
     loss = multi_view_sigmoid(
         a, b[:, :3], scale, bias, a_all=embeddings(1, 300, 8), b_all=b, backend=backend
     ).double() + (a * b[:, :3]).sum(-1).mean().double() + bias.double()  # fmt: skip
@@ -132,11 +135,11 @@ def test_triton_writes_every_element_and_no_other() -> None:
     from distill_kernels.triton_sigmoid_loss import launch_sigmoid_gradient, launch_softplus
 
     x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
-    scale, bias, weight = torch.tensor(3.0), torch.tensor(-2.0), torch.randn(2, 3)
+    scale, bias, weight = here.tensor(3.0), here.tensor(-2.0), here.randn(2, 3)
     z = 3.0 * torch.einsum("uid,vjd->uvij", x.double(), y.double()) - 2.0
 
     def guarded(size: int) -> Tensor:
-        memory = torch.full((size + 64,), 777.0)
+        memory = here.full((size + 64,), 777.0)
         memory[:size] = float("nan")
         return memory
 
@@ -146,8 +149,8 @@ def test_triton_writes_every_element_and_no_other() -> None:
     memory, whole = guarded(size), slice(None)
     part = Part(whole, whole, whole, whole, x, y, weight, 5, memory[:size].view(2 * 67, 3 * 131))
     sums = launch_sigmoid_gradient(part, scale, bias)
-    target = torch.zeros(67, 131, dtype=torch.float64)
-    target[torch.arange(67), torch.arange(67) + 5] = 1
+    target = here.zeros(67, 131, dtype=torch.float64)
+    target[here.arange(67), here.arange(67) + 5] = 1
     expected = weight[..., None, None] * (z.sigmoid() - target)
     torch.testing.assert_close(part.dz.view(2, 67, 3, 131).double(), expected.transpose(1, 2), rtol=1e-4, atol=1e-6)
     both = torch.stack([(expected * (z + 2) / 3).sum(), expected.sum()])
@@ -161,7 +164,7 @@ def test_triton_writes_every_element_and_no_other() -> None:
 def test_compile_autocast_checkpoint(backend: str) -> None:
     # The logits stay fp32 under bf16 autocast: at scale 100 bf16 ones would be off by .5.
     a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
-    scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-60.0, requires_grad=True)
+    scale, bias = here.tensor(100.0, requires_grad=True), here.tensor(-60.0, requires_grad=True)
 
     def loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return multi_view_sigmoid(a * 1, b, scale, bias, backend=backend)
@@ -169,12 +172,12 @@ def test_compile_autocast_checkpoint(backend: str) -> None:
     inputs = (a, b, scale, bias)
     expected = term_by_term(*inputs, 0)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         outs = [torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)]
     # A compiled backward pass is traced under autocast and lowers plain matmuls, but not the custom ops.
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backend != "reference"):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=backend != "reference"):
         outs.append(compiled(*inputs))
-    weight = torch.randn(2, 3, dtype=torch.float64)
+    weight = here.randn(2, 3, dtype=torch.float64)
     true = torch.autograd.grad((expected * weight).sum(), inputs)
     for out in outs:
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
@@ -189,7 +192,7 @@ def test_compile_autocast_checkpoint(backend: str) -> None:
 def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
     # Gradients have the inputs' precision, those of scale and bias fp32's.
     a, b = embeddings(2, 9, 16, dtype=dtype), embeddings(2, 9, 16, dtype=dtype)
-    scale, bias = torch.tensor(100.0, requires_grad=True), torch.tensor(-60.0, requires_grad=True)
+    scale, bias = here.tensor(100.0, requires_grad=True), here.tensor(-60.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     expected = term_by_term(a, b, scale, bias, 0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-4)
@@ -206,10 +209,10 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
 def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float) -> None:
     """And there to what the reference has: the sigmoid of an infinite logit is 0 or 1, and so finite."""
     a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
-    scale, bias = torch.tensor(4.0, requires_grad=True), torch.tensor(-1.0, requires_grad=True)
+    scale, bias = here.tensor(4.0, requires_grad=True), here.tensor(-1.0, requires_grad=True)
     with torch.no_grad():
         a[1, 2, 3] = bad
-        b[..., 3] = torch.tensor([0.5, -0.5, 0.5, -0.5, 0.5])  # infinite logits of both signs
+        b[..., 3] = here.tensor([0.5, -0.5, 0.5, -0.5, 0.5])  # infinite logits of both signs
 
     def finite(backend: str) -> list[Tensor]:
         loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
@@ -228,11 +231,11 @@ def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float)
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_and_strides(backend: str) -> None:
-    scale, bias = torch.tensor(4.0), torch.tensor(-1.0)
-    a, b = torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
+    scale, bias = here.tensor(4.0), here.tensor(-1.0)
+    a, b = here.randn(5, 7, 2).permute(2, 0, 1), here.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-5)
-    empty = torch.randn(2, 0, 4, requires_grad=True)
+    empty = here.randn(2, 0, 4, requires_grad=True)
     every = embeddings(2, 5, 4)
     loss = multi_view_sigmoid(empty, empty, scale, bias, a_all=every, b_all=every, offset=1, backend=backend)
     assert loss.isnan().all()
@@ -240,9 +243,9 @@ def test_empty_and_strides(backend: str) -> None:
 
 
 def test_errors_say_what_is_wrong() -> None:
-    a, scale = torch.zeros(1, 5, 3), torch.tensor(1.0)
+    a, scale = here.zeros(1, 5, 3), here.tensor(1.0)
     with pytest.raises(ValueError, match="bias must be a 0-dim"):
-        multi_view_sigmoid(a, a, scale, torch.zeros(1))
+        multi_view_sigmoid(a, a, scale, here.zeros(1))
     with pytest.raises(ValueError, match="a and b must be"):
         multi_view_sigmoid(a, a[0], scale, scale)
     with pytest.raises(BackendError, match="no backend named 'fast'; there are reference, chunked, triton, and auto"):

@@ -299,6 +299,8 @@ class Loss(nn.Module, Component, ABC):
     Config: ClassVar[type[ComponentConfig]] = LossConfig
     teacher_modules: ClassVar[tuple[str, ...]] = ()
     """Names of own submodules of which the teacher keeps an EMA; read it by `outputs.ema(self.NAME)`."""
+    across_ranks: ClassVar[bool] = True
+    """Whether the mean over ranks is the loss of all their rows in one process. False: of each rank's rows alone."""
 
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
@@ -316,14 +318,18 @@ class Loss(nn.Module, Component, ABC):
 
     @abstractmethod
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(terms, metrics): 0-dim tensors by name. The framework multiplies terms by `weight` and adds them up.
+        """(terms, metrics): 0-dim tensors by name, terms in fp32 or wider. The framework weights and adds them.
 
-        Over several ranks each term is the mean over this rank's own rows, with its gradient through the gathered
-        embeddings; the trainer averages gradients over ranks.
+        Other losses read the same `outputs`: nothing of them is changed. Over several ranks each term is the mean over
+        this rank's own rows, with its gradient through the gathered embeddings; the trainer averages gradients over
+        ranks.
         """
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step."""
+        """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.
+
+        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks.
+        """
 
 
 INTERFACES: dict[str, type[Component]] = {

@@ -92,7 +92,10 @@ class Evaluation(Component, ABC):
 
     @abstractmethod
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`."""
+        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`.
+
+        The model may be one that is trained: its mode and tensors stay as they are, and so do the sets' embeddings.
+        """
 
     def note(self) -> str:
         """What to know to read the means, in a few words that stand below their table; asked for behind `run`.
@@ -120,11 +123,14 @@ class Optimizer(Component, ABC):
 
     @abstractmethod
     def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
-        """Parameter groups of (name, parameter, learning-rate factor)."""
+        """Parameter groups of (name, parameter, learning-rate factor): `lr` goes with the factor.
+
+        Norms, biases and scales (ndim < 2) are not decayed.
+        """
 
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser. Each group's `lr` is its peak; the schedule multiplies it."""
+        """The optimiser. Each group's `lr` is its peak; the schedule sets it, so `step` must read it anew."""
 
 
 class Schedule(Component, ABC):
@@ -137,7 +143,7 @@ class Schedule(Component, ABC):
 
     @abstractmethod
     def factor(self, step: int, steps: int) -> float:
-        """Factor for optimiser step `step` (from 0) of `steps`."""
+        """Factor, from 0 to 1, for optimiser step `step` (from 0) of `steps`."""
 
 
 class TrackerConfig(ComponentConfig):
@@ -153,6 +159,8 @@ class TrackerConfig(ComponentConfig):
 
 class Tracker(Component, ABC):
     """A place that metrics go to beside `metrics.jsonl`. Called on rank 0, in a thread of its own.
+
+    No call waits for a network: a run that ends waits for all of them.
 
     Only `start`, `log` and `finish` must be there. A tracker whose `Config` is no `TrackerConfig` gets no media.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import random
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill_core.conformance.ranks import on_two_ranks
 from distill_core.conformance.suite import Case, Mend, checks, require
 from distill_core.errors import BadSample
 from distill_core.types import GLOBAL, View
@@ -75,15 +77,17 @@ def roles(case: Case) -> None:
 
 @checks(KIND)
 def determinism(case: Case) -> None:
-    """The same seed gives the same views, whatever was drawn or seen before."""
+    """The same seed gives the same views, whatever was drawn or seen before; views that were made stay as they are."""
     augmentation, raw = case.cls(case.config), sample(case)
-    first = draw(augmentation, raw, 5)
+    made = draw(augmentation, raw, 5)
+    first = copy.deepcopy(made)
     state = random.getstate(), np.random.get_state()
     try:
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
         draw(augmentation, sample(case, 1), 6)
+        whole = same_views(first, made)
         again = draw(augmentation, raw, 5)
     finally:
         random.setstate(state[0])
@@ -92,6 +96,7 @@ def determinism(case: Case) -> None:
         same_views(first, again),
         "the same sample and seed give other views: draw from `rng` alone, and keep nothing between samples",
     )
+    require(whole, "views change when the next are made: they share a buffer; give each its own data")
 
 
 @checks(KIND)
@@ -104,6 +109,18 @@ def pickling(case: Case) -> None:
     require(
         same_views(pickle.loads(pickle.dumps(expected)), expected), "its views do not survive pickling: give plain data"
     )
+
+
+@checks(KIND)
+def processes(case: Case) -> None:
+    """It makes the same views in another process, as a resumed run's workers are: `hash` of a str differs there."""
+    augmentation, raw = case.cls(case.config), sample(case)
+    here = draw(augmentation, raw, 3)
+    for there in on_two_ranks(draw, [(augmentation, raw, 3)] * 2):
+        require(
+            same_views(here, there),
+            "another process makes other views of the same sample and seed: draw from `rng` alone",
+        )
 
 
 @checks(KIND)
@@ -121,8 +138,11 @@ def evaluation_view(case: Case) -> None:
     augmentation, raw = case.cls(case.config), sample(case)
     items = augmentation.read(raw)
     require(isinstance(items, list) and items, "`read` must return a list with at least one item")
+    require(raw == sample(case), "`read` changes the sample; copy what you change")
     for item in items:
+        before = copy.deepcopy(item)
         one, other = augmentation.plain(item), augmentation.plain(item)
+        require(same(before, item), "`plain` changes the item, which others read: copy what you change")
         require(isinstance(one, View) and one.role == GLOBAL, "`plain` must return a View of role `global`")
         require(same_views([one], [other]), "`plain` must give the same view each time")
 

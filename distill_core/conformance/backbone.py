@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_core.components import Dims
+from distill_core.components import Collator, Dims
 from distill_core.conformance.augmentation import same
 from distill_core.conformance.modules import (
     close,
@@ -18,9 +18,15 @@ from distill_core.conformance.modules import (
     of_samples,
     require_copy,
     require_gradients,
+    require_lets_draw,
+    require_single,
     require_state_dict,
+    require_true_gradients,
     require_weights,
+    unmoved,
+    untouched,
 )
+from distill_core.conformance.ranks import on_two_ranks
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Group, View, Views
 
@@ -67,7 +73,8 @@ def collator(case: Case) -> None:
     """The collator is picklable, a function of its arguments, keeps views in order, and takes one sample."""
     raw = raw_views(case)
     collate = case.cls.collator(case.config)
-    views = collate(raw, [10, 11, 12])
+    with untouched(raw, "views", "the collator"):
+        views = collate(raw, [10, 11, 12])
     require(views.roles == tuple(view.role for view in raw[0]), "the groups do not keep the views' roles in order")
     for group in views.groups:
         count, batch = group.x.shape[:2]
@@ -97,12 +104,50 @@ def collator(case: Case) -> None:
     alone = collate(raw[1:2], [11])
     for group, one in zip(views.groups, alone.groups, strict=True):
         require(one.x.shape[1] == 1, "one sample is collated to B = 1")
+        require(
+            _prefix(group.x[:, 1:2], one.x), "a sample alone is collated to another x than in a batch: keep the order"
+        )
         if group.token_mask is not None and one.token_mask is not None:
             shared = min(group.token_mask.shape[2], one.token_mask.shape[2])
             require(
                 torch.equal(group.token_mask[:, 1, :shared], one.token_mask[:, 0, :shared]),
                 "a sample's token_mask depends on the other samples of its batch: draw it from the sample's own seed",
             )
+
+
+@checks(KIND)
+def processes(case: Case) -> None:
+    """The collator makes the same in the loader's workers, which hash strings otherwise."""
+    collate, raw = case.cls.collator(case.config), raw_views(case)
+    here = collate(raw, [10, 11, 12])
+    for there in on_two_ranks(_collate, [(collate, raw)] * 2):
+        require(
+            all(same(fields(a), fields(b)) for a, b in zip(here.groups, there.groups, strict=True)),
+            "the collator makes other views in another process: draw from generators of the seeds alone, hash nothing",
+        )
+
+
+def _collate(collate: Collator, raw: list[list[View]]) -> Views:
+    return collate(raw, [10, 11, 12])
+
+
+def _prefix(x: Tensor, y: Tensor) -> bool:
+    """Whether what both tensors hold is the same; they may be padded to different lengths."""
+    shared = tuple(slice(min(a, b)) for a, b in zip(x.shape, y.shape, strict=True))
+    return x.dtype == y.dtype and torch.equal(x[shared], y[shared])
+
+
+@checks(KIND)
+def inputs_untouched(case: Case) -> None:
+    """A call changes nothing of its views, in training and evaluation, and seeds no generator."""
+    module, views = build(case), collated(case)
+    masked = any(group.token_mask is not None for group in views.groups)
+    for mode in (True, False):
+        for hide in {False, masked}:
+            module.train(mode)
+            with untouched(views, "views", "`forward`"), unmoved(module, "`forward`", values=False):
+                module(views, need=everything(case, views), masked=hide)
+    require_lets_draw(lambda: module.train()(views))
 
 
 @checks(KIND)
@@ -141,6 +186,7 @@ def shapes(case: Case) -> None:
         given = 0 if found.class_tokens is None else found.class_tokens.shape[2]
         require(dims.class_tokens == given, f"`dims` says class_tokens={dims.class_tokens}; there are {given}")
         require(finite(flat(found)), "an output is not finite")
+        require_single(flat(found), "an output")
 
 
 @checks(KIND)
@@ -162,26 +208,46 @@ def need(case: Case) -> None:
                 close([found.pooled], [full.pooled]), f"pooled changes with need={wanted}; it must not depend on it"
             )
             for view in found.tokens:
-                one, other = _real(found, view), _real(full, view)
+                one, other = (torch.cat([_real(f, view, i) for i in range(BATCH)]) for f in (found, full))
                 require(close([one], [other]), f"the tokens of view {view} change with need={wanted}")
 
 
-def _real(features: Features, view: int) -> Tensor:
-    tokens, mask = features.tokens[view], features.masks.get(view)
-    return tokens if mask is None else tokens[mask]
+def _real(features: Features, view: int, sample: int) -> Tensor:
+    """The real tokens of one sample's view, [L, W]."""
+    tokens, mask = features.tokens[view][sample], features.masks.get(view)
+    return tokens if mask is None else tokens[mask[sample]]
 
 
 @checks(KIND)
 def independence(case: Case) -> None:
     """Packing and padding mix nothing: a sample, or a group of views, encoded alone gives the same embedding."""
     module, views = build(case), collated(case)
+    raw, collate, wanted = raw_views(case), case.cls.collator(case.config), everything(case, views)
     with torch.no_grad():
+        full = module(views, need=wanted)
         together = module(views).pooled
-        alone = module(case.cls.collator(case.config)(raw_views(case)[1:2], [11])).pooled
-        require(
-            close([together[:, 1:2]], [alone]),
-            "a sample's embedding depends on the others of its batch (in eval)",
-        )
+        for i, sample in enumerate(raw):
+            alone = module(collate([sample], [10 + i]), need=wanted)
+            require(
+                close([together[:, i : i + 1]], [alone.pooled]),
+                "a sample's embedding depends on the others of its batch (in eval)",
+            )
+            if full.class_tokens is not None:
+                require(
+                    close([full.class_tokens[:, i : i + 1]], [alone.class_tokens]),
+                    "a sample's class tokens depend on the others of its batch (in eval)",
+                )
+            for view in wanted:
+                mine, by_itself = _real(full, view, i), _real(alone, view, 0)
+                require(
+                    len(mine) == len(by_itself),
+                    f"view {view} of a sample has {len(by_itself)} real tokens alone and {len(mine)} in a batch: its "
+                    "mask must be True where a token is real, False at padding",
+                )
+                require(
+                    close([mine], [by_itself]),
+                    f"the tokens of view {view} of a sample depend on the others of its batch, or on padding (in eval)",
+                )
         for start, group in views.numbered():
             one = module(Views([group])).pooled
             require(
@@ -274,6 +340,16 @@ def gradients(case: Case) -> None:
     """A finite gradient reaches every parameter."""
     module, views = generic(build(case)).train(), collated(case)
     require_gradients(module, _scalar(module, views, everything(case, views)), "the features")
+
+
+@checks(KIND)
+def true_gradients(case: Case) -> None:
+    """Every output's gradient is that of finite differences, for every parameter."""
+    module, views = generic(build(case)), collated(case)
+    masked = any(group.token_mask is not None for group in views.groups)
+    require_true_gradients(
+        module, lambda m: flat(m(views, need=everything(case, views), masked=masked)), (), "the parameters"
+    )
 
 
 @checks(KIND)

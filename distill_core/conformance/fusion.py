@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from distill_core.conformance.backbone import require_near
-from distill_core.conformance.inputs import BATCH, Fit, features, fits
+from distill_core.conformance.inputs import BATCH, Fit, features, fits, on
 from distill_core.conformance.modules import (
     close,
     finite,
@@ -14,8 +17,13 @@ from distill_core.conformance.modules import (
     of_samples,
     require_copy,
     require_gradients,
+    require_lets_draw,
+    require_single,
     require_state_dict,
+    require_true_gradients,
     require_weights,
+    unmoved,
+    untouched,
 )
 from distill_core.conformance.suite import Case, DoesNotFit, checks, require
 from distill_core.types import Features, Fused
@@ -39,61 +47,73 @@ def first(case: Case) -> Fit:
     return fits(case.cls, case.config)[0]
 
 
+def given_to(fit: Fit, **options: Any) -> dict[str, Features]:
+    """The student's features, with the tokens that it needs."""
+    return features(fit.plan, fit.needs.tokens, padding=fit.padding, **options)
+
+
 @checks(KIND)
 def shapes(case: Case) -> None:
     """pooled[m] is [V, B, D] (or [1, B, D]), of norm 1, for each modality; on several plans, for one sample or none."""
     for fit in fits(case.cls, case.config):
-        module = build(case, fit)
-        for batch in (BATCH, 1, 0):
-            with of_samples(batch):
-                fused = module(features(fit.plan, fit.needs.tokens, batch=batch))
-            require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
-            for name in fit.needs.modalities or fit.plan.modalities:
-                require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
-                wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
-                shape = list(fused.pooled[name].shape)
-                require(
-                    shape in (wanted, [1, *wanted[1:]]),
-                    f"pooled[{name!r}] is {shape}, not [V, B, D] = {wanted} (nor [1, B, D], one for all views)",
-                )
-            for name, value in fused.pooled.items():
-                norms = value.float().norm(dim=-1)
-                require(finite([value]), f"pooled[{name!r}] is not finite")
-                off = norms[(norms - 1).abs() > 1e-3]
-                require(not len(off), f"pooled[{name!r}] is not L2-normalised: {len(off)} norms, as {off[:1].tolist()}")
-            for name, tokens in fused.tokens.items():
-                require(tokens.ndim == 3 and tokens.shape[0] == batch, f"tokens[{name!r}] are not [B, L, D]")
+        with on(fit):
+            _shapes(case, fit)
 
 
-def _spoil(given: dict[str, Features]) -> dict[str, Features]:
-    """Other numbers where tokens are padding."""
-    return {
-        name: Features(
-            f.pooled,
-            {
-                view: torch.where(f.masks[view][..., None], x, torch.full_like(x, 9.0)) if view in f.masks else x
-                for view, x in f.tokens.items()
-            },
-            f.masks,
-            f.class_tokens,
-        )
-        for name, f in given.items()
-    }
+def _shapes(case: Case, fit: Fit) -> None:
+    module = build(case, fit)
+    for batch in (BATCH, 1, 0):
+        with of_samples(batch):
+            fused = module(given_to(fit, batch=batch))
+        require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
+        for name in fit.needs.modalities or fit.plan.modalities:
+            require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
+            wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
+            shape = list(fused.pooled[name].shape)
+            require(
+                shape in (wanted, [1, *wanted[1:]]),
+                f"pooled[{name!r}] is {shape}, not [V, B, D] = {wanted} (nor [1, B, D], one for all views)",
+            )
+        for name, value in fused.pooled.items():
+            norms = value.float().norm(dim=-1)
+            require(finite([value]), f"pooled[{name!r}] is not finite")
+            off = norms[(norms - 1).abs() > 1e-3]
+            require(not len(off), f"pooled[{name!r}] is not L2-normalised: {len(off)} norms, as {off[:1].tolist()}")
+        for name, tokens in fused.tokens.items():
+            require(tokens.ndim == 3 and tokens.shape[0] == batch, f"tokens[{name!r}] are not [B, L, D]")
+        require_single(flat(fused), "an output")
 
 
 @checks(KIND)
 def masks(case: Case) -> None:
-    """What stands in padded tokens changes nothing."""
-    fit = first(case)
-    module, given = generic(build(case, fit)), features(fit.plan, fit.needs.tokens)
-    if not any(f.masks for f in given.values()):
+    """What stands in padded tokens changes nothing, whichever modality has padding."""
+    read = False
+    for fit in (replace(first(case), padding="all"), *fits(case.cls, case.config)):
+        with on(fit), torch.no_grad():
+            module, given = generic(build(case, fit)), given_to(fit)
+            if any(f.masks for f in given.values()):
+                read = True
+                require(
+                    close(flat(module(given)), flat(module(given_to(fit, fill=9.0)))),
+                    "padded tokens change the result: use features[m].masks, True where a token is real (an option "
+                    "that turns this off belongs in no example)",
+                )
+    if not read:
         raise DoesNotFit("it reads no tokens of a modality with padding")
-    with torch.no_grad():
-        require(
-            close(flat(module(given)), flat(module(_spoil(given)))),
-            "padded tokens change the result: use features[m].masks, True where a token is real (an option that turns "
-            "this off belongs in no example)",
-        )
+
+
+@checks(KIND)
+def inputs_untouched(case: Case) -> None:
+    """A call changes nothing of the features, which losses and other calls read, and seeds no generator."""
+    fit = replace(first(case), padding="all")
+    module, given = build(case, fit), given_to(fit)
+    for mode in (True, False):
+        module.train(mode)
+        with untouched(given, "features", "`forward`"), unmoved(module, "`forward`", values=False):
+            module(given)
+    with torch.no_grad(), untouched(given, "features", "`forward`"):
+        module(given)
+    require_lets_draw(lambda: module.train()(given))
 
 
 @checks(KIND)
@@ -109,7 +129,8 @@ def pool(case: Case) -> None:
         for count in (1, 4):
             queries = torch.randn(count, BATCH, modality.dim, generator=draw)
             try:
-                found = [module.pool(name, queries, tokens, m) for m in (None, mask)]  # type: ignore[operator]
+                with untouched({"queries": queries, "tokens": tokens, "mask": mask}, "its arguments", "`pool`"):
+                    found = [module.pool(name, queries, tokens, m) for m in (None, mask)]  # type: ignore[operator]
                 other = torch.where(mask[..., None], tokens, torch.full_like(tokens, 9.0))
                 spoilt = module.pool(name, queries, other, mask)  # type: ignore[operator]
             except NotImplementedError as error:
@@ -148,7 +169,7 @@ def _scalar(fused: Fused) -> Tensor:
 def gradients(case: Case) -> None:
     """A finite gradient reaches every parameter, and the student's embeddings or tokens."""
     fit = first(case)
-    module, given = generic(build(case, fit)).train(), features(fit.plan, fit.needs.tokens)
+    module, given = generic(build(case, fit)).train(), given_to(fit)
     scalar = _scalar(module(given))
     require_gradients(module, scalar, "the fused views")
     inputs = [x for f in given.values() for x in (f.pooled, f.class_tokens, *f.tokens.values()) if x is not None]
@@ -157,10 +178,19 @@ def gradients(case: Case) -> None:
 
 
 @checks(KIND)
+def true_gradients(case: Case) -> None:
+    """The gradient is that of finite differences, for every parameter, every embedding and the tokens it needs."""
+    fit = first(case)
+    module, given = generic(build(case, fit)), given_to(fit)
+    inputs = [x for f in given.values() for x in (f.pooled, f.class_tokens, *f.tokens.values()) if x is not None]
+    require_true_gradients(module, lambda m: flat(m(given)), inputs, "the features or the parameters")
+
+
+@checks(KIND)
 def state_dict(case: Case) -> None:
     """A state dict carries all its state."""
     fit = first(case)
-    given = features(fit.plan, fit.needs.tokens)
+    given = given_to(fit)
     require_state_dict(lambda: build(case, fit), lambda module: flat(module(given)))
 
 
@@ -168,7 +198,7 @@ def state_dict(case: Case) -> None:
 def copied(case: Case) -> None:
     """A deep copy computes the same and shares nothing."""
     fit = first(case)
-    given = features(fit.plan, fit.needs.tokens)
+    given = given_to(fit)
     require_copy(build(case, fit), lambda module: flat(module(given)))
 
 
@@ -176,7 +206,7 @@ def copied(case: Case) -> None:
 def autocast(case: Case) -> None:
     """bf16 autocast runs, forward and backward, and stays near fp32."""
     fit = first(case)
-    module, given = generic(build(case, fit)), features(fit.plan, fit.needs.tokens)
+    module, given = generic(build(case, fit)), given_to(fit)
     with torch.no_grad():
         full = flat(module(given))
     with torch.autocast("cpu", torch.bfloat16):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +61,8 @@ class Case:
     cls: Any
     config: Any
     options: dict[str, Any]
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What its checks share: by whoever made it."""
 
 
 @dataclass(frozen=True)
@@ -137,22 +141,52 @@ def _cases(cls: type[Component]) -> tuple[list[Case], bool]:
 def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, str]:
     threads = torch.get_num_threads()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _process_untouched():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             one.run(subject)
     except Mend as error:
-        return "failed", f"{error}{_shown(subject, cls)}"
+        return "failed", f"{error}{_notes(error)}{_shown(subject, cls)}"
     except DoesNotFit as error:
         return "skipped", str(error)
     except NotImplementedError as error:
         return "failed", f"{error or 'NotImplementedError'}: write it{_shown(subject, cls)}"
     except Exception as error:
         where = _blame(traceback.extract_tb(error.__traceback__), cls)
-        return "failed", f"{type(error).__name__}: {error}{where}{_hint(error, cls)}{_shown(subject, cls)}"
+        said = f"{type(error).__name__}: {error}{where}{_notes(error)}{_hint(error, cls)}"
+        return "failed", f"{said}{_shown(subject, cls)}"
     finally:
         torch.set_num_threads(threads)
     return "ok", ""
+
+
+@contextmanager
+def _process_untouched() -> Iterator[None]:
+    """What belongs to the process is put back, and raises `Mend` where a component has changed it."""
+
+    def state() -> dict[str, Any]:
+        return {
+            "whether gradients are recorded": torch.is_grad_enabled(),
+            "torch's default dtype": torch.get_default_dtype(),
+            "whether torch must be deterministic": torch.are_deterministic_algorithms_enabled(),
+            "the working directory": os.getcwd(),
+        }
+
+    before = state()
+    try:
+        yield
+        changed = [what for what, value in state().items() if value != before[what]]
+        require(not changed, f"it changes {', '.join(changed)} of the whole process: put it back")
+    finally:
+        torch.set_grad_enabled(before["whether gradients are recorded"])
+        torch.set_default_dtype(before["torch's default dtype"])
+        torch.use_deterministic_algorithms(before["whether torch must be deterministic"])
+        os.chdir(before["the working directory"])
+
+
+def _notes(error: Exception) -> str:
+    notes = getattr(error, "__notes__", ())
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _shown(subject: Any, cls: type[Component]) -> str:

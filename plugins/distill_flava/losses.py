@@ -112,6 +112,7 @@ class MaskedLanguage(Loss):
 
     name = "flava_mlm"
     Config = MaskedLanguageConfig
+    across_ranks = False
 
     def __init__(self, config: MaskedLanguageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -156,6 +157,7 @@ class MaskedImage(Loss):
 
     name = "flava_mim"
     Config = MaskedImageConfig
+    across_ranks = False
 
     def __init__(self, config: MaskedImageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -198,6 +200,7 @@ class MaskedMultimodal(Loss):
 
     name = "flava_mmm"
     Config = MaskedMultimodalConfig
+    across_ranks = False
 
     def __init__(self, config: MaskedMultimodalConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -258,6 +261,7 @@ class ImageTextMatching(Loss):
 
     name = "flava_itm"
     Config = ImageTextMatchingConfig
+    across_ranks = False
 
     def __init__(self, config: ImageTextMatchingConfig, plan: Plan) -> None:
         super().__init__(config, plan)

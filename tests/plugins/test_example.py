@@ -40,13 +40,13 @@ def run(recipe: Path, folder: Path, site: Path | None) -> subprocess.CompletedPr
     return subprocess.run([*command, *keep], capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
-def test_it_is_at_most_40_lines() -> None:
+def test_it_is_at_most_45_lines() -> None:
     # pip leaves a build folder beside it
     files = [
         p for p in PROJECT.rglob("*") if p.suffix in (".py", ".toml", ".cfg") and PROJECT / "build" not in p.parents
     ]
     assert len(files) == 3
-    assert sum(bool(line.strip()) for path in files for line in path.read_text().splitlines()) <= 40
+    assert sum(bool(line.strip()) for path in files for line in path.read_text().splitlines()) <= 45
 
 
 def test_a_recipe_alone_trains_with_it(

@@ -1,11 +1,11 @@
 from torch import nn
 
-from distill_core.components import FusionHead, Loss, Needs
+from distill_core.components import FusionHead, Loss, Needs, same_dim
 from distill_core.types import Fused
 
 
 class MaxPooling(FusionHead):
-    """normalise(pooled + map(the largest of the other modality's tokens, feature by feature))."""
+    """normalise(pooled + map(the largest of the next modality's tokens, feature by feature))."""
 
     name = "max_pooling"
 
@@ -17,10 +17,15 @@ class MaxPooling(FusionHead):
     def needs(cls, config, plan):
         return Needs(tokens=dict.fromkeys(plan.modalities, (0,)))
 
+    @classmethod
+    def problems(cls, config, plan):
+        return same_dim(cls.name, tuple(plan.modalities), plan)
+
     def forward(self, features):
-        (a, x), (b, y) = features.items()
-        fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for m, f, n, g in ((a, x, b, y), (b, y, a, x))}
-        return Fused({m: nn.functional.normalize(value.float(), dim=-1) for m, value in fused.items()})
+        here = list(features.items())  # however many modalities there are, each is asked by the one before it
+        pairs = zip(here, here[1:] + here[:1], strict=True)
+        fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for (m, f), (n, g) in pairs}
+        return Fused({m: nn.functional.normalize(x.float(), dim=-1) for m, x in fused.items()})
 
     def pool(self, modality, queries, tokens, mask=None):
         real = tokens if mask is None else tokens.masked_fill(~mask[..., None], -1e4)  # [B, L, W]

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from components_to_check.broken import broken
+from components_to_check.seeded_later import HashOfTheKey
 from my_plugin.views import Noisy
 
 
@@ -65,3 +66,6 @@ class NoisyPlain(Noisy):
 class KeyErrors(Noisy):
     def read(self, sample, field=None):
         return [np.frombuffer(sample[field or self.config.field], dtype=np.float32)]
+
+
+broken("processes", "another process makes other views of the same sample and seed")(HashOfTheKey)

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from components_to_check.broken import broken
 from components_to_check.good import MaskingTower, Telling, masking_stack
+from components_to_check.seeded_backbones import PooledFromDetached, ScalesImages
 from my_plugin.tower import Tower, stack
 from torch import nn
 from torch.nn.functional import dropout
@@ -179,3 +180,22 @@ class NoPlaces(Telling):
     def dense(self, x, *, attention):
         pooled, tokens = super().dense(x, attention=attention)
         return pooled, tokens.mean(1)
+
+
+for component, check, message in (
+    (ScalesImages, "inputs_untouched", r"changes views.groups\[0\].x in place"),
+    (PooledFromDetached, "true_gradients", "moves by .* and its gradient says 0: something detaches it"),
+):
+    broken(check, message)(component)
+
+
+def hashing_stack(samples, seeds=()):
+    views = masking_stack(samples, [hash(str(seed)) % 1000 for seed in seeds])
+    return views
+
+
+@broken("processes", "makes other views in another process")
+class HashesSeeds(MaskingTower):
+    @classmethod
+    def collator(cls, config):
+        return hashing_stack

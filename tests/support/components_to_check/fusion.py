@@ -2,6 +2,8 @@
 
 import torch
 from components_to_check.broken import broken
+from components_to_check.seeded_fusions import ClearsPadding, ExactlyTwo
+from components_to_check.seeded_later import WrongBackward
 from my_plugin.fusion import MeanFusion
 from torch.nn.functional import normalize
 
@@ -97,3 +99,11 @@ class FixedTypeFusion(MeanFusion):
     def pool(self, modality, queries, tokens, mask=None):
         found = super().pool(modality, queries, tokens, mask)
         return found - float(self.map[modality](tokens).detach().numpy().max())
+
+
+for component, check, message in (
+    (ExactlyTwo, "shapes", "too many values to unpack.*on a plan with one modality more, which `needs` and `problems`"),
+    (ClearsPadding, "inputs_untouched", r"changes features\['first'\].tokens\[0\] in place"),
+    (WrongBackward, "true_gradients", "moves by .* and its gradient says .*a backward pass is wrong"),
+):
+    broken(check, message)(component)

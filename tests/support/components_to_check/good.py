@@ -11,6 +11,8 @@ from my_plugin.views import Noisy
 from torch import nn
 
 from distill_core.components import (
+    Backbone,
+    ComponentConfig,
     Dims,
     Initializer,
     Loaded,
@@ -19,7 +21,8 @@ from distill_core.components import (
     Optimizer,
     Tracker,
 )
-from distill_core.types import Features
+from distill_core.distributed import all_gather, rank
+from distill_core.types import Features, Group, View, Views
 
 
 class Sgd(Optimizer):
@@ -99,6 +102,7 @@ class Fill(Loss):
 
     name = "fill"
     teacher_modules = ("head",)
+    across_ranks = False
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
@@ -123,8 +127,8 @@ class Fill(Loss):
         scores = self.predict(outputs.student["signal"].tokens[0].float())
         errors = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
         with torch.no_grad():
-            goal = outputs.ema(self.head)(outputs.teacher["signal"].pooled[0].float()).softmax(-1)
-        mine = self.head(outputs.student["signal"].pooled[1].float()).log_softmax(-1)
+            goal = outputs.ema(self.head)(outputs.teacher["signal"].pooled[0].float()).float().softmax(-1)
+        mine = self.head(outputs.student["signal"].pooled[1].float()).float().log_softmax(-1)
         return {"fill": self.mean(errors, mask.flatten()), "head": -(goal * mine).sum(-1).mean()}, {}
 
     def mean(self, errors, mask):
@@ -153,6 +157,151 @@ class Telling(Tower):
         return found.pooled[0], torch.einsum("nlw,dlw->nld", found.tokens[0], part)
 
 
+class WordsConfig(ComponentConfig):
+    """Options of `words`."""
+
+    width: int = 12
+    """Width W of the tokens."""
+    dim: int = 8
+    """Width D of the embedding."""
+
+
+class Words(Backbone):
+    """Token ids of any length, padded with 0 -> tokens; their mean, projected."""
+
+    name = "words"
+    Config = WordsConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(20, config.width)
+        self.mlp = nn.Sequential(nn.Linear(config.width, config.width), nn.GELU())
+        self.project = nn.Linear(config.width, config.dim)
+
+    @classmethod
+    def dims(cls, config):
+        return Dims(config.width, config.dim)
+
+    @classmethod
+    def collator(cls, config):
+        return pad
+
+    @classmethod
+    def example_views(cls, config, rng):
+        lengths = rng.integers(2, 7, 2)
+        return [
+            View(torch.from_numpy(rng.permutation(19)[:n] + 1), r)
+            for n, r in zip(lengths, ("global", "local"), strict=True)
+        ]
+
+    def encode(self, x, *, tokens, token_mask):
+        real = x > 0
+        sequence = self.mlp(self.embed(x))
+        pooled = self.project(self.mean(sequence, real))[None]
+        return Features(pooled, {0: sequence} if tokens else {}, {0: real} if tokens else {})
+
+    def mean(self, sequence, real):
+        return (sequence * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+
+def pad(samples, seeds=()):
+    groups = []
+    for i, view in enumerate(samples[0]):
+        x = nn.utils.rnn.pad_sequence([views[i].data for views in samples], batch_first=True)
+        groups.append(Group(x[None], view.role))
+    return Views(groups)
+
+
+class TokenMatch(Loss):
+    """Mean token of each modality, mapped: cross-entropy of the first side against all ranks' of each other one."""
+
+    name = "token_match"
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.map = nn.ModuleDict({name: nn.Linear(m.width, 7) for name, m in plan.modalities.items()})
+
+    @classmethod
+    def needs(cls, config, plan):
+        names = tuple(dict.fromkeys(("left", "right", *plan.modalities)))
+        return Needs(modalities=names, tokens=dict.fromkeys(names, (0,)))
+
+    def mean(self, tokens, mask):
+        real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
+        return (tokens * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+    def gather(self, x):
+        return all_gather(x)
+
+    def forward(self, outputs):
+        a, *others = (
+            nn.functional.normalize(self.map[name](self.mean(f.tokens[0], f.masks.get(0))).float(), dim=-1)
+            for name, f in outputs.student.items()
+        )
+        own = rank() * len(a) + torch.arange(len(a))
+        return {"tokens": sum(nn.functional.cross_entropy(a @ self.gather(b).T, own) for b in others)}, {}
+
+
+class Centred(Loss):
+    """Distance of the student's first view to the teacher's, less a running mean of the teacher's over all ranks."""
+
+    name = "centred"
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.register_buffer("centre", torch.zeros(plan.modalities["left"].dim))
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(teacher=True, modalities=("left",))
+
+    def forward(self, outputs):
+        goal = outputs.embedding("teacher.left")[0] - self.centre
+        return {"distance": (outputs.embedding("student.left")[0] - goal).square().sum(-1).mean()}, {}
+
+    def move(self, mean):
+        self.centre.lerp_(all_gather(mean[None]).mean(0), 0.1)
+
+    @torch.no_grad()
+    def after_step(self, outputs, progress):
+        self.move(outputs.embedding("teacher.left")[0].mean(0))
+
+
+class ReadsIds(Loss):
+    """Each token predicts the next id of its text: the targets are the views themselves."""
+
+    name = "reads_ids"
+
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.predict = nn.Linear(plan.modalities["left"].width, 20)
+
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(modalities=("left",), tokens={"left": (0,)})
+
+    def forward(self, outputs):
+        features, ids = outputs.student["left"], outputs.views["left"].groups[0].x[0]
+        scores = self.predict(features.tokens[0][:, :-1]).float()
+        errors = nn.functional.cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        real = features.masks.get(0, torch.ones(ids.shape, dtype=torch.bool))[:, 1:]
+        errors = (errors.view_as(real) * real).sum(1) / real.sum(1).clamp(min=1)
+        return {"next": errors.mean()}, {}
+
+
+class TwoRates(Optimizer):
+    """Gradient descent, vectors a tenth as fast as matrices."""
+
+    name = "two_rates"
+
+    def groups(self, parameters):
+        return [{"params": [p], "lr": (0.1 if p.ndim > 1 else 0.01) * factor} for _, p, factor in parameters]
+
+    def build(self, groups):
+        return torch.optim.SGD(groups)
+
+
 GOOD = (
-    Noisy, Tower, MaskingTower, Telling, MeanFusion, Match, Fill, Waves, Agreement, Linear, Sgd, Silent, Zeros,
+    Noisy, Tower, MaskingTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds, Waves,
+    Agreement, Linear, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

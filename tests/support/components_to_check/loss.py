@@ -3,6 +3,14 @@
 import torch
 from components_to_check.broken import broken
 from components_to_check.good import Fill
+from components_to_check.seeded_losses import (
+    CentresTheTeacher,
+    GathersWithoutGradient,
+    LabelsOfRankZero,
+    MeanOverPadding,
+    OwnHeadForTargets,
+    OwnRowsAlone,
+)
 from my_plugin.loss import Match
 from torch import nn
 
@@ -50,6 +58,7 @@ class Counts(Match):
 
 @broken("after_step", "its state is not finite then")
 class Explodes(Match):
+    @torch.no_grad()
     def after_step(self, outputs, progress):
         self.log_scale.fill_(torch.inf)
 
@@ -105,3 +114,14 @@ class HalfLogits(Match):
     def forward(self, outputs):
         raw = outputs.teacher["left"].pooled
         return {"match": super().forward(outputs)[0]["match"] + (raw.dtype == torch.bfloat16)}, {}
+
+
+for component, check, message in (
+    (CentresTheTeacher, "inputs_untouched", r"changes outputs.teacher\['left'\].pooled in place"),
+    (MeanOverPadding, "padding", "padded tokens change the term"),
+    (OwnHeadForTargets, "teacher_targets", "do not depend on the teacher's copy of 'head'"),
+    (LabelsOfRankZero, "ranks", "the same rows give other terms on another rank"),
+    (OwnRowsAlone, "ranks", "is not the term of all their rows: compare with `outputs.gather`"),
+    (GathersWithoutGradient, "ranks", "gradient is another on two ranks than in one process"),
+):
+    broken(check, message)(component)

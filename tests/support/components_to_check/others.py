@@ -3,6 +3,7 @@
 import torch
 from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
+from components_to_check.seeded_others import DecaysNorms, IgnoresTheSchedule
 from my_plugin.data import Waves
 from my_plugin.evaluation import Agreement
 from my_plugin.schedule import Linear
@@ -13,7 +14,7 @@ from distill_core.components import (
 from distill_core.errors import UserError
 
 
-@broken("factors", "must be finite and not negative")
+@broken("factors", "at step 6 of 10 the factor is -0.*; it must be finite and from 0 to 1")
 class Negative(Linear):
     def factor(self, step, steps):
         return 0.5 - step / steps
@@ -121,3 +122,7 @@ class Invents(Zeros):
 class Traceback(Zeros):
     def apply(self, objective):
         raise FileNotFoundError("weights.pt")
+
+
+broken("weight_decay", "1.weight.* decay: in `groups`, give parameters with ndim < 2 weight_decay 0")(DecaysNorms)
+broken("scheduled", "the schedule sets it")(IgnoresTheSchedule)

@@ -1,12 +1,12 @@
 from torch import nn
 from torch.nn.functional import normalize
 
-from distill_core.components import FusionHead, Loss, LossConfig, Needs
+from distill_core.components import FusionHead, Loss, LossConfig, Needs, same_dim
 from distill_core.types import Fused
 
 
 class TokenMean(FusionHead):
-    """fused[m] = normalise(pooled[m] + map(mean of the other modality's tokens of view 0))."""
+    """fused[m] = normalise(pooled[m] + map(mean of the next modality's tokens of view 0))."""
 
     name = "token_mean"
 
@@ -18,12 +18,14 @@ class TokenMean(FusionHead):
     def needs(cls, config, plan):
         return Needs(tokens=dict.fromkeys(plan.modalities, (0,)))
 
+    @classmethod
+    def problems(cls, config, plan):
+        return same_dim(cls.name, tuple(plan.modalities), plan)
+
     def forward(self, features):
-        (a, fa), (b, fb) = features.items()
-        fused = {
-            a: self.pool(b, fa.pooled, fb.tokens[0], fb.masks.get(0)),
-            b: self.pool(a, fb.pooled, fa.tokens[0], fa.masks.get(0)),
-        }
+        here = list(features.items())
+        pairs = zip(here, here[1:] + here[:1], strict=True)
+        fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for (m, f), (n, g) in pairs}
         return Fused({m: normalize(x.float(), dim=-1) for m, x in fused.items()})
 
     def pool(self, modality, queries, tokens, mask=None):

@@ -1,0 +1,184 @@
+"""Augmentations, optimizers, schedules, trackers, sources, evaluations and initializers with a bug each."""
+
+import itertools
+import threading
+
+import numpy as np
+import torch
+from components_to_check.good import Sgd, Silent, Zeros
+from components_to_check.seeded import seeded
+from my_plugin.data import Waves
+from my_plugin.evaluation import Agreement
+from my_plugin.schedule import Linear
+from my_plugin.views import Noisy
+
+from distill_core.components import Loaded
+from distill_core.types import View
+
+
+@seeded("nondeterminism")
+class CountsItsViews(Noisy):
+    numbers = itertools.count()
+
+    def views(self, sample, rng):
+        return [View(v.data + next(self.numbers) % 7, v.role, v.source) for v in super().views(sample, rng)]
+
+
+@seeded("in-place change")
+class PlainWritesTheItem(Noisy):
+    def read(self, sample, field=None):
+        return [np.array(super().read(sample, field)[0])]
+
+    def plain(self, item):
+        view = super().plain(item)
+        np.clip(item, -0.1, 0.1, out=item)
+        return view
+
+
+@seeded("in-place change")
+class OneBufferForAll(Noisy):
+    def __init__(self, config):
+        super().__init__(config)
+        self.buffer = torch.zeros(3, config.length)
+
+    def views(self, sample, rng):
+        made = super().views(sample, rng)
+        for row, view in zip(self.buffer, made, strict=True):
+            row.copy_(view.data)
+        return [View(row, v.role, v.source) for row, v in zip(self.buffer, made, strict=True)]
+
+
+@seeded("roles not together")
+class MixedRoles(Noisy):
+    @classmethod
+    def roles(cls, config):
+        return ("global", "local", "global")
+
+
+@seeded("non-picklable")
+class HoldsAGenerator(Noisy):
+    def __init__(self, config):
+        super().__init__(config)
+        self.offsets = (i for i in range(3))
+
+
+@seeded("optimizer")
+class DecaysNorms(Sgd):
+    def build(self, groups):
+        return torch.optim.SGD(groups, weight_decay=0.1)
+
+
+class FixedRate(torch.optim.SGD):
+    """Takes the learning rate once."""
+
+    def __init__(self, groups):
+        super().__init__(groups)
+        self.rates = [group["lr"] for group in self.param_groups]
+
+    def step(self, closure=None):
+        for rate, group in zip(self.rates, self.param_groups, strict=True):
+            group["lr"] = rate
+        super().step(closure)
+
+
+@seeded("optimizer")
+class IgnoresTheSchedule(Sgd):
+    def build(self, groups):
+        return FixedRate(groups)
+
+
+@seeded("optimizer")
+class NoFactorForMatrices(Sgd):
+    def groups(self, parameters):
+        return [{"params": [p], "lr": 0.1 * (factor if p.ndim < 2 else 1)} for _, p, factor in parameters]
+
+
+@seeded("optimizer")
+class Climbs(Sgd):
+    def build(self, groups):
+        return torch.optim.SGD(groups, maximize=True)
+
+
+@seeded("schedule out of range")
+class AboveThePeak(Linear):
+    def factor(self, step, steps):
+        return 1.5 * super().factor(step, steps)
+
+
+@seeded("schedule out of range")
+class DipsInTheMiddle(Linear):
+    def factor(self, step, steps):
+        return -0.1 if step == 2 * steps // 7 and steps > 100 else super().factor(step, steps)
+
+
+@seeded("tracker that blocks")
+class WaitsForAServer(Silent):
+    def log(self, step, values, context):
+        threading.Event().wait()
+
+
+@seeded("in-place change")
+class PopsTheLoss(Silent):
+    def log(self, step, values, context):
+        values.pop("loss", None)
+
+
+@seeded("source whose size lies")
+class CountsSplitsAlike(Waves):
+    def size(self, split):
+        return self.config.samples
+
+    def _write(self, path, samples, rng):
+        super()._write(path, samples if path.stem == "train" else samples // 4, rng)
+
+
+@seeded("source whose size lies")
+class ShardTwice(Waves):
+    def sets(self, split):
+        return {name: shards * 2 for name, shards in super().sets(split).items()}
+
+    def size(self, split):
+        return 2 * super().size(split) if super().size(split) else None
+
+    def _write(self, path, samples, rng):
+        super()._write(path, samples // 2, rng)
+
+
+@seeded("evaluation changes the model")
+class LeavesEvalMode(Agreement):
+    def run(self, model, sets):
+        for module in model.backbone.values():
+            module.eval()
+        return super().run(model, sets)
+
+
+@seeded("evaluation changes the model")
+class FreezesTheModel(Agreement):
+    def run(self, model, sets):
+        for module in model.backbone.values():
+            module.requires_grad_(False)
+        return super().run(model, sets)
+
+
+@seeded("evaluation changes the model")
+class TurnsGradientsOff(Agreement):
+    def run(self, model, sets):
+        torch.set_grad_enabled(False)
+        return super().run(model, sets)
+
+
+@seeded("in-place change")
+class CentresEmbeddings(Agreement):
+    def run(self, model, sets):
+        scores = super().run(model, sets)
+        for samples in sets:
+            embedded, _ = samples.embeddings(model, model.modalities[0])
+            embedded.sub_(embedded.mean(0))
+        return scores
+
+
+@seeded("init that hides what it loaded")
+class NamesTooFew(Zeros):
+    def apply(self, objective):
+        loaded = super().apply(objective)
+        return Loaded(loaded.line, frozenset(list(loaded.names)[:1]))

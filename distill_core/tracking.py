@@ -122,6 +122,8 @@ class RunFolder:
         """Rows that cannot be written wait for the next ones, so that none is missing once there is room again."""
         none_waited, start, written = not self._waiting, 0, 0
         lines = self._waiting.pop(path, []) + [json.dumps(row) + "\n" for row in rows]
+        if not lines:
+            return
         data = "".join(lines).encode()
         try:
             with path.open("ab", buffering=0) as file:
@@ -136,8 +138,10 @@ class RunFolder:
                 self.warn(f"{cannot_write(path, error)}; training continues, and its rows wait until it can be")
             self._waiting[path] = lines
 
-    def unwritten(self) -> list[str]:
-        """A line for each file that lacks rows still."""
+    def write_waiting(self) -> list[str]:
+        """Try once more to write the rows that wait; a line for each file that lacks rows still."""
+        for path in list(self._waiting):
+            self._append(path, [])
         return [f"{path}: {counted(len(lines), 'row')} could not be written" for path, lines in self._waiting.items()]
 
     def skipped_in_training(self) -> tuple[int, int]:

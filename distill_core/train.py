@@ -203,7 +203,7 @@ class Trainer:
             return Result(self.folder.path, evaluated.scores, evaluated.failed, unsaved=self.unsaved)
         finally:
             self.loader.close()
-            for line in self.folder.unwritten():
+            for line in self.folder.write_waiting():
                 self._warn(line)
             self.tracked.finish(complete)
             self.folder.unlock()

@@ -405,21 +405,20 @@ def test_rows_wait_while_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.Mo
     for step in (2, 3):
         folder.log({"step": step})
         folder.skip(step, [Skipped(f"k{step}", "s.tar", "bad")])
-    monkeypatch.setattr(Path, "open", opened)
-    assert [row["step"] for row in folder.rows()] == [1]
-    assert folder.skipped.read_text() == ""
-    assert folder.unwritten() == [
+    assert folder.write_waiting() == [
         f"{folder.metrics}: 2 rows could not be written",
         f"{folder.skipped}: 2 rows could not be written",
     ]
+    monkeypatch.setattr(Path, "open", opened)
+    assert [row["step"] for row in folder.rows()] == [1]
+    assert folder.skipped.read_text() == ""
     (line,) = warnings
     assert line.startswith(f"{folder.metrics}: cannot be written: No space left on device (")
     assert "are free); training continues" in line
     folder.log({"step": 4})
-    folder.skip(4, [])
+    assert folder.write_waiting() == []
     assert [row["step"] for row in folder.rows()] == [1, 2, 3, 4]
     assert [json.loads(row)["key"] for row in folder.skipped.read_text().splitlines()] == ["k2", "k3"]
-    assert folder.unwritten() == []
 
 
 def test_a_folder_that_cannot_be_written(

@@ -149,9 +149,10 @@ def test_a_run_of_two_ranks(
     assert len(whole["ranks"]) == 2
     assert whole["ranks"][0]["data"] != whole["ranks"][1]["data"]
     rows = folder.rows()
-    Checkpoints(folder.path).path(7).unlink()
-    done = two("-m", "distill_core.cli", "resume", str(folder.path))
+    done = two("-m", "distill_core.cli", "resume", str(folder.path), "--checkpoint", "4")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going back to step 4: step-00000007.pt and what belongs to them are set aside") == 1
+    assert [path.name for path in folder.path.glob("set-aside-*")] == ["set-aside-1"]
     again = Checkpoints(folder.path).read()
     assert again["step"] == 7
     assert all(torch.equal(again["objective"][key], value) for key, value in whole["objective"].items())
@@ -166,6 +167,13 @@ def test_a_run_of_two_ranks(
     assert shared.returncode == 0, shared.stderr
     assert json.loads(shared.stdout) == json.loads(alone.stdout) == report["scores"]
     assert shared.stderr.count("'test-0-2'") == alone.stderr.count("'test-0-2'") == 1
+    # and of one checkpoint, where the run saves another between the two ranks' looks at its folder
+    Checkpoints(folder.path).save(7, whole, best=True)
+    apart = two(str(SCRIPT.with_name("distributed_eval_command.py")), str(folder.path))
+    assert (folder.path / "replaced").exists(), apart.stderr
+    assert json.loads(apart.stdout) == report["scores"], apart.stderr
+    later, uncached = one(*command, "--checkpoint", "best"), one(*command, "--checkpoint", "best", "--no-cache")
+    assert json.loads(later.stdout) == json.loads(uncached.stdout) != report["scores"]
     # so are those of tasks that go through the samples themselves
     scenes = "source: {name: emoji_scenes, scenes: 5, concepts: 5, size: 32, emoji: {limit: 150, shards: 1, size: 16}}"
     tasks = [part for name in ("segmentation", "composition") for part in ("--task", f"{{name: {name}, {scenes}}}")]

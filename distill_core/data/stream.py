@@ -271,7 +271,9 @@ class ShardStream(IterableDataset[Item | Failure]):
                     f"data.workers; the shards: {', '.join(self.shards[:3])}"
                 )
             # one of several streams may be dealt only bad shards for a pass or two
-            if self.drawn and self.bad_in_a_row >= (self.drawn if streams == 1 else max(self.drawn, MANY)):
+            if self.drawn and self.bad_in_a_row >= (
+                self.drawn if streams == 1 and not self.failed else max(self.drawn, MANY)
+            ):
                 raise DataError(
                     f"no sample can be used: the last {self.bad_in_a_row} were all skipped, the last one "
                     f"{skipped[-1].url}: {skipped[-1].key!r}: {skipped[-1].reason}"

@@ -101,4 +101,7 @@ def _check_end(file: BinaryIO) -> None:
             raise Damaged("more data follow a block of zeros, which ends a tar: what it stands in place of is lost")
         zeros += len(block)
     if zeros > MOST_ZEROS:
-        raise Damaged(f"ends in {zeros} bytes of zeros, where a tar has at most {MOST_ZEROS}: what stood there is lost")
+        raise Damaged(
+            f"ends in {zeros} bytes of zeros, where a tar has at most {MOST_ZEROS} (unless it is written with another "
+            "blocking factor): what stood there is lost"
+        )

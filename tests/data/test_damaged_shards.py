@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
-from streams import Write, keys_in, stream_of, take
+from faulty_server import Server
+from streams import TellEpoch, Write, keys_in, stream_of, take
 
-from distill_core.data.shards import check
-from distill_core.data.stream import Failure, Item, digest
+import distill_core.data.stream
+from distill_core.data.shards import Patience, check
+from distill_core.data.stream import Failure, Item, ShardStream, digest
 from distill_core.errors import DataError
 
 
@@ -43,7 +49,7 @@ def test_the_rest_of_a_truncated_shard_is_passed_over(tmp_path: Path, write_shar
         assert [item.key for item in take(resumed, 5)] == [item.key for item in whole[done : done + 5]]
 
 
-def test_a_cut_inside_a_tar_header_is_told(tmp_path: Path, write_shards: Write) -> None:
+def test_a_cut_inside_a_tar_header_is_plain(tmp_path: Path, write_shards: Write) -> None:
     """tarfile takes it for the end of the shard; catches a loss without a word."""
     (path,) = write_shards(tmp_path, 1, 8)
     with tarfile.open(path) as tar:
@@ -193,3 +199,93 @@ def test_the_digest_of_names() -> None:
 def test_no_shards_at_all() -> None:
     with pytest.raises(DataError, match="names none"):
         check([])
+
+
+def damage(path: Path, rng: np.random.Generator) -> str:
+    """One of the ways in which a shard is broken for good."""
+    how = str(rng.choice(["none", "none", "cut", "bit", "twice", "gone", "name"]))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+        contents = [(info.name, tar.extractfile(info).read()) for info in members]  # type: ignore[union-attr]
+    if how == "cut":
+        path.write_bytes(data[: int(rng.integers(len(data)))])
+    elif how == "bit":
+        data[int(rng.choice(members).offset) + int(rng.integers(512))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+    elif how == "gone":
+        path.unlink()
+    elif how != "none":
+        at = 2 * int(rng.integers(len(contents) // 2))
+        again = contents[at : at + 2] if how == "twice" else [("caf\udce9.png", b"1"), ("caf\udce9.txt", b"2")]
+        with tarfile.open(path, "w") as tar:
+            for name, content in [*contents[: at + 2], *again, *contents[at + 2 :]]:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return how
+
+
+def plain(items: list[Item]) -> list[tuple[Any, ...]]:
+    return [(item.key, item.seed, item.views["epoch"][0].data, *map(str, item.skipped)) for item in items]
+
+
+@pytest.mark.parametrize("case", range(40))
+def test_drawn_damage_neither_changes_a_resume_nor_goes_uncounted(
+    tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, case: int
+) -> None:
+    """Shards, damage, buffer, workers and stopping points are drawn. All that an undamaged set would give is there, or
+    named; and each stop continues as if there had been none, with the same losses."""
+    rng = np.random.default_rng(case)
+    shards, size, workers = (int(rng.integers(low, high)) for low, high in ((2, 6), (3, 9), (1, 4)))
+    paths = write_shards(tmp_path, shards, size)
+    expected = set(keys_in(paths))
+    harm = [damage(path, rng) for path in paths]
+    if harm.count("gone") == shards:
+        return
+    shuffle = int(rng.integers(1, 8))
+    seen: list[Item] = []
+    for worker in range(workers):
+        info = SimpleNamespace(id=worker, num_workers=workers) if workers > 1 else None
+        monkeypatch.setattr(distill_core.data.stream, "get_worker_info", lambda info=info: info)
+        stream = stream_of(paths, shuffle=shuffle, seed=case, max_bad_fraction=1.0)
+        items: list[Item] = []
+        states = [stream.state_dict()]
+        for item in islice(iter(stream), 3 * shards * size):
+            if isinstance(item, Failure):
+                assert "no shard can be read" in item.message or "fewer samples" in item.message, item.message
+                break
+            items.append(item)
+            states.append(stream.state_dict())
+        for stop in rng.integers(len(states), size=3):
+            resumed = stream_of(paths, shuffle=shuffle, seed=case, max_bad_fraction=1.0)
+            resumed.load_state_dict(states[stop])
+            rest = items[stop : stop + 7]
+            again = [item for item in islice(iter(resumed), len(rest)) if isinstance(item, Item)]
+            assert plain(again) == plain(rest), f"{harm}, stopped after {stop}"
+        seen += items
+    named = [skip for item in seen for skip in item.skipped]
+    lost = expected - {item.key for item in seen}
+    broken = {skip.url for skip in named if skip.key.startswith("(")}
+    for key in lost:
+        assert str(paths[int(key.split("-")[1])]) in broken, f"{harm}: {key} is missing in silence"
+    if "twice" in harm and not lost:
+        assert any("just before it" in skip.reason for skip in named), harm
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_faults_that_pass_change_nothing(tmp_path: Path, write_shards: Write, server: Server, case: int) -> None:
+    """The same items from a server that fails now and then as from files. Catches samples that a retry loses."""
+    rng = np.random.default_rng(case)
+    paths = write_shards(tmp_path, int(rng.integers(1, 4)), int(rng.integers(1, 12)))
+    quick = Patience(retries=3, timeout=0.3)
+    expected = [(item.key, item.seed) for item in take(stream_of(paths), 30)]
+    urls = [server.url(path) for path in paths]
+    kinds: list[int | str] = [404, 503, "refuse", "close", "cut", "stall"]
+    for _ in range(6):
+        server.faults += [kinds[int(rng.integers(6))] for _ in range(int(rng.integers(1, 4)))] + [None]
+    stream = ShardStream(urls, TellEpoch(), seed=3, shuffle=5, patience=quick)
+    items = take(stream, 30)
+    assert [(item.key, item.seed) for item in items] == expected
+    assert not [skip for item in items for skip in item.skipped]
+    assert len(server.requests) > len(paths)

@@ -88,6 +88,22 @@ def test_the_options_of_a_recipe_reach_the_shards(trainer: Make, tmp_path: Path)
         trainer(setting, "data.retries=0", "data.workers=0", "name=impatient").run()
 
 
+def test_a_run_that_loses_too_much_is_saved_and_can_be_resumed(
+    trainer: Make, tmp_path: Path, write_shards: Callable[..., list[Path]]
+) -> None:
+    """With another tolerance. Catches a stop that throws away what was trained."""
+    write_shards(tmp_path / "shards", 3, 4, replace={(1, 3): {"png": b"no", "txt": b"a"}})
+    options = ("train.steps=6", "data.workers=0", "data.shuffle=1", "seed=2")  # shard 1 comes last
+    made = trainer(*options, "data.max_bad_fraction=0")
+    with pytest.raises(DataError, match=r"too many samples cannot be used: 1, .*'train-1-3'"):
+        made.run()
+    assert 0 < made.step < 6
+    assert made.checkpoints.steps() == [made.step]
+    again = trainer(*options, resume="last")
+    again.run()
+    assert again.step == 6
+
+
 def test_uneven_passes_are_said_at_the_start(trainer: Make, capfd: pytest.CaptureFixture[str]) -> None:
     """3 shards for 2 workers: after 1.5 shards each, one of two still has half a shard before it."""
     trainer("data.workers=2", "train.steps=1").run()

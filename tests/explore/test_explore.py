@@ -265,7 +265,7 @@ def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> No
     folder = Folder(tmp_path / "p")
     gone = sorted(made)[1]
     (tmp_path / "p" / gone).unlink()
-    embedded, keys, bad = folder.embed(distill_core.load(run), "image", None)
+    embedded, keys, bad = folder.embed(distill_core.load(run), "image", None, "embedding")
     assert keys == [key for key in sorted(made) if key != gone]
     assert len(embedded) == 4
     assert len(bad) == 1

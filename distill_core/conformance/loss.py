@@ -186,6 +186,27 @@ def gradients(case: Case) -> None:
 
 
 @checks(KIND)
+def embeddings(case: Case) -> None:
+    """`Needs.embeddings` names the modalities whose embedding (`pooled`) the loss trains: others are not scored."""
+    fit = first(case)
+    if fit.needs.fused:
+        raise DoesNotFit("it reads fused views: which embeddings it trains depends on the fusion")
+    module = generic(case.cls(case.config, fit.plan)).train()
+    given = inputs(case, fit, module)
+    pooled = {name: features.pooled for name, features in given.student.items()}
+    found = torch.autograd.grad(total(module, given), list(pooled.values()), allow_unused=True)
+    learns = {name for name, x in zip(pooled, found, strict=True) if x is not None and bool((x != 0).any())}
+    said = fit.needs.named if fit.needs.embeddings is None else set(fit.needs.embeddings)
+    idle, unsaid = sorted(said - learns), sorted(learns - said if said or fit.needs.named else ())
+    require(
+        not idle,
+        f"no gradient reaches the embedding of {', '.join(idle)}: leave it out of Needs.embeddings (None: all that "
+        "are named)",
+    )
+    require(not unsaid, f"it trains the embedding of {', '.join(unsaid)}: name it in Needs.embeddings")
+
+
+@checks(KIND)
 def purity(case: Case) -> None:
     """`forward` twice on the same outputs gives the same, and moves no state; `after_step` does."""
     fit = first(case)

@@ -224,7 +224,7 @@ class TokenMatch(Loss):
     @classmethod
     def needs(cls, config, plan):
         names = tuple(dict.fromkeys(("left", "right", *plan.modalities)))
-        return Needs(modalities=names, tokens=dict.fromkeys(names, (0,)))
+        return Needs(modalities=names, tokens=dict.fromkeys(names, (0,)), embeddings=())
 
     def mean(self, tokens, mask):
         real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
@@ -278,7 +278,7 @@ class ReadsIds(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(modalities=("left",), tokens={"left": (0,)})
+        return Needs(modalities=("left",), tokens={"left": (0,)}, embeddings=())
 
     def forward(self, outputs):
         features, ids = outputs.student["left"], outputs.views["left"].groups[0].x[0]

@@ -2,7 +2,7 @@
 
 import torch
 from components_to_check.broken import broken
-from components_to_check.good import Fill
+from components_to_check.good import Centred, Fill, ReadsIds
 from components_to_check.seeded_losses import (
     CentresTheTeacher,
     GathersWithoutGradient,
@@ -43,6 +43,20 @@ class DetachedLoss(Match):
     def forward(self, outputs):
         outputs.fused.pooled = {name: x.detach() for name, x in outputs.fused.pooled.items()}
         return super().forward(outputs)
+
+
+@broken("embeddings", "no gradient reaches the embedding of left: leave it out of Needs.embeddings")
+class TrainsNoEmbedding(ReadsIds):
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(modalities=("left",), tokens={"left": (0,)})
+
+
+@broken("embeddings", "it trains the embedding of left: name it in Needs.embeddings")
+class TrainsAnother(Centred):
+    @classmethod
+    def needs(cls, config, plan):
+        return Needs(teacher=True, modalities=("left",), embeddings=())
 
 
 @broken("purity", "`forward` moves calls|changes when `forward` is called again")

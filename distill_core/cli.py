@@ -105,14 +105,29 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
     """Train a recipe, evaluate it, and report."""
     loaded = _load(recipe, overrides)
     from distill_core import distributed
+    from distill_core.checkpoint import Checkpoints
     from distill_core.process import resolve_device
     from distill_core.tracking import RunFolder
     from distill_core.train import Trainer
 
     distributed.start(resolve_device(loaded.train.device))
+    begun = made = None
+    if distributed.rank() == 0:
+        launch = distributed.launch()
+        if launch is not None and distributed.restarted():
+            begun = RunFolder.of_launch(Path(runs), loaded, launch)
+        if begun is None:
+            made = RunFolder.create(Path(runs), loaded, launch)
+    saved = begun is not None and bool(Checkpoints(begun.path).steps())
+    if begun is not None:
+        click.echo(f"{begun.path}: restarted by torchrun, so this run is continued", err=True)
+        if not saved:
+            begun.rewind(0, 0)
     # one folder for all ranks
-    made = RunFolder.create(Path(runs), loaded) if distributed.rank() == 0 else None
-    folder = distributed.gather_objects(made)[0]
+    folder, saved = distributed.gather_objects((begun or made, saved))[0]
+    if saved:
+        _continue(folder.path, "last", quiet)
+        return
     if made is not None and made.path.name != loaded.name:
         click.echo(f"{Path(runs) / loaded.name} exists; this run is {made.path}", err=True)
     trainer = None
@@ -144,22 +159,26 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
 
     One that is finished and scored is left as it is.
     """
+    _continue(Path(folder), checkpoint, quiet)
+
+
+def _continue(folder: Path, checkpoint: str, quiet: bool) -> None:
     from distill_core.checkpoint import Checkpoints
     from distill_core.model import run_recipe
     from distill_core.tracking import RunFolder, read_report
     from distill_core.train import Trainer
 
-    recipe = run_recipe(Path(folder), _registry())
-    report = read_report(Path(folder))
+    recipe = run_recipe(folder, _registry())
+    report = read_report(folder)
     # a task that failed is tried again; steps that the recipe asks for since, or whose checkpoint is gone, are made
     if checkpoint == "last" and report is not None and not report.get("failed"):
         steps: int = report["steps"]
-        if recipe.train.steps in (None, steps) and Checkpoints(Path(folder)).steps()[-1:] == [steps]:
+        if recipe.train.steps in (None, steps) and Checkpoints(folder).steps()[-1:] == [steps]:
             if os.environ.get("RANK", "0") == "0":
-                scored = f"finished at step {steps}; its scores: {Path(folder) / 'report.json'}"
+                scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
                 click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
             return
-    _end(Trainer(recipe, RunFolder(Path(folder)), resume=checkpoint, quiet=quiet).run())
+    _end(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
 
 
 def _end(result: Result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from distill_core.errors import UserError
 
@@ -45,10 +47,26 @@ def start(device: torch.device) -> torch.device:
     if ranks > 1 and not dist.is_initialized():
         # gloo beside nccl: flags and objects stay on the CPU. Others wait while the first rank writes checkpoints.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        store, rank, _ = next(rendezvous("env://"))
+        # a restarted launch may share its store with the attempt before, whose addresses and counts are stale
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=_PATIENCE)
         global _meeting
         _meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
+
+
+def launch() -> str | None:
+    """What the processes of one `torchrun` have in common, the restarted ones too; None without it."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    # "none" is every launch without --rdzv-id: the agent that started this process tells them apart
+    return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
+
+
+def restarted() -> bool:
+    """Whether `torchrun --max-restarts` has started this process in place of one that failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def stop() -> None:

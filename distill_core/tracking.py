@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -36,10 +37,12 @@ class RunFolder:
         self._waiting: dict[Path, list[str]] = {}
 
     @classmethod
-    def create(cls, base: Path, recipe: Recipe) -> RunFolder:
-        """A new folder `base/NAME`, or `base/NAME-2`, ... where that exists; it keeps the resolved recipe."""
-        for i in range(1, 10_000):
-            path = base / (recipe.name if i == 1 else f"{recipe.name}-{i}")
+    def create(cls, base: Path, recipe: Recipe, launch: str | None = None) -> RunFolder:
+        """A new folder `base/NAME`, or `base/NAME-2`, ... where that exists; it keeps the resolved recipe.
+
+        `launch` names what starts the run, for `of_launch`.
+        """
+        for path in _places(base, recipe):
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
@@ -52,8 +55,22 @@ class RunFolder:
             except UserError:
                 path.rmdir()
                 raise
+            if launch is not None:
+                write_whole(path / ".launch", _launch(launch, recipe))
             return folder
         raise UserError(f"{base / recipe.name}: too many runs of this name; give another with --set name=...")
+
+    @classmethod
+    def of_launch(cls, base: Path, recipe: Recipe, launch: str) -> RunFolder | None:
+        """The newest folder that this launch has begun with this recipe, as it was then."""
+        last = None
+        for path in _places(base, recipe):
+            if not path.exists():
+                break
+            mark = path / ".launch"
+            if mark.exists() and mark.read_text(encoding="utf-8") == _launch(launch, recipe):
+                last = cls(path)
+        return last
 
     def restore(self, recipe: Recipe) -> None:
         """Have the folder, with its recipe, where it is new or somebody has removed it. Raises `UserError`."""
@@ -182,6 +199,15 @@ class RunFolder:
                 write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
+
+
+def _places(base: Path, recipe: Recipe) -> Iterator[Path]:
+    """Where runs of a name lie, in order."""
+    return (base / (recipe.name if i == 1 else f"{recipe.name}-{i}") for i in range(1, 10_000))
+
+
+def _launch(name: str, recipe: Recipe) -> str:
+    return f"{name}\n{hashlib.sha256(recipe.to_yaml().encode()).hexdigest()}\n"
 
 
 _locked: WeakSet[RunFolder] = WeakSet()

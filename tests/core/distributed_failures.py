@@ -1,11 +1,14 @@
 """A run of two ranks in which rank 1 fails; run by test_distributed.
 
 `python -m torch.distributed.run --nproc-per-node 2 distributed_failures.py RECIPE RUNS WHERE STEP`: rank 1 fails at
-step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where rank 0 is in a collective (`step`).
+step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where rank 0 is in a collective (`step`; `once`:
+it is killed, at torchrun's first attempt alone).
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any, ClassVar
 
@@ -49,8 +52,11 @@ class RankLoss(Loss):
     name = "rank_loss"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if WHERE == "step" and distributed.rank() == 1 and outputs.progress.step == STEP:
-            raise ZeroDivisionError("a slip of the plugin")
+        if distributed.rank() == 1 and outputs.progress.step == STEP:
+            if WHERE == "step":
+                raise ZeroDivisionError("a slip of the plugin")
+            if WHERE == "once" and not distributed.restarted():
+                os.kill(os.getpid(), signal.SIGKILL)
         number = torch.tensor(float(distributed.rank()))
         everyone = outputs.gather("student.image")
         return {"rank_loss": everyone.mean() * 0 + 2 * number}, {"rank": number}

@@ -118,6 +118,20 @@ def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> Non
         assert (row["loss"], row["terms"], row["metrics"]) == (1.0, {"rank_loss": 1.0}, {"rank_loss/rank": 0.5})
 
 
+def test_torchrun_restarts_the_run_that_it_began(tmp_path: Path, tiny_recipe: Path) -> None:
+    """Catches a second folder and a start at step 1, when torchrun starts all ranks again after one was killed."""
+    runs = tmp_path / "runs"
+    # not --standalone, which names each launch
+    rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")
+    restarts = ("-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", "2", "--max-restarts", "1")
+    done = one(*restarts, str(SCRIPT.with_name("distributed_failures.py")), str(tiny_recipe), str(runs), "once", "3")
+    assert done.returncode == 0, done.stderr
+    assert f"{runs / 'tiny'}: restarted by torchrun, so this run is continued" in done.stderr
+    assert "resumed at step 2 of 6 steps" in done.stderr
+    assert [path.name for path in runs.iterdir()] == ["tiny"]
+    assert [row["step"] for row in RunFolder(runs / "tiny").rows() if "terms" in row] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_of_two_ranks(
     tmp_path: Path, tiny_recipe: Path, registry: Registry, write_shards: Callable[..., list[Path]]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import distill_core.cli
 from distill_core.checkpoint import Checkpoints
 from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig
 from distill_core.errors import DataError, TrainingStopped, UserError
@@ -314,6 +315,41 @@ def test_many_skipped_steps_in_a_row(start: Start, more: Registry, monkeypatch: 
     monkeypatch.setattr(Acts, "forward", now_and_then)
     result = start(*PLAIN, *skip, "loss=[{name: contrastive}, {name: acts, at: 0, what: is_not_finite}]").run()
     assert Checkpoints(result.folder).read()["skipped_steps"] == 6
+
+
+def test_a_restart_of_one_process(
+    tiny_recipe: Path,
+    more: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As torchrun restarts it. Catches another launch's run that is continued, and rows of an attempt without a
+    checkpoint that stay."""
+    monkeypatch.setattr(distill_core.cli, "_registry", lambda: more)
+
+    settings = (*PLAIN, "train.steps=2", "loss=[{name: contrastive}, {name: acts, at: 0}]")
+    options = [part for setting in settings for part in ("--set", setting)]
+    runs = tmp_path / "runs"
+
+    def attempt(launch: str, restarts: int) -> list[str]:
+        """The run folders that there are then."""
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        distill_core.cli.main(["run", str(tiny_recipe), "--runs", str(runs), *options])
+        return sorted(path.name for path in runs.iterdir())
+
+    Acts.armed = False
+    killed = RunFolder.create(runs, load_recipe(tiny_recipe, registry=more, overrides=settings), "one")
+    killed.log({"step": 1, "terms": {"of": "an attempt that was killed"}})
+    assert attempt("one", 1) == ["tiny"]
+    assert [row["step"] for row in RunFolder(runs / "tiny").rows()] == [1, 2]
+    assert attempt("one", 2) == ["tiny"]
+    assert "finished at step 2" in capsys.readouterr().err
+    assert attempt("two", 1) == ["tiny", "tiny-2"]
+    assert attempt("one", 0) == ["tiny", "tiny-2", "tiny-3"]
+    options += ["--set", "seed=1"]
+    assert len(attempt("one", 1)) == 4, "another recipe"
 
 
 def test_validations_that_fail_are_told(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

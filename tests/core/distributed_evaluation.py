@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill_composition.task import Composition
 from distill_core import distributed
+from distill_core.components import Plan
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate import run
 from distill_core.evaluate.cache import EmbeddingCache
@@ -25,6 +26,8 @@ from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.evaluate.zero_shot import ZeroShot
 from distill_segment.task import Segmentation
 from distill_towers import example
+
+PLAN = Plan({}, teacher=False, fusion=False)
 
 
 class Model:
@@ -114,7 +117,7 @@ def unread(out: Path) -> run.Evaluated:
         SimpleNamespace(id=str(i), path=f"tasks.{i}", source=source if i > 2 else None, build=lambda task=task: task)
         for i, task in enumerate(tasks)
     ]
-    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"))
+    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"), plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": Cut()})
     cache = EmbeddingCache(out, lambda model, modality: ("m", "m"), print)
     return run.evaluate(recipe, {"student": Model()}, shared, "test", cache=cache)  # type: ignore[dict-item]
@@ -132,7 +135,7 @@ def first_unread() -> list[str]:
 
     tasks = [Segmentation(Segmentation.Config()), Composition(Composition.Config())]
     nodes = [SimpleNamespace(id=task.name, path="tasks", source=None, build=lambda task=task: task) for task in tasks]
-    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"))
+    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"), plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": CutAtOnce()})
     return run.evaluate(recipe, {"student": example.model()}, shared, "test").failed
 
@@ -151,7 +154,7 @@ def main(out: Path) -> None:
     rank = distributed.rank()
     samples = [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
     tasks = [node("one", "a"), node("two", "b")]
-    recipe: Any = SimpleNamespace(tasks=tasks, evaluate=SimpleNamespace(split="test"))
+    recipe: Any = SimpleNamespace(tasks=tasks, evaluate=SimpleNamespace(split="test"), plan=PLAN)
     source: Any = SimpleNamespace(samples=lambda split: {"set": samples})
     models: Any = {"student": Model()}
     made = run.evaluate(recipe, models, source, "test", media=2 if rank == 0 else 0)

@@ -6,7 +6,7 @@ A recipe is a flat list of sections; each place that takes a component holds `{n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -277,6 +277,30 @@ class Recipe:
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; loading it again gives the same recipe."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Path -> (what it was, what it is), of the options in which two of `Recipe.to_dict` differ.
+
+    Of a component in another's place the names alone; a list of another length as a whole.
+    """
+    return {path: pair for key in {**before, **now} for path, pair in _changes(before.get(key), now.get(key), key)}
+
+
+def _changes(before: Any, now: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if before == now:
+        return
+    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
+    if lists and all(isinstance(item, Mapping) for item in [*before, *now]):
+        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+            yield from _changes(a, b, f"{path}.{i}")
+    elif not (isinstance(before, Mapping) and isinstance(now, Mapping)):
+        yield path, (before, now)
+    elif before.get("name") != now.get("name"):
+        yield f"{path}.name", (before.get("name"), now.get("name"))
+    else:
+        for key in {**before, **now}:
+            yield from _changes(before.get(key), now.get(key), f"{path}.{key}")
 
 
 class _Dumper(yaml.SafeDumper):

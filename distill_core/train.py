@@ -17,7 +17,7 @@ from distill_core.data.shards import check, check_any
 from distill_core.data.stream import unseen
 from distill_core.display import Display, Scoring
 from distill_core.environment import environment
-from distill_core.errors import OtherRankFailed, TrainingStopped, UserError, counted, did_you_mean
+from distill_core.errors import OtherRankFailed, RecipeErrors, TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
 from distill_core.folders import cannot_write
 from distill_core.model import models_of
@@ -34,7 +34,7 @@ from distill_core.process import (
     set_random,
     set_threads,
 )
-from distill_core.recipe import Recipe
+from distill_core.recipe import Recipe, changes
 from distill_core.report import Report, write_report
 from distill_core.tracked import TrackedRun
 from distill_core.tracking import RunFolder
@@ -45,6 +45,16 @@ ENOUGH = 64
 """Samples whose measures tell what the data holds."""
 READY, WAITING, STOPPED, FAILED = range(4)
 """What a rank says of its next batch; all ranks do what the highest of them says."""
+FIXED = {
+    "seed": "the order of the samples would change within a pass",
+    "data.batch_size": "its steps, schedule and passes are counted in batches of that size",
+    "data.workers": "each has its own place in the data",
+    "train.optimizer.name": "its state is not the other's",
+    "train.lr_factors": "the optimiser's state is kept by groups of parameters",
+    "freeze": "the optimiser's state is of the parameters that are trained",
+    "init": "weights to start from come too late",
+}
+"""Options that a run which has begun cannot change, and why."""
 SECONDS_TO_ANSWER = 30.0
 """For the other ranks, when one has failed and would save what all have done."""
 
@@ -138,9 +148,16 @@ class Trainer:
         state = loaded.state
         if len(state["ranks"]) != self.world:
             raise UserError(f"the run was saved by {len(state['ranks'])} processes; resume it with as many")
+        if "recipe" in state:
+            self.changes = self._changed_since(state)
+        else:
+            self._warn("the checkpoint does not tell its recipe: saved before distill kept it; changes are not noticed")
         load_into(self.objective, state["objective"], str(self.folder.path))
-        self.update.optimizer.load_state_dict(state["optimizer"])
+        options = state.get("recipe", self.recipe.to_dict())["train"]["optimizer"]
+        self.update.load_state_dict(state["optimizer"], options)
         self.step, self.best = state["step"], state["best"]
+        if "train.checkpoint.best" in self.changes:
+            self.best = None  # it was another score's
         self.saved = self.step
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         self.skipped_samples = state["ranks"][self.rank]["skipped_samples"]
@@ -150,6 +167,25 @@ class Trainer:
         distributed.agree(lambda: self._rewind(loaded))
         self.branch, self.best = distributed.gather_objects((self.branch, self.best))[0]
         self._best_saved = self.best
+
+    def _changed_since(self, state: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """How the recipe differs from the one that the checkpoint was saved under. Raises `RecipeErrors` for options
+        that a run which has begun cannot change."""
+        found = changes(state["recipe"], self.recipe.to_dict())
+        anew = (
+            f"Set it back, or start a new run from the weights: init: [{{name: weights, source: {self.folder.path}}}]"
+        )
+        errors = [
+            f"{self.folder.path / 'recipe.yaml'}: {path} is {now}, and was {before} in the checkpoint: {why}. {anew}"
+            for path, (before, now) in found.items()
+            for fixed, why in FIXED.items()
+            if path == fixed or path.startswith(f"{fixed}.")
+        ]
+        if errors:
+            raise RecipeErrors(errors)
+        return found
+
+    changes: Mapping[str, tuple[Any, Any]] = {}
 
     def _rewind(self, loaded: Checkpoint) -> None:
         """Leave no later checkpoint and no row in the way of those that are going to be written."""
@@ -234,6 +270,9 @@ class Trainer:
             f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
             f"{count / 1e6:.1f} M trained parameters, {arithmetic(recipe.train, self.device)}"
         )
+        if self.changes:
+            parts = ", ".join(f"{path} {before} -> {now}" for path, (before, now) in self.changes.items())
+            self._warn(f"the recipe has changed since step {self.step} was saved, and applies as it is now: {parts}")
         if self.size is not None and self.batch > self.size:
             self._warn(
                 f"a step takes {self.batch} samples and there are only {self.size} to train on: a sample comes more "
@@ -536,6 +575,7 @@ class Trainer:
                     self.checkpoints.save(
                         self.step,
                         {
+                            "recipe": self.recipe.to_dict(),
                             "objective": self.objective.state_dict(),
                             "optimizer": self.update.optimizer.state_dict(),
                             "ranks": ranks,

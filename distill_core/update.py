@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from distill_core import distributed
 from distill_core.objective import Losses, Objective
-from distill_core.recipe import Recipe
+from distill_core.recipe import Node, Recipe
 from distill_core.types import Batch, Progress
 
 
@@ -34,14 +37,29 @@ class Update:
     def __init__(self, recipe: Recipe, objective: Objective, device: torch.device) -> None:
         self.objective, self.device = objective, device
         self.bf16, self.clip_grad = recipe.train.precision == "bf16", recipe.train.clip_grad
-        named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
-        self.parameters = [parameter for _, parameter, _ in named]
-        maker = recipe.optimizer.build()
-        self.optimizer: torch.optim.Optimizer = maker.build(maker.groups(named))
+        self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
+        self.parameters = [parameter for _, parameter, _ in self._named]
+        self._node = recipe.optimizer
+        self.optimizer = self._build(self._node)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = recipe.schedule.build()
         self.whole = True
         """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
+
+    def _build(self, node: Node) -> torch.optim.Optimizer:
+        maker = node.build()
+        optimizer: torch.optim.Optimizer = maker.build(maker.groups(self._named))
+        return optimizer
+
+    def load_state_dict(self, state: dict[str, Any], options: Mapping[str, Any]) -> None:
+        """Take the optimiser's state that was made with these options; those of the recipe that differ are applied."""
+        plain = {key: value for key, value in options.items() if key not in ("name", "id")}
+        config = self._node.cls.Config.model_validate_json(json.dumps(plain))  # where lists serve for tuples
+        before = self._build(replace(self._node, config=config)).param_groups
+        now = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, old, new in zip(self.optimizer.param_groups, before, now, strict=True):
+            group.update({key: new[key] for key in new if key != "params" and new[key] != old[key]})
 
     def __call__(self, batch: Batch, progress: Progress) -> Step:
         """One optimiser step, or none where a value is not finite."""

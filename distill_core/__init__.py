@@ -24,14 +24,14 @@ def load(run: str, *, teacher: bool = False, checkpoint: str = "last", device: s
     `checkpoint` is `last`, `best`, or a step's number. Raises `distill_core.errors.UserError` with one line when the
     folder is not a run, has no such checkpoint, or trained no teacher.
     """
-    from distill_core.model import load_model
+    from distill_core.run.load import load_model
 
     return load_model(run, teacher=teacher, checkpoint=checkpoint, device=device)
 
 
 def __getattr__(name: str) -> Any:
     if name in ("Augmentation", "Backbone", "FusionHead", "Loss"):
-        from distill_core import components
+        from distill_core import interfaces as components
 
         return getattr(components, name)
     raise AttributeError(f"module 'distill_core' has no attribute {name!r}")

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core import __version__, authors, completion
+from distill_core import __version__
+from distill_core.commands import completion
+from distill_core.commands.options import leave_out, named_without, without_option
+from distill_core.commands.recipes import recipes
 from distill_core.errors import UserError, counted
-from distill_core.study.commands import ablate, compare
-from distill_core.without import without_option
 
 if TYPE_CHECKING:
-    from distill_core.recipe import Recipe
+    from distill_core.recipe.sections import Recipe
     from distill_core.registry import Registry
     from distill_core.train import Result
 
@@ -51,6 +52,10 @@ class _Commands(click.Group):
                 raise _PipeClosed from end
             raise
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        leave_out(ctx, named_without(args))  # before the commands of plugins are looked for
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *sorted(self._plugin_commands())]
 
@@ -60,7 +65,14 @@ class _Commands(click.Group):
     def _plugin_commands(self) -> dict[str, click.Command]:
         from distill_core.registry import Plugins
 
-        return {command.name: command for command in Plugins.discover().commands() if command.name not in self.commands}
+        found: dict[str, click.Command] = {}
+        for command in Plugins.discover().commands():
+            group = found.get(command.name)
+            if isinstance(group, click.Group) and isinstance(command, click.Group):
+                group.commands.update(command.commands)  # plugins extend one group, as `bench`
+            elif command.name not in self.commands:
+                found[command.name] = command
+        return found
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -74,8 +86,7 @@ def cli() -> None:
     """
 
 
-for _command in authors.COMMANDS:
-    cli.add_command(_command)
+cli.add_command(recipes)
 
 
 def _registry() -> Registry:
@@ -87,7 +98,7 @@ def _registry() -> Registry:
 
 
 def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
-    from distill_core.resolve import load_recipe
+    from distill_core.recipe.resolve import load_recipe
 
     loaded = load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
     for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
@@ -104,10 +115,10 @@ def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
     loaded = _load(recipe, overrides)
-    from distill_core import distributed
-    from distill_core.checkpoint import Checkpoints
-    from distill_core.process import resolve_device
-    from distill_core.tracking import RunFolder
+    from distill_core.run.checkpoint import Checkpoints
+    from distill_core.run.folder import RunFolder
+    from distill_core.system import distributed
+    from distill_core.system.process import resolve_device
     from distill_core.train import Trainer
 
     distributed.start(resolve_device(loaded.train.device))
@@ -163,9 +174,9 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
 
 
 def _continue(folder: Path, checkpoint: str, quiet: bool) -> None:
-    from distill_core.checkpoint import Checkpoints
-    from distill_core.model import run_recipe
-    from distill_core.tracking import RunFolder, read_report
+    from distill_core.run.checkpoint import Checkpoints
+    from distill_core.run.folder import RunFolder, read_report
+    from distill_core.run.load import run_recipe
     from distill_core.train import Trainer
 
     recipe = run_recipe(folder, _registry())
@@ -182,8 +193,8 @@ def _continue(folder: Path, checkpoint: str, quiet: bool) -> None:
 
 
 def _end(result: Result) -> None:
-    from distill_core import distributed
-    from distill_core.display import per_second, print_scores
+    from distill_core.run.display import per_second, print_scores
+    from distill_core.system import distributed
 
     rank = distributed.rank()
     if result.signal is None:
@@ -255,8 +266,8 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
 
     A device that is not available here is a warning: a recipe may be checked where it will not run.
     """
-    from distill_core.process import resolve_device
-    from distill_core.resolve import load_recipe
+    from distill_core.recipe.resolve import load_recipe
+    from distill_core.system.process import resolve_device
 
     registry = _registry()
     rows = []
@@ -309,8 +320,8 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @without_option
 def doctor(runs: str, as_json: bool) -> None:
     """Say what is here, and what is amiss: versions, devices, plugins, kernels, data, disk."""
-    from distill_core.doctor import as_json as to_json
-    from distill_core.doctor import diagnose, print_all
+    from distill_core.commands.doctor import as_json as to_json
+    from distill_core.commands.doctor import diagnose, print_all
 
     found = list(diagnose(Path(runs)))
     click.echo(to_json(found)) if as_json else print_all(found)
@@ -324,17 +335,13 @@ def doctor(runs: str, as_json: bool) -> None:
 @without_option
 def plugins(name: str | None, as_json: bool) -> None:
     """List every component, or show one component's options."""
-    from distill_core import catalogue
+    from distill_core.commands import catalogue
 
     registry = _registry()
     if as_json:
         click.echo(catalogue.as_json(registry, name))
     else:
         catalogue.print_all(registry) if name is None else catalogue.print_one(registry, name)
-
-
-cli.add_command(ablate)
-cli.add_command(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import click
 
-    from distill_core.components import Component
-    from distill_core.doctor import Diagnostic
+    from distill_core.contracts.component import Component
+    from distill_core.contracts.diagnostic import Diagnostic
 
 hookspec = pluggy.HookspecMarker("distill")
 
@@ -49,6 +49,6 @@ def distill_commands() -> list[click.Command]:  # type: ignore[empty-body]
 
 @hookspec
 def distill_diagnostics() -> list[Diagnostic]:  # type: ignore[empty-body]
-    """What `distill doctor` should say of this plugin (`distill_core.doctor.Diagnostic`): what it found here, and what
-    is amiss. To take well under a second, and to train, fetch and write nothing.
+    """What `distill doctor` should say of this plugin (a `Diagnostic` a line): what is here, and what is
+    wrong. It takes well under a second, and trains, fetches and writes nothing.
     """

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.ahead import ahead
-from distill_core.components import Augmentation, Backbone, Collator, FusionHead
+from distill_core.batch import View, Views
 from distill_core.errors import BadSample, UserError, did_you_mean
-from distill_core.process import reading_threads
-from distill_core.recipe import Recipe
-from distill_core.registry import Registry
-from distill_core.resolve import Override, load_recipe
-from distill_core.types import Features, View, Views
+from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead
+from distill_core.outputs import Features
+from distill_core.system.prefetch import ahead
+from distill_core.system.process import reading_threads
 
 FeatureKind = Literal["embedding", "class_token"]
 """What an item is turned into: see `Model.encode`."""
@@ -172,82 +169,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
-
-
-def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:
-    """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
-    augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
-    sides = {"student": objective.backbone}
-    if objective.teacher is not None and len(objective.teacher.backbone):
-        sides["teacher"] = objective.teacher.backbone
-    return {
-        side: Model(
-            dict(backbone.items()),
-            augment,
-            collators,
-            fusion=objective.fusion if side == "student" else None,
-            teacher=side == "teacher",
-            device=device,
-            batch_size=recipe.evaluate.batch_size,
-            precision=recipe.train.precision,
-            untrained=recipe.untrained_embeddings(),
-        )
-        for side, backbone in sides.items()
-    }
-
-
-def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
-    """See `distill_core.load`."""
-    from distill_core.checkpoint import Checkpoints
-
-    folder = Path(run)
-    recipe = run_recipe(folder, Registry.discover())
-    state = Checkpoints(folder).read(checkpoint)["objective"]
-    return model_of(recipe, state, str(folder), teacher=teacher, device=device)
-
-
-def model_of(
-    recipe: Recipe, state: Mapping[str, Tensor], what: str, *, teacher: bool = False, device: str = "cpu"
-) -> Model:
-    """The model of a recipe with an objective's state; no loss is built.
-
-    Raises `UserError`, which begins with `what`, where they do not fit.
-    """
-    from distill_core.checkpoint import load_into
-
-    prefix = "teacher.backbone." if teacher else "backbone."
-    backbone: dict[str, Backbone] = {}
-    for name, node in recipe.backbone.items():
-        start = f"{prefix}{name}."
-        own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if not own and teacher:  # it may have fewer modalities than the student
-            continue
-        backbone[name] = node.build()
-        load_into(backbone[name], own, what)
-        backbone[name].to(device).eval().requires_grad_(False)
-    if not backbone:
-        raise UserError(f"{what}: this run trained no teacher")
-    fusion = None
-    if recipe.fusion is not None and not teacher:
-        fusion = recipe.fusion.build(recipe.plan)
-        load_into(fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, what)
-        fusion.to(device).eval().requires_grad_(False)
-    augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
-    batch_size = recipe.evaluate.batch_size
-    return Model(
-        backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size,
-        untrained=recipe.untrained_embeddings(),
-    )  # fmt: skip
-
-
-def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] = ()) -> Recipe:
-    """The resolved recipe that a run folder keeps, with changes. Raises `UserError` when the folder is not a run."""
-    if not (folder / "recipe.yaml").is_file():
-        runs = (
-            [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []
-        )
-        what = "not a run folder (it holds no recipe.yaml)" if folder.is_dir() else "no such run folder"
-        raise UserError(f"{folder}: {what}{did_you_mean(folder.name, runs)}")
-    return load_recipe(folder / "recipe.yaml", registry=registry, overrides=overrides, allow_unset=True)

@@ -7,19 +7,19 @@ losses.total.backward(); ...; objective.after_step(outputs, progress)
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, FusionHead, Loss, Needs, Plan
+from distill_core.batch import Batch
 from distill_core.errors import UserError, did_you_mean
-from distill_core.recipe import Recipe, TeacherConfig
-from distill_core.types import Batch, Features, Outputs, Progress
+from distill_core.interfaces import Backbone, FusionHead, Loss
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.plan import Needs, Plan
+from distill_core.teacher import Teacher, TeacherConfig
 
 
 @dataclass(slots=True)
@@ -29,67 +29,6 @@ class Losses:
     total: Tensor
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
-
-
-class Teacher(nn.Module):
-    """Exponential moving average of modules of the student; no gradients."""
-
-    def __init__(
-        self, config: TeacherConfig, backbones: Mapping[str, nn.Module], heads: Mapping[str, nn.Module]
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
-        self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
-        self._students = [*backbones.values(), *heads.values()]
-        super().train(False)
-
-    def train(self, mode: bool = True) -> Teacher:
-        """Always in evaluation mode: no dropout, no batch statistics."""
-        return super().train(False)
-
-    def momentum(self, progress: Progress) -> float:
-        """The momentum at this step."""
-        start, end = self.config.momentum, self.config.momentum_end
-        if end is None:
-            return start
-        return end - (end - start) * (math.cos(math.pi * progress.fraction) + 1) / 2
-
-    @torch.no_grad()
-    def move(self, progress: Progress) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student over parameters; buffers are the student's."""
-        own: list[Tensor] = []
-        students: list[Tensor] = []
-        for copied, module in self._pairs():
-            own += list(copied.parameters())
-            students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
-        torch._foreach_lerp_(own, students, 1 - self.momentum(progress))
-        for copied, module in self._pairs():
-            for mine, theirs in zip(copied.buffers(), module.buffers(), strict=True):
-                mine.copy_(theirs)
-
-    @torch.no_grad()
-    def start_from_student(self, keep: Collection[str]) -> None:
-        """Make every tensor the student's, but those named in `keep` (paths below `teacher.`): weights given to it."""
-        inside = {id(module): name for name, module in self.named_modules()}
-        for copied, module in self._pairs():
-            state = module.state_dict()
-            for name, mine in copied.state_dict().items():
-                if f"{inside[id(copied)]}.{name}" not in keep:
-                    mine.copy_(state[name])
-
-    def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
-        """(own module, the student's)."""
-        return zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True)
-
-
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module)
-    for parameter in copied.parameters():
-        # a half-precision average with momentum .999 would never move
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        parameter.requires_grad_(False)
-    return copied
 
 
 class Objective(nn.Module):
@@ -124,15 +63,6 @@ class Objective(nn.Module):
                 f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules
             }
             self.teacher = Teacher(teacher, taught, heads)
-
-    @classmethod
-    def from_recipe(cls, recipe: Recipe) -> Objective:
-        """Build everything; weights are drawn from torch's global generator. Raises `UserError`."""
-        backbone = {name: node.build() for name, node in recipe.backbone.items()}
-        fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
-        loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
-        needs = [needs for _, needs in recipe.needs()]
-        return cls(backbone, fusion, loss, recipe.teacher, recipe.plan, needs)
 
     def ema(self, module: nn.Module) -> nn.Module:
         """The teacher's copy of one of a loss's `teacher_modules`. Raises KeyError where there is none."""

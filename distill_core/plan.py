@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distill_core.component import ComponentConfig
+    from pydantic import BaseModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ModalityPlan:
     """Class tokens C that come with the embedding; 0 where the backbone gives none."""
     dense: tuple[str, ...] = ()
     """The kinds of attention that `Backbone.dense` can take in its last layer; empty where it has no dense path."""
-    augment: ComponentConfig | None = None
+    augment: BaseModel | None = None
     """The options of its augmentation; None where they are not known."""
     shapes: tuple[tuple[int, ...], ...] | None = None
     """The shape of each view's data; None where the augmentation's options do not tell."""

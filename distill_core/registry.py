@@ -15,7 +15,7 @@ from distill_core import API_VERSION, hookspecs
 from distill_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
-    from distill_core.components import Component
+    from distill_core.contracts.component import Component
 
 ENTRY_POINTS = "distill"
 WITHOUT = "DISTILL_WITHOUT"
@@ -167,15 +167,16 @@ class Registry:
 
 def _unfit(cls: Any) -> str | None:
     """Why this cannot be a component."""
-    from distill_core.components import INTERFACES, ComponentConfig
+    from distill_core.contracts.component import ComponentConfig
+    from distill_core.contracts.kinds import INTERFACES
 
     kind = getattr(cls, "kind", None)
     if not isinstance(cls, type) or kind not in INTERFACES or not issubclass(cls, INTERFACES[kind]):
-        return "needs one of the interfaces of distill_core.components as its base"
+        return "needs one of the interfaces of distill_core.interfaces as its base"
     if not isinstance(getattr(cls, "name", None), str):
         return "needs a `name`, which recipes use"
     if not issubclass(getattr(cls, "Config", object), ComponentConfig):
-        return "needs a `Config` that extends distill_core.components.ComponentConfig"
+        return "needs a `Config` that extends distill_core.contracts.component.ComponentConfig"
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         return f"does not define {', '.join(missing)}"
     return None

@@ -10,19 +10,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_core import distributed
-from distill_core.checkpoint import Checkpoint, Checkpoints, load_into
+from distill_core.batch import Batch
 from distill_core.data.loader import Loader
 from distill_core.data.shards import check, check_any
 from distill_core.data.stream import unseen
-from distill_core.display import Display, Scoring
-from distill_core.environment import environment
 from distill_core.errors import OtherRankFailed, RecipeErrors, TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
-from distill_core.folders import cannot_write
-from distill_core.model import models_of
-from distill_core.objective import Objective
-from distill_core.process import (
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.sections import Recipe, changes
+from distill_core.run.checkpoint import Checkpoint, Checkpoints, load_into
+from distill_core.run.display import Display, Scoring
+from distill_core.run.environment import environment
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import models_of
+from distill_core.run.report import Report, write_report
+from distill_core.run.tracking import TrackedRun
+from distill_core.step import Step, Update
+from distill_core.system import distributed
+from distill_core.system.files import cannot_write
+from distill_core.system.process import (
     Interrupt,
     arithmetic,
     cores,
@@ -34,12 +41,6 @@ from distill_core.process import (
     set_random,
     set_threads,
 )
-from distill_core.recipe import Recipe, changes
-from distill_core.report import Report, write_report
-from distill_core.tracked import TrackedRun
-from distill_core.tracking import RunFolder
-from distill_core.types import Batch, Progress
-from distill_core.update import Step, Update
 
 ENOUGH = 64
 """Samples whose measures tell what the data holds."""
@@ -97,7 +98,7 @@ class Trainer:
         self.steps = self._count_steps()
 
         seed_all(recipe.seed)
-        self.objective = Objective.from_recipe(recipe)
+        self.objective = build_objective(recipe)
         self.loaded = [node.build().apply(self.objective) for node in recipe.init] if resume is None else []
         if self.loaded and self.objective.teacher is not None:
             given = {name for loaded in self.loaded for name in loaded.names}
@@ -266,9 +267,11 @@ class Trainer:
         self._measures = None if self.resumed else []
         count = sum(p.numel() for p in self.update.parameters)
         start = f"resumed at step {self.step} of " if self.resumed else ""
+        train = recipe.train
+        computed = arithmetic(train.precision, train.matmul_precision, self.device)
         say(
             f"{self.folder.path}: {start}{counted(self.steps, 'step')} of {counted(self.batch, 'sample')}, "
-            f"{count / 1e6:.1f} M trained parameters, {arithmetic(recipe.train, self.device)}"
+            f"{count / 1e6:.1f} M trained parameters, {computed}"
         )
         if self.changes:
             parts = ", ".join(f"{path} {before} -> {now}" for path, (before, now) in self.changes.items())

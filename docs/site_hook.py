@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mkdocs.structure.files import File
 
-from distill_core.reference import pages
+from distill_authoring.reference import pages
 from distill_core.registry import Plugins, Registry
 
 

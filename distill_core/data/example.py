@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from distill_core.batch import Batch
 from distill_core.data.stream import SampleViews
-from distill_core.recipe import Recipe
-from distill_core.types import Batch
+from distill_core.recipe.sections import Recipe
 
 _DISTINCT = 4
 

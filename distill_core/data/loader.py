@@ -23,14 +23,14 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from distill_core.components import Collator
+from distill_core.batch import Batch, Skipped
 from distill_core.data.shards import Patience
 from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
 from distill_core.errors import DataError
-from distill_core.folders import in_words
-from distill_core.process import end_with_parent
-from distill_core.recipe import Recipe
-from distill_core.types import Batch, Skipped
+from distill_core.interfaces import Collator
+from distill_core.recipe.sections import Recipe
+from distill_core.system.files import in_words
+from distill_core.system.process import end_with_parent
 
 SHARED_MEMORY = Path("/dev/shm")
 SECONDS_TO_END = 5.0

@@ -15,10 +15,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from distill_core.batch import Sample
 from distill_core.data.opening import is_local, open_shard
 from distill_core.data.tar import Damaged, members
 from distill_core.errors import BadSample, DataError
-from distill_core.types import Sample
 
 WILD = "*?["
 BACK_OFF = 1.0

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from distill_core.components import Augmentation
+from distill_core.batch import REST_OF_SHARD, WHOLE_SHARD, Sample, Skipped, View
 from distill_core.data.shards import PATIENCE, Patience, Unusable, read_shard
 from distill_core.errors import BadSample, DataError
-from distill_core.types import REST_OF_SHARD, WHOLE_SHARD, Sample, Skipped, View
+from distill_core.interfaces import Augmentation
 
 
 @dataclass(slots=True)

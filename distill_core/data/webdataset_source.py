@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from distill_core.components import ComponentConfig, DataSource
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.source import DataSource
 from distill_core.data.shards import as_sets, check
 
 Urls = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]

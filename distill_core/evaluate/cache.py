@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from distill_core.batch import Sample, Skipped
 from distill_core.data.opening import is_local
 from distill_core.data.shards import Shards
-from distill_core.folders import cannot_write, write_bytes
 from distill_core.model import Model
-from distill_core.types import Sample, Skipped
+from distill_core.system.files import cannot_write, write_bytes
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import click
 
-from distill_core import distributed
-from distill_core.checkpoint import Checkpoints, load_into
-from distill_core.display import Scoring, print_scores
 from distill_core.errors import UserError, counted, warn
 from distill_core.evaluate.cache import EmbeddingCache, identities
 from distill_core.evaluate.pictures import write_pictures
 from distill_core.evaluate.run import Evaluated, evaluate
-from distill_core.folders import cannot_write, write_whole
-from distill_core.model import models_of, run_recipe
-from distill_core.objective import Objective
-from distill_core.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads
-from distill_core.recipe import Recipe
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import Override
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import Override
+from distill_core.run.checkpoint import Checkpoints, load_into
+from distill_core.run.display import Scoring, print_scores
+from distill_core.run.load import models_of, run_recipe
+from distill_core.system import distributed
+from distill_core.system.files import cannot_write, write_whole
+from distill_core.system.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads
 
 SHOWN = 4
 """Queries, about, that `--pictures` draws for each task and side."""
@@ -56,7 +56,7 @@ def score(
         keep_freed_memory()
     # by one rank, once: where the run still trains, others might find another file of the same name
     loaded = distributed.agree(lambda: Checkpoints(folder).load(checkpoint) if first else None)
-    objective = Objective.from_recipe(recipe)
+    objective = build_objective(recipe)
 
     def fill() -> None:
         if loaded is not None:

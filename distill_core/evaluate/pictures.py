@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distill_core.contracts.media import Distribution, Media, Picture
 from distill_core.errors import UserError
-from distill_core.media import Distribution, Media, Picture
 
 ONE = ("model", "set")
 """Distributions that agree in these are drawn together."""

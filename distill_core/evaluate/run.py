@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from distill_core import distributed
-from distill_core.components import DataSource, Evaluation
+from distill_core.batch import Sample, Skipped
+from distill_core.contracts.media import Media
+from distill_core.contracts.source import DataSource
+from distill_core.contracts.task import Evaluation
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.sets import EvaluationSet, Watch
-from distill_core.media import Media
 from distill_core.model import Model
-from distill_core.recipe import Node, Recipe
-from distill_core.types import Sample, Skipped
+from distill_core.recipe.sections import Node, Recipe
+from distill_core.system import distributed
 
 NAMED = 8
 """The most sets that are named below a table of means."""

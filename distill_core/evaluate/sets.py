@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distill_core import distributed
-from distill_core.ahead import ahead
+from distill_core.batch import Sample, Skipped
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache, Kept
 from distill_core.model import FeatureKind, Model
-from distill_core.process import reading_threads
-from distill_core.types import Sample, Skipped
+from distill_core.system import distributed
+from distill_core.system.prefetch import ahead
+from distill_core.system.process import reading_threads
 
 Step = TypeVar("Step")
 

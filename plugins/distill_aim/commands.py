@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from distill_core import completion
+from distill_core.commands import completion
 
 
 @click.command()

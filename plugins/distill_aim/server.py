@@ -57,8 +57,13 @@ def _end_with(parent: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    threading.Thread(target=_end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
+def main() -> None:
+    """Aim's own command line, in a session that ends with the process whose number is the first argument."""
     from aim.cli.cli import cli_entry_point
 
+    threading.Thread(target=_end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
     cli_entry_point()
+
+
+if __name__ == "__main__":
+    main()

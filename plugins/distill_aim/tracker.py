@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from distill_core.components import Tracker, TrackerConfig
-from distill_core.folders import write_whole
+from distill_core.contracts.tracker import Tracker, TrackerConfig
+from distill_core.system.files import write_whole
 
 
 class AimConfig(TrackerConfig):

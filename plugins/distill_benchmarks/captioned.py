@@ -27,9 +27,9 @@ from distill_benchmarks.files import (
     read,
     some_are_there,
 )
-from distill_core.components import ComponentConfig
+from distill_core.batch import Sample
+from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import BadSample, DataError
-from distill_core.types import Sample
 
 csv.field_size_limit(10_000_000)
 

@@ -17,12 +17,13 @@ from distill_benchmarks.files import (
     number,
     some_are_there,
 )
-from distill_core.components import ComponentConfig, DataSource
+from distill_core.batch import Sample
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.source import DataSource
 from distill_core.data.shards import Shards
 from distill_core.errors import DataError
 from distill_core.evaluate.cache import fingerprint
-from distill_core.evaluate.prompts import plain_lines, read_lines
-from distill_core.types import Sample
+from distill_tasks.prompts import plain_lines, read_lines
 
 
 class ClassFolderConfig(ComponentConfig):

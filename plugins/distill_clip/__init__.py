@@ -7,7 +7,7 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """CLIP's loss and its plain views."""
-    from distill_clip.components import Clip, RandomCrop, WholeCaption
+    """CLIP's loss."""
+    from distill_clip.components import Clip
 
-    return [Clip, RandomCrop, WholeCaption]
+    return [Clip]

@@ -13,13 +13,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core import distributed
-from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.batch import Sample
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.task import Evaluation
 from distill_core.errors import DataError
-from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
-from distill_core.types import Sample
+from distill_core.plan import Plan
+from distill_core.system import distributed
+from distill_tasks.retrieval import two_modalities
 
 SCORES = ("text", "image", "group", "match")
 Fields = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -65,7 +67,7 @@ class Composition(Evaluation):
     def example(cls, config: CompositionConfig) -> tuple[Model, list[Sample]]:
         """A small ViT and text tower, and pairs of pictures of noise and of captions."""
         from distill_composition.example import samples
-        from distill_towers.example import model
+        from distill_vl.example import model
 
         return model(), samples(4)
 

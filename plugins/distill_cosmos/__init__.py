@@ -9,21 +9,14 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Views, fusions, the two losses (InfoNCE or sigmoid), and public checkpoints to start from."""
-    from distill_cosmos.fusion import CrossAttention, GatedCrossAttention, Identity, MeanPooling
-    from distill_cosmos.losses import Contrastive, CrossModalDistillation
-    from distill_cosmos.multi_crop import MultiCrop
+    """Text crops, the fusion, the distillation (InfoNCE or sigmoid), and public checkpoints to start from."""
+    from distill_cosmos.fusion import CrossAttention
+    from distill_cosmos.losses import CrossModalDistillation
     from distill_cosmos.official import PublicCheckpoint
-    from distill_cosmos.q_former import QFormer
     from distill_cosmos.sigmoid import SigmoidContrastive, SigmoidDistillation
     from distill_cosmos.text_crop import TextCrop
-    from distill_cosmos.text_views import MaskedText, SentenceCrop, WordDropout
 
-    return [
-        MultiCrop, TextCrop, MaskedText, SentenceCrop, WordDropout,
-        CrossAttention, GatedCrossAttention, QFormer, MeanPooling, Identity,
-        Contrastive, CrossModalDistillation, SigmoidContrastive, SigmoidDistillation, PublicCheckpoint,
-    ]  # fmt: skip
+    return [TextCrop, CrossAttention, CrossModalDistillation, SigmoidContrastive, SigmoidDistillation, PublicCheckpoint]
 
 
 @hookimpl

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill_core.batch import Batch, Group, Views
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from distill_core.process import keep_freed_memory
-from distill_core.recipe import Recipe
-from distill_core.types import Batch, Group, Progress, Views
-from distill_cosmos import official, plain
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.sections import Recipe
+from distill_core.system.process import keep_freed_memory
+from distill_cosmos import cosmos as plain
+from distill_cosmos import official
 from distill_cosmos.fusion import CrossAttention
-from distill_cosmos.losses import Contrastive, CrossModalDistillation
+from distill_cosmos.losses import CrossModalDistillation
+from distill_vl.contrastive import Contrastive
 
 CPU = torch.device("cpu")
 
@@ -255,7 +259,7 @@ def bench_step(
         keep_freed_memory()
     rows: list[dict[str, Any]] = []
     torch.manual_seed(0)
-    objective = Objective.from_recipe(recipe).to(device)
+    objective = build_objective(recipe).to(device)
     batch = make_batch(recipe, batch_size, global_tokens, local_tokens).to(device)
     ours = Ours(recipe, objective, batch, Clock(device))
     other = Plain(recipe, objective, batch, Clock(device))

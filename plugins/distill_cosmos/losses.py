@@ -9,37 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.components import ComponentConfig, Needs, Plan, same_dim
+from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import did_you_mean
-from distill_core.types import Outputs
+from distill_core.outputs import Outputs
+from distill_core.plan import Needs, Plan, same_dim
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
-from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
-
-
-class Contrastive(ContrastiveLoss):
-    """COSMOS's contrastive loss: InfoNCE of the student's views of both modalities.
-
-    Mean over the first modality's global views x all views of the second of InfoNCE(student, student).
-    Local image crops stay out: they make it overfit.
-    """
-
-    name = "contrastive"
-
-    def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
-        super().__init__(config, plan)
-        self.global_views = plan.modalities[config.modalities[0]].views("global")
-
-    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
-        a, b = self.config.modalities
-        views = list(self.global_views)
-        pairs = self.pairs(
-            outputs.embedding(f"student.{a}")[views],
-            outputs.embedding(f"student.{b}"),
-            outputs.gather(f"student.{a}")[views],
-            outputs.gather(f"student.{b}"),
-        )
-        return {"contrastive": pairs.mean()}, self.metrics()
+from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
 class DistillationConfig(ContrastiveConfig):

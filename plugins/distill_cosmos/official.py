@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_core.components import ComponentConfig, Initializer, Loaded
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.weights import Initializer, Loaded
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from distill_core.state_dicts import read_file
-from distill_cosmos.losses import Contrastive, CrossModalDistillation
+from distill_core.system.state_dicts import read_file
+from distill_cosmos.losses import CrossModalDistillation
+from distill_vl.contrastive import Contrastive
 
 StateDict = Mapping[str, Tensor]
 

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from distill_core.components import ComponentConfig
-from distill_cosmos.losses import Contrastive, CrossModalDistillation
-from distill_towers.contrastive import Sigmoid, SigmoidConfig
+from distill_core.contracts.component import ComponentConfig
+from distill_cosmos.losses import CrossModalDistillation
+from distill_vl.contrastive import Contrastive, Sigmoid, SigmoidConfig
 
 
 class SigmoidContrastive(Sigmoid, Contrastive):

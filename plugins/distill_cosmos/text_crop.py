@@ -8,8 +8,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core.types import GLOBAL, LOCAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, draw, join
+from distill_core.batch import GLOBAL, LOCAL, Sample, View
+from distill_vl.captions import CaptionAugmentation, CaptionConfig, draw, join
 
 
 class TextCropConfig(CaptionConfig):

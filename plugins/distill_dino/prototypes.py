@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from distill_core.components import Loss, LossConfig, Plan
-from distill_core.types import Outputs, Progress
+from distill_core.interfaces import Loss, LossConfig
+from distill_core.outputs import Outputs, Progress
+from distill_core.plan import Plan
 from distill_dino.targets import Targets, entropy
-from distill_towers.heads import DINOHead
+from distill_vl.heads import DINOHead
 
 Positive = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(gt=0)]

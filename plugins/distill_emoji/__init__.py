@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core.components import Component
-    from distill_core.doctor import Diagnostic
+    from distill_core.contracts.component import Component
+    from distill_core.contracts.diagnostic import Diagnostic
 
 distill_api = 1
 

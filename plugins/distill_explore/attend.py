@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core import completion
+from distill_core.commands import completion
 from distill_explore.commands import CHECKPOINT, TEACHER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def attend(
     import json
 
     from distill_core.errors import UserError
-    from distill_core.model import load_model
+    from distill_core.run.load import load_model
     from distill_explore.attention import readings
     from distill_explore.drawing import figure, rows_of
     from distill_explore.files import check_out, write_whole
@@ -87,7 +87,7 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
     """What the user named, and the sentences of texts of several. Raises `UserError`."""
     from distill_core.errors import BadSample, UserError
     from distill_explore.attention import see
-    from distill_towers.captions import CaptionAugmentation
+    from distill_vl.captions import CaptionAugmentation
 
     found: list[Seen] = []
     more: list[Seen] = []

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_core.media import Shown, TokenLayout
+from distill_core.batch import View
+from distill_core.contracts.media import Shown, TokenLayout
 from distill_core.model import Model, evaluating
-from distill_core.types import View
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core import completion
+from distill_core.commands import completion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_core.media import Shown
+    from distill_core.contracts.media import Shown
     from distill_core.model import FeatureKind, Model
     from distill_explore.collection import Collection, Place
     from distill_explore.contact import Found
@@ -189,8 +189,8 @@ def _whole(model: Model, modality: str, item: Any) -> Shown:
 
 
 def _model(run: str, teacher: bool, checkpoint: str) -> Model:
-    from distill_core.model import load_model
-    from distill_core.process import keep_freed_memory
+    from distill_core.run.load import load_model
+    from distill_core.system.process import keep_freed_memory
 
     keep_freed_memory()
     return load_model(run, teacher=teacher, checkpoint=checkpoint)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from distill_core.media import font_of, sheet
+from distill_core.run.showcase import font_of, sheet
 from distill_explore.attention import Reading, Seen, entropy, principal
 from distill_explore.contact import wrap
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig, join
+from distill_core.batch import GLOBAL, Sample, View
+from distill_vl.captions import CaptionAugmentation, CaptionConfig, join
 
 
 class SampledCaptionsConfig(CaptionConfig):

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core.components import FusionHead, Needs, Plan
-from distill_core.distributed import rank
-from distill_core.types import Outputs
-from distill_towers.contrastive import Sigmoid, SigmoidConfig
+from distill_core.outputs import Fusion, Outputs
+from distill_core.plan import Needs, Plan
+from distill_core.system.distributed import rank
+from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
 class FlairConfig(SigmoidConfig):
@@ -96,9 +96,7 @@ class Flair(Sigmoid):
         every = torch.arange(k, device=device)[:, None] * m + others[:, None]  # [b, k, m - 1]
         return torch.cat([own, every.flatten(1)], 1)
 
-    def conditioned(
-        self, fusion: FusionHead, texts: Tensor, tokens: Tensor, mask: Tensor | None, chosen: Tensor
-    ) -> Tensor:
+    def conditioned(self, fusion: Fusion, texts: Tensor, tokens: Tensor, mask: Tensor | None, chosen: Tensor) -> Tensor:
         """Sum over pictures and their texts: texts [K, M, D], tokens [b, L, W], chosen [b, T]."""
         queries = texts.flatten(0, 1)[chosen.T]  # [T, b, D]
         found = fusion.pool(self.config.modalities[0], queries, tokens, mask)

@@ -10,9 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.components import ComponentConfig, FusionHead, Needs, Plan, same_dim
-from distill_core.types import GLOBAL, Features, Fused
-from distill_towers.transformer import Transformer
+from distill_core.batch import GLOBAL
+from distill_core.contracts.component import ComponentConfig
+from distill_core.interfaces import FusionHead
+from distill_core.outputs import Features, Fused
+from distill_core.plan import Needs, Plan, same_dim
+from distill_vl.transformer import Transformer
 
 
 class MultimodalEncoderConfig(ComponentConfig):

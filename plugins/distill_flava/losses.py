@@ -13,12 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from distill_core.components import Loss, LossConfig, Needs, Plan
+from distill_core.batch import Group
 from distill_core.errors import UserError
-from distill_core.types import Features, Group, Outputs
+from distill_core.interfaces import Loss, LossConfig
+from distill_core.outputs import Features, Outputs
+from distill_core.plan import Needs, Plan
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
-from distill_towers.masking import MASKED
-from distill_towers.tokenizer import VOCABULARY
+from distill_vl.masking import MASKED
+from distill_vl.tokenizer import VOCABULARY
 
 Vocabulary = Annotated[int, Field(ge=VOCABULARY)]
 Patch = Annotated[int, Field(gt=0)]

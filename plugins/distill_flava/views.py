@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import OneText, TakeConfig
-from distill_towers.masking import MASKED
-from distill_towers.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
+from distill_core.batch import GLOBAL, Sample, View
+from distill_vl.captions import OneText, TakeConfig
+from distill_vl.masking import MASKED
+from distill_vl.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
 
 
 class FlavaImageConfig(PictureConfig):

@@ -12,12 +12,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims, Plan
+from distill_core.batch import View
+from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError
-from distill_core.extras import need
-from distill_core.types import Features, View
+from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.outputs import Features
+from distill_core.plan import Plan
+from distill_core.system.extras import need
 from distill_pretrained.folders import locate, read_config
-from distill_towers.clip_text import RoleCollator, example_texts
+from distill_vl.clip_text import RoleCollator, example_texts
 
 PAD = -1
 """Of ids: no tokenizer has it, whatever it pads with itself."""

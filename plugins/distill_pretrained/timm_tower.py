@@ -11,11 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Collator, ComponentConfig, Dims, ModalityPlan
+from distill_core.batch import GLOBAL, LOCAL, View
+from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError, did_you_mean
-from distill_core.extras import need
-from distill_core.types import GLOBAL, LOCAL, Features, View
-from distill_towers.vit import PictureCollator
+from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.outputs import Features
+from distill_core.plan import ModalityPlan
+from distill_core.system.extras import need
+from distill_vl.vit import PictureCollator
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_core.components import ComponentConfig, Initializer, Loaded
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.weights import Initializer, Loaded
 from distill_core.errors import UserError
-from distill_core.extras import need
 from distill_core.objective import Objective
-from distill_core.state_dicts import read_state_dict, unwrapped
+from distill_core.system.extras import need
+from distill_core.system.state_dicts import read_state_dict, unwrapped
 from distill_pretrained.timm_tower import TimmTower
-from distill_towers.pictures import other_pixels
+from distill_vl.pictures import other_pixels
 
 
 class TimmWeightsConfig(ComponentConfig):

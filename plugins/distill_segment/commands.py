@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from distill_core import completion
+from distill_core.commands import completion
 
 
 @click.command()
@@ -35,8 +35,8 @@ def segment(
     """
     from distill_core.errors import BadSample, UserError
     from distill_core.evaluate.sets import EvaluationSet
-    from distill_core.model import load_model, run_recipe
     from distill_core.registry import Registry
+    from distill_core.run.load import load_model, run_recipe
     from distill_segment.segmenter import Segmenter
     from distill_segment.task import Segmentation
 

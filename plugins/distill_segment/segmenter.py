@@ -14,12 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
+from distill_core.batch import View
 from distill_core.errors import BadSample, UserError
-from distill_core.evaluate.prompts import prompts_of, templates_of
 from distill_core.model import Model
-from distill_core.types import View
 from distill_segment.classes import Classes, names_of
-from distill_towers.pictures import PictureAugmentation
+from distill_tasks.prompts import prompts_of, templates_of
+from distill_vl.pictures import PictureAugmentation
 
 if TYPE_CHECKING:
     from distill_segment.task import SegmentationConfig

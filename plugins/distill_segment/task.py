@@ -12,19 +12,21 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core import distributed
-from distill_core.components import ComponentConfig, Evaluation, Plan
+from distill_core.batch import Sample, Skipped
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.media import Picture
+from distill_core.contracts.task import Evaluation
 from distill_core.errors import BadSample, DataError
-from distill_core.evaluate.prompts import Templates
-from distill_core.evaluate.retrieval import two_modalities
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.media import Picture
 from distill_core.model import Model
-from distill_core.types import Sample, Skipped
+from distill_core.plan import Plan
+from distill_core.system import distributed
 from distill_segment.classes import IGNORE, Classes, parse_classes, read_classes, read_mask
 from distill_segment.overlays import panel
 from distill_segment.scores import confusion, scores_of
 from distill_segment.segmenter import Segmenter
+from distill_tasks.prompts import Templates
+from distill_tasks.retrieval import two_modalities
 
 SCORES = ("mIoU", "pixel_accuracy", "mean_accuracy")
 Pixels = Annotated[int, Field(gt=0)]
@@ -97,7 +99,7 @@ class Segmentation(Evaluation):
     def example(cls, config: SegmentationConfig) -> tuple[Model, list[Sample]]:
         """A small ViT and text tower, and two pictures of noise."""
         from distill_segment.example import samples
-        from distill_towers.example import model
+        from distill_vl.example import model
 
         return model(), samples(2)
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.distributed import world_size
-from distill_core.types import Outputs
+from distill_core.outputs import Outputs
+from distill_core.system.distributed import world_size
 from distill_siglip.ring import ring_sigmoid
-from distill_towers.contrastive import Sigmoid, SigmoidConfig
+from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
 class SigLipConfig(SigmoidConfig):

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill_core.distributed import rank, world_size
+from distill_core.system.distributed import rank, world_size
 from distill_kernels import multi_view_sigmoid
 
 
@@ -23,7 +23,7 @@ def ring_sigmoid(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`multi_view_sigmoid` of this rank's rows a [Va, B, D] against the columns b [Vb, B, D] of all ranks -> [Va, Vb].
 
     B is the same on all ranks, and all of them must call it, forward and backward. The gradient of `b` is the sum over
-    ranks, as that of `distill_core.distributed.all_gather`.
+    ranks, as that of `distill_core.system.distributed.all_gather`.
     """
     result: Tensor = _Ring.apply(a, b, scale, bias)  # type: ignore[no-untyped-call]
     return result

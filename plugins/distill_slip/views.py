@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import Field
 
-from distill_core.types import GLOBAL, Sample, View
-from distill_towers.pictures import (
+from distill_core.batch import GLOBAL, Sample, View
+from distill_vl.pictures import (
     Area,
     Jitter,
     PictureAugmentation,

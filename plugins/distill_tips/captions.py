@@ -8,9 +8,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from distill_core.batch import GLOBAL, Sample, View
 from distill_core.errors import BadSample
-from distill_core.types import GLOBAL, Sample, View
-from distill_towers.captions import LAYOUTS, CaptionAugmentation, CaptionConfig, example_sentences, join, lines
+from distill_vl.captions import LAYOUTS, CaptionAugmentation, CaptionConfig, example_sentences, join, lines
 
 WEB = ("raw_caption", "original_caption")
 """The web's caption in the layouts that have one, DreamLIP's and PixelProse's."""

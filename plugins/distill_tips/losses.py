@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.components import Needs, Plan
-from distill_core.distributed import all_gather
-from distill_core.types import GLOBAL, Outputs
-from distill_towers.contrastive import ContrastiveConfig, ContrastiveLoss
+from distill_core.batch import GLOBAL
+from distill_core.outputs import Outputs
+from distill_core.plan import Needs, Plan
+from distill_core.system.distributed import all_gather
+from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
 class TwoTokenContrastiveConfig(ContrastiveConfig):

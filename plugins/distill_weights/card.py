@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distill_core.report import headline
+from distill_core.run.report import headline
 
 if TYPE_CHECKING:
     from distill_weights.export import Checked

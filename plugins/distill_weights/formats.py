@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from distill_core.errors import UserError
-from distill_core.extras import need
 from distill_core.model import FeatureKind
+from distill_core.system.extras import need
 from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, ComponentConfig, Initializer, Loaded
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.weights import Initializer, Loaded
 from distill_core.errors import UserError
+from distill_core.interfaces import Backbone
 from distill_core.objective import Objective
-from distill_core.state_dicts import StateDict, read_folder, read_json, read_state_dict, unwrapped
-from distill_towers.clip_text import ClipText
-from distill_towers.contrastive import ContrastiveLoss
-from distill_towers.pictures import other_pixels
-from distill_towers.vit import VisionTransformer, position_map
+from distill_core.system.state_dicts import StateDict, read_folder, read_json, read_state_dict, unwrapped
+from distill_vl.clip_text import ClipText
+from distill_vl.contrastive import ContrastiveLoss
+from distill_vl.pictures import other_pixels
+from distill_vl.vit import VisionTransformer, position_map
 from distill_weights.layouts import Pixels, Source, from_hf, from_open_clip, from_timm, pixels
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")

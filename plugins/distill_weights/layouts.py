@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill_core.errors import UserError
-from distill_core.state_dicts import StateDict
+from distill_core.system.state_dicts import StateDict
 
 IMAGE = "visual."
 TEXT_PARTS = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")

@@ -12,13 +12,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.components import Backbone
 from distill_core.errors import UserError
-from distill_core.model import FeatureKind, Model, model_of, run_recipe
-from distill_towers.captions import CaptionAugmentation
-from distill_towers.clip_text import ClipText
-from distill_towers.pictures import PictureAugmentation
-from distill_towers.vit import VisionTransformer
+from distill_core.interfaces import Backbone
+from distill_core.model import FeatureKind, Model
+from distill_core.run.load import model_of, run_recipe
+from distill_vl.captions import CaptionAugmentation
+from distill_vl.clip_text import ClipText
+from distill_vl.pictures import PictureAugmentation
+from distill_vl.vit import VisionTransformer
 
 TEXTS = (
     "a red bird",
@@ -48,8 +49,8 @@ class Subject:
     @classmethod
     def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
         """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
-        from distill_core.checkpoint import Checkpoints
         from distill_core.registry import Registry
+        from distill_core.run.checkpoint import Checkpoints
 
         recipe = run_recipe(run, Registry.discover())
         kept = Checkpoints(run).read(checkpoint)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from beside import load_beside
 
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 pytest.importorskip("aim", reason="aim is not installed")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

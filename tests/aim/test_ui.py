@@ -22,7 +22,7 @@ import pytest
 
 from distill_aim.commands import where
 from distill_core.cli import main
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -17,18 +17,18 @@ import torch
 from PIL import Image
 
 import distill_core
+from distill_core.batch import View
 from distill_core.cli import main
 from distill_core.data.shards import Shards, read_shard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import models_of
-from distill_core.objective import Objective
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import models_of
 from distill_core.train import Trainer
-from distill_core.types import View
 from distill_explore.attention import Seen, cross, entropy, readings, see
 from distill_explore.drawing import Map, rows_of
 from distill_explore.maps import AttentionMaps, AttentionMapsConfig
@@ -306,7 +306,7 @@ def test_a_fusion_is_asked_for_its_own_modalities_alone(runs: Path, registry: Re
     }
     overrides = [f"{part}.sound={options}" for part, options in text.items()]
     recipe = load_recipe(runs / "cosmos" / "recipe.yaml", registry=registry, overrides=overrides)
-    model = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))["student"]
+    model = models_of(recipe, build_objective(recipe), torch.device("cpu"))["student"]
     seen = [*see(model, "image", [View(torch.randn(3, 16, 16))])]
     seen += [one for m in ("text", "sound") for one in see(model, m, [View("a red bird")])]
     asked = {(one.asking.modality, one.answer.modality) for one in readings(model, seen) if one.asking}
@@ -340,7 +340,7 @@ def test_every_fusion_is_asked(fusion: str, told: dict[str, int], runs: Path, re
     """What is read, by how many heads. Would catch a fusion that draws nothing, or fails where it cannot tell."""
     path = runs / "cosmos" / "recipe.yaml"
     recipe = load_recipe(path, registry=registry, overrides=[f"fusion={fusion}", "backbone.text.padding=context"])
-    model = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))["student"]
+    model = models_of(recipe, build_objective(recipe), torch.device("cpu"))["student"]
     seen = see(model, "image", [View(torch.randn(3, 16, 16))]) + see(model, "text", [View("a red bird")])
     found = readings(model, seen)
     assert {one.answer.modality: len(one.weights) for one in found if one.asking} == told

@@ -11,17 +11,19 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import linear
 
-from distill_core.components import ModalityPlan, Plan
+from distill_core.batch import View
 from distill_core.model import evaluating
-from distill_core.types import View
-from distill_cosmos.fusion import CrossAttention, CrossPooler, GatedCrossAttention
-from distill_cosmos.q_former import QFormer
+from distill_core.plan import ModalityPlan, Plan
+from distill_cosmos.fusion import CrossAttention
+from distill_cosmos_variants.fusion import GatedCrossAttention
+from distill_cosmos_variants.q_former import QFormer
 from distill_flair.fusion import TextConditionedPool
-from distill_towers.clip_text import ClipText
-from distill_towers.masked_text import BertText
-from distill_towers.tokenizer import ClipTokenizer
-from distill_towers.transformer import attention_weights
-from distill_towers.vit import VisionTransformer
+from distill_vl.clip_text import ClipText
+from distill_vl.masked_text import BertText
+from distill_vl.token_fusion import CrossPooler
+from distill_vl.tokenizer import ClipTokenizer
+from distill_vl.transformer import attention_weights
+from distill_vl.vit import VisionTransformer
 
 D, HEADS, LENGTH = 12, 3, 9
 PLAN = Plan(

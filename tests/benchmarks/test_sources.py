@@ -17,10 +17,11 @@ from PIL import Image
 
 from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
 from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
-from distill_clip.components import RandomCrop, WholeCaption
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.cache import fingerprint
 from distill_core.evaluate.sets import EvaluationSet
+from distill_vl.caption import WholeCaption
+from distill_vl.random_crop import RandomCrop
 
 TEXT, IMAGE = WholeCaption(WholeCaption.Config()), RandomCrop(RandomCrop.Config())
 

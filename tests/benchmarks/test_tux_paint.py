@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from distill_benchmarks.tux_paint import PHOTOGRAPHS, TuxPaint
-from distill_clip.components import RandomCrop, WholeCaption
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.cache import fingerprint
 from distill_core.evaluate.sets import EvaluationSet
+from distill_vl.caption import WholeCaption
+from distill_vl.random_crop import RandomCrop
 
 TEXT, IMAGE = WholeCaption(WholeCaption.Config()), RandomCrop(RandomCrop.Config())
 ALPHA = np.array([[0, 127, 128], [255, 1, 200]], np.uint8)

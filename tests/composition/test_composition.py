@@ -16,15 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from distill_authoring.conformance import assert_conforms
 from distill_composition.layouts import MmvpVlm, SugarCrepe, SvoProbes, Winoground
 from distill_composition.task import Composition, CompositionConfig, accuracies, matched
-from distill_core.components import DataSource, ModalityPlan, Plan
-from distill_core.conformance import assert_conforms
+from distill_core.contracts.source import DataSource
 from distill_core.errors import DataError
 from distill_core.evaluate.sets import EvaluationSet
-from distill_towers.captions import CaptionConfig
-from distill_towers.example import Whole, Words
-from distill_towers.pictures import PictureConfig
+from distill_core.plan import ModalityPlan, Plan
+from distill_vl.captions import CaptionConfig
+from distill_vl.example import Whole, Words
+from distill_vl.pictures import PictureConfig
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "pink": (255, 0, 128), "black": (0, 0, 0)}
 

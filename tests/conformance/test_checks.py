@@ -20,15 +20,13 @@ from my_plugin.fusion import MeanFusion
 from my_plugin.loss import Match, MatchConfig
 from my_plugin.tower import Tower
 
-from distill_core.components import (
-    INTERFACES,
-    ComponentConfig,
-    LossConfig,
-)
-from distill_core.conformance import assert_conforms, check, checks_of, report
+from distill_authoring.conformance import assert_conforms, check, checks_of, report
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.kinds import INTERFACES
 from distill_core.errors import UserError
+from distill_core.interfaces import LossConfig
+from distill_core.outputs import Features
 from distill_core.registry import Plugins
-from distill_core.types import Features
 
 
 @pytest.mark.parametrize("component", GOOD, ids=lambda component: component.name)

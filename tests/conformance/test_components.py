@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_core.conformance import assert_conforms
+from distill_authoring.conformance import assert_conforms
 from distill_core.registry import Entry, Registry
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import pytest
 from components_to_check.good import ReadsIds, TwoRates
 from components_to_check.seeded import SEEDED
 
-from distill_core.conformance import assert_conforms, check, others, ranks
+from distill_authoring.conformance import assert_conforms, check, others, ranks
 
 CLASSES = {
     "gradient into the teacher",

@@ -6,9 +6,9 @@ import pytest
 from base_recipe import BASE, Check
 
 from distill_core.errors import RecipeErrors
-from distill_core.recipe import Recipe
+from distill_core.recipe.resolve import parse_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from distill_core.checkpoint import Checkpoint, Checkpoints
 from distill_core.cli import main
+from distill_core.run.checkpoint import Checkpoint, Checkpoints
 
 run = Path(sys.argv[1])
 replaced = run / "replaced"

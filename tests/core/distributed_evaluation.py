@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from distill_composition.task import Composition
-from distill_core import distributed
-from distill_core.components import Plan
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate import run
 from distill_core.evaluate.cache import EmbeddingCache
-from distill_core.evaluate.probes import Knn
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
-from distill_core.evaluate.zero_shot import ZeroShot
+from distill_core.plan import Plan
+from distill_core.system import distributed
 from distill_segment.task import Segmentation
-from distill_towers import example
+from distill_tasks.probes import Knn
+from distill_tasks.zero_shot import ZeroShot
+from distill_vl import example
 
 PLAN = Plan({}, teacher=False, fusion=False)
 

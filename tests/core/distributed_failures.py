@@ -18,11 +18,12 @@ from torch import Tensor
 
 import distill_core.cli
 import distill_core.train
-from distill_core import distributed
-from distill_core.components import Loss
+from distill_core.batch import Sample, View
+from distill_core.interfaces import Loss
+from distill_core.outputs import Outputs
 from distill_core.registry import Entry, Registry
-from distill_core.types import Outputs, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from distill_core.system import distributed
+from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
 RECIPE, RUNS, WHERE, STEP = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 BATCH = 4

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from distill_core import distributed
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
+from distill_core.system import distributed
 
 RECIPE = """
 augment: {image: {name: multi_crop, size: 8, local_size: 4, local: 1}, text: {name: text_crop, global: 2, local: 1}}
@@ -33,7 +35,7 @@ SAMPLES = 6
 
 def objective() -> Objective:
     torch.manual_seed(0)
-    made = Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover())).double()
+    made = build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover())).double()
     # away from the start, where the teacher is the student
     with torch.no_grad():
         for parameter in made.backbone.parameters():

@@ -14,11 +14,13 @@ PACKAGES = {
     for place in (ROOT, ROOT / "plugins", ROOT / "kernels")
     for path in place.glob("distill_*/__init__.py")
 }
-SHARED = {"distill_core", "distill_kernels", "distill_towers"}
+SHARED = {"distill_core", "distill_kernels", "distill_vl", "distill_tasks"}
 MAY_IMPORT = {
     "distill_core": {"distill_core"},
     "distill_kernels": {"distill_kernels"},
-    "distill_towers": SHARED,
+    "distill_vl": {"distill_core", "distill_kernels", "distill_vl"},
+    "distill_tasks": {"distill_core", "distill_tasks"},
+    "distill_cosmos_variants": SHARED | {"distill_cosmos", "distill_cosmos_variants"},
 }
 INSIDE_FUNCTIONS = {
     "torchvision",
@@ -77,7 +79,8 @@ def test_all_packages_are_found() -> None:
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
 def test_who_may_import_whom(package: str) -> None:
-    """Core and kernels import no local package; a plugin core, kernels, towers and itself, never another method."""
+    """Core and kernels import no local package; a plugin core, kernels, what is shared, and itself; never another
+    method (but for the variants of COSMOS)."""
     wrong = {
         f"{path.relative_to(ROOT)}:{line}": name
         for path in files(package)
@@ -100,9 +103,9 @@ def test_slow_packages_are_imported_inside_functions(package: str) -> None:
 def test_the_import_check_finds_what_it_should() -> None:
     """Guards the tests above."""
     source = (
-        "import distill_core.types\nfrom distill_clip.components import Clip\n"
+        "import distill_core.outputs\nfrom distill_clip.components import Clip\n"
         "def f():\n    import distill_emoji, torchvision\n    importlib.import_module('distill_aim.tracker')\n"
-        "from plugins.distill_towers import vit\nimport aim.sdk\n"
+        "from plugins.distill_vl import vit\nimport aim.sdk\n"
     )
     assert sorted(forbidden_imports(source, "distill_cosmos")) == [
         (2, "distill_clip"),

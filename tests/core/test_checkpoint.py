@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from distill_core.checkpoint import Checkpoints, read_checkpoint
 from distill_core.errors import UserError
+from distill_core.run.checkpoint import Checkpoints, read_checkpoint
 
 
 def state(value: float, size: int = 3) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_in_bytes(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
-    monkeypatch.setattr("distill_core.folders.free_at", lambda folder: 12_345_678)
+    monkeypatch.setattr("distill_core.system.files.free_at", lambda folder: 12_345_678)
     with pytest.raises(UserError) as caught:
         Checkpoints(tmp_path).save(1, state(1.0, 1 << 20))
     assert str(caught.value) == (

@@ -16,12 +16,12 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_core.errors import BadSample, DataError
-from distill_core.evaluate.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
-from distill_core.evaluate.logistic import choose_c, fit, logits
-from distill_core.evaluate.probes import Knn, LinearProbe, Taught, turns
-from distill_core.evaluate.prompts import ensembles, prompts_of, templates_of
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.evaluate.zero_shot import ZeroShot
+from distill_tasks.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_tasks.logistic import choose_c, fit, logits
+from distill_tasks.probes import Knn, LinearProbe, Taught, turns
+from distill_tasks.prompts import ensembles, prompts_of, templates_of
+from distill_tasks.zero_shot import ZeroShot
 
 
 class Look:
@@ -255,7 +255,7 @@ def test_c_is_chosen_on_whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         held_out.append(held)
         return choose_c(x, y, held, *rest)
 
-    monkeypatch.setattr("distill_core.evaluate.probes.choose_c", spy)
+    monkeypatch.setattr("distill_tasks.probes.choose_c", spy)
     x, y = clusters(10, 2)
     owners = torch.arange(20).repeat_interleave(5)
     taught = Taught(x[owners], y[owners], owners)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from beside import load_beside
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
-from distill_core.model import run_recipe
 from distill_core.registry import Registry
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import run_recipe
 from distill_core.train import Trainer
 
 SCRIPT = Path(__file__).with_name("distributed_step.py")

@@ -5,8 +5,8 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-from distill_core import extras
-from distill_core.new_plugin import write
+from distill_authoring.new_plugin import write
+from distill_core.system import extras
 
 ROOT = Path(__file__).parents[2]
 NAME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from distill_core.document import Document, read_document
 from distill_core.errors import RecipeErrors
+from distill_core.recipe.document import Document, read_document
 
 
 def read(text: str) -> Document:

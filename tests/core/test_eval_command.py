@@ -13,15 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.cli import main
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate import sets
 from distill_core.model import Model
 from distill_core.objective import Objective
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Score = Callable[..., dict[str, float]]

@@ -17,9 +17,9 @@ from torch.nn.functional import normalize
 
 from distill_core.data.shards import Shards
 from distill_core.errors import BadSample, DataError
-from distill_core.evaluate.retrieval import Retrieval
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.evaluate.zero_shot import ZeroShot
+from distill_tasks.retrieval import Retrieval
+from distill_tasks.zero_shot import ZeroShot
 
 Vector = list[float]
 

@@ -16,16 +16,17 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from distill_core.batch import View
+from distill_core.contracts.media import Distribution, Picture
 from distill_core.data.loader import Loader
 from distill_core.data.shards import Shards
-from distill_core.environment import environment, git_state
-from distill_core.evaluate.retrieval import Retrieval, RetrievalConfig
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.media import Distribution, Picture, Showcase, sheet, words
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import View
-from distill_towers.tokenizer import ClipTokenizer
+from distill_core.run.environment import environment, git_state
+from distill_core.run.showcase import Showcase, sheet, words
+from distill_tasks.retrieval import Retrieval, RetrievalConfig
+from distill_vl.tokenizer import ClipTokenizer
 
 
 def test_a_showcase_shows_what_training_saw(tiny_recipe: Path, registry: Registry) -> None:

@@ -17,16 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 import distill_core
-from distill_core.components import ComponentConfig, Evaluation
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.task import Evaluation
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model, models_of
-from distill_core.objective import Objective
+from distill_core.model import Model
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import models_of
 from distill_core.train import Trainer
 
 
@@ -264,7 +266,7 @@ def test_tasks_of_the_first_modality_are_not_scored_with_a_teachers_own_first(
     tiny_recipe.write_text(text.replace(first + second, second + first), encoding="utf-8")
     tasks = "evaluate.tasks=[{name: knn, label: txt, learn: null}]"
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*IMAGE_TEACHER, tasks])
-    models = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))
+    models = models_of(recipe, build_objective(recipe), torch.device("cpu"))
     found = evaluate(recipe, models, recipe.source.build(), "test")
     assert {name.split("/")[0] for name in found.scores} == {"student"}
     assert found.warnings == ["the teacher has no text, so knn cannot score it"]
@@ -279,7 +281,7 @@ def test_what_no_loss_trains_is_not_what_is_scored(tiny_recipe: Path, registry: 
     tasks = "evaluate.tasks=[{name: knn, label: txt, learn: null}, {name: knn, id: asked, label: txt, learn: null, \
 features: embedding}]"
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*alone, tasks])
-    models = models_of(recipe, Objective.from_recipe(recipe), torch.device("cpu"))
+    models = models_of(recipe, build_objective(recipe), torch.device("cpu"))
     model, items = models["student"], np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     assert torch.equal(model.encode("image", items), model.encode("image", items, features="class_token"))
     assert model.encode("image", items).shape == (3, 16)

@@ -13,17 +13,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Collator, Dims, Loss, Needs, Plan
+from distill_core.batch import Batch, Group, View, Views
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.model import models_of
-from distill_core.objective import Objective
-from distill_core.recipe import Recipe
+from distill_core.interfaces import Backbone, Collator, Dims, Loss
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.plan import Needs, Plan
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import models_of
 from distill_core.train import Trainer
-from distill_core.types import Batch, Features, Group, Outputs, Progress, View, Views
-from distill_towers.vit import PictureCollator
+from distill_vl.vit import PictureCollator
 
 
 class Drawing:
@@ -103,7 +105,7 @@ def batch() -> Batch:
 
 def test_the_teacher_is_in_evaluation_mode(load: Load) -> None:
     """Catches dropout in the teacher, and batch statistics that it gathers itself."""
-    objective = Objective.from_recipe(load(*NOISY))
+    objective = build_objective(load(*NOISY))
     objective.train()
     assert objective.teacher is not None
     assert not any(module.training for module in objective.teacher.modules())
@@ -122,7 +124,7 @@ def test_the_teacher_is_in_evaluation_mode(load: Load) -> None:
 def test_frozen_parts_stay_in_evaluation_mode(load: Load) -> None:
     """Also after an evaluation, which switches modes back and forth."""
     recipe = load(*NOISY)
-    objective = Objective.from_recipe(recipe)
+    objective = build_objective(recipe)
     objective.trainable(["backbone.image.norm"], {})
     for _ in range(2):
         objective.train()
@@ -138,7 +140,7 @@ def test_frozen_parts_stay_in_evaluation_mode(load: Load) -> None:
 
 def test_a_teacher_starts_from_loaded_weights(load: Load, tmp_path: Path) -> None:
     """Catches a teacher that keeps its random weights when only the student is given some."""
-    source = Objective.from_recipe(load("seed=7"))
+    source = build_objective(load("seed=7"))
     part = {
         k.removeprefix("backbone.image."): v for k, v in source.state_dict().items() if k.startswith("backbone.image.")
     }
@@ -152,7 +154,7 @@ def test_a_teacher_starts_from_loaded_weights(load: Load, tmp_path: Path) -> Non
 
 def test_the_teachers_tokens_are_those_asked_for(load: Load) -> None:
     loss = "loss=[{name: teacher_tokens}]"
-    objective = Objective.from_recipe(load(NOISY[0], "fusion=null", loss, "augment.image.global=2"))
+    objective = build_objective(load(NOISY[0], "fusion=null", loss, "augment.image.global=2"))
     objective.losses(objective.represent(batch(), Progress(0, 1)))
     with pytest.raises(RecipeErrors, match="the teacher does not see it"):
         load(NOISY[0], "fusion=null", loss, "augment.image.global=1")
@@ -204,7 +206,7 @@ def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytes
 
 def test_resume_from_an_older_checkpoint_without_the_init_file(load: Load, tmp_path: Path) -> None:
     source = tmp_path / "first.pt"
-    torch.save(Objective.from_recipe(load()).state_dict(), source)
+    torch.save(build_objective(load()).state_dict(), source)
     recipe = load(f"init=[{{name: weights, source: {source}}}]", "train.checkpoint={every: 1, keep: 4}")
     folder = RunFolder.create(tmp_path / "runs", recipe)
     whole = Trainer(recipe, folder, quiet=True)
@@ -219,7 +221,7 @@ def test_resume_from_an_older_checkpoint_without_the_init_file(load: Load, tmp_p
 
 def test_same_modes_after_a_failing_batch(load: Load) -> None:
     """An error while encoding must not leave the student in evaluation mode."""
-    objective = Objective.from_recipe(load(*NOISY))
+    objective = build_objective(load(*NOISY))
     model = models_of(load(*NOISY), objective, torch.device("cpu"))["student"]
     model.collators["image"] = lambda samples, seeds: SimpleNamespace(map=lambda f: None)  # type: ignore[assignment]
     with pytest.raises(AttributeError):

@@ -13,9 +13,9 @@ import yaml
 from distill_core import hookimpl
 from distill_core.cli import main
 from distill_core.errors import PluginError, RecipeErrors
-from distill_core.named_recipes import named_recipes, recipe_file
+from distill_core.recipe.named import named_recipes, recipe_file
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Plugins, Registry
-from distill_core.resolve import load_recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill_core.components import Backbone, Dims, FusionHead, Loss, LossConfig, ModalityPlan, Needs, Plan
-from distill_core.objective import Objective, Teacher
-from distill_core.recipe import TeacherConfig
-from distill_core.types import Batch, Features, Fused, Group, Outputs, Progress, View, Views
+from distill_core.batch import Batch, Group, View, Views
+from distill_core.interfaces import Backbone, Dims, FusionHead, Loss, LossConfig
+from distill_core.objective import Objective
+from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.plan import ModalityPlan, Needs, Plan
+from distill_core.teacher import Teacher, TeacherConfig
 
 W, D, L, B = 3, 2, 4, 5
 

@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from distill_core.process import arithmetic, reading_threads, set_matmul_precision
-from distill_core.recipe import TrainConfig
+from distill_core.recipe.sections import TrainConfig
+from distill_core.system.process import arithmetic, reading_threads, set_matmul_precision
 
 PROGRAM = """
 import torch
 from pathlib import Path
-from distill_core.process import keep_freed_memory
+from distill_core.system.process import keep_freed_memory
 {}
 def resident():  # MiB
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
@@ -45,15 +45,16 @@ def test_matmul_precision() -> None:
         assert (matmul.fp32_precision == "tf32") is tf32
         assert torch.backends.mkldnn.matmul.fp32_precision == cpu
         train = TrainConfig(precision="bf16", matmul_precision=name)
-        assert arithmetic(train, torch.device("cuda", 1)) == f"bf16 on cuda:1, fp32 products {words}"
-        assert arithmetic(train, torch.device("cpu")) == "bf16 on cpu"
+        cuda = torch.device("cuda", 1)
+        assert arithmetic(train.precision, train.matmul_precision, cuda) == f"bf16 on cuda:1, fp32 products {words}"
+        assert arithmetic(train.precision, train.matmul_precision, torch.device("cpu")) == "bf16 on cpu"
     assert TrainConfig().matmul_precision == "high"
 
 
 def test_threads_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """None where the model computes on the same cores; the ranks of a machine share its cores."""
     assert reading_threads(torch.device("cpu")) == 0
-    monkeypatch.setattr("distill_core.process.cores", lambda: 24)
+    monkeypatch.setattr("distill_core.system.process.cores", lambda: 24)
     assert reading_threads(torch.device("cuda")) == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert reading_threads(torch.device("cuda")) == 3

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -14,12 +14,17 @@ import click
 import pytest
 from pydantic import BaseModel
 
-from distill_core import catalogue, hookimpl, hookspecs, recipe, reference
+from distill_authoring import reference
+from distill_core import hookimpl, hookspecs
 from distill_core.cli import cli, main
-from distill_core.components import INTERFACES, Component, ComponentConfig, Loss
+from distill_core.commands import catalogue
+from distill_core.contracts.component import Component, ComponentConfig
+from distill_core.contracts.kinds import INTERFACES
 from distill_core.errors import PluginError
-from distill_core.extras import project
+from distill_core.interfaces import Loss
+from distill_core.recipe import sections as recipe
 from distill_core.registry import Entry, Plugins, Registry
+from distill_core.system.extras import project
 
 
 class Good(Loss):
@@ -195,7 +200,7 @@ def test_two_packages_that_register_one_plugin_are_both_named(
 def test_built_in_methods_come_through_the_strangers_door(registry: Registry) -> None:
     """Would catch a component that is registered in any other way than by an entry point of the group."""
     ours = {point.name: point.value for point in entry_points(group="distill")}
-    assert {"core", "towers", "cosmos", "clip", "emoji", "aim"} <= set(ours)
+    assert {"core", "vl", "cosmos", "clip", "emoji", "aim"} <= set(ours)
     for entry in registry.entries.values():
         module = ours[entry.plugin].split(".")[0]
         assert entry.cls.__module__.split(".")[0] == module, f"{entry.cls} was not brought by its own package"

@@ -8,10 +8,12 @@ import torch
 from base_recipe import BASE, Check, Errors
 
 from distill_core import hookimpl
-from distill_core.components import Backbone, ComponentConfig, Dims, Loss, LossConfig, Needs
+from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import RecipeErrors
+from distill_core.interfaces import Backbone, Dims, Loss, LossConfig
+from distill_core.plan import Needs
+from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe, parse_recipe
 
 
 def test_all_errors_of_a_file_at_once_with_their_lines(errors: Errors) -> None:

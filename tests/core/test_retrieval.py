@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from distill_core.evaluate.retrieval import Retrieval, ranks_of
 from distill_core.evaluate.sets import EvaluationSet
+from distill_tasks.retrieval import Retrieval, ranks_of
 
 
 def several(pictures: int, most: int, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -18,16 +18,17 @@ import torch
 from PIL import Image
 
 import distill_core.cli
-from distill_core.checkpoint import Checkpoints
-from distill_core.components import Tracker
+from distill_core.batch import Skipped
+from distill_core.contracts.tracker import Tracker
 from distill_core.errors import UserError
-from distill_core.model import run_recipe
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.report import Report, headline, write_report
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder, TrackerThread
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import run_recipe
+from distill_core.run.report import Report, headline, write_report
+from distill_core.run.tracking import TrackerThread
 from distill_core.train import Trainer
-from distill_core.types import Skipped
 
 
 class Keeps(Tracker):
@@ -349,7 +350,7 @@ def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
     """Would catch two resumes of one run that mix their rows and checkpoints."""
     tmp_path.mkdir(exist_ok=True)
     code = (
-        "import sys; from pathlib import Path; from distill_core.tracking import RunFolder; "
+        "import sys; from pathlib import Path; from distill_core.run.folder import RunFolder; "
         "folder = RunFolder(Path(sys.argv[1])); folder.lock(); print('locked', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

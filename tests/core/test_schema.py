@@ -10,13 +10,13 @@ from typing import Any
 import jsonschema
 import pytest
 
+from distill_authoring.schema import recipe_schema
 from distill_core.cli import main
-from distill_core.document import read_document
 from distill_core.errors import RecipeErrors
-from distill_core.recipe import Frame
+from distill_core.recipe.document import read_document
+from distill_core.recipe.resolve import load_recipe, parse_recipe
+from distill_core.recipe.sections import Frame
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe, parse_recipe
-from distill_core.schema import recipe_schema
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distill_core.errors import UserError
-from distill_core.state_dicts import read_state_dict, unwrapped
+from distill_core.system.state_dicts import read_state_dict, unwrapped
 
 A, B = {"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])}
 OPTIMIZER: dict[str, Any] = {"state": {}, "param_groups": [{"lr": 0.1}]}

@@ -13,11 +13,11 @@ from distill_core.data.shards import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate.run import evaluate
-from distill_core.model import models_of
-from distill_core.objective import Objective
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import models_of
 from distill_core.train import Trainer
 
 
@@ -87,7 +87,7 @@ def test_the_means_say_of_which_sets_they_are(tiny_recipe: Path, registry: Regis
     test = str(tiny_recipe.parent / "shards" / "test-*.tar")
     for sets, note in (({"a": test}, False), ({"one": test, "other": train}, True)):
         recipe = load_recipe(tiny_recipe, registry=registry, overrides=[f"data.source.test={json.dumps(sets)}"])
-        objective = Objective.from_recipe(recipe)
+        objective = build_objective(recipe)
         scored = evaluate(recipe, models_of(recipe, objective, torch.device("cpu")), recipe.source.build(), "test")
         assert scored.failed == []
         assert scored.notes["retrieval"].endswith("; means of 2 sets: one, other") == note

@@ -18,15 +18,17 @@ import pytest
 from click.shell_completion import ShellComplete
 from rich.console import Console
 
-import distill_core.doctor as doctor
-from distill_core import completion, display, hookimpl
+import distill_core.commands.doctor as doctor
+from distill_core import hookimpl
 from distill_core.cli import cli, main
-from distill_core.display import mean_table, per_second, print_scores
-from distill_core.doctor import Diagnostic
+from distill_core.commands import completion
+from distill_core.contracts.diagnostic import Diagnostic
 from distill_core.errors import PluginError
-from distill_core.extras import project
-from distill_core.folders import cache_folder, in_words, size_of
 from distill_core.registry import Plugins, Registry
+from distill_core.run import display
+from distill_core.run.display import mean_table, per_second, print_scores
+from distill_core.system.extras import project
+from distill_core.system.files import cache_folder, in_words, size_of
 
 
 @pytest.fixture
@@ -230,7 +232,7 @@ def test_a_task_that_begins_is_a_line_in_a_pipe(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colour_on_a_terminal(variables: dict[str, str], coloured: bool, tmp_path: Path) -> None:
     """A warning through a real terminal. Would catch NO_COLOR that is not heeded; piped output is in `test_doctor`."""
-    code = "from distill_core.display import Display; Display(3).warn('mind the gap')"
+    code = "from distill_core.run.display import Display; Display(3).warn('mind the gap')"
     ours, theirs = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")}
     environment |= {"TERM": "xterm-256color", **variables}

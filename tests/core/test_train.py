@@ -19,17 +19,21 @@ import torch
 from torch import Tensor, nn
 
 import distill_core.cli
-from distill_core.checkpoint import Checkpoints
-from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig, Optimizer
+from distill_core.batch import Batch
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.optimizer import Optimizer
+from distill_core.contracts.schedule import Constant, WarmupCosine
+from distill_core.contracts.task import Evaluation
 from distill_core.errors import TrainingStopped, UserError
-from distill_core.model import run_recipe
-from distill_core.optimizers import Constant, WarmupCosine
-from distill_core.process import Interrupt
+from distill_core.interfaces import Loss, LossConfig
+from distill_core.outputs import Outputs
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import run_recipe
+from distill_core.system.process import Interrupt
 from distill_core.train import Trainer
-from distill_core.types import Batch, Outputs
 
 
 class PoisonConfig(LossConfig):
@@ -284,7 +288,7 @@ def test_matmul_precision_is_set_and_said(
 ) -> None:
     """By the trainer, before anything is computed."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "highest"
-    monkeypatch.setattr("distill_core.train.arithmetic", lambda train, device: f"sums in {train.matmul_precision}")
+    monkeypatch.setattr("distill_core.train.arithmetic", lambda precision, matmul, device: f"sums in {matmul}")
     overrides = ["train.steps=1", "evaluate=null", f"train.matmul_precision={precision}"]
     recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
     Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe)).run()
@@ -590,6 +594,6 @@ def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPat
     def refused(*arguments: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("distill_core.report.write_whole", refused)
+    monkeypatch.setattr("distill_core.run.report.write_whole", refused)
     with pytest.raises(UserError, match=r"report\.json: cannot be written: Read-only file system\. The run is"):
         run("train.steps=2")

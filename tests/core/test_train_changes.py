@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.errors import RecipeErrors
-from distill_core.recipe import changes
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import changes
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 PLAIN = ("fusion=null", "teacher=null", "loss=[{name: contrastive}]", "evaluate=null")

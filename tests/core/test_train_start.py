@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.errors import UserError
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Make = Callable[..., Trainer]
@@ -82,12 +82,12 @@ def test_factors_of_the_learning_rate(trainer: Make) -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("freeze=[backbone.txt]", r"freeze: 'backbone.txt' names no part of the model, did you mean 'backbone.text'\?"),
+        ("freeze=[backbone.txt]", r"'backbone.txt' names no part of the model, did you mean 'backbone.text'\?"),
         (
             "train.lr_factors={backbone.image.transfomer: 0.1}",
-            r"train.lr_factors: 'backbone.image.transfomer' .*did you mean 'backbone.image.transformer'\?",
+            r"'backbone.image.transfomer' .*did you mean 'backbone.image.transformer'\?",
         ),
-        ("freeze=[teacher.backbone.image]", r"freeze: 'teacher.backbone.image' names no part"),
+        ("freeze=[teacher.backbone.image]", r"'teacher.backbone.image' names no part"),
         ("freeze=[backbone, fusion, loss]", r"everything is frozen"),
     ],
 )

@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 import distill_core.cli
-from distill_core.checkpoint import Checkpoints
-from distill_core.components import ComponentConfig, Evaluation, Loss, LossConfig
+from distill_core.batch import Sample, View
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.task import Evaluation
 from distill_core.errors import DataError, TrainingStopped, UserError
-from distill_core.process import Interrupt
+from distill_core.interfaces import Loss, LossConfig
+from distill_core.outputs import Outputs, Progress
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_core.system.process import Interrupt
 from distill_core.train import Result, Trainer
-from distill_core.types import Outputs, Progress, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
 PLAIN = ("fusion=null", "teacher=null", "evaluate=null", "train.checkpoint.every=null", "train.steps=6")
 

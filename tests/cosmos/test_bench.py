@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from distill_core.errors import UserError
-from distill_core.objective import Objective
-from distill_core.recipe import Recipe
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
 from distill_cosmos import bench
 from distill_cosmos.fusion import CrossAttention
 
@@ -57,7 +57,7 @@ def test_a_batch_of_one_is_refused(recipe: Recipe) -> None:
 
 def sides(recipe: Recipe) -> tuple[bench.Ours, bench.Plain]:
     torch.manual_seed(0)
-    objective = Objective.from_recipe(recipe)
+    objective = build_objective(recipe)
     batch = bench.make_batch(recipe, 3, global_tokens=12, local_tokens=6)
     return bench.Ours(recipe, objective, batch, bench.Clock()), bench.Plain(recipe, objective, batch, bench.Clock())
 

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distill_cosmos.soft_targets
-import distill_towers.contrastive
-from distill_core.components import ModalityPlan, Plan
+import distill_vl.contrastive
+from distill_core.batch import Batch, Group, Views
 from distill_core.errors import RecipeErrors
-from distill_core.objective import Objective
-from distill_core.recipe import Recipe
+from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Features, Fused, Group, Outputs, Progress, Views
 from distill_cosmos.losses import CrossModalDistillation
 
 D = 5
@@ -119,13 +120,13 @@ def test_only_what_is_needed_is_computed_and_gathered(
     names: tuple[str, ...] | None, calls: list[tuple[int, int]], read: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int]] = []
-    original = distill_towers.contrastive.multi_view_info_nce
+    original = distill_vl.contrastive.multi_view_info_nce
 
     def counting(a: Tensor, b: Tensor, *rest: Any, **options: Any) -> Tensor:
         seen.append((a.shape[0], b.shape[0]))
         return original(a, b, *rest, **options)
 
-    monkeypatch.setattr(distill_towers.contrastive, "multi_view_info_nce", counting)
+    monkeypatch.setattr(distill_vl.contrastive, "multi_view_info_nce", counting)
     outputs = make_outputs(1, 4)
     make_loss(pairs=names)(outputs)
     assert seen == calls
@@ -180,7 +181,7 @@ def picture_views(generator: torch.Generator) -> Views:
 def test_self_distillation_of_pictures_alone(parse: Callable[..., Recipe], text: bool) -> None:
     """A teacher of pictures only, with texts in the recipe or without any, as the user would write it."""
     torch.manual_seed(0)
-    objective = Objective.from_recipe(parse("[image_to_image]", text=text))
+    objective = build_objective(parse("[image_to_image]", text=text))
     generator = torch.Generator().manual_seed(1)
     views = {"image": picture_views(generator)}
     if text:
@@ -298,11 +299,11 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
     leaves = [loss.logit_scale, *(f.pooled for f in joint.student.values())]
     whole = loss(joint)[0]["cross_modal_distillation"]
     wanted = torch.autograd.grad(whole, leaves, retain_graph=True)
-    monkeypatch.setattr(distill_towers.contrastive, "world_size", lambda: 3)
+    monkeypatch.setattr(distill_vl.contrastive, "world_size", lambda: 3)
     terms = []
     for rank in range(3):
         rows = slice(2 * rank, 2 * rank + 2)
-        monkeypatch.setattr(distill_towers.contrastive, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distill_vl.contrastive, "rank", lambda rank=rank: rank)
         assert joint.fused is not None
         own = Outputs(
             {},
@@ -332,7 +333,7 @@ def test_soft_targets_ask_for_a_teacher_of_the_students_modality(parse: Callable
 @pytest.mark.parametrize("targets", ["hard", "soft"])
 def test_bf16_autocast(parse: Callable[..., Recipe], targets: str) -> None:
     torch.manual_seed(0)
-    objective = Objective.from_recipe(parse(f"[image_to_image], targets: {targets}", text=False))
+    objective = build_objective(parse(f"[image_to_image], targets: {targets}", text=False))
     views = {"image": picture_views(torch.Generator().manual_seed(1))}
     exact = objective.losses(objective.represent(Batch(views, ["a", "b", "c"]), Progress(0, 1))).total
     with torch.autocast("cpu", torch.bfloat16):

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_core.components import FusionHead, ModalityPlan, Plan
+from distill_core.batch import Batch, Group, Views
 from distill_core.errors import RecipeErrors
-from distill_core.objective import Objective
+from distill_core.interfaces import FusionHead
+from distill_core.outputs import Features, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Features, Group, Progress, Views
-from distill_cosmos.fusion import CrossAttention, GatedCrossAttention, Identity, MeanPooling
-from distill_cosmos.q_former import QFormer
+from distill_cosmos.fusion import CrossAttention
+from distill_cosmos_variants.fusion import GatedCrossAttention, Identity, MeanPooling
+from distill_cosmos_variants.q_former import QFormer
 
 D, HEADS = 6, 2
 WIDTH = {"image": 5, "text": 4}
@@ -273,16 +276,16 @@ def test_a_gated_fusion_starts_as_none() -> None:
 
 
 def test_the_views_of_a_q_former_share_one_set_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    import distill_cosmos.fusion
+    import distill_vl.token_fusion
 
     shapes: list[tuple[torch.Size, torch.Size]] = []
-    original = distill_cosmos.fusion.cross_attention_pool
+    original = distill_vl.token_fusion.cross_attention_pool
 
     def counting(queries: Tensor, tokens: Tensor, **rest: Any) -> Tensor:
         shapes.append((queries.shape, tokens.shape))
         return original(queries, tokens, **rest)
 
-    monkeypatch.setattr(distill_cosmos.fusion, "cross_attention_pool", counting)
+    monkeypatch.setattr(distill_vl.token_fusion, "cross_attention_pool", counting)
     make(QFormer, {"heads": HEADS, "queries": 3})(make_features(1))
     assert shapes == [((3 * 3, 4, D), (4, LENGTH["text"], D)), ((2 * 3, 4, D), (4, LENGTH["image"], D))]
 
@@ -313,7 +316,7 @@ def test_from_a_recipe(parse: Callable[..., Any], name: str) -> None:
     """A whole step: tokens of the first view only, none for `identity`, and a gradient wherever one is due."""
     torch.manual_seed(0)
     heads = ", heads: 3" if name in ("cross_attention", "gated", "q_former") else ""
-    objective = Objective.from_recipe(parse(f"{{name: {name}{heads}}}"))
+    objective = build_objective(parse(f"{{name: {name}{heads}}}"))
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 48, (3, 3, 6), generator=generator)
     sizes = ((2, 16, "global"), (1, 8, "local"))

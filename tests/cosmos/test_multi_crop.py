@@ -11,8 +11,8 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 
 from distill_core.errors import BadSample
-from distill_cosmos.multi_crop import MultiCrop
-from distill_towers.pictures import colour_jitter, crop_box, random_resized_crop, shift_hue
+from distill_vl.multi_crop import MultiCrop
+from distill_vl.pictures import colour_jitter, crop_box, random_resized_crop, shift_hue
 
 
 def make(**options: Any) -> MultiCrop:

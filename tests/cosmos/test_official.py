@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distill_core.errors import UserError
 from distill_core.objective import Objective
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
 from distill_cosmos import official
 
 RECIPE = """
@@ -28,7 +29,7 @@ train: {steps: 1}
 
 @pytest.fixture
 def objective() -> Objective:
-    return Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover()))
+    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover()))
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
-from distill_core.recipe import Recipe
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
 from distill_cosmos import official
 
 HEADS, TEXT_HEADS, FUSION_HEADS, PATCH = 2, 2, 2, 4
@@ -82,7 +84,7 @@ def build(
     registry: Registry, dtype: torch.dtype, states: dict[str, dict[str, Tensor]], **options: object
 ) -> tuple[Recipe, Objective]:
     recipe = parse_recipe(recipe_text(**options), "parity.yaml", registry=registry)  # type: ignore[arg-type]
-    objective = Objective.from_recipe(recipe).to(dtype)
+    objective = build_objective(recipe).to(dtype)
     official.load_state_dict(objective, states)
     return recipe, objective
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
+from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Features, Fused, Outputs, Progress
 from distill_cosmos.sigmoid import SigmoidContrastive, SigmoidDistillation
-from distill_towers.contrastive import ContrastiveLoss
+from distill_vl.contrastive import ContrastiveLoss
 
 RECIPE = Path(__file__).parents[2] / "recipes/cosmos_sigmoid_tiny.yaml"
 IMAGE_GLOBALS, IMAGES, TEXT_GLOBALS, TEXTS, BATCH, DIM = 2, 3, 1, 4, 3, 5

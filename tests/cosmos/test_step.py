@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-import distill_cosmos.fusion
-import distill_towers.contrastive
+import distill_vl.contrastive
+import distill_vl.token_fusion
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
 
 RECIPE = """
 augment: {image: {name: multi_crop, size: 16, local_size: 8}, text: {name: text_crop}}
@@ -29,7 +31,7 @@ B = 6
 @pytest.fixture
 def objective() -> Objective:
     torch.manual_seed(0)
-    return Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover()))
+    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover()))
 
 
 @pytest.fixture
@@ -51,7 +53,7 @@ def test_one_set_of_tokens_a_sample_and_two_loss_calls(
 ) -> None:
     pools: list[tuple[torch.Size, torch.Size]] = []
     calls: list[tuple[int, int]] = []
-    pool, nce = distill_cosmos.fusion.cross_attention_pool, distill_towers.contrastive.multi_view_info_nce
+    pool, nce = distill_vl.token_fusion.cross_attention_pool, distill_vl.contrastive.multi_view_info_nce
 
     def counting_pool(queries: torch.Tensor, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
         pools.append((queries.shape, tokens.shape))
@@ -61,8 +63,8 @@ def test_one_set_of_tokens_a_sample_and_two_loss_calls(
         calls.append((a.shape[0], b.shape[0]))
         return nce(a, b, *rest, **options)
 
-    monkeypatch.setattr(distill_cosmos.fusion, "cross_attention_pool", counting_pool)
-    monkeypatch.setattr(distill_towers.contrastive, "multi_view_info_nce", counting_nce)
+    monkeypatch.setattr(distill_vl.token_fusion, "cross_attention_pool", counting_pool)
+    monkeypatch.setattr(distill_vl.contrastive, "multi_view_info_nce", counting_nce)
     objective.losses(objective.represent(batch, Progress(0, 1)))
     assert sorted(pools) == [((8, B, 32), (B, 12, 32)), ((8, B, 32), (B, 16, 32))]
     # 2 x 8 pairs of the contrastive loss, then (8 + 8) x (2 + 2) of the distillation

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill_clip.components import WholeCaption
 from distill_core.errors import BadSample
 from distill_cosmos.text_crop import TextCrop
-from distill_towers.captions import TakeConfig, draw, sentences
+from distill_vl.caption import WholeCaption
+from distill_vl.captions import TakeConfig, draw, sentences
 
 POOL = [f"sentence {chr(97 + i)}" for i in range(12)]
 

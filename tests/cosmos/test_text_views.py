@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill_core.components import Augmentation
+from distill_core.batch import View
+from distill_core.interfaces import Augmentation
 from distill_core.registry import Registry
-from distill_core.types import View
 from distill_cosmos.text_crop import TextCrop
-from distill_cosmos.text_views import MaskedText, SentenceCrop, WordDropout
+from distill_cosmos_variants.text_views import MaskedText, SentenceCrop, WordDropout
 
 POOL = [f"{letter}0 {letter}1 {letter}2 {letter}3" for letter in "abcdefghijkl"]
 ALL: list[type[Augmentation]] = [MaskedText, WordDropout, SentenceCrop]

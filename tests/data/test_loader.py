@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from distill_core.batch import Batch, Sample, View
 from distill_core.data.loader import Loader
 from distill_core.errors import DataError
-from distill_core.recipe import Recipe
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Batch, Sample, View
-from distill_towers.captions import CaptionAugmentation, CaptionConfig
+from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
 Write = Callable[..., list[Path]]
 

@@ -10,9 +10,9 @@ import pytest
 
 from distill_core.data import stream
 from distill_core.data.loader import Loader
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Said = Callable[..., str]

@@ -19,10 +19,10 @@ import torch
 from streams import Write, epochs_of, keys_in, stream_of, take
 
 import distill_core.data.stream
+from distill_core.batch import Sample, View
 from distill_core.data.stream import Failure, Item, SampleViews, ShardStream, unseen
 from distill_core.errors import BadSample
 from distill_core.registry import Registry
-from distill_core.types import Sample, View
 
 
 class OneOf:

@@ -11,9 +11,9 @@ import pytest
 
 import distill_core.cli
 from distill_core.errors import DataError
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Make = Callable[..., Trainer]

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from distill_core import distributed
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
+from distill_core.system import distributed
 
 HEAD = "prototypes: 7, hidden: 6, bottleneck: 5"
 RECIPE = """
@@ -39,7 +41,7 @@ def objective(losses: str, recipe: str = RECIPE) -> Objective:
     """With student, teacher and centres away from the start, where student and teacher are one."""
     torch.manual_seed(0)
     parsed = parse_recipe(recipe.replace("LOSSES", losses), "r.yaml", registry=Registry.discover())
-    made = Objective.from_recipe(parsed).double()
+    made = build_objective(parsed).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.3 * torch.randn_like(parameter)

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from distill_core.errors import RecipeErrors, UserError
+from distill_core.outputs import Outputs, Progress
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Outputs, Progress
 from distill_dino.prototypes import spread
 from distill_dino.targets import sinkhorn_knopp
-from distill_towers.heads import DINOHead
+from distill_vl.heads import DINOHead
 
 CENTRINGS = ["ema", "sinkhorn_knopp"]
 WARM = 0.04 + (0.07 - 0.04) * (2 / 10) / 0.3  # steps.PROGRESS is 2 of 10; the warm-up takes 0.3 of the run

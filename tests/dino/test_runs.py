@@ -10,9 +10,9 @@ from types import ModuleType
 
 import torch
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.cli import main
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 
 
 def test_two_ranks_have_one_centre_and_the_joint_gradients(tmp_path: Path, steps: ModuleType) -> None:

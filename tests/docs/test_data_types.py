@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from distill_core.batch import Batch, Group, View, Views
+from distill_core.outputs import Features, Fused, Outputs, Progress
 from distill_core.plan import ModalityPlan, Needs, Plan
-from distill_core.types import Batch, Features, Fused, Group, Outputs, Progress, View, Views
 
 PAGE = Path(__file__).parents[2] / "docs" / "data_types.md"
 

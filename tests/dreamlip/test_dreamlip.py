@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Features, Outputs, Progress
 from distill_dreamlip.losses import MultiPositive, SubcaptionGrouping
 from distill_dreamlip.views import SubCaptions
 

@@ -18,9 +18,9 @@ import pytest
 from emoji_packages import missing
 from PIL import Image
 
+from distill_core.batch import Sample
 from distill_core.errors import DataError
-from distill_core.extras import install
-from distill_core.types import Sample
+from distill_core.system.extras import install
 from distill_emoji import concepts, render, shards, source
 from distill_emoji.source import EmojiSource
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill_core.conformance import assert_conforms
+from distill_authoring.conformance import assert_conforms
+from distill_core.batch import Sample
 from distill_core.errors import DataError
-from distill_core.types import Sample
 from distill_emoji import scenes as scenes_module
 from distill_emoji.scenes import EmojiScenes, ScenesConfig, _cells
 

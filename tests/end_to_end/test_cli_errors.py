@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_core.batch import Batch
 from distill_core.cli import main
 from distill_core.errors import DataError
-from distill_core.types import Batch, Progress
-from distill_core.update import Step, Update
+from distill_core.outputs import Progress
+from distill_core.step import Step, Update
 
 
 @dataclass

@@ -12,12 +12,12 @@ import torch
 
 from distill_core.data.loader import Loader
 from distill_core.data.shards import expand
-from distill_core.objective import Objective
-from distill_core.process import seed_all
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Progress
-from distill_core.update import Update
+from distill_core.step import Update
+from distill_core.system.process import seed_all
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes" / "published").glob("*.yaml"))
@@ -106,7 +106,7 @@ def test_a_step_on_the_embedded_data(file: Path, registry: Registry, cache: Path
     (batch,) = islice(Loader(recipe, shards), 1)
     assert (len(batch), batch.skipped) == (2, [])
     seed_all(recipe.seed)
-    objective = Objective.from_recipe(recipe)
+    objective = build_objective(recipe)
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     step = Update(recipe, objective, torch.device("cpu"))(batch, Progress(0, 1))
     assert step.finite

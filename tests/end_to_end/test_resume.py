@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from distill_core.checkpoint import Checkpoints
-from distill_core.model import run_recipe
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_core.run.load import run_recipe
 from distill_core.train import Trainer
 
 GATE = Path(__file__).with_name("gate")

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_core.checkpoint import Checkpoints
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 
 SECONDS = 90  # for what takes a few on a machine that is not busy
 STEPS = 6

@@ -19,9 +19,9 @@ from PIL import Image
 
 import distill_core
 from distill_core.cli import main
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -210,7 +210,7 @@ def test_a_contact_sheet_is_a_grid(count: int, words: str) -> None:
 
 
 def test_words_are_shortened() -> None:
-    from distill_core.media import font_of
+    from distill_core.run.showcase import font_of
     from distill_explore.contact import wrap
 
     font = font_of(11)

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from distill_core import distributed
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
+from distill_core.system import distributed
 
 RECIPE = """
 augment: {image: {name: random_crop, size: 8}, text: {name: sampled_captions, captions: 3}}
@@ -34,7 +36,7 @@ def objective(**options: Any) -> Objective:
     """`options` replace the loss's; weights away from their start."""
     torch.manual_seed(0)
     sets = [f"loss.0.{name}={value}" for name, value in options.items()]
-    made = Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover(), overrides=sets)).double()
+    made = build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover(), overrides=sets)).double()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if not name.startswith("loss."):

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import BadSample, RecipeErrors, UserError
 from distill_core.objective import Objective
+from distill_core.outputs import Features, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Features, Progress
 from distill_flair.captions import SampledCaptions, SampledCaptionsConfig
 from distill_flair.fusion import TextConditionedPool, TextConditionedPoolConfig
 from distill_flair.loss import Flair, FlairConfig
@@ -209,7 +210,7 @@ def test_what_is_refused(step: ModuleType, registry: Registry, change: str, mess
 def test_a_fusion_in_which_texts_do_not_ask_is_named(registry: Registry, step: ModuleType) -> None:
     """A loss cannot see the fusion's options before it runs; catches a bare KeyError."""
     recipe = parse_recipe(step.RECIPE, "r.yaml", registry=registry, overrides=["fusion.queries=[image]"])
-    made = Objective.from_recipe(recipe).double()
+    made = build_objective(recipe).double()
     outputs = made.represent(step.batch(), Progress(0, 1))
     with pytest.raises(UserError, match=r"'text' pool the tokens of 'image', but text does not ask; add it to fusion"):
         made.losses(outputs)

@@ -12,14 +12,16 @@ import torch
 from beside import load_beside
 from torch import Tensor, nn
 
+from distill_core.batch import Batch, Group, View, Views
 from distill_core.errors import BadSample, RecipeErrors, UserError
 from distill_core.objective import Objective
+from distill_core.outputs import Outputs, Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Outputs, Progress, View, Views
 from distill_flava.losses import PredictionHead
 from distill_flava.views import FlavaImage, FlavaImageConfig, FlavaText
-from distill_towers.captions import TakeConfig
+from distill_vl.captions import TakeConfig
 
 RECIPE = """
 augment: {image: {name: flava_image, size: 12}, text: {name: flava_text}}
@@ -42,7 +44,7 @@ def transcription() -> ModuleType:
 
 def build(registry: Registry, *overrides: str) -> Objective:
     torch.manual_seed(0)
-    made = Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides)).double()
+    made = build_objective(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides)).double()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.numel() < 1e5:  # the vocabulary's are random enough

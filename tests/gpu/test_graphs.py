@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_core.process import set_matmul_precision
+from distill_core.system.process import set_matmul_precision
 from distill_kernels import cross_attention_pool, multi_view_info_nce, multi_view_sigmoid
 
 pytestmark = pytest.mark.usefixtures("ampere")

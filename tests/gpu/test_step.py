@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from distill_core.batch import Batch
 from distill_core.data.example import example_batch
 from distill_core.objective import Objective
-from distill_core.process import set_matmul_precision
-from distill_core.recipe import Recipe
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_core.step import Update
+from distill_core.system.process import set_matmul_precision
 from distill_core.train import Trainer
-from distill_core.types import Batch, Progress
-from distill_core.update import Update
 from distill_kernels.choices import recorded
 
 TINY = Path(__file__).resolve().parents[2] / "recipes" / "cosmos_tiny.yaml"
@@ -35,7 +37,7 @@ def tiny(registry: Registry, *overrides: str) -> Recipe:
 def made(recipe: Recipe) -> tuple[Objective, Batch]:
     """On the CPU, the same for each call."""
     torch.manual_seed(0)
-    return Objective.from_recipe(recipe), example_batch(recipe, SAMPLES)
+    return build_objective(recipe), example_batch(recipe, SAMPLES)
 
 
 def step(

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_core import distributed
-from distill_core.objective import Objective
-from distill_core.recipe import Recipe
+from distill_core.batch import Batch, Group, Views
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
+from distill_core.system import distributed
 from distill_siglip.ring import ring_sigmoid
-from distill_towers.masking import MASKED, patch_pixels
+from distill_vl.masking import MASKED, patch_pixels
 
 RECIPE = """
 augment: {{image: {image}, text: {text}}}
@@ -107,7 +108,7 @@ def step(case: str, registry: Registry, first: int, last: int) -> dict[str, Any]
     """Terms of these rows and the averaged gradients."""
     parsed = recipe(case, registry)
     torch.manual_seed(0)
-    made = Objective.from_recipe(parsed).double()
+    made = build_objective(parsed).double()
     with torch.no_grad():
         for parameter in [*made.backbone.parameters(), *made.loss.parameters()]:  # away from ones and zeros
             parameter += 0.1 * torch.randn_like(parameter)

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_core.components import Loss
+from distill_core.interfaces import Loss
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Features, Outputs, Progress
 
 RECIPE = Path(__file__).parents[2] / "recipes/silc_tiny.yaml"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_core.components import Loss
-from distill_core.conformance.inputs import fits, outputs
+from distill_authoring.conformance.inputs import fits, outputs
+from distill_core.interfaces import Loss
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
 
 RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*_tiny.yaml"))
 ENTRIES = [entry for (kind, _), entry in Registry.discover().entries.items() if kind == "loss"]

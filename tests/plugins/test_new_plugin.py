@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distill_core.cli import main
-from distill_core.components import INTERFACES
+from distill_core.contracts.kinds import INTERFACES
 from distill_core.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def test_the_template_is_in_the_wheel() -> None:
     """Would catch an installed distill that cannot write a plugin."""
     builders = pytest.importorskip("hatchling.builders.wheel")
     packed = {file.distribution_path for file in builders.WheelBuilder(str(ROOT)).recurse_included_files()}
-    template = ROOT / "distill_core" / "plugin_template"
+    template = ROOT / "plugins" / "distill_authoring" / "template"
     files = [path for path in template.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert len(files) >= 10
-    assert {str(path.relative_to(ROOT)) for path in files} <= packed
+    assert {str(path.relative_to(ROOT / "plugins")) for path in files} <= packed

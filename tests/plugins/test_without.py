@@ -20,7 +20,7 @@ distill_api = 1
 
 @hookimpl
 def distill_components():
-    from distill_core.components import Loss
+    from distill_core.interfaces import Loss
 
     class Mine(Loss):
         "A second loss of this name."

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from distill_core.batch import View
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.extras import install
+from distill_core.outputs import Features
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Features, View
+from distill_core.system.extras import install
 from distill_pretrained import folders
 from distill_pretrained.hf_text import PAD, HfText, HfTextConfig
 

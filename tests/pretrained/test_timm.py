@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill_core.batch import GLOBAL, LOCAL, Batch, Group, Views
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.extras import install
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import GLOBAL, LOCAL, Batch, Group, Progress, Views
+from distill_core.system.extras import install
 from distill_pretrained import timm_tower
 from distill_pretrained.timm_tower import TimmTower, TimmTowerConfig
 from distill_pretrained.timm_weights import TimmWeights, TimmWeightsConfig
@@ -74,7 +76,7 @@ def test_crops_of_other_sizes() -> None:
 
 def objective(registry: Registry, **changes: str) -> Objective:
     overrides = [f"{key}={value}" for key, value in changes.items()]
-    return Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides))
+    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides))
 
 
 def test_a_step_of_cosmos_with_a_frozen_tower(registry: Registry) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from distill_core.batch import View
 from distill_core.errors import UserError
-from distill_core.types import View
-from distill_towers.example import model
-from distill_towers.vit import VisionTransformer, VisionTransformerConfig
+from distill_vl.example import model
+from distill_vl.vit import VisionTransformer, VisionTransformerConfig
 
 
 def tower(class_tokens: int = 1) -> VisionTransformer:

@@ -14,11 +14,11 @@ from PIL import Image
 
 from distill_core.errors import UserError
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
 from distill_segment.commands import _free, segment
 from distill_segment.task import Segmentation, SegmentationConfig
-from distill_towers.example import model
+from distill_vl.example import model
 
 
 def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
@@ -75,8 +75,8 @@ def test_overlays_of_pictures_replace_nothing(
     def recipe(run: Path, registry: Registry, changes: Sequence[tuple[str, str]]) -> Any:
         return load_recipe(tiny_recipe, registry=registry, overrides=[change for change, _ in changes])
 
-    monkeypatch.setattr("distill_core.model.run_recipe", recipe)
-    monkeypatch.setattr("distill_core.model.load_model", lambda *_, **__: model())
+    monkeypatch.setattr("distill_core.run.load.run_recipe", recipe)
+    monkeypatch.setattr("distill_core.run.load.load_model", lambda *_, **__: model())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.txt").write_text("red\ngreen\n")
     inputs = ["1.png", "a/1.png", "b/1.png", "1-classes-2.png"]

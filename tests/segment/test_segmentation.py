@@ -16,19 +16,19 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core import distributed
-from distill_core.components import ModalityPlan, Plan
-from distill_core.conformance import assert_conforms
+from distill_authoring.conformance import assert_conforms
+from distill_core.batch import View
 from distill_core.errors import DataError, RecipeErrors, UserError
 from distill_core.evaluate.sets import EvaluationSet
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import View
+from distill_core.system import distributed
 from distill_segment.folders import ImageMaskFolder, SegmentationSet
 from distill_segment.scores import confusion, scores_of
 from distill_segment.segmenter import Segmenter
 from distill_segment.task import Segmentation, SegmentationConfig
-from distill_towers.example import model
+from distill_vl.example import model
 
 
 @pytest.mark.parametrize("component", [Segmentation, ImageMaskFolder, SegmentationSet])

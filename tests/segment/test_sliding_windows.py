@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot, pad
 
+from distill_core.batch import View
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.types import View
 from distill_segment.segmenter import Segmenter, starts
 from distill_segment.task import Segmentation, SegmentationConfig
-from distill_towers.example import model
+from distill_vl.example import model
 
 
 def test_windows_reach_the_end() -> None:

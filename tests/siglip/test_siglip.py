@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_core.components import ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe, parse_recipe
-from distill_core.types import Features, Outputs, Progress
 from distill_siglip.loss import SigLip
 from distill_siglip.ring import ring_sigmoid
 

@@ -11,14 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from distill_clip.components import Clip
-from distill_core.components import Dims, ModalityPlan, Plan
 from distill_core.errors import RecipeErrors
+from distill_core.interfaces import Dims
+from distill_core.outputs import Features, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.types import Features, Outputs, Progress
 from distill_slip.simclr import SimClr
 from distill_slip.views import SlipViews
-from distill_towers.clip_text import ClipText
+from distill_vl.clip_text import ClipText
 
 RECIPE = Path(__file__).parents[2] / "recipes/slip_tiny.yaml"
 WIDTH, DIM = 7, 5

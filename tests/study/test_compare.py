@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from distill_core.cli import main
-from distill_core.recipe import Recipe
+from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
-from distill_core.study.compare import _group_name, compare, differences
+from distill_study.compare import _group_name, compare, differences
 
 
 def load(file: Path, registry: Registry, *overrides: str) -> Recipe:

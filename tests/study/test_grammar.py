@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from distill_core.document import read_document
 from distill_core.errors import RecipeErrors
-from distill_core.study.grammar import Study, make_study, shown, swaps_document
+from distill_core.recipe.document import read_document
+from distill_study.grammar import Study, make_study, shown, swaps_document
 
 
 def read(text: str) -> Study:

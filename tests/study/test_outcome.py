@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from distill_core.components import Tracker, TrackerConfig
-from distill_core.document import read_document
-from distill_core.recipe import Node
+from distill_core.contracts.tracker import Tracker, TrackerConfig
+from distill_core.recipe.document import read_document
+from distill_core.recipe.sections import Node
 from distill_core.registry import Registry
-from distill_core.study.grammar import make_study
-from distill_core.study.outcome import publish, study_table, write_files
-from distill_core.study.plan import StudyPlan, check_study
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
+from distill_study.grammar import make_study
+from distill_study.outcome import publish, study_table, write_files
+from distill_study.plan import StudyPlan, check_study
 
 M = "student/retrieval/M"
 

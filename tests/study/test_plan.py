@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from distill_core.document import read_document
 from distill_core.errors import RecipeErrors
+from distill_core.recipe.document import read_document
 from distill_core.registry import Registry
-from distill_core.study.grammar import make_study
-from distill_core.study.plan import StudyPlan, check_study
+from distill_study.grammar import make_study
+from distill_study.plan import StudyPlan, check_study
 
 HEAD = "recipe: tiny.yaml\n"
 

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from distill_core.document import read_document
 from distill_core.errors import RecipeErrors, UserError
+from distill_core.recipe.document import read_document
 from distill_core.registry import Registry
-from distill_core.study.grammar import make_study
-from distill_core.study.launch import Local, SlurmRun, _clear
-from distill_core.study.live import StudyDisplay
-from distill_core.study.plan import check_study
-from distill_core.study.run import StudyRunner
-from distill_core.tracking import RunFolder
+from distill_core.run.folder import RunFolder
+from distill_study.grammar import make_study
+from distill_study.launch import Local, SlurmRun, _clear
+from distill_study.live import StudyDisplay
+from distill_study.plan import check_study
+from distill_study.run import StudyRunner
 
 STUDY = "recipe: tiny.yaml\nseeds: [0, 1]\nvariants:\n  a: {}\n  b: {fusion.heads: 4}\n"
 

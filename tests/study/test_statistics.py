@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from distill_core.study.statistics import interval, paired, summarise
+from distill_study.statistics import interval, paired, summarise
 
 
 def by_counting(values: list[int], level: Fraction) -> tuple[Fraction, Fraction]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from distill_core.checkpoint import Checkpoints
 from distill_core.cli import main
-from distill_core.study.launch import in_use, state
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
+from distill_study.launch import in_use, state
 
 GATE = Path(__file__).parents[1] / "end_to_end" / "gate"
 LESS = "{loss.1: null, fusion: null, teacher: null}"
@@ -172,9 +172,9 @@ def test_through_submitit(tiny_recipe: Path, tmp_path: Path, capfd: pytest.Captu
 def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's signal before the time is up: the run saves, and the requeued job goes on from there."""
     submitit = pytest.importorskip("submitit")
+    from distill_core.recipe.resolve import load_recipe
     from distill_core.registry import Registry
-    from distill_core.resolve import load_recipe
-    from distill_core.study.launch import Slurm
+    from distill_study.launch import Slurm
 
     for key, value in {"PYTHONPATH": str(GATE), "GATE": str(tmp_path), "GATE_STEP": "1"}.items():
         monkeypatch.setenv(key, value)

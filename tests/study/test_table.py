@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from distill_core.study.picture import draw
-from distill_core.study.table import (
+from distill_study.picture import draw
+from distill_study.table import (
     Group,
     RunResult,
     StudyTable,

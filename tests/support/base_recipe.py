@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from distill_core.recipe import Recipe
+from distill_core.recipe.sections import Recipe
 
 BASE = """\
 augment:

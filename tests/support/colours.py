@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
+from distill_core.batch import Sample, View
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.types import Sample, View
 from distill_segment.task import Segmentation, SegmentationConfig
-from distill_towers.example import Whole
-from distill_towers.pictures import PictureConfig
+from distill_vl.example import Whole
+from distill_vl.pictures import PictureConfig
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

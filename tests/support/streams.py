@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from distill_core.batch import Sample, View
 from distill_core.data.stream import Item, SampleViews, ShardStream
-from distill_core.types import Sample, View
 
 Write = Callable[..., list[Path]]
 

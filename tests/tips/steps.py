@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from distill_core import distributed
+from distill_core.batch import Batch, Group, Views
 from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, Views
+from distill_core.system import distributed
 
 RECIPE = """
 augment: {image: {name: multi_crop, size: 8, local_size: 4, global: 2, local: 1}, text: {name: two_captions}}
@@ -31,7 +33,7 @@ SAMPLES = 6
 
 def objective() -> Objective:
     torch.manual_seed(0)
-    return Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover())).double()
+    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover())).double()
 
 
 def batch(first: int = 0, last: int = SAMPLES) -> Batch:

@@ -16,11 +16,11 @@ import torch
 from beside import load_beside
 
 from distill_core.errors import BadSample, RecipeErrors
+from distill_core.outputs import Progress
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Progress
-from distill_cosmos.multi_crop import MultiCrop, MultiCropConfig
 from distill_tips.captions import TwoCaptions, TwoCaptionsConfig
+from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 
 SCRIPT = Path(__file__).with_name("steps.py")
 

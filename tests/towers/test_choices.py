@@ -10,15 +10,15 @@ import torch
 from click.testing import CliRunner
 
 from distill_core.errors import UserError
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import load_recipe
 from distill_kernels import backends, memory_efficient
 from distill_kernels.choices import Choice
 from distill_kernels.cross_attention import CrossAttentionInputs
 from distill_kernels.packed_attention import PackedInputs
 from distill_kernels.self_attention import SelfAttention
-from distill_towers.choices import choices_of
-from distill_towers.commands import kernels
+from distill_vl.choices import choices_of
+from distill_vl.commands import kernels
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 CUDA = torch.device("cuda")

@@ -9,7 +9,7 @@ from torch import device
 
 from distill_kernels import tune as tuning
 from distill_kernels.backends import OPS, table_path
-from distill_towers.commands import kernels
+from distill_vl.commands import kernels
 
 
 def test_every_op_is_listed_with_a_reason_for_what_cannot_run() -> None:

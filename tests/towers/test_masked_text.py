@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill_core.batch import View
 from distill_core.errors import RecipeErrors
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import View
-from distill_towers.masked_text import BertText, BertTextConfig, MaskedTextCollator, TokenMaskingConfig, draw_word_mask
+from distill_vl.masked_text import BertText, BertTextConfig, MaskedTextCollator, TokenMaskingConfig, draw_word_mask
 
 END = 59
 RECIPE = """

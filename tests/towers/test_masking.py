@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+from distill_core.batch import Batch, Group, View, Views
 from distill_core.data.loader import Collate
 from distill_core.data.stream import Item
 from distill_core.errors import RecipeErrors
-from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.types import Batch, Group, Progress, View, Views
-from distill_towers.masking import MaskingConfig, blocks, draw_mask, patch_pixels
-from distill_towers.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
+from distill_vl.masking import MaskingConfig, blocks, draw_mask, patch_pixels
+from distill_vl.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
 
 MASKING = MaskingConfig(ratio=(0.2, 0.6), share=0.7)
 
@@ -212,7 +213,7 @@ def test_the_student_is_masked_and_the_teacher_is_not(registry: Registry) -> Non
     recipe = parse_recipe(RECIPE, "r.yaml", registry=registry)
     assert recipe.plan.modalities["image"].can_mask
     assert not recipe.plan.modalities["text"].can_mask
-    objective = Objective.from_recipe(recipe).double()
+    objective = build_objective(recipe).double()
     with torch.no_grad():
         objective.backbone["image"].mask_token.normal_()
     x = torch.randn(2, 3, 3, 16, 16, dtype=torch.float64)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from distill_core.errors import BadSample
-from distill_towers.example import Whole
-from distill_towers.pictures import PictureConfig
+from distill_vl.example import Whole
+from distill_vl.pictures import PictureConfig
 
 RAMP = np.linspace(0, 65535, 24 * 32).reshape(24, 32).round().astype(np.uint16)
 

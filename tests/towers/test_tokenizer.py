@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from distill_towers.tokenizer import LONGEST, VOCABULARY, ClipTokenizer, _tokenizer, clean
+from distill_vl.tokenizer import LONGEST, VOCABULARY, ClipTokenizer, _tokenizer, clean
 
 
 def test_no_token_is_longer_than_the_bound() -> None:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-from distill_core.components import Backbone
-from distill_core.types import Group, View, Views
-from distill_cosmos.multi_crop import MultiCrop, MultiCropConfig
-from distill_towers.clip_text import ClipText, ClipTextConfig, TextCollator
-from distill_towers.tokenizer import ClipTokenizer, clean
-from distill_towers.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
+from distill_core.batch import Group, View, Views
+from distill_core.interfaces import Backbone
+from distill_vl.clip_text import ClipText, ClipTextConfig, TextCollator
+from distill_vl.multi_crop import MultiCrop, MultiCropConfig
+from distill_vl.tokenizer import ClipTokenizer, clean
+from distill_vl.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
 
 
 @pytest.fixture

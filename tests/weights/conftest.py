@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from distill_core.checkpoint import Checkpoints
-from distill_core.components import Loaded
+from distill_core.contracts.weights import Loaded
 from distill_core.objective import Objective
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
-from distill_core.tracking import RunFolder
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 from distill_weights.commands import export
 
 RECIPE = """
@@ -35,7 +36,7 @@ train: {steps: 1}
 def objective(registry: Registry, *overrides: str, seed: int = 0) -> Objective:
     """The recipe's objective with every parameter random."""
     torch.manual_seed(seed)
-    built = Objective.from_recipe(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides))
+    built = build_objective(parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=overrides))
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn(parameter.shape), alpha=0.2)

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import distill_core
-from distill_core.components import Loaded
+from distill_core.contracts.weights import Loaded
 from distill_core.errors import UserError
-from distill_core.extras import install
+from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
-from distill_core.resolve import parse_recipe
+from distill_core.system.extras import install
 from distill_weights.formats import HfFormat, OpenClipFormat
 from tests.weights.conftest import RECIPE, call, objective
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from distill_core.batch import Group, Views
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.registry import Registry
-from distill_core.types import Group, Views
 from tests.weights.conftest import apply, objective, scatter
 
 QUICK = ("backbone.image.activation=quick_gelu", "backbone.text.activation=quick_gelu")

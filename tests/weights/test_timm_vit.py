@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distill_core.batch import Group, Views
 from distill_core.errors import UserError
 from distill_core.registry import Registry
-from distill_core.types import Group, Views
 from tests.weights.conftest import apply, objective, scatter
 
 timm: Any = pytest.importorskip("timm")

@@ -1,7 +1,8 @@
 from torch import nn
 
-from distill_core.components import FusionHead, Loss, Needs, same_dim
-from distill_core.types import Fused
+from distill_core.interfaces import FusionHead, Loss
+from distill_core.outputs import Fused
+from distill_core.plan import Needs, same_dim
 
 
 class MaxPooling(FusionHead):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from distill_core import hookimpl
-from distill_core.components import Loss
-from distill_core.types import Outputs
+from distill_core.interfaces import Loss
+from distill_core.outputs import Outputs
 
 distill_api = 1
 

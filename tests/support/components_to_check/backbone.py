@@ -9,10 +9,10 @@ from my_plugin.tower import Tower, stack
 from torch import nn
 from torch.nn.functional import dropout
 
-from distill_core.components import (
+from distill_core.interfaces import (
     Dims,
 )
-from distill_core.types import Features
+from distill_core.outputs import Features
 
 
 @broken("collator", "pickle")

@@ -7,7 +7,7 @@ from components_to_check.seeded_later import WrongBackward
 from my_plugin.fusion import MeanFusion
 from torch.nn.functional import normalize
 
-from distill_core.types import Fused
+from distill_core.outputs import Fused
 
 
 @broken("shapes", r"a batch of no sample \(B = 0\) raises RuntimeError: amax")

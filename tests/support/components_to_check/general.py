@@ -6,10 +6,8 @@ from my_plugin.loss import Match
 from my_plugin.schedule import Linear
 from pydantic import Field
 
-from distill_core.components import (
-    ComponentConfig,
-    Needs,
-)
+from distill_core.contracts.component import ComponentConfig
+from distill_core.plan import Needs
 
 
 @broken("documented", "write a docstring for the class Undocumented")

@@ -10,19 +10,15 @@ from my_plugin.tower import Tower, stack
 from my_plugin.views import Noisy
 from torch import nn
 
-from distill_core.components import (
-    Backbone,
-    ComponentConfig,
-    Dims,
-    Initializer,
-    Loaded,
-    Loss,
-    Needs,
-    Optimizer,
-    Tracker,
-)
-from distill_core.distributed import all_gather, rank
-from distill_core.types import Features, Group, View, Views
+from distill_core.batch import Group, View, Views
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.optimizer import Optimizer
+from distill_core.contracts.tracker import Tracker
+from distill_core.contracts.weights import Initializer, Loaded
+from distill_core.interfaces import Backbone, Dims, Loss
+from distill_core.outputs import Features
+from distill_core.plan import Needs
+from distill_core.system.distributed import all_gather, rank
 
 
 class Sgd(Optimizer):

@@ -14,9 +14,7 @@ from components_to_check.seeded_losses import (
 from my_plugin.loss import Match
 from torch import nn
 
-from distill_core.components import (
-    Needs,
-)
+from distill_core.plan import Needs
 
 
 @broken("terms", "the term 'match' must be a 0-dim tensor")

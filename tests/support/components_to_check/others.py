@@ -8,9 +8,7 @@ from my_plugin.data import Waves
 from my_plugin.evaluation import Agreement
 from my_plugin.schedule import Linear
 
-from distill_core.components import (
-    Loaded,
-)
+from distill_core.contracts.weights import Loaded
 from distill_core.errors import UserError
 
 

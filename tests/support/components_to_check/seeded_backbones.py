@@ -5,7 +5,8 @@ from components_to_check.good import MaskingTower, Words, pad
 from components_to_check.seeded import seeded
 from my_plugin.tower import Tower, stack
 
-from distill_core.types import Features, Views
+from distill_core.batch import Views
+from distill_core.outputs import Features
 
 
 @seeded("padding")

@@ -5,8 +5,8 @@ from my_plugin.fusion import MeanFusion
 from torch import nn
 from torch.nn.functional import normalize
 
-from distill_core.components import Needs
-from distill_core.types import Fused
+from distill_core.outputs import Fused
+from distill_core.plan import Needs
 
 
 @seeded("extra modality")

@@ -19,9 +19,11 @@ from my_plugin.views import Noisy
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from distill_core.components import Dims, Needs
-from distill_core.distributed import rank, world_size
-from distill_core.types import Features, Fused, View
+from distill_core.batch import View
+from distill_core.interfaces import Dims
+from distill_core.outputs import Features, Fused
+from distill_core.plan import Needs
+from distill_core.system.distributed import rank, world_size
 
 
 def held(bug):

@@ -9,7 +9,7 @@ from components_to_check.seeded import seeded
 from my_plugin.loss import Match
 from torch.nn.functional import cross_entropy
 
-from distill_core.components import Needs
+from distill_core.plan import Needs
 
 
 @seeded("gradient into the teacher")

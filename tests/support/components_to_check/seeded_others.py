@@ -12,8 +12,8 @@ from my_plugin.evaluation import Agreement
 from my_plugin.schedule import Linear
 from my_plugin.views import Noisy
 
-from distill_core.components import Loaded
-from distill_core.types import View
+from distill_core.batch import View
+from distill_core.contracts.weights import Loaded
 
 
 @seeded("nondeterminism")

@@ -1,8 +1,9 @@
 from torch import nn
 from torch.nn.functional import normalize
 
-from distill_core.components import FusionHead, Loss, LossConfig, Needs, same_dim
-from distill_core.types import Fused
+from distill_core.interfaces import FusionHead, Loss, LossConfig
+from distill_core.outputs import Fused
+from distill_core.plan import Needs, same_dim
 
 
 class TokenMean(FusionHead):

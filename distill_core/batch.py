@@ -1,0 +1,135 @@
+"""What goes into a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+
+
+GLOBAL = "global"
+
+
+LOCAL = "local"
+
+
+Sample = Mapping[str, Any]
+"""One raw sample of a shard: `__key__`, `__url__`, and a field's name (its extension) -> bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One view of one sample, before it is collated.
+
+    `data` is whatever the modality's backbone collates (a tensor, a string). `role` is `global`, `local` or a
+    method's own word. `source` says what the view was cut from (which caption, which crop).
+    """
+
+    data: Any
+    role: str = GLOBAL
+    source: int = 0
+
+
+@dataclass(slots=True)
+class Group:
+    """The views of one modality that share a shape and a role.
+
+    x           [V, B, ...]    pixels [V, B, 3, S, S], token ids [V, B, L], or what the backbone takes
+    source      [V, B]         what each view was cut from
+    token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
+    targets     [V, B, L, ..]  what a masked token should be predicted as
+    """
+
+    x: Tensor
+    role: str = GLOBAL
+    source: Tensor | None = None
+    token_mask: Tensor | None = None
+    targets: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Group:
+        """The same group with every tensor replaced."""
+        others = {name: getattr(self, name) for name in ("source", "token_mask", "targets")}
+        return Group(function(self.x), self.role, **{k: None if v is None else function(v) for k, v in others.items()})
+
+
+@dataclass(slots=True)
+class Views:
+    """All views of one modality, in groups; view i counts through the groups in order, globals first."""
+
+    groups: list[Group]
+
+    def __len__(self) -> int:
+        return sum(group.x.shape[0] for group in self.groups)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role of each view, length V."""
+        return tuple(group.role for group in self.groups for _ in range(group.x.shape[0]))
+
+    def numbered(self) -> Iterator[tuple[int, Group]]:
+        """Each group with the number of its first view."""
+        start = 0
+        for group in self.groups:
+            yield start, group
+            start += group.x.shape[0]
+
+    def only(self, roles: Sequence[str]) -> Views:
+        """The groups of these roles."""
+        return Views([group for group in self.groups if group.role in roles])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Views:
+        """The same views with every tensor replaced."""
+        return Views([group.map(function) for group in self.groups])
+
+
+WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"
+"""In place of a sample's key: all or the rest of a shard, of which nobody knows how many samples it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A sample that could not be used, or all or the rest of a shard, and why."""
+
+    key: str
+    url: str
+    reason: str
+
+    def __str__(self) -> str:
+        if self.key in (WHOLE_SHARD, REST_OF_SHARD):
+            return f"{self.key.strip('()')}: {self.reason}"  # which names the shard
+        return f"sample {self.key!r} of {self.url}: {self.reason}"
+
+
+@dataclass(slots=True)
+class Batch:
+    """B samples: their views by modality, their keys, and the samples that were passed over on the way.
+
+    `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
+    """
+
+    views: dict[str, Views]
+    keys: list[str]
+    skipped: list[Skipped] = field(default_factory=list)
+    measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, where: device | str) -> Batch:
+        """The same batch on another device."""
+        return self._map(lambda x: x.to(where, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory; the loader calls this by its name."""
+        return self._map(lambda x: x.pin_memory())
+
+    def share_memory(self) -> None:
+        """Move the tensors, in place, to memory that another process can open. Raises RuntimeError where it is full."""
+        self._map(lambda x: x.share_memory_())  # type: ignore[no-untyped-call]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        views = {name: views.map(function) for name, views in self.views.items()}
+        return Batch(views, self.keys, self.skipped, self.measures)

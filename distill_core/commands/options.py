@@ -1,0 +1,52 @@
+"""`--without NAME`: leave out a plugin that is broken, too old or unwanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def without_option(command: Command) -> Command:
+    """Adds the option to a command (or group), for its help: the command line has read it before (`named_without`)."""
+    return click.option(
+        "--without",
+        multiple=True,
+        metavar="NAME",
+        expose_value=False,
+        help="Leave out this plugin (or all of a package's). Repeatable.",
+    )(command)
+
+
+def named_without(arguments: Sequence[str]) -> Iterator[str]:
+    """The plugins and packages that a command line leaves out, wherever in it that stands."""
+    for argument, following in pairwise([*arguments, ""]):
+        if argument == "--":
+            return
+        if argument == "--without":
+            yield following
+        elif argument.startswith("--without="):
+            yield argument.removeprefix("--without=")
+
+
+def leave_out(context: click.Context, names: Iterator[str]) -> None:
+    """Leave plugins out until the command is done."""
+    from distill_core.registry import WITHOUT
+
+    before = os.environ.get(WITHOUT)
+    chosen = [*([before] if before else []), *names]
+    if chosen:
+        os.environ[WITHOUT] = ",".join(chosen)
+        context.call_on_close(lambda: _restore(WITHOUT, before))
+
+
+def _restore(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

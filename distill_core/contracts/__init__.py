@@ -1,0 +1,16 @@
+"""The contracts around a method, a file each with what is built in. All are registered as anybody's are."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Optimiser, schedules, data source, starting weights."""
+    from distill_core.contracts.optimizer import AdamW
+    from distill_core.contracts.schedule import Constant, WarmupCosine
+    from distill_core.contracts.weights import Weights
+    from distill_core.data.webdataset_source import WebDatasetSource
+
+    return [AdamW, WarmupCosine, Constant, WebDatasetSource, Weights]

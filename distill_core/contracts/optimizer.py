@@ -1,0 +1,73 @@
+"""The optimiser's contract, and AdamW."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from distill_core.contracts.component import Component, ComponentConfig
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Component, ABC):
+    """Builds a torch optimiser."""
+
+    kind = "optimizer"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
+        """Parameter groups of (name, parameter, learning-rate factor): `lr` goes with the factor.
+
+        Norms, biases and scales (ndim < 2) are not decayed.
+        """
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser. Each group's `lr` is its peak; the schedule sets it, so `step` must read it anew."""
+
+
+class AdamWConfig(ComponentConfig):
+    """Defaults are those of contrastive pre-training with large batches."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-4
+    """Peak learning rate; the schedule multiplies it."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.5
+    """Decoupled decay of matrices; parameters with ndim < 2 (norms, biases, scales) are not decayed."""
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+
+    name = "adamw"
+    Config = AdamWConfig
+
+    def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
+        """A group for each (decayed or not, learning-rate factor)."""
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for _, parameter, factor in parameters:
+            groups.setdefault((parameter.ndim >= 2, factor), []).append(parameter)
+        return [
+            {
+                "params": members,
+                "lr": self.config.lr * factor,
+                "weight_decay": self.config.weight_decay if decayed else 0.0,
+            }
+            for (decayed, factor), members in groups.items()
+        ]
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Over the groups."""
+        return torch.optim.AdamW(groups, betas=self.config.betas, eps=self.config.eps, fused=True)

@@ -1,0 +1,59 @@
+"""The evaluation task's contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill_core.batch import Sample
+from distill_core.contracts.component import Component
+from distill_core.contracts.media import Media
+
+if TYPE_CHECKING:
+    from distill_core.evaluate.sets import EvaluationSet
+    from distill_core.model import Model
+
+
+class Evaluation(Component, ABC):
+    """A task: scores a model on the sets of a split."""
+
+    kind = "evaluation"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    def reads(cls, config: Any) -> tuple[str, ...]:
+        """Further splits of the same data that it asks its sets for (`EvaluationSet.of_split`), to learn from."""
+        return ()
+
+    @classmethod
+    def example(cls, config: Any) -> tuple[Model, list[Sample]] | None:
+        """A small model, and samples that it can be scored on, for `distill check-plugin`.
+
+        None for the checks' own, whose samples have a number alone; a task that reads pictures, say, needs others.
+        """
+        return None
+
+    @abstractmethod
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`.
+
+        The model may be one that is trained: its mode and tensors stay as they are, and so do the sets' embeddings.
+        """
+
+    def note(self) -> str:
+        """What to know to read the means, in a few words that stand below their table; asked for behind `run`.
+
+        Their unit, what chance would score, what a short name means: 'percent; 10 classes, chance top1 10'. How many
+        sets they are means of is added.
+        """
+        return ""
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
+        """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
+
+        About `samples` pictures. It may read tokens (`model.features(..., need=...)`) and call `model.fusion`.
+        """
+        return ()

@@ -1,0 +1,121 @@
+"""The contract of weights to start from, and a run's or a file's weights."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distill_core.contracts.component import Component, ComponentConfig
+
+if TYPE_CHECKING:
+    from distill_core.objective import Objective
+
+from pathlib import Path
+
+from torch import Tensor
+
+from distill_core.errors import UserError
+from distill_core.run.checkpoint import Checkpoints, read_checkpoint
+from distill_core.system.state_dicts import choose, read_file
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an initializer did: one line for the user, and the names of the objective's tensors that it loaded."""
+
+    line: str
+    names: frozenset[str]
+
+
+class Initializer(Component, ABC):
+    """Weights to start from: an entry of a recipe's `init`."""
+
+    kind = "init"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def apply(self, objective: Objective) -> Loaded:
+        """Load weights into the objective. Raises `UserError`, and has loaded nothing then.
+
+        What the teacher is not given it takes from the student afterwards.
+        """
+
+
+class WeightsConfig(ComponentConfig):
+    """A file or a run, and the part of the model it goes to."""
+
+    source: str
+    """A `.safetensors` file, a torch file of a state dict, or a run folder."""
+    to: str = ""
+    """Path of the part that is loaded, as `backbone.image`; empty for the whole model."""
+    prefix: str | None = None
+    """Take the source's keys under this prefix, without it; null takes `to` for a run, and all keys of a file.
+    Names of DistributedDataParallel begin with `module`, those of torch.compile with `_orig_mod`."""
+    key: str | None = None
+    """The state dict that is taken where a torch file holds several, as `model_ema`."""
+    strict: bool = True
+    """Every parameter of the part must be in the source, and every key taken must be in the part."""
+    checkpoint: str = "last"
+    """Of a run: `last`, `best` or a step."""
+
+
+class Weights(Initializer):
+    """Load a state dict into the model or a part of it; shapes must agree."""
+
+    name = "weights"
+    Config = WeightsConfig
+    examples = ({"source": "no-such-file.pt"},)
+
+    def apply(self, objective: Any) -> Loaded:
+        """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
+        source, to = self.config.source, self.config.to
+        state, is_run, said = self._read(Path(source))
+        prefix = self.config.prefix if self.config.prefix is not None else (to if is_run else "")
+        start = f"{prefix}." if prefix else ""
+        own = objective.state_dict()
+        inside = f"{to}." if to else ""
+        wanted = {name for name in own if name.startswith(inside) and not (not to and name.startswith("teacher."))}
+        given = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+        if not to:
+            wanted |= {name for name in given if name.startswith("teacher.") and name in own}
+        shapes = [
+            f"{name}: shape {list(given[name].shape)}, this model has {list(own[name].shape)}"
+            for name in sorted(wanted & set(given))
+            if given[name].shape != own[name].shape
+        ]
+        missing = [f"{name}: missing" for name in sorted(wanted - set(given))]
+        unknown = [f"{name}: not in this model" for name in sorted(set(given) - wanted)]
+        # some of each kind: a wrong prefix shows in what is missing beside what is unknown
+        wrong = _some(shapes) + (_some(missing) + _some(unknown) if self.config.strict else [])
+        if not wanted:
+            wrong = [f"{to!r} names no part of the model"]
+        if wrong:
+            raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong))
+        taken = wanted & set(given)
+        objective.load_state_dict({name: given[name] for name in taken}, strict=False)
+        if wanted - taken:
+            said = [*said, f"{len(wanted - taken)} of this model keep their first weights"]
+        line = "; ".join([f"{source}: {len(taken)} tensors into {to or 'the model'}", *said])
+        return Loaded(line, frozenset(taken))
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], bool, list[str]]:
+        """(state dict, whether it is a run's, what to tell of the file)."""
+        if (path / "recipe.yaml").is_file():
+            if self.config.key is not None:
+                raise UserError(f"init: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
+            said: list[str] = []
+            return Checkpoints(path).load(self.config.checkpoint, said.append).state["objective"], True, said
+        if not path.is_file():
+            raise UserError(f"init: {path}: no such file or run folder")
+        found = read_file(path)
+        if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
+            return read_checkpoint(path)["objective"], True, []  # once more, against its digest
+        state, said = choose(found, path, self.config.key)
+        return state, False, said
+
+
+def _some(lines: list[str], most: int = 4) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more like it"]

@@ -1,0 +1,296 @@
+"""The four interfaces that make a method, each a component with a pydantic `Config`.
+
+`Augmentation` (one modality: a raw sample -> its views), `Backbone` (one modality: views -> features), `FusionHead`
+(all modalities) and `Loss`. The small contracts around a method stand in `contracts/`. What a component needs of the
+rest of a recipe it says in `needs`, before any data or weights are touched.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.batch import Sample, View, Views
+from distill_core.contracts.component import Component, ComponentConfig
+from distill_core.contracts.media import Shown, TokenLayout
+from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.plan import ModalityPlan, Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Augmentation(Component, ABC):
+    """One modality: a raw sample -> its views. Picklable; runs in the loader's workers.
+
+    All randomness comes from `rng`, a function of (seed, epoch, sample key, modality), so that a resumed run sees the
+    same views whatever its workers did before.
+    """
+
+    kind = "augmentation"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def roles(cls, config: Any) -> tuple[str, ...]:
+        """The role of each view that `views` returns, globals first."""
+
+    @classmethod
+    def shapes(cls, config: Any) -> tuple[tuple[int, ...], ...] | None:
+        """The shape of the data of each view that `views` returns, where the options tell: backbones refuse those that
+        they cannot encode (`Backbone.view_problems`) before anything is read."""
+        return None
+
+    @abstractmethod
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """The sample's training views. Raises `BadSample` when it cannot be used."""
+
+    @abstractmethod
+    def read(self, sample: Sample, field: str | None = None) -> list[Any]:
+        """The sample's items of this modality as they are (one picture; each caption), for evaluation.
+
+        On a GPU several threads call this and `plain`.
+
+        `field` names another field of the sample than the one that training reads. Raises `BadSample`.
+        """
+
+    @abstractmethod
+    def plain(self, item: Any) -> View:
+        """The deterministic view of one item, as `read` gives it or a user hands it to `Model.encode`.
+
+        Raises `BadSample` for an item that cannot be read.
+        """
+
+    def measure(self, sample: Sample) -> Mapping[str, float]:
+        """What a run should know of its samples (how many captions, how many sentences), of the first ones that train.
+
+        Raises `BadSample` where there is nothing to measure. The default measures nothing.
+        """
+        return {}
+
+    @classmethod
+    def remarks(cls, config: Any, means: Mapping[str, float]) -> tuple[str, str | None]:
+        """Of the mean of each measure, what a run says when it starts: a line, and a warning or None."""
+        return ", ".join(f"{mean:.1f} {name}" for name, mean in means.items()) + " a sample", None
+
+    def show(self, view: View) -> Shown:
+        """What a view looks like to a person, for trackers: a PIL image or a str; None where there is nothing to see.
+
+        The default shows what is one of the two already.
+        """
+        from PIL import Image
+
+        return view.data if isinstance(view.data, str | Image.Image) else None
+
+    @classmethod
+    def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
+        """A raw sample drawn from `rng` that these options can use, for `distill check-plugin`: bytes by field."""
+        raise NotImplementedError(f"{cls.__name__}.example_sample(config, rng) is not written")
+
+
+Collator = Callable[[list[list[View]], Sequence[int]], Views]
+"""The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number
+    C of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: not written)."""
+
+    width: int
+    dim: int
+    has_tokens: bool = True
+    can_mask: bool = False
+    class_tokens: int = 0
+    dense: tuple[str, ...] = ()
+
+
+class Backbone(nn.Module, Component, ABC):
+    """One modality: views -> features. `forward` is its only entry.
+
+    It may be built under `torch.device("meta")`, to learn the names of its parameters: it reads no weights then.
+    """
+
+    kind: ClassVar[str] = "backbone"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def dims(cls, config: Any) -> Dims:
+        """Widths, without building anything."""
+
+    @classmethod
+    def view_problems(cls, config: Any, views: ModalityPlan) -> Iterable[str]:
+        """Reasons, one line each, why it cannot encode the views of its modality: their roles, or their shapes."""
+        return ()
+
+    @classmethod
+    @abstractmethod
+    def collator(cls, config: Any) -> Collator:
+        """A picklable callable for the workers: the views of B samples, and B seeds -> `Views`.
+
+        Whatever it draws (masks, targets) it draws from generators of those seeds, one a sample.
+        """
+
+    @classmethod
+    def example_views(cls, config: Any, rng: np.random.Generator) -> list[View]:
+        """One sample's views drawn from `rng`, as an augmentation hands them over, for `distill check-plugin`.
+
+        Roles and shapes are the same for every sample; a local view beside global ones checks more.
+        """
+        raise NotImplementedError(f"{cls.__name__}.example_views(config, rng) is not written")
+
+    @abstractmethod
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """Features of N inputs of one shape: `pooled` [1, N, D]; if `tokens`, tokens {0: [N, L, W]} and mask;
+        `class_tokens` [1, N, C, W] where there are any.
+
+        `token_mask` [N, L] is True where the input token must be hidden.
+        """
+
+    def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
+        """N inputs of one shape -> (embeddings [N, D], dense embeddings [N, ..., D] of the tokens where they stand).
+
+        For evaluations that compare places with other modalities (segmentation), without gradients. Both are projected
+        as `pooled` is, not normalised; of a picture, dense ones are [N, rows, columns, D]. `attention` is one of
+        `Dims.dense`; `plain` changes nothing, so its embeddings are `pooled`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives no dense embeddings")
+
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+        """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
+        return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
+
+    def token_layout(self, view: View) -> TokenLayout | None:
+        """Where a view's tokens are in what `Augmentation.show` makes of it (`TokenLayout`); None: it cannot tell."""
+        return None
+
+    def class_attention(self, x: Tensor) -> Tensor | None:
+        """How the last block reads the tokens for `pooled`: weights [N, H, L] of N inputs, as `encode` takes them.
+
+        L as the tokens of `encode`, zero at padding. What a row lacks to one goes to tokens that are not handed on, as
+        the class token itself. For pictures: it need not be fast. None: it cannot tell.
+        """
+        return None
+
+    def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
+        """Features of all views; tokens only of those in `need`; `masked` hides the tokens of `token_mask`.
+
+        Each group's needed and other views are an input of `encode_together` each.
+        """
+        pooled: list[Tensor] = []
+        classes: list[Tensor] = []
+        features = Features(pooled=torch.empty(0))
+        inputs: list[tuple[Tensor, bool, Tensor | None]] = []
+        places: list[tuple[int, int, int]] = []  # first view, end, batch
+        for start, group in views.numbered():
+            count, batch = group.x.shape[:2]
+            wanted = [start + i in need for i in range(count)]
+            spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
+            for first, last in pairwise(spans):
+                hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
+                inputs.append((group.x[first:last].flatten(0, 1), wanted[first], hidden))
+                places.append((start + first, start + last, batch))
+        for part, (first, last, batch), (_, tokens, _) in zip(
+            self.encode_together(inputs), places, inputs, strict=True
+        ):
+            pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
+            if part.class_tokens is not None:
+                classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
+            if tokens:
+                for i in range(first, last):
+                    rows = slice((i - first) * batch, (i - first + 1) * batch)
+                    features.tokens[i] = part.tokens[0][rows]
+                    if 0 in part.masks:
+                        features.masks[i] = part.masks[0][rows]
+        features.pooled = torch.cat(pooled)
+        features.class_tokens = torch.cat(classes) if len(classes) == len(pooled) else None
+        return features
+
+
+class FusionHead(nn.Module, Component, ABC):
+    """Sees the student's features of every modality."""
+
+    kind: ClassVar[str] = "fusion"
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, features: dict[str, Features]) -> Fused:
+        """Fused embeddings, `pooled[m]` [V, B, D] and L2-normalised, for each modality m."""
+
+    @abstractmethod
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Queries [V, B, D] attend over one modality's tokens [B, L, W] (mask [B, L]) -> [V, B, D].
+
+        For losses that pair queries and tokens themselves.
+        """
+
+    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """The weights with which `pool` of the same arguments reads the tokens: [V, B, H, L], zero at padding.
+
+        Of several layers, the last one's. For pictures: it need not be fast. None: it cannot tell, or does not read
+        this modality.
+        """
+        return None
+
+
+class LossConfig(ComponentConfig):
+    """Options that every loss has."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Factor of all of this loss's terms in the total."""
+
+
+class Loss(nn.Module, Component, ABC):
+    """Owns its temperatures, heads and centres. `forward` is pure; state moves in `after_step`."""
+
+    kind: ClassVar[str] = "loss"
+    Config: ClassVar[type[ComponentConfig]] = LossConfig
+    teacher_modules: ClassVar[tuple[str, ...]] = ()
+    """Names of own submodules of which the teacher keeps an EMA; read it by `outputs.ema(self.NAME)`."""
+    across_ranks: ClassVar[bool] = True
+    """Whether the mean over ranks is the loss of all their rows in one process. False: of each rank's rows alone."""
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def example_targets(cls, config: Any, modality: str, token_mask: Tensor) -> Tensor | None:
+        """`Group.targets` [V, B, L, ...] of a modality that `needs` calls masked, for `distill check-plugin`."""
+        return None
+
+    @classmethod
+    def example_fusion(cls, config: Any, plan: Plan) -> FusionHead | None:
+        """The fusion that this loss works with, for `distill check-plugin`; None where any will do."""
+        return None
+
+    @abstractmethod
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(terms, metrics): 0-dim tensors by name, terms in fp32 or wider. The framework weights and adds them.
+
+        Other losses read the same `outputs`: nothing of them is changed. Over several ranks each term is the mean over
+        this rank's own rows, with its gradient through the gathered embeddings; the trainer averages gradients over
+        ranks.
+        """
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.
+
+        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks.
+        """

@@ -1,0 +1,292 @@
+"""Checkpoints: atomic, the last k and the best, read without running anybody's pickle, and never where one is damaged.
+
+A checkpoint is what `torch.save` writes, a zip archive, with the digest of that archive as its comment. So the two are
+one file, which is there in full or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import nn
+
+from distill_core.errors import UserError, warn
+from distill_core.system.files import cannot_write, temporary_for
+
+VERSION = 1
+END_OF_ARCHIVE = b"PK\5\6"
+"""What the last 22 bytes of a zip archive without a comment begin with; they end with the comment's length, 0."""
+COMMENT = b"sha256:"
+TAIL = 2 + len(COMMENT) + 64
+"""Bytes of a comment with a digest, and of its length before it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file held when it was read. `digest` is that of its content: a text that no other checkpoint has."""
+
+    path: Path
+    digest: str
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The `checkpoints` of a run folder: `step-00000240.pt`, ..., and `best.pt`."""
+
+    def __init__(self, run: Path, keep: int = 2) -> None:
+        self.folder = run / "checkpoints"
+        self.best = self.folder / "best.pt"
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """The steps that there are, in order."""
+        names = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """The file of a step."""
+        return self.folder / f"step-{step:08d}.pt"
+
+    def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> Path:
+        """Write completely or not at all; then drop the earlier ones but for the last `keep - 1`.
+
+        Raises `UserError` when it cannot be written; those that there are stay as they were.
+        """
+        path = self.path(step)
+        temporary = temporary_for(path)
+        size = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                archive = _Hashed(file)
+                torch.save(state | {"version": VERSION, "step": step}, cast(IO[bytes], archive))
+                size = archive.size
+                archive.finish()
+                file.flush()
+                os.fsync(file.fileno())
+            if best:
+                _link(temporary, self.best)
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(cannot_write(path, error, size)) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        earlier = [other for other in self.steps() if other < step]
+        for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
+            with suppress(OSError):  # of no harm where it stays
+                self.path(old).unlink()
+        return path
+
+    def later(self, step: int) -> list[Path]:
+        """The files of later steps than `step`, with `best.pt` where it is of such a step or damaged.
+
+        None where no step's file is later: a `best.pt` that is was written right before a kill, and training is going
+        to write the same one again.
+        """
+        files = [self.path(other) for other in self.steps() if other > step]
+        if files and self.best.is_file():
+            try:
+                stays = _read(self.best).state["step"] <= step
+            except _Damaged:
+                stays = False
+            files += [] if stays else [self.best]
+        return files
+
+    def restart_from(self, checkpoint: Checkpoint) -> None:
+        """Have it as a step's file (it may have been `best.pt` alone), for the next `last`. Raises `UserError`."""
+        path = self.path(checkpoint.state["step"])
+        if not path.exists():
+            try:
+                _link(checkpoint.path, path)
+            except OSError as error:
+                raise UserError(cannot_write(path, error)) from error
+
+    def file(self, which: str = "last") -> Path:
+        """The file of `last`, `best` or a step. Raises `UserError` when there is none."""
+        steps = self.steps()
+        if which == "best":
+            path = self.best
+        elif which == "last" and steps:
+            path = self.path(steps[-1])
+        elif which.isdecimal():
+            path = self.path(int(which))
+        else:
+            path = self.folder / "step-*.pt"
+        if not path.is_file():
+            if os.sep in which or which.endswith(".pt"):
+                raise UserError("--checkpoint takes `last`, `best` or a step's number, not a file")
+            have = [str(step) for step in steps] + (["best"] if self.best.is_file() else [])
+            raise UserError(
+                f"{self.folder.parent}: no checkpoint {which!r}"
+                + (f"; there are {', '.join(have)}" if have else ": the run has saved none yet")
+            )
+        return path
+
+    def load(self, which: str = "last", warn: Callable[[str], None] = warn) -> Checkpoint:
+        """`last`, `best` or a step; a damaged last one is passed over with a warning where there is an earlier one.
+
+        Raises `UserError` when there is none or it cannot be read.
+        """
+        damaged: list[_Damaged] = []
+        tried: set[Path] = set()
+        path = self.file(which)
+        while True:
+            tried.add(path)
+            try:
+                checkpoint = _read(path)
+            except FileNotFoundError:  # the run that trains has dropped it since, and saved another
+                pass
+            except _Damaged as error:
+                damaged.append(error)
+            else:
+                for problem in damaged:
+                    warn(f"{problem}; {path.name} is taken in its place")
+                return checkpoint
+            others = [other for other in map(self.path, self.steps()) if other not in tried]
+            if which != "last" or not others:
+                break
+            path = others[-1]
+        if not damaged:
+            raise UserError(f"{path}: was removed while it was read; try again")
+        names = {self.best: "best"} | {self.path(step): str(step) for step in self.steps()}
+        # best.pt and a step's file may be one file of two names
+        bad = [file.stat().st_ino for file in tried if file.is_file()]
+        good = [name for file, name in names.items() if file.is_file() and file.stat().st_ino not in bad]
+        hint = f" Try --checkpoint {good[-1]}." if good else ""
+        raise UserError(f"{damaged[0]}.{hint}") from damaged[0]
+
+    def read(self, which: str = "last") -> dict[str, Any]:
+        """The state of `load`."""
+        return self.load(which).state
+
+
+class _Damaged(Exception):
+    """What is wrong with a file, in words that follow its name."""
+
+
+class _Hashed:
+    """A file for `torch.save`: hashes and counts what is written.
+
+    The first error waits for `finish`: raised in `write`, it would leave torch's writer as an error of its insides.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._hash = file, sha256()
+        self._error: OSError | None = None
+        self.size = TAIL - 2
+
+    def write(self, data: memoryview) -> int:
+        self.size += len(data)
+        if self._error is None:
+            self._hash.update(data)
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """`finish` does."""
+
+    def finish(self) -> None:
+        """Add the digest. Raises OSError when anything could not be written."""
+        if self._error is not None:
+            raise self._error
+        comment = COMMENT + self._hash.hexdigest().encode()
+        self._file.seek(-2, os.SEEK_END)
+        self._file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint's file. Raises `UserError` where it cannot be read."""
+    try:
+        return _read(path).state
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except _Damaged as error:
+        raise UserError(f"{error}.") from error
+
+
+def _read(path: Path) -> Checkpoint:
+    """All from one open file: another may take its name at any time.
+
+    Raises `_Damaged`; FileNotFoundError; `UserError` for a file that only others may read, or of another format.
+    """
+    checked = False
+    try:
+        with path.open("rb") as file:
+            digest, checked = _digest(file)
+            file.seek(0)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except _Damaged as error:
+        raise _Damaged(f"{path}: cannot be read ({error})") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        line = f"{path}: cannot be read ({type(error).__name__}: {reason})"
+        raise (UserError(f"{line}.") if checked else _Damaged(line)) from error
+    if state.get("version") != VERSION:
+        raise UserError(f"{path}: written in format {state.get('version')!r}; this distill reads format {VERSION}")
+    return Checkpoint(path, digest, state)
+
+
+def _digest(file: IO[bytes]) -> tuple[str, bool]:
+    """The digest of the archive, and whether it was checked. Raises `_Damaged` where its comment has another.
+
+    What was written before checkpoints had digests has no comment, and cannot be checked.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - TAIL))
+    tail = file.read()
+    checked = tail[-22:-18] != END_OF_ARCHIVE
+    found = sha256()
+    file.seek(0)
+    left = size - TAIL if checked else size
+    while left > 0 and (part := file.read(min(left, 1 << 20))):
+        found.update(part)
+        left -= len(part)
+    if checked:
+        found.update(b"\0\0")  # the comment's length, as it was before there was one
+        if tail != (TAIL - 2).to_bytes(2, "little") + COMMENT + found.hexdigest().encode():
+            raise _Damaged("damaged: its digest is not the one that it was saved with")
+    return found.hexdigest(), checked
+
+
+def _link(source: Path, path: Path) -> None:
+    """Give a file another name, or a copy where the file system has no hard links, in place of what had that name."""
+    temporary = temporary_for(path)
+    with suppress(OSError):
+        temporary.unlink()
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def load_into(module: nn.Module, state: dict[str, Any], what: str) -> None:
+    """`module.load_state_dict(state)`. Raises `UserError`, which begins with `what`, when they do not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(
+            f"{what}: the checkpoint does not fit the recipe (has recipe.yaml been changed, or --set given?): "
+            f"{lines[1 if len(lines) > 1 else 0].strip()[:200]}"
+        ) from error

@@ -1,0 +1,172 @@
+"""What a run sends its recipe's tracker."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distill_core.contracts.media import Media, Picture
+from distill_core.contracts.tracker import Tracker, TrackerConfig
+from distill_core.evaluate.run import Evaluated
+from distill_core.recipe.sections import Recipe
+from distill_core.run.showcase import Showcase
+
+
+class TrackedRun:
+    """Nothing is sent before `start`, on ranks that never call it, and where the recipe has no tracker."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.media, self.media_every = 0, 1
+        self._tracker: TrackerThread | None = None
+        self._showcase: Showcase | None = None
+
+    def start(
+        self, folder: Path, facts: Mapping[str, Any], shards: Sequence[str], resumed: bool, warn: Callable[[str], None]
+    ) -> None:
+        """Open the tracker, and tell it what the run is made with and what to find it by."""
+        recipe = self.recipe
+        if recipe.tracking is None:
+            return
+        self._tracker = TrackerThread(recipe.tracking.build(), warn)
+        self._tracker.call("start", str(folder), folder.name, recipe.to_dict(), resumed)
+        tags = [node.cls.name for node in recipe.components()]
+        options = recipe.tracking.config
+        if isinstance(options, TrackerConfig):
+            tags += options.tags
+            self.media, self.media_every = options.media, options.media_every
+            if self.media:
+                self._showcase = Showcase(recipe, shards, self.media)
+        self._tracker.call("describe", facts, list(dict.fromkeys(tags)))
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """A training row of metrics.jsonl."""
+        if self._tracker is None:
+            return
+        flat = {"loss": row["loss"], **{f"loss/{name}": value for name, value in row["terms"].items()}}
+        flat |= {f"metric/{name}": value for name, value in row["metrics"].items()}
+        flat |= {name: row[name] for name in ("lr", "grad_norm", "samples_per_s", "momentum") if name in row}
+        self._tracker.call("log", step, flat, self._context("train"))
+
+    def views(self, step: int, epoch: int) -> None:
+        """Training views of a few samples, at the steps that are due, made and sent in the tracker's thread."""
+        showcase = self._showcase
+        if self._tracker is not None and showcase is not None and (step == 1 or step % self.media_every == 0):
+            self._tracker.show(step, lambda: showcase.media(epoch), self._context("train"))
+
+    def evaluated(self, step: int, split: str, found: Evaluated) -> None:
+        """Scores, and what there is to see of them."""
+        if self._tracker is None:
+            return
+        self._tracker.call("log", step, found.scores, self._context(split))
+        self._tracker.show(step, lambda: found.media, self._context(split))
+        if found.no_media is not None:
+            self._tracker.no_media(found.no_media)
+
+    def report(self, step: int, picture: Path, name: str) -> None:
+        """The report's picture."""
+        if self._tracker is not None:
+            self._tracker.call("image", step, "report", str(picture), name, {})
+
+    def finish(self, complete: bool) -> None:
+        """Flush and close; quickly where the run is not complete, since somebody waits for the end."""
+        if self._tracker is not None:
+            self._tracker.finish(*() if complete else (5,))
+
+    def _context(self, subset: str) -> dict[str, str]:
+        return {**{name: str(value) for name, value in self.recipe.tags.items()}, "subset": subset}
+
+
+class TrackerThread:
+    """Calls a tracker from a thread of its own: it never blocks training, and its first failure is its last call.
+
+    `warn` is called once, with a line, when the tracker fails, or is so slow that rows had to be dropped.
+    """
+
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None], size: int = 1000) -> None:
+        self.tracker = tracker
+        self._warn = warn
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(size)
+        self._warned = False
+        self._failed = False
+        self._no_media = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread.start()
+
+    def warn_once(self, message: str) -> None:
+        """Only the first warning is shown."""
+        if not self._warned:
+            self._warned = True
+            self._warn(message)
+
+    def call(self, method: str, *arguments: Any) -> None:
+        """Ask for `tracker.method(*arguments)`; returns at once."""
+        self._put(lambda: getattr(self.tracker, method)(*arguments))
+
+    def _put(self, job: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            self.warn_once(f"tracker {self.tracker.name!r} is too slow: rows are dropped (metrics.jsonl has them all)")
+
+    def show(self, step: int, make: Callable[[], Iterable[Media]], context: Mapping[str, str]) -> None:
+        """Have pictures and distributions made and sent, both in the tracker's thread; returns at once.
+
+        Where making them fails, that is said once, and the tracker goes on with numbers alone.
+        """
+
+        def job() -> None:
+            if self._no_media:
+                return
+            try:
+                made = list(make())
+            except Exception as error:
+                self.no_media(error)
+                return
+            for item in made:
+                whole = {**context, **item.context}
+                if isinstance(item, Picture):
+                    self.tracker.image(step, item.name, item.picture, item.caption, whole)
+                else:
+                    self.tracker.distribution(step, item.name, item.values, whole)
+
+        self._put(job)
+
+    def no_media(self, error: Exception) -> None:
+        """Pictures cannot be made: say why, once, and ask for no more."""
+        if not self._no_media:
+            self._no_media = True
+            self._warn(
+                f"no pictures for tracker {self.tracker.name!r} from here on ({type(error).__name__}: {error}); "
+                "numbers go on. Turn them off with --set tracking.media=0"
+            )
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._failed:
+                continue
+            try:
+                job()
+            except Exception as error:
+                self._failed = True
+                self.warn_once(
+                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training goes on "
+                    "without it (metrics.jsonl has every row)"
+                )
+
+    def finish(self, timeout: float = 60.0) -> None:
+        """Flush and close; give up after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        with suppress(queue.Full):  # said below
+            for job in (self.tracker.finish, None):  # unlike rows, worth waiting for room in the queue
+                self._queue.put(job, timeout=max(0.0, end - time.monotonic()))
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if self._thread.is_alive():
+            self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s; left behind")

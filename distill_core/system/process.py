@@ -1,0 +1,167 @@
+"""What belongs to the process: its device, threads, signals and random numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distill_core.errors import UserError
+
+
+class Interrupt:
+    """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless
+    something is `finishing`.
+
+    `doing` is said when one comes.
+    """
+
+    def __init__(self, say: Callable[[str], None], doing: str = "saving after this step ...") -> None:
+        self.say = say
+        self.doing = doing
+        self.signal: int | None = None
+        self._finishing = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While training goes on, and only in the main thread (signals belong to it)."""
+        before = {}
+        try:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # not every system has SIGHUP
+                if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                    continue  # ignored: started by nohup, to outlive the terminal
+                before[number] = signal.signal(number, self._take)
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """A second signal does not break off what is done here."""
+        self._finishing = True
+        try:
+            yield
+        finally:
+            self._finishing = False
+
+    def _take(self, number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        if self.signal is None:
+            self.signal = number
+            self.say(f"{name}: {self.doing}")
+        elif self._finishing:
+            self.say(f"{name}: a checkpoint is being written; the run ends after it")
+        else:
+            raise KeyboardInterrupt
+
+
+def end_with_parent(parent: int, number: int) -> None:
+    """Have the system send this process the signal `number` when its `parent` ends, however that ends (on Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it had ended before
+        os._exit(128 + number)
+
+
+def resolve_device(name: str, option: str = "train.device") -> torch.device:
+    """`auto` or a torch device name. Raises `UserError` for one that is not there, naming the option that asked."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{option}: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def set_matmul_precision(precision: Literal["high", "highest"]) -> None:
+    """Of products of fp32 tensors on CUDA (`train.matmul_precision`); a CPU's stay as they are."""
+    # by the older of torch's two interfaces: after the newer one, reading the older is an error
+    torch.backends.cuda.matmul.allow_tf32 = precision == "high"
+
+
+def arithmetic(precision: str, matmul_precision: str, device: torch.device) -> str:
+    """In what a step computes on `device`, for the log: "bf16 on cuda:0, fp32 products in TF32"."""
+    products = {"high": ", fp32 products in TF32", "highest": ", fp32 products in fp32"}[matmul_precision]
+    return f"{precision} on {device}{products if device.type == 'cuda' else ''}"
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def reading_threads(device: torch.device) -> int:
+    """Threads that read items for a model on `device`: none on a CPU, whose cores all compute."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return 0 if device.type == "cpu" else min(16, max(1, cores() // ranks_here))
+
+
+def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
+    """As asked; on a CPU, else, the cores that the loader's workers leave."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif device.type == "cpu":
+        torch.set_num_threads(max(1, cores() - workers))
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large blocks that are freed, where it is glibc.
+
+    It hands them back to the system otherwise, and each step's tensors are faulted in page by page again (measured:
+    docs/log.md). What a step has needed at most stays with the process.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large one
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python and numpy: components may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def get_random(device: torch.device) -> dict[str, Any]:
+    """The state of the generators of the CPU and of `device`, as plain data and tensors that
+    `torch.load(weights_only=True)` takes."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random(state: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse of `get_random`."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,179 @@
+"""Checks of augmentations."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_authoring.conformance.ranks import on_two_ranks
+from distill_authoring.conformance.suite import Case, Mend, checks, require
+from distill_core.batch import GLOBAL, View
+from distill_core.errors import BadSample
+
+KIND = "augmentation"
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two views' data are equal."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def same_views(a: list[View], b: list[View]) -> bool:
+    """Whether two lists of views are equal, data, roles and sources."""
+    return len(a) == len(b) and all(
+        x.role == y.role and x.source == y.source and same(x.data, y.data) for x, y in zip(a, b, strict=True)
+    )
+
+
+def sample(case: Case, seed: int = 0) -> dict[str, Any]:
+    """A raw sample as a shard gives it."""
+    fields = case.cls.example_sample(case.config, np.random.default_rng(seed))
+    require(
+        all(isinstance(value, bytes) for key, value in fields.items() if not key.startswith("__")),
+        "`example_sample` must give bytes by field: augmentations read raw samples",
+    )
+    return {"__key__": f"sample-{seed}", "__url__": "shard.tar", **fields}
+
+
+def draw(augmentation: Any, raw: Mapping[str, Any], seed: int) -> list[View]:
+    """The views of a sample, with a fresh generator."""
+    views: list[View] = augmentation.views(raw, np.random.default_rng(seed))
+    return views
+
+
+@checks(KIND)
+def roles(case: Case) -> None:
+    """`roles` names the views that `views` makes, globals first, each role together."""
+    declared = case.cls.roles(case.config)
+    require(isinstance(declared, tuple) and declared, "`roles` must return a tuple with a role for each view")
+    changes = [role for i, role in enumerate(declared) if i == 0 or role != declared[i - 1]]
+    require(len(changes) == len(set(changes)), f"the views of a role must stand together; `roles` gives {declared}")
+    require(GLOBAL not in declared or declared[0] == GLOBAL, f"global views come first; `roles` gives {declared}")
+    augmentation = case.cls(case.config)
+    for seed in range(3):
+        made = draw(augmentation, sample(case, seed), seed)
+        require(all(isinstance(view, View) for view in made), "`views` must return a list of View")
+        found = tuple(view.role for view in made)
+        require(found == declared, f"`views` makes {found}, `roles` says {declared}")
+        if (shapes := case.cls.shapes(case.config)) is not None:
+            sizes = tuple(tuple(view.data.shape) for view in made)
+            require(sizes == shapes, f"`views` makes data of {sizes}, `shapes` says {shapes}")
+
+
+@checks(KIND)
+def determinism(case: Case) -> None:
+    """The same seed gives the same views, whatever was drawn or seen before; views that were made stay as they are."""
+    augmentation, raw = case.cls(case.config), sample(case)
+    made = draw(augmentation, raw, 5)
+    first = copy.deepcopy(made)
+    state = random.getstate(), np.random.get_state()
+    try:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        draw(augmentation, sample(case, 1), 6)
+        whole = same_views(first, made)
+        again = draw(augmentation, raw, 5)
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+    require(
+        same_views(first, again),
+        "the same sample and seed give other views: draw from `rng` alone, and keep nothing between samples",
+    )
+    require(whole, "views change when the next are made: they share a buffer; give each its own data")
+
+
+@checks(KIND)
+def pickling(case: Case) -> None:
+    """It goes to the loader's workers and makes the same views there."""
+    augmentation, raw = case.cls(case.config), sample(case)
+    expected = draw(augmentation, raw, 3)
+    copied = pickle.loads(pickle.dumps(augmentation))
+    require(same_views(draw(copied, raw, 3), expected), "a pickled copy makes other views from the same seed")
+    require(
+        same_views(pickle.loads(pickle.dumps(expected)), expected), "its views do not survive pickling: give plain data"
+    )
+
+
+@checks(KIND)
+def processes(case: Case) -> None:
+    """It makes the same views in another process, as a resumed run's workers are: `hash` of a str differs there."""
+    augmentation, raw = case.cls(case.config), sample(case)
+    here = draw(augmentation, raw, 3)
+    for there in on_two_ranks(draw, [(augmentation, raw, 3)] * 2):
+        require(
+            same_views(here, there),
+            "another process makes other views of the same sample and seed: draw from `rng` alone",
+        )
+
+
+@checks(KIND)
+def sample_untouched(case: Case) -> None:
+    """Other modalities read the same sample: nothing of it is changed."""
+    raw = sample(case)
+    before = dict(raw)
+    draw(case.cls(case.config), raw, 0)
+    require(raw == before, "`views` changes the sample; copy what you change")
+
+
+@checks(KIND)
+def evaluation_view(case: Case) -> None:
+    """`read` gives the items as they are, `plain` one deterministic global view of each."""
+    augmentation, raw = case.cls(case.config), sample(case)
+    items = augmentation.read(raw)
+    require(isinstance(items, list) and items, "`read` must return a list with at least one item")
+    require(raw == sample(case), "`read` changes the sample; copy what you change")
+    for item in items:
+        before = copy.deepcopy(item)
+        one, other = augmentation.plain(item), augmentation.plain(item)
+        require(same(before, item), "`plain` changes the item, which others read: copy what you change")
+        require(isinstance(one, View) and one.role == GLOBAL, "`plain` must return a View of role `global`")
+        require(same_views([one], [other]), "`plain` must give the same view each time")
+
+
+@checks(KIND)
+def bad_samples(case: Case) -> None:
+    """A sample that cannot be used (no field, empty or broken bytes) raises BadSample, so that a run goes on."""
+    augmentation, good = case.cls(case.config), sample(case)
+    head = {key: value for key, value in good.items() if key.startswith("__")}
+    fields = [key for key in good if key not in head]
+    broken: dict[str, dict[str, Any]] = {
+        "no field": head,
+        "empty fields": head | dict.fromkeys(fields, b""),
+        "broken bytes": head | dict.fromkeys(fields, b"\xff\x00\xfe not what it says"),
+    }
+    for what, raw in broken.items():
+        for name, ask in (("views", lambda raw: draw(augmentation, raw, 0)), ("read", augmentation.read)):
+            try:
+                ask(raw)
+            except BadSample:
+                continue
+            except Exception as error:
+                raise Mend(
+                    f"`{name}` of a sample with {what} raises {type(error).__name__}: {error}; raise BadSample, which "
+                    "skips the sample and counts it"
+                ) from error
+            require(what != "no field", f"`{name}` of a sample with no field must raise BadSample")
+    try:
+        augmentation.plain(object())
+    except BadSample:
+        return
+    except Exception as error:
+        raise Mend(f"`plain` of an item that it cannot read raises {type(error).__name__}; raise BadSample") from error
+    raise Mend("`plain` takes any object for an item; raise BadSample for what it cannot read")

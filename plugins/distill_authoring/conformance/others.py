@@ -1,0 +1,392 @@
+"""Checks of schedules, optimisers, sources, evaluations, trackers and initializers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import os
+import pickle
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from distill_authoring.conformance import surroundings
+from distill_authoring.conformance.modules import close, unmoved, untouched
+from distill_authoring.conformance.suite import Case, DoesNotFit, Mend, checks, require
+from distill_core.batch import Sample
+from distill_core.contracts.tracker import TrackerConfig
+from distill_core.contracts.weights import Loaded
+from distill_core.data.opening import is_local
+from distill_core.data.shards import Shards
+from distill_core.errors import DataError, UserError
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import FeatureKind, Model
+
+
+@contextmanager
+def cache() -> Iterator[Path]:
+    """A folder that is the cache while a check runs, and is taken away afterwards."""
+    before = os.environ.get("DISTILL_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DISTILL_CACHE"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["DISTILL_CACHE"]
+            else:
+                os.environ["DISTILL_CACHE"] = before
+
+
+@checks("schedule")
+def factors(case: Case) -> None:
+    """The factor is from 0 to 1 at every step, and a function of (step, steps) alone, for short and long runs."""
+    schedule = case.cls(case.config)
+    for steps in (1, 2, 10, 5000):
+        found = [schedule.factor(step, steps) for step in range(steps)]
+        for step, x in enumerate(found):
+            require(
+                isinstance(x, int | float) and math.isfinite(x) and 0 <= x <= 1 + 1e-6,
+                f"at step {step} of {steps} the factor is {x!r}; it must be finite and from 0 to 1: `lr` is the peak",
+            )
+        again = [case.cls(case.config).factor(step, steps) for step in reversed(range(steps))]
+        require(found == again[::-1], "the factor depends on the steps asked before: a resumed run would differ")
+        require(max(found) > 0, f"of {steps} steps, all factors are 0: nothing would be learned")
+
+
+def _optimizer(case: Case, factor: float = 1.0) -> tuple[torch.nn.Module, Any]:
+    """A module with matrices and vectors, and an optimiser of it; the later half of it has the learning-rate factor."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
+    named = [(name, p, 1.0 if name.startswith("0") else factor) for name, p in module.named_parameters()]
+    component = case.cls(case.config)
+    with unmoved(module, "`groups`"):
+        groups = component.groups(named)
+    held = [id(p) for group in groups for p in group["params"]]
+    require(
+        sorted(held) == sorted(id(p) for _, p, _ in named), "`groups` must hold each parameter it is given exactly once"
+    )
+    return module, component.build(groups)
+
+
+def _step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, 8, 4, generator=draw)
+    (module(x) - y).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _rates(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rate of each parameter."""
+    rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in module.named_parameters() if id(p) not in rates]
+    require(not missing, f"the optimiser has no group with {', '.join(missing)}: `build` must take all groups")
+    return {name: rates[id(p)] for name, p in module.named_parameters()}
+
+
+@checks("optimizer")
+def steps(case: Case) -> None:
+    """Every parameter is in one group, its `lr` goes with its factor, and a step moves each one downhill."""
+    module, optimizer = _optimizer(case)
+    whole, half = _rates(module, optimizer), _rates(*_optimizer(case, 0.5))
+    for name, rate in whole.items():
+        wanted = rate * (1.0 if name.startswith("0") else 0.5)
+        require(math.isclose(half[name], wanted), "a group's lr must be the option times the parameter's factor")
+    before = [p.detach().clone() for p in module.parameters()]
+    (module(torch.randn(8, 4)) - torch.randn(8, 4)).square().sum().backward()
+    gradients = [cast(Tensor, p.grad).clone() for p in module.parameters()]
+    optimizer.step()
+    downhill = 0.0
+    for (name, p), old, gradient in zip(module.named_parameters(), before, gradients, strict=True):
+        require(
+            not torch.equal(p, old), f"a step moves nothing of a parameter [{', '.join(map(str, p.shape))}] ({name})"
+        )
+        downhill += float(((p.detach() - old) * gradient).sum())
+    require(downhill < 0, "a step goes uphill: it adds the gradient")
+
+
+@checks("optimizer")
+def scheduled(case: Case) -> None:
+    """The schedule sets each group's `lr`: a step of lr 0 moves nothing, nor does one move what has no gradient."""
+    module, optimizer = _optimizer(case)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]
+    before = [p.detach().clone() for p in module.parameters()]
+    _step(module, optimizer, 0)
+    require(
+        close(before, module.parameters(), 0.0),
+        "a step moves parameters though every group's lr is 0: read group['lr'] at each step, the schedule sets it",
+    )
+    module, optimizer = _optimizer(case)
+    unused = module[0].weight  # type: ignore[index]
+    first = unused.detach().clone()
+    (module[2](module[1](torch.randn(8, 4))) - 1).square().sum().backward()  # type: ignore[index]
+    optimizer.step()
+    require(torch.equal(first, unused), "a step moves a parameter that has no gradient (`p.grad` is None)")
+
+
+@checks("optimizer")
+def weight_decay(case: Case) -> None:
+    """Weight decay is for matrices: without a gradient, norms, biases and scales (ndim < 2) stay as they are."""
+    module, optimizer = _optimizer(case)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(2):
+        optimizer.step()
+    decayed = [name for name, p in module.named_parameters() if p.ndim < 2 and not torch.equal(p, before[name])]
+    require(not decayed, f"{', '.join(decayed)} decay: in `groups`, give parameters with ndim < 2 weight_decay 0")
+
+
+@checks("optimizer")
+def optimizer_state(case: Case) -> None:
+    """Its state dict carries all its state: a resumed run continues the same."""
+    module, optimizer = _optimizer(case)
+    for seed in range(3):
+        _step(module, optimizer, seed)
+    state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(module.state_dict())
+    other, again = _optimizer(case)
+    other.load_state_dict(weights)
+    again.load_state_dict(state)
+    for seed in range(3, 9):
+        _step(module, optimizer, seed)
+        _step(other, again, seed)
+    require(close(module.parameters(), other.parameters(), 1e-6), "after load_state_dict the next step is another one")
+
+
+@checks("source")
+def splits(case: Case) -> None:
+    """`splits` names splits, or None, without touching data; of another split `sets` gives {}."""
+    named = case.cls.splits(case.config)
+    require(
+        named is None or (isinstance(named, tuple) and all(isinstance(split, str) for split in named)),
+        "`splits` must return a tuple of names, or None where the options do not tell",
+    )
+    with cache():
+        source = case.cls(case.config)
+        try:
+            source.prepare()
+            for split in {"no such split", "train", "validation", "test"} - set(
+                named or ("train", "validation", "test")
+            ):
+                require(source.sets(split) == {}, f"`sets` of {split!r}, which `splits` does not name, must be {{}}")
+                require(not source.size(split), f"`size` of {split!r}, which `splits` does not name, must be None")
+        except DataError:
+            return
+
+
+@checks("source")
+def shards(case: Case) -> None:
+    """After `prepare` each split has samples, and `size` is their number; or a DataError says why not."""
+    with cache():
+        source = case.cls(case.config)
+        try:
+            source.prepare()
+            found = {split: source.sets(split) for split in case.cls.splits(case.config) or ("train",)}
+            samples = {split: source.samples(split) for split in found}
+        except DataError as error:
+            raise DoesNotFit(f"the example has no data here: {error}") from error
+        for split, sets in found.items():
+            require(
+                isinstance(sets, dict) and all(isinstance(names, list) for names in sets.values()),
+                "`sets` must return {set: [shards]}",
+            )
+            require(samples[split] and all(sets.values()), f"the split {split!r} has nothing in it")
+            require(
+                bool(sets) == case.cls.trainable,
+                f"`sets` of {split!r} names {'no ' if not sets else ''}shards, and `trainable` is {case.cls.trainable}",
+            )
+            names = [name for part in sets.values() for name in part]
+            require(
+                len(names) == len(set(names)), f"a shard of {split!r} is listed twice: its samples would count twice"
+            )
+            if not all(is_local(name) for part in sets.values() for name in part):
+                continue
+            keys = [sample["__key__"] for part in samples[split].values() for sample in part]
+            size = source.size(split)
+            require(keys, f"the shards of {split!r} hold no sample")
+            require(size is None or size == len(keys), f"`size` of {split!r} is {size}; its shards hold {len(keys)}")
+            again = [sample["__key__"] for part in samples[split].values() for sample in part]
+            require(again == keys, f"the samples of {split!r} are others when they are read again")
+        other = case.cls(case.config)
+        other.prepare()
+        require({split: other.sets(split) for split in found} == found, "asked again, the shards are others")
+
+
+@checks("source")
+def pickling(case: Case) -> None:
+    """A source goes to other processes."""
+    require(pickle.loads(pickle.dumps(case.cls(case.config))).config == case.config, "its options do not survive")
+
+
+@checks("evaluation")
+def scores(case: Case) -> None:
+    """Scores are finite numbers by name, the same each time, of one set and of two."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, one, other = _scorable(case, Path(folder))
+        whole = nn.ModuleList(model.backbone.values())
+        for sets in ({"one": one}, {"one": one, "other": other}):
+            found = []
+            for training in (True, False):
+                whole.train(training)  # a run that trains scores its own model
+                given = [_Watched(name, samples) for name, samples in sets.items()]
+                before = _settings(model)
+                with unmoved(whole, "`run`"):
+                    found.append(case.cls(case.config).run(model, given))
+                require(_settings(model) == before, "`run` changes the model, which training and other tasks use")
+                for each in given:
+                    require(each.whole(), "`run` changes embeddings in place, which other tasks read: copy them")
+            require(isinstance(found[0], dict) and found[0], "`run` must return scores by name")
+            for name, value in found[0].items():
+                require(isinstance(value, float) and math.isfinite(value), f"the score {name!r} is {value!r}")
+            require(found[0] == found[1], "the same model and sets give other scores the second time")
+
+
+def _settings(model: Model) -> dict[str, Any]:
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(model).items()}
+
+
+class _Watched(EvaluationSet):
+    """A set that remembers what embeddings it gave."""
+
+    def __init__(self, name: str, source: Iterable[Sample]) -> None:
+        super().__init__(name, source)
+        self.given: list[tuple[Tensor, Tensor]] = []
+
+    def embeddings(
+        self, model: Model, modality: str, field: str | None = None, *, features: FeatureKind = "embedding"
+    ) -> tuple[Tensor, Tensor]:
+        """As its base's."""
+        found = super().embeddings(model, modality, field, features=features)
+        self.given += [(x, x.clone()) for x in found]
+        return found
+
+    def whole(self) -> bool:
+        """Whether all of it is as it was given."""
+        return all(torch.equal(x, copied) for x, copied in self.given)
+
+
+def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterable[Sample]]:
+    """A model and two sets: those of the task's `example`, or of numbered samples."""
+    example = case.cls.example(case.config)
+    if example is None:
+        one, other = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+        return surroundings.model(), one, other
+    model, samples = example
+    require(len(samples) > 1, "`example` needs two samples or more")
+    return model, samples, samples[: len(samples) - 1]
+
+
+@checks("evaluation")
+def nothing_to_score(case: Case) -> None:
+    """A set without a sample raises DataError, not an error of torch."""
+    model = (case.cls.example(case.config) or (surroundings.model(),))[0]
+    try:
+        case.cls(case.config).run(model, [EvaluationSet("empty", [])])
+    except UserError:
+        return
+    except Exception as error:
+        raise Mend(f"a set without a sample raises {type(error).__name__}: {error}; raise DataError") from error
+    raise Mend("a set without a sample must raise DataError: there is nothing to score")
+
+
+PATIENCE = 5.0
+"""Seconds in which a tracker's `log` must return, far more than it should take."""
+
+
+@checks("tracker")
+def tracked(case: Case) -> None:
+    """A run is started, described, logged and finished in its folder, and continues when it is resumed; `log` does not
+    block, and nothing that the tracker is given is changed.
+
+    A tracker that is given media (its `Config` extends TrackerConfig) takes all kinds of pictures, and distributions.
+    """  # fmt: skip
+    problems: list[Exception] = []
+
+    def work() -> None:
+        try:
+            _track(case, entered)
+        except Exception as error:
+            problems.append(error)
+
+    entered: list[str] = []
+    thread = threading.Thread(target=work, daemon=True)  # as in training: a thread of its own
+    thread.start()
+    thread.join(PATIENCE)
+    while thread.is_alive():
+        before = list(entered)
+        thread.join(PATIENCE)
+        require(
+            before != entered or not thread.is_alive(),
+            f"`{entered[-1]}` does not return in {PATIENCE:g} s: hand over to a thread or a queue of its own",
+        )
+    if problems:
+        raise problems[0]
+
+
+def _track(case: Case, entered: list[str]) -> None:
+    recipe, values, context = {"name": "run", "seed": 0}, {"loss": 1.0, "scale": math.nan}, {"subset": "train"}
+    facts, tags = {"versions": {"python": "3"}, "device": "cpu"}, ["other", "mine"]
+    given = (recipe, values, context, facts, tags)
+    before = repr(given)
+
+    def call(run: Callable[..., None], *arguments: Any) -> None:
+        entered.append(run.__name__)
+        run(*arguments)
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        run.mkdir()
+        for resume in (False, True):
+            tracker = case.cls(case.config)
+            call(tracker.start, str(run), "run", recipe, resume)
+            call(tracker.describe, facts, tags)
+            for step in (1, 2):
+                call(tracker.log, step, values, context)
+            if issubclass(case.cls.Config, TrackerConfig):
+                array, numbers = np.full((8, 8, 3), 127, np.uint8), np.linspace(-1, 1, 16)
+                picture, path = Image.fromarray(array), run / "picture.png"
+                picture.save(path)
+                with untouched([array, numbers], "media", "the tracker"):
+                    for shown in (array, picture, str(path)):
+                        call(tracker.image, 1, "picture", shown, "a caption", context)
+                    call(tracker.distribution, 1, "similarity", numbers, context)
+            call(tracker.finish)
+            require(repr(given) == before, "the tracker changes what it is given, which others read: copy it")
+            del tracker
+            gc.collect()  # what it still holds open would otherwise look for its folder when that is gone
+
+
+@checks("init")
+def refusal(case: Case) -> None:
+    """What cannot be loaded raises UserError and leaves the model as it was; else it names what it loaded."""
+    objective = surroundings.objective()
+    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    try:
+        with unmoved(objective, "`apply`", values=False):
+            loaded = case.cls(case.config).apply(objective)
+    except UserError:
+        after = objective.state_dict()
+        moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        require(not moved, f"it raises UserError after it has changed {', '.join(moved[:3])}")
+        return
+    except Mend:
+        raise
+    except Exception as error:
+        raise Mend(f"weights that cannot be loaded raise {type(error).__name__}: {error}; raise UserError") from error
+    require(isinstance(loaded, Loaded), "`apply` must return Loaded(line, names)")
+    after = objective.state_dict()
+    silent = [name for name, x in before.items() if name not in loaded.names and not torch.equal(x, after[name])]
+    require(not silent, f"it changes {', '.join(silent[:3])}, and Loaded.names does not say so")
+    unknown = sorted(loaded.names - set(after))
+    require(not unknown, f"it says that it loaded {', '.join(unknown[:3])}, which the model has not")

@@ -1,0 +1,149 @@
+"""Other processes: two ranks of one machine, that functions are run on."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from select import select
+from typing import Any, BinaryIO
+
+import torch
+
+from distill_authoring.conformance.suite import DoesNotFit, Mend
+
+PATIENCE = 60.0
+"""Seconds that ranks wait for each other."""
+_GRACE = 3.0
+"""Seconds that the other rank has when one has raised an error."""
+
+_RANK = "import sys; from distill_authoring.conformance.ranks import serve; serve(*sys.argv[1:])"
+
+
+class _Ranks:
+    """Two processes of a gloo group. They import torch once, and run function after function.
+
+    They hash strings as no other process does, so that what depends on it is found.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.folder = tempfile.TemporaryDirectory()
+        path = os.pathsep.join(filter(None, sys.path))
+        store = str(Path(self.folder.name) / "store")
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", _RANK, str(rank), store, str(PATIENCE)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,  # gloo reports what is raised here, too
+                env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": str(rank + 1)},
+            )
+            for rank in (0, 1)
+        ]
+
+    def run(self, jobs: list[bytes]) -> list[Any]:
+        """The answers of both."""
+        for process, job in zip(self.processes, jobs, strict=True):
+            assert process.stdin is not None
+            pickle.dump(job, process.stdin)
+            process.stdin.flush()
+        waiting: dict[BinaryIO, int] = {_out(process): rank for rank, process in enumerate(self.processes)}
+        found: dict[int, Any] = {}
+        problems: list[Exception] = []
+        while waiting:
+            ready = select(list(waiting), [], [], _GRACE if problems else PATIENCE)[0]
+            if not ready:
+                self.stop()
+                hang = Mend("two ranks wait for each other: every rank must make the same collectives")
+                raise problems[0] if problems else hang
+            for end in ready:
+                rank = waiting.pop(end)
+                try:
+                    problem, found[rank] = pickle.load(end)
+                except EOFError:
+                    self.stop()
+                    raise Mend(f"the process of rank {rank} of two ends") from None
+                if problem is not None:
+                    problems.append(problem)
+        if problems:
+            raise problems[0]
+        return [found[0], found[1]]
+
+    def stop(self) -> None:
+        """End both: one of them may be in a collective for good."""
+        self.stopped = True
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+        self.folder.cleanup()
+
+
+def _out(process: subprocess.Popen[bytes]) -> BinaryIO:
+    assert process.stdout is not None
+    return process.stdout  # type: ignore[return-value]
+
+
+_started: list[_Ranks] = []
+
+
+@atexit.register
+def stop() -> None:
+    """End the ranks that were started."""
+    while _started:
+        if not (ranks := _started.pop()).stopped:
+            ranks.stop()
+
+
+def on_two_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """What a function of a module returns for the arguments of rank 0 and of rank 1.
+
+    Raises `Mend` where it raises on a rank, or the ranks wait for each other in vain, and `DoesNotFit` where the other
+    processes cannot import what is in the arguments.
+    """
+    try:
+        jobs = [pickle.dumps((function, given)) for given in arguments]
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise DoesNotFit(f"other processes cannot import it by its name: {error}") from error
+    if not _started or _started[0].stopped:
+        _started[:] = [_Ranks()]
+    return _started[0].run(jobs)
+
+
+def serve(number: str, store: str, patience: str) -> None:
+    """One rank: runs what comes in, until nothing more does."""
+    rank = int(number)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a component prints is no answer
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=float(patience)),
+    )
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        pickle.dump(_answer(rank, job), answers)
+        answers.flush()
+
+
+def _answer(rank: int, job: bytes) -> tuple[Exception | None, Any]:
+    try:
+        function, arguments = pickle.loads(job)
+    except (ImportError, AttributeError) as error:
+        return DoesNotFit(f"other processes cannot import it by its name: {error}"), None
+    try:
+        return None, function(*arguments)
+    except Exception as error:
+        return Mend(f"rank {rank} of two raises {type(error).__name__}: {error}"), None

@@ -1,0 +1,106 @@
+"""What `distill check-plugin` does: all checks of one package, as a table or JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import click
+
+from distill_authoring.conformance.suite import Result, Status, check
+from distill_core.errors import UserError, did_you_mean
+from distill_core.registry import Plugins, Registry
+
+_LIGHT = """\
+import importlib, sys
+module = importlib.import_module(sys.argv[1])
+list(getattr(module, "distill_commands", list)())
+print([name for name in ("torch", "torchvision", "pydantic", "numpy") if name in sys.modules])
+"""
+
+
+def check_package(package: str) -> list[Result]:
+    """The checks of an entry point, or of all entry points of a package. Raises `UserError` where there is none."""
+    plugins = Plugins.discover()
+    chosen = [name for name, owner in plugins.packages.items() if package in (name, owner)]
+    if not chosen:
+        known = sorted({*plugins.packages, *plugins.packages.values()})
+        hint = did_you_mean(package, known) or "."
+        raise UserError(f"no plugin or package {package!r}{hint} Is it installed in this environment? pip install -e .")
+    entries = [entry for entry in Registry.discover(plugins).entries.values() if entry.plugin in chosen]
+    results = [result for name in chosen for result in _plugin(plugins, name)]
+    if not entries:
+        results.append(
+            Result("plugin", package, "components", "It brings components.", "skipped", "it brings commands alone")
+        )
+    return results + [result for entry in entries for result in check(entry.cls)]
+
+
+def _plugin(plugins: Plugins, name: str) -> list[Result]:
+    module = plugins.manager.get_plugin(name)
+    where = str(getattr(module, "__name__", name))
+
+    def found(check: str, about: str, problem: str) -> Result:
+        status: Status = "failed" if problem else "ok"
+        return Result("plugin", name, check, about, status, problem)
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", _LIGHT, where]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    heavy = done.stdout.strip().strip("[]").replace("'", "")
+    slow = f"importing {where} (or its commands) imports {heavy}: import inside the hook and inside commands"
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and nothing is said"]
+        slow = f"importing {where} fails in a fresh process: {said[-1]}"
+    helpless = [command.name for _, _, command in plugins.call("distill_commands") if not command.help]
+    return [
+        found(
+            "version",
+            "The plugin says which version of the hooks it was written for.",
+            "" if hasattr(module, "distill_api") else f"write `distill_api = 1` in {where}",
+        ),
+        found(
+            "light",
+            "Importing the plugin imports nothing heavy: `distill --help` loads every plugin.",
+            slow if heavy or done.returncode else "",
+        ),
+        found(
+            "commands",
+            "Commands have a help text.",
+            f"write a docstring for the command(s) {', '.join(map(str, helpless))}" if helpless else "",
+        ),
+    ]
+
+
+_SIGNS = {"ok": ("ok", "green"), "failed": ("FAILED", "red"), "skipped": ("-", None)}
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """A row a check, what to mend below those that failed, and a line of counts."""
+    names = [f"{result.kind} {result.name}" for result in results]
+    wide = max(map(len, names)), max(len(result.check) for result in results)
+    before = ""
+    for name, result in zip(names, results, strict=True):
+        sign, colour = _SIGNS[result.status]
+        shown = "" if name == before else name
+        before = name
+        row = f"{shown:<{wide[0]}}  {result.check:<{wide[1]}}  {click.style(sign, fg=colour)}"
+        if result.status == "skipped":
+            row += f"  {result.message}"
+        click.echo(row)
+        if result.status == "failed":
+            click.echo(f"    held to:  {result.about}\n    to mend:  {result.message}")
+    counts = {status: sum(result.status == status for result in results) for status in _SIGNS}
+    components = len({name for name in names if not name.startswith("plugin ")})
+    click.echo(
+        f"{components} component(s): {counts['ok']} checks passed, {counts['skipped']} did not fit, "
+        f"{counts['failed']} failed"
+    )
+
+
+def as_json(results: Sequence[Result]) -> str:
+    """The results as a JSON list."""
+    return json.dumps([result.to_dict() for result in results], indent=1)

@@ -1,0 +1,207 @@
+"""Runs the checks of a component and gathers what they find."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from distill_core.contracts.component import Component
+
+Status = Literal["ok", "failed", "skipped"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found on one component."""
+
+    kind: str
+    name: str
+    check: str
+    about: str
+    """What the check holds the component to."""
+    status: Status
+    message: str = ""
+    """What to mend, or why the check does not fit."""
+
+    def to_dict(self) -> dict[str, str]:
+        """As plain data."""
+        return asdict(self)
+
+
+class Mend(Exception):
+    """A check failed; the message says what to mend."""
+
+
+class DoesNotFit(Exception):
+    """A check has nothing to check on this component; the message says why."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raises `Mend` where the condition does not hold."""
+    if not condition:
+        raise Mend(message)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A component class with the options of one of its examples."""
+
+    cls: Any
+    config: Any
+    options: dict[str, Any]
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    """What its checks share: by whoever made it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function that raises `Mend`; `once` where it looks at the class and not at an example."""
+
+    name: str
+    about: str
+    kinds: tuple[str, ...]
+    once: bool
+    run: Callable[[Any], None]
+
+
+_CHECKS: list[Check] = []
+_MODULES = ("general", "augmentation", "backbone", "fusion", "loss", "others")
+
+
+def checks(*kinds: str, once: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Registers a check for these kinds (all where none is named); its docstring says what it holds."""
+
+    def add(run: Callable[[Any], None]) -> Callable[[Any], None]:
+        about = " ".join(inspect.cleandoc(run.__doc__ or "").split())
+        _CHECKS.append(Check(run.__name__, about, kinds, once, run))
+        return run
+
+    return add
+
+
+def checks_of(kind: str) -> list[Check]:
+    """The checks of a kind, in the order they are run."""
+    for module in _MODULES:
+        import_module(f"distill_authoring.conformance.{module}")
+    return [check for check in _CHECKS if not check.kinds or kind in check.kinds]
+
+
+def check(component: type[Component], only: Collection[str] = ()) -> list[Result]:
+    """One result for each check of the component's kind; a check fails where it fails for one of the `examples`.
+
+    `only` names some of the checks.
+    """
+    cases, broken = _cases(component)
+    results = []
+    for one in checks_of(component.kind):
+        if only and one.name not in only:
+            continue
+        if one.once:
+            found = [_outcome(one, component, component)]
+        elif broken:
+            found = [("skipped", "the check `options` failed")]
+        else:
+            found = [_outcome(one, case, component) for case in cases]
+        status, message = next(
+            (item for wanted in ("failed", "ok", "skipped") for item in found if item[0] == wanted), ("skipped", "")
+        )
+        results.append(Result(component.kind, component.name, one.name, one.about, status, message))
+    return results
+
+
+def assert_conforms(component: type[Component]) -> None:
+    """Raises AssertionError with every check that failed and what to mend."""
+    failed = [result for result in check(component) if result.status == "failed"]
+    assert not failed, "\n".join(f"{r.kind} {r.name}: {r.check}: {r.message}" for r in failed)
+
+
+def _cases(cls: type[Component]) -> tuple[list[Case], bool]:
+    cases = []
+    for options in cls.examples:
+        try:
+            config = cls.Config.model_validate_json(json.dumps(options))
+        except (ValidationError, TypeError, ValueError):
+            return [], True
+        cases.append(Case(cls, config, dict(options)))
+    return cases, not cases
+
+
+def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, str]:
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _process_untouched():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            one.run(subject)
+    except Mend as error:
+        return "failed", f"{error}{_notes(error)}{_shown(subject, cls)}"
+    except DoesNotFit as error:
+        return "skipped", str(error)
+    except NotImplementedError as error:
+        return "failed", f"{error or 'NotImplementedError'}: write it{_shown(subject, cls)}"
+    except Exception as error:
+        where = _blame(traceback.extract_tb(error.__traceback__), cls)
+        said = f"{type(error).__name__}: {error}{where}{_notes(error)}{_hint(error, cls)}"
+        return "failed", f"{said}{_shown(subject, cls)}"
+    finally:
+        torch.set_num_threads(threads)
+    return "ok", ""
+
+
+@contextmanager
+def _process_untouched() -> Iterator[None]:
+    """What belongs to the process is put back, and raises `Mend` where a component has changed it."""
+
+    def state() -> dict[str, Any]:
+        return {
+            "whether gradients are recorded": torch.is_grad_enabled(),
+            "torch's default dtype": torch.get_default_dtype(),
+            "whether torch must be deterministic": torch.are_deterministic_algorithms_enabled(),
+            "the working directory": os.getcwd(),
+        }
+
+    before = state()
+    try:
+        yield
+        changed = [what for what, value in state().items() if value != before[what]]
+        require(not changed, f"it changes {', '.join(changed)} of the whole process: put it back")
+    finally:
+        torch.set_grad_enabled(before["whether gradients are recorded"])
+        torch.set_default_dtype(before["torch's default dtype"])
+        torch.use_deterministic_algorithms(before["whether torch must be deterministic"])
+        os.chdir(before["the working directory"])
+
+
+def _notes(error: Exception) -> str:
+    notes = getattr(error, "__notes__", ())
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _shown(subject: Any, cls: type[Component]) -> str:
+    several = isinstance(subject, Case) and len(cls.examples) > 1
+    return f" (with the example {json.dumps(subject.options)})" if several else ""
+
+
+def _blame(frames: Iterable[traceback.FrameSummary], cls: type[Component]) -> str:
+    """The last line of the component's own package that the error came through."""
+    own = Path(inspect.getfile(cls)).parent
+    mine = [frame for frame in frames if Path(frame.filename).is_relative_to(own)]
+    return f" ({Path(mine[-1].filename).name}:{mine[-1].lineno})" if mine else ""
+
+
+def _hint(error: Exception, cls: type[Component]) -> str:
+    if cls.kind in ("fusion", "loss") and isinstance(error, KeyError | IndexError | AttributeError | TypeError):
+        return ". The inputs hold only what `needs` asks for: name what is read there"
+    return ""

@@ -1,0 +1,128 @@
+"""A small recipe's worth of parts around a component: two modalities of hashed items, a model, a shard."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill_authoring.conformance.inputs import DIM, WIDTH, modality
+from distill_core.batch import GLOBAL, Group, Sample, View, Views
+from distill_core.contracts.component import ComponentConfig
+from distill_core.data.stream import number
+from distill_core.errors import BadSample
+from distill_core.interfaces import Augmentation, Backbone, Collator, Dims, Loss, LossConfig
+from distill_core.model import Model
+from distill_core.objective import Objective
+from distill_core.outputs import Features, Outputs
+from distill_core.plan import Plan
+
+NAMES = ("first", "second")
+
+
+class Items(Augmentation):
+    """Any item -> a vector that its hash decides. A sample's item is its number; another field is one of two words."""
+
+    name = "items"
+
+    @classmethod
+    def roles(cls, config: ComponentConfig) -> tuple[str, ...]:
+        """One global view."""
+        return (GLOBAL,)
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """The plain view."""
+        return [self.plain(self.read(sample)[0])]
+
+    def read(self, sample: Sample, field: str | None = None) -> list[Any]:
+        """One item."""
+        if "number" not in sample:
+            raise BadSample("no number")
+        return [sample["number"].decode() if field is None else f"word {int(sample['number']) % 2}"]
+
+    def plain(self, item: Any) -> View:
+        """[W]."""
+        return View(torch.from_numpy(np.random.default_rng(number(item)).standard_normal(WIDTH, dtype=np.float32)))
+
+
+class Linear(Backbone):
+    """One linear map."""
+
+    name = "linear"
+
+    def __init__(self, config: ComponentConfig) -> None:
+        super().__init__(config)
+        self.map = nn.Linear(WIDTH, DIM)
+
+    @classmethod
+    def dims(cls, config: ComponentConfig) -> Dims:
+        """W and D of the checks."""
+        return Dims(WIDTH, DIM)
+
+    @classmethod
+    def collator(cls, config: ComponentConfig) -> Collator:
+        """[1, B, W]."""
+        return stack
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """x [N, W]; one token each."""
+        return Features(self.map(x)[None], {0: x[:, None]} if tokens else {}, class_tokens=x[None, :, None])
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """All of it on the one token."""
+        return x.new_ones(len(x), 1, 1)
+
+
+def stack(samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
+    """One group of one view."""
+    return Views([Group(torch.stack([views[0].data for views in samples])[None])])
+
+
+class Sum(Loss):
+    """A term that reads both embeddings."""
+
+    name = "sum"
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One term."""
+        return {"sum": torch.stack([outputs.embedding(f"student.{name}").sum() for name in NAMES]).sum()}, {}
+
+
+def plan() -> Plan:
+    """Two modalities of one view."""
+    return Plan({name: modality((GLOBAL,), False) for name in NAMES}, teacher=False, fusion=False)
+
+
+def backbones() -> dict[str, Backbone]:
+    """A backbone each."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: Linear(ComponentConfig()) for name in NAMES}
+
+
+def model() -> Model:
+    """A model that encodes items of both."""
+    return Model(backbones(), dict.fromkeys(NAMES, Items(ComponentConfig())), dict.fromkeys(NAMES, stack), batch_size=4)
+
+
+def objective() -> Objective:
+    """Both backbones, no teacher, no fusion, one loss."""
+    return Objective(backbones(), None, {"sum": Sum(LossConfig(), plan())}, None, plan(), [])
+
+
+def shard(folder: Path, samples: int) -> str:
+    """A tar shard of numbered samples."""
+    path = folder / f"{samples}.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(samples):
+            entry = tarfile.TarInfo(f"sample-{i}.number")
+            data = str(i).encode()
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return str(path)

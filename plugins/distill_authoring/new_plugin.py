@@ -1,0 +1,52 @@
+"""`distill new-plugin`: copies `template`, a working plugin named my-plugin, under another name.
+
+DISTRIBUTION stands in it for the package that we are installed as.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+import sys
+from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from distill_core.errors import UserError
+from distill_core.system.extras import project
+
+
+def write(name: str, into: Path) -> Path:
+    """Writes the package `name` into a new folder of `into`; returns the folder. Raises `UserError`."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
+        raise UserError(f"{name!r} is no package name; use letters, digits and -, as in my-plugin")
+    package = name.lower().replace("_", "-")
+    module = package.replace("-", "_")
+    if keyword.iskeyword(module) or module in sys.stdlib_module_names:
+        raise UserError(f"{module!r} is a word of Python's own; choose another name")
+    if importlib.util.find_spec(module) is not None:
+        raise UserError(f"a module {module!r} is installed already; choose another name")
+    folder = into / package
+    if folder.exists():
+        raise UserError(f"{folder} exists; choose another name, or --into another folder")
+    for parts, file in _template(files("distill_authoring") / "template"):
+        path = folder.joinpath(*(part.replace("my_plugin", module) for part in parts))
+        text = file.read_text(encoding="utf-8").replace("my_plugin", module).replace("my-plugin", package)
+        text = text.replace("DISTRIBUTION", project())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def _template(folder: Traversable, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Traversable]]:
+    """(path, file) of every file of the template."""
+    for item in folder.iterdir():
+        if item.is_dir() and item.name != "__pycache__":
+            yield from _template(item, (*above, item.name))
+        elif item.is_file():
+            yield (*above, item.name), item

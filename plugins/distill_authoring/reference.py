@@ -1,0 +1,217 @@
+"""Reference pages in Markdown, made from the docstrings and options of what is installed."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from distill_core import hookspecs
+from distill_core.commands import catalogue
+from distill_core.contracts.component import Component, ComponentConfig
+from distill_core.contracts.kinds import INTERFACES
+from distill_core.errors import UserError, did_you_mean
+from distill_core.interfaces import Loss
+from distill_core.recipe.sections import Frame
+from distill_core.registry import Entry, Plugins, Registry
+
+
+def write(out: Path, plugin: str | None = None) -> list[Path]:
+    """Writes the pages into the folder `out`; those of one plugin or package where one is named. Raises `UserError`."""
+    plugins = Plugins.discover()
+    registry = Registry.discover(plugins)
+    made = pages(registry, plugins) if plugin is None else component_pages(_only(registry, plugin))
+    written = []
+    for name, text in made.items():
+        path = out / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        written.append(path)
+    return written
+
+
+def pages(registry: Registry, plugins: Plugins) -> dict[str, str]:
+    """Path -> Markdown: an index, a page for each component, the recipe's sections, the interfaces, the commands."""
+    return {
+        **component_pages(registry.entries.values()),
+        "recipe.md": _recipe(),
+        "interfaces.md": _interfaces(),
+        "commands.md": _commands(plugins),
+    }
+
+
+def component_pages(entries: Iterable[Entry]) -> dict[str, str]:
+    """The index and a page for each component."""
+    entries = sorted(entries, key=lambda entry: (list(INTERFACES).index(entry.cls.kind), entry.cls.name))
+    rows = [
+        (
+            entry.cls.kind,
+            f"[{entry.cls.name}]({entry.cls.kind}/{entry.cls.name}.md)",
+            entry.package,
+            catalogue.summary(entry.cls),
+        )
+        for entry in entries
+    ]
+    made = {"index.md": "# Components\n\n" + _table(("kind", "name", "package", ""), rows)}
+    for entry in entries:
+        made[f"{entry.cls.kind}/{entry.cls.name}.md"] = _component(entry)
+    return made
+
+
+def _only(registry: Registry, plugin: str) -> list[Entry]:
+    chosen = [entry for entry in registry.entries.values() if plugin in (entry.plugin, entry.package)]
+    if not chosen:
+        known = sorted({name for entry in registry.entries.values() for name in (entry.plugin, entry.package)})
+        raise UserError(f"no plugin or package {plugin!r} with components{did_you_mean(plugin, known)}")
+    return chosen
+
+
+def _component(entry: Entry) -> str:
+    cls = entry.cls
+    parts = [
+        f"# {cls.name}",
+        f"A component of kind [{cls.kind}](../interfaces.md#{cls.kind}), of the plugin `{entry.plugin}` "
+        f"(package {entry.package}).",
+        _doc(cls),
+        "## Options",
+    ]
+    own = cls.Config not in (ComponentConfig, INTERFACES[cls.kind].Config)
+    about = vars(cls.Config).get("__doc__") if own else None
+    parts += [inspect.cleandoc(about)] if about else []
+    parts += list(_options(cls.Config)) or ["It has no options."]
+    written = [example for example in cls.examples if example]
+    if written:
+        shown = "\n".join(json.dumps({"name": cls.name, **example}) for example in written)
+        parts += ["## Example options", f"Small ones, that `distill check-plugin` builds:\n\n```yaml\n{shown}\n```"]
+    if isinstance(cls, type) and issubclass(cls, Loss) and cls.teacher_modules:
+        parts.append(f"The teacher keeps an average of: {', '.join(cls.teacher_modules)}.")
+    methods = [
+        f"`{name}`: {' '.join(inspect.cleandoc(method.__doc__).split())}"
+        for name, method in _methods(cls)
+        if method.__doc__ and not name.startswith("example_")
+    ]
+    parts += ["## Notes", "\n".join(f"- {line}" for line in methods)] if methods else []
+    parts.append(f"Source: `{cls.__module__}.{cls.__qualname__}`.")
+    return _joined(parts)
+
+
+def _recipe() -> str:
+    parts = ["# Recipe", _doc(Frame), "What each section holds. A place of a component takes `{name: NAME, ...}`."]
+    return _joined([*parts, *_options(Frame)])
+
+
+def _interfaces() -> str:
+    parts = ["# Interfaces and hooks", _doc(hookspecs), "## Hooks"]
+    for name, hook in vars(hookspecs).items():
+        if name.startswith("distill_"):
+            parts += [f"### {name}", _doc(hook)]
+    parts += ["## Every component", _doc(Component)]
+    parts.append(_listed(Component))
+    for kind, interface in INTERFACES.items():
+        parts += [f"## {kind}", f"`distill_core.interfaces.{interface.__name__}`", _doc(interface)]
+        parts.append(_listed(interface))
+    return _joined(parts)
+
+
+def _listed(cls: type) -> str:
+    return "\n".join(f"- `{name}{_signature(method)}`: {_line(method)}" for name, method in _methods(cls))
+
+
+def _commands(plugins: Plugins) -> str:
+    from distill_core.cli import cli
+
+    parts = ["# Commands", inspect.cleandoc(cli.help or "")]
+    for name, command in sorted([*_walk(cli.commands.values()), *_walk(plugins.commands())]):
+        usage = " ".join(_usage(parameter) for parameter in command.params if isinstance(parameter, click.Argument))
+        call = f"`distill {name} {usage}".rstrip() + "`"
+        parts += [f"## distill {name}", call, inspect.cleandoc(command.help or "")]
+        rows = [
+            (f"`{', '.join(option.opts)}`", option.help or "")
+            for option in command.params
+            if isinstance(option, click.Option)
+        ]
+        parts += [_table(("option", ""), rows)] if rows else []
+    return _joined(parts)
+
+
+def _walk(commands: Iterable[click.Command], above: str = "") -> Iterator[tuple[str, click.Command]]:
+    for command in commands:
+        name = f"{above}{command.name}"
+        yield name, command
+        if isinstance(command, click.Group):
+            yield from _walk(command.commands.values(), f"{name} ")
+
+
+def _usage(argument: click.Argument) -> str:
+    name = (argument.name or "").upper()
+    return f"{name}..." if argument.nargs == -1 else name
+
+
+def _options(config: type[BaseModel], above: str = "") -> Iterator[str]:
+    """A table of a config's options, and one for each config that they nest."""
+    rows = [
+        (
+            f"`{above}{row['name']}`",
+            f"`{row['type']}`",
+            "required" if row["required"] else f"`{json.dumps(row['default'], default=_plain)}`",
+            row["doc"],
+        )
+        for row in catalogue.options(config)
+    ]
+    if rows:
+        yield _table(("option", "type", "default", ""), rows)
+    for name, field in config.model_fields.items():
+        for inner in configs(field.annotation):
+            title = f"{above}{field.alias or name}"
+            yield from (f"### {title}", _doc(inner), *_options(inner, f"{title}."))
+
+
+def configs(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that an option's type nests."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [config for argument in typing.get_args(annotation) for config in configs(argument)]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, Any]]:
+    """(name, function) of the public methods that a class defines itself."""
+    for name, member in vars(cls).items():
+        method = getattr(member, "__func__", member)
+        if not name.startswith("_") and inspect.isfunction(method):
+            yield name, method
+
+
+def _signature(method: Any) -> str:
+    names = [name for name in inspect.signature(method).parameters if name not in ("self", "cls")]
+    return f"({', '.join(names)})"
+
+
+def _line(method: Any) -> str:
+    return " ".join(_doc(method).split())
+
+
+def _doc(thing: Any) -> str:
+    return inspect.cleandoc(thing.__doc__ or "")
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,47 @@
+"""Scores of a trained model."""
+
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.task import Evaluation
+from distill_core.errors import DataError
+
+
+class AgreementConfig(ComponentConfig):
+    """Options of `my_plugin_agreement`."""
+
+    modalities: tuple[str, str] | None = None
+    """The two sides; null takes the recipe's first two."""
+
+
+class Agreement(Evaluation):
+    """Mean cosine of the two embeddings of a sample, times 100."""
+
+    name = "my_plugin_agreement"
+    Config = AgreementConfig
+
+    @classmethod
+    def problems(cls, config, plan):
+        """Two modalities that the recipe has; a KeyError names one that it lacks."""
+        for name in config.modalities or ():
+            plan.modalities[name]
+        if config.modalities is None and len(plan.modalities) < 2:
+            yield "'my_plugin_agreement' needs two modalities"
+
+    def run(self, model, sets):
+        """`SET/cosine` of each set, and `cosine`, their mean."""
+        a, b = self.config.modalities or model.modalities[:2]
+        scores = {}
+        for samples in sets:
+            first, first_of = samples.embeddings(model, a)  # [N, D], [N]: the samples they are of
+            second, second_of = samples.embeddings(model, b)
+            place = {owner: i for i, owner in enumerate(second_of.tolist())}
+            pairs = [(i, place[owner]) for i, owner in enumerate(first_of.tolist()) if owner in place]
+            if not pairs:
+                raise DataError(f"evaluation set {samples.name!r}: no sample with both {a} and {b}")
+            rows, columns = zip(*pairs, strict=True)
+            cosines = (first[list(rows)] * second[list(columns)]).sum(-1)
+            scores[f"{samples.name}/cosine"] = 100 * cosines.double().mean().item()
+        return scores | {"cosine": sum(scores.values()) / len(scores)}
+
+    def note(self):
+        """What stands below the table of scores."""
+        return "cosine times 100: 100 where both sides agree, 0 where they know nothing of each other"

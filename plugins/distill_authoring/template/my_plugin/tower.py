@@ -1,0 +1,87 @@
+"""Views -> features. V views, B samples, N = V * B, L tokens of width W, embeddings of width D."""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
+from distill_core.contracts.component import ComponentConfig
+from distill_core.interfaces import Backbone, Dims
+from distill_core.outputs import Features
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class TowerConfig(ComponentConfig):
+    """Options of `my_plugin_tower`."""
+
+    length: Positive = 64
+    """Numbers in a signal."""
+    patch: Positive = 8
+    """Numbers in a token."""
+    width: Positive = 64
+    """Width W of the tokens."""
+    dim: Positive = 32
+    """Width D of the embedding."""
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.length % self.patch:
+            raise ValueError(f"length {self.length} is not a multiple of patch {self.patch}")
+        return self
+
+
+class Tower(Backbone):
+    """Patches of a signal, with positions, through an MLP -> tokens; their mean, projected -> the embedding."""
+
+    name = "my_plugin_tower"
+    Config = TowerConfig
+    examples = ({"length": 16, "patch": 4, "width": 16, "dim": 8},)  # small options for check-plugin
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.width
+        self.embed = nn.Linear(config.patch, width)
+        self.position = nn.Parameter(0.02 * torch.randn(config.length // config.patch, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.project = nn.Linear(config.length // config.patch * width, config.dim)
+
+    @classmethod
+    def dims(cls, config):
+        """Known before anything is built."""
+        return Dims(config.width, config.dim)
+
+    @classmethod
+    def collator(cls, config):
+        """A function of this module: it goes to the loader's workers."""
+        return stack
+
+    @classmethod
+    def example_views(cls, config, rng):
+        """What check-plugin feeds it."""
+        return [
+            View(torch.from_numpy(rng.standard_normal(config.length, dtype=np.float32)), r) for r in (GLOBAL, LOCAL)
+        ]
+
+    def encode(self, x, *, tokens, token_mask):
+        """x [N, length] -> pooled [1, N, D], tokens [N, L, W]."""
+        patches = self.embed(x.unflatten(1, (-1, self.config.patch))) + self.position
+        sequence = patches + self.mlp(patches)
+        pooled = self.project(sequence.flatten(1))
+        return Features(pooled[None], {0: sequence} if tokens else {})
+
+
+def stack(samples, seeds=()):
+    """The views of B samples -> groups [V, B, length] by role."""
+    groups = []
+    for role in dict.fromkeys(view.role for view in samples[0]):
+        members = [i for i, view in enumerate(samples[0]) if view.role == role]
+        x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
+        source = torch.tensor([[sample[i].source for sample in samples] for i in members])
+        groups.append(Group(x, role, source))
+    return Views(groups)

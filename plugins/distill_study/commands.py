@@ -1,0 +1,278 @@
+"""`distill ablate` and `distill compare`. Nothing heavy is imported until one runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distill_core.commands import completion
+from distill_core.commands.options import without_option
+from distill_core.errors import RecipeErrors, TrainingStopped, UserError, counted
+
+if TYPE_CHECKING:
+    from distill_study.compare import Comparison
+    from distill_study.grammar import Study
+    from distill_study.plan import StudyPlan
+    from distill_study.run import Outcome
+
+
+@click.command()
+@click.argument("target", metavar="STUDY.yaml|RECIPE", shell_complete=completion.recipes)
+@click.option(
+    "--swap", "swaps", multiple=True, metavar="PATH=A,B", help="Of a recipe: values to try, as fusion=none,x."
+)
+@click.option("--design", type=click.Choice(["grid", "one_at_a_time"]), help="How swaps are combined.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change all variants. Repeatable.",
+    shell_complete=completion.set_paths,
+)
+@click.option("--seeds", metavar="0,1,2", help="Train each variant once with each seed.")
+@click.option("--budget", metavar="KIND=N", help="steps=N, samples=N or seconds=N: the length of all runs.")
+@click.option("--base", help="The variant that differences are taken to.")
+@click.option("--score", "scores", multiple=True, help="A score for the table, as student/retrieval/M. Repeatable.")
+@click.option("--name", help="The study's folder in --runs.")
+@click.option("--runs", default="runs", show_default=True, help="Folder that the study's folder is made in.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; 1 here, all with --slurm.")
+@click.option(
+    "--slurm", "slurm", multiple=True, metavar="KEY=VALUE", help="Submit runs; options of submitit. Repeatable."
+)
+@click.option("--retry", is_flag=True, help="Try runs again that failed before.")
+@click.option("--check", is_flag=True, help="Only check all variants and list them.")
+@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON; with --check the variants.")
+@without_option
+def ablate(
+    target: str,
+    swaps: tuple[str, ...],
+    design: str | None,
+    overrides: tuple[str, ...],
+    seeds: str | None,
+    budget: str | None,
+    base: str | None,
+    scores: tuple[str, ...],
+    name: str | None,
+    runs: str,
+    jobs: int | None,
+    slurm: tuple[str, ...],
+    retry: bool,
+    check: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Train variants of a recipe with several seeds, and print a table of what they change.
+
+    All variants are checked before the first starts. The same command again goes on where it stopped.
+    """
+    from distill_study.grammar import option_values
+
+    given: dict[str, Any] = {"design": design, "base": base, "name": name, "scores": list(scores) or None}
+    given["seeds"] = option_values(seeds, "--seeds") if seeds is not None else None
+    if budget is not None:
+        kind, _, amount = budget.partition("=")
+        given["budget"] = {kind.strip(): option_values(amount, "--budget")[0]}
+    study = _study(target, swaps, given, overrides)
+    from distill_core.registry import Registry
+    from distill_study.plan import check_study
+
+    registry = Registry.discover()
+    plan = check_study(study, registry, allow_unset=check)
+    for warning in plan.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if check:
+        _list(plan, as_json)
+        return
+    folder = Path(runs) / study.name
+    from distill_study.launch import Local, Slurm
+    from distill_study.live import StudyDisplay
+    from distill_study.run import StudyRunner
+
+    many = len(plan.variants) * len(study.seeds)
+    launcher: Local | Slurm = Local()
+    if slurm:
+        parameters = {}
+        for option in slurm:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
+            parameters[key.strip()] = option_values(value, "--slurm")[0]
+        launcher = Slurm(folder / "slurm", parameters)
+    display = StudyDisplay(f"{study.name}: {counted(many, 'run')}", folder, study.scores, quiet=quiet or as_json)
+    at_once = jobs or (many if slurm else 1)
+    runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)
+    _end(plan, folder, runner.run(), as_json)
+
+
+def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: Sequence[str]) -> Study:
+    """The study of a file, or of a recipe and its swaps; what the command line gives wins."""
+    from distill_core.recipe.named import recipe_file
+    from distill_study.grammar import make_study, read_study_document, swaps_document
+
+    file = recipe_file(target)
+    document = read_study_document(file)
+    is_study = "recipe" in document.data
+    if swaps and is_study:
+        raise UserError(f"{target}: is a study; --swap is for recipes. Write the swap in its `swaps`.")
+    if not swaps and not is_study and {"backbone", "loss"} & document.data.keys():
+        raise UserError(f"{target}: is a recipe; say what to try with --swap PATH=A,B, or write a study file")
+    if swaps:
+        document = swaps_document(target, swaps)
+    for key, value in given.items():
+        if value is not None:
+            document.data[key] = value
+            for path in [path for path in document.origins if path[0] == key]:
+                del document.origins[path]
+            document.origins[key,] = "--score" if key == "scores" else f"--{key}"
+    folder = Path() if swaps else file.parent
+    return make_study(document, folder, file.stem + ("-swaps" if swaps else ""), overrides)
+
+
+def _list(plan: StudyPlan, as_json: bool) -> None:
+    """What --check prints."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    study = plan.study
+    seconds = study.budget.seconds if study.budget is not None else None
+    rows: list[dict[str, Any]] = []
+    for variant in plan.variants:
+        train = plan.recipes[variant.name].train
+        length = (
+            {"seconds": seconds} if seconds else {"steps": train.steps} if train.steps else {"epochs": train.epochs}
+        )
+        changes = [change for change, _ in variant.changes]
+        rows.append(
+            {"name": variant.name, "label": variant.label, "recipe": variant.recipe, **length, "changes": changes}
+        )
+    if as_json:
+        about = {"name": study.name, "base": study.base, "seeds": list(study.seeds), "scores": list(study.scores)}
+        click.echo(json.dumps({**about, "variants": rows}, indent=1))
+        return
+    title = f"{study.name}: {counted(len(rows), 'variant')}, {counted(len(study.seeds), 'seed')}"
+    table = Table(title=title, title_justify="left")
+    for head in ("variant", "recipe", "steps", "changes"):
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        written = "timed" if seconds else str(row["steps"]) if "steps" in row else f"{row['epochs']} epochs"
+        label = row["label"] + (" (base)" if row["name"] == study.base else "")
+        table.add_row(*map(escape, (label, Path(row["recipe"]).name, written, "\n".join(row["changes"]))))
+    Console().print(table)
+
+
+def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None:
+    """The table of what is there, the files, and how to go on."""
+    from rich.console import Console
+
+    from distill_study.outcome import publish, study_table, write_files
+
+    table = study_table(plan, folder, outcome.runs)
+    finished = sum(len(group.runs) for group in table.groups)
+    on = shlex.join(["distill", *sys.argv[1:]])
+    if finished and as_json:
+        from distill_study.table import as_json as table_json
+
+        write_files(table, folder)
+        click.echo(json.dumps(table_json(table), indent=1))
+    elif finished:
+        from distill_study.table import as_rich
+
+        console = Console()
+        console.print(as_rich(table))
+        for line in table.notes():
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        files = write_files(table, folder)
+        console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
+    if outcome.signal is not None:
+        click.echo(f"stopped: {finished} of {len(outcome.runs)} runs are done. Go on with: {on}", err=True)
+        sys.exit(128 + outcome.signal)
+    if finished:
+        publish(plan, table, folder)
+    lines = [f"{name}: {why}" for name, why in outcome.failed.items()]
+    if lines:
+        lines.append(f"{len(outcome.failed)} run(s) failed; try them again with: {on} --retry")
+    if outcome.stopped:
+        lines.append(f"{len(outcome.stopped)} run(s) were stopped: {', '.join(outcome.stopped)}. Go on with: {on}")
+    if lines:
+        raise TrainingStopped("\n".join(lines))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN RUN ...", shell_complete=completion.run_folders)
+@click.option("--score", "scores", multiple=True, help="A score to show, as student/retrieval/M. Repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@without_option
+def compare(runs: tuple[str, ...], scores: tuple[str, ...], as_json: bool) -> None:
+    """Show what runs' recipes differ in, and their scores, side by side.
+
+    Runs that differ in their seed alone are one column: mean, spread. Differences are to the first.
+    """
+    from distill_core.registry import Registry
+    from distill_study.compare import compare as compare_runs
+
+    repeated = sorted({run for run in runs if [Path(r).resolve() for r in runs].count(Path(run).resolve()) > 1})
+    if repeated:
+        raise RecipeErrors([f"{run}: given twice" for run in repeated])
+    found = compare_runs([Path(run) for run in runs], Registry.discover(), scores)
+    for folder in found.unfinished:
+        click.echo(f"warning: {folder}: not finished, so it has no scores (distill resume {folder})", err=True)
+    if as_json:
+        from distill_study.table import as_json as table_json
+
+        click.echo(json.dumps({"differences": found.differences, **table_json(found.table)}, indent=1))
+    else:
+        _print_comparison(found)
+
+
+def _print_comparison(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console, groups = Console(), found.table.groups
+
+    def sheet(title: str, first: str, *, justify: Any) -> Table:
+        table = Table(title=title, title_justify="left")
+        table.add_column(first, overflow="fold")
+        for group in groups:
+            table.add_column(escape(group.label), justify=justify, overflow="fold")
+        return table
+
+    if len(groups) > 1:
+        table = sheet("recipes: what differs", "path", justify="left")
+        for path, values in found.differences.items():
+            table.add_row(path, *map(escape, values))
+        console.print(table if found.differences else "the recipes are the same")
+    table = sheet("runs", "", justify="right")
+    seeds = [", ".join(str(run.seed) for run in group.runs) for group in groups]
+    for word, values in (("seeds", seeds), *_lengths(groups)):
+        table.add_row(word, *values)
+    table.add_section()
+    for score in found.table.scores:
+        cells = [found.table.cells[group.name][score] for group in groups]
+        table.add_row(score, *(" ".join(filter(None, (cell.mean(), escape(cell.change())))) for cell in cells))
+    console.print(table)
+    for line in found.table.notes():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _lengths(groups: Sequence[Any]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for word, name in (
+        ("steps", "steps"),
+        ("samples", "samples"),
+        ("training s", "seconds"),
+        ("parameters", "parameters"),
+    ):
+        values = [sorted({f"{getattr(run, name):.0f}" for run in group.runs}) for group in groups]
+        rows.append((word, [", ".join(value) for value in values]))
+    return rows

@@ -1,0 +1,237 @@
+"""Starts one run of a study in a process of its own, here or through SLURM.
+
+A run is found by its place: STUDY/recipes/NAME.yaml is its recipe, STUDY/NAME its run folder, STUDY/logs/NAME.log
+what it printed. Whether it starts or goes on is decided where it starts, so that a job that was requeued goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from distill_core.errors import UserError
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder, read_report
+from distill_core.system.extras import install
+from distill_core.system.process import end_with_parent
+
+State = Literal["new", "half", "done"]
+
+
+def not_scored(folder: Path) -> list[str]:
+    """A line for each evaluation task of a finished run that failed."""
+    return list((read_report(folder) or {}).get("failed", ()))
+
+
+def read_memory(path: Path) -> dict[str, Any]:
+    """What a study wrote down for its next start; {} where there is nothing. Raises `UserError`."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is no JSON ({error}); remove it") from error
+    return known
+
+
+def state(folder: Path) -> State:
+    """Whether a run is finished, has a checkpoint to go on from, or neither."""
+    if read_report(folder) is not None:
+        return "done"
+    return "half" if Checkpoints(folder).steps() else "new"
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process trains in this run folder now."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return False
+    try:
+        with (folder / ".lock").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+class Job(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """The exit code; None while it goes on."""
+
+    def stop(self, number: int) -> None:
+        """Ask it to save and stop, with a signal's number."""
+
+
+class Launcher(Protocol):
+    """A way to start runs."""
+
+    def start(self, study: Path, name: str) -> Job:
+        """Begin, or go on with, the run `name` of the study folder."""
+
+
+class Local:
+    """On this machine."""
+
+    def start(self, study: Path, name: str) -> LocalJob:
+        """In a session of its own: a Ctrl-C reaches the study alone, which passes it on once."""
+        folder = study / name
+        if state(folder) != "new":
+            arguments = ["resume", str(folder)]
+        else:
+            _clear(folder)
+            arguments = ["run", str(study / "recipes" / f"{name}.yaml"), "--runs", str(study)]
+        log = study / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "distill_core.cli", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                # a run whose study is killed saves, rather than train on unseen (and the study has no threads yet)
+                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
+            )
+        return LocalJob(process)
+
+
+def _clear(folder: Path) -> None:
+    """Remove a run that was stopped before its first checkpoint: there is nothing to go on from.
+
+    Raises `UserError` for what is no run, and for one that another process trains (a job that was submitted twice).
+    """
+    if not folder.exists():
+        return
+    if not (folder / "recipe.yaml").is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is in the way of a run, and is no run folder; move it")
+    run = RunFolder(folder)
+    run.lock()
+    try:
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":  # held open, which some network file systems cannot remove
+                path.unlink()
+    finally:
+        run.unlock()
+    shutil.rmtree(folder)
+
+
+class LocalJob:
+    """A child process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def poll(self) -> int | None:
+        """As `Job.poll`; -n when signal n killed it."""
+        return self.process.poll()
+
+    def stop(self, number: int) -> None:
+        """As `Job.stop`."""
+        self.process.send_signal(number)
+
+
+class Slurm:
+    """Through submitit. `parameters` are those of `submitit.AutoExecutor`, and `cluster` (slurm; local to try it)."""
+
+    def __init__(self, folder: Path, parameters: Mapping[str, Any]) -> None:
+        try:
+            import submitit
+        except ImportError:
+            raise UserError(f"--slurm needs submitit: {install('slurm')}") from None
+        options = dict(parameters)
+        cluster = str(options.pop("cluster", "slurm"))
+        if cluster == "slurm" and shutil.which("sbatch") is None:
+            raise UserError("--slurm: no sbatch on this machine; start the study where jobs are submitted")
+        try:
+            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+            self.executor.update_parameters(**options)
+        except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+            raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
+
+    def start(self, study: Path, name: str) -> SlurmJob:
+        """Submit it."""
+        return SlurmJob(self.executor.submit(SlurmRun(study.absolute(), name)), study / "logs" / f"{name}.log")
+
+
+class SlurmRun:
+    """What a job does: one run, and the same again, from its checkpoint, when the job is requeued."""
+
+    def __init__(self, study: Path, name: str) -> None:
+        self.study, self.name = study, name
+        self.job: LocalJob | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"study": self.study, "name": self.name, "job": None}
+
+    def __call__(self) -> int:
+        """The run's exit code; run by submitit on the machine that SLURM gives."""
+        if state(self.study / self.name) == "done":  # by another job, while this one was in the queue
+            return 0
+        self.job = Local().start(self.study, self.name)
+        try:
+            return self._wait()
+        except KeyboardInterrupt:
+            return self._save()
+
+    def checkpoint(self) -> Any:
+        """Called by submitit before the job's time is up or another takes its place."""
+        from submitit.helpers import DelayedSubmission
+
+        self._save()
+        return DelayedSubmission(self)
+
+    def _save(self) -> int:
+        assert self.job is not None
+        if self.job.poll() is None:
+            self.job.stop(signal.SIGTERM)
+        return self._wait()
+
+    def _wait(self) -> int:
+        assert self.job is not None
+        # not Popen.wait: it holds a lock that `checkpoint`, called in a signal's handler, would wait for
+        while (code := self.job.poll()) is None:
+            time.sleep(0.1)
+        return code
+
+
+class SlurmJob:
+    """A submitted job."""
+
+    def __init__(self, job: Any, log: Path) -> None:
+        self.job, self.log = job, log
+        self.stopped = 0
+
+    def poll(self) -> int | None:
+        """As `Job.poll`. What went wrong outside the run itself is added to its log."""
+        if not self.job.done():
+            return None
+        if self.stopped:
+            return 128 + self.stopped
+        try:
+            return int(self.job.result())
+        except Exception as error:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(f"\nSLURM job {self.job.job_id}: {type(error).__name__}: {error}\n")
+            return 1
+
+    def stop(self, number: int) -> None:
+        """Cancel the job; SLURM sends it SIGTERM, and the run saves."""
+        self.stopped = number
+        self.job.cancel(check=False)

@@ -1,0 +1,87 @@
+"""The end of a study: its table, its files, and what the tracker is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill_core.contracts.tracker import TrackerConfig
+from distill_core.errors import warn
+from distill_core.run.environment import environment
+from distill_core.run.tracking import TrackerThread
+from distill_study.picture import draw
+from distill_study.plan import Run, StudyPlan
+from distill_study.table import (
+    Group,
+    RunResult,
+    StudyTable,
+    as_json,
+    as_latex,
+    as_markdown,
+    default_scores,
+    unknown_scores,
+)
+
+
+def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTable:
+    """Of the runs that are finished; warns of scores that none of them has."""
+    groups = []
+    for variant in plan.variants:
+        own = [run for run in runs if run.variant is variant]
+        found = [RunResult.read(folder / run.name, run.seed) for run in own]
+        results = tuple(result for result in found if result is not None)
+        groups.append(Group(variant.name, variant.label, results, len(plan.study.seeds)))
+    every = [run for group in groups for run in group.runs]
+    scores = list(plan.study.scores) or default_scores(every)
+    if every:
+        for score, line in unknown_scores(scores, every).items():
+            warn(f"scores: {line}")
+            scores.remove(score)
+    return StudyTable.of(plan.study.name, groups, plan.study.base, scores)
+
+
+def write_files(table: StudyTable, folder: Path) -> list[Path]:
+    """table.md, table.tex, table.json and study.png in the study's folder."""
+    words = {
+        "table.md": as_markdown(table),
+        "table.tex": as_latex(table),
+        "table.json": json.dumps(as_json(table), indent=1),
+    }
+    for name, text in words.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    draw(table, folder / "study.png")
+    return [folder / name for name in (*words, "study.png")]
+
+
+def publish(plan: StudyPlan, table: StudyTable, folder: Path) -> None:
+    """Give the base recipe's tracker a run of its own: means and spreads, with the variant as context, and the picture.
+
+    The runs themselves carry study, variant and seed in their tags. What the run is said to be made with has no device:
+    the runs may have been trained on other machines.
+    """
+    recipe = plan.recipes[plan.study.base]
+    if recipe.tracking is None:
+        return
+    place = folder / "summary"
+    place.mkdir(exist_ok=True)
+    tracker = TrackerThread(recipe.tracking.build(), warn)
+    tags = {"study": plan.study.name}
+    tracker.call(
+        "start", str(place), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True
+    )
+    packages = [node.package for used in plan.recipes.values() for node in used.components()]
+    options = recipe.tracking.config
+    words = options.tags if isinstance(options, TrackerConfig) else ()
+    tracker.call("describe", environment(None, packages), list(dict.fromkeys(["study", *words])))
+    for group in table.groups:
+        values = {}
+        for score, cell in table.cells[group.name].items():
+            if cell.summary is not None:
+                values[score] = cell.summary.mean
+                if cell.summary.std is not None:
+                    values[f"{score}/std"] = cell.summary.std
+        tracker.call("log", 0, values, {**tags, "variant": group.name, "subset": "study"})
+    context = {**tags, "subset": "study"}
+    tracker.call("image", 0, "study", str(folder / "study.png"), plan.study.name, context)
+    tracker.finish()

@@ -1,0 +1,156 @@
+"""All recipes of a study, checked before the first run starts: every error at once, with the variant's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from distill_core.errors import RecipeErrors, did_you_mean
+from distill_core.recipe.resolve import Override, load_recipe
+from distill_core.recipe.sections import Recipe
+from distill_core.registry import Registry
+from distill_study.grammar import Study, Variant
+
+OWN = ("name", "seed", "tags")
+"""What of a recipe says which run it is, and not how it trains."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed; `name` is its folder's."""
+
+    name: str
+    variant: Variant
+    seed: int
+    recipe: Recipe
+
+
+@dataclass
+class StudyPlan:
+    """A study whose recipes are good. Without a budget of seconds their steps are final."""
+
+    study: Study
+    variants: tuple[Variant, ...]
+    recipes: dict[str, Recipe]
+    warnings: list[str] = field(default_factory=list)
+
+    def runs(self, steps: Mapping[str, int] | None = None) -> list[Run]:
+        """Seed by seed, so that all variants can be compared early. `steps` are those found by calibration."""
+        made = []
+        for seed in self.study.seeds:
+            for variant in self.variants:
+                recipe = self.recipes[variant.name]
+                if steps is not None:
+                    recipe = with_steps(recipe, steps[variant.name])
+                name = f"{variant.name}-seed{seed}"
+                tags = {**recipe.tags, "study": self.study.name, "variant": variant.name, "seed": seed}
+                made.append(Run(name, variant, seed, replace(recipe, name=name, seed=seed, tags=tags)))
+        return made
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another length."""
+    return replace(recipe, train=recipe.train.model_copy(update={"steps": steps, "epochs": None}))
+
+
+def method(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without its name, seed and tags."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in OWN}
+
+
+def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) -> StudyPlan:
+    """Read and check every variant's recipe. Raises `RecipeErrors` with all that is wrong in any of them.
+
+    `allow_unset` turns unset `${NAME}` into warnings.
+    """
+    recipes: dict[str, Recipe] = {}
+    wrong: dict[str, list[Variant]] = {}
+    warnings: dict[str, None] = {}
+    for variant in study.variants:
+        try:
+            recipe = load_recipe(
+                variant.recipe,
+                registry=registry,
+                overrides=[*study.shared, *variant.changes, *_length(study)],
+                allow_unset=allow_unset,
+            )
+        except RecipeErrors as error:
+            for line in error.lines:
+                wrong.setdefault(line, []).append(variant)
+            continue
+        warnings |= dict.fromkeys(recipe.warnings)
+        if study.budget is not None and study.budget.samples is not None:
+            recipe = with_steps(recipe, max(1, round(study.budget.samples / recipe.data.batch_size)))
+        recipes[variant.name] = recipe
+    errors = [_named(study, line, variants) for line, variants in wrong.items()]
+    errors += _unknown_scores(study, recipes) if not wrong else []
+    variants, notes = _distinct(study, recipes, errors)
+    if errors:
+        raise RecipeErrors(errors)
+    notes += _unmatched(study, [recipes[variant.name] for variant in variants])
+    return StudyPlan(study, variants, recipes, [*warnings, *notes])
+
+
+def _length(study: Study) -> list[Override]:
+    if study.budget is None:
+        return []
+    steps = study.budget.steps or 1  # a place to put the number that comes from samples or seconds
+    return [(f"train.steps={steps}", study.where("budget"))]
+
+
+def _named(study: Study, line: str, variants: Sequence[Variant]) -> str:
+    """The error with the names of the variants that have it, behind the place in the study where there is one."""
+    names = [repr(variant.name) for variant in variants]
+    if len(names) == len(study.variants) > 1:
+        who = "all variants"
+    else:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        who = f"variant{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+    for variant in variants:
+        for origin in (variant.origin, *(origin for _, origin in (*variant.changes, *study.shared))):
+            if line.startswith(f"{origin}: "):
+                return f"{origin}: {who}: {line.removeprefix(f'{origin}: ')}"
+    return f"{variants[0].origin}: {who}: {line}"
+
+
+def _distinct(study: Study, recipes: Mapping[str, Recipe], errors: list[str]) -> tuple[tuple[Variant, ...], list[str]]:
+    """The variants without those that train what another does: an error, but where a swap is the recipe's own value."""
+    kept: dict[str, Variant] = {}
+    notes = []
+    for variant in study.variants:
+        if variant.name not in recipes:
+            continue
+        same = kept.setdefault(json.dumps(method(recipes[variant.name]), sort_keys=True), variant)
+        if same is variant:
+            continue
+        if study.one_at_a_time and same is study.variants[0] and variant.name != study.base:
+            notes.append(f"{variant.label!r} is the recipe as it is; it is not run a second time")
+        else:
+            errors.append(f"{variant.origin}: variant {variant.name!r}: the same recipe as variant {same.name!r}")
+    return tuple(kept.values()), notes
+
+
+def _unknown_scores(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
+    """Scores that no variant's tasks can give, as far as their names tell."""
+    tasks = sorted({node.id for recipe in recipes.values() for node in recipe.tasks})
+    sides = ["student", "teacher"] if any(recipe.teacher for recipe in recipes.values()) else ["student"]
+    errors = []
+    for i, score in enumerate(study.scores):
+        side, _, rest = score.partition("/")
+        where = f"{study.where('scores', i)}: scores.{i}"
+        if side not in sides or "/" not in rest:
+            errors.append(f"{where}: a score is SIDE/TASK/NAME with {' or '.join(sides)} as side, got {score!r}")
+        elif rest.split("/")[0] not in tasks:
+            task = rest.split("/")[0]
+            errors.append(f"{where}: no variant has a task {task!r}{did_you_mean(task, tasks)}")
+    return errors
+
+
+def _unmatched(study: Study, recipes: Sequence[Recipe]) -> list[str]:
+    """A warning where the lengths differ and no budget was given."""
+    lengths = {(recipe.train.steps, recipe.train.epochs, recipe.data.batch_size) for recipe in recipes}
+    if study.budget is not None or len(lengths) < 2:
+        return []
+    return ["the variants differ in steps, epochs or batch size, and there is no `budget` to match them"]

@@ -1,0 +1,258 @@
+"""From finished runs to a table: means, spreads and paired differences; as text, Markdown, LaTeX and JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from distill_core.errors import did_you_mean
+from distill_core.run.folder import read_report
+from distill_core.run.report import headline
+from distill_study.statistics import LEVEL, Difference, Summary, paired, summarise
+
+LABEL = 28
+"""The most letters of a variant's name in a line of the terminal's table."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The end of one run; `seconds` is the time of its training steps."""
+
+    folder: str
+    seed: int
+    scores: Mapping[str, float]
+    steps: int
+    samples: int
+    seconds: float
+    parameters: int
+    split: str
+
+    @classmethod
+    def read(cls, folder: Path, seed: int) -> RunResult | None:
+        """None where the run is not finished."""
+        report = read_report(folder)
+        if report is None:
+            return None
+        known = ("scores", "steps", "samples", "seconds", "parameters", "split")
+        return cls(folder=str(folder), seed=seed, **{key: report[key] for key in known})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone; `wanted` of them should be there."""
+
+    name: str
+    label: str
+    runs: tuple[RunResult, ...]
+    wanted: int
+
+    def values(self, score: str) -> dict[int, float]:
+        """The score by seed, of the runs that have it."""
+        return {run.seed: run.scores[score] for run in self.runs if score in run.scores}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score of one group; `difference` is None for the base."""
+
+    values: Mapping[int, float]
+    summary: Summary | None
+    difference: Difference | None
+
+    def mean(self) -> str:
+        """`17.6 ± 0.4`; the number of seeds is said where some are missing (by `StudyTable.rows`)."""
+        if self.summary is None:
+            return ""
+        spread = f" ± {self.summary.std:.2f}" if self.summary.std is not None else ""
+        return f"{self.summary.mean:.2f}{spread}"
+
+    def change(self) -> str:
+        """`+2.30 [1.50, 2.90]`."""
+        if self.difference is None:
+            return ""
+        d = self.difference
+        return f"{d.mean:+.2f}" + (f" [{d.low:.2f}, {d.high:.2f}]" if d.low is not None else "")
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """Rows are groups, columns are scores."""
+
+    title: str
+    scores: tuple[str, ...]
+    base: str
+    groups: tuple[Group, ...]
+    cells: Mapping[str, Mapping[str, Cell]]
+
+    @classmethod
+    def of(cls, title: str, groups: Sequence[Group], base: str, scores: Sequence[str]) -> StudyTable:
+        """Differences are of each group to the group named `base`, paired by seed."""
+        root = next(group for group in groups if group.name == base)
+        cells = {
+            group.name: {
+                score: Cell(
+                    group.values(score),
+                    summarise(list(group.values(score).values())),
+                    None if group is root else paired(group.values(score), root.values(score)),
+                )
+                for score in scores
+            }
+            for group in groups
+        }
+        return cls(title, tuple(scores), base, tuple(groups), cells)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Heads, and one list of words for each group."""
+        heads = ["variant"]
+        for score in self.scores:
+            heads += [score, "difference"]
+        heads += ["seeds", "steps", "samples", "s"]
+        rows = []
+        for group in self.groups:
+            row = [group.label]
+            for score in self.scores:
+                cell = self.cells[group.name][score]
+                few = f" (n={len(cell.values)})" if 0 < len(cell.values) < group.wanted else ""
+                row += [cell.mean() + few or "missing", "base" if group.name == self.base else cell.change()]
+            row += [f"{len(group.runs)}/{group.wanted}"]
+            row += [_same([run.steps for run in group.runs]), _same([run.samples for run in group.runs])]
+            row += [f"{sum(r.seconds for r in group.runs) / len(group.runs):.0f}" if group.runs else ""]
+            rows.append(row)
+        return heads, rows
+
+    def notes(self) -> list[str]:
+        """What the numbers are, and how far few seeds carry."""
+        seeds = sorted({run.seed for group in self.groups for run in group.runs})
+        splits = sorted({run.split for group in self.groups for run in group.runs})
+        lines = [f"Scores on {', '.join(splits) or 'nothing'}; s is the mean training time of a run in seconds."]
+        if len(seeds) < 2:
+            return [*lines, "One seed: no spread and no interval; a difference may be chance."]
+        pairs = [len(cell.difference.seeds) for row in self.cells.values() for cell in row.values() if cell.difference]
+        few = min((count for count in pairs if count > 1), default=None)
+        lines.append(
+            f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}. Difference to "
+            f"{next(g.label for g in self.groups if g.name == self.base)!r}, paired by seed, with a {LEVEL:.0%} "
+            "percentile bootstrap interval over seeds."
+        )
+        if few is not None and few < 6:
+            lines.append(
+                f"With {few} seeds the interval {'is the range of the differences' if few <= 3 else 'is rough'}: "
+                f"were they independent draws around a symmetric truth, the range of {few} would cover it in "
+                f"{1 - 2 * 0.5**few:.0%} of studies, whatever level is written beside it."
+            )
+        if 1 in pairs:
+            lines.append("A difference without an interval is of one pair of runs: it may be chance.")
+        return lines
+
+
+def _same(values: Sequence[int]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values)))
+
+
+def default_scores(results: Sequence[RunResult]) -> list[str]:
+    """The student's means over sets that a person looks at first: M and top1; all means where there are none."""
+    means = [f"{side}/{name.replace(' ', '/')}" for run in results for side, name in headline(run.scores)]
+    unique = list(dict.fromkeys(means))
+    first = [score for score in unique if score.startswith("student/") and score.endswith(("/M", "/top1"))]
+    return first or unique
+
+
+def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[str, str]:
+    """score -> what to say of it, of the scores that none of the results has."""
+    known = list(dict.fromkeys(score for run in results for score in run.scores))
+    return {
+        score: f"no run has a score {score!r}{did_you_mean(score, known)}" for score in scores if score not in known
+    }
+
+
+def as_rich(table: StudyTable) -> RichTable:
+    """For the terminal, whose width is dear: a difference stands below its mean, what all rows share in the title."""
+    heads, rows = table.rows()
+    scores = range(1, 2 * len(table.scores), 2)
+    others = list(range(1 + 2 * len(table.scores), len(heads)))
+    same = [i for i in others if heads[i] != "s" and len({row[i] for row in rows}) == 1]
+    shared = ", ".join(f"{heads[i]} {rows[0][i]}" for i in same)
+    shown = RichTable(title=f"{table.title} ({shared})" if shared else table.title, title_justify="left")
+    others = [i for i in others if i not in same]
+    shown.add_column(heads[0], no_wrap=True)
+    for i in scores:
+        shown.add_column(heads[i].replace("/", "/\n"), justify="right", overflow="fold")
+    for i in others:
+        shown.add_column(heads[i], justify="right", no_wrap=True)
+    for row in rows:
+        cells = [escape(f"{row[i]}\n{row[i + 1]}".strip()) for i in scores]
+        shown.add_row(escape(_folded(row[0])), *cells, *(row[i] for i in others), end_section=row is not rows[-1])
+    return shown
+
+
+def _folded(label: str) -> str:
+    """Lines that break between options, not in the middle of a word that is shorter than a line."""
+    lines = [""]
+    for part in re.findall(rf"[^\s,(]{{1,{LABEL}}}[\s,(]*|[\s,(]+", label):
+        if lines[-1] and len(lines[-1] + part.rstrip()) > LABEL:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def as_markdown(table: StudyTable) -> str:
+    """A heading, the table, its notes."""
+    heads, rows = table.rows()
+    lines = [f"# {table.title}", "", _line(heads), "|---|" + "---:|" * (len(heads) - 1), *map(_line, rows), ""]
+    return "\n".join([*lines, *table.notes()]) + "\n"
+
+
+def _line(words: Sequence[str]) -> str:
+    return "| " + " | ".join(word.replace("|", r"\|") for word in words) + " |"
+
+
+def as_latex(table: StudyTable) -> str:
+    """A `tabular` with booktabs' rules; the notes are comments."""
+    heads, rows = table.rows()
+    lines = [f"% {line}" for line in [table.title, *table.notes()]]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule"]
+    lines += [" & ".join(map(_tex, heads)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "<": r"$<$",
+    ">": r"$>$",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+}
+
+
+def _tex(word: str) -> str:
+    escaped = "".join(_TEX.get(character, character) for character in word)
+    return f"${escaped[0]}${escaped[1:]}" if word[:1] in ("-", "+") and word[1:2].isdigit() else escaped
+
+
+def as_json(table: StudyTable) -> dict[str, Any]:
+    """Every number of the table, and every score of every run."""
+    return {
+        "title": table.title,
+        "base": table.base,
+        "scores": list(table.scores),
+        "level": LEVEL,
+        "variants": [
+            {
+                "name": group.name,
+                "label": group.label,
+                "scores": {score: asdict(cell) for score, cell in table.cells[group.name].items()},
+                "runs": [asdict(run) for run in group.runs],
+            }
+            for group in table.groups
+        ],
+        "notes": table.notes(),
+    }

@@ -1,0 +1,15 @@
+"""Evaluation tasks that any two modalities, or any labelled set, can be scored by."""
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Retrieval, zero-shot classification, kNN and linear probes."""
+    from distill_tasks.probes import Knn, LinearProbe
+    from distill_tasks.retrieval import Retrieval
+    from distill_tasks.zero_shot import ZeroShot
+
+    return [Retrieval, ZeroShot, Knn, LinearProbe]

@@ -1,0 +1,130 @@
+"""What tasks that choose among classes share: accuracies, and a picture of what is taken for what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill_core.contracts.media import Media, Picture
+from distill_core.errors import counted
+
+WHOLE = 30
+"""The most classes whose whole confusion matrix can be read; of more, the pairs that are confused most are shown."""
+PAIRS = 25
+
+
+def ranks_of_class(scores: Tensor, truth: Tensor) -> Tensor:
+    """The rank (0 is best) of each item's own class: scores [N, C], truth [N] -> [N].
+
+    Ties count against the model, and so do scores that are NaN.
+    """
+    own = scores.gather(1, truth[:, None])
+    return (~(scores < own)).sum(1) - 1 + own[:, 0].isnan()
+
+
+def accuracies(ranks: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
+    """`top1`, `top5` and `mean_per_class` (of top-1, over the classes that occur) in percent, of ranks [N].
+
+    No `top5` among five `classes` or fewer: it would be 100 whatever the model.
+    """
+    hit = (ranks == 0).double()
+    per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
+    top5 = {"top5": 100 * (ranks < 5).double().mean().item()} if classes > 5 else {}
+    return {"top1": 100 * hit.mean().item(), **top5, "mean_per_class": 100 * per_class.mean().item()}
+
+
+def chance(classes: int) -> str:
+    """What a task's note says of them."""
+    return f"{counted(classes, 'class', 'classes')}, chance top1 {100 / classes:.3g}"
+
+
+def means(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Each score's mean over sets, from `SET/SCORE`."""
+    found: dict[str, list[float]] = {}
+    for name, value in scores.items():
+        found.setdefault(name.rpartition("/")[2], []).append(value)
+    return {name: sum(found[name]) / len(found[name]) for name in names if name in found}
+
+
+def confusion(truth: Tensor, chosen: Tensor, classes: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How often a class (row) was taken for one (column): [C, C]."""
+    return np.asarray(torch.bincount(truth * classes + chosen, minlength=classes**2).view(classes, classes).numpy())
+
+
+def confusion_picture(
+    matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], name: str, whose: str
+) -> Iterator[Media]:
+    """The matrix of the set `name`, each row in percent of its class; of many classes the most confused pairs.
+
+    More than `WHOLE` are many. `whose` tells the task and the model in the title.
+    """
+    title = f"{whose} on {name}"
+    shown = [i for i in range(len(classes)) if matrix[i].any() or matrix[:, i].any()]
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    if len(shown) <= WHOLE:
+        picture = _matrix(share[np.ix_(shown, shown)], [classes[i] for i in shown], title)
+    else:
+        off = share - np.diag(np.diag(share))
+        order = np.argsort(-(matrix - np.diag(np.diag(matrix))) - off / 1e3, axis=None, kind="stable")
+        pairs = [divmod(int(i), len(classes)) for i in order[:PAIRS]]
+        pairs = [(i, j) for i, j in pairs if i != j and matrix[i, j]]
+        if not pairs:
+            return
+        picture = _pairs([(classes[i], classes[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs], title)
+    yield Picture("confusion", picture, title, {"set": name})
+
+
+def _matrix(share: np.ndarray[Any, Any], names: Sequence[str], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    side = max(3.6, 0.34 * len(names) + 2.0)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
+    short = [_short(name) for name in names]
+    axes.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), short, fontsize=8)
+    for i, j in np.argwhere(share >= 0.5):
+        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=_on(share[i, j]))
+    axes.set(xlabel="taken for", ylabel="class", title=f"{title}\npercent of each class")
+    figure.colorbar(drawn, ax=axes, shrink=0.7, label="percent")
+    return _drawn(figure)
+
+
+def _pairs(rows: Sequence[tuple[str, str, int, float]], title: str) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.27 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    bars = axes.barh(places, [count for _, _, count, _ in rows])
+    axes.bar_label(bars, [f"{count} ({share:.0f} %)" for _, _, count, share in rows], padding=3, fontsize=8)
+    axes.set_yticks(places, [f"{_short(own)} taken for {_short(other)}" for own, other, _, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(xlabel="items (percent of the class)", title=f"{title}\nthe most confused of the classes")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _drawn(figure)
+
+
+def _on(value: float) -> str:
+    return "white" if value > 60 else "black"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else name[:27] + "\u2026"
+
+
+def _drawn(figure: Any) -> Any:
+    """A figure as a PIL image."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return Image.open(file).convert("RGB")

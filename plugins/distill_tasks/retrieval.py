@@ -1,0 +1,140 @@
+"""Zero-shot retrieval between two modalities, in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.media import Media
+from distill_core.contracts.task import Evaluation
+from distill_core.errors import DataError, did_you_mean
+from distill_core.evaluate.sets import EvaluationSet
+from distill_core.model import Model
+from distill_core.plan import Plan
+from distill_tasks import matches
+
+
+class RetrievalConfig(ComponentConfig):
+    """What is retrieved."""
+
+    modalities: tuple[str, str] | None = None
+    """The two sides; null takes the recipe's two."""
+    fields: dict[str, str] = {}  # noqa: RUF012
+    """Read a modality from another field of the sample than training does, as {NAME: FIELD}."""
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = (1, 5, 10)
+    """The k of each R@k."""
+
+
+class Retrieval(Evaluation):
+    """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
+    directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a side
+    (several captions a picture).
+    """
+
+    name = "retrieval"
+    Config = RetrievalConfig
+
+    @classmethod
+    def problems(cls, config: RetrievalConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+        for name in config.fields:
+            if name not in plan.modalities:
+                yield f"{cls.name!r}: fields: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/A_to_B/R@k`, `SET/A_to_B/median_rank`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and
+        both directions).
+        """
+        a, b = self.config.modalities or model.modalities
+        scores: dict[str, float] = {}
+        means, chances = [], []
+        self._candidates: set[int] = set()
+        for samples in sets:
+            name = samples.name
+            embedded, of = {}, {}
+            for modality in (a, b):
+                embedded[modality], of[modality] = samples.embeddings(model, modality, self.config.fields.get(modality))
+            for mine, other in ((a, b), (b, a)):
+                paired = torch.isin(of[mine], of[other])
+                embedded[mine], of[mine] = embedded[mine][paired], of[mine][paired]
+            if not len(of[a]):
+                raise DataError(f"evaluation set {name!r}: no sample with both {a} and {b}")
+            recalls = []
+            for query, target in ((a, b), (b, a)):
+                ranks = ranks_of(embedded[query], embedded[target], of[query], of[target])
+                own = torch.bincount(of[target])[of[query]].double().mean().item()
+                chances.append(100 * own / len(of[target]))
+                self._candidates.add(len(of[target]))
+                for k in sorted({*self.config.ks, 1, 5}):
+                    recall = 100 * (ranks < k).double().mean().item()
+                    if k in (1, 5):
+                        recalls.append(recall)
+                    if k in self.config.ks:
+                        scores[f"{name}/{query}_to_{target}/R@{k}"] = recall
+                scores[f"{name}/{query}_to_{target}/median_rank"] = 1 + ranks.double().quantile(0.5).item()
+            scores[f"{name}/candidates"] = float(len(of[b]))
+            scores[f"{name}/M"] = sum(recalls) / len(recalls)
+            means.append(scores[f"{name}/M"])
+        self._chance = sum(chances) / len(chances)
+        for k in self.config.ks:
+            found = [scores[f"{x.name}/{m}_to_{n}/R@{k}"] for x in sets for m, n in ((a, b), (b, a))]
+            scores[f"R@{k}"] = sum(found) / len(found)
+        return scores | {"M": sum(means) / len(means)}
+
+    def note(self) -> str:
+        """Unit, candidates, chance, and what `M` is."""
+        candidates = " to ".join(map(str, sorted({min(self._candidates), max(self._candidates)})))
+        chance = f"{candidates} candidates, chance R@1 {self._chance:.3g}"
+        return f"percent, both directions; {chance}; M: mean of R@1 and R@5"
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """The nearest five of a few queries, and the similarities of pairs that belong together and of others."""
+        pair = self.config.modalities or model.modalities
+        for i, here in enumerate(sets):
+            share = samples // len(sets) + (i < samples % len(sets))
+            yield from matches.similarities(model, here, pair, self.config.fields)
+            for query, target in (pair, pair[::-1]):
+                yield from matches.nearest(model, here, query, target, self.config.fields, share)
+
+
+def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
+    """The rank (0 is best) of each query's best own target: queries [N, D], targets [M, D], owners [N] and [M] -> [N].
+
+    A foreign target as near as the best own one ranks before it; so does every one where a similarity is NaN.
+    """
+    by_owner = torch.argsort(target_of)
+    owners = target_of[by_owner]
+    first = torch.searchsorted(owners, query_of)
+    counts = torch.searchsorted(owners, query_of, right=True) - first
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ targets.T
+        count = counts[start : start + chunk]
+        # the own targets of the chunk's queries, one behind the other: the query of each, and its similarity
+        row = torch.arange(len(similarity)).repeat_interleave(count)
+        nth = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
+        own = similarity[row, by_owner[first[start : start + chunk][row] + nth]]
+        best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce(0, row, own, "amax")
+        below = (similarity < best[:, None]).count_nonzero(1)
+        own_below = torch.zeros_like(count).scatter_add(0, row, (own < best[row]).long())
+        ranks.append((len(targets) - below) - (count - own_below))
+    return torch.cat(ranks)
+
+
+def two_modalities(name: str, given: tuple[str, str] | None, plan: Plan) -> Iterator[str]:
+    """What is wrong with a task's choice of modalities."""
+    for modality in given or ():
+        if modality not in plan.modalities:
+            raise KeyError(modality)
+    if given is None and len(plan.modalities) > 2:
+        yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"
+    if given is None and len(plan.modalities) == 1 and plan.complete:
+        yield f"{name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
+    if given is not None and given[0] == given[1]:
+        yield f"{name!r} compares two modalities; `modalities` names {given[0]!r} twice"

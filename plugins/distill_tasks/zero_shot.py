@@ -1,0 +1,105 @@
+"""Zero-shot classification: items against prompts made of the classes' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.media import Media
+from distill_core.contracts.task import Evaluation
+from distill_core.errors import DataError
+from distill_core.evaluate.sets import EvaluationSet, encode_shared
+from distill_core.model import Model
+from distill_core.plan import Plan
+from distill_core.system import distributed
+from distill_tasks.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
+from distill_tasks.prompts import Templates, plain_lines, prompts_of, templates_of
+from distill_tasks.retrieval import two_modalities
+
+
+class ZeroShotConfig(ComponentConfig):
+    """What is classified, and how classes are put into words."""
+
+    modalities: tuple[str, str] | None = None
+    """The classified modality, and that of the prompts; null takes the recipe's first and second."""
+    label: str = "class"
+    """Field of the sample that names its class in words; the prompts' modality reads it."""
+    templates: Templates = ("{}",)
+    """Prompts with {} for the class; a class's embedding is the normalised mean of its prompts'. A list; `openai` (the
+    80 for ImageNet) or `openai_simple` (7 of them); or a file, a template a line, with {} or {c} for the class."""
+    classes: str | None = None
+    """A file that names every class there is to choose from, one a line; null takes those that occur in the sets."""
+
+
+class ZeroShot(Evaluation):
+    """Top-1, top-5 and mean-per-class accuracy in percent, with prompt ensembles (Radford et al. 2021, section 3.1.4).
+    Ties count against the model. Classes of one name count as one.
+    """
+
+    name = "zero_shot"
+    Config = ZeroShotConfig
+
+    @classmethod
+    def problems(cls, config: ZeroShotConfig, plan: Plan) -> Iterator[str]:
+        """Two modalities that the recipe has."""
+        yield from two_modalities(cls.name, config.modalities, plan)
+
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+        """`SET/top1`, `SET/top5` (of more than 5 classes), `SET/mean_per_class`, and each score's mean over sets;
+        `SET/classes`.
+        """
+        items_of, words_of = self.config.modalities or model.modalities
+        labels_of, self._classes, prompts = distributed.agree(lambda: self._read(model, words_of, sets))
+        place = {label: i for i, label in enumerate(self._classes)}
+        embedded = encode_shared(model, words_of, prompts)
+        centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]
+        scores: dict[str, float] = {}
+        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        for samples in sets:
+            name, labels = samples.name, labels_of[samples.name]
+            embedded, owners = samples.embeddings(model, items_of)
+            known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
+            if not known.any():
+                raise DataError(f"evaluation set {name!r}: no sample with {items_of} and {self.config.label!r}")
+            truth = torch.tensor([place[labels[i]] for i in owners[known].tolist()])
+            similarity = embedded[known] @ centres.T
+            found = accuracies(ranks_of_class(similarity, truth), truth, len(self._classes))
+            scores |= {f"{name}/{score}": value for score, value in found.items()}
+            scores[f"{name}/classes"] = float(len(self._classes))
+            self._chosen[name] = truth, similarity.argmax(1)
+        return scores | means(scores, ("top1", "top5", "mean_per_class"))
+
+    def note(self) -> str:
+        """Unit, classes and chance."""
+        return f"percent; {chance(len(self._classes))}"
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """What is taken for what, in each set."""
+        whose = f"{self.name} of the {model.side}"
+        for name, (truth, chosen) in self._chosen.items():
+            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
+
+    def _read(
+        self, model: Model, words_of: str, sets: Sequence[EvaluationSet]
+    ) -> tuple[dict[str, dict[int, str]], list[str], list[str]]:
+        """The classes of each set's samples, all classes, and their prompts, class by class."""
+        labels_of = {samples.name: dict(samples.items(model, words_of, self.config.label)) for samples in sets}
+        classes = self._names({label for labels in labels_of.values() for label in labels.values()})
+        return labels_of, classes, prompts_of(classes, templates_of(self.config.templates))
+
+    def _names(self, occur: set[str]) -> list[str]:
+        if not occur:
+            raise DataError(f"no sample has a field {self.config.label!r} that names its class")
+        if self.config.classes is None:
+            return sorted(occur)
+        given = sorted({*plain_lines(Path(self.config.classes), "the name of a class a line")} - {""})
+        if unknown := sorted(occur - set(given)):
+            raise DataError(
+                f"{self.config.classes}: does not name {len(unknown)} of the classes that occur, as {unknown[0]!r}"
+            )
+        return given

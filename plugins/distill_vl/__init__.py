@@ -1,0 +1,44 @@
+"""What vision-language methods share: views, towers, tokenizer, captions, masks, heads, and contrastive losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core.contracts.diagnostic import Diagnostic
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """Views of images and captions, the towers, and the contrastive loss over all views."""
+    from distill_vl.caption import WholeCaption
+    from distill_vl.clip_text import ClipText
+    from distill_vl.contrastive import Contrastive
+    from distill_vl.masked_text import BertText
+    from distill_vl.multi_crop import MultiCrop
+    from distill_vl.random_crop import RandomCrop
+    from distill_vl.vit import VisionTransformer
+
+    return [MultiCrop, RandomCrop, WholeCaption, VisionTransformer, ClipText, BertText, Contrastive]
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill kernels`."""
+    from distill_vl.commands import kernels
+
+    return [kernels]
+
+
+@hookimpl
+def distill_diagnostics() -> list[Diagnostic]:
+    """Kernel backends, and why not the others."""
+    from distill_vl.diagnostics import kernels
+
+    return kernels()

@@ -1,0 +1,24 @@
+"""One text a sample: the caption as it is, or one of its sentences."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distill_core.batch import GLOBAL, Sample, View
+from distill_vl.captions import OneText, TakeConfig
+
+
+class WholeCaption(OneText):
+    """One text a sample."""
+
+    name = "caption"
+
+    @classmethod
+    def roles(cls, config: TakeConfig) -> tuple[str, ...]:
+        """One global view."""
+        return (GLOBAL,)
+
+    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        """View.source is the sentence's place in the pool; 0 for all."""
+        text, source = self.text(sample, rng)
+        return [View(text, source=source)]

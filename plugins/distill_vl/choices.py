@@ -1,0 +1,46 @@
+"""Which backend each op of a recipe takes on a device, and why: asked of a step without values."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from distill_core.data.example import example_batch
+from distill_core.errors import UserError
+from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.sections import Recipe
+from distill_core.system.process import set_matmul_precision
+from distill_kernels.choices import Choice, WithoutValues, recorded
+
+
+def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int] = (9, 0)) -> list[Choice]:
+    """Of one step's forward pass (gradients are asked for) on `device`, in order.
+
+    A GPU need not be there: `capability` is then its compute capability. The batch is the recipe's, of example samples
+    (`example_batch`); modules and batch have no values, so that the step takes neither time nor memory.
+
+    Raises:
+        UserError: a component whose forward pass reads the values of its tensors.
+    """
+    objective = build_objective(recipe)
+    without = WithoutValues()
+    objective._apply(without.convert)  # type: ignore[no-untyped-call]
+    batch = example_batch(recipe, recipe.data.batch_size)
+    batch.views = {name: views.map(without.convert) for name, views in batch.views.items()}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    bf16 = torch.autocast("cpu", torch.bfloat16) if recipe.train.precision == "bf16" else nullcontext()
+    set_matmul_precision(recipe.train.matmul_precision)
+    try:
+        with recorded(device, capability) as choices, without, bf16:
+            objective.losses(objective.represent(batch, Progress(0, 1)))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"a component's forward pass reads the values of its tensors ({error.func}), which a step that is only "
+            "looked at has not: `distill kernels` without a recipe says what runs here"
+        ) from error
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return choices

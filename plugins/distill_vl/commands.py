@@ -1,0 +1,106 @@
+"""`distill kernels`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from distill_core.commands import completion
+
+if TYPE_CHECKING:
+    import torch
+
+
+@click.command()
+@click.argument("recipe", required=False, shell_complete=completion.recipes)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
+@click.option("--tune", is_flag=True, help="Measure every backend on this device, and let `auto` go by the result.")
+@click.option("--device", default="auto", show_default=True, help="Device to ask for or to tune: auto, cpu or cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: str, as_json: bool) -> None:
+    """List the kernels' backends: which this machine can run, and why not the rest.
+
+    With a RECIPE: which backend each op of one of its steps takes on the device, and why. `--device cuda` needs no GPU:
+    where there is none, an H100 is assumed.
+    """
+    import torch
+
+    from distill_core.errors import UserError
+
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if recipe is None and overrides:
+        raise UserError("--set changes a recipe: name one, as in `distill kernels RECIPE --set ...`")
+    if recipe is not None and tune:
+        raise UserError("--tune times the ops' own cases: leave the recipe out")
+    if tune:
+        _tune(where, as_json)
+    elif recipe is not None:
+        _choices(recipe, overrides, where, as_json)
+    else:
+        _list(where, as_json)
+
+
+def _tune(where: torch.device, as_json: bool) -> None:
+    from distill_core.errors import UserError
+    from distill_kernels.backends import BackendError
+    from distill_kernels.tune import tune
+
+    try:
+        path, times = tune(where)
+    except BackendError as error:
+        raise UserError(str(error)) from error
+    if as_json:
+        click.echo(json.dumps([dict(zip(("op", "inputs", "backend", "ms"), row, strict=True)) for row in times]))
+        return
+    for op, inputs, backend, milliseconds in times:
+        click.echo(f"{op:24}{inputs:44}{backend:12}{milliseconds:10.3f} ms")
+    click.echo(f"`auto` now goes by {path}")
+
+
+def _list(where: torch.device, as_json: bool) -> None:
+    from distill_kernels.backends import listing, table_path
+
+    rows = listing()
+    if as_json:
+        click.echo(json.dumps([dict(zip(("op", "backend", "runs"), row, strict=True)) for row in rows]))
+        return
+    previous = None
+    for op, backend, answer in rows:
+        click.echo(f"{op if op != previous else '':24}{backend:12}{answer}")
+        previous = op
+    path = table_path(where)
+    click.echo(f"`auto` goes by {path if path.exists() else 'its built-in order (measure with --tune)'}")
+
+
+def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_json: bool) -> None:
+    from collections import Counter
+
+    import torch
+
+    from distill_core.recipe.resolve import load_recipe
+    from distill_core.registry import Registry
+    from distill_core.system.process import arithmetic
+    from distill_vl.choices import choices_of
+
+    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
+    counts = Counter(choices_of(loaded, where))
+    if as_json:
+        rows = [choice._asdict() | {"others": dict(choice.others), "calls": n} for choice, n in counts.items()]
+        click.echo(json.dumps(rows))
+        return
+    assumed = where.type == "cuda" and not torch.cuda.is_available()
+    click.echo(
+        f"one step's forward pass, {loaded.data.batch_size} samples, "
+        + arithmetic(loaded.train.precision, loaded.train.matmul_precision, where)
+        + (" (no GPU is here: an H100 is assumed, with this machine's packages and compiler)" if assumed else "")
+    )
+    previous = None
+    for choice, n in sorted(counts.items(), key=lambda item: item[0][:3]):
+        if previous is None or choice[:2] != previous[:2]:
+            click.echo(f"{choice.op}: {choice.backend}  ({choice.why})")
+            for name, reason in choice.others:
+                click.echo(f"    not {name}: {reason}")
+        click.echo(f"    {n:4} x {choice.inputs}")
+        previous = choice

@@ -1,0 +1,129 @@
+"""What losses over pairs of embeddings share: two modalities, a learned scale and its clamp; a softmax or a sigmoid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.contracts.component import ComponentConfig
+from distill_core.interfaces import Loss, LossConfig
+from distill_core.outputs import Outputs, Progress
+from distill_core.plan import Needs, Plan, same_dim
+from distill_core.system.distributed import rank, world_size
+from distill_kernels import multi_view_info_nce, multi_view_sigmoid
+
+
+class ContrastiveConfig(LossConfig):
+    """Options of losses with a learned temperature."""
+
+    modalities: tuple[str, str] = ("image", "text")
+    """The two modalities that are paired."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
+    """The scale starts at 1 / temperature."""
+    max_scale: Annotated[float, Field(ge=1)] | None = 100.0
+    """The scale is clamped to 1..max_scale after each step; null leaves it free."""
+
+
+class ContrastiveLoss(Loss):
+    """Base: pairs of embeddings under a learned scale s = exp(logit_scale)."""
+
+    Config: ClassVar[type[ComponentConfig]] = ContrastiveConfig
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        """Both modalities."""
+        return Needs(modalities=config.modalities)
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
+        """One width D on both sides."""
+        return same_dim(cls.name, config.modalities, plan)
+
+    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+        """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
+        with torch.autocast(a.device.type, enabled=False):
+            scale = self.logit_scale.exp()
+            if world_size() == 1:
+                return multi_view_info_nce(a, b, scale)
+            return multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=rank() * a.shape[1])
+
+    @torch.no_grad()
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """Clamp the learned scale."""
+        if self.config.max_scale is not None:
+            self.logit_scale.clamp_(0.0, math.log(self.config.max_scale))
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scale itself, exp(logit_scale)."""
+        return {"scale": self.logit_scale.detach().exp()}
+
+
+class SigmoidConfig(ContrastiveConfig):
+    """Defaults are SigLIP's: scale 10 and bias -10 to start from."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    """The scale starts at 1 / temperature."""
+    bias: float = -10.0
+    """The learned bias starts here: at first, every pair is taken for a negative."""
+
+
+class Sigmoid(ContrastiveLoss):
+    """Base: as `ContrastiveLoss`, but each pair of rows is a yes or no of its own, with a learned bias (SigLIP, arXiv
+    2303.15343, equation 1)."""  # fmt: skip
+
+    Config: ClassVar[type[ComponentConfig]] = SigmoidConfig
+
+    def __init__(self, config: SigmoidConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.logit_bias = nn.Parameter(torch.tensor(config.bias))
+
+    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+        """[Va, Vb]: each view pair's sigmoid loss of a [Va, B, D] against b [Vb, M, D] of all ranks.
+
+        The mean over rows of the sum over columns; every entry of the M x M logits counts once.
+        """
+        with torch.autocast(a.device.type, enabled=False):
+            scale, bias = self.logit_scale.exp(), self.logit_bias
+            if world_size() == 1:
+                return multi_view_sigmoid(a, b, scale, bias)
+            offset = rank() * a.shape[1]
+            return multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=offset)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The scale, exp(logit_scale), and the bias."""
+        return super().metrics() | {"bias": self.logit_bias.detach().clone()}
+
+
+class Contrastive(ContrastiveLoss):
+    """COSMOS's contrastive loss: InfoNCE of the student's views of both modalities.
+
+    Mean over the first modality's global views x all views of the second of InfoNCE(student, student).
+    Local image crops stay out: they make it overfit.
+    """
+
+    name = "contrastive"
+
+    def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.global_views = plan.modalities[config.modalities[0]].views("global")
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One term."""
+        a, b = self.config.modalities
+        views = list(self.global_views)
+        pairs = self.pairs(
+            outputs.embedding(f"student.{a}")[views],
+            outputs.embedding(f"student.{b}"),
+            outputs.gather(f"student.{a}")[views],
+            outputs.gather(f"student.{b}"),
+        )
+        return {"contrastive": pairs.mean()}, self.metrics()

@@ -1,0 +1,262 @@
+"""Vision Transformer in the CLIP layout (Dosovitskiy et al. 2021; Radford et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated
+
+import numpy as np
+import torch
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear
+
+from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
+from distill_core.contracts.component import ComponentConfig
+from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.outputs import Features
+from distill_core.plan import ModalityPlan
+from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
+from distill_vl.transformer import DENSE, Activation, Transformer
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class VisionTransformerConfig(ComponentConfig):
+    """Defaults are ViT-B/16 at 224 px with D = 512."""
+
+    image_size: Positive = 224
+    """Pixels of a global crop's side; other sizes use resized position embeddings."""
+    patch: Positive = 16
+    """Pixels of a patch's side."""
+    width: Positive = 768
+    """Width W of the tokens."""
+    layers: Positive = 12
+    """Transformer blocks."""
+    heads: Positive = 12
+    """Attention heads of each block; they divide `width`."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    """Hidden width of each block's MLP, in widths W."""
+    dim: Positive = 512
+    """Width D of the embedding."""
+    activation: Activation = "gelu"
+    """Of the blocks' MLPs; OpenAI's CLIP has `quick_gelu`."""
+    pre_norm: bool = True
+    """LayerNorm before the first block, as CLIP has it; timm's and DINO's ViTs have none."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the variance in every LayerNorm; timm's and DINO's ViTs have 1e-6."""
+    class_tokens: Positive = 1
+    """Class tokens C; the first makes the embedding. Further ones have no position (TIPS has two)."""
+    masking: MaskingConfig | None = None
+    """Patches that are hidden from the student, as {ratio: [0.1, 0.5]}; null for none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> VisionTransformerConfig:
+        if self.image_size % self.patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+class VisionTransformer(Backbone):
+    """ViT: pooled = class token after the final LayerNorm, times `proj`; tokens = patches after that LayerNorm.
+
+    With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT).
+
+    Crops of another size resize the position embeddings bicubically by the scale factor (size / patch + 0.1) / grid,
+    class position apart, as DINO does: a fixed linear map, computed once a size.
+    """
+
+    name = "vit"
+    Config = VisionTransformerConfig
+    examples = (
+        {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},
+        {
+            "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "class_tokens": 2,
+            "masking": {"share": 1.0, "ratio": [0.3, 0.6], "targets": "pixels"},
+        },
+    )  # fmt: skip
+
+    def __init__(self, config: VisionTransformerConfig) -> None:
+        super().__init__(config)
+        width, grid = config.width, config.image_size // config.patch
+        self.grid = grid
+        self.conv1 = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, width))
+        self.ln_pre = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.transformer = Transformer(
+            width, config.layers, config.heads, config.mlp_ratio, config.activation, config.norm_eps
+        )
+        self.ln_post = nn.LayerNorm(width, config.norm_eps)
+        self.proj = nn.Parameter(scale * torch.randn(width, config.dim))
+        if config.class_tokens > 1:
+            self.more_class_embeddings = nn.Parameter(scale * torch.randn(config.class_tokens - 1, width))
+        if config.masking is not None:
+            self.mask_token = nn.Parameter(torch.zeros(width))
+        self._maps: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    @classmethod
+    def dims(cls, config: VisionTransformerConfig) -> Dims:
+        """Widths of tokens and embedding."""
+        masked = config.masking is not None
+        return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
+
+    @classmethod
+    def view_problems(cls, config: VisionTransformerConfig, views: ModalityPlan) -> Iterable[str]:
+        """Roles to be masked that no view has; crops that patches do not tile."""
+        if config.masking is not None:
+            yield from role_problems(config.masking.roles, views)
+        yield from patch_problems(config.patch, views)
+
+    @classmethod
+    def collator(cls, config: VisionTransformerConfig) -> Collator:
+        """Stacks pictures [3, S, S] of one size and role; draws masks."""
+        return PictureCollator(config.patch, config.masking)
+
+    @classmethod
+    def example_views(cls, config: VisionTransformerConfig, rng: np.random.Generator) -> list[View]:
+        """Two global crops of noise, and a local one of one patch less."""
+        sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size - config.patch))
+        return [
+            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role, i)
+            for i, (role, side) in enumerate(sides)
+        ]
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Position embeddings [1 + rows * columns, W] for a grid of patches."""
+        table = self.positional_embedding
+        if (rows, columns) == (self.grid, self.grid):
+            return table
+        key = (rows, columns, table.device, table.dtype)
+        if key not in self._maps:
+            self._maps[key] = position_map(self.grid, rows, columns).to(table.device, table.dtype)
+        with torch.autocast(table.device.type, enabled=False):
+            return torch.cat([table[:1], self._maps[key] @ table[1:]])
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W], class tokens [1, N, C, W].
+
+        Raises ValueError for a `token_mask` [N, L] without the option `masking`.
+        """
+        sequence = self._embed(x, token_mask)
+        if tokens:
+            return self._read(self.transformer(sequence, causal=False), tokens=True)
+        return self._read(self.transformer.at(sequence, self._class_index(x), causal=False), tokens=False)
+
+    def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
+        """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
+
+        What the last block attends by: `transformer.Attention.dense`.
+        """
+        out = self.ln_post(self.transformer.dense(self._embed(x, None), attention)) @ self.proj
+        rows, columns = (side // self.config.patch for side in x.shape[-2:])
+        return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
+
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+        """Crops of all sizes go through the weights as one packed sequence."""
+        if len(inputs) == 1:
+            return super().encode_together(inputs)
+        sequences = [self._embed(x, token_mask) for x, _, token_mask in inputs]
+        index = [None if tokens else self._class_index(x) for x, tokens, _ in inputs]
+        outs = self.transformer.together(sequences, index)
+        return [self._read(out, tokens=tokens) for out, (_, tokens, _) in zip(outs, inputs, strict=True)]
+
+    def token_layout(self, view: View) -> tuple[int, int]:
+        """The grid of patches."""
+        rows, columns = (side // self.config.patch for side in view.data.shape[-2:])
+        return rows, columns
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """x [N, 3, S, S] -> the first class token's weights over the patches in the last block, [N, H, L]."""
+        weights = self.transformer.weights(self._embed(x, None), self._class_index(x)[:, 0], causal=False)
+        return weights[..., self.config.class_tokens :]
+
+    def _embed(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """x [N, 3, S, S] -> the transformer's input [N, C + L, W]."""
+        patch, (height, width) = self.config.patch, x.shape[-2:]
+        patches = rearrange(x, "n c (i p) (j q) -> n (i j) (c p q)", p=patch, q=patch)
+        embedded = linear(patches, self.conv1.weight.flatten(1))
+        if token_mask is not None:
+            if self.config.masking is None:
+                raise ValueError("vit hides patches only with the option `masking`")
+            embedded = torch.where(token_mask[..., None], self.mask_token.to(embedded.dtype), embedded)
+        start = self.class_embedding.to(embedded.dtype).expand(x.shape[0], 1, -1)
+        sequence = torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch)
+        if self.config.class_tokens > 1:
+            more = self.more_class_embeddings.to(sequence.dtype).expand(x.shape[0], -1, -1)
+            sequence = torch.cat([sequence[:, :1], more, sequence[:, 1:]], 1)
+        normed: Tensor = self.ln_pre(sequence)
+        return normed
+
+    def _class_index(self, x: Tensor) -> Tensor:
+        """Where the class tokens stand in each of N sequences, [N, C]."""
+        return torch.arange(self.config.class_tokens, device=x.device).expand(x.shape[0], -1)
+
+    def _read(self, out: Tensor, *, tokens: bool) -> Features:
+        """The transformer's output, [N, C + L, W] with `tokens`, else the class tokens' [N, C, W]."""
+        out = self.ln_post(out)
+        count = self.config.class_tokens
+        classes = out[:, :count]
+        pooled = (classes[:, 0] @ self.proj)[None]
+        return Features(pooled, {0: out[:, count:]} if tokens else {}, class_tokens=classes[None])
+
+
+def position_map(grid: int, rows: int, columns: int) -> Tensor:
+    """[rows * columns, grid * grid] float64: bicubic resizing of a grid x grid table as a matrix."""
+    unit = torch.eye(grid * grid, dtype=torch.float64).reshape(grid * grid, 1, grid, grid)
+    factors = ((rows + 0.1) / grid, (columns + 0.1) / grid)
+    resized = interpolate(unit, scale_factor=factors, mode="bicubic", align_corners=False, recompute_scale_factor=False)
+    if resized.shape[-2:] != (rows, columns):
+        raise ValueError(f"cannot resize {grid} x {grid} positions to {rows} x {columns}")
+    return resized.reshape(grid * grid, rows * columns).T
+
+
+def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
+    """Crops [3, S, S] that patches of so many pixels do not tile."""
+    for role, (*_, rows, columns) in dict.fromkeys(zip(views.roles, views.shapes or (), strict=False)):
+        if rows % patch or columns % patch:
+            yield f"{role} views of {rows} x {columns} px are not whole patches of {patch} px"
+
+
+class PictureCollator:
+    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks (and targets) of patches."""
+
+    def __init__(self, patch: int, masking: MaskingConfig | None = None) -> None:
+        self.patch = patch
+        self.masking = masking
+
+    def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
+        """Masks are drawn from the samples' seeds. Raises ValueError for a crop that patches do not tile."""
+        generators = [np.random.default_rng(seed) for _, seed in zip(samples, seeds, strict=True)] if seeds else []
+        groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for i, view in enumerate(samples[0]):
+            groups.setdefault((view.role, tuple(view.data.shape)), []).append(i)
+        result = []
+        for (role, shape), members in groups.items():
+            if any(side % self.patch for side in shape[-2:]):
+                raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
+            x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
+            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
+            result.append(self._masked(Group(x, role, source), generators))
+        return Views(result)
+
+    def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
+        masking = self.masking
+        if masking is None or group.role not in masking.roles:
+            return group
+        if len(generators) != group.x.shape[1]:
+            raise ValueError("masks are drawn from a seed for each sample; no seeds were given")
+        rows, columns = (side // self.patch for side in group.x.shape[-2:])
+        group.token_mask = torch.stack(
+            [
+                torch.stack([draw_mask(rows, columns, masking, generator) for generator in generators])
+                for _ in range(group.x.shape[0])
+            ]
+        )
+        if masking.targets == "pixels":
+            group.targets = patch_pixels(group.x, self.patch)
+        return group

@@ -91,7 +91,7 @@ def _forward(
         for c in _chunks(q, tokens, heads):
             _attend(q[:, c], tokens[c], w, None if valid is None else valid[c], eps, out[:, c], p[c])
         bias = torch.addmv(in_proj_bias[2 * d :], in_proj_weight[2 * d :], ln_bias)
-        out += _of_reached(bias, tokens, valid).to(out.dtype)
+        out += of_reached(bias, tokens, valid).to(out.dtype)
         return out, q, p
 
 
@@ -160,7 +160,7 @@ def _backward(
             if not b:  # no chunk has written it
                 dw.zero_()
             _product(dq.view(1, v * b, d).mT, x.reshape(1, v * b, d), total[:d].view(1, d, d), add=False)
-            d_b_v = _of_reached(d_out.sum(0, dtype=wide), tokens, valid).sum(0)
+            d_b_v = of_reached(d_out.sum(0, dtype=wide), tokens, valid).sum(0)
             d_bias[:d] = dq.sum((0, 1), dtype=wide)
             d_bias[d : 2 * d] = 0.0
             d_bias[2 * d :] = d_b_v
@@ -263,7 +263,7 @@ def _scaled(in_proj_weight: Tensor, ln_weight: Tensor, heads: int, dtype: torch.
     return (in_proj_weight[d:] * ln_weight).to(dtype).view(2 * heads, d // heads, d)
 
 
-def _of_reached(of_samples: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor:
+def of_reached(of_samples: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor:
     """[D] or [B, D], zero for samples without valid tokens: the probabilities of a row sum to one, or to zero."""
     if valid is not None:
         return of_samples * valid.any(-1, keepdim=True)

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.absorbed_attention import absorbed_attention, unit_norm
+from distill_kernels.absorbed_attention import absorbed_attention, of_reached, unit_norm
 from distill_kernels.backends import Backend, BackendError, Op, Order, choose
 from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.self_attention import split_heads, tracing
@@ -251,18 +251,21 @@ def _projected(inputs: PoolInputs) -> Tensor:
     w_q, w_kv = torch.split(w.in_proj_weight, [d, 2 * d])
     b_q, _, b_v = w.in_proj_bias.chunk(3)
     # LayerNorm's weight and bias go into the weights: no sums of half-precision gradients over all tokens. What adds
-    # the same to all keys of a sample leaves the softmax alone. (Half of w_kv would cost zeros for its gradient.)
+    # the same to all keys of a sample leaves the softmax alone. What adds the same to all values goes to their mean:
+    # a kernel that takes the softmax's gradient from its rounded output loses small differences of large values.
+    # (Half of w_kv would cost zeros for its gradient.)
     b_v = b_v + torch.mv(w_kv, w.ln_bias)[d:]
     y = F.layer_norm(keys.tokens, (d,), *unit_norm(keys.tokens), keys.eps).to(x.dtype)
     q = _linear(x, w_q, b_q)
-    kv = _linear(y, w_kv * w.ln_weight, torch.cat([torch.zeros_like(b_v), b_v]))
+    kv = F.linear(y, (w_kv * w.ln_weight).to(y.dtype))
     if torch.compiler.is_exporting() or tracing():  # for any number of tokens
         k, v = kv.view(b, n, 2, heads, d // heads).permute(2, 0, 3, 1, 4)  # [B, H, L, K] each
     else:
         (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
-    return out.permute(2, 0, 1, 3).reshape(views, b, d)
+    valid = key_mask(keys.lengths, keys.mask, n)
+    return out.permute(2, 0, 1, 3).reshape(views, b, d) + of_reached(b_v, keys.tokens, valid).to(out.dtype)
 
 
 def _absorbed(inputs: PoolInputs) -> Tensor:

@@ -338,17 +338,17 @@ def test_triton_writes_every_element_and_no_other() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"b": here.zeros(2, 4, 3)}, r"a and b must be"),
-        ({"scale": here.zeros(1)}, r"scale must be a 0-dim"),
-        ({"a_all": here.zeros(1, 8, 3)}, r"both a_all and b_all"),
+        ({"b": torch.zeros(2, 4, 3)}, r"a and b must be"),
+        ({"scale": torch.zeros(1)}, r"scale must be a 0-dim"),
+        ({"a_all": torch.zeros(1, 8, 3)}, r"both a_all and b_all"),
         ({"offset": 1}, r"offset 1 needs"),
-        ({"a_all": here.zeros(1, 8, 3), "b_all": here.zeros(2, 9, 3)}, r"b_all must be \[2, 8, 3\]"),
-        ({"a_all": here.zeros(1, 8, 3), "b_all": here.zeros(2, 8, 3), "offset": 4}, r"rows 4..9"),
+        ({"a_all": torch.zeros(1, 8, 3), "b_all": torch.zeros(2, 9, 3)}, r"b_all must be \[2, 8, 3\]"),
+        ({"a_all": torch.zeros(1, 8, 3), "b_all": torch.zeros(2, 8, 3), "offset": 4}, r"rows 4..9"),
         ({"backend": "fast"}, r"no backend named 'fast'"),
     ],
 )
 def test_errors_say_what_is_wrong(change: dict[str, object], message: str) -> None:
-    arguments = {"a": here.zeros(1, 5, 3), "b": here.zeros(2, 5, 3), "scale": here.tensor(1.0)} | change
+    arguments = {"a": torch.zeros(1, 5, 3), "b": torch.zeros(2, 5, 3), "scale": torch.tensor(1.0)} | change
     with pytest.raises(ValueError, match=message):
         multi_view_info_nce(**arguments)  # type: ignore[arg-type]
 

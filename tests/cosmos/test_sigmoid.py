@@ -1,4 +1,4 @@
-"""COSMOS with the sigmoid loss against loops over its view pairs; over ranks in tests/methods/test_distributed.py."""
+"""COSMOS with the sigmoid loss against loops over its view pairs; over ranks: recipes/test_distributed_methods.py."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""DreamLIP: its sub-captions, and its losses against loops; over ranks in tests/methods/test_distributed.py."""
+"""DreamLIP: its sub-captions, and its losses against loops; over ranks in tests/recipes/test_distributed_methods.py."""
 
 import json
 import math

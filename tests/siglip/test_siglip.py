@@ -1,4 +1,4 @@
-"""SigLIP's loss against its equation; the ring over ranks is in tests/methods/test_distributed.py."""
+"""SigLIP's loss against its equation; the ring over ranks is in tests/recipes/test_distributed_methods.py."""
 
 import math
 from pathlib import Path

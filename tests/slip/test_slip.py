@@ -1,4 +1,4 @@
-"""SLIP: its views, SimCLR's loss and head against loops; over ranks in tests/methods/test_distributed.py."""
+"""SLIP: its views, SimCLR's loss and head against loops; over ranks in tests/recipes/test_distributed_methods.py."""
 
 import io
 from pathlib import Path

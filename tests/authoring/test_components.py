@@ -24,7 +24,7 @@ def name_of(project: Path) -> str:
     return found
 
 
-@pytest.mark.parametrize("project", ["docs/example_plugin", "tests/plugins/third_party"])
+@pytest.mark.parametrize("project", ["docs/example_plugin", "tests/end_to_end/third_party"])
 def test_packages_from_outside_conform(
     project: str, tmp_path: Path, install_plugin: Callable[[Path, Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

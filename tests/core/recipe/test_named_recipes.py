@@ -17,7 +17,7 @@ from distill_core.recipe.named import named_recipes, recipe_file
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Plugins, Registry
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import yaml
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 OVERRIDES = [

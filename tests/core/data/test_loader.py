@@ -20,6 +20,7 @@ from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
+from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 
 Write = Callable[..., list[Path]]
 
@@ -38,6 +39,17 @@ class Stumbles(CaptionAugmentation):
         if sample["__key__"] == "train-1-2":
             raise ZeroDivisionError("a slip of the plugin")
         return [View("a bird")]
+
+
+class OddCrops(MultiCrop):
+    """A plugin's augmentation that does not tell the shapes of its views, so that no recipe is refused for them."""
+
+    name = "odd_crops"
+    Config = MultiCropConfig
+
+    @classmethod
+    def shapes(cls, config: MultiCropConfig) -> None:
+        return None
 
 
 @pytest.fixture
@@ -156,7 +168,10 @@ def test_views_that_do_not_fit_the_tower_name_the_samples(
     tiny_recipe: Path, registry: Registry, shards: list[str]
 ) -> None:
     """Catches a collator's error without a hint of which batch it was."""
-    recipe = recipe_of(tiny_recipe, registry, "augment.image.local_size=9", "data.workers=2")
+    both = Registry([*registry.entries.values(), Entry(OddCrops, "mine", "mine")])
+    recipe = recipe_of(
+        tiny_recipe, both, "augment.image.name=odd_crops", "augment.image.local_size=9", "data.workers=2"
+    )
     message = failure_of(Loader(recipe, shards))
     assert re.search(r"samples train-.*cannot be collated: ValueError: crops of 9 x 9 px", message)
 

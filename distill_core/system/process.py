@@ -124,7 +124,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep large blocks that are freed, where it is glibc.
 
     It hands them back to the system otherwise, and each step's tensors are faulted in page by page again (measured:
-    docs/log.md). What a step has needed at most stays with the process.
+    dev/LOG.md). What a step has needed at most stays with the process.
     """
     if not sys.platform.startswith("linux"):
         return

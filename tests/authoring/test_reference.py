@@ -88,6 +88,12 @@ def test_the_site_builds(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    for page in ("index", "recipes/index", "reference/fusion/cross_attention/index", "reference/commands/index"):
+    for page in (
+        "index",
+        "log/index",
+        "recipes/index",
+        "reference/fusion/cross_attention/index",
+        "reference/commands/index",
+    ):
         assert (tmp_path / f"{page}.html").is_file(), page
     assert "Attention heads" in (tmp_path / "reference/fusion/cross_attention/index.html").read_text()

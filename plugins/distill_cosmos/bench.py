@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distill_core.batch import Batch, Group, Views
 from distill_core.errors import UserError
@@ -22,13 +23,13 @@ from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.sections import Recipe
 from distill_core.system.process import keep_freed_memory
-from distill_cosmos import cosmos as plain
-from distill_cosmos import official
+from distill_cosmos import cosmos, official
 from distill_cosmos.fusion import CrossAttention
 from distill_cosmos.losses import CrossModalDistillation
 from distill_vl.contrastive import Contrastive
 
 CPU = torch.device("cpu")
+ROLES = ("global", "local")
 
 
 class Clock:
@@ -133,9 +134,7 @@ class Plain:
     def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
         vit, text = recipe.backbone["image"].config, recipe.backbone["text"].config
         fusion: Any = recipe.fusion
-        self.student, self.teacher = (
-            plain.PlainCosmos(vit, text, fusion.config.heads).to(clock.device) for _ in range(2)
-        )
+        self.student, self.teacher = (cosmos.Cosmos(vit, text, fusion.config.heads).to(clock.device) for _ in range(2))
         states = official.public_state_dict(objective)
         self.student.load_state_dict(states["student"])
         self.teacher.load_state_dict(states["teacher"], strict=False)
@@ -143,17 +142,13 @@ class Plain:
         # sequences through bmm with a copied weight (16 times slower in bf16), which would flatter ours
         self.clock = clock
         self.momentum = recipe.teacher.momentum if recipe.teacher is not None else 0.0
-        self.crops = [x for group in batch.views["image"].groups for x in group.x]
-        self.texts = [
-            torch.nn.functional.pad(x, (0, text.context - x.shape[1]))
-            for group in batch.views["text"].groups
-            for x in group.x
-        ]
+        self.images = cosmos.Views(*(_views(batch, "image", role) for role in ROLES))
+        captions = ([pad(x, (0, text.context - x.shape[1])) for x in _views(batch, "text", role)] for role in ROLES)
+        self.texts = cosmos.Views(*captions)
         # the text tokens that a fusion reads: to the context, or to the longest global text
         longest = batch.views["text"].groups[0].x.shape[-1]
         self.text_length = text.context if text.padding == "context" else longest
         self.mask_padding = bool(fusion.config.mask_padding)
-        self.globals = [recipe.plan.modalities[name].roles.count("global") for name in ("image", "text")]
         options = recipe.optimizer.config
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         others = [p for p in self.student.parameters() if p.ndim < 2]
@@ -166,24 +161,27 @@ class Plain:
 
     def losses(self) -> dict[str, Tensor]:
         """Forward pass."""
-        images, texts = self.globals
-        return plain.losses(
-            self.student, self.teacher, self.crops, self.texts, images, texts, self.text_length, self.mask_padding,
-            self.clock.mark,
-        )  # fmt: skip
+        return cosmos.losses(
+            self.student,
+            self.teacher,
+            self.images,
+            self.texts,
+            text_length=self.text_length,
+            mask_padding=self.mask_padding,
+            mark=self.clock.mark,
+        )
 
     def update(self) -> None:
         """Teacher and optimiser."""
-        plain.move_teacher(self.student, self.teacher, self.momentum)
-        self.optimizer.step()
-        with torch.no_grad():
-            self.student.logit_scale.clamp_(0, 4.6052)
-            self.student.distill_logit_scale.clamp_(0, 4.6052)
-        self.optimizer.zero_grad()
+        cosmos.update(self.student, self.teacher, self.optimizer, self.momentum)
 
     def gradients(self) -> dict[str, Tensor]:
         """By public name."""
         return {key: p.grad.clone() for key, p in self.student.named_parameters() if p.grad is not None}
+
+
+def _views(batch: Batch, modality: str, role: str) -> list[Tensor]:
+    return [x for group in batch.views[modality].groups if group.role == role for x in group.x]
 
 
 def _step(side: Ours | Plain, precision: str) -> dict[str, Tensor]:

@@ -18,7 +18,9 @@ from distill_core.errors import RecipeErrors
 from distill_core.evaluate import sets
 from distill_core.model import Model
 from distill_core.objective import Objective
+from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
@@ -126,14 +128,13 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
             second["objective"][name] = torch.randn_like(value)
     checkpoints.path(2).unlink()
     checkpoints.save(1, first, best=True)
-    build = Objective.from_recipe.__func__  # type: ignore[attr-defined]
 
-    def late(cls: Any, recipe: Any) -> Any:
+    def late(recipe: Recipe) -> Objective:
         checkpoints.save(2, second, best=True)
-        return build(cls, recipe)
+        return build_objective(recipe)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "from_recipe", classmethod(late))
+        patch.setattr("distill_core.evaluate.command.build_objective", late)
         of_first = score(copy, "--checkpoint", which)
     assert checkpoints.steps() == [2]
     of_second = score(copy, "--checkpoint", which)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.contracts.media import Shown, TokenLayout
+from distill_core.contracts.media import Rendered, TokenLayout
 from distill_core.outputs import Features, Fused, Outputs, Progress
 from distill_core.plan import ModalityPlan, Plan
 
@@ -42,30 +42,30 @@ class Augmentation(Component, ABC):
     @classmethod
     @abstractmethod
     def roles(cls, config: Any) -> tuple[str, ...]:
-        """The role of each view that `views` returns, globals first."""
+        """The role of each view that `train_views` returns, globals first."""
 
     @classmethod
     def shapes(cls, config: Any) -> tuple[tuple[int, ...], ...] | None:
-        """The shape of the data of each view that `views` returns, where the options tell: backbones refuse those that
-        they cannot encode (`Backbone.view_problems`) before anything is read."""
+        """The shape of the data of each view of `train_views`, where the options tell: backbones refuse those that they
+        cannot encode (`Backbone.view_problems`) before anything is read."""
         return None
 
     @abstractmethod
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The sample's training views. Raises `BadSample` when it cannot be used."""
 
     @abstractmethod
-    def read(self, sample: Sample, field: str | None = None) -> list[Any]:
+    def decode(self, sample: Sample, field: str | None = None) -> list[Any]:
         """The sample's items of this modality as they are (one picture; each caption), for evaluation.
 
-        On a GPU several threads call this and `plain`.
+        On a GPU several threads call this and `eval_view`.
 
         `field` names another field of the sample than the one that training reads. Raises `BadSample`.
         """
 
     @abstractmethod
-    def plain(self, item: Any) -> View:
-        """The deterministic view of one item, as `read` gives it or a user hands it to `Model.encode`.
+    def eval_view(self, item: Any) -> View:
+        """The deterministic view of one item, as `decode` gives it or a user hands it to `Model.encode`.
 
         Raises `BadSample` for an item that cannot be read.
         """
@@ -82,7 +82,7 @@ class Augmentation(Component, ABC):
         """Of the mean of each measure, what a run says when it starts: a line, and a warning or None."""
         return ", ".join(f"{mean:.1f} {name}" for name, mean in means.items()) + " a sample", None
 
-    def show(self, view: View) -> Shown:
+    def render(self, view: View) -> Rendered:
         """What a view looks like to a person, for trackers: a PIL image or a str; None where there is nothing to see.
 
         The default shows what is one of the two already.
@@ -102,7 +102,7 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 
 
 @dataclass(frozen=True)
-class Dims:
+class BackboneSpec:
     """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number
     C of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: not written)."""
 
@@ -128,7 +128,7 @@ class Backbone(nn.Module, Component, ABC):
 
     @classmethod
     @abstractmethod
-    def dims(cls, config: Any) -> Dims:
+    def spec(cls, config: Any) -> BackboneSpec:
         """Widths, without building anything."""
 
     @classmethod
@@ -165,7 +165,7 @@ class Backbone(nn.Module, Component, ABC):
 
         For evaluations that compare places with other modalities (segmentation), without gradients. Both are projected
         as `pooled` is, not normalised; of a picture, dense ones are [N, rows, columns, D]. `attention` is one of
-        `Dims.dense`; `plain` changes nothing, so its embeddings are `pooled`.
+        `BackboneSpec.dense`; `plain` changes nothing, so its embeddings are `pooled`.
         """
         raise NotImplementedError(f"{type(self).__name__} gives no dense embeddings")
 
@@ -174,7 +174,7 @@ class Backbone(nn.Module, Component, ABC):
         return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
 
     def token_layout(self, view: View) -> TokenLayout | None:
-        """Where a view's tokens are in what `Augmentation.show` makes of it (`TokenLayout`); None: it cannot tell."""
+        """Where a view's tokens are in what `Augmentation.render` makes of it (`TokenLayout`); None: it cannot tell."""
         return None
 
     def class_attention(self, x: Tensor) -> Tensor | None:
@@ -185,8 +185,8 @@ class Backbone(nn.Module, Component, ABC):
         """
         return None
 
-    def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
-        """Features of all views; tokens only of those in `need`; `masked` hides the tokens of `token_mask`.
+    def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
+        """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`.
 
         Each group's needed and other views are an input of `encode_together` each.
         """
@@ -197,7 +197,7 @@ class Backbone(nn.Module, Component, ABC):
         places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
-            wanted = [start + i in need for i in range(count)]
+            wanted = [start + i in tokens_of for i in range(count)]
             spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None

@@ -14,7 +14,7 @@ from distill_core.batch import View, Views
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead
 from distill_core.outputs import Features
-from distill_core.system.prefetch import ahead
+from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
 
 FeatureKind = Literal["embedding", "class_token"]
@@ -61,7 +61,7 @@ class Model:
     def default_features(self, modality: str) -> FeatureKind:
         """`embedding`; `class_token`, from which it is projected, where no loss trained the embedding."""
         module = self.backbone[modality]
-        if modality in self.untrained and module.dims(module.config).class_tokens:
+        if modality in self.untrained and module.spec(module.config).class_tokens:
             return "class_token"
         return "embedding"
 
@@ -78,21 +78,21 @@ class Model:
         features = features or self.default_features(modality)
         if features not in ("embedding", "class_token"):
             raise UserError(f"no features {features!r}; there are 'embedding' and 'class_token'")
-        dims = self.backbone[modality].dims(self.backbone[modality].config)
-        if features == "class_token" and not dims.class_tokens:
+        spec = self.backbone[modality].spec(self.backbone[modality].config)
+        if features == "class_token" and not spec.class_tokens:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
-        plain = self.augment[modality].plain
+        eval_view = self.augment[modality].eval_view
 
         def view(numbered: tuple[int, Any]) -> View:
             try:
-                return plain(numbered[1])
+                return eval_view(numbered[1])
             except BadSample as error:
                 raise UserError(f"{modality} {numbered[0]}: {error}") from error
 
         parts, waiting = [], []
-        for made in ahead(view, enumerate(items), reading_threads(self.device)):
+        for made in prefetch_map(view, enumerate(items), reading_threads(self.device)):
             waiting.append([made])
             if len(waiting) == self.batch_size:
                 parts.append(self._encode(modality, waiting, features))
@@ -100,7 +100,7 @@ class Model:
         if waiting:
             parts.append(self._encode(modality, waiting, features))
         if not parts:
-            return torch.empty(0, dims.dim if features == "embedding" else dims.width)
+            return torch.empty(0, spec.dim if features == "embedding" else spec.width)
         return torch.cat(parts)
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
@@ -112,13 +112,13 @@ class Model:
         return normalize(made[0].float(), dim=-1).cpu()
 
     @torch.no_grad()
-    def features(self, modality: str, views: list[list[View]], *, need: Sequence[int] = ()) -> Features:
-        """Features of the views of B samples (V each), in one batch, with the tokens of the views in `need`.
+    def features(self, modality: str, views: list[list[View]], *, tokens_of: Sequence[int] = ()) -> Features:
+        """Features of the views of B samples (V each), in one batch, with the tokens of the views in `tokens_of`.
 
         For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
         """
         with self._evaluating(modality) as module:
-            found: Features = module(self._batch(modality, views), need=need)
+            found: Features = module(self._batch(modality, views), tokens_of=tokens_of)
         return found
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class Model:
 
         See `Backbone.dense`. Raises `UserError` for a backbone that has none, or a shape that it does not take.
         """
-        offered = self.backbone[modality].dims(self.backbone[modality].config).dense
+        offered = self.backbone[modality].spec(self.backbone[modality].config).dense
         if attention not in offered:
             raise UserError(f"the backbone of {modality!r} gives no dense embeddings with {attention!r} attention")
         try:

@@ -52,8 +52,8 @@ class Objective(nn.Module):
         self.fusion = fusion
         self.loss = nn.ModuleDict(loss)
         self.weights = {name: float(module.config.weight) for name, module in loss.items()}
-        self.need = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
-        self.teacher_need = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
+        self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
+        self.teacher_tokens_of = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
         self.fused_needed = any(n.fused for n in needs)
         self.frozen: list[nn.Module] = []
         self.teacher: Teacher | None = None
@@ -94,13 +94,15 @@ class Objective(nn.Module):
             for name, module in self.teacher.backbone.items():
                 seen = batch.views[name].only(self.teacher.config.views)
                 own = self.plan.modalities[name].teacher_views
-                need = [own.index(view) for view in self.teacher_need[name]]
-                features[name] = module(seen, need=need)
+                tokens_of = [own.index(view) for view in self.teacher_tokens_of[name]]
+                features[name] = module(seen, tokens_of=tokens_of)
         return features
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""
-        features: Features = self.backbone[modality](batch.views[modality], need=self.need[modality], masked=True)
+        features: Features = self.backbone[modality](
+            batch.views[modality], tokens_of=self.tokens_of[modality], masked=True
+        )
         return features
 
     def fuse(

@@ -54,7 +54,7 @@ class Plugins:
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(
-                f"plugin {name!r} (package {package}): {error}. Mend it, or add --without {name}."
+                f"plugin {name!r} (package {package}): {error}. Fix it, or add --without {name}."
             ) from error
         self.packages[name] = package
 

@@ -53,7 +53,7 @@ FIXED = {
     "train.optimizer.name": "its state is not the other's",
     "train.lr_factors": "the optimiser's state is kept by groups of parameters",
     "freeze": "the optimiser's state is of the parameters that are trained",
-    "init": "weights to start from come too late",
+    "weights": "weights to start from come too late",
 }
 """Options that a run which has begun cannot change, and why."""
 SECONDS_TO_ANSWER = 30.0
@@ -99,7 +99,7 @@ class Trainer:
 
         seed_all(recipe.seed)
         self.objective = build_objective(recipe)
-        self.loaded = [node.build().apply(self.objective) for node in recipe.init] if resume is None else []
+        self.loaded = [node.build().apply(self.objective) for node in recipe.weights] if resume is None else []
         if self.loaded and self.objective.teacher is not None:
             given = {name for loaded in self.loaded for name in loaded.names}
             self.objective.teacher.start_from_student(
@@ -143,7 +143,7 @@ class Trainer:
 
     def _resume(self, checkpoint: str) -> None:
         """Take everything from a checkpoint: weights, optimiser, data, random state, counts."""
-        loaded = distributed.agree(lambda: self.checkpoints.load(checkpoint, self._warn))
+        loaded = distributed.raise_on_all_ranks(lambda: self.checkpoints.load(checkpoint, self._warn))
         if len(set(distributed.gather_objects(loaded.digest))) > 1:
             raise UserError(f"{loaded.path}: is not the same file on all ranks; run folders must be shared")
         state = loaded.state
@@ -165,7 +165,7 @@ class Trainer:
         self.loader.load_state_dict(state["ranks"][self.rank]["data"])
         self._random = state["ranks"][self.rank]["random"]
         # no rank may add to a file before it is rewound
-        distributed.agree(lambda: self._rewind(loaded))
+        distributed.raise_on_all_ranks(lambda: self._rewind(loaded))
         self.branch, self.best = distributed.gather_objects((self.branch, self.best))[0]
         self._best_saved = self.best
 
@@ -173,9 +173,7 @@ class Trainer:
         """How the recipe differs from the one that the checkpoint was saved under. Raises `RecipeErrors` for options
         that a run which has begun cannot change."""
         found = changes(state["recipe"], self.recipe.to_dict())
-        anew = (
-            f"Set it back, or start a new run from the weights: init: [{{name: weights, source: {self.folder.path}}}]"
-        )
+        anew = f"Set it back, or start a new run: weights: [{{name: state_dict, source: {self.folder.path}}}]"
         errors = [
             f"{self.folder.path / 'recipe.yaml'}: {path} is {now}, and was {before} in the checkpoint: {why}. {anew}"
             for path, (before, now) in found.items()
@@ -263,7 +261,7 @@ class Trainer:
     def _greet(self) -> None:
         recipe, say = self.recipe, self.display.say
         for loaded in self.loaded:
-            say(f"init: {loaded.line}")
+            say(f"weights: {loaded.line}")
         self._measures = None if self.resumed else []
         count = sum(p.numel() for p in self.update.parameters)
         start = f"resumed at step {self.step} of " if self.resumed else ""

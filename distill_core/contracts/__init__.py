@@ -10,7 +10,7 @@ def distill_components() -> list[type]:
     """Optimiser, schedules, data source, starting weights."""
     from distill_core.contracts.optimizer import AdamW
     from distill_core.contracts.schedule import Constant, WarmupCosine
-    from distill_core.contracts.weights import Weights
+    from distill_core.contracts.weights import StateDictLoader
     from distill_core.data.webdataset_source import WebDatasetSource
 
-    return [AdamW, WarmupCosine, Constant, WebDatasetSource, Weights]
+    return [AdamW, WarmupCosine, Constant, WebDatasetSource, StateDictLoader]

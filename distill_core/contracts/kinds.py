@@ -6,14 +6,14 @@ from distill_core.contracts.component import Component
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Schedule
 from distill_core.contracts.source import DataSource
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.contracts.tracker import Tracker
-from distill_core.contracts.weights import Initializer
+from distill_core.contracts.weights import WeightLoader
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 
 INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
-        Augmentation, Backbone, FusionHead, Loss, DataSource, Evaluation, Optimizer, Schedule, Tracker, Initializer,
+        Augmentation, Backbone, FusionHead, Loss, DataSource, Task, Optimizer, Schedule, Tracker, WeightLoader,
     )
 }  # fmt: skip

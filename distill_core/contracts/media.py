@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-Shown = Any
+Rendered = Any
 """What a view looks like to a person: a PIL image or a str; None where it cannot be shown."""
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from distill_core.model import Model
 
 
-class Evaluation(Component, ABC):
+class Task(Component, ABC):
     """A task: scores a model on the sets of a split."""
 
-    kind = "evaluation"
+    kind = "task"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -54,6 +54,6 @@ class Evaluation(Component, ABC):
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
         """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
 
-        About `samples` pictures. It may read tokens (`model.features(..., need=...)`) and call `model.fusion`.
+        About `samples` pictures. It may read tokens (`model.features(..., tokens_of=...)`) and call `model.fusion`.
         """
         return ()

@@ -21,30 +21,30 @@ from distill_core.system.state_dicts import choose, read_file
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """What an initializer did: one line for the user, and the names of the objective's tensors that it loaded."""
 
     line: str
     names: frozenset[str]
 
 
-class Initializer(Component, ABC):
-    """Weights to start from: an entry of a recipe's `init`."""
+class WeightLoader(Component, ABC):
+    """Weights to start from: an entry of a recipe's `weights`."""
 
-    kind = "init"
+    kind = "weights"
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     @abstractmethod
-    def apply(self, objective: Objective) -> Loaded:
+    def apply(self, objective: Objective) -> LoadReport:
         """Load weights into the objective. Raises `UserError`, and has loaded nothing then.
 
         What the teacher is not given it takes from the student afterwards.
         """
 
 
-class WeightsConfig(ComponentConfig):
+class StateDictConfig(ComponentConfig):
     """A file or a run, and the part of the model it goes to."""
 
     source: str
@@ -62,14 +62,14 @@ class WeightsConfig(ComponentConfig):
     """Of a run: `last`, `best` or a step."""
 
 
-class Weights(Initializer):
+class StateDictLoader(WeightLoader):
     """Load a state dict into the model or a part of it; shapes must agree."""
 
-    name = "weights"
-    Config = WeightsConfig
+    name = "state_dict"
+    Config = StateDictConfig
     examples = ({"source": "no-such-file.pt"},)
 
-    def apply(self, objective: Any) -> Loaded:
+    def apply(self, objective: Any) -> LoadReport:
         """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
         source, to = self.config.source, self.config.to
         state, is_run, said = self._read(Path(source))
@@ -93,23 +93,23 @@ class Weights(Initializer):
         if not wanted:
             wrong = [f"{to!r} names no part of the model"]
         if wrong:
-            raise UserError(f"init: {source} does not fit:\n  " + "\n  ".join(wrong))
+            raise UserError(f"weights: {source} does not fit:\n  " + "\n  ".join(wrong))
         taken = wanted & set(given)
         objective.load_state_dict({name: given[name] for name in taken}, strict=False)
         if wanted - taken:
             said = [*said, f"{len(wanted - taken)} of this model keep their first weights"]
         line = "; ".join([f"{source}: {len(taken)} tensors into {to or 'the model'}", *said])
-        return Loaded(line, frozenset(taken))
+        return LoadReport(line, frozenset(taken))
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], bool, list[str]]:
         """(state dict, whether it is a run's, what to tell of the file)."""
         if (path / "recipe.yaml").is_file():
             if self.config.key is not None:
-                raise UserError(f"init: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
+                raise UserError(f"weights: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
             said: list[str] = []
             return Checkpoints(path).load(self.config.checkpoint, said.append).state["objective"], True, said
         if not path.is_file():
-            raise UserError(f"init: {path}: no such file or run folder")
+            raise UserError(f"weights: {path}: no such file or run folder")
         found = read_file(path)
         if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
             return read_checkpoint(path)["objective"], True, []  # once more, against its digest

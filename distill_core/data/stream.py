@@ -50,7 +50,7 @@ DOWN = 5
 """Give up after this many different shards in a row that cannot be read (or all, where there are fewer)."""
 
 
-def number(*parts: Any) -> int:
+def stable_hash(*parts: Any) -> int:
     """A 63-bit hash of its arguments, the same in every process and release."""
     text = "\x1f".join(str(part) for part in parts)
     return int(struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())[0] >> 1)
@@ -91,9 +91,9 @@ class SampleViews:
         key = sample["__key__"]
         views = {}
         for name, augmentation in self.augment.items():
-            rng = np.random.default_rng(number(self.seed, epoch, key, name, *_repetition(repeat)))
+            rng = np.random.default_rng(stable_hash(self.seed, epoch, key, name, *_repetition(repeat)))
             try:
-                views[name] = augmentation.views(sample, rng)
+                views[name] = augmentation.train_views(sample, rng)
             except BadSample:
                 raise
             except Exception as error:
@@ -115,7 +115,7 @@ def digest(shards: Sequence[str]) -> int:
     first, last = min(shards), max(shards)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     start = first.rfind("/", 0, same) + 1
-    return number(*(shard[start:] for shard in shards))
+    return stable_hash(*(shard[start:] for shard in shards))
 
 
 def unseen(shards: int, streams: int) -> float:
@@ -246,7 +246,8 @@ class ShardStream(IterableDataset[Item | Failure]):
         """This epoch's shards of this stream, and (share, shares) of their samples to keep."""
         mine, streams = self._stream()
         order = [
-            int(i) for i in np.random.default_rng(number(self.seed, "shards", self.epoch)).permutation(len(self.shards))
+            int(i)
+            for i in np.random.default_rng(stable_hash(self.seed, "shards", self.epoch)).permutation(len(self.shards))
         ]
         if self._shares() == 1:
             return order[mine::streams], 0, 1
@@ -288,7 +289,7 @@ class ShardStream(IterableDataset[Item | Failure]):
         self, buffer: list[tuple[int, int, Sample]], skipped: list[Skipped], mine: int
     ) -> Iterator[Item | Failure]:
         """Take one sample out of the buffer and yield its views, unless it is bad."""
-        pick = number(self.seed, self.epoch, mine, self.drawn) % len(buffer)
+        pick = stable_hash(self.seed, self.epoch, mine, self.drawn) % len(buffer)
         self.drawn += 1
         buffer[pick], buffer[-1] = buffer[-1], buffer[pick]
         self.waiting[pick], self.waiting[-1] = self.waiting[-1], self.waiting[pick]
@@ -304,7 +305,7 @@ class ShardStream(IterableDataset[Item | Failure]):
             return
         self.bad_in_a_row = 0
         self.good += 1
-        item = Item(key, views, number(self.seed, self.epoch, key, *_repetition(repeat)), list(skipped))
+        item = Item(key, views, stable_hash(self.seed, self.epoch, key, *_repetition(repeat)), list(skipped))
         item.measures = self.views.measure(sample)
         skipped.clear()
         yield item

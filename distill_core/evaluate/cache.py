@@ -18,7 +18,7 @@ from distill_core.system.files import cannot_write, write_bytes
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedEmbeddings:
     """Embeddings [N, D], their samples' numbers [N], and the samples that could not be read."""
 
     embedded: Tensor
@@ -38,7 +38,7 @@ class EmbeddingCache:
 
     def read(
         self, name: str, source: Iterable[Sample], model: Model, modality: str, field: str | None, features: str
-    ) -> Kept | None:
+    ) -> CachedEmbeddings | None:
         """What `write` has kept, where nothing has changed since."""
         from safetensors import SafetensorError, safe_open
 
@@ -46,13 +46,13 @@ class EmbeddingCache:
         try:
             with safe_open(path, framework="pt") as file:
                 skipped = [Skipped(*row) for row in json.loads((file.metadata() or {})["skipped"])]
-                return Kept(file.get_tensor("embeddings"), file.get_tensor("samples"), skipped)
+                return CachedEmbeddings(file.get_tensor("embeddings"), file.get_tensor("samples"), skipped)
         except (OSError, SafetensorError, KeyError, ValueError):  # not there, or cut off: made again
             return None
 
     def write(
         self,
-        kept: Kept,
+        kept: CachedEmbeddings,
         name: str,
         source: Iterable[Sample],
         model: Model,

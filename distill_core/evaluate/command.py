@@ -55,14 +55,14 @@ def score(
     if device.type == "cpu":
         keep_freed_memory()
     # by one rank, once: where the run still trains, others might find another file of the same name
-    loaded = distributed.agree(lambda: Checkpoints(folder).load(checkpoint) if first else None)
+    loaded = distributed.raise_on_all_ranks(lambda: Checkpoints(folder).load(checkpoint) if first else None)
     objective = build_objective(recipe)
 
     def fill() -> None:
         if loaded is not None:
             load_into(objective, loaded.state["objective"], str(folder))
 
-    distributed.agree(fill)
+    distributed.raise_on_all_ranks(fill)
     file, digest, step = distributed.gather_objects(loaded and (loaded.path, loaded.digest, loaded.state["step"]))[0]
     objective.to(device)
     distributed.broadcast(objective)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from distill_core.batch import Sample, Skipped
 from distill_core.contracts.media import Media
 from distill_core.contracts.source import DataSource
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.sets import EvaluationSet, Watch
@@ -112,9 +112,9 @@ def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
         return False
 
 
-def _run(task: Evaluation, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+def _run(task: Task, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
     """Its scores. Raises `UserError` on every rank: one that gave up alone would go on to the next task alone."""
-    return distributed.agree(lambda: task.run(model, sets))
+    return distributed.raise_on_all_ranks(lambda: task.run(model, sets))
 
 
 def _means_of(names: Sequence[str]) -> str:
@@ -170,7 +170,7 @@ class _Opened:
 
         return [
             EvaluationSet(name, read, others=others, cache=self.cache, watch=self.watch)
-            for name, read in distributed.agree(samples).items()
+            for name, read in distributed.raise_on_all_ranks(samples).items()
         ]
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from distill_core.batch import Sample, Skipped
 from distill_core.errors import BadSample, DataError, UserError
-from distill_core.evaluate.cache import EmbeddingCache, Kept
+from distill_core.evaluate.cache import CachedEmbeddings, EmbeddingCache
 from distill_core.model import FeatureKind, Model
 from distill_core.system import distributed
-from distill_core.system.prefetch import ahead
+from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
 
 Step = TypeVar("Step")
@@ -121,12 +121,12 @@ class EvaluationSet:
         def read(numbered: tuple[int, Sample]) -> tuple[int, list[Any] | Skipped]:
             i, sample = numbered
             try:
-                return i, augment.read(sample, field)
+                return i, augment.decode(sample, field)
             except BadSample as error:
                 return i, Skipped(sample["__key__"], str(sample["__url__"]), f"{modality}: {error}")
 
         samples = self.share(f"{modality} of {self.name}") if share else enumerate(self)
-        for i, found in ahead(read, samples, reading_threads(model.device)):
+        for i, found in prefetch_map(read, samples, reading_threads(model.device)):
             if isinstance(found, Skipped):
                 self.skipped[found.key, modality] = found
                 continue
@@ -157,20 +157,24 @@ class EvaluationSet:
             self._embedded[key] = kept.embedded, kept.owners
         return self._embedded[key]
 
-    def _kept(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> Kept | None:
+    def _kept(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings | None:
         """What the cache holds, where it does on every rank."""
         if self._cache is None:
             return None
         cache = self._cache
-        found = distributed.agree(lambda: cache.read(self.name, self.source, model, modality, field, features))
+        found = distributed.raise_on_all_ranks(
+            lambda: cache.read(self.name, self.source, model, modality, field, features)
+        )
         return found if all(distributed.gather_objects(found is not None)) else None
 
-    def _encode(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> Kept:
-        parts = distributed.gather_objects(distributed.agree(lambda: self._share(model, modality, field, features)))
+    def _encode(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings:
+        parts = distributed.gather_objects(
+            distributed.raise_on_all_ranks(lambda: self._share(model, modality, field, features))
+        )
         embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         order = torch.argsort(owners, stable=True)
         skipped = [skipped for part in parts for (_, of), skipped in part[2].items() if of == modality]
-        kept = Kept(embedded[order], owners[order], skipped)
+        kept = CachedEmbeddings(embedded[order], owners[order], skipped)
         if self._cache is not None and distributed.rank() == 0:
             self._cache.write(kept, self.name, self.source, model, modality, field, features)
         return kept
@@ -196,7 +200,7 @@ def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
     Raises `UserError` on every rank when one cannot go on.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    mine = distributed.agree(lambda: model.encode(modality, items[rank::world], features="embedding"))
+    mine = distributed.raise_on_all_ranks(lambda: model.encode(modality, items[rank::world], features="embedding"))
     if world == 1:
         return mine
     parts = distributed.gather_objects(mine)

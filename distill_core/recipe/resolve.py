@@ -39,9 +39,9 @@ SLOTS: tuple[tuple[Path, str], ...] = (
     (("train", "schedule"), "schedule"),
     (("evaluate", "source"), "source"),
     (("evaluate", "tasks", "#", "source"), "source"),
-    (("evaluate", "tasks", "#"), "evaluation"),
+    (("evaluate", "tasks", "#"), "task"),
     (("tracking",), "tracker"),
-    (("init", "#"), "init"),
+    (("weights", "#"), "weights"),
 )
 """The places of components, and their kinds: `*` stands for any key, `#` for any item."""
 
@@ -52,7 +52,7 @@ DEFAULTS: dict[Path, str] = {
 }
 """The component of a place where options are given without a name."""
 
-OPTIONAL: tuple[Path, ...] = (("teacher",), ("evaluate",), ("evaluate", "tasks"), ("init",), ("freeze",))
+OPTIONAL: tuple[Path, ...] = (("teacher",), ("evaluate",), ("evaluate", "tasks"), ("weights",), ("freeze",))
 """Sections that `null` and `none` empty."""
 
 Section = TypeVar("Section", bound=ComponentConfig)
@@ -271,7 +271,7 @@ class _Resolver:
                 continue  # the frame's check has said what it should be
             options = dict(value)
             name, given_id = options.pop("name", None), options.pop("id", None)
-            own = options.pop("source", None) if kind == "evaluation" else None
+            own = options.pop("source", None) if kind == "task" else None
             if own is not None and not isinstance(own, dict):
                 self.error((*path, "source"), f"should be a data source, as {{name: ...}}, got {own!r}")
             if not isinstance(name, str):
@@ -294,11 +294,11 @@ class _Resolver:
             self.nodes[path] = Node(
                 dotted, given_id or name, entry.cls, config, entry.package, given_id is not None, source
             )
-        for section in ("loss", "tasks", "init"):
+        for section in ("loss", "tasks", "weights"):
             seen: dict[str, Path] = {}
             for path, node in self.nodes.items():
                 if path[-2:-1] == (section,):
-                    if node.id in seen and section != "init":
+                    if node.id in seen and section != "weights":
                         self.error(path, f"a second {node.id!r}: give it an `id:` of its own")
                     seen[node.id] = path
 
@@ -314,7 +314,7 @@ class _Resolver:
             name, backbone = str(path[1]), self.nodes["backbone", path[1]]
             roles = node.cls.roles(node.config)  # type: ignore[attr-defined]
             try:
-                dims = backbone.cls.dims(backbone.config)  # type: ignore[attr-defined]
+                spec = backbone.cls.spec(backbone.config)  # type: ignore[attr-defined]
             except UserError as error:
                 self.error(("backbone", name), str(error))
                 continue
@@ -327,7 +327,7 @@ class _Resolver:
                 )
                 continue
             modalities[name] = ModalityPlan(
-                roles, seen, dims.width, dims.dim, dims.has_tokens, dims.can_mask, dims.class_tokens, dims.dense,
+                roles, seen, spec.width, spec.dim, spec.has_tokens, spec.can_mask, spec.class_tokens, spec.dense,
                 node.config, node.cls.shapes(node.config),  # type: ignore[attr-defined]
             )  # fmt: skip
         fusion = isinstance(self._get(("fusion",)), dict)
@@ -485,7 +485,7 @@ class _Resolver:
             evaluate_source=evaluate_source,
             tasks=tasks,
             tracking=default["tracking"],
-            init=all_of("init"),
+            weights=all_of("weights"),
             freeze=frame.freeze,
             plan=plan,
             file=self.document.name,

@@ -152,8 +152,8 @@ class Frame(ComponentConfig):
     """Tasks, their data, and when they run; null evaluates nothing."""
     tracking: NodeDict | None = {"name": "aim"}  # noqa: RUF012
     """A component of kind `tracker`; null keeps only metrics.jsonl."""
-    init: list[NodeDict | str | None] = []  # noqa: RUF012
-    """Components of kind `init`: weights to start from, applied in order."""
+    weights: list[NodeDict | str | None] = []  # noqa: RUF012
+    """Components of kind `weights`: weights to start from, applied in order."""
     freeze: list[str] = []  # noqa: RUF012
     """Component paths that are not trained, as [backbone.text]."""
 
@@ -206,7 +206,7 @@ class Recipe:
     evaluate_source: Node | None
     tasks: Sequence[Node]
     tracking: Node | None
-    init: Sequence[Node]
+    weights: Sequence[Node]
     freeze: Sequence[str]
     plan: Plan
     file: str = field(default="", compare=False)
@@ -235,7 +235,7 @@ class Recipe:
             *(node for node in some if node is not None),
             *self.tasks,
             *(node.source for node in self.tasks if node.source is not None),
-            *self.init,
+            *self.weights,
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Recipe:
             "train": self.train.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json"),
             "tracking": one(self.tracking),
-            "init": [one(node) for node in self.init],
+            "weights": [one(node) for node in self.weights],
             "freeze": list(self.freeze),
         }
 

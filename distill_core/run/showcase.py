@@ -1,7 +1,7 @@
 """What there is to look at beside numbers: pictures and distributions that components give and a tracker takes.
 
-Nothing here knows a modality: an augmentation says what its views look like (`Augmentation.show`), an evaluation what
-it found (`Evaluation.media`), and a sheet lays out pictures and words.
+Nothing here knows a modality: an augmentation says what its views look like (`Augmentation.render`), an evaluation what
+it found (`Task.media`), and a sheet lays out pictures and words.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from distill_core.batch import Sample
-from distill_core.contracts.media import Picture, Shown
+from distill_core.contracts.media import Picture, Rendered
 from distill_core.errors import BadSample, DataError
 
 if TYPE_CHECKING:
@@ -44,10 +44,10 @@ class Showcase:
             self._samples = self._read()
         made = []
         for sample in self._samples:
-            rows: dict[str, list[Shown]] = {}
+            rows: dict[str, list[Rendered]] = {}
             for name, views in self.views(sample, epoch).items():
                 for view in views:
-                    if (shown := self.augment[name].show(view)) is not None:
+                    if (shown := self.augment[name].render(view)) is not None:
                         rows.setdefault(f"{name}, {view.role}", []).append(shown)
             if rows:
                 key = str(sample["__key__"])
@@ -75,13 +75,13 @@ class Showcase:
             return
 
 
-def words(head: str, rows: Mapping[str, Sequence[Shown]]) -> str:
+def words(head: str, rows: Mapping[str, Sequence[Rendered]]) -> str:
     """The head and all texts of the rows, a line each: a picture's caption."""
     lines = [f"{label}: {shown}" for label, items in rows.items() for shown in items if isinstance(shown, str)]
     return "\n".join([head, *lines])
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Shown]]], width: int = 640, side: int = 96) -> Image.Image:
+def sheet(rows: Sequence[tuple[str, Sequence[Rendered]]], width: int = 640, side: int = 96) -> Image.Image:
     """Rows of (label, pictures or texts), one below another, on white; a `width` of pixels, whatever height it takes.
 
     Pictures keep their sizes relative to one another; the largest is `side` pixels or a little less.

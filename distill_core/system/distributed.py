@@ -181,7 +181,7 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def agree(make: Callable[[], T]) -> T:
+def raise_on_all_ranks(make: Callable[[], T]) -> T:
     """What `make` returns on this rank, once it has returned on all. Every rank must ask, and so for what `make`
     itself asks of the others.
 

@@ -24,7 +24,7 @@ def install(extra: str) -> str:
     return f"pip install '{project()}[{extra}]'"
 
 
-def need(module: str, extra: str) -> Any:
+def require_extra(module: str, extra: str) -> Any:
     """The module. Raises `UserError` with the extra of this package that installs it."""
     try:
         return import_module(module)

@@ -11,7 +11,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
-def ahead(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+def prefetch_map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
     """`map(function, items)`, computed by `threads` threads up to 4 items each ahead; without threads, as `map` does.
 
     Results come in the items' order, an exception in its item's place. `items` is read by the caller's thread.

@@ -29,13 +29,13 @@ def read_state_dict(path: Path, key: str | None = None) -> tuple[StateDict, list
 def read_file(path: Path) -> Any:
     """What a `.safetensors` or torch file holds. Raises `UserError`."""
     if not path.is_file():
-        raise UserError(f"init: {path}: no such file")
+        raise UserError(f"weights: {path}: no such file")
     if _is_torchscript(path):
         new = path.with_name(f"{path.stem}-state.pt")
         old_name, new_name = (json.dumps(str(name), ensure_ascii=False) for name in (path, new))  # no single quotes
         code = f'torch.save(torch.jit.load({old_name}, map_location="cpu").state_dict(), {new_name})'
         raise UserError(
-            f"init: {path}: a TorchScript archive, which is code, and is not run here. Where you trust it, save its "
+            f"weights: {path}: a TorchScript archive, which is code, and is not run here. Where you trust it, save its "
             f"tensors, then name {new.name}:\n  python -c {shlex.quote(f'import torch; {code}')}"
         )
     try:
@@ -48,11 +48,11 @@ def read_file(path: Path) -> Any:
         found = re.search(r"WeightsUnpickler error:\s*([^\n]*?)(?:\. Please use|\n|$)", str(error))
         what = f" ({found[1]})" if found else ""
         raise UserError(
-            f"init: {path}: cannot be loaded: no torch file of tensors alone{what}; write one with "
+            f"weights: {path}: cannot be loaded: no torch file of tensors alone{what}; write one with "
             "torch.save(model.state_dict(), ...), or a .safetensors file"
         ) from error
     except Exception as error:
-        raise UserError(f"init: {path}: cannot be loaded: {error}") from error
+        raise UserError(f"weights: {path}: cannot be loaded: {error}") from error
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> StateDict:
@@ -82,13 +82,15 @@ def choose(found: Any, path: Path, key: str | None) -> tuple[StateDict, list[str
     if key is not None:
         if not isinstance(inside.get(key), dict):
             names = ", ".join(there) or "none"
-            raise UserError(f"init: {path}: holds no state dict {key!r} (there are: {names})")
+            raise UserError(f"weights: {path}: holds no state dict {key!r} (there are: {names})")
         return choose(inside[key], path, None)
     usual = [name for name in USUAL if name in there]
     if not there:
-        raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
+        raise UserError(f"weights: {path}: holds no state dict (a mapping of names to tensors)")
     if not usual and len(there) > 1:
-        raise UserError(f"init: {path}: holds {len(there)} state dicts: {', '.join(there)}; say which: key: {there[0]}")
+        raise UserError(
+            f"weights: {path}: holds {len(there)} state dicts: {', '.join(there)}; say which: key: {there[0]}"
+        )
     taken = (usual or there)[0]
     rest = ", ".join(name for name in there if name != taken)
     state = {str(name): value for name, value in inside[taken].items()}
@@ -125,12 +127,12 @@ def read_folder(folder: Path, names: Sequence[str], key: str | None = None) -> t
                 or not parts
                 or any(not isinstance(part, str) or Path(part).name != part or part == ".." for part in parts.values())
             ):
-                raise UserError(f"init: {index}: does not name files of its own folder")
+                raise UserError(f"weights: {index}: does not name files of its own folder")
             merged: StateDict = {}
             for part in sorted(set(parts.values())):
                 merged |= read_state_dict(folder / part)[0]
             return merged, []
-    raise UserError(f"init: {folder}: holds no weights ({', '.join(names)})")
+    raise UserError(f"weights: {folder}: holds no weights ({', '.join(names)})")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"init: {path}: cannot be read: {error}") from error
+        raise UserError(f"weights: {path}: cannot be read: {error}") from error
     if not isinstance(found, dict):
-        raise UserError(f"init: {path}: is no JSON object")
+        raise UserError(f"weights: {path}: is no JSON object")
     return found

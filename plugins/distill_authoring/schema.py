@@ -120,7 +120,7 @@ def _component(registry: Registry, entry: Entry) -> dict[str, Schema]:
         "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
         **own.get("properties", {}),
     }
-    if kind == "evaluation":
+    if kind == "task":
         own["properties"]["source"] = {
             **_place(registry, "source", True, None),
             "description": "Data of its own, in place of the recipe's.",

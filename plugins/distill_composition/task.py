@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distill_core.batch import Sample
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
@@ -42,7 +42,7 @@ class CompositionConfig(ComponentConfig):
     """Cosine above which a picture and a caption match, for SVO-Probes' published `match`; null for no such score."""
 
 
-class Composition(Evaluation):
+class Composition(Task):
     """Accuracies in percent; a tie, or a similarity that is not a number, counts against the model.
 
     `text`: each picture is nearer to its caption than to any other of its sample (SugarCrepe's accuracy, Winoground's
@@ -89,7 +89,7 @@ class Composition(Evaluation):
 
     def _scores(self, model: Model, samples: EvaluationSet) -> dict[str, float]:
         pictures, words = self.config.modalities or model.modalities
-        images, captions = distributed.agree(partial(self._present, samples))
+        images, captions = distributed.raise_on_all_ranks(partial(self._present, samples))
         sides = [samples.embeddings(model, pictures, field) for field in images]
         sides += [samples.embeddings(model, words, field) for field in captions]
         for (_, owners), field in zip(sides, (*images, *captions), strict=True):
@@ -107,7 +107,9 @@ class Composition(Evaluation):
         hits = accuracies(similarity)
         scores |= {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
         if self.config.threshold is not None:
-            pairs = distributed.agree(partial(self._pairs, samples, images, captions, set(common.tolist())))
+            pairs = distributed.raise_on_all_ranks(
+                partial(self._pairs, samples, images, captions, set(common.tolist()))
+            )
             scores["match"] = 100 * matched(similarity, pairs, self.config.threshold)
         return scores
 

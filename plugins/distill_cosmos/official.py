@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import Initializer, Loaded
+from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.system.state_dicts import read_file
@@ -134,14 +134,14 @@ class PublicCheckpointConfig(ComponentConfig):
     """A torch file that holds `student` and `teacher` state dicts."""
 
 
-class PublicCheckpoint(Initializer):
+class PublicCheckpoint(WeightLoader):
     """Start student and teacher from a public COSMOS checkpoint."""
 
     name = "cosmos_checkpoint"
     Config = PublicCheckpointConfig
     examples = ({"file": "no-such-file.pt"},)
 
-    def apply(self, objective: Objective) -> Loaded:
+    def apply(self, objective: Objective) -> LoadReport:
         """Raises `UserError` for a file that is missing, unsafe or does not fit."""
         states = read_file(Path(self.config.file))
         if not isinstance(states, dict):
@@ -151,4 +151,4 @@ class PublicCheckpoint(Initializer):
             f"{self.config.file}: {counts.student} student and {counts.teacher} teacher tensors; "
             f"{len(counts.unused)} teacher tensors that nothing uses"
         )
-        return Loaded(line, frozenset(name for name, _ in objective.named_parameters()))
+        return LoadReport(line, frozenset(name for name, _ in objective.named_parameters()))

@@ -35,7 +35,7 @@ class TextCrop(CaptionAugmentation):
         """Globals, then locals."""
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the place in the pool of the (first) sentence."""
         pool = self.pool(sample)
         views = self.global_views(pool, rng)

@@ -38,7 +38,7 @@ class MaskedText(TextCrop):
     name = "masked_text"
     Config = MaskedTextConfig
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the place in the pool of the (first) sentence, also of a masked text."""
         views = self.global_views(self.pool(sample), rng)
         whole = [views[i % len(views)] for i in range(self.config.local)]
@@ -72,11 +72,11 @@ class WordDropout(TextCrop):
     name = "word_dropout"
     Config = WordDropoutConfig
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """As `text_crop`'s, with fewer words."""
         return [
             View(self.drop(view.data, rng), view.role, view.source) if view.role in self.config.roles else view
-            for view in super().views(sample, rng)
+            for view in super().train_views(sample, rng)
         ]
 
     def drop(self, text: str, rng: np.random.Generator) -> str:
@@ -117,7 +117,7 @@ class SentenceCrop(CaptionAugmentation):
         """Globals, then locals."""
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the place in the pool of the run's first sentence, shuffled or not."""
         pool, config = self.pool(sample), self.config
         views = []

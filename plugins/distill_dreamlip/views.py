@@ -31,7 +31,7 @@ class SubCaptions(CaptionAugmentation):
         """K global views."""
         return (GLOBAL,) * config.count
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool."""
         pool = self.pool(sample)
         return [View(pool[i], source=i) for i in draw(len(pool), self.config.count, rng)]

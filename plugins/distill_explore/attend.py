@@ -12,7 +12,7 @@ from distill_explore.commands import CHECKPOINT, TEACHER
 
 if TYPE_CHECKING:
     from distill_core.model import Model
-    from distill_explore.attention import Reading, Seen
+    from distill_explore.attention import Reading, ViewedItem
 
 
 @click.command()
@@ -83,14 +83,14 @@ def attend(
     click.echo(", ".join(written))
 
 
-def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Seen]]:
+def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[ViewedItem], list[ViewedItem]]:
     """What the user named, and the sentences of texts of several. Raises `UserError`."""
     from distill_core.errors import BadSample, UserError
     from distill_explore.attention import see
     from distill_vl.captions import CaptionAugmentation
 
-    found: list[Seen] = []
-    more: list[Seen] = []
+    found: list[ViewedItem] = []
+    more: list[ViewedItem] = []
     for modality, items in given.items():
         if items and modality not in model.modalities:
             raise UserError(f"--{modality}: the run has no modality {modality!r}, but {', '.join(model.modalities)}")
@@ -100,7 +100,7 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
                 augment.sentences(item) if isinstance(augment, CaptionAugmentation) else []
             )  # as a text crop cuts it
             try:
-                views = [augment.plain(one) for one in [item, *(parts if len(parts) > 1 else ())]]
+                views = [augment.eval_view(one) for one in [item, *(parts if len(parts) > 1 else ())]]
             except BadSample as error:
                 raise UserError(f"--{modality} {item}: {error}") from error
             whole, *rest = see(model, modality, views)
@@ -109,7 +109,7 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[Seen], list[Se
     return found, more
 
 
-def _silent(model: Model, seen: list[Seen], found: list[Reading], teacher: bool) -> list[str]:
+def _silent(model: Model, seen: list[ViewedItem], found: list[Reading], teacher: bool) -> list[str]:
     """Why something is not drawn, a line each."""
     from distill_explore.attention import joins
 

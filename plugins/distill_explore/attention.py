@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from distill_core.batch import View
-from distill_core.contracts.media import Shown, TokenLayout
+from distill_core.contracts.media import Rendered, TokenLayout
 from distill_core.model import Model, evaluating
 
 
 @dataclass(frozen=True)
-class Seen:
+class ViewedItem:
     """An item, as a person sees it and as the model does."""
 
     modality: str
-    shown: Shown
+    shown: Rendered
     layout: TokenLayout | None
     pooled: Tensor
     """[D]."""
@@ -40,8 +40,8 @@ class Seen:
 class Reading:
     """How the tokens of `answer` are read, by `asking` in the fusion, or by the answer's own class token (None)."""
 
-    asking: Seen | None
-    answer: Seen
+    asking: ViewedItem | None
+    answer: ViewedItem
     weights: Tensor
     """[H, L] of the real tokens; what a row lacks to one goes elsewhere (padding, a class token)."""
 
@@ -59,21 +59,21 @@ def entropy(weights: Tensor) -> Tensor:
     return found
 
 
-def see(model: Model, modality: str, views: Sequence[View]) -> list[Seen]:
+def see(model: Model, modality: str, views: Sequence[View]) -> list[ViewedItem]:
     """Views of one modality, one of each item, in one batch."""
     augmentation, module = model.augment[modality], model.backbone[modality]
     if not views:
         return []
-    need = (0,) if module.dims(module.config).has_tokens else ()
-    features = model.features(modality, [[view] for view in views], need=need)
+    tokens_of = (0,) if module.spec(module.config).has_tokens else ()
+    features = model.features(modality, [[view] for view in views], tokens_of=tokens_of)
     tokens, mask = features.tokens.get(0), features.masks.get(0)
     weights = model.class_attention(modality, views)
     length = next((x.shape[-1 - i] for i, x in ((0, weights), (1, tokens)) if x is not None), 0)
     mask = torch.ones(len(views), length, dtype=torch.bool) if mask is None else mask.cpu()
     return [
-        Seen(
+        ViewedItem(
             modality,
-            augmentation.show(view),
+            augmentation.render(view),
             module.token_layout(view),
             features.pooled[0, i].float(),
             None if tokens is None else tokens[i].float(),
@@ -91,7 +91,7 @@ def joins(model: Model, *modalities: str) -> bool:
 
 
 @torch.no_grad()
-def cross(model: Model, asking: Sequence[Seen], answers: Sequence[Seen]) -> list[Reading]:
+def cross(model: Model, asking: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
     """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion cannot tell, or
     does not join the two modalities."""
     if asking and answers and not joins(model, asking[0].modality, answers[0].modality):
@@ -109,12 +109,12 @@ def cross(model: Model, asking: Sequence[Seen], answers: Sequence[Seen]) -> list
     return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(asking, answers, rows, strict=True)]
 
 
-def class_readings(seen: Sequence[Seen]) -> list[Reading]:
+def class_readings(seen: Sequence[ViewedItem]) -> list[Reading]:
     """How the class token of each item reads its tokens, of those whose backbone tells."""
     return [Reading(None, one, one.own[:, one.mask]) for one in seen if one.own is not None]
 
 
-def readings(model: Model, seen: Sequence[Seen], more: Sequence[Seen] = ()) -> list[Reading]:
+def readings(model: Model, seen: Sequence[ViewedItem], more: Sequence[ViewedItem] = ()) -> list[Reading]:
     """How items read one another across modalities, and each its own tokens; those of `more` only ask."""
     found = []
     for answer in seen:

@@ -116,7 +116,7 @@ class Folder(Collection):
         except OSError as error:
             raise BadSample(f"cannot be read: {error.strerror or error}") from error
         sample = {"__key__": key, "__url__": str(path), path.suffix[1:].lower(): data}
-        return model.augment[modality].read(sample)[0]
+        return model.augment[modality].decode(sample)[0]
 
     def holds(self, path: Path) -> bool:
         """Whether it is one of the pictures."""
@@ -152,7 +152,7 @@ class Samples(Collection):
             if (key := str(sample["__key__"])) not in keys:
                 continue
             try:
-                items = model.augment[modality].read(sample)
+                items = model.augment[modality].decode(sample)
             except BadSample:
                 continue
             for item in items:

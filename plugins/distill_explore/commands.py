@@ -14,7 +14,7 @@ from distill_core.commands import completion
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_core.contracts.media import Shown
+    from distill_core.contracts.media import Rendered
     from distill_core.model import FeatureKind, Model
     from distill_explore.collection import Collection, Place
     from distill_explore.contact import Found
@@ -170,18 +170,18 @@ def _table(found: Sequence[Found]) -> None:
         click.echo((head + words.plain).rstrip())
 
 
-def _shown(model: Model, modality: str, item: Any) -> Shown:
+def _shown(model: Model, modality: str, item: Any) -> Rendered:
     """What an item looks like to a person; None where it cannot be shown."""
     from distill_core.errors import BadSample
 
     augmentation = model.augment[modality]
     try:
-        return augmentation.show(augmentation.plain(item))
+        return augmentation.render(augmentation.eval_view(item))
     except BadSample:  # what stands beside a found item need not be usable
         return None
 
 
-def _whole(model: Model, modality: str, item: Any) -> Shown:
+def _whole(model: Model, modality: str, item: Any) -> Rendered:
     """An item as it is, where a person can see that; else as the model sees it."""
     from PIL.Image import Image
 

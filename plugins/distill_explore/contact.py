@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from distill_core.contracts.media import Shown
+from distill_core.contracts.media import Rendered
 from distill_core.run.showcase import font_of
 
 SIDE = 160
@@ -27,7 +27,7 @@ class Found:
     picture: Image.Image | None = None
 
 
-def contact_sheet(query: Shown, told: str, found: Sequence[Found]) -> Image.Image:
+def contact_sheet(query: Rendered, told: str, found: Sequence[Found]) -> Image.Image:
     """What was asked (None where it cannot be shown) and `told` above a grid of at least one found, best first."""
     pictures = any(one.picture for one in found)
     rows = math.ceil(len(found) / max(4, round(math.sqrt(len(found)))))

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from distill_core.run.showcase import font_of, sheet
-from distill_explore.attention import Reading, Seen, entropy, principal
+from distill_explore.attention import Reading, ViewedItem, entropy, principal
 from distill_explore.contact import wrap
 
 SIDE = 140
@@ -31,7 +31,7 @@ class Map:
     """An item under `weights` [L]."""
 
     name: str
-    seen: Seen
+    seen: ViewedItem
     weights: Tensor
 
     @property
@@ -71,7 +71,7 @@ class Row:
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
-def rows_of(readings: Sequence[Reading], seen: Sequence[Seen], heads: bool = False) -> list[Row]:
+def rows_of(readings: Sequence[Reading], seen: Sequence[ViewedItem], heads: bool = False) -> list[Row]:
     """All there is to draw of some items: the fusion's attention, the class tokens', the patches' components.
 
     Who reads the same item stands in one row; with `heads` each has its own, with a map for each head. The class token
@@ -115,7 +115,7 @@ def _row(group: Sequence[Reading], heads: bool) -> Row:
     return Row(label, facts, [Map(name, answer, weights) for name, weights in drawn])
 
 
-def _words(asking: Seen | None, most: int) -> str:
+def _words(asking: ViewedItem | None, most: int) -> str:
     """A text in quotation marks; nothing for what is none."""
     if asking is None or not isinstance(asking.shown, str):
         return ""
@@ -219,7 +219,7 @@ def named(name: str, picture: Image.Image) -> Image.Image:
     return page
 
 
-def figure(rows: Sequence[Row], seen: Sequence[Seen]) -> Image.Image:
+def figure(rows: Sequence[Row], seen: Sequence[ViewedItem]) -> Image.Image:
     """All rows on one page, below the items themselves."""
     lines: list[tuple[str, list[Any]]] = [
         (one.modality, [one.shown if isinstance(one.shown, str) else plain(one.shown)])

@@ -12,13 +12,13 @@ from pydantic import Field
 from distill_core.batch import Sample, View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media, Picture
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import BadSample, DataError, UserError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.plan import Plan
 from distill_core.run.showcase import words
-from distill_explore.attention import Seen, class_readings, cross, readings, see
+from distill_explore.attention import ViewedItem, class_readings, cross, readings, see
 from distill_explore.drawing import figure, rows_of
 
 
@@ -31,7 +31,7 @@ class AttentionMapsConfig(ComponentConfig):
     """Samples of each set that the scores are means over, its first."""
 
 
-class AttentionMaps(Evaluation):
+class AttentionMaps(Task):
     """Entropy of attention weights in nats: 0 where one token is read, ln L where all are read alike. No better or
     worse: it tells when attention begins to choose, and when it collapses. Its media are the maps of a few samples.
 
@@ -90,7 +90,7 @@ class AttentionMaps(Evaluation):
 
     def _batches(
         self, model: Model, samples: EvaluationSet, count: int
-    ) -> Iterator[tuple[list[str], dict[str, list[Seen]]]]:
+    ) -> Iterator[tuple[list[str], dict[str, list[ViewedItem]]]]:
         """Keys and, by modality, the first item of each, of the first `count` samples that have all."""
         names = self.config.modalities or model.modalities
         keys: list[str] = []
@@ -110,7 +110,7 @@ def _usable(model: Model, samples: Iterable[Sample], modalities: Sequence[str]) 
     """(key, a view of each modality) of the samples that can be read."""
     for sample in samples:
         try:
-            items = [(model.augment[m], model.augment[m].read(sample)) for m in modalities]
-            yield str(sample["__key__"]), [augmentation.plain(found[0]) for augmentation, found in items]
+            items = [(model.augment[m], model.augment[m].decode(sample)) for m in modalities]
+            yield str(sample["__key__"]), [augmentation.eval_view(found[0]) for augmentation, found in items]
         except BadSample:  # whoever scores it says so
             continue

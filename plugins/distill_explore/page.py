@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from distill_explore.attention import Seen
+from distill_explore.attention import ViewedItem
 from distill_explore.drawing import Map, Row, plain, scale, scaled, shade
 
 SIDE = 176
@@ -26,7 +26,7 @@ figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }}
 """
 
 
-def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[Seen]) -> str:
+def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[ViewedItem]) -> str:
     """The page. All words that come from outside are escaped."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(note)}</p>"]
     given = [

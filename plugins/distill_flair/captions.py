@@ -32,7 +32,7 @@ class SampledCaptions(CaptionAugmentation):
         """K global views."""
         return (GLOBAL,) * config.captions
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the place in the pool of the first sentence. A pool that is too small is taken whole."""
         pool = self.pool(sample)
         views = []

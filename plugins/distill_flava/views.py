@@ -35,9 +35,9 @@ class FlavaImage(PictureAugmentation):
         """[3, S, S] of each."""
         return ((3, config.size, config.size),) * len(cls.roles(config))
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Both views hold the same pixels."""
-        picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)
+        picture = random_resized_crop(self.decode(sample)[0], self.config.size, self.config.scale, rng)
         pixels = self.normalise(flip(picture, self.config.flip, rng))
         return [View(pixels, GLOBAL), View(pixels, MASKED)]
 
@@ -52,7 +52,7 @@ class FlavaText(OneText):
         """Global, masked."""
         return (GLOBAL, MASKED)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
         text, source = self.text(sample, rng)
         return [View(text, GLOBAL, source), View(text, MASKED, source)]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from distill_core.batch import View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError
-from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Features
 from distill_core.plan import Plan
-from distill_core.system.extras import need
+from distill_core.system.extras import require_extra
 from distill_pretrained.folders import locate, read_config
 from distill_vl.clip_text import RoleCollator, example_texts
 
@@ -54,7 +54,7 @@ class HfTextConfig(ComponentConfig):
 
 def _config(config: HfTextConfig) -> Any:
     """The library's config object of the folder, which has a width. Raises `UserError`."""
-    hf: Any = need("transformers", "hf")
+    hf: Any = require_extra("transformers", "hf")
     options, where = read_config(config.folder, config.package), f"hf_text: {config.folder or config.package}"
     kind = str(options.pop("model_type"))
     if kind not in hf.CONFIG_MAPPING:
@@ -111,7 +111,7 @@ class HfText(Backbone):
 
     def __init__(self, config: HfTextConfig) -> None:
         super().__init__(config)
-        hf: Any = need("transformers", "hf")
+        hf: Any = require_extra("transformers", "hf")
         folder = locate(config.folder, config.package)
         # on `meta` only the names and shapes are asked for: no weights are read
         self.model: Any = hf.AutoModel.from_config(_config(config)) if torch.empty(0).is_meta else _load(hf, folder)
@@ -122,9 +122,9 @@ class HfText(Backbone):
         self.proj = nn.Linear(self.model.config.hidden_size, config.dim, bias=False)
 
     @classmethod
-    def dims(cls, config: HfTextConfig) -> Dims:
+    def spec(cls, config: HfTextConfig) -> BackboneSpec:
         """Widths, from config.json. Raises `UserError` where there is none."""
-        return Dims(_config(config).hidden_size, config.dim, class_tokens=1)
+        return BackboneSpec(_config(config).hidden_size, config.dim, class_tokens=1)
 
     @classmethod
     def problems(cls, config: HfTextConfig, plan: Plan) -> Iterable[str]:
@@ -190,7 +190,7 @@ class HfTextCollator(RoleCollator):
         """Ids of each text, special tokens included, cut to the context. Raises `UserError`."""
         if self._tokenizer is None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are the parallelism
-            hf: Any = need("transformers", "hf")
+            hf: Any = require_extra("transformers", "hf")
             folder = locate(self.folder, self.package)
             try:
                 self._tokenizer = hf.AutoTokenizer.from_pretrained(

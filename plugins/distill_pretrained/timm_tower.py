@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from distill_core.batch import GLOBAL, LOCAL, View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Features
 from distill_core.plan import ModalityPlan
-from distill_core.system.extras import need
+from distill_core.system.extras import require_extra
 from distill_vl.vit import PictureCollator
 
 Positive = Annotated[int, Field(gt=0)]
@@ -27,7 +27,7 @@ class TimmTowerConfig(ComponentConfig):
     """A model's name, the size it sees, and the embedding's width."""
 
     model: str = "vit_small_patch16_224"
-    """timm's name of the architecture; weights come from this recipe's `init`, as {name: timm, source: FILE}."""
+    """timm's name of the architecture; weights come from this recipe's `weights`, as {name: timm, source: FILE}."""
     image_size: Positive = 224
     """Pixels of a global crop's side. ViTs and convolutional networks take crops of other sizes as well."""
     dim: Positive = 512
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 def create(name: str, image_size: int) -> nn.Module:
     """The model without a classifier, for any size where it can. Raises `UserError` for an unknown name."""
-    timm: Any = need("timm", "timm")
+    timm: Any = require_extra("timm", "timm")
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}{did_you_mean(name, timm.list_models(f'{name[:4]}*'))}")
     last: Exception | None = None
@@ -122,10 +122,10 @@ class TimmTower(Backbone):
         self.proj = nn.Linear(shape.pooled, config.dim, bias=False)
 
     @classmethod
-    def dims(cls, config: TimmTowerConfig) -> Dims:
+    def spec(cls, config: TimmTowerConfig) -> BackboneSpec:
         """Widths of the model. Raises `UserError` for a model that timm has not."""
         shape = shape_of(config.model, config.image_size)
-        return Dims(shape.width, config.dim, shape.tokens, class_tokens=int(shape.width == shape.pooled))
+        return BackboneSpec(shape.width, config.dim, shape.tokens, class_tokens=int(shape.width == shape.pooled))
 
     @classmethod
     def view_problems(cls, config: TimmTowerConfig, views: ModalityPlan) -> Iterable[str]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import Initializer, Loaded
+from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from distill_core.system.extras import need
+from distill_core.system.extras import require_extra
 from distill_core.system.state_dicts import read_state_dict, unwrapped
 from distill_pretrained.timm_tower import TimmTower
 from distill_vl.pictures import other_pixels
@@ -30,7 +30,7 @@ class TimmWeightsConfig(ComponentConfig):
     """The modality whose backbone (`timm`) takes them."""
 
 
-class TimmWeights(Initializer):
+class TimmWeights(WeightLoader):
     """Load a timm model's weights: timm renames other layouts (DINO's, DeiT's) and resizes position embeddings.
 
     The classifier is left; the projection to the embedding is new.
@@ -41,12 +41,12 @@ class TimmWeights(Initializer):
     examples = ({"source": "no-such-file.pt"},)
 
     @torch.no_grad()
-    def apply(self, objective: Objective) -> Loaded:
+    def apply(self, objective: Objective) -> LoadReport:
         """Raises `UserError` for what is no weights of this model; loads nothing then."""
         to, source = self.config.to, self.config.source
         module: Any = dict(objective.backbone.items()).get(to)
         if not isinstance(module, TimmTower):
-            raise UserError(f"init: timm: backbone.{to} is no `timm`; `to` names the modality that has one")
+            raise UserError(f"weights: timm: backbone.{to} is no `timm`; `to` names the modality that has one")
         model: Any = module.model
         given, said = (self._fetch(module), []) if source is None else self._read(Path(source), model)
         what = source or f"timm's weights of {module.config.model}"
@@ -59,7 +59,7 @@ class TimmWeights(Initializer):
         ]
         if wrong:
             shown = wrong[:6] + ([f"... and {len(wrong) - 6} more"] if len(wrong) > 6 else [])
-            raise UserError(f"init: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(shown))
+            raise UserError(f"weights: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(shown))
         for key, value in taken.items():
             own[key].copy_(value)
         said.append(f"backbone.{to}.proj is new")
@@ -69,7 +69,7 @@ class TimmWeights(Initializer):
         why = f"timm's own weights of {module.config.model} were trained with"
         said += other_pixels(objective.plan, to, told["mean"], told["std"], why)
         names = frozenset(f"backbone.{to}.model.{key}" for key in taken)
-        return Loaded("; ".join([f"{what}: {len(taken)} tensors", *said]), names)
+        return LoadReport("; ".join([f"{what}: {len(taken)} tensors", *said]), names)
 
     def _read(self, path: Path, model: Any) -> tuple[dict[str, Tensor], list[str]]:
         found, said = read_state_dict(path, self.config.key)
@@ -78,13 +78,13 @@ class TimmWeights(Initializer):
             if filtered := getattr(__import__(type(model).__module__, fromlist=["x"]), "checkpoint_filter_fn", None):
                 state = filtered(state, model)
         except Exception as error:
-            raise UserError(f"init: {path}: cannot be loaded: {error}") from error
+            raise UserError(f"weights: {path}: cannot be loaded: {error}") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise UserError(f"init: {path}: holds no state dict (a mapping of names to tensors)")
+            raise UserError(f"weights: {path}: holds no state dict (a mapping of names to tensors)")
         return state, said
 
     def _fetch(self, module: TimmTower) -> dict[str, Tensor]:
-        timm: Any = need("timm", "timm")
+        timm: Any = require_extra("timm", "timm")
         size = module.config.image_size
         reason: TypeError | None = None
         for options in ({"img_size": size}, {}):
@@ -96,5 +96,7 @@ class TimmWeights(Initializer):
             except TypeError as error:  # convolutional models have no img_size
                 reason = error
             except Exception as error:
-                raise UserError(f"init: timm's weights of {module.config.model} cannot be fetched: {error}") from error
-        raise UserError(f"init: timm cannot make {module.config.model!r}: {reason}")
+                raise UserError(
+                    f"weights: timm's weights of {module.config.model} cannot be fetched: {error}"
+                ) from error
+        raise UserError(f"weights: timm cannot make {module.config.model!r}: {reason}")

@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_core.batch import Sample, Skipped
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Picture
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
@@ -68,7 +68,7 @@ class SegmentationConfig(ComponentConfig):
         return self
 
 
-class Segmentation(Evaluation):
+class Segmentation(Task):
     """Zero-shot semantic segmentation: mIoU in percent of sliding windows' dense embeddings against prompts.
     A pixel whose best class is tied, or no number, is none's.
 
@@ -107,7 +107,7 @@ class Segmentation(Evaluation):
         """`SET/mIoU`, `SET/pixel_accuracy`, `SET/mean_accuracy`, `SET/IoU/CLASS`, `SET/pictures`; means over sets."""
         scores: dict[str, float] = {}
         for samples in sets:
-            segmenter = distributed.agree(partial(self._segmenter, model, samples))
+            segmenter = distributed.raise_on_all_ranks(partial(self._segmenter, model, samples))
             matrix, pictures = self._confusion(segmenter, samples)
             if not matrix.any():
                 raise DataError(f"evaluation set {samples.name!r}: no sample with a picture and a mask of some class")
@@ -133,7 +133,7 @@ class Segmentation(Evaluation):
 
     def overlay(self, segmenter: Segmenter, sample: Sample, of: str) -> Picture:
         """The sheet of one sample of the set `of`; without a truth where it has no mask. Raises `BadSample`."""
-        (picture,) = segmenter.augmentation.read(sample)
+        (picture,) = segmenter.augmentation.decode(sample)
         truth = self._truth(sample, picture, segmenter).numpy() if "mask.png" in sample else None
         found = segmenter(picture, picture.height, picture.width).numpy()
         key = str(sample["__key__"])
@@ -155,7 +155,7 @@ class Segmentation(Evaluation):
 
     def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
         """Of all ranks, each of which has segmented its share; and the number of pictures."""
-        parts = distributed.gather_objects(distributed.agree(lambda: self._share(segmenter, samples)))
+        parts = distributed.gather_objects(distributed.raise_on_all_ranks(lambda: self._share(segmenter, samples)))
         for part in parts:
             samples.skipped |= part[2]
         return torch.stack([part[0] for part in parts]).sum(0), sum(part[1] for part in parts)
@@ -168,7 +168,7 @@ class Segmentation(Evaluation):
         skipped: dict[tuple[str, str], Skipped] = {}
         for _, sample in samples.share(f"segments of {samples.name}"):
             try:
-                (picture,) = segmenter.augmentation.read(sample)
+                (picture,) = segmenter.augmentation.decode(sample)
                 truth = self._truth(sample, picture, segmenter)
                 found = segmenter(picture, *truth.shape)
             except BadSample as error:

@@ -61,9 +61,9 @@ class SlipViews(PictureAugmentation):
         """[3, S, S] of each."""
         return ((3, config.size, config.size),) * len(cls.roles(config))
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """[3, S, S] each, normalised; View.source numbers them."""
-        picture, config = self.read(sample)[0], self.config
+        picture, config = self.decode(sample)[0], self.config
         views = [View(self.normalise(random_resized_crop(picture, config.size, config.clip_scale, rng)))]
         return views + [View(self.normalise(self._strong(picture, rng)), SIMCLR, i) for i in (1, 2)]
 

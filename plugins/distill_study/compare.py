@@ -68,7 +68,11 @@ def _without_defaults(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     nodes = {tuple(node.path.split(".")): node for node in single if node is not None}
     for section, places in (("augment", recipe.augment), ("backbone", recipe.backbone)):
         nodes |= {(section, name): node for name, node in places.items()}
-    for path, listed in ((("loss",), recipe.loss), (("evaluate", "tasks"), recipe.tasks), (("init",), recipe.init)):
+    for path, listed in (
+        (("loss",), recipe.loss),
+        (("evaluate", "tasks"), recipe.tasks),
+        (("weights",), recipe.weights),
+    ):
         nodes |= {(*path, node.id): node for node in listed}
     teacher = recipe.teacher
     short = {("teacher",): teacher.model_dump(mode="json", exclude_defaults=True)} if teacher is not None else {}

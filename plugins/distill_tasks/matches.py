@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill_core.batch import Sample
-from distill_core.contracts.media import Distribution, Picture, Shown
+from distill_core.contracts.media import Distribution, Picture, Rendered
 from distill_core.errors import BadSample
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
@@ -52,7 +52,7 @@ def nearest(
     wanted = {*of_query[chosen].tolist(), *of_target[best].flatten().tolist()}
     raw = samples.samples(sorted(wanted))
 
-    def shown(modality: str, item: int, of: Tensor) -> Shown:
+    def shown(modality: str, item: int, of: Tensor) -> Rendered:
         place = int((of[:item] == of[item]).sum())  # which of its sample's items
         return _shown(model, raw[int(of[item])], modality, fields.get(modality), place)
 
@@ -72,9 +72,9 @@ def nearest(
         yield Picture(f"{query}_to_{target}", sheet(list(rows.items())), words(key, rows), context)
 
 
-def _shown(model: Model, sample: Sample, modality: str, field: str | None, place: int) -> Shown:
+def _shown(model: Model, sample: Sample, modality: str, field: str | None, place: int) -> Rendered:
     augmentation = model.augment[modality]
     try:
-        return augmentation.show(augmentation.plain(augmentation.read(sample, field)[place]))
+        return augmentation.render(augmentation.eval_view(augmentation.decode(sample, field)[place]))
     except BadSample:  # it was read before, when it was embedded
         return None

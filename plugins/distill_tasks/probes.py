@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError, counted
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import FeatureKind, Model
@@ -49,7 +49,7 @@ class ProbeConfig(ComponentConfig):
 
 
 @dataclass(frozen=True)
-class Taught:
+class TrainSet:
     """What is learned from: features [N, D] of items, the numbers of their classes [N], and of their samples [N]."""
 
     x: Tensor
@@ -66,7 +66,7 @@ class Labelled:
     owners: Tensor
 
 
-class Probe(Evaluation):
+class Probe(Task):
     """Base of both: gathers labelled embeddings, and scores what `predict` makes of them."""
 
     Config = ProbeConfig
@@ -96,7 +96,7 @@ class Probe(Evaluation):
     """Shows whoever waits the steps of `predict` as they are taken."""
 
     @abstractmethod
-    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+    def predict(self, taught: TrainSet, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """Scores [M, C] of features asked [M, D]."""
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
@@ -166,7 +166,7 @@ class Probe(Evaluation):
         """The items of the sets' labelled samples."""
         parts, classes, of, before = [], [], [], 0
         for samples in sets:
-            labels = distributed.agree(partial(samples.labels, self.config.label))
+            labels = distributed.raise_on_all_ranks(partial(samples.labels, self.config.label))
             embedded, owners = samples.embeddings(model, modality, features=self._features)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])
@@ -184,7 +184,7 @@ class Probe(Evaluation):
 
     def _parts(
         self, asked: Labelled, truth: Tensor, learned: Labelled | None, draw: int
-    ) -> Iterator[tuple[Taught, Tensor]]:
+    ) -> Iterator[tuple[TrainSet, Tensor]]:
         """What to learn from, and the places of the items that are asked.
 
         A sample's items stay together: none is asked where another was learned from.
@@ -192,7 +192,7 @@ class Probe(Evaluation):
         if learned is not None:
             y = self._numbers(learned.classes)
             chosen = self._shots(y, learned.owners, draw)
-            yield Taught(learned.features[chosen], y[chosen], learned.owners[chosen]), torch.arange(len(truth))
+            yield TrainSet(learned.features[chosen], y[chosen], learned.owners[chosen]), torch.arange(len(truth))
             return
         owner, of_owner = _by_owner(truth, asked.owners)
         folds = torch.empty_like(of_owner)
@@ -205,7 +205,7 @@ class Probe(Evaluation):
             if not len(rest):
                 raise DataError(f"{self.name!r} with `learn: null` needs at least two labelled samples")
             rest = rest[self._shots(truth[rest], asked.owners[rest], draw)]
-            yield Taught(asked.features[rest], truth[rest], asked.owners[rest]), part
+            yield TrainSet(asked.features[rest], truth[rest], asked.owners[rest]), part
 
     def _shots(self, y: Tensor, owners: Tensor, draw: int) -> Tensor:
         """Places of the items of so many samples a class."""
@@ -256,7 +256,7 @@ class Knn(Probe):
     Config = KnnConfig
     examples = ({"label": "number", "learn": None},)
 
-    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+    def predict(self, taught: TrainSet, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """The votes for each class."""
         x, y = taught.x.to(device), taught.y.to(device)
         parts = []
@@ -289,7 +289,7 @@ class LinearProbe(Probe):
     Config = LinearConfig
     examples = ({"label": "number", "learn": None},)
 
-    def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+    def predict(self, taught: TrainSet, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """Log-probabilities; a class that nothing was learned of has none. Raises `DataError` for features to learn
         from that are no numbers."""
         if not taught.x.isfinite().all():

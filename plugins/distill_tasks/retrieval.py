@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError, did_you_mean
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
@@ -30,7 +30,7 @@ class RetrievalConfig(ComponentConfig):
     """The k of each R@k."""
 
 
-class Retrieval(Evaluation):
+class Retrieval(Task):
     """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
     directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a side
     (several captions a picture).

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.model import Model
@@ -36,7 +36,7 @@ class ZeroShotConfig(ComponentConfig):
     """A file that names every class there is to choose from, one a line; null takes those that occur in the sets."""
 
 
-class ZeroShot(Evaluation):
+class ZeroShot(Task):
     """Top-1, top-5 and mean-per-class accuracy in percent, with prompt ensembles (Radford et al. 2021, section 3.1.4).
     Ties count against the model. Classes of one name count as one.
     """
@@ -54,7 +54,7 @@ class ZeroShot(Evaluation):
         `SET/classes`.
         """
         items_of, words_of = self.config.modalities or model.modalities
-        labels_of, self._classes, prompts = distributed.agree(lambda: self._read(model, words_of, sets))
+        labels_of, self._classes, prompts = distributed.raise_on_all_ranks(lambda: self._read(model, words_of, sets))
         place = {label: i for i, label in enumerate(self._classes)}
         embedded = encode_shared(model, words_of, prompts)
         centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]

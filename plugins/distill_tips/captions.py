@@ -47,7 +47,7 @@ class TwoCaptions(CaptionAugmentation):
         sample = {"json": json.dumps(document).encode()}
         return {**sample, "txt": ". ".join(words).encode()} if config.layout == "txt" else sample
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is 0 of the web's caption, 1 + the number of its first sentence of the synthetic one."""
         web = self.web(sample)
         # a data set may have the web's caption among the sentences as well, as the emoji's name is
@@ -68,7 +68,7 @@ class TwoCaptions(CaptionAugmentation):
     def web(self, sample: Sample) -> str:
         """The web's caption. Raises `BadSample` when there is none."""
         if self.config.web is not None:
-            texts = self.read(sample, self.config.web)
+            texts = self.decode(sample, self.config.web)
         else:
             found = self.texts(sample)
             texts = next((found[field] for field in WEB if field in found), [])

@@ -18,7 +18,7 @@ class WholeCaption(OneText):
         """One global view."""
         return (GLOBAL,)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source is the sentence's place in the pool; 0 for all."""
         text, source = self.text(sample, rng)
         return [View(text, source=source)]

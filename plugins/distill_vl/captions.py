@@ -157,7 +157,7 @@ class CaptionAugmentation(Augmentation):
         """All captions as one text, not cut but at line breaks and `</s>`. Raises `BadSample` when there is none."""
         return join([line for texts in self.texts(sample).values() for text in texts for line in lines(text)])
 
-    def read(self, sample: Sample, field: str | None = None) -> list[str]:
+    def decode(self, sample: Sample, field: str | None = None) -> list[str]:
         """The whole caption, or what a field of the json holds: one text, or each of a list.
 
         Where the json has `references` (an evaluation's captions of the picture, each a whole one), each of them.
@@ -188,7 +188,7 @@ class CaptionAugmentation(Augmentation):
             "are much the same. Give longer captions, or more of them; docs/methods.md says what each method wants."
         )
 
-    def plain(self, item: Any) -> View:
+    def eval_view(self, item: Any) -> View:
         """A text as it is."""
         if not isinstance(item, str):
             raise BadSample(f"not a text: {type(item).__name__}")

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, pad
 
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Features
 from distill_core.plan import Plan
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
@@ -85,9 +85,9 @@ class ClipText(Backbone):
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
     @classmethod
-    def dims(cls, config: ClipTextConfig) -> Dims:
+    def spec(cls, config: ClipTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim, class_tokens=1)
+        return BackboneSpec(config.width, config.dim, class_tokens=1)
 
     @classmethod
     def problems(cls, config: ClipTextConfig, plan: Plan) -> Iterable[str]:
@@ -105,7 +105,7 @@ class ClipText(Backbone):
         """Global and local texts."""
         return example_texts(rng)
 
-    def forward(self, views: Views, *, need: Sequence[int] = (), masked: bool = False) -> Features:
+    def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
         """As the base does, but all texts are one packed sequence.
 
         Attention is causal: what stands behind end-of-text is dead for the embedding, and is not computed for texts
@@ -114,8 +114,8 @@ class ClipText(Backbone):
         if masked and any(group.token_mask is not None for group in views.groups):
             raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
         texts = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
-        read = [(view, self._padded(x)) for view, x in texts if view in need]
-        rest = [(view, x) for view, x in texts if view not in need]
+        read = [(view, self._padded(x)) for view, x in texts if view in tokens_of]
+        rest = [(view, x) for view, x in texts if view not in tokens_of]
         ends, out = self._packed([x for _, x in read], [x for _, x in rest])
         by_view = dict(zip([view for view, _ in read + rest], ends, strict=True))
         classes = torch.stack([by_view[view] for view, _ in texts])

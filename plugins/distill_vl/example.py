@@ -1,4 +1,4 @@
-"""A small model of pictures and captions that has learned nothing, for `Evaluation.example` and tests."""
+"""A small model of pictures and captions that has learned nothing, for `Task.example` and tests."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Whole(PictureAugmentation):
         """One view."""
         return (GLOBAL,)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The plain view."""
-        return [self.plain(self.read(sample)[0])]
+        return [self.eval_view(self.decode(sample)[0])]
 
 
 class Words(CaptionAugmentation):
@@ -43,9 +43,9 @@ class Words(CaptionAugmentation):
         """One view."""
         return (GLOBAL,)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The plain view."""
-        return [self.plain(self.read(sample)[0])]
+        return [self.eval_view(self.decode(sample)[0])]
 
 
 def model(seed: int = 0) -> Model:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill_core.batch import GLOBAL, View, Views
 from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Features
 from distill_core.plan import ModalityPlan, Plan
 from distill_vl.clip_text import Positive, TextCollator, example_texts
@@ -85,9 +85,9 @@ class BertText(Backbone):
             self.mask_token = nn.Parameter(0.02 * torch.randn(width))
 
     @classmethod
-    def dims(cls, config: BertTextConfig) -> Dims:
+    def spec(cls, config: BertTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
-        return Dims(config.width, config.dim, can_mask=config.masking is not None, class_tokens=1)
+        return BackboneSpec(config.width, config.dim, can_mask=config.masking is not None, class_tokens=1)
 
     @classmethod
     def problems(cls, config: BertTextConfig, plan: Plan) -> Iterable[str]:

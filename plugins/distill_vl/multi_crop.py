@@ -75,9 +75,9 @@ class MultiCrop(PictureAugmentation):
         sides = {LOCAL: config.local_size}
         return tuple((3, *[sides.get(role, config.size)] * 2) for role in cls.roles(config))
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """View.source numbers the crops."""
-        picture, config = self.read(sample)[0], self.config
+        picture, config = self.decode(sample)[0], self.config
         views = []
         for i in range(config.globals_):
             crop = random_resized_crop(picture, config.size, config.global_scale, rng)

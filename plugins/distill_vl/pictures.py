@@ -75,7 +75,7 @@ class PictureAugmentation(Augmentation):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
         return {config.fields[0]: file.getvalue()}
 
-    def read(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
+    def decode(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
         """The sample's picture, RGB."""
         names = (field,) if field is not None else self.config.fields
         for name in names:
@@ -116,7 +116,7 @@ class PictureAugmentation(Augmentation):
         except Exception as error:  # damaged bytes raise whatever a decoder's author thought of, RuntimeError included
             raise BadSample(f"not a readable picture: {str(error) or type(error).__name__}") from error
 
-    def plain(self, item: Any) -> View:
+    def eval_view(self, item: Any) -> View:
         """The shorter side resized to `size` (bicubic), the centre cropped; rounded as torchvision rounds."""
         picture, size = self.open(item), self.config.size
         width, height = (int(size * side / min(picture.size)) for side in picture.size)
@@ -125,7 +125,7 @@ class PictureAugmentation(Augmentation):
         left, top = round((width - size) / 2), round((height - size) / 2)
         return View(self.normalise(picture.crop((left, top, left + size, top + size))))
 
-    def show(self, view: View) -> Image.Image | None:
+    def render(self, view: View) -> Image.Image | None:
         """The picture that `normalise` was given."""
         if not isinstance(view.data, Tensor):
             return None

@@ -33,7 +33,7 @@ class RandomCrop(PictureAugmentation):
         """[3, S, S] of each."""
         return ((3, config.size, config.size),) * len(cls.roles(config))
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """[3, S, S], normalised."""
-        picture = random_resized_crop(self.read(sample)[0], self.config.size, self.config.scale, rng)
+        picture = random_resized_crop(self.decode(sample)[0], self.config.size, self.config.scale, rng)
         return [View(self.normalise(flip(picture, self.config.flip, rng)))]

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, linear
 
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, Collator, Dims
+from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Features
 from distill_core.plan import ModalityPlan
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
@@ -100,10 +100,10 @@ class VisionTransformer(Backbone):
         self._maps: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
-    def dims(cls, config: VisionTransformerConfig) -> Dims:
+    def spec(cls, config: VisionTransformerConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
         masked = config.masking is not None
-        return Dims(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
+        return BackboneSpec(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
 
     @classmethod
     def view_problems(cls, config: VisionTransformerConfig, views: ModalityPlan) -> Iterable[str]:

@@ -88,9 +88,9 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
 
 
 def public(recipe: Any) -> Any:
-    """A resolved recipe without what may be private: trackers, what sources and `init` hold, where local files lie."""
+    """A resolved recipe without what may be private: trackers, options of sources and `weights`, paths of files."""
     if isinstance(recipe, dict):
-        named = {key: _name_alone(value) for key, value in recipe.items() if key in ("source", "init")}
+        named = {key: _name_alone(value) for key, value in recipe.items() if key in ("source", "weights")}
         return {
             key: named[key] if key in named else public(value) for key, value in recipe.items() if key != "tracking"
         }

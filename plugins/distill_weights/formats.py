@@ -15,7 +15,7 @@ from torch.nn.functional import normalize, pad
 
 from distill_core.errors import UserError
 from distill_core.model import FeatureKind
-from distill_core.system.extras import need
+from distill_core.system.extras import require_extra
 from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 
@@ -75,7 +75,7 @@ class OpenClipFormat(Format):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        self.library = need("open_clip", "open-clip")
+        self.library = require_extra("open_clip", "open-clip")
         self.clip = subject.clip("open_clip")
 
     @property
@@ -137,8 +137,8 @@ class HfFormat(Format):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        self.library = need("transformers", "hf")
-        self.bpe = need("open_clip.tokenizer", "hf")
+        self.library = require_extra("transformers", "hf")
+        self.bpe = require_extra("open_clip.tokenizer", "hf")
         self.clip = subject.clip("hf")
         if not self.clip.vit.config.pre_norm:
             raise UserError(
@@ -252,8 +252,8 @@ class OnnxFormat(Format):
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
-        self.library = need("onnxruntime", "onnx")
-        need("onnxscript", "onnx")
+        self.library = require_extra("onnxruntime", "onnx")
+        require_extra("onnxscript", "onnx")
 
     @property
     def modalities(self) -> tuple[str, ...]:

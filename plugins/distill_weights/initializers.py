@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import Initializer, Loaded
+from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.errors import UserError
 from distill_core.interfaces import Backbone
 from distill_core.objective import Objective
@@ -40,7 +40,7 @@ class TowersConfig(ComponentConfig):
     """The modality whose backbone (`clip_text`) takes the text tower; null leaves that tower out."""
 
 
-class Towers(Initializer):
+class Towers(WeightLoader):
     """Base: reads a `Source` and puts its towers into the student; the teacher starts from the student."""
 
     config: Any
@@ -50,13 +50,13 @@ class Towers(Initializer):
         """The source's towers. Raises `UserError`."""
 
     @torch.no_grad()
-    def apply(self, objective: Objective) -> Loaded:
+    def apply(self, objective: Objective) -> LoadReport:
         """Raises `UserError` with all that does not fit; loads nothing then."""
         try:
             source = self.read()
         except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"init: {self.config.source}: its config or tensors are not what {self.name!r} reads "
+                f"weights: {self.config.source}: its config or tensors are not what {self.name!r} reads "
                 f"({type(error).__name__}: {error})"
             ) from error
         own = dict(objective.named_parameters())
@@ -72,7 +72,7 @@ class Towers(Initializer):
                 found = "not there" if module is None else f"`{module.name}`"
                 problems.append(
                     f"backbone.{name} is {found}; the {tower} tower goes into `{OURS[tower].name}` "
-                    f"(`{tower}: null` in this init leaves it out)"
+                    f"(`{tower}: null` in this entry leaves it out)"
                 )
                 continue
             fitted, wrong, said = fit(module, source, tower, f"backbone.{name}")
@@ -82,9 +82,9 @@ class Towers(Initializer):
             if tower == "image" and source.pixels is not None:
                 notes += other_pixels(objective.plan, name, *source.pixels, "the source was trained with")
         if problems:
-            raise UserError(f"init: {source.what} does not fit:\n  " + "\n  ".join(problems))
+            raise UserError(f"weights: {source.what} does not fit:\n  " + "\n  ".join(problems))
         if not given:
-            raise UserError(f"init: {source.what}: every tower is left out, so there is nothing to load")
+            raise UserError(f"weights: {source.what}: every tower is left out, so there is nothing to load")
         scales = _scales(objective, source)
         given |= {name: value for name, (value, _) in scales.items()}
         if unused := [name for name in source.scale if name not in {theirs for _, theirs in scales.values()}]:
@@ -94,7 +94,7 @@ class Towers(Initializer):
         fresh = _parts(name for name in own if name not in given and not name.startswith("teacher."))
         if fresh:
             notes.append(f"not in it, so new here: {', '.join(fresh)}")
-        return Loaded("; ".join([f"{source.what}: {len(given)} tensors", *notes]), frozenset(given))
+        return LoadReport("; ".join([f"{source.what}: {len(given)} tensors", *notes]), frozenset(given))
 
 
 def fit(module: nn.Module, source: Source, tower: str, path: str) -> tuple[StateDict, list[str], list[str]]:
@@ -201,11 +201,11 @@ class OpenClip(Towers):
         if path.is_dir():
             if not (path / "open_clip_config.json").exists() and (path / "config.json").exists():
                 raise UserError(
-                    f"init: {path}: holds no open_clip_config.json, but a config.json: name hf_clip instead"
+                    f"weights: {path}: holds no open_clip_config.json, but a config.json: name hf_clip instead"
                 )
             told = read_json(path / "open_clip_config.json")
             if not isinstance(told.get("model_cfg"), dict):
-                raise UserError(f"init: {path}/open_clip_config.json: has no `model_cfg`")
+                raise UserError(f"weights: {path}/open_clip_config.json: has no `model_cfg`")
         state, notes = (
             read_folder(path, OPEN_CLIP_FILES, self.config.key) if told else read_state_dict(path, self.config.key)
         )
@@ -228,7 +228,7 @@ class HfClip(Towers):
         """The folder's tensors and config."""
         path = Path(self.config.source)
         if not path.is_dir():
-            raise UserError(f"init: {path}: no such folder")
+            raise UserError(f"weights: {path}: no such folder")
         state, notes = read_folder(path, HF_FILES)
         source = from_hf(unwrapped(state), read_json(path / "config.json"), str(path))
         source.notes, source.pixels = notes, self._pixels(path)

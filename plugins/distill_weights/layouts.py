@@ -66,9 +66,9 @@ def from_open_clip(state: Mapping[str, Tensor], config: Mapping[str, Any] | None
         else:
             unknown.append(key)
     if unknown:
-        raise UserError(f"init: {what}: {unknown[0]} is no tensor of a CLIP with two transformers")
+        raise UserError(f"weights: {what}: {unknown[0]} is no tensor of a CLIP with two transformers")
     if "layer1.0.conv1.weight" in source.towers["image"]:
-        raise UserError(f"init: {what}: its picture tower is a ResNet; `vit` takes Vision Transformers only")
+        raise UserError(f"weights: {what}: its picture tower is a ResNet; `vit` takes Vision Transformers only")
     if openai:
         source.said = {tower: {"activation": "quick_gelu"} for tower in source.said}
         for tower, part in source.towers.items():
@@ -95,13 +95,15 @@ _USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "block_type"
 def _said_by_open_clip(config: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
     for section in ("vision_cfg", "text_cfg"):
         if not isinstance(config.get(section) or {}, Mapping):
-            raise UserError(f"init: {what}: {section} is no object of options")
+            raise UserError(f"weights: {what}: {section} is no object of options")
     image, text = dict(config.get("vision_cfg") or {}), dict(config.get("text_cfg") or {})
     for name, part in (("image", image), ("text", text)):
         for key, value in part.items():
             if value and key not in _KNOWN[name] and value not in _USUAL.get(key, ()):
                 section = "vision_cfg" if name == "image" else "text_cfg"
-                raise UserError(f"init: {what}: {section}.{key} is {value!r}; the built-in towers have no such thing")
+                raise UserError(
+                    f"weights: {what}: {section}.{key} is {value!r}; the built-in towers have no such thing"
+                )
     activation = "quick_gelu" if config.get("quick_gelu") else "gelu"
     norm = image.get("norm_kwargs") or {}
     return {
@@ -218,7 +220,7 @@ _HF_PROJECTIONS = {"image": ("visual_projection.weight", "proj"), "text": ("text
 def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Source:
     """The state dict and config of a Hugging Face `CLIPModel`. Raises `UserError`."""
     if config.get("model_type") != "clip":
-        raise UserError(f"init: {what}: config.json says model_type {config.get('model_type')!r}, not 'clip'")
+        raise UserError(f"weights: {what}: config.json says model_type {config.get('model_type')!r}, not 'clip'")
     source = Source(what, scale={name: state[name] for name in SCALES if name in state})
     used = set(source.scale)
     for tower, prefix, section, heads in (
@@ -242,7 +244,7 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -
         }
     unknown = [key for key in state if key not in used and not key.endswith("position_ids")]
     if unknown:
-        raise UserError(f"init: {what}: {unknown[0]} is no tensor of a CLIPModel")
+        raise UserError(f"weights: {what}: {unknown[0]} is no tensor of a CLIPModel")
     return source
 
 
@@ -333,8 +335,8 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
     used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token", *_REGISTERS}
     if unlike := _unlike_vit(own, used):
         raise UserError(
-            f"init: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
-            "{name: timm, model: MODEL} with the init {name: timm, source: ...}, which takes any model of timm"
+            f"weights: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
+            "{name: timm, model: MODEL} with the weights {name: timm, source: ...}, which takes any model of timm"
         )
     table = own["pos_embed"][0].float()  # sums in half precision would lose some of it
     if round(len(table) ** 0.5) ** 2 == len(table):

@@ -83,7 +83,7 @@ class Subject:
 
     def inputs(self, modality: str, items: list[Any]) -> Tensor:
         """The backbone's input [N, ...] of the items, as evaluation makes it."""
-        views = [[self.model.augment[modality].plain(item)] for item in items]
+        views = [[self.model.augment[modality].eval_view(item)] for item in items]
         return self.model.collators[modality](views, [0] * len(views)).groups[0].x[0]
 
     def embed(self, modality: str, items: list[Any], features: FeatureKind) -> Tensor:

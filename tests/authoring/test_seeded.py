@@ -37,8 +37,8 @@ CLASSES = {
     "schedule out of range",
     "tracker that blocks",
     "source whose size lies",
-    "evaluation changes the model",
-    "init that hides what it loaded",
+    "task changes the model",
+    "weights that hides what it loaded",
 }
 RATE = 0.87
 FOUND: dict[type, bool] = {}

@@ -34,7 +34,7 @@ def picture(path: Path, grey: int) -> Path:
 
 
 def grey(sample: Any) -> int:
-    return int(np.asarray(IMAGE.read(sample)[0])[0, 0, 0])
+    return int(np.asarray(IMAGE.decode(sample)[0])[0, 0, 0])
 
 
 def source(cls: Any, **options: Any) -> Any:
@@ -93,9 +93,9 @@ def test_a_sample_s_picture_is_read_when_it_is_asked_for(tmp_path: Path) -> None
         text.parent.mkdir(exist_ok=True)
         text.write_text(f"\na long caption of {path.stem}. It goes on.\nnot this\n")
     samples = source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"]
-    assert [TEXT.read(sample) for sample in samples] == [[f"a long caption of {i}. It goes on."] for i in (1, 2, 10)]
+    assert [TEXT.decode(sample) for sample in samples] == [[f"a long caption of {i}. It goes on."] for i in (1, 2, 10)]
     with pytest.raises(BadSample, match="not a readable picture"):
-        IMAGE.read(samples[0])
+        IMAGE.decode(samples[0])
     before = fingerprint(samples)
     assert before == fingerprint(source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"])
     paths[1].write_bytes(b"still no picture")
@@ -127,7 +127,7 @@ def test_dci(tmp_path: Path) -> None:
     splits = {"train": ["0.json"], "valid": ["1.json"], "test": ["2.json"]}
     (tmp_path / "splits.json").write_text(json.dumps(splits))
     _, found = only(source(Dci, folder=str(tmp_path)).samples("test"))
-    assert [TEXT.read(sample) for sample in found] == [["short 0."], ["short 1.\nlong 1"], ["short 2.\nlong 2"]]
+    assert [TEXT.decode(sample) for sample in found] == [["short 0."], ["short 1.\nlong 1"], ["short 2.\nlong 2"]]
     assert [abs(grey(sample) - 40 * i) < 3 for i, sample in enumerate(found)] == [True] * 3
     before = fingerprint(made := source(Dci, folder=str(tmp_path)).samples("test")["dci"])
     picture(tmp_path / "photos" / "sa_1.jpg", 200)
@@ -160,7 +160,7 @@ def test_pair_list(tmp_path: Path, suffix: str) -> None:
     assert made.splits(made.config) == ("test",)
     name, found = only(made.samples("test"))
     assert name == "list"
-    assert [TEXT.read(sample) for sample in found] == [['he said "no", and left', "a again"], ["b"]]
+    assert [TEXT.decode(sample) for sample in found] == [['he said "no", and left', "a again"], ["b"]]
     assert [grey(sample) for sample in found] == [0, 100]
     with pytest.raises(DataError, match=rf"list.{suffix}:\d: no column 'caption' \(there are: path, title\)"):
         source(PairList, **options | {"caption": "caption"}).samples("test")

@@ -86,7 +86,7 @@ def test_named_classes_hold_all_below_them(stamps: Path) -> None:
 def test_captions(stamps: Path) -> None:
     """The first line; of equal ones the first stamp. One that is missing, not UTF-8 or a translation is none."""
     found = made(stamps)
-    assert [TEXT.read(sample)[0] for sample in found] == [
+    assert [TEXT.decode(sample)[0] for sample in found] == [
         "A crow.", "An owl.", "A Bird.", "A fox.", "A bear.", "A teddy bear.",
     ]  # fmt: skip
     (stamps / "animals/birds/crow.txt").unlink()
@@ -139,10 +139,10 @@ def test_pictures_are_read_when_they_are_asked_for(stamps: Path) -> None:
     (stamps / "animals/birds/crow.png").write_bytes(b"no picture")
     assert fingerprint(samples) != before
     assert samples.place != made(stamps, minimum=2).place
-    assert TEXT.read(samples[0]) == ["A crow."]
+    assert TEXT.decode(samples[0]) == ["A crow."]
     assert set(samples[0]) == {"__key__", "__url__", "png", "json", "mask.png", "classes.txt"}
     with pytest.raises(BadSample, match="not a readable picture"):
-        IMAGE.read(samples[0])
+        IMAGE.decode(samples[0])
     with pytest.raises(BadSample, match="not a readable picture"):
         samples[0]["mask.png"]
 

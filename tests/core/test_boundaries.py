@@ -201,7 +201,9 @@ def test_extras_that_are_asked_for_exist() -> None:
         for package in PACKAGES
         for path in files(package)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "need" and isinstance(node.args[1], ast.Constant)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "require_extra"
+        and isinstance(node.args[1], ast.Constant)
     }
     assert {"open-clip", "hf", "onnx"} <= asked <= extras
 

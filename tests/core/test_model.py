@@ -18,7 +18,7 @@ from torch import Tensor
 
 import distill_core
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import UserError
 from distill_core.evaluate.run import evaluate
@@ -32,7 +32,7 @@ from distill_core.run.load import models_of
 from distill_core.train import Trainer
 
 
-class Store(Evaluation):
+class Store(Task):
     """Keeps the embeddings that evaluations work on."""
 
     name = "store"
@@ -147,7 +147,7 @@ def test_threads_read_ahead_in_order(trained: SimpleNamespace, monkeypatch: pyte
     threads_alone = EvaluationSet("data", samples)
     expected = threads_alone.embeddings(model, "image")
     names = set()
-    plain = model.augment["image"].plain
+    plain = model.augment["image"].eval_view
 
     def slow(item: Any) -> Any:
         names.add(threading.current_thread().name)

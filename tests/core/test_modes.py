@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.interfaces import Backbone, Collator, Dims, Loss
+from distill_core.interfaces import Backbone, BackboneSpec, Collator, Loss
 from distill_core.outputs import Features, Outputs, Progress
 from distill_core.plan import Needs, Plan
 from distill_core.recipe.build import build_objective
@@ -51,8 +51,8 @@ class Noisy(Backbone):
         self.proj = nn.Linear(3, 16)
 
     @classmethod
-    def dims(cls, config: Any) -> Dims:
-        return Dims(3, 16, can_mask=True)
+    def spec(cls, config: Any) -> BackboneSpec:
+        return BackboneSpec(3, 16, can_mask=True)
 
     @classmethod
     def collator(cls, config: Any) -> Collator:
@@ -145,7 +145,7 @@ def test_a_teacher_starts_from_loaded_weights(load: Load, tmp_path: Path) -> Non
         k.removeprefix("backbone.image."): v for k, v in source.state_dict().items() if k.startswith("backbone.image.")
     }
     save_file({key: value.contiguous() for key, value in part.items()}, tmp_path / "image.safetensors")
-    recipe = load(f"init=[{{name: weights, source: {tmp_path / 'image.safetensors'}, to: backbone.image}}]")
+    recipe = load(f"weights=[{{name: state_dict, source: {tmp_path / 'image.safetensors'}, to: backbone.image}}]")
     objective = Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe), quiet=True).objective
     assert objective.teacher is not None
     for name, value in objective.teacher.backbone["image"].state_dict().items():
@@ -207,7 +207,7 @@ def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytes
 def test_resume_from_an_older_checkpoint_without_the_init_file(load: Load, tmp_path: Path) -> None:
     source = tmp_path / "first.pt"
     torch.save(build_objective(load()).state_dict(), source)
-    recipe = load(f"init=[{{name: weights, source: {source}}}]", "train.checkpoint={every: 1, keep: 4}")
+    recipe = load(f"weights=[{{name: state_dict, source: {source}}}]", "train.checkpoint={every: 1, keep: 4}")
     folder = RunFolder.create(tmp_path / "runs", recipe)
     whole = Trainer(recipe, folder, quiet=True)
     whole.run()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
-from distill_core.interfaces import Backbone, Dims, FusionHead, Loss, LossConfig
+from distill_core.interfaces import Backbone, BackboneSpec, FusionHead, Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Features, Fused, Outputs, Progress
 from distill_core.plan import ModalityPlan, Needs, Plan
@@ -33,8 +33,8 @@ class Mean(Backbone):
         self.calls: list[tuple[int, bool, bool]] = []
 
     @classmethod
-    def dims(cls, config: Any) -> Dims:
-        return Dims(W, D)
+    def spec(cls, config: Any) -> BackboneSpec:
+        return BackboneSpec(W, D)
 
     @classmethod
     def collator(cls, config: Any) -> Callable[[list[list[View]]], Views]:

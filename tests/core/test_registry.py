@@ -236,7 +236,7 @@ def test_one_component_prints_its_options(
     assert "[float, float, float, float] [0.4, 0.4, 0.2, 0.1]" in " ".join(out.split())
     assert "\nglobal " in out, "options go by the name that recipes use"
     assert "globals_" not in out
-    main(["plugins", "weights"])
+    main(["plugins", "state_dict"])
     assert "required" in capsys.readouterr().out
 
 

@@ -23,7 +23,7 @@ from distill_core.batch import Batch
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Constant, WarmupCosine
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import TrainingStopped, UserError
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.outputs import Outputs
@@ -80,7 +80,7 @@ class ScriptedConfig(ComponentConfig):
     scores: tuple[float, ...]
 
 
-class Scripted(Evaluation):
+class Scripted(Task):
     """Gives its scores one after the other."""
 
     name = "scripted"

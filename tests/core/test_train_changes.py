@@ -87,7 +87,7 @@ def test_what_is_refused(resume: Resume, change: str, said: str) -> None:
         resume(change)
     (line,) = caught.value.lines
     assert f"recipe.yaml: {said}" in line
-    assert "Set it back, or start a new run from the weights: init: [{name: weights, source: " in line
+    assert "Set it back, or start a new run: weights: [{name: state_dict, source: " in line
 
 
 def test_nothing_is_said_where_nothing_changed(resume: Resume, capsys: pytest.CaptureFixture[str]) -> None:

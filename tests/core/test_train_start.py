@@ -106,7 +106,7 @@ def other(trainer: Make) -> Trainer:
 
 def init(source: Path, **options: str) -> str:
     more = "".join(f", {key}: {value}" for key, value in options.items())
-    return f'init=[{{name: weights, source: "{source}"{more}}}]'
+    return f'weights=[{{name: state_dict, source: "{source}"{more}}}]'
 
 
 def test_weights_of_a_run(trainer: Make, other: Trainer) -> None:

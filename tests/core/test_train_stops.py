@@ -20,7 +20,7 @@ from torch import Tensor
 import distill_core.cli
 from distill_core.batch import Sample, View
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError, TrainingStopped, UserError
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.outputs import Outputs, Progress
@@ -80,7 +80,7 @@ class FillsSharedMemory(CaptionAugmentation):
     def roles(cls, config: CaptionConfig) -> tuple[str, ...]:
         return ("global",)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         FillsSharedMemory.made += 1
         if FillsSharedMemory.made == self.config.after:
             resource.setrlimit(resource.RLIMIT_FSIZE, (16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -98,7 +98,7 @@ class Slips(FillsSharedMemory):
     Config = SlipsConfig
     armed: ClassVar[bool] = True
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         if self.armed and sample["__key__"] == self.config.on:
             raise ZeroDivisionError("a slip of the plugin")
         return [View("a bird")]
@@ -108,7 +108,7 @@ class FailingConfig(ComponentConfig):
     calls: tuple[str | None, ...]
 
 
-class Failing(Evaluation):
+class Failing(Task):
     """At each call fails as scripted, or does not."""
 
     name = "failing"

@@ -97,11 +97,11 @@ def test_names_of_data_parallel_checkpoints(objective: Objective, states: dict[s
 def test_from_a_file_in_a_recipe(objective: Objective, states: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
     file = tmp_path / "cosmos.pt"
     torch.save({**states, "epoch": 3}, file)
-    text = RECIPE + f"init: [{{name: cosmos_checkpoint, file: {file}}}]\n"
+    text = RECIPE + f"weights: [{{name: cosmos_checkpoint, file: {file}}}]\n"
     recipe = parse_recipe(text, "r.yaml", registry=Registry.discover())
-    report = recipe.init[0].build().apply(objective)
+    report = recipe.weights[0].build().apply(objective)
     assert f"{len(states['student'])} student" in report.line
     assert torch.equal(objective.backbone["image"].proj, states["student"]["visual.proj"])
     file.write_bytes(b"junk")
     with pytest.raises(UserError, match="cannot be loaded"):
-        recipe.init[0].build().apply(objective)
+        recipe.weights[0].build().apply(objective)

@@ -32,7 +32,7 @@ def test_global_texts_hold_one_to_five_sentences_uniformly() -> None:
     """Catches a number that is fixed, off by one, or not uniform (chi-square, 4 degrees, p = 1e-4 at 23.5)."""
     augmentation, counts = crop(), Counter[int]()
     for seed in range(1500):
-        views = augmentation.views(sample({"captions": POOL}), np.random.default_rng(seed))
+        views = augmentation.train_views(sample({"captions": POOL}), np.random.default_rng(seed))
         assert [view.role for view in views] == ["global"] * 2 + ["local"] * 6
         for view in views[:2]:
             parts = view.data.split(". ")
@@ -48,7 +48,7 @@ def test_local_texts_are_single_sentences_without_replacement() -> None:
     """Catches locals drawn independently, and sentences that are favoured (p = 1e-4 at 37.4 for 11 degrees)."""
     augmentation, counts = crop(), Counter[str]()
     for seed in range(1000):
-        views = augmentation.views(sample({"captions": POOL}), np.random.default_rng(seed))[2:]
+        views = augmentation.train_views(sample({"captions": POOL}), np.random.default_rng(seed))[2:]
         assert len({view.data for view in views}) == 6
         assert all(POOL[view.source] == view.data for view in views)
         counts.update(view.data for view in views)
@@ -71,7 +71,7 @@ def test_draws_differ_between_global_texts() -> None:
     """Catches both globals made from one draw."""
     different = 0
     for seed in range(200):
-        first, second = crop().views(sample({"captions": POOL}), np.random.default_rng(seed))[:2]
+        first, second = crop().train_views(sample({"captions": POOL}), np.random.default_rng(seed))[:2]
         different += first.data != second.data
     assert different > 180
 
@@ -80,7 +80,7 @@ def test_one_full_stop_between_sentences() -> None:
     """The public code gives "A cat.. a dog"."""
     document = {"captions": ["A cat.", "a dog. ", "It rains."]}
     for seed in range(30):
-        for view in crop().views(sample(document), np.random.default_rng(seed)):
+        for view in crop().train_views(sample(document), np.random.default_rng(seed)):
             assert ".." not in view.data
             assert not view.data.endswith(".")
 
@@ -88,7 +88,7 @@ def test_one_full_stop_between_sentences() -> None:
 def test_marks_of_their_own_are_kept() -> None:
     """Not "Is it?. Wow!. A dog"."""
     document = {"captions": ["Is it a cat?", "Wow!", "A dog", "it sits."]}
-    assert crop().read(sample(document)) == ["Is it a cat? Wow! A dog. it sits"]
+    assert crop().decode(sample(document)) == ["Is it a cat? Wow! A dog. it sits"]
 
 
 def test_layouts() -> None:
@@ -152,11 +152,11 @@ def test_a_sample_without_a_caption_is_bad(bad: dict[str, Any]) -> None:
 
 def test_evaluation_reads_the_whole_caption_or_a_field() -> None:
     document = {"captions": ["A cat.", "it sits"], "name": "cat", "others": ["a", "b"]}
-    assert crop().read(sample(document)) == ["A cat. it sits"]
-    assert crop().read(sample(document), "name") == ["cat"]
-    assert crop().read(sample(document), "others") == ["a", "b"]
+    assert crop().decode(sample(document)) == ["A cat. it sits"]
+    assert crop().decode(sample(document), "name") == ["cat"]
+    assert crop().decode(sample(document), "others") == ["a", "b"]
     with pytest.raises(BadSample, match="missing"):
-        crop().read(sample(document), "missing")
+        crop().decode(sample(document), "missing")
 
 
 CAPTIONS = [

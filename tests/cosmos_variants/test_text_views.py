@@ -23,7 +23,7 @@ def make(cls: type[Augmentation], **options: Any) -> Any:
 
 def views_of(augmentation: Augmentation, seed: int, pool: list[str] = POOL) -> list[View]:
     document = json.dumps({"captions": pool}).encode()
-    return augmentation.views({"__key__": "k", "__url__": "u", "json": document}, np.random.default_rng(seed))
+    return augmentation.train_views({"__key__": "k", "__url__": "u", "json": document}, np.random.default_rng(seed))
 
 
 def sentences_of(text: str) -> list[int]:

@@ -145,14 +145,14 @@ def test_sub_captions() -> None:
     augment = SubCaptions(SubCaptions.Config(count=4))
     seen = set()
     for seed in range(30):
-        views = augment.views(sample, np.random.default_rng(seed))
+        views = augment.train_views(sample, np.random.default_rng(seed))
         assert tuple(view.role for view in views) == SubCaptions.roles(augment.config) == ("global",) * 4
         assert [view.data for view in views] == [pool[view.source] for view in views]
         assert len({view.source for view in views}) == 4
         seen.add(tuple(view.source for view in views))
     assert len(seen) > 20
     few = {"__key__": "k", "json": json.dumps({"captions": pool[:3]}).encode()}
-    assert {view.source for view in augment.views(few, np.random.default_rng(0))} == {0, 1, 2}
+    assert {view.source for view in augment.train_views(few, np.random.default_rng(0))} == {0, 1, 2}
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def one_line(ended: Ended) -> str:
             "--set freeze: freeze.0: 'backbone.txt' names no part of the model, did you mean 'backbone.text'?",
         ),
         (
-            ["tiny.yaml", "--set", "init.0={name: weights, source: gone.pt}"],
-            "init: gone.pt: no such file or run folder",
+            ["tiny.yaml", "--set", "weights.0={name: state_dict, source: gone.pt}"],
+            "weights: gone.pt: no such file or run folder",
         ),
         (
             ["tiny.yaml", "--set", "train={epochs: 1}", "--set", "data.source.samples=null"],

@@ -29,7 +29,7 @@ from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import models_of
 from distill_core.train import Trainer
-from distill_explore.attention import Seen, cross, entropy, readings, see
+from distill_explore.attention import ViewedItem, cross, entropy, readings, see
 from distill_explore.drawing import Map, rows_of
 from distill_explore.maps import AttentionMaps, AttentionMapsConfig
 from distill_explore.page import text as html_of
@@ -101,8 +101,10 @@ def test_attend_writes_what_the_model_computes(runs: Path, picture: Path, call: 
     assert answer["files"] == [str(tmp_path / "deep" / f"a.{end}") for end in ("png", "html")]
     model = distill_core.load(runs / "cosmos")
     assert model.fusion is not None
-    views = {m: [[model.augment[m].plain(x)] for x in xs] for m, xs in (("image", [str(picture)]), ("text", [text]))}
-    features = {m: model.features(m, v, need=(0,)) for m, v in views.items()}
+    views = {
+        m: [[model.augment[m].eval_view(x)] for x in xs] for m, xs in (("image", [str(picture)]), ("text", [text]))
+    }
+    features = {m: model.features(m, v, tokens_of=(0,)) for m, v in views.items()}
     image, words = features["image"], features["text"]
     expected = {
         ("text", "image"): model.fusion.attention("image", words.pooled, image.tokens[0]),
@@ -161,7 +163,7 @@ def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call:
 
 def test_tokens_of_any_tower_are_escaped() -> None:
     """CLIP's tokenizer parts `<b>` into harmless pieces; another tower's need not."""
-    seen = Seen("m", "x", ["<b>", "&amp; ", 'a"b '], torch.zeros(2), None, torch.ones(3, dtype=torch.bool), None)
+    seen = ViewedItem("m", "x", ["<b>", "&amp; ", 'a"b '], torch.zeros(2), None, torch.ones(3, dtype=torch.bool), None)
     one = Map("", seen, torch.tensor([0.5, 0.25, 0.25]))
     page = Page(html_of(one))
     assert [tag for tag, _ in page.tags] == ["div", "span", "span", "span"]
@@ -249,7 +251,7 @@ def test_scores_and_media_while_evaluating(runs: Path, registry: Registry) -> No
     student, items = models["student"], []
     for sample in list(read_shard(source.sets("validation")[name][0]))[:3]:
         items.append(
-            [View(student.augment[m].plain(student.augment[m].read(sample)[0]).data) for m in ("image", "text")]
+            [View(student.augment[m].eval_view(student.augment[m].decode(sample)[0]).data) for m in ("image", "text")]
         )
     values = []
     for image, text in items:

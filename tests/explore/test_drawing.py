@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_explore.attention import Seen, entropy, principal
+from distill_explore.attention import ViewedItem, entropy, principal
 from distill_explore.drawing import Map, overlay, scale, scaled, shade, strip
 
 
@@ -20,9 +20,9 @@ def test_entropy_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
 
-def item(shown: Any, layout: Any, tokens: Any = None) -> Seen:
+def item(shown: Any, layout: Any, tokens: Any = None) -> ViewedItem:
     length = len(layout) if isinstance(layout, list) else layout[0] * layout[1]
-    return Seen("m", shown, layout, torch.zeros(2), tokens, torch.ones(length, dtype=torch.bool), None)
+    return ViewedItem("m", shown, layout, torch.zeros(2), tokens, torch.ones(length, dtype=torch.bool), None)
 
 
 def test_colour_lies_where_the_weight_is() -> None:

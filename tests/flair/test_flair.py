@@ -242,8 +242,8 @@ def test_sampled_captions() -> None:
     names = [f"sentence {i}" for i in range(9)]
     made = SampledCaptions(SampledCaptionsConfig(captions=400, sentences=3))
     assert made.roles(made.config) == ("global",) * 400
-    views = made.views(sample(*names), np.random.default_rng(0))
-    again = made.views(sample(*names), np.random.default_rng(0))
+    views = made.train_views(sample(*names), np.random.default_rng(0))
+    again = made.train_views(sample(*names), np.random.default_rng(0))
     assert [v.data for v in again] == [v.data for v in views]
     lengths, neighbours, last = [], 0, 0
     for view in views:
@@ -258,10 +258,10 @@ def test_sampled_captions() -> None:
     assert all(100 < lengths.count(n) < 170 for n in (1, 2, 3))
     assert 0.4 < neighbours / lengths.count(3) < 0.62, "half of the texts are of neighbouring sentences"
     assert last > 20, "the last sentence is drawn too"
-    few = made.views(sample("one"), np.random.default_rng(0))
+    few = made.train_views(sample("one"), np.random.default_rng(0))
     assert {view.data for view in few} == {"one"}
     with pytest.raises(BadSample):
-        made.views(sample(), np.random.default_rng(0))
+        made.train_views(sample(), np.random.default_rng(0))
 
 
 def test_a_fixed_batch_is_learned(step: ModuleType) -> None:

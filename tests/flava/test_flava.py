@@ -332,16 +332,16 @@ def test_views_are_the_same_twice() -> None:
     image = FlavaImage(FlavaImageConfig(size=12, scale=(0.3, 1.0)))
     crops = set()
     for seed in range(20):
-        whole, masked = image.views(sample, np.random.default_rng(seed))
+        whole, masked = image.train_views(sample, np.random.default_rng(seed))
         assert (whole.role, masked.role) == image.roles(image.config) == ("global", "masked")
         assert whole.data.shape == (3, 12, 12)
         assert torch.equal(whole.data, masked.data)
         crops.add(tuple(whole.data.flatten().tolist()))
     assert len(crops) > 10, "crops are drawn from the generator"
     text = FlavaText(TakeConfig())
-    assert [v.data for v in text.views(sample, np.random.default_rng(0))] == ["one. two. three"] * 2
+    assert [v.data for v in text.train_views(sample, np.random.default_rng(0))] == ["one. two. three"] * 2
     one = FlavaText(TakeConfig(take="one"))
-    drawn = [one.views(sample, np.random.default_rng(seed)) for seed in range(20)]
+    drawn = [one.train_views(sample, np.random.default_rng(seed)) for seed in range(20)]
     assert all(a.data == b.data and a.source == b.source for a, b in drawn)
     assert {a.data for a, _ in drawn} == {"one", "two", "three"}
     assert all(("one", "two", "three")[a.source] == a.data for a, _ in drawn)

@@ -41,7 +41,7 @@ def encode(config: HfTextConfig, texts: list[str]) -> tuple[HfText, Features]:
     module = HfText(config).eval()
     views = HfText.collator(config)([[View(text)] for text in texts], [0] * len(texts))
     with torch.no_grad():
-        features: Features = module(views, need=(0,))
+        features: Features = module(views, tokens_of=(0,))
     return module, features
 
 

@@ -58,10 +58,10 @@ def test_features_are_the_models_own(model: str) -> None:
         torch.testing.assert_close(features.tokens[0], found[:, 1:])
     else:
         torch.testing.assert_close(features.tokens[0][:, 3], found[:, :, 1, 1])  # of 2 x 2 places
-    dims = TimmTower.dims(module.config)
-    assert features.tokens[0].shape[-1] == dims.width
+    spec = TimmTower.spec(module.config)
+    assert features.tokens[0].shape[-1] == spec.width
     assert features.class_tokens is not None
-    assert features.class_tokens.shape[-1] == dims.width
+    assert features.class_tokens.shape[-1] == spec.width
 
 
 def test_crops_of_other_sizes() -> None:

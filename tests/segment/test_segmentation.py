@@ -148,7 +148,7 @@ def test_a_whole_run_is_scikit_learns_on_emoji_scenes(tmp_path: Path) -> None:
     segmenter = Segmenter(small, config, [(name,) for name in names])
     a, b = [], []
     for one in samples:
-        (picture,) = small.augment["image"].read(one)
+        (picture,) = small.augment["image"].decode(one)
         a.append(np.asarray(Image.open(io.BytesIO(one["mask.png"]))).ravel())
         b.append(segmenter(picture, 32, 32).numpy().ravel())
     labels = sorted(set(np.concatenate(a)) | set(np.concatenate(b)))

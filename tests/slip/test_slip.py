@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_clip.components import Clip
 from distill_core.errors import RecipeErrors
-from distill_core.interfaces import Dims
+from distill_core.interfaces import BackboneSpec
 from distill_core.outputs import Features, Outputs, Progress
 from distill_core.plan import ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe
@@ -150,7 +150,7 @@ def test_half_precision_keeps_the_batch_statistics() -> None:
 
 def test_a_backbone_without_class_tokens_is_named(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, not at the first step."""
-    monkeypatch.setattr(ClipText, "dims", lambda config: Dims(config.width, config.dim))
+    monkeypatch.setattr(ClipText, "spec", lambda config: BackboneSpec(config.width, config.dim))
     given = ["augment.text={name: sub_captions, count: 2}", "loss.1.modality=text", "loss.1.role=global"]
     with pytest.raises(RecipeErrors) as caught:
         load_recipe(RECIPE, registry=registry, overrides=given)
@@ -170,12 +170,12 @@ def sample() -> dict[str, Any]:
 def test_views() -> None:
     """Catches views in another order or number than `roles` says, strong views that are one crop, and lost seeds."""
     augment = SlipViews(SlipViews.Config(size=16))
-    views = augment.views(sample(), np.random.default_rng(3))
+    views = augment.train_views(sample(), np.random.default_rng(3))
     assert tuple(view.role for view in views) == SlipViews.roles(augment.config) == ("global", "simclr", "simclr")
     assert [view.source for view in views] == [0, 1, 2]
     assert all(view.data.shape == (3, 16, 16) for view in views)
     assert not torch.equal(views[1].data, views[2].data)
-    again = augment.views(sample(), np.random.default_rng(3))
+    again = augment.train_views(sample(), np.random.default_rng(3))
     assert all(torch.equal(a.data, b.data) for a, b in zip(views, again, strict=True))
 
 
@@ -192,7 +192,7 @@ def test_each_recolouring_is_of_the_strong_views_only(option: str) -> None:
     }
     off |= {"clip_scale": (1.0, 1.0), "scale": (1.0, 1.0)}
     plain, changed = (
-        SlipViews(SlipViews.Config(**options)).views(sample(), np.random.default_rng(5))
+        SlipViews(SlipViews.Config(**options)).train_views(sample(), np.random.default_rng(5))
         for options in (off, off | {option: 1.0})
     )
     assert torch.equal(plain[0].data, changed[0].data)

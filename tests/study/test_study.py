@@ -40,7 +40,7 @@ def test_a_study_with_a_variant_that_fails(
     study = tmp_path / "small.yaml"
     study.write_text(
         "recipe: tiny.yaml\nseeds: [0, 1]\nbudget: {steps: 3}\nscores: [student/retrieval/M]\nvariants:\n"
-        f"  less: {LESS}\n  broken:\n    init: [{{name: weights, source: {tmp_path}/nowhere.safetensors}}]\n"
+        f"  less: {LESS}\n  broken:\n    weights: [{{name: state_dict, source: {tmp_path}/nowhere.safetensors}}]\n"
         "  loud: {loss.1: null, fusion: null, teacher: null, loss.0.temperature: 0.5}\n",
         encoding="utf-8",
     )
@@ -155,7 +155,7 @@ def test_through_submitit(tiny_recipe: Path, tmp_path: Path, capfd: pytest.Captu
     study.write_text(
         f"recipe: tiny.yaml\nbudget: {{steps: 2}}\nvariants:\n  less: {LESS}\n"
         "  broken: {loss.1: null, fusion: null, teacher: null, "
-        f"init: [{{name: weights, source: {tmp_path}/nowhere.safetensors}}]}}\n",
+        f"weights: [{{name: state_dict, source: {tmp_path}/nowhere.safetensors}}]}}\n",
         encoding="utf-8",
     )
     code = ablate(study, "--runs", tmp_path / "runs", "--slurm", "cluster=local", "--slurm", "timeout_min=10")

@@ -19,7 +19,7 @@ from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_tasks.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
 from distill_tasks.logistic import choose_c, fit, logits
-from distill_tasks.probes import Knn, LinearProbe, Taught, turns
+from distill_tasks.probes import Knn, LinearProbe, TrainSet, turns
 from distill_tasks.prompts import ensembles, prompts_of, templates_of
 from distill_tasks.zero_shot import ZeroShot
 
@@ -31,18 +31,18 @@ class Look:
     device = torch.device("cpu")
 
     def __init__(self, words: dict[str, list[float]] | None = None) -> None:
-        self.augment = {name: SimpleNamespace(read=self.reader(name)) for name in self.modalities}
+        self.augment = {name: SimpleNamespace(decode=self.reader(name)) for name in self.modalities}
         self.words, self.side = words or {}, "student"
 
     @staticmethod
     def reader(name: str) -> Any:
-        def read(sample: Any, field: str | None = None) -> list[Any]:
+        def decode(sample: Any, field: str | None = None) -> list[Any]:
             found = json.loads(sample["json"]).get(field or name)
             if found is None:
                 raise BadSample("none")
             return [found]
 
-        return read
+        return decode
 
     def default_features(self, modality: str) -> str:
         return "embedding"
@@ -116,7 +116,7 @@ def test_knn_against_scikit_learn(k: int) -> None:
     x, y = clusters(30, 5)
     asked, _ = clusters(11, 5)
     task = Knn(Knn.Config.model_validate_json(json.dumps({"k": k, "temperature": 0.2})))
-    votes = task.predict(Taught(x, y, torch.arange(len(y))), 5, asked, torch.device("cpu"))
+    votes = task.predict(TrainSet(x, y, torch.arange(len(y))), 5, asked, torch.device("cpu"))
 
     def weights(distance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.exp((1 - distance**2 / 2) / 0.2)  # |a - b|^2 = 2 - 2 cos
@@ -227,12 +227,12 @@ def test_a_sample_s_items_stay_together(learn: str | None) -> None:
     x = normalize(torch.randn(24, 64), dim=-1)
     data = samples(x, [i % 2 for i in range(24)])
     model = Look()
-    model.augment["image"].read = lambda sample, field=None: [json.loads(sample["json"])["image"]] * 2
+    model.augment["image"].decode = lambda sample, field=None: [json.loads(sample["json"])["image"]] * 2
     options = {"k": 1, "learn": learn, "shots": 3, "draws": 1}
     seen = []
 
     class Seen(Knn):
-        def predict(self, taught: Taught, classes: int, asked: Tensor, device: torch.device) -> Tensor:
+        def predict(self, taught: TrainSet, classes: int, asked: Tensor, device: torch.device) -> Tensor:
             seen.append((taught.x, taught.y, asked))
             return super().predict(taught, classes, asked, device)
 
@@ -258,7 +258,7 @@ def test_c_is_chosen_on_whole_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill_tasks.probes.choose_c", spy)
     x, y = clusters(10, 2)
     owners = torch.arange(20).repeat_interleave(5)
-    taught = Taught(x[owners], y[owners], owners)
+    taught = TrainSet(x[owners], y[owners], owners)
     LinearProbe(LinearProbe.Config()).predict(taught, 2, x, torch.device("cpu"))
     parts = held_out[0].view(20, 5)
     assert (parts.all(1) == parts.any(1)).all()
@@ -305,7 +305,7 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
     for draw in range(4):
         chosen = turns(y, draw) < 2
         assert torch.bincount(y[chosen]).tolist() == [2, 2, 2]
-        taught = Taught(x[chosen], y[chosen], chosen.nonzero()[:, 0])
+        taught = TrainSet(x[chosen], y[chosen], chosen.nonzero()[:, 0])
         votes = Knn(config).predict(taught, 3, asked, torch.device("cpu"))
         each.append(accuracies(ranks_of_class(votes, truth), truth, 3)["top1"])
     assert scores["top1"] == pytest.approx(sum(each) / 4)

@@ -30,7 +30,7 @@ class Given:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def read(self, sample: Any, field: str | None = None) -> list[Any]:
+    def decode(self, sample: Any, field: str | None = None) -> list[Any]:
         found = json.loads(sample["json"]).get(field or self.name)
         if found is None:
             raise BadSample("none")

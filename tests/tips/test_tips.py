@@ -98,7 +98,7 @@ def told(**fields: object) -> dict[str, bytes]:
 
 
 def texts_of(sample: dict[str, bytes], **options: object) -> list[str]:
-    views = TwoCaptions(TwoCaptionsConfig.model_validate(options)).views(sample, np.random.default_rng(0))
+    views = TwoCaptions(TwoCaptionsConfig.model_validate(options)).train_views(sample, np.random.default_rng(0))
     assert tuple(view.role for view in views) == TwoCaptions.roles(TwoCaptionsConfig())
     return [view.data for view in views]
 
@@ -154,8 +154,8 @@ def test_masked_copies_are_the_global_crops() -> None:
     def views(**more: int) -> list[torch.Tensor]:
         config = MultiCropConfig(size=16, local_size=8, local=2, **{"global": 2}, **more)  # type: ignore[arg-type]
         augment = MultiCrop(config)
-        augment.read = lambda sample, field=None: [Image.fromarray(picture)]  # type: ignore[method-assign]
-        found = augment.views({}, np.random.default_rng(7))
+        augment.decode = lambda sample, field=None: [Image.fromarray(picture)]  # type: ignore[method-assign]
+        found = augment.train_views({}, np.random.default_rng(7))
         assert tuple(view.role for view in found) == MultiCrop.roles(config)
         return [view.data for view in found]
 

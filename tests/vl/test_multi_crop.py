@@ -109,8 +109,8 @@ def test_probabilities() -> None:
         counts = np.zeros(3)
         for seed in range(100):
             # crops are drawn before each recolouring, so view 0 has the same box in both
-            a = base.views(sample, np.random.default_rng(seed))
-            b = changed.views(sample, np.random.default_rng(seed))
+            a = base.train_views(sample, np.random.default_rng(seed))
+            b = changed.train_views(sample, np.random.default_rng(seed))
             counts += [float(not torch.equal(x.data, y.data)) for x, y in zip(a, b, strict=True)]
         return counts
 
@@ -123,7 +123,7 @@ def test_probabilities() -> None:
 
 def test_transparent_pixels_take_the_background() -> None:
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
-    view = make(size=16, background=[255, 0, 0], mean=[0, 0, 0], std=[1, 1, 1]).plain(clear)
+    view = make(size=16, background=[255, 0, 0], mean=[0, 0, 0], std=[1, 1, 1]).eval_view(clear)
     assert torch.equal(view.data.amax((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
 
 
@@ -132,13 +132,13 @@ def test_plain_view_is_resize_and_centre_crop() -> None:
     config = MultiCrop.Config(size=32)
     expected = reference.center_crop(reference.resize(image, 32, reference.InterpolationMode.BICUBIC), [32, 32])
     expected = reference.normalize(reference.to_tensor(expected), list(config.mean), list(config.std))
-    assert (MultiCrop(config).plain(image).data - expected).abs().max() < 1e-5
+    assert (MultiCrop(config).eval_view(image).data - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("data", [b"", b"not a picture", None, 3])
 def test_unreadable_pictures_are_bad(data: Any) -> None:
     with pytest.raises(BadSample):
-        make().plain(data)
+        make().eval_view(data)
     with pytest.raises(BadSample, match="no picture"):
         make().read({"__key__": "k", "txt": b"x"})
 

@@ -100,20 +100,20 @@ def test_text_without_tokens_gives_the_same_embedding(text: ClipText, ids: torch
     assert full.masks[0].sum(1).tolist() == [3, 11, 6, 2, 8, 10]
 
 
-def both_ways(tower: Backbone, views: Views, need: tuple[int, ...]) -> None:
+def both_ways(tower: Backbone, views: Views, tokens_of: tuple[int, ...]) -> None:
     """All views in one pass, as the tower does it, against each view encoded alone: features and gradients."""
     results = []
     for together in (True, False):
         tower.zero_grad()
         if together:
-            features = tower(views, need=need)
+            features = tower(views, tokens_of=tokens_of)
             pooled, tokens, masks = features.pooled, features.tokens, features.masks
         else:
             xs = [x for group in views.groups for x in group.x]
-            alone = [tower.encode(x, tokens=i in need, token_mask=None) for i, x in enumerate(xs)]
+            alone = [tower.encode(x, tokens=i in tokens_of, token_mask=None) for i, x in enumerate(xs)]
             pooled = torch.cat([one.pooled for one in alone])
-            tokens = {i: alone[i].tokens[0] for i in need}
-            masks = {i: alone[i].masks[0] for i in need if alone[i].masks}
+            tokens = {i: alone[i].tokens[0] for i in tokens_of}
+            masks = {i: alone[i].masks[0] for i in tokens_of if alone[i].masks}
         generator = torch.Generator().manual_seed(1)
         weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in (pooled, *tokens.values())]
         sum((t * w).sum() for t, w in zip((pooled, *tokens.values()), weights, strict=True)).backward()
@@ -123,9 +123,9 @@ def both_ways(tower: Backbone, views: Views, need: tuple[int, ...]) -> None:
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("need", [(), (0,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("tokens_of", [(), (0,), (1, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_crops_of_all_sizes_in_one_pass(need: tuple[int, ...], layers: int) -> None:
+def test_crops_of_all_sizes_in_one_pass(tokens_of: tuple[int, ...], layers: int) -> None:
     torch.manual_seed(0)
     config = VisionTransformerConfig(image_size=24, patch=4, width=24, layers=layers, heads=3, dim=10)
     views = Views(
@@ -134,18 +134,18 @@ def test_crops_of_all_sizes_in_one_pass(need: tuple[int, ...], layers: int) -> N
             Group(torch.randn(2, 3, 3, 12, 12, dtype=torch.float64), "local"),
         ]
     )
-    both_ways(VisionTransformer(config).double(), views, need)
+    both_ways(VisionTransformer(config).double(), views, tokens_of)
 
 
-@pytest.mark.parametrize("need", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("tokens_of", [(), (0,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("padding", ["context", "longest"])
 def test_texts_of_all_lengths_in_one_pass(
-    text: ClipText, ids: torch.Tensor, padding: str, need: tuple[int, ...]
+    text: ClipText, ids: torch.Tensor, padding: str, tokens_of: tuple[int, ...]
 ) -> None:
     text.config = text.config.model_copy(update={"padding": padding})
     short = ids.flip(0)[:, :9].clone()
     short[:, 8] = 59
-    both_ways(text, Views([Group(ids.view(2, 3, 11), "global"), Group(short[None, :3], "local")]), need)
+    both_ways(text, Views([Group(ids.view(2, 3, 11), "global"), Group(short[None, :3], "local")]), tokens_of)
 
 
 def test_text_padding_never_reaches_the_embedding(text: ClipText, ids: torch.Tensor) -> None:
@@ -276,4 +276,4 @@ def test_plain_pictures_are_torchvisions(shape: tuple[int, int], size: int) -> N
     augmentation = MultiCrop(MultiCropConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1)))
     steps = (transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size))
     theirs = transforms.ToTensor()(transforms.Compose(steps)(picture))
-    torch.testing.assert_close(augmentation.plain(picture).data, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(augmentation.eval_view(picture).data, theirs, rtol=0, atol=1e-6)

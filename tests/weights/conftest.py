@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from distill_core.contracts.weights import Loaded
+from distill_core.contracts.weights import LoadReport
 from distill_core.objective import Objective
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
@@ -51,9 +51,9 @@ def scatter(module: nn.Module) -> Any:
     return module.eval()
 
 
-def apply(registry: Registry, built: Objective, name: str, **options: Any) -> Loaded:
-    cls = registry.get("init", name).cls
-    loaded: Loaded = cls(cls.Config(**options)).apply(built)
+def apply(registry: Registry, built: Objective, name: str, **options: Any) -> LoadReport:
+    cls = registry.get("weights", name).cls
+    loaded: LoadReport = cls(cls.Config(**options)).apply(built)
     return loaded
 
 

@@ -46,7 +46,7 @@ def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path:
     run = make_run(
         f"data.source={{name: webdataset, urls: 'pipe:curl -H {SECRET} x.tar', samples: 9}}",
         f"evaluate.source={{name: webdataset, urls: '/{SECRET}/b.tar', validation: '/{SECRET}/c.tar'}}",
-        f"init=[{{name: weights, source: '/{SECRET}/w.pt', to: backbone.image}}]",
+        f"weights=[{{name: state_dict, source: '/{SECRET}/w.pt', to: backbone.image}}]",
         f"tracking={{name: aim, tags: [{SECRET}]}}",
     )
     call(run, "hf", tmp_path / "out")
@@ -54,7 +54,7 @@ def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path:
     assert SECRET not in text
     kept = recipe_of(text)
     assert kept["data"]["source"] == kept["evaluate"]["source"] == {"name": "webdataset"}
-    assert kept["init"] == [{"name": "weights"}]
+    assert kept["weights"] == [{"name": "state_dict"}]
     assert "tracking" not in kept
     assert public({"folder": f"/{SECRET}/minilm", "urls": ["a", 3]}) == {"folder": "minilm", "urls": ["a", 3]}
 
@@ -69,6 +69,6 @@ def test_the_hf_card_says_what_its_tokenizer_leaves_to_the_user(run: Path, tmp_p
     ours = distill_core.load(run)
     for text in ("it’s “fine”", "Tom &amp; Jerry"):
         assert text in card
-        (ids,) = ours.collators["text"]([[ours.augment["text"].plain(text)]], [0]).groups[0].x[0].tolist()
+        (ids,) = ours.collators["text"]([[ours.augment["text"].eval_view(text)]], [0]).groups[0].x[0].tolist()
         assert tokenizer(text)["input_ids"] != ids
         assert tokenizer(html.unescape(html.unescape(ftfy.fix_text(text))))["input_ids"] == ids

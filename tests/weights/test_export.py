@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import distill_core
-from distill_core.contracts.weights import Loaded
+from distill_core.contracts.weights import LoadReport
 from distill_core.errors import UserError
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
@@ -71,7 +71,7 @@ def test_hugging_face(run: Path, tmp_path: Path, pictures: list[Image.Image]) ->
     theirs = model.vision_model.config
     assert (theirs.image_size, theirs.patch_size, theirs.num_attention_heads) == (16, 4, 3)
     # its bicubic resizing of bytes may be a level off; the towers' own input is exact
-    own = torch.stack([ours.augment["image"].plain(p).data for p in pictures])
+    own = torch.stack([ours.augment["image"].eval_view(p).data for p in pictures])
     with torch.no_grad():
         close(model(input_ids=inputs["input_ids"], pixel_values=own).image_embeds, ours.encode("image", pictures))
     torch.testing.assert_close(inputs["pixel_values"], own, rtol=0, atol=0.05)
@@ -84,8 +84,8 @@ def test_onnx(run: Path, tmp_path: Path, pictures: list[Image.Image]) -> None:
     call(run, "onnx", tmp_path / "out")
     ours = distill_core.load(run)
     told = json.loads((tmp_path / "out/preprocess.json").read_text())
-    pixels = torch.stack([ours.augment["image"].plain(p).data for p in pictures])
-    ids = ours.collators["text"]([[ours.augment["text"].plain(t)] for t in TEXTS], [0] * 3).groups[0].x[0]
+    pixels = torch.stack([ours.augment["image"].eval_view(p).data for p in pictures])
+    ids = ours.collators["text"]([[ours.augment["text"].eval_view(t)] for t in TEXTS], [0] * 3).groups[0].x[0]
     for name, x, items in (("image", pixels, pictures), ("text", ids, TEXTS)):
         session = onnxruntime.InferenceSession(tmp_path / "out" / told[name]["file"])
         for some in (slice(0, 1), slice(0, 3)):
@@ -108,7 +108,7 @@ def test_what_no_loss_trained_is_not_exported_for_the_embedding(
     said = call(alone, "onnx", tmp_path / "out")
     assert "image: no loss of the run trains its embedding, so its class tokens are exported" in said
     model = distill_core.load(str(alone))
-    views = torch.stack([model.augment["image"].plain(picture).data for picture in pictures])
+    views = torch.stack([model.augment["image"].eval_view(picture).data for picture in pictures])
     (found,) = onnxruntime.InferenceSession(tmp_path / "out" / "image.onnx").run(None, {"image": views.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model.encode("image", pictures, features="class_token"))
     both = make_run("fusion=null", "loss=[{name: dino}]")
@@ -201,8 +201,8 @@ def test_the_scale_is_that_of_the_towers_own_embeddings(
     assert own != pytest.approx(float(state["loss.cross_modal_distillation.logit_scale"]), abs=1e-3)
     assert float(load("open_clip", tmp_path / "out").logit_scale) == pytest.approx(own)
     other = objective(registry, REVERSED, seed=1)
-    cls = registry.get("init", "open_clip").cls
-    loaded: Loaded = cls(cls.Config(source=str(tmp_path / "out"))).apply(other)
+    cls = registry.get("weights", "open_clip").cls
+    loaded: LoadReport = cls(cls.Config(source=str(tmp_path / "out"))).apply(other)
     assert {name for name in loaded.names if "logit" in name} == {"loss.contrastive.logit_scale"}
     assert float(other.loss["contrastive"].get_parameter("logit_scale")) == pytest.approx(own)
 
@@ -210,23 +210,23 @@ def test_the_scale_is_that_of_the_towers_own_embeddings(
 def test_a_bias_that_no_loss_has_is_named(make_run: Callable[..., Path], tmp_path: Path, registry: Registry) -> None:
     pytest.importorskip("open_clip")
     call(make_run("loss=[{name: siglip}]", "fusion=null", "teacher=null"), "open_clip", tmp_path / "out")
-    cls = registry.get("init", "open_clip").cls
-    loaded: Loaded = cls(cls.Config(source=str(tmp_path / "out"))).apply(objective(registry))
+    cls = registry.get("weights", "open_clip").cls
+    loaded: LoadReport = cls(cls.Config(source=str(tmp_path / "out"))).apply(objective(registry))
     assert "left out, as no loss over the towers' own embeddings has one: logit_bias" in loaded.line
 
 
-@pytest.mark.parametrize(("to", "init"), [("open_clip", "open_clip"), ("hf", "hf_clip")])
+@pytest.mark.parametrize(("to", "weights"), [("open_clip", "open_clip"), ("hf", "hf_clip")])
 def test_what_was_exported_starts_another_run(
-    run: Path, tmp_path: Path, registry: Registry, to: str, init: str
+    run: Path, tmp_path: Path, registry: Registry, to: str, weights: str
 ) -> None:
     """Every tensor of both towers and the scale comes back; fusion is new, and the line says so."""
     pytest.importorskip("open_clip")
     pytest.importorskip("transformers")
     call(run, to, tmp_path / "out")
     other = objective(registry, seed=1)
-    text = RECIPE + f"init: [{{name: {init}, source: '{tmp_path / 'out'}'}}]\n"
-    node = parse_recipe(text, "r.yaml", registry=registry).init[0]
-    loaded: Loaded = node.build().apply(other)
+    text = RECIPE + f"weights: [{{name: {weights}, source: '{tmp_path / 'out'}'}}]\n"
+    node = parse_recipe(text, "r.yaml", registry=registry).weights[0]
+    loaded: LoadReport = node.build().apply(other)
     state = torch.load(run / "checkpoints/step-00000007.pt", weights_only=True)["objective"]
     names = {n for n in state if n.startswith("backbone.")} | {"loss.contrastive.logit_scale"}
     assert loaded.names == names

@@ -31,7 +31,7 @@ def vit(model: str, **options: Any) -> Any:
 def same(built: Any, model: Any, x: Tensor) -> None:
     """Class token and patch tokens, after the last LayerNorm."""
     with torch.no_grad():
-        ours = built.backbone["image"](Views([Group(x[None])]), need=(0,))
+        ours = built.backbone["image"](Views([Group(x[None])]), tokens_of=(0,))
         theirs = model.forward_features(x)
     torch.testing.assert_close(ours.class_tokens[0, :, 0], theirs[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.tokens[0], theirs[:, model.num_prefix_tokens :], rtol=1e-5, atol=1e-5)
@@ -131,7 +131,7 @@ def test_what_vit_has_not_is_refused(registry: Registry, tmp_path: Path, model: 
     torch.save(vit(model, num_classes=0).state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match=message) as caught:
         apply(registry, objective(registry, *DINOV2), "timm_vit", source=str(tmp_path / "w.pth"))
-    assert "the backbone {name: timm, model: MODEL} with the init {name: timm, source: " in str(caught.value)
+    assert "the backbone {name: timm, model: MODEL} with the weights {name: timm, source: " in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, Mend, checks, require
+from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
 from distill_core.batch import GLOBAL, View
 from distill_core.errors import BadSample
 
@@ -52,13 +52,13 @@ def sample(case: Case, seed: int = 0) -> dict[str, Any]:
 
 def draw(augmentation: Any, raw: Mapping[str, Any], seed: int) -> list[View]:
     """The views of a sample, with a fresh generator."""
-    views: list[View] = augmentation.views(raw, np.random.default_rng(seed))
+    views: list[View] = augmentation.train_views(raw, np.random.default_rng(seed))
     return views
 
 
 @checks(KIND)
 def roles(case: Case) -> None:
-    """`roles` names the views that `views` makes, globals first, each role together."""
+    """`roles` names the views that `train_views` makes, globals first, each role together."""
     declared = case.cls.roles(case.config)
     require(isinstance(declared, tuple) and declared, "`roles` must return a tuple with a role for each view")
     changes = [role for i, role in enumerate(declared) if i == 0 or role != declared[i - 1]]
@@ -67,12 +67,12 @@ def roles(case: Case) -> None:
     augmentation = case.cls(case.config)
     for seed in range(3):
         made = draw(augmentation, sample(case, seed), seed)
-        require(all(isinstance(view, View) for view in made), "`views` must return a list of View")
+        require(all(isinstance(view, View) for view in made), "`train_views` must return a list of View")
         found = tuple(view.role for view in made)
-        require(found == declared, f"`views` makes {found}, `roles` says {declared}")
+        require(found == declared, f"`train_views` makes {found}, `roles` says {declared}")
         if (shapes := case.cls.shapes(case.config)) is not None:
             sizes = tuple(tuple(view.data.shape) for view in made)
-            require(sizes == shapes, f"`views` makes data of {sizes}, `shapes` says {shapes}")
+            require(sizes == shapes, f"`train_views` makes data of {sizes}, `shapes` says {shapes}")
 
 
 @checks(KIND)
@@ -129,22 +129,22 @@ def sample_untouched(case: Case) -> None:
     raw = sample(case)
     before = dict(raw)
     draw(case.cls(case.config), raw, 0)
-    require(raw == before, "`views` changes the sample; copy what you change")
+    require(raw == before, "`train_views` changes the sample; copy what you change")
 
 
 @checks(KIND)
 def evaluation_view(case: Case) -> None:
-    """`read` gives the items as they are, `plain` one deterministic global view of each."""
+    """`decode` gives the items as they are, `eval_view` one deterministic global view of each."""
     augmentation, raw = case.cls(case.config), sample(case)
-    items = augmentation.read(raw)
-    require(isinstance(items, list) and items, "`read` must return a list with at least one item")
-    require(raw == sample(case), "`read` changes the sample; copy what you change")
+    items = augmentation.decode(raw)
+    require(isinstance(items, list) and items, "`decode` must return a list with at least one item")
+    require(raw == sample(case), "`decode` changes the sample; copy what you change")
     for item in items:
         before = copy.deepcopy(item)
-        one, other = augmentation.plain(item), augmentation.plain(item)
-        require(same(before, item), "`plain` changes the item, which others read: copy what you change")
-        require(isinstance(one, View) and one.role == GLOBAL, "`plain` must return a View of role `global`")
-        require(same_views([one], [other]), "`plain` must give the same view each time")
+        one, other = augmentation.eval_view(item), augmentation.eval_view(item)
+        require(same(before, item), "`eval_view` changes the item, which others read: copy what you change")
+        require(isinstance(one, View) and one.role == GLOBAL, "`eval_view` must return a View of role `global`")
+        require(same_views([one], [other]), "`eval_view` must give the same view each time")
 
 
 @checks(KIND)
@@ -159,21 +159,23 @@ def bad_samples(case: Case) -> None:
         "broken bytes": head | dict.fromkeys(fields, b"\xff\x00\xfe not what it says"),
     }
     for what, raw in broken.items():
-        for name, ask in (("views", lambda raw: draw(augmentation, raw, 0)), ("read", augmentation.read)):
+        for name, ask in (("train_views", lambda raw: draw(augmentation, raw, 0)), ("decode", augmentation.decode)):
             try:
                 ask(raw)
             except BadSample:
                 continue
             except Exception as error:
-                raise Mend(
+                raise CheckFailed(
                     f"`{name}` of a sample with {what} raises {type(error).__name__}: {error}; raise BadSample, which "
                     "skips the sample and counts it"
                 ) from error
             require(what != "no field", f"`{name}` of a sample with no field must raise BadSample")
     try:
-        augmentation.plain(object())
+        augmentation.eval_view(object())
     except BadSample:
         return
     except Exception as error:
-        raise Mend(f"`plain` of an item that it cannot read raises {type(error).__name__}; raise BadSample") from error
-    raise Mend("`plain` takes any object for an item; raise BadSample for what it cannot read")
+        raise CheckFailed(
+            f"`eval_view` of an item that it cannot read raises {type(error).__name__}; raise BadSample"
+        ) from error
+    raise CheckFailed("`eval_view` takes any object for an item; raise BadSample for what it cannot read")

@@ -26,9 +26,9 @@ from distill_authoring.conformance.modules import (
     untouched,
 )
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, DoesNotFit, checks, require
+from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
 from distill_core.batch import Group, View, Views
-from distill_core.interfaces import Collator, Dims
+from distill_core.interfaces import BackboneSpec, Collator
 from distill_core.outputs import Features
 
 KIND = "backbone"
@@ -61,7 +61,7 @@ def flat(features: Features) -> list[Tensor]:
 
 def everything(case: Case, views: Views) -> tuple[int, ...]:
     """The views whose tokens can be asked for."""
-    return tuple(range(len(views))) if case.cls.dims(case.config).has_tokens else ()
+    return tuple(range(len(views))) if case.cls.spec(case.config).has_tokens else ()
 
 
 def fields(group: Group) -> list[Tensor | None]:
@@ -147,29 +147,29 @@ def inputs_untouched(case: Case) -> None:
         for hide in {False, masked}:
             module.train(mode)
             with untouched(views, "views", "`forward`"), unmoved(module, "`forward`", values=False):
-                module(views, need=everything(case, views), masked=hide)
+                module(views, tokens_of=everything(case, views), masked=hide)
     require_lets_draw(lambda: module.train()(views))
 
 
 @checks(KIND)
 def shapes(case: Case) -> None:
-    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `dims` says; B may be 1 or 0."""
-    dims = case.cls.dims(case.config)
-    require(isinstance(dims, Dims), "`dims` must return Dims(width, dim)")
+    """pooled [V, B, D], tokens [B, L, W], masks [B, L], class_tokens [V, B, C, W], as `spec` says; B may be 1 or 0."""
+    spec = case.cls.spec(case.config)
+    require(isinstance(spec, BackboneSpec), "`spec` must return BackboneSpec(width, dim)")
     module = build(case)
     for batch in (BATCH, 1, 0):
         views = collated(case, batch) if batch else collated(case, 1).map(lambda x: x[:, :0])
         with of_samples(batch):
-            found, bare = module(views, need=everything(case, views)), module(views)
+            found, bare = module(views, tokens_of=everything(case, views)), module(views)
         require(bare.pooled.shape == found.pooled.shape, "pooled has another shape where no tokens are asked for")
         require(
-            found.pooled.shape == (len(views), batch, dims.dim),
-            f"pooled is {list(found.pooled.shape)}, not [V, B, D] = {[len(views), batch, dims.dim]}",
+            found.pooled.shape == (len(views), batch, spec.dim),
+            f"pooled is {list(found.pooled.shape)}, not [V, B, D] = {[len(views), batch, spec.dim]}",
         )
         for view, tokens in found.tokens.items():
             require(
-                tokens.ndim == 3 and tokens.shape[0] == batch and tokens.shape[2] == dims.width,
-                f"tokens of view {view} are {list(tokens.shape)}, not [B, L, W] with B = {batch}, W = {dims.width}",
+                tokens.ndim == 3 and tokens.shape[0] == batch and tokens.shape[2] == spec.width,
+                f"tokens of view {view} are {list(tokens.shape)}, not [B, L, W] with B = {batch}, W = {spec.width}",
             )
         for view, mask in found.masks.items():
             require(view in found.tokens, f"view {view} has a mask and no tokens")
@@ -181,36 +181,37 @@ def shapes(case: Case) -> None:
         if found.class_tokens is not None:
             shape = found.class_tokens.shape
             require(
-                len(shape) == 4 and shape[:2] == (len(views), batch) and shape[3] == dims.width,
+                len(shape) == 4 and shape[:2] == (len(views), batch) and shape[3] == spec.width,
                 f"class_tokens are {list(shape)}, not [V, B, C, W]",
             )
         given = 0 if found.class_tokens is None else found.class_tokens.shape[2]
-        require(dims.class_tokens == given, f"`dims` says class_tokens={dims.class_tokens}; there are {given}")
+        require(spec.class_tokens == given, f"`spec` says class_tokens={spec.class_tokens}; there are {given}")
         require(finite(flat(found)), "an output is not finite")
         require_single(flat(found), "an output")
 
 
 @checks(KIND)
-def need(case: Case) -> None:
-    """Tokens come for exactly the views in `need`, and neither they nor pooled depend on which those are."""
+def tokens_of(case: Case) -> None:
+    """Tokens come for exactly the views in `tokens_of`, and neither they nor pooled depend on which those are."""
     module, views = build(case), collated(case)
     if not everything(case, views):
-        require(not module(views, need=()).tokens, "`dims` says has_tokens=False, yet there are tokens")
-        raise DoesNotFit("it has no tokens")
+        require(not module(views, tokens_of=()).tokens, "`spec` says has_tokens=False, yet there are tokens")
+        raise NotApplicable("it has no tokens")
     with torch.no_grad():
-        full = module(views, need=everything(case, views))
+        full = module(views, tokens_of=everything(case, views))
         for wanted in ((), (0,), (len(views) - 1,), everything(case, views)):
-            found = module(views, need=wanted)
+            found = module(views, tokens_of=wanted)
             require(
                 set(found.tokens) == set(wanted),
-                f"with need={wanted} there are tokens of {tuple(sorted(found.tokens))}: give those asked for",
+                f"with tokens_of={wanted} there are tokens of {tuple(sorted(found.tokens))}: give those asked for",
             )
             require(
-                close([found.pooled], [full.pooled]), f"pooled changes with need={wanted}; it must not depend on it"
+                close([found.pooled], [full.pooled]),
+                f"pooled changes with tokens_of={wanted}; it must not depend on it",
             )
             for view in found.tokens:
                 one, other = (torch.cat([_real(f, view, i) for i in range(BATCH)]) for f in (found, full))
-                require(close([one], [other]), f"the tokens of view {view} change with need={wanted}")
+                require(close([one], [other]), f"the tokens of view {view} change with tokens_of={wanted}")
 
 
 def _real(features: Features, view: int, sample: int) -> Tensor:
@@ -225,10 +226,10 @@ def independence(case: Case) -> None:
     module, views = build(case), collated(case)
     raw, collate, wanted = raw_views(case), case.cls.collator(case.config), everything(case, views)
     with torch.no_grad():
-        full = module(views, need=wanted)
+        full = module(views, tokens_of=wanted)
         together = module(views).pooled
         for i, sample in enumerate(raw):
-            alone = module(collate([sample], [10 + i]), need=wanted)
+            alone = module(collate([sample], [10 + i]), tokens_of=wanted)
             require(
                 close([together[:, i : i + 1]], [alone.pooled]),
                 "a sample's embedding depends on the others of its batch (in eval)",
@@ -258,20 +259,20 @@ def independence(case: Case) -> None:
 
 @checks(KIND)
 def dense(case: Case) -> None:
-    """With each attention that `Dims.dense` names, `dense` gives finite [N, D] and [N, ..., D]; `plain` is `pooled`."""
+    """With each attention of the spec, `dense` gives finite [N, D] and [N, ..., D]; that of `plain` is `pooled`."""
     module, views = generic(build(case)), collated(case)
-    dims = case.cls.dims(case.config)
-    if not dims.dense:
-        raise DoesNotFit("`dims` says that it has no dense embeddings")
+    spec = case.cls.spec(case.config)
+    if not spec.dense:
+        raise NotApplicable("`spec` says that it has no dense embeddings")
     with torch.no_grad():
         pooled = module(views).pooled
         for start, group in views.numbered():
-            for attention in dims.dense:
+            for attention in spec.dense:
                 one, tokens = module.dense(group.x[0], attention=attention)  # type: ignore[operator]
-                shape, ends = (BATCH, dims.dim), (tokens.shape[0], tokens.shape[-1])
+                shape, ends = (BATCH, spec.dim), (tokens.shape[0], tokens.shape[-1])
                 require(
                     one.shape == shape and ends == shape and tokens.ndim > 2,
-                    f"`dense` must give {list(shape)} and [{BATCH}, ..., {dims.dim}], not {list(one.shape)} and "
+                    f"`dense` must give {list(shape)} and [{BATCH}, ..., {spec.dim}], not {list(one.shape)} and "
                     f"{list(tokens.shape)}",
                 )
                 require(finite([one, tokens]), f"a dense embedding is not finite with {attention!r} attention")
@@ -285,12 +286,12 @@ def dense(case: Case) -> None:
 def hidden_tokens(case: Case) -> None:
     """`masked=True` hides the tokens of token_mask; where none is hidden it changes nothing."""
     module, views = generic(build(case)), collated(case)
-    if not case.cls.dims(case.config).can_mask:
-        raise DoesNotFit("`dims` says that it cannot hide tokens")
+    if not case.cls.spec(case.config).can_mask:
+        raise NotApplicable("`spec` says that it cannot hide tokens")
     if all(group.token_mask is None for group in views.groups):
-        raise DoesNotFit("its collator draws no token_mask with these options; add an example that does")
+        raise NotApplicable("its collator draws no token_mask with these options; add an example that does")
     if not any(bool(group.token_mask.any()) for group in views.groups if group.token_mask is not None):
-        raise DoesNotFit("its collator hides nothing of three samples with these options; add an example that does")
+        raise NotApplicable("its collator hides nothing of three samples with these options; add an example that does")
     nothing = [None if g.token_mask is None else torch.zeros_like(g.token_mask) for g in views.groups]
     bare = Views([Group(g.x, g.role, g.source, mask) for g, mask in zip(views.groups, nothing, strict=True)])
     with torch.no_grad():
@@ -305,7 +306,7 @@ def attention(case: Case) -> None:
     """`class_attention` and `token_layout`, where it tells: weights [N, H, L] and a place for each real token."""
     module, raw, views, told = generic(build(case)), raw_views(case), collated(case), False
     with torch.no_grad():
-        found = module(views, need=everything(case, views))
+        found = module(views, tokens_of=everything(case, views))
     for start, group in views.numbered():
         for view, x in enumerate(group.x, start):
             weights, tokens = module.class_attention(x), found.tokens.get(view)  # type: ignore[operator]
@@ -322,16 +323,16 @@ def attention(case: Case) -> None:
                 real = length if mask is None else int(mask[i].sum())
                 require(places == real, f"`token_layout` of view {view} has {places} places for {real} real tokens")
     if not told:
-        raise DoesNotFit("it does not tell its attention")
+        raise NotApplicable("it does not tell its attention")
 
 
-def _scalar(module: nn.Module, views: Views, need: tuple[int, ...]) -> Tensor:
+def _scalar(module: nn.Module, views: Views, tokens_of: tuple[int, ...]) -> Tensor:
     """A number that all outputs go into, with fixed weights."""
     draw = torch.Generator().manual_seed(5)
     masked = any(group.token_mask is not None for group in views.groups)
     parts = []
     for hide in {False, masked}:
-        found = module(views, need=need, masked=hide)
+        found = module(views, tokens_of=tokens_of, masked=hide)
         parts += [(x.float() * torch.randn(x.shape, generator=draw)).mean() for x in flat(found)]
     return torch.stack(parts).sum()
 
@@ -349,7 +350,7 @@ def true_gradients(case: Case) -> None:
     module, views = generic(build(case)), collated(case)
     masked = any(group.token_mask is not None for group in views.groups)
     require_true_gradients(
-        module, lambda m: flat(m(views, need=everything(case, views), masked=masked)), (), "the parameters"
+        module, lambda m: flat(m(views, tokens_of=everything(case, views), masked=masked)), (), "the parameters"
     )
 
 
@@ -388,7 +389,7 @@ def autocast(case: Case) -> None:
     with torch.no_grad():
         full = _features(case, module, views)
     with torch.autocast("cpu", torch.bfloat16):
-        half = flat(module(views, need=everything(case, views)))
+        half = flat(module(views, tokens_of=everything(case, views)))
     torch.stack([x.float().mean() for x in half]).sum().backward()  # type: ignore[no-untyped-call]
     require_near(half, full)
 
@@ -403,4 +404,4 @@ def require_near(half: list[Tensor], full: list[Tensor]) -> None:
 
 
 def _features(case: Case, module: nn.Module, views: Views) -> list[Tensor]:
-    return flat(module(views, need=everything(case, views)))
+    return flat(module(views, tokens_of=everything(case, views)))

@@ -25,7 +25,7 @@ from distill_authoring.conformance.modules import (
     unmoved,
     untouched,
 )
-from distill_authoring.conformance.suite import Case, DoesNotFit, checks, require
+from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
 from distill_core.outputs import Features, Fused
 
 KIND = "fusion"
@@ -99,7 +99,7 @@ def masks(case: Case) -> None:
                     "that turns this off belongs in no example)",
                 )
     if not read:
-        raise DoesNotFit("it reads no tokens of a modality with padding")
+        raise NotApplicable("it reads no tokens of a modality with padding")
 
 
 @checks(KIND)
@@ -134,7 +134,7 @@ def pool(case: Case) -> None:
                 other = torch.where(mask[..., None], tokens, torch.full_like(tokens, 9.0))
                 spoilt = module.pool(name, queries, other, mask)  # type: ignore[operator]
             except NotImplementedError as error:
-                raise DoesNotFit(f"its `pool` is not implemented: {error}") from error
+                raise NotApplicable(f"its `pool` is not implemented: {error}") from error
             for value in found:
                 require(value.shape == queries.shape, f"`pool` gives {list(value.shape)}, not {list(queries.shape)}")
                 require(finite([value]), "`pool` gives something that is not finite")
@@ -157,7 +157,7 @@ def attention(case: Case) -> None:
                 told = True
                 require_weights(weights.detach(), [4, BATCH, 0, 6], mask)
     if not told:
-        raise DoesNotFit("it does not tell its attention")
+        raise NotApplicable("it does not tell its attention")
 
 
 def _scalar(fused: Fused) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill_authoring.conformance.suite import Case, Mend, checks, require
+from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
 from distill_core.batch import GLOBAL
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import LossConfig
@@ -38,7 +38,7 @@ def options(cls: Any) -> None:
             config = cls.Config.model_validate_json(json.dumps(example))
         except ValidationError as error:
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
-            raise Mend(
+            raise CheckFailed(
                 f"the example {json.dumps(example)} is refused: {'; '.join(lines)}. Give such options as the class "
                 f"attribute `examples = ({{...}},)` of {cls.__name__}"
             ) from error
@@ -46,7 +46,9 @@ def options(cls: Any) -> None:
         try:
             again = cls.Config.model_validate_json(json.dumps(dumped))
         except (ValidationError, ValueError) as error:
-            raise Mend(f"the options written out, {dumped}, are refused, so no run could resume: {error}") from error
+            raise CheckFailed(
+                f"the options written out, {dumped}, are refused, so no run could resume: {error}"
+            ) from error
         require(again == config, f"the options written out, {dumped}, load as something else")
 
 
@@ -87,10 +89,10 @@ def needs_and_problems(case: Case) -> None:
                     f"`{ask.__name__}` raises KeyError({asked!r}) on a plan with {what}; only a missing modality's "
                     "name may be raised so",
                 )
-            except Mend:
+            except CheckFailed:
                 raise
             except Exception as error:
-                raise Mend(
+                raise CheckFailed(
                     f"`{ask.__name__}` raises {type(error).__name__}: {error} on a plan with {what}; it is asked about "
                     "recipes that are wrong, too"
                 ) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_authoring.conformance.modules import generic
-from distill_authoring.conformance.suite import Mend
+from distill_authoring.conformance.suite import CheckFailed
 from distill_core.batch import GLOBAL, LOCAL, Group, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import FusionHead
@@ -66,7 +66,7 @@ def on(fit: Fit) -> Iterator[None]:
 def fits(cls: Any, config: Any) -> list[Fit]:
     """The richest plan that the component accepts, the barest, and what it accepts of `_CHANGES` to the richest.
 
-    Raises `Mend` where it accepts none.
+    Raises `CheckFailed` where it accepts none.
     """
     found: list[Fit] = []
     refused = ""
@@ -78,7 +78,7 @@ def fits(cls: Any, config: Any) -> list[Fit]:
                 break
             refused = refused or problems[0]
     if not found:
-        raise Mend(
+        raise CheckFailed(
             f"no plan suits it: {refused}. Plans have W = {WIDTH}, D = {DIM}, tokens, one or several views, and what "
             "`needs` asks for; give `examples` with options that fit them, or ask in `needs` for what is missing"
         )
@@ -114,7 +114,7 @@ def _fit(
         if grown == plan and not more:
             return Fit(plan, needs), [*unmet(cls.name, needs, plan, set(plan.modalities)), *problems]
         plan = grown
-    raise Mend("`needs` asks for more each time the plan has what it asked for")
+    raise CheckFailed("`needs` asks for more each time the plan has what it asked for")
 
 
 def _settled(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:

@@ -22,7 +22,7 @@ from distill_authoring.conformance.modules import (
     untouched,
 )
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, DoesNotFit, checks, require
+from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
 from distill_core.outputs import Features, Outputs
 
 KIND = "loss"
@@ -155,7 +155,7 @@ def padding(case: Case) -> None:
                     "real",
                 )
     if not read:
-        raise DoesNotFit("it reads no tokens of a modality with padding")
+        raise NotApplicable("it reads no tokens of a modality with padding")
 
 
 @checks(KIND)
@@ -190,7 +190,7 @@ def embeddings(case: Case) -> None:
     """`Needs.embeddings` names the modalities whose embedding (`pooled`) the loss trains: others are not scored."""
     fit = first(case)
     if fit.needs.fused:
-        raise DoesNotFit("it reads fused views: which embeddings it trains depends on the fusion")
+        raise NotApplicable("it reads fused views: which embeddings it trains depends on the fusion")
     module = generic(case.cls(case.config, fit.plan)).train()
     given = inputs(case, fit, module)
     pooled = {name: features.pooled for name, features in given.student.items()}
@@ -258,7 +258,7 @@ def after_step(case: Case) -> None:
 def teacher_modules(case: Case) -> None:
     """Each name in `teacher_modules` is a module of its own with parameters."""
     if not case.cls.teacher_modules:
-        raise DoesNotFit("it has no teacher_modules")
+        raise NotApplicable("it has no teacher_modules")
     fit = first(case)
     module = case.cls(case.config, fit.plan)
     for name in case.cls.teacher_modules:
@@ -272,7 +272,7 @@ def teacher_modules(case: Case) -> None:
 def teacher_targets(case: Case) -> None:
     """What `teacher_modules` names is read by `outputs.ema`; the loss's own learns nothing of what the teacher saw."""
     if not case.cls.teacher_modules:
-        raise DoesNotFit("it has no teacher_modules")
+        raise NotApplicable("it has no teacher_modules")
     fit = first(case)
     module = generic(case.cls(case.config, fit.plan))
     given = inputs(case, fit, module)
@@ -325,7 +325,7 @@ def ranks(case: Case) -> None:
     module = generic(case.cls(case.config, fit.plan))
     given = inputs(case, fit, module, batch=2 * BATCH)
     if not close([total(module, given)], [total(module, given, seed=1)], 1e-5):
-        raise DoesNotFit("it draws random numbers: ranks draw others than one process")
+        raise NotApplicable("it draws random numbers: ranks draw others than one process")
     step = (case.cls, case.config, fit, ids(case), module.state_dict())
     rows = [(0, BATCH), (BATCH, 2 * BATCH)]
     same, turned = (on_two_ranks(rank_step, [(*step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
@@ -383,7 +383,7 @@ def rank_step(
 
 @dataclass
 class RankStep:
-    """One rank's terms, gradients of parameters and of the student's rows (along `dims`), and state after the step."""
+    """One rank's terms, gradients of parameters and of the student's rows (along `spec`), and state after the step."""
 
     terms: list[Tensor]
     parameters: list[Tensor]
@@ -397,7 +397,7 @@ def masked_tokens(case: Case) -> None:
     """A batch in which no token happens to be masked gives finite terms and gradients."""
     fit = first(case)
     if not fit.needs.masked:
-        raise DoesNotFit("it needs no masked views")
+        raise NotApplicable("it needs no masked views")
     module = case.cls(case.config, fit.plan)
     given = inputs(case, fit, module, hidden=False)
     value = total(module, given)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_authoring.conformance.suite import Mend, require
+from distill_authoring.conformance.suite import CheckFailed, require
 
 Run = Callable[[nn.Module], list[Tensor]]
 """Calls a module on fixed inputs -> its outputs."""
@@ -61,7 +61,7 @@ def of_samples(batch: int) -> Iterator[None]:
     except Exception as error:
         if batch:
             raise
-        raise Mend(
+        raise CheckFailed(
             f"a batch of no sample (B = 0) raises {type(error).__name__}: {error}; name all sizes in a reshape, "
             "and take no maximum over samples"
         ) from error
@@ -163,7 +163,7 @@ def tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def untouched(value: Any, path: str, who: str) -> Iterator[None]:
-    """Raises `Mend` where what is inside changes a tensor of `value`, where it is, or whether it takes a gradient."""
+    """Raises `CheckFailed` where the block changes a tensor of `value`, where it is, or whether it takes a gradient."""
     before = {where: (x, x.detach().clone(), x.requires_grad, x.grad) for where, x in tensors(value, path)}
     yield
     after = dict(tensors(value, path))
@@ -189,7 +189,7 @@ def state_of(module: nn.Module) -> dict[str, tuple[Tensor, bool, bool]]:
 
 @contextmanager
 def unmoved(module: nn.Module, who: str, *, values: bool = True) -> Iterator[None]:
-    """Raises `Mend` where what is inside changes a module's tensors (`values`), what takes a gradient, or its mode."""
+    """Raises `CheckFailed` where the block changes a module's tensors (`values`), their `requires_grad` or its mode."""
     before, modes = state_of(module), [part.training for part in module.modules()]
     yield
     after = state_of(module)

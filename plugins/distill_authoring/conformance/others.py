@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from distill_authoring.conformance import surroundings
 from distill_authoring.conformance.modules import close, unmoved, untouched
-from distill_authoring.conformance.suite import Case, DoesNotFit, Mend, checks, require
+from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, require
 from distill_core.batch import Sample
 from distill_core.contracts.tracker import TrackerConfig
-from distill_core.contracts.weights import Loaded
+from distill_core.contracts.weights import LoadReport
 from distill_core.data.opening import is_local
 from distill_core.data.shards import Shards
 from distill_core.errors import DataError, UserError
@@ -195,7 +195,7 @@ def shards(case: Case) -> None:
             found = {split: source.sets(split) for split in case.cls.splits(case.config) or ("train",)}
             samples = {split: source.samples(split) for split in found}
         except DataError as error:
-            raise DoesNotFit(f"the example has no data here: {error}") from error
+            raise NotApplicable(f"the example has no data here: {error}") from error
         for split, sets in found.items():
             require(
                 isinstance(sets, dict) and all(isinstance(names, list) for names in sets.values()),
@@ -229,7 +229,7 @@ def pickling(case: Case) -> None:
     require(pickle.loads(pickle.dumps(case.cls(case.config))).config == case.config, "its options do not survive")
 
 
-@checks("evaluation")
+@checks("task")
 def scores(case: Case) -> None:
     """Scores are finite numbers by name, the same each time, of one set and of two."""
     with tempfile.TemporaryDirectory() as folder:
@@ -287,7 +287,7 @@ def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterab
     return model, samples, samples[: len(samples) - 1]
 
 
-@checks("evaluation")
+@checks("task")
 def nothing_to_score(case: Case) -> None:
     """A set without a sample raises DataError, not an error of torch."""
     model = (case.cls.example(case.config) or (surroundings.model(),))[0]
@@ -296,8 +296,8 @@ def nothing_to_score(case: Case) -> None:
     except UserError:
         return
     except Exception as error:
-        raise Mend(f"a set without a sample raises {type(error).__name__}: {error}; raise DataError") from error
-    raise Mend("a set without a sample must raise DataError: there is nothing to score")
+        raise CheckFailed(f"a set without a sample raises {type(error).__name__}: {error}; raise DataError") from error
+    raise CheckFailed("a set without a sample must raise DataError: there is nothing to score")
 
 
 PATIENCE = 5.0
@@ -367,7 +367,7 @@ def _track(case: Case, entered: list[str]) -> None:
             gc.collect()  # what it still holds open would otherwise look for its folder when that is gone
 
 
-@checks("init")
+@checks("weights")
 def refusal(case: Case) -> None:
     """What cannot be loaded raises UserError and leaves the model as it was; else it names what it loaded."""
     objective = surroundings.objective()
@@ -380,13 +380,15 @@ def refusal(case: Case) -> None:
         moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
         require(not moved, f"it raises UserError after it has changed {', '.join(moved[:3])}")
         return
-    except Mend:
+    except CheckFailed:
         raise
     except Exception as error:
-        raise Mend(f"weights that cannot be loaded raise {type(error).__name__}: {error}; raise UserError") from error
-    require(isinstance(loaded, Loaded), "`apply` must return Loaded(line, names)")
+        raise CheckFailed(
+            f"weights that cannot be loaded raise {type(error).__name__}: {error}; raise UserError"
+        ) from error
+    require(isinstance(loaded, LoadReport), "`apply` must return LoadReport(line, names)")
     after = objective.state_dict()
     silent = [name for name, x in before.items() if name not in loaded.names and not torch.equal(x, after[name])]
-    require(not silent, f"it changes {', '.join(silent[:3])}, and Loaded.names does not say so")
+    require(not silent, f"it changes {', '.join(silent[:3])}, and LoadReport.names does not say so")
     unknown = sorted(loaded.names - set(after))
     require(not unknown, f"it says that it loaded {', '.join(unknown[:3])}, which the model has not")

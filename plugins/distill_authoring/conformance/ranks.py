@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from distill_authoring.conformance.suite import DoesNotFit, Mend
+from distill_authoring.conformance.suite import CheckFailed, NotApplicable
 
 PATIENCE = 60.0
 """Seconds that ranks wait for each other."""
@@ -61,7 +61,7 @@ class _Ranks:
             ready = select(list(waiting), [], [], _GRACE if problems else PATIENCE)[0]
             if not ready:
                 self.stop()
-                hang = Mend("two ranks wait for each other: every rank must make the same collectives")
+                hang = CheckFailed("two ranks wait for each other: every rank must make the same collectives")
                 raise problems[0] if problems else hang
             for end in ready:
                 rank = waiting.pop(end)
@@ -69,7 +69,7 @@ class _Ranks:
                     problem, found[rank] = pickle.load(end)
                 except EOFError:
                     self.stop()
-                    raise Mend(f"the process of rank {rank} of two ends") from None
+                    raise CheckFailed(f"the process of rank {rank} of two ends") from None
                 if problem is not None:
                     problems.append(problem)
         if problems:
@@ -104,13 +104,13 @@ def stop() -> None:
 def on_two_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
     """What a function of a module returns for the arguments of rank 0 and of rank 1.
 
-    Raises `Mend` where it raises on a rank, or the ranks wait for each other in vain, and `DoesNotFit` where the other
-    processes cannot import what is in the arguments.
+    Raises `CheckFailed` where it raises on a rank, or the ranks wait for each other in vain, and `NotApplicable` where
+    the other processes cannot import what is in the arguments.
     """
     try:
         jobs = [pickle.dumps((function, given)) for given in arguments]
     except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise DoesNotFit(f"other processes cannot import it by its name: {error}") from error
+        raise NotApplicable(f"other processes cannot import it by its name: {error}") from error
     if not _started or _started[0].stopped:
         _started[:] = [_Ranks()]
     return _started[0].run(jobs)
@@ -142,8 +142,8 @@ def _answer(rank: int, job: bytes) -> tuple[Exception | None, Any]:
     try:
         function, arguments = pickle.loads(job)
     except (ImportError, AttributeError) as error:
-        return DoesNotFit(f"other processes cannot import it by its name: {error}"), None
+        return NotApplicable(f"other processes cannot import it by its name: {error}"), None
     try:
         return None, function(*arguments)
     except Exception as error:
-        return Mend(f"rank {rank} of two raises {type(error).__name__}: {error}"), None
+        return CheckFailed(f"rank {rank} of two raises {type(error).__name__}: {error}"), None

@@ -40,18 +40,18 @@ class Result:
         return asdict(self)
 
 
-class Mend(Exception):
+class CheckFailed(Exception):
     """A check failed; the message says what to mend."""
 
 
-class DoesNotFit(Exception):
+class NotApplicable(Exception):
     """A check has nothing to check on this component; the message says why."""
 
 
 def require(condition: object, message: str) -> None:
-    """Raises `Mend` where the condition does not hold."""
+    """Raises `CheckFailed` where the condition does not hold."""
     if not condition:
-        raise Mend(message)
+        raise CheckFailed(message)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Check:
-    """A function that raises `Mend`; `once` where it looks at the class and not at an example."""
+    """A function that raises `CheckFailed`; `once` where it looks at the class and not at an example."""
 
     name: str
     about: str
@@ -145,9 +145,9 @@ def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, st
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             one.run(subject)
-    except Mend as error:
+    except CheckFailed as error:
         return "failed", f"{error}{_notes(error)}{_shown(subject, cls)}"
-    except DoesNotFit as error:
+    except NotApplicable as error:
         return "skipped", str(error)
     except NotImplementedError as error:
         return "failed", f"{error or 'NotImplementedError'}: write it{_shown(subject, cls)}"
@@ -162,7 +162,7 @@ def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, st
 
 @contextmanager
 def _process_untouched() -> Iterator[None]:
-    """What belongs to the process is put back, and raises `Mend` where a component has changed it."""
+    """What belongs to the process is put back, and raises `CheckFailed` where a component has changed it."""
 
     def state() -> dict[str, Any]:
         return {

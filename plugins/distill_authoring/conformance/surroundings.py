@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from distill_authoring.conformance.inputs import DIM, WIDTH, modality
 from distill_core.batch import GLOBAL, Group, Sample, View, Views
 from distill_core.contracts.component import ComponentConfig
-from distill_core.data.stream import number
+from distill_core.data.stream import stable_hash
 from distill_core.errors import BadSample
-from distill_core.interfaces import Augmentation, Backbone, Collator, Dims, Loss, LossConfig
+from distill_core.interfaces import Augmentation, Backbone, BackboneSpec, Collator, Loss, LossConfig
 from distill_core.model import Model
 from distill_core.objective import Objective
 from distill_core.outputs import Features, Outputs
@@ -36,19 +36,19 @@ class Items(Augmentation):
         """One global view."""
         return (GLOBAL,)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The plain view."""
-        return [self.plain(self.read(sample)[0])]
+        return [self.eval_view(self.decode(sample)[0])]
 
-    def read(self, sample: Sample, field: str | None = None) -> list[Any]:
+    def decode(self, sample: Sample, field: str | None = None) -> list[Any]:
         """One item."""
         if "number" not in sample:
             raise BadSample("no number")
         return [sample["number"].decode() if field is None else f"word {int(sample['number']) % 2}"]
 
-    def plain(self, item: Any) -> View:
+    def eval_view(self, item: Any) -> View:
         """[W]."""
-        return View(torch.from_numpy(np.random.default_rng(number(item)).standard_normal(WIDTH, dtype=np.float32)))
+        return View(torch.from_numpy(np.random.default_rng(stable_hash(item)).standard_normal(WIDTH, dtype=np.float32)))
 
 
 class Linear(Backbone):
@@ -61,9 +61,9 @@ class Linear(Backbone):
         self.map = nn.Linear(WIDTH, DIM)
 
     @classmethod
-    def dims(cls, config: ComponentConfig) -> Dims:
+    def spec(cls, config: ComponentConfig) -> BackboneSpec:
         """W and D of the checks."""
-        return Dims(WIDTH, DIM)
+        return BackboneSpec(WIDTH, DIM)
 
     @classmethod
     def collator(cls, config: ComponentConfig) -> Collator:

@@ -35,7 +35,7 @@ class Stumbles(CaptionAugmentation):
     def roles(cls, config: CaptionConfig) -> tuple[str, ...]:
         return ("global",)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         if sample["__key__"] == "train-1-2":
             raise ZeroDivisionError("a slip of the plugin")
         return [View("a bird")]

@@ -17,7 +17,7 @@ OVERRIDES = [
     ["train.optimizer.lr=1e-5", "train.optimizer.eps=1e-12", "train.lr_factors={backbone.text: 0.1}"],
     ["loss.0.id=first", "loss.0.max_scale=.inf", "tracking=null", "freeze=[backbone.text]"],
     ["loss.0.weight=1e-7", "train.checkpoint={every: null, keep: 7}", "evaluate=null", "name=other", "seed=7"],
-    ["loss.1={name: clip, id: first}", "loss.0=null", "init.0={name: weights, source: 'off'}"],
+    ["loss.1={name: clip, id: first}", "loss.0=null", "weights.0={name: state_dict, source: 'off'}"],
 ]
 
 

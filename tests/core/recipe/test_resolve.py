@@ -10,7 +10,7 @@ from base_recipe import BASE, Check, Errors
 from distill_core import hookimpl
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import RecipeErrors
-from distill_core.interfaces import Backbone, Dims, Loss, LossConfig
+from distill_core.interfaces import Backbone, BackboneSpec, Loss, LossConfig
 from distill_core.plan import Needs
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
@@ -247,8 +247,8 @@ class _Pooled(Backbone):
     Config = _PooledConfig
 
     @classmethod
-    def dims(cls, config):
-        return Dims(16, 16, has_tokens=False)
+    def spec(cls, config):
+        return BackboneSpec(16, 16, has_tokens=False)
 
     @classmethod
     def collator(cls, config):
@@ -438,8 +438,8 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(
                 raise RuntimeError("no storage")
 
         @classmethod
-        def dims(cls, config: ComponentConfig) -> Dims:
-            return Dims(16, 16)
+        def spec(cls, config: ComponentConfig) -> BackboneSpec:
+            return BackboneSpec(16, 16)
 
         @classmethod
         def collator(cls, config: ComponentConfig) -> Any:

@@ -65,10 +65,10 @@ def test_show_gives_back_the_picture(registry: Registry) -> None:
     cls = registry.get("augmentation", "multi_crop").cls
     augmentation: Any = cls(cls.Config(size=24))  # type: ignore[call-arg]
     pixels = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(augmentation.show(augmentation.plain(pixels))), pixels)
+    assert np.array_equal(np.asarray(augmentation.render(augmentation.eval_view(pixels))), pixels)
     text: Any = registry.get("augmentation", "text_crop").cls
-    assert text(text.Config()).show(View("a red bird")) == "a red bird"
-    assert text(text.Config()).show(View(torch.zeros(3))) is None
+    assert text(text.Config()).render(View("a red bird")) == "a red bird"
+    assert text(text.Config()).render(View(torch.zeros(3))) is None
 
 
 def test_a_sheet() -> None:
@@ -92,13 +92,13 @@ class Given:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def read(self, sample: Any, field: str | None = None) -> list[Any]:
+    def decode(self, sample: Any, field: str | None = None) -> list[Any]:
         return json.loads(sample["json"])[self.name]
 
-    def plain(self, item: Any) -> View:
+    def eval_view(self, item: Any) -> View:
         return View(item)
 
-    def show(self, view: View) -> str:
+    def render(self, view: View) -> str:
         return f"{self.name} {view.data}"
 
 

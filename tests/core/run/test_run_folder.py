@@ -186,7 +186,7 @@ def test_pictures_that_cannot_be_made_cost_pictures_alone(
         raise RuntimeError("no eyes")
 
     monkeypatch.setattr(more.get("augmentation", "multi_crop").cls, "show", fails)
-    monkeypatch.setattr(more.get("evaluation", "retrieval").cls, "media", fails)
+    monkeypatch.setattr(more.get("task", "retrieval").cls, "media", fails)
     folder, errors = run("tracking={name: keeps}")
     assert_complete(folder)
     assert errors.count("warning") == 1

@@ -40,7 +40,7 @@ class Slips(CaptionAugmentation):
     def roles(cls, config: CaptionConfig) -> tuple[str, ...]:
         return ("global",)
 
-    def views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         Slips.made += 1
         if WHERE == "batch" and distributed.rank() == 1 and Slips.made > STEP * BATCH:
             raise ZeroDivisionError("a slip of the plugin")

@@ -7,14 +7,14 @@ from components_to_check.seeded_later import HashOfTheKey
 from my_plugin.views import Noisy
 
 
-@broken("roles", "`views` makes .*, `roles` says")
+@broken("roles", "`train_views` makes .*, `roles` says")
 class WrongRoles(Noisy):
     @classmethod
     def roles(cls, config):
         return ("global",)
 
-    def views(self, sample, rng):
-        return [*super().views(sample, rng), *super().views(sample, rng)]
+    def train_views(self, sample, rng):
+        return [*super().train_views(sample, rng), *super().train_views(sample, rng)]
 
 
 @broken("roles", "global views come first")
@@ -26,17 +26,17 @@ class LocalsFirst(Noisy):
 
 @broken("determinism", "draw from `rng` alone")
 class GlobalRandom(Noisy):
-    def views(self, sample, rng):
-        return super().views(sample, np.random.default_rng(np.random.randint(1 << 30)))
+    def train_views(self, sample, rng):
+        return super().train_views(sample, np.random.default_rng(np.random.randint(1 << 30)))
 
 
 @broken("determinism", "keep nothing between samples")
 class Remembers(Noisy):
     seen = 0
 
-    def views(self, sample, rng):
+    def train_views(self, sample, rng):
         self.seen += 1
-        return super().views(sample, np.random.default_rng(self.seen))
+        return super().train_views(sample, np.random.default_rng(self.seen))
 
 
 @broken("pickling", "pickle")
@@ -46,25 +46,25 @@ class HoldsLambda(Noisy):
         self.scale = lambda x: x
 
 
-@broken("sample_untouched", "`views` changes the sample")
+@broken("sample_untouched", "`train_views` changes the sample")
 class Consumes(Noisy):
-    def views(self, sample, rng):
-        made = super().views(sample, rng)
+    def train_views(self, sample, rng):
+        made = super().train_views(sample, rng)
         sample.pop("left")
         return made
 
 
-@broken("evaluation_view", "`plain` must give the same view each time")
+@broken("evaluation_view", "`eval_view` must give the same view each time")
 class NoisyPlain(Noisy):
-    def plain(self, item):
-        view = super().plain(item)
+    def eval_view(self, item):
+        view = super().eval_view(item)
         view.data.add_(torch.randn(()))
         return view
 
 
-@broken("bad_samples", "`views` of a sample with no field raises KeyError.*raise BadSample")
+@broken("bad_samples", "`train_views` of a sample with no field raises KeyError.*raise BadSample")
 class KeyErrors(Noisy):
-    def read(self, sample, field=None):
+    def decode(self, sample, field=None):
         return [np.frombuffer(sample[field or self.config.field], dtype=np.float32)]
 
 

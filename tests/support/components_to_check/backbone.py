@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import dropout
 
 from distill_core.interfaces import (
-    Dims,
+    BackboneSpec,
 )
 from distill_core.outputs import Features
 
@@ -54,8 +54,8 @@ class RandomMasks(MaskingTower):
 @broken("shapes", r"pooled is \[2, 3, 8\], not \[V, B, D\] = \[2, 3, 9\]")
 class WrongDim(Tower):
     @classmethod
-    def dims(cls, config):
-        return Dims(config.width, config.dim + 1)
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim + 1)
 
 
 @broken("shapes", "has a mask and no tokens|must be bool")
@@ -73,13 +73,13 @@ class NeedsASample(Tower):
         return features
 
 
-@broken("need", "give those asked for")
+@broken("tokens_of", "give those asked for")
 class AllTokens(Tower):
-    def forward(self, views, *, need=(), masked=False):
-        return super().forward(views, need=range(len(views)), masked=masked)
+    def forward(self, views, *, tokens_of=(), masked=False):
+        return super().forward(views, tokens_of=range(len(views)), masked=masked)
 
 
-@broken("need", "pooled changes with need")
+@broken("tokens_of", "pooled changes with tokens_of")
 class NeedChanges(Tower):
     def encode(self, x, *, tokens, token_mask):
         features = super().encode(x, tokens=tokens, token_mask=token_mask)

@@ -2,10 +2,10 @@
 
 import torch
 from my_plugin.data import Waves
-from my_plugin.evaluation import Agreement
 from my_plugin.fusion import MeanFusion
 from my_plugin.loss import Match
 from my_plugin.schedule import Linear
+from my_plugin.task import Agreement
 from my_plugin.tower import Tower, stack
 from my_plugin.views import Noisy
 from torch import nn
@@ -14,8 +14,8 @@ from distill_core.batch import Group, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.tracker import Tracker
-from distill_core.contracts.weights import Initializer, Loaded
-from distill_core.interfaces import Backbone, Dims, Loss
+from distill_core.contracts.weights import LoadReport, WeightLoader
+from distill_core.interfaces import Backbone, BackboneSpec, Loss
 from distill_core.outputs import Features
 from distill_core.plan import Needs
 from distill_core.system.distributed import all_gather, rank
@@ -48,7 +48,7 @@ class Silent(Tracker):
         self.folder = None
 
 
-class Zeros(Initializer):
+class Zeros(WeightLoader):
     """Starts the first backbone at zero."""
 
     name = "zeros"
@@ -57,7 +57,7 @@ class Zeros(Initializer):
         names = [name for name in objective.state_dict() if name.startswith("backbone.first.")]
         state = objective.state_dict()
         objective.load_state_dict({name: torch.zeros_like(state[name]) for name in names}, strict=False)
-        return Loaded("zeros", frozenset(names))
+        return LoadReport("zeros", frozenset(names))
 
 
 class MaskingTower(Tower):
@@ -70,8 +70,8 @@ class MaskingTower(Tower):
         self.hidden = nn.Parameter(torch.randn(config.width))
 
     @classmethod
-    def dims(cls, config):
-        return Dims(config.width, config.dim, can_mask=True)
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim, can_mask=True)
 
     @classmethod
     def collator(cls, config):
@@ -144,8 +144,8 @@ class Telling(Tower):
         return x.new_full((len(x), 2, count), 1 / count)
 
     @classmethod
-    def dims(cls, config):
-        return Dims(config.width, config.dim, dense=("plain",))
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim, dense=("plain",))
 
     def dense(self, x, *, attention):
         found = self.encode(x, tokens=True, token_mask=None)
@@ -175,8 +175,8 @@ class Words(Backbone):
         self.project = nn.Linear(config.width, config.dim)
 
     @classmethod
-    def dims(cls, config):
-        return Dims(config.width, config.dim)
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim)
 
     @classmethod
     def collator(cls, config):

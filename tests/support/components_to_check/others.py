@@ -5,10 +5,10 @@ from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
 from components_to_check.seeded_others import DecaysNorms, IgnoresTheSchedule
 from my_plugin.data import Waves
-from my_plugin.evaluation import Agreement
 from my_plugin.schedule import Linear
+from my_plugin.task import Agreement
 
-from distill_core.contracts.weights import Loaded
+from distill_core.contracts.weights import LoadReport
 from distill_core.errors import UserError
 
 
@@ -113,7 +113,7 @@ class HalfLoaded(Zeros):
 @broken("refusal", "names what it loaded|which the model has not")
 class Invents(Zeros):
     def apply(self, objective):
-        return Loaded("all", frozenset({"backbone.third.weight"}))
+        return LoadReport("all", frozenset({"backbone.third.weight"}))
 
 
 @broken("refusal", "raise FileNotFoundError.*raise UserError")

@@ -10,17 +10,17 @@ import torch.distributed as dist
 from components_to_check.good import Centred, Fill, MaskingTower, Sgd, Silent, TokenMatch, TwoRates, Words, Zeros, pad
 from components_to_check.seeded import seeded
 from my_plugin.data import Waves
-from my_plugin.evaluation import Agreement
 from my_plugin.fusion import MeanFusion
 from my_plugin.loss import Match
 from my_plugin.schedule import Linear
+from my_plugin.task import Agreement
 from my_plugin.tower import Tower
 from my_plugin.views import Noisy
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from distill_core.batch import View
-from distill_core.interfaces import Dims
+from distill_core.interfaces import BackboneSpec
 from distill_core.outputs import Features, Fused
 from distill_core.plan import Needs
 from distill_core.system.distributed import rank, world_size
@@ -289,8 +289,8 @@ class CollatorSorts(Words):
 @held("unequal W and D")
 class SwappedDims(Tower):
     @classmethod
-    def dims(cls, config):
-        return Dims(config.dim, config.width)
+    def spec(cls, config):
+        return BackboneSpec(config.dim, config.width)
 
 
 @held("no class tokens")
@@ -358,27 +358,27 @@ class HidesForEverybody(MaskingTower):
 
 @held("nondeterminism")
 class HashOfTheKey(Noisy):
-    def views(self, sample, rng):
-        return super().views(sample, np.random.default_rng(abs(hash(sample["__key__"]))))
+    def train_views(self, sample, rng):
+        return super().train_views(sample, np.random.default_rng(abs(hash(sample["__key__"]))))
 
 
 @held("nondeterminism")
 class SeedOfTheClock(Noisy):
-    def views(self, sample, rng):
-        return super().views(sample, np.random.default_rng(time.time_ns()))
+    def train_views(self, sample, rng):
+        return super().train_views(sample, np.random.default_rng(time.time_ns()))
 
 
 @held("roles not together")
 class SourcesBeforeRoles(Noisy):
-    def views(self, sample, rng):
-        made = super().views(sample, rng)
+    def train_views(self, sample, rng):
+        made = super().train_views(sample, rng)
         return [made[0], made[2], made[1]]
 
 
 @held("in-place change")
 class CutsTheSample(Noisy):
-    def views(self, sample, rng):
-        made = super().views(sample, rng)
+    def train_views(self, sample, rng):
+        made = super().train_views(sample, rng)
         sample[self.config.field] = sample[self.config.field][:4]
         return made
 
@@ -392,8 +392,8 @@ class HoldsALock(Waves):
 
 @held("non-picklable")
 class ViewsOfGenerators(Noisy):
-    def views(self, sample, rng):
-        return [View((x for x in v.data.tolist()), v.role, v.source) for v in super().views(sample, rng)]
+    def train_views(self, sample, rng):
+        return [View((x for x in v.data.tolist()), v.role, v.source) for v in super().train_views(sample, rng)]
 
 
 @held("optimizer")
@@ -456,7 +456,7 @@ class CountsShards(Waves):
         super()._write(path, 16, rng)
 
 
-@held("evaluation changes the model")
+@held("task changes the model")
 class LeavesGradients(Agreement):
     def run(self, model, sets):
         found = super().run(model, sets)
@@ -465,7 +465,7 @@ class LeavesGradients(Agreement):
         return found
 
 
-@held("evaluation changes the model")
+@held("task changes the model")
 class TakesTheTeachersBackbones(Agreement):
     def run(self, model, sets):
         found = super().run(model, sets)
@@ -473,7 +473,7 @@ class TakesTheTeachersBackbones(Agreement):
         return found
 
 
-@held("evaluation changes the model")
+@held("task changes the model")
 class SmallBatches(Agreement):
     def run(self, model, sets):
         model.batch_size = 1
@@ -496,7 +496,7 @@ class NormalizesMedia(Silent):
         recipe["name"] = name.upper()
 
 
-@held("init that hides what it loaded")
+@held("weights that hides what it loaded")
 class FreezesWhatItLoads(Zeros):
     def apply(self, objective):
         objective.backbone["first"].requires_grad_(False)

@@ -8,29 +8,29 @@ import torch
 from components_to_check.good import Sgd, Silent, Zeros
 from components_to_check.seeded import seeded
 from my_plugin.data import Waves
-from my_plugin.evaluation import Agreement
 from my_plugin.schedule import Linear
+from my_plugin.task import Agreement
 from my_plugin.views import Noisy
 
 from distill_core.batch import View
-from distill_core.contracts.weights import Loaded
+from distill_core.contracts.weights import LoadReport
 
 
 @seeded("nondeterminism")
 class CountsItsViews(Noisy):
     numbers = itertools.count()
 
-    def views(self, sample, rng):
-        return [View(v.data + next(self.numbers) % 7, v.role, v.source) for v in super().views(sample, rng)]
+    def train_views(self, sample, rng):
+        return [View(v.data + next(self.numbers) % 7, v.role, v.source) for v in super().train_views(sample, rng)]
 
 
 @seeded("in-place change")
 class PlainWritesTheItem(Noisy):
-    def read(self, sample, field=None):
-        return [np.array(super().read(sample, field)[0])]
+    def decode(self, sample, field=None):
+        return [np.array(super().decode(sample, field)[0])]
 
-    def plain(self, item):
-        view = super().plain(item)
+    def eval_view(self, item):
+        view = super().eval_view(item)
         np.clip(item, -0.1, 0.1, out=item)
         return view
 
@@ -41,8 +41,8 @@ class OneBufferForAll(Noisy):
         super().__init__(config)
         self.buffer = torch.zeros(3, config.length)
 
-    def views(self, sample, rng):
-        made = super().views(sample, rng)
+    def train_views(self, sample, rng):
+        made = super().train_views(sample, rng)
         for row, view in zip(self.buffer, made, strict=True):
             row.copy_(view.data)
         return [View(row, v.role, v.source) for row, v in zip(self.buffer, made, strict=True)]
@@ -144,7 +144,7 @@ class ShardTwice(Waves):
         super()._write(path, samples // 2, rng)
 
 
-@seeded("evaluation changes the model")
+@seeded("task changes the model")
 class LeavesEvalMode(Agreement):
     def run(self, model, sets):
         for module in model.backbone.values():
@@ -152,7 +152,7 @@ class LeavesEvalMode(Agreement):
         return super().run(model, sets)
 
 
-@seeded("evaluation changes the model")
+@seeded("task changes the model")
 class FreezesTheModel(Agreement):
     def run(self, model, sets):
         for module in model.backbone.values():
@@ -160,7 +160,7 @@ class FreezesTheModel(Agreement):
         return super().run(model, sets)
 
 
-@seeded("evaluation changes the model")
+@seeded("task changes the model")
 class TurnsGradientsOff(Agreement):
     def run(self, model, sets):
         torch.set_grad_enabled(False)
@@ -177,8 +177,8 @@ class CentresEmbeddings(Agreement):
         return scores
 
 
-@seeded("init that hides what it loaded")
+@seeded("weights that hides what it loaded")
 class NamesTooFew(Zeros):
     def apply(self, objective):
         loaded = super().apply(objective)
-        return Loaded(loaded.line, frozenset(list(loaded.names)[:1]))
+        return LoadReport(loaded.line, frozenset(list(loaded.names)[:1]))

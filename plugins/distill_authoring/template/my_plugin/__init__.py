@@ -9,11 +9,11 @@ distill_api = 1
 def distill_components():
     """One component of each kind."""
     from my_plugin.data import Waves
-    from my_plugin.evaluation import Agreement
     from my_plugin.fusion import MeanFusion
     from my_plugin.loss import Match
     from my_plugin.optimizer import Sgd
     from my_plugin.schedule import Linear
+    from my_plugin.task import Agreement
     from my_plugin.tower import Tower
     from my_plugin.tracker import Csv
     from my_plugin.views import Noisy

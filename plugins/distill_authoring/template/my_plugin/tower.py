@@ -9,7 +9,7 @@ from torch import nn
 
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, Dims
+from distill_core.interfaces import Backbone, BackboneSpec
 from distill_core.outputs import Features
 
 Positive = Annotated[int, Field(gt=0)]
@@ -52,9 +52,9 @@ class Tower(Backbone):
         self.project = nn.Linear(config.length // config.patch * width, config.dim)
 
     @classmethod
-    def dims(cls, config):
+    def spec(cls, config):
         """Known before anything is built."""
-        return Dims(config.width, config.dim)
+        return BackboneSpec(config.width, config.dim)
 
     @classmethod
     def collator(cls, config):

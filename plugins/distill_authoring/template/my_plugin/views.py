@@ -39,9 +39,9 @@ class Noisy(Augmentation):
         """What check-plugin feeds it."""
         return {config.field: rng.standard_normal(config.length, dtype=np.float32).tobytes()}
 
-    def views(self, sample, rng):
+    def train_views(self, sample, rng):
         """All randomness comes from `rng`: the same sample and seed give the same views."""
-        signal = self.read(sample)[0]
+        signal = self.decode(sample)[0]
         views = []
         for i, role in enumerate(self.roles(self.config)):
             strength = self.config.noise * (2 if role == LOCAL else 1)
@@ -49,7 +49,7 @@ class Noisy(Augmentation):
             views.append(View(torch.from_numpy(noisy.astype(np.float32)), role, i))
         return views
 
-    def read(self, sample, field=None):
+    def decode(self, sample, field=None):
         """[length], float32; a sample that cannot be used is skipped and counted."""
         name = field or self.config.field
         if name not in sample:
@@ -58,7 +58,7 @@ class Noisy(Augmentation):
             raise BadSample(f"{name!r} does not hold {self.config.length} float32 numbers")
         return [np.frombuffer(sample[name], dtype=np.float32)]
 
-    def plain(self, item):
+    def eval_view(self, item):
         """The view of evaluation: the signal as it is."""
         try:
             signal = np.array(item, dtype=np.float32)

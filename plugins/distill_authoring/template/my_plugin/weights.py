@@ -3,7 +3,7 @@
 import torch
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import Initializer, Loaded
+from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.errors import UserError
 
 
@@ -14,7 +14,7 @@ class ZerosConfig(ComponentConfig):
     """Path of the part that starts at zero, as `backbone.left.project`."""
 
 
-class Zeros(Initializer):
+class Zeros(WeightLoader):
     """All of one part is zero."""
 
     name = "my_plugin_zeros"
@@ -27,4 +27,4 @@ class Zeros(Initializer):
         if not state:
             raise UserError(f"my_plugin_zeros: {self.config.to!r} names no part of the model")
         objective.load_state_dict(state, strict=False)
-        return Loaded(f"{self.config.to}: {len(state)} tensors of zeros", frozenset(state))
+        return LoadReport(f"{self.config.to}: {len(state)} tensors of zeros", frozenset(state))

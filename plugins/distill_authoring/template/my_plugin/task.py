@@ -1,7 +1,7 @@
 """Scores of a trained model."""
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Evaluation
+from distill_core.contracts.task import Task
 from distill_core.errors import DataError
 
 
@@ -12,7 +12,7 @@ class AgreementConfig(ComponentConfig):
     """The two sides; null takes the recipe's first two."""
 
 
-class Agreement(Evaluation):
+class Agreement(Task):
     """Mean cosine of the two embeddings of a sample, times 100."""
 
     name = "my_plugin_agreement"

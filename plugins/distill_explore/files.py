@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_core.errors import UserError
+from distill_core.system.extras import install
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:
@@ -20,7 +21,7 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
     if path.suffix not in suffixes:
         raise UserError(f"--out {path}: ends in none of {', '.join(suffixes)}")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise UserError(f"--out {path}: parquet needs pyarrow: pip install pyarrow, or write .npy")
+        raise UserError(f"--out {path}: parquet needs pyarrow: {install('parquet')}, or write .npy")
     above = path.absolute().parent
     while not above.exists() and above != above.parent:
         above = above.parent

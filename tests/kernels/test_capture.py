@@ -146,9 +146,9 @@ def test_what_cannot_be_captured_is_seen(capture: Capture) -> None:
     """The test's own test: a copy to the host, a value read there, a size that depends on values; and the packed
     towers, whose lengths are read on the host, as docs/architecture.md says."""
     x = new(4, 8)
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+    with pytest.raises(NotImplementedError, match="meta"):
         x.cpu()
-    with pytest.raises(RuntimeError, match=r"item\(\) cannot be called on meta tensors"):
+    with pytest.raises(RuntimeError, match="meta"):
         x.sum().item()
     with pytest.raises(NotImplementedError, match="nonzero"):
         x.detach().nonzero()
@@ -157,5 +157,5 @@ def test_what_cannot_be_captured_is_seen(capture: Capture) -> None:
     with pytest.raises(NotCapturable, match="tensor copies values"):
         x.detach() + torch.tensor([0.0], device=x.device)
     qkv = new(20, 3, 2, 32)
-    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+    with pytest.raises(NotImplementedError, match="meta"):
         packed_attention(qkv, torch.empty(5, dtype=torch.int32, device="meta"))

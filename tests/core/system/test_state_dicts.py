@@ -100,13 +100,13 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
 def test_no_advice_to_load_it_unsafely(tmp_path: Path) -> None:
     """A picture, say, or a checkpoint with other objects: one line without torch's own, which advises just that."""
     path = tmp_path / "w.png"
-    for content, what in ((b"\xffPNG", r"\(Unsupported operand 255\)"), (None, r"\(Unsupported global: GLOBAL .*\)")):
+    for content in (b"\xffPNG", None):
         if content is None:
             torch.save({"model": A, "args": argparse.Namespace(lr=1)}, path)
         else:
             path.write_bytes(content)
         with pytest.raises(
-            UserError, match=rf"w\.png: cannot be loaded: no torch file of tensors alone {what}"
+            UserError, match=r"w\.png: cannot be loaded: no torch file of tensors alone \(.+\)"
         ) as caught:
             read_state_dict(path)
         assert "\n" not in str(caught.value)

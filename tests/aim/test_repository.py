@@ -56,6 +56,7 @@ def start(*arguments: object, script: str = TRACK + "tracker.finish(200)") -> su
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["full", "gone"])
 def test_a_process_ends_when_its_repository_takes_no_more(tmp_path: Path, how: str) -> None:
     """Aim's clean-up at exit waits for a thread of its own that has died: the process never ended."""
@@ -70,6 +71,7 @@ def test_a_process_ends_when_its_repository_takes_no_more(tmp_path: Path, how: s
     assert "warned: tracker 'aim' " in output
 
 
+@pytest.mark.slow
 def test_first_runs_at_once(tmp_path: Path) -> None:
     """As `distill ablate --jobs 3` begins. Would catch runs that meet a repository that another still makes."""
     begin = time.time() + 6
@@ -82,6 +84,7 @@ def test_first_runs_at_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [".aim", ".aim.lock", "a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_makes_the_repository(tmp_path: Path) -> None:
     """Would catch a half of it that stops every later run, and that lies about for good."""
     runs = tmp_path / "runs"

@@ -118,6 +118,7 @@ def test_the_repository_is_found_from_another_folder(tmp_path: Path, monkeypatch
     assert where(tmp_path / "runs" / "one")[0] == tmp_path / "aim"
 
 
+@pytest.mark.slow
 def test_a_branch_is_a_run_of_its_own_that_names_its_parent(tmp_path: Path) -> None:
     """Would catch curves of two branches in one run, and a resumed branch that goes on in its parent."""
     from aim import Repo

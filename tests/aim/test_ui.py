@@ -24,6 +24,8 @@ from distill_aim.commands import where
 from distill_core.cli import main
 from distill_core.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as end:

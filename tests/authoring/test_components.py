@@ -9,6 +9,8 @@ import pytest
 from distill_authoring.conformance import assert_conforms
 from distill_core.registry import Entry, Registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENTRIES = sorted(Registry.discover().entries.values(), key=lambda entry: (entry.plugin, entry.cls.kind, entry.cls.name))
 

@@ -15,6 +15,8 @@ from distill_core.cli import main
 from distill_core.contracts.kinds import INTERFACES
 from distill_core.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

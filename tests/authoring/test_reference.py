@@ -82,6 +82,7 @@ def test_nothing_generated_is_committed() -> None:
     assert not (ROOT / "docs" / "reference").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("material") is None, reason="needs the extra [docs]")
 def test_the_site_builds(tmp_path: Path) -> None:
     """Would catch a hook that mkdocs refuses, and pages that do not reach the site."""

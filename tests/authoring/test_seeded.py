@@ -17,6 +17,8 @@ from components_to_check.seeded import SEEDED
 
 from distill_authoring.conformance import assert_conforms, check, others, ranks
 
+pytestmark = pytest.mark.slow
+
 CLASSES = {
     "gradient into the teacher",
     "in-place change",

@@ -338,6 +338,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert loaded_by(["--help"], HEAVY) == []
 
 
+@pytest.mark.slow
 def test_listing_plugins_imports_torch_at_most() -> None:
     """Component modules import torch; torchvision, webdataset and aim are for inside functions (3.7 s against 1.8)."""
     assert loaded_by(["plugins"], ("torchvision", "torchdata", "webdataset", "aim", "matplotlib", "transformers")) == []

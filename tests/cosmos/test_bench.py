@@ -15,6 +15,8 @@ from distill_core.registry import Registry
 from distill_cosmos import bench
 from distill_cosmos.fusion import CrossAttention
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
 from distill_core.cli import main
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
+
+pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_have_one_centre_and_the_joint_gradients(tmp_path: Path, steps: ModuleType) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs"
 PROJECT = DOCS / "example_plugin"
 NAME = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["name"]

@@ -195,6 +195,7 @@ def start(cache: Path, kill_at: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize("kill_at", [5, 6])  # instead of a shard's rename, and of the manifest's after one
 def test_goes_on_after_a_kill(tmp_path: Path, small: EmojiSource, kill_at: int) -> None:
@@ -216,6 +217,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, small: EmojiSource, kill_at: int) 
     assert not list(folder.glob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, small: EmojiSource) -> None:
     both = [start(tmp_path, 0) for _ in range(2)]
     told = [one.communicate(timeout=60)[1] for one in both]

@@ -322,6 +322,7 @@ def test_a_command_line_that_is_not_one(distill: Distill, arguments: list[str], 
     assert ended.err.splitlines()[-1].startswith(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["run", "tiny.yaml"], ["plugins"], ["--help"]])
 def test_a_plugin_that_fails_to_import(
     tiny_recipe: Path, tmp_path: Path, install_plugin: Callable[[Path, Path], Path], command: list[str]

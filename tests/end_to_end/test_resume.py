@@ -26,6 +26,8 @@ from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
 from distill_core.train import Trainer
 
+pytestmark = pytest.mark.slow
+
 GATE = Path(__file__).with_name("gate")
 STEPS = 10
 EPOCH = 4  # steps, with 0 workers and with 2

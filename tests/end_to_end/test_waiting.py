@@ -23,6 +23,8 @@ import torch
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 90  # for what takes a few on a machine that is not busy
 STEPS = 6
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from emoji_packages import missing
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("hatchling", reason="needs hatchling to build the wheel")
 
 ROOT = Path(__file__).parents[2]

@@ -79,6 +79,7 @@ def test_the_plugin_is_named_and_left_out(
     assert WITHOUT not in os.environ, "the option holds for its own command"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_it(install: Callable[[str], Path], tiny_recipe: Path, tmp_path: Path) -> None:
     """In a process of its own, with a loader's worker: whatever that starts must leave out the same plugin."""
     site = install(BROKEN)

@@ -70,6 +70,7 @@ def pictures(folder: Path, count: int = 5) -> dict[str, np.ndarray]:
     return made
 
 
+@pytest.mark.slow
 def test_embed_writes_the_models_embeddings(run: Path, call: Call, tmp_path: Path) -> None:
     """Catches keys in another order than the rows, a broken picture that ends it, and a wrong tower."""
     made = pictures(tmp_path / "p")
@@ -88,6 +89,7 @@ def test_embed_writes_the_models_embeddings(run: Path, call: Call, tmp_path: Pat
     torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "e.npy")), expected)
 
 
+@pytest.mark.slow
 def test_embed_texts_of_shards(run: Path, call: Call, tmp_path: Path) -> None:
     """The second modality, of a source's split, by wildcard or as a recipe names it."""
     shards = run.parents[1] / "shards"
@@ -100,6 +102,7 @@ def test_embed_texts_of_shards(run: Path, call: Call, tmp_path: Path) -> None:
     assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
 
 
+@pytest.mark.slow
 def test_search_finds_the_nearest_and_draws_them(run: Path, call: Call, tmp_path: Path) -> None:
     made = pictures(tmp_path / "p")
     sheet = tmp_path / "out" / "sheet.png"
@@ -135,6 +138,7 @@ def test_search_finds_the_nearest_and_draws_them(run: Path, call: Call, tmp_path
     assert len(list((run / "embeddings").glob("*.npy"))) == 1, "what no search will read again is removed"
 
 
+@pytest.mark.slow
 def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path: Path) -> None:
     """What is most like a picture of the collection is that picture."""
     shard = run.parents[1] / "shards" / "test-000.tar"
@@ -151,6 +155,7 @@ def test_search_by_a_picture_tells_the_captions(run: Path, call: Call, tmp_path:
     assert done.stdout.splitlines()[-1] == f"{out}: the nearest 2 of 6 in {shard}"
 
 
+@pytest.mark.slow
 def test_search_of_texts(run: Path, call: Call, tmp_path: Path) -> None:
     """By a picture. Would catch texts drawn as pictures, and a picture's repr in the place of a text."""
     shard = run.parents[1] / "shards" / "test-000.tar"
@@ -169,6 +174,7 @@ def test_search_of_texts(run: Path, call: Call, tmp_path: Path) -> None:
         assert page.format == "JPEG"
 
 
+@pytest.mark.slow
 def test_a_search_replaces_no_picture_that_it_searches(run: Path, call: Call, tmp_path: Path) -> None:
     pictures(tmp_path)
     (tmp_path / "p0.png").rename(tmp_path / "search.png")
@@ -237,6 +243,7 @@ def test_items_of_one_key_are_told_apart(run: Path) -> None:
     assert found == {("test-0-2", 1): "test-0-2 1", ("test-0-1", 0): "test-0-1 0"}
 
 
+@pytest.mark.slow
 def test_a_source_is_read_as_in_a_recipe(run: Path, call: Call, tmp_path: Path) -> None:
     """Lists and ${NAME}: would catch an option that a recipe takes and this refuses."""
     source = "{name: webdataset, urls: ['${SHARDS}/train-*.tar'], test: ['${SHARDS}/test-*.tar']}"
@@ -246,6 +253,7 @@ def test_a_source_is_read_as_in_a_recipe(run: Path, call: Call, tmp_path: Path) 
     assert len((tmp_path / "e.keys.txt").read_text().split()) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_written_to_is_searched(run: Path, call: Call, tmp_path: Path) -> None:
     """Somebody else's. Would catch a search that ends because nothing can be kept."""
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("embeddings"))
@@ -272,6 +280,7 @@ def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> No
     assert "cannot be read" in bad[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

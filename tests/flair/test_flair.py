@@ -108,6 +108,7 @@ def test_which_texts_a_picture_meets() -> None:
         assert {place % 7 for place in row[:3]} == {i}
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_joint_batchs_terms_and_gradients(
     tmp_path: Path, step: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"

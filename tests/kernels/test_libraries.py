@@ -258,6 +258,7 @@ def test_packed_attention_takes_xformers_where_flash_has_no_kernel(
     assert choose(PACKED, "auto", packed_on_gpu(dtype)).name == expected
 
 
+@pytest.mark.slow
 def test_a_build_that_does_not_load_is_not_imported() -> None:
     """Importing xformers takes seconds, and warns where its build does not fit: its own note says so before."""
     program = """

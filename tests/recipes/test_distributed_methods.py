@@ -15,6 +15,8 @@ from beside import load_beside
 
 from distill_core.registry import Registry
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("distributed_methods.py")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 

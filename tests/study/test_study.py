@@ -18,6 +18,8 @@ from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_study.launch import in_use, state
 
+pytestmark = pytest.mark.slow
+
 GATE = Path(__file__).parents[1] / "end_to_end" / "gate"
 LESS = "{loss.1: null, fusion: null, teacher: null}"
 

@@ -74,6 +74,7 @@ def test_two_token_contrastive(steps: ModuleType) -> None:
     assert loss.logit_scale.item() == pytest.approx(math.log(100.0))
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, steps: ModuleType) -> None:
     """Catches negatives of one rank alone, of either caption."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(tmp_path)]

@@ -24,6 +24,8 @@ from distill_core.system.extras import install
 from distill_weights.formats import HfFormat, OpenClipFormat
 from tests.weights.conftest import RECIPE, call, objective
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["a boat", "the quiet old river, and a house!", "red " * 100]
 
 

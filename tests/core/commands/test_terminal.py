@@ -229,6 +229,7 @@ def test_a_task_that_begins_is_a_line_in_a_pipe(capsys: pytest.CaptureFixture[st
         assert capsys.readouterr().err == ("" if quiet else "scoring knn (student, test)\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colour_on_a_terminal(variables: dict[str, str], coloured: bool, tmp_path: Path) -> None:
     """A warning through a real terminal. Would catch NO_COLOR that is not heeded; piped output is in `test_doctor`."""
@@ -244,6 +245,7 @@ def test_colour_on_a_terminal(variables: dict[str, str], coloured: bool, tmp_pat
     assert ("\x1b[33m" in seen) == coloured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["plugins", "kernels", "plugins cross_attention"])
 def test_a_closed_pipe(command: str) -> None:
     """`distill ... | head -1`. click and rich each have an answer of their own to that."""
@@ -262,6 +264,7 @@ def test_a_closed_pipe(command: str) -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
+@pytest.mark.slow
 def test_components_on_a_narrow_terminal() -> None:
     """Nothing is cut off: `distill plugins` is where a newcomer reads what there is."""
     code = "from distill_core.cli import main; main(['plugins'])"

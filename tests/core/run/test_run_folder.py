@@ -346,6 +346,7 @@ def test_run_folders_do_not_overwrite_one_another(tiny_recipe: Path, more: Regis
         RunFolder.create(tmp_path / "file", recipe)
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
     """Would catch two resumes of one run that mix their rows and checkpoints."""
     tmp_path.mkdir(exist_ok=True)

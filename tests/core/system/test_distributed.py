@@ -22,6 +22,8 @@ from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
 from distill_core.train import Trainer
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).with_name("distributed_step.py")
 
 

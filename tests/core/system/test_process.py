@@ -24,6 +24,7 @@ print(before - resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
 def test_freed_memory_stays() -> None:
     """Two tensors of 200 MiB: without it they go back to the system, with it they do not."""

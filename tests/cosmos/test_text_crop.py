@@ -147,7 +147,7 @@ def test_fields_in_place_of_the_layouts() -> None:
 )
 def test_a_sample_without_a_caption_is_bad(bad: dict[str, Any]) -> None:
     with pytest.raises(BadSample):
-        crop().views(bad, np.random.default_rng(0))
+        crop().train_views(bad, np.random.default_rng(0))
 
 
 def test_evaluation_reads_the_whole_caption_or_a_field() -> None:
@@ -199,6 +199,6 @@ def test_sentences_keep_abbreviations_and_numbers_together() -> None:
 def test_evaluation_and_whole_captions_are_not_cut(split: str) -> None:
     """A text that is read as one must not become "3. 5 m"."""
     told = sample(txt=b"A tower of 3.5 m by J. S. Bach.</s>It stands\n")
-    assert crop(split=split).read(told) == ["A tower of 3.5 m by J. S. Bach. It stands"]
+    assert crop(split=split).decode(told) == ["A tower of 3.5 m by J. S. Bach. It stands"]
     whole = WholeCaption(TakeConfig.model_validate({"split": split}))
-    assert whole.views(told, np.random.default_rng(0))[0].data == "A tower of 3.5 m by J. S. Bach. It stands"
+    assert whole.train_views(told, np.random.default_rng(0))[0].data == "A tower of 3.5 m by J. S. Bach. It stands"

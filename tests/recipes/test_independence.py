@@ -37,7 +37,11 @@ METHODS = {
     "tips": {"tips", "dino"},
 }
 """A recipe's method, the first word of its name -> the methods' plugins that it is composed of."""
-STUDY_METHODS = {"cosmos_table5": {"cosmos", "cosmos_variants", "clip"}}
+STUDIES_OF = {
+    "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
+    "methods": set().union(*METHODS.values()) - {"pretrained"},
+}
+"""A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}
 
 Only = Callable[[Iterable[str]], Registry]
@@ -62,7 +66,7 @@ def test_the_table_names_plugins_and_methods_that_are_there() -> None:
     """Would catch a method without a recipe, and a plugin that was renamed."""
     assert NOT_SHARED < PLUGINS
     assert {recipe.stem.partition("_")[0] for recipe in RECIPES} == set(METHODS)
-    assert {study.stem for study in STUDIES} == set(STUDY_METHODS)
+    assert {study.stem for study in STUDIES} == set(STUDIES_OF)
     assert [name for name, methods in METHODS.items() if "cosmos" in methods] == ["cosmos"]
 
 
@@ -89,10 +93,10 @@ def test_a_study_needs_the_methods_that_it_compares(file: Path, only: Only) -> N
         document = read_document(file.read_text(encoding="utf-8"), str(file))
         check_study(make_study(document, file.parent, file.stem), only(methods))
 
-    check(STUDY_METHODS[file.stem])
-    for method in STUDY_METHODS[file.stem]:
+    check(STUDIES_OF[file.stem])
+    for method in STUDIES_OF[file.stem]:
         with pytest.raises(RecipeErrors):
-            check(STUDY_METHODS[file.stem] - {method})
+            check(STUDIES_OF[file.stem] - {method})
 
 
 def test_the_command_validates_clip_without_cosmos(

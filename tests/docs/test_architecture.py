@@ -18,6 +18,12 @@ FLOORS = 15
 """What the longest chain of imports may count, typing and imports in functions included. Lower it when it shrinks."""
 
 
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """Core's import graph."""
+    return graph(CORE)
+
+
 def test_what_the_map_names_exists_and_all_that_matters_is_named() -> None:
     """Would catch a page with a file that has moved, and a new plugin, folder or top-level file that is on no map."""
     named = mapped()
@@ -28,19 +34,18 @@ def test_what_the_map_names_exists_and_all_that_matters_is_named() -> None:
     assert expected - set(named) == set()
 
 
-def test_no_module_of_core_imports_in_a_circle() -> None:
+def test_no_module_of_core_imports_in_a_circle(imports: dict[str, set[str]]) -> None:
     """Types and imports in functions count: a circle there means that neither file can be read first."""
     try:
-        height = 1 + max(floors(graph(CORE)).values())
+        height = 1 + max(floors(imports).values())
     except graphlib.CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
     assert height <= FLOORS, f"the longest chain of imports has {height} modules"
 
 
-def test_top_level_files_import_only_what_the_map_has_below_them() -> None:
+def test_top_level_files_import_only_what_the_map_has_below_them(imports: dict[str, set[str]]) -> None:
     """Read top to bottom, the map goes from the command to the plain data: nothing imports upwards, through folders
     neither."""
-    imports = graph(CORE)
     order = [f"distill_core.{path.stem}" for path in mapped() if path.parent == CORE and path.suffix == ".py"]
     order.remove("distill_core.__init__")
     upwards = {
@@ -103,6 +108,7 @@ def in_words(paths: set[Path]) -> str:
     return "\n".join(sorted(str(path.relative_to(ROOT)) for path in paths))
 
 
+@pytest.mark.slow
 def test_the_path_of_a_step_is_listed(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs COSMOS and notes the files whose functions are called. Would catch a file that a step passes through and the
     page does not list, and one that it lists and no run passes through."""

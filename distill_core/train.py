@@ -16,6 +16,7 @@ from distill_core.data.shards import check, check_any
 from distill_core.data.stream import unseen
 from distill_core.errors import OtherRankFailed, RecipeErrors, TrainingStopped, UserError, counted, did_you_mean
 from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.evaluate.score import TaskScore, by_address, headlines
 from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.sections import Recipe, changes
@@ -65,7 +66,7 @@ class Result:
     """How a run ended: `signal` is None when it came to its end; `failed` names tasks that could not be scored."""
 
     folder: Path
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: list[TaskScore] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     signal: int | None = None
     unsaved: str | None = None
@@ -526,14 +527,14 @@ class Trainer:
             )
             self.folder.skip(self.step, evaluated.skipped, split)
         if evaluated.scores:
-            self.folder.log({"step": self.step, "split": split, "scores": evaluated.scores})
+            self.folder.log({"step": self.step, "split": split, "scores": evaluated.values})
             self.tracked.evaluated(self.step, split, evaluated)
         return evaluated
 
     def _validate(self) -> bool:
         """Evaluate on the validation split; whether this is the best so far."""
         evaluated = self._evaluate(self.recipe.evaluate.validation)
-        scores, name = evaluated.scores, self.recipe.train.checkpoint.best
+        scores, name = by_address(evaluated.scores), self.recipe.train.checkpoint.best
         for line in evaluated.failed:
             if line not in self._not_validated:  # what fails again and again is said once
                 self._warn(f"step {self.step}: not validated: {line}")
@@ -545,20 +546,17 @@ class Trainer:
                     f"train.checkpoint.best: no score {name!r}, so no best checkpoint is kept"
                     f"{did_you_mean(name, list(scores))}"
                 )
-        means = ", ".join(
-            f"{key} {value:.1f}"
-            for key, value in scores.items()
-            if key.count("/") == 2 and key.endswith(("/M", "/top1"))
-        )
-        if means:
-            self.display.say(f"step {self.step}, {self.recipe.evaluate.validation}: {means}")
+            elif name is not None and scores[name].higher_is_better is None:
+                self._warn(f"train.checkpoint.best: no value of {name!r} is better than another; no best is kept")
+        if line := ", ".join(f"{score.address} {score.text}" for score in headlines(evaluated.scores)):
+            self.display.say(f"step {self.step}, {self.recipe.evaluate.validation}: {line}")
         if name is None:
             return False
         # ranks may round a score differently, and rank 0 is the one to keep the checkpoint
         score = distributed.gather_objects(scores.get(name))[0]
-        if score is None or (self.best is not None and score <= self.best):
+        if score is None or not score.improves_on(self.best):
             return False
-        self.best = score
+        self.best = score.value
         return True
 
     _validated = False

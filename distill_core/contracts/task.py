@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distill_core.batch import Sample
 from distill_core.contracts.component import Component
 from distill_core.contracts.media import Media
+from distill_core.evaluate.score import Score
 
 if TYPE_CHECKING:
     from distill_core.evaluate.sets import EvaluationSet
@@ -37,23 +38,22 @@ class Task(Component, ABC):
         return None
 
     @abstractmethod
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """Scores by name: `SET/score`, and `score` for the mean over sets. Raises `DataError`.
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """Scores of each set, and those over sets (`mean_over_sets`) that summaries show. Raises `DataError`.
 
         The model may be one that is trained: its mode and tensors stay as they are, and so do the sets' embeddings.
         """
 
     def note(self) -> str:
-        """What to know to read the means, in a few words that stand below their table; asked for behind `run`.
+        """Caption of the table of means: unit, chance level, abbreviations. Called after `run`.
 
-        Their unit, what chance would score, what a short name means: 'percent; 10 classes, chance top1 10'. How many
-        sets they are means of is added.
+        For example 'percent; 10 classes, chance top1 10'. The sets that they are means of are added.
         """
         return ""
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
-        """What there is to see of it, for a tracker; asked for behind `run`, with the embeddings that it made.
+        """Images for a tracker, of about `samples` samples. Called after `run`, with the embeddings that it made.
 
-        About `samples` pictures. It may read tokens (`model.features(..., tokens_of=...)`) and call `model.fusion`.
+        It may read tokens (`model.features(..., tokens_of=...)`) and call `model.fusion`.
         """
         return ()

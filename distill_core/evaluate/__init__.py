@@ -1,1 +1,1 @@
-"""Evaluation: tasks, and the loop that runs a recipe's tasks on student and teacher."""
+"""Evaluation: sets of samples, their cached embeddings, scores, and the run of a recipe's tasks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def _tell(
         if evaluated.no_media is not None:
             warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
     if as_json:
-        click.echo(json.dumps(evaluated.scores, indent=1))
+        click.echo(json.dumps([asdict(score) for score in evaluated.scores], indent=1))
     elif evaluated.scores:
         title = f"{folder.name} ({checkpoint}) on {split}"
         print_scores(evaluated.scores, title, lines, notes=evaluated.notes, file=kept, full=full)
@@ -160,7 +161,7 @@ def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrid
         "split": recipe.evaluate.split,
         "tasks": tasks,
         "overrides": list(overrides),
-        "scores": evaluated.scores,
+        "scores": [asdict(score) for score in evaluated.scores],
         "notes": evaluated.notes,
         "failed": evaluated.failed,
         "skipped": [{"key": one.key, "url": one.url, "reason": one.reason} for one in evaluated.skipped],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from distill_core.batch import Sample, Skipped
 from distill_core.contracts.media import Media
@@ -13,6 +14,7 @@ from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.cache import EmbeddingCache
+from distill_core.evaluate.score import Score, TaskScore
 from distill_core.evaluate.sets import EvaluationSet, Watch
 from distill_core.model import Model
 from distill_core.recipe.sections import Node, Recipe
@@ -24,18 +26,23 @@ NAMED = 8
 
 @dataclass
 class Evaluated:
-    """`scores` by `SIDE/TASK/...`, one line for each task that failed, and the samples that could not be read."""
+    """Scores, a line for each task that failed, and the samples that could not be read."""
 
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: list[TaskScore] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
-    """Task -> what to know to read its means, of the tasks that say so."""
+    """Task id -> caption of its means."""
     failed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What tasks have to say of their scores, a line each."""
+    """What makes scores say less than they seem to, a line each."""
     media: list[Media] = field(default_factory=list)
     no_media: Exception | None = None
-    """Why there are no (more) pictures, where a task could not make them: scores do not suffer from it."""
+    """Why there are no (more) images: a task failed to make them. Its scores are unaffected."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """address -> value."""
+        return {score.address: score.value for score in self.scores}
 
 
 def evaluate(
@@ -76,8 +83,8 @@ def evaluate(
             except UserError as error:
                 result.failed.append(f"{node.path} ({node.id}): {error}")
                 break
-            result.scores |= {f"{side}/{node.id}/{name}": value for name, value in scores.items()}
-            if any("/" not in name for name in scores):
+            result.scores += [TaskScore(**asdict(score), side=side, task=node.id) for score in scores]
+            if any(score.set is None for score in scores):
                 words = (task.note(), _means_of([samples.name for samples in sets]))
                 if note := "; ".join(filter(None, words)):
                     result.notes[node.id] = note
@@ -112,9 +119,17 @@ def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
         return False
 
 
-def _run(task: Task, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+def _run(task: Task, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
     """Its scores. Raises `UserError` on every rank: one that gave up alone would go on to the next task alone."""
-    return distributed.raise_on_all_ranks(lambda: task.run(model, sets))
+
+    def scores() -> list[Score]:
+        found = task.run(model, sets)
+        counts = Counter(f"{score.set}/{score.name}" if score.set is not None else score.name for score in found)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise DataError(f"two scores have one name: {', '.join(twice)}; rename one, or the set")
+        return found
+
+    return distributed.raise_on_all_ranks(scores)
 
 
 def _means_of(names: Sequence[str]) -> str:

@@ -19,6 +19,8 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from distill_core.evaluate.score import TaskScore, means
+
 
 class Display:
     """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings."""
@@ -134,64 +136,49 @@ class Scoring:
         self._row = self._progress.add_task(self._task_name, total=total, count=what)
 
 
-def mean_table(scores: Mapping[str, float], title: str) -> Table:
-    """A row for each task's score, mean over sets (`SIDE/TASK/SCORE`), a column for each side."""
-    sides: dict[str, None] = {}
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for key, value in scores.items():
-        side, task, *rest = key.split("/")
-        if len(rest) == 1:
-            sides[side] = None
-            rows.setdefault((task, rest[0]), {})[side] = value
+def mean_table(scores: Sequence[TaskScore], title: str) -> Table:
+    """A row for each task's means over sets, a column for each side."""
+    sides = list(dict.fromkeys(score.side for score in means(scores)))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for score in means(scores):
+        rows.setdefault((score.task, score.name), {})[score.side] = score.text
     table = Table(title=title, title_justify="left")
     for head in ("task", "score"):
         table.add_column(head)
     for side in sides:
         table.add_column(side, justify="right")
     previous = None
-    for (task, score), values in rows.items():
+    for (task, name), texts in rows.items():
         if previous is not None and task != previous:
             table.add_section()
-        table.add_row(
-            task if task != previous else "", score, *(f"{values[s]:.1f}" if s in values else "" for s in sides)
-        )
+        table.add_row(task if task != previous else "", name, *(texts.get(side, "") for side in sides))
         previous = task
     return table
 
 
-def score_table(scores: Mapping[str, float], title: str) -> Table:
-    """A row for each side and task score, a column for each set."""
-    rows: dict[tuple[str, str, str], dict[str, float]] = {}
-    columns: list[str] = []
-    for key, value in scores.items():
-        side, task, *rest = key.split("/")
-        where, score = (rest[0], "/".join(rest[1:])) if len(rest) > 1 else ("mean", rest[0])
-        rows.setdefault((side, task, score), {})[where] = value
-        if where not in columns:
-            columns.append(where)
-    columns.sort(key=lambda name: name == "mean")
+def score_table(scores: Sequence[TaskScore], title: str) -> Table:
+    """A row for each side and task score, a column for each set and for the mean over sets."""
+    rows: dict[tuple[str, str], dict[str, dict[str | None, str]]] = {}
+    for score in scores:
+        rows.setdefault((score.side, score.task), {}).setdefault(score.name, {})[score.set] = score.text
+    columns = sorted(dict.fromkeys(score.set for score in scores), key=lambda name: name is None)
     table = Table(title=title, title_justify="left")
     for head in ("model", "task", "score"):
         table.add_column(head)
     for column in columns:
-        table.add_column(column, justify="right")
-    previous: Any = None
-    for (side, task, score), values in rows.items():
-        shown = (side, task) if (side, task) != previous else ("", "")
-        if previous is not None and (side, task) != previous:
+        table.add_column("mean" if column is None else column, justify="right")
+    for (side, task), names in rows.items():
+        if table.row_count:
             table.add_section()
-        previous = (side, task)
-        cells = []
-        for column in columns:
-            shown_value = values.get(column)
-            count = score in ("candidates", "classes")
-            cells.append("" if shown_value is None else f"{shown_value:.0f}" if count else f"{shown_value:.1f}")
-        table.add_row(*shown, score, *cells)
+        origin = side, task
+        for name, texts in names.items():
+            table.add_row(*origin, name, *(texts.get(column, "") for column in columns))
+            origin = "", ""
     return table
 
 
 def print_scores(
-    scores: Mapping[str, float],
+    scores: Sequence[TaskScore],
     title: str,
     lines: Sequence[str] = (),
     *,
@@ -204,20 +191,18 @@ def print_scores(
     Below it the tasks' `notes`, `lines`, and the `file` that has every score, those of tasks without means as well.
     """
     console = Console()
-    table = mean_table(scores, title)
-    short = bool(table.row_count) and not full
-    if not short:
-        table = score_table(scores, title)
+    short = bool(means(scores)) and not full
     if scores:
-        console.print(table)
-    tasks: dict[str, list[str]] = {}  # by what is said of them: tasks of one kind have one line
-    for task in dict.fromkeys(key.split("/")[1] for key in scores):
-        has_means = any(key.count("/") == 2 and key.split("/")[1] == task for key in scores)
-        note = "no means over sets; scores in the file below" if short and not has_means else (notes or {}).get(task)
-        if note:
-            tasks.setdefault(note, []).append(task)
-    for note, names in tasks.items():
-        console.print(f"{', '.join(names)}: {note}", highlight=False, markup=False)
+        console.print(mean_table(scores, title) if short else score_table(scores, title))
+    captions: dict[str, list[str]] = {}  # caption -> tasks: those of one kind share a line
+    with_means = {score.task for score in means(scores)}
+    for task in dict.fromkeys(score.task for score in scores):
+        missing = short and task not in with_means
+        caption = "no means over sets; scores in the file below" if missing else (notes or {}).get(task)
+        if caption:
+            captions.setdefault(caption, []).append(task)
+    for caption, tasks in captions.items():
+        console.print(f"{', '.join(tasks)}: {caption}", highlight=False, markup=False)
     if scores and file:
         lines = [*lines, f"every score: {file}"]
     for line in lines:

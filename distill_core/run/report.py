@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_core.evaluate.score import TaskScore, means
 from distill_core.run.folder import RunFolder
 from distill_core.system.files import write_whole
 
 
 @dataclass(frozen=True)
 class Report:
-    """The end of a run. `seconds` is the time of the training steps alone; scores are `SIDE/TASK/...`.
+    """The end of a run. `seconds` is the time of the training steps alone.
 
     `skipped_samples` counts different samples, `skipped_shards` different shards of which all or the rest could not be
     read, `skipped_reads` how often, over all passes, one of either was passed over.
@@ -24,14 +25,14 @@ class Report:
     steps: int
     samples: int
     seconds: float
-    scores: Mapping[str, float]
+    scores: Sequence[TaskScore]
     split: str
     skipped_samples: int
     skipped_reads: int
     skipped_steps: int
     parameters: int
     notes: Mapping[str, str] = field(default_factory=dict)
-    """Task -> what to know to read its means."""
+    """Task id -> caption of its means."""
     failed: Sequence[str] = ()
     """A line for each evaluation task that could not be scored."""
     skipped_shards: int = 0
@@ -53,9 +54,9 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     from matplotlib.figure import Figure
 
     training = [row for row in rows if "terms" in row]
-    bars = headline(report.scores)
-    figure = Figure(figsize=(12, 4.6) if bars else (6.5, 4.6), layout="constrained")
-    curves, *scores = figure.subplots(1, 2 if bars else 1, width_ratios=[1.2, 1] if bars else None, squeeze=False)[0]
+    panels = bars(report.scores)
+    figure = Figure(figsize=(6.5 + 5.5 * len(panels), 4.6), layout="constrained")
+    curves, *scores = figure.subplots(1, 1 + len(panels), width_ratios=[1.2] + [1] * len(panels), squeeze=False)[0]
     steps = [row["step"] for row in training]
     marker = "o" if len(steps) < 5 else None
     for name in training[-1]["terms"] if training else ():
@@ -70,36 +71,34 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
         curves.legend(frameon=False)
     curves.xaxis.get_major_locator().set_params(integer=True)
     curves.grid(alpha=0.25)
-    for axes in scores:
-        _bars(axes, bars, report.split)
+    for axes, (unit, rows_of_unit) in zip(scores, panels.items(), strict=True):
+        _draw_bars(axes, rows_of_unit, unit, report.split)
     for axes in (curves, *scores):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     return path
 
 
-def _bars(axes: Any, bars: Mapping[tuple[str, str], float], split: str) -> None:
+def bars(scores: Sequence[TaskScore]) -> dict[str, dict[str, dict[str, float]]]:
+    """unit -> task and score -> side -> value of the means over sets; an arrow marks a score that is better lower."""
+    units: dict[str, dict[str, dict[str, float]]] = {}
+    for score in means(scores):
+        arrow = " \N{DOWNWARDS ARROW}" if score.higher_is_better is False else ""
+        label = f"{score.task} {score.name}{arrow}"
+        units.setdefault(score.unit, {}).setdefault(label, {})[score.side] = score.value
+    return units
+
+
+def _draw_bars(axes: Any, rows: Mapping[str, Mapping[str, float]], unit: str, split: str) -> None:
     """A group of bars for each score, a bar for each side."""
-    sides = sorted({side for side, _ in bars}, key=lambda side: side != "student")
-    names = list(dict.fromkeys(name for _, name in bars))
+    sides = sorted({side for values in rows.values() for side in values}, key=lambda side: side != "student")
     height = 0.8 / len(sides)
     for i, side in enumerate(sides):
-        places = [j + i * height for j in range(len(names))]
-        values = [bars.get((side, name), 0.0) for name in names]
-        drawn = axes.barh(places, values, height, label=side)
-        axes.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
-    axes.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(names))], names, fontsize=9)
+        places = [j + i * height for j in range(len(rows))]
+        drawn = axes.barh(places, [values.get(side, 0.0) for values in rows.values()], height, label=side)
+        axes.bar_label(drawn, fmt="%.1f" if unit == "percent" else "%.4g", padding=3, fontsize=8)
+    axes.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(rows))], list(rows), fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set(xlabel="percent", title=f"scores on {split}")
+    axes.set(xlabel=unit, title=f"scores on {split}")
     axes.legend(frameon=False)
-
-
-def headline(scores: Mapping[str, float]) -> dict[tuple[str, str], float]:
-    """(side, task and score) -> value of the scores that are means over sets: `SIDE/TASK/SCORE`."""
-    result = {}
-    for key, value in scores.items():
-        side, *rest = key.split("/")
-        if len(rest) == 2:
-            result[side, " ".join(rest)] = value
-    return result

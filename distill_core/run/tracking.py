@@ -63,7 +63,7 @@ class TrackedRun:
         """Scores, and what there is to see of them."""
         if self._tracker is None:
             return
-        self._tracker.call("log", step, found.scores, self._context(split))
+        self._tracker.call("log", step, found.values, self._context(split))
         self._tracker.show(step, lambda: found.media, self._context(split))
         if found.no_media is not None:
             self._tracker.no_media(found.no_media)

@@ -17,6 +17,7 @@ from distill_core.batch import Sample
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.plan import Plan
@@ -71,23 +72,19 @@ class Composition(Task):
 
         return model(), samples(4)
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/text`, `SET/image`, `SET/group`, `SET/match`, where they are defined, `SET/samples`; means over sets."""
-        scores: dict[str, float] = {}
-        for samples in sets:
-            found = self._scores(model, samples)
-            scores |= {f"{samples.name}/{name}": value for name, value in found.items()}
-        for name in SCORES:
-            values = [scores[key] for samples in sets if (key := f"{samples.name}/{name}") in scores]
-            if values:
-                scores[name] = sum(values) / len(values)
-        return scores
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`text`, `image`, `group` and `match`, where they are defined, with their means over sets; `samples`.
+
+        The headline is `group`, or the one of `text` and `image` that is defined.
+        """
+        scores = [score for samples in sets for score in self._scores(model, samples)]
+        return [*scores, *mean_over_sets(scores, SCORES)]
 
     def note(self) -> str:
         """Unit, and what each score is."""
         return "percent; text: each picture is nearest to its own caption; image: each caption to its own picture"
 
-    def _scores(self, model: Model, samples: EvaluationSet) -> dict[str, float]:
+    def _scores(self, model: Model, samples: EvaluationSet) -> list[Score]:
         pictures, words = self.config.modalities or model.modalities
         images, captions = distributed.raise_on_all_ranks(partial(self._present, samples))
         sides = [samples.embeddings(model, pictures, field) for field in images]
@@ -103,14 +100,17 @@ class Composition(Task):
         kept = [embedded[torch.isin(owners, common)] for embedded, owners in sides]
         a, b = torch.stack(kept[: len(images)], 1), torch.stack(kept[len(images) :], 1)
         similarity = a @ b.mT  # [N, images, captions]
-        scores = {"samples": float(len(common))}
+        scores = [Score(samples.name, "samples", float(len(common)), "samples", None)]
         hits = accuracies(similarity)
-        scores |= {name: 100 * hit.double().mean().item() for name, hit in hits.items()}
+        for name, hit in hits.items():
+            headline = name == "group" or len(hits) == 1
+            scores.append(Score(samples.name, name, 100 * hit.double().mean().item(), headline=headline))
         if self.config.threshold is not None:
             pairs = distributed.raise_on_all_ranks(
                 partial(self._pairs, samples, images, captions, set(common.tolist()))
             )
-            scores["match"] = 100 * matched(similarity, pairs, self.config.threshold)
+            match = 100 * matched(similarity, pairs, self.config.threshold)
+            scores.append(Score(samples.name, "match", match))
         return scores
 
     def _present(self, samples: EvaluationSet) -> tuple[Sequence[str], Sequence[str]]:

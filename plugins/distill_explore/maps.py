@@ -14,6 +14,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media, Picture
 from distill_core.contracts.task import Task
 from distill_core.errors import BadSample, DataError, UserError, did_you_mean
+from distill_core.evaluate.score import Score
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.plan import Plan
@@ -49,13 +50,12 @@ class AttentionMaps(Task):
             if name not in plan.modalities:
                 yield f"{cls.name!r}: modalities: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/A_to_B/entropy` and `SET/A/class_entropy`, means over samples and heads.
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`A_to_B/entropy` and `A/class_entropy` in nats, means over samples and heads; none over sets.
 
-        None over sets: those are what summaries show, in percent and as better or worse.
         Raises `DataError` for a set without a readable sample, `UserError` where all of the student is silent.
         """
-        scores: dict[str, float] = {}
+        scores: list[Score] = []
         for samples in sets:
             found: dict[str, list[float]] = defaultdict(list)
             for _, seen in self._batches(model, samples, self.config.samples):
@@ -65,7 +65,7 @@ class AttentionMaps(Task):
                     found[f"{name}/class_entropy"] += [one.entropy for one in class_readings(own)]
             for name, values in found.items():
                 if values:
-                    scores[f"{samples.name}/{name}"] = sum(values) / len(values)
+                    scores.append(Score(samples.name, name, sum(values) / len(values), "nats", None))
         if not scores and not model.teacher:  # a teacher has no fusion, so the student may have more to tell
             has = (
                 "neither the fusion nor a backbone"

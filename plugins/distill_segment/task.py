@@ -17,6 +17,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Picture
 from distill_core.contracts.task import Task
 from distill_core.errors import BadSample, DataError
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.plan import Plan
@@ -103,19 +104,18 @@ class Segmentation(Task):
 
         return model(), samples(2)
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/mIoU`, `SET/pixel_accuracy`, `SET/mean_accuracy`, `SET/IoU/CLASS`, `SET/pictures`; means over sets."""
-        scores: dict[str, float] = {}
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`mIoU`, `pixel_accuracy` and `mean_accuracy`, with their means over sets; `IoU/CLASS`, `pictures`."""
+        scores: list[Score] = []
         for samples in sets:
             segmenter = distributed.raise_on_all_ranks(partial(self._segmenter, model, samples))
             matrix, pictures = self._confusion(segmenter, samples)
             if not matrix.any():
                 raise DataError(f"evaluation set {samples.name!r}: no sample with a picture and a mask of some class")
-            found = scores_of(matrix, segmenter.names) | {"pictures": float(pictures)}
-            scores |= {f"{samples.name}/{name}": value for name, value in found.items()}
-        for name in SCORES:
-            scores[name] = sum(scores[f"{samples.name}/{name}"] for samples in sets) / len(sets)
-        return scores
+            for name, value in scores_of(matrix, segmenter.names).items():
+                scores.append(Score(samples.name, name, value, headline=name == "mIoU"))
+            scores.append(Score(samples.name, "pictures", float(pictures), "pictures", None))
+        return [*scores, *mean_over_sets(scores, SCORES)]
 
     def note(self) -> str:
         """Unit, and what mIoU is."""

@@ -60,7 +60,7 @@ class StudyFile(ComponentConfig):
     base: str | None = None
     """The variant that differences are taken to; the first otherwise."""
     scores: list[str] = []  # noqa: RUF012
-    """Scores of report.json for the table, as student/retrieval/M; the student's means (M, top1) otherwise."""
+    """Scores of report.json for the table, as student/retrieval/M; the student's headlines otherwise."""
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ class StudyDisplay:
         result = RunResult.read(self.folder / run.name, run.seed)
         assert result is not None
         scores = [score for score in self.scores or default_scores([result]) if score in result.scores]
-        self.cells[run.name] = f"{result.scores[scores[0]]:.2f}" if scores else "done"
+        self.cells[run.name] = f"{result.scores[scores[0]].value:.2f}" if scores else "done"
         if seconds is not None:
-            shown = ", ".join(f"{score} {result.scores[score]:.2f}" for score in scores)
+            shown = ", ".join(f"{score} {result.scores[score].value:.2f}" for score in scores)
             steps = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s of training"
             self.say(f"{run.name}: {steps}, {seconds:.0f} s in all{': ' if shown else ''}{shown}")
 

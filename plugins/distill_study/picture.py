@@ -47,8 +47,7 @@ def draw(table: StudyTable, path: Path) -> None:
                 axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)
         axis.set_yticks(range(len(table.groups)), [group.label for group in table.groups], fontsize=8)
         axis.invert_yaxis()
-        unit = "percent" if score.count("/") == 2 else score.rpartition("/")[2]  # as in report.png
-        axis.set(title=score, xlabel=unit + several)
+        axis.set(title=score, xlabel=axis_label(table, score) + several)
     curves = axes[len(table.scores)]
     for i, group in enumerate(table.groups):
         steps, low, mean, high = _loss(group)
@@ -67,6 +66,14 @@ def draw(table: StudyTable, path: Path) -> None:
         axis.set_axisbelow(True)
     figure.suptitle(table.title)
     figure.savefig(path, dpi=120)
+
+
+def axis_label(table: StudyTable, address: str) -> str:
+    """As `percent`, or `nats (lower is better)`; empty where no run has the score."""
+    score = table.score(address)
+    if score is None:
+        return ""
+    return f"{score.unit} (lower is better)" if score.higher_is_better is False else score.unit
 
 
 def _loss(group: Group) -> tuple[list[int], list[float], list[float], list[float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill_core.errors import RecipeErrors, did_you_mean
+from distill_core.evaluate.score import parse_address
 from distill_core.recipe.resolve import Override, load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
@@ -138,12 +139,14 @@ def _unknown_scores(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
     sides = ["student", "teacher"] if any(recipe.teacher for recipe in recipes.values()) else ["student"]
     errors = []
     for i, score in enumerate(study.scores):
-        side, _, rest = score.partition("/")
         where = f"{study.where('scores', i)}: scores.{i}"
-        if side not in sides or "/" not in rest:
+        try:
+            side, task, _ = parse_address(score)
+        except ValueError:
+            side = ""
+        if side not in sides:
             errors.append(f"{where}: a score is SIDE/TASK/NAME with {' or '.join(sides)} as side, got {score!r}")
-        elif rest.split("/")[0] not in tasks:
-            task = rest.split("/")[0]
+        elif task not in tasks:
             errors.append(f"{where}: no variant has a task {task!r}{did_you_mean(task, tasks)}")
     return errors
 

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from distill_core.errors import did_you_mean
+from distill_core.evaluate.score import TaskScore, by_address, headlines, means, read_scores
 from distill_core.run.folder import read_report
-from distill_core.run.report import headline
 from distill_study.statistics import LEVEL, Difference, Summary, paired, summarise
 
 LABEL = 28
@@ -26,7 +26,8 @@ class RunResult:
 
     folder: str
     seed: int
-    scores: Mapping[str, float]
+    scores: Mapping[str, TaskScore]
+    """By address."""
     steps: int
     samples: int
     seconds: float
@@ -39,8 +40,12 @@ class RunResult:
         report = read_report(folder)
         if report is None:
             return None
-        known = ("scores", "steps", "samples", "seconds", "parameters", "split")
-        return cls(folder=str(folder), seed=seed, **{key: report[key] for key in known})
+        facts = {key: report[key] for key in ("steps", "samples", "seconds", "parameters", "split")}
+        return cls(folder=str(folder), seed=seed, scores=by_address(read_scores(report["scores"])), **facts)
+
+    def values(self) -> dict[str, float]:
+        """address -> value."""
+        return {address: score.value for address, score in self.scores.items()}
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Group:
 
     def values(self, score: str) -> dict[int, float]:
         """The score by seed, of the runs that have it."""
-        return {run.seed: run.scores[score] for run in self.runs if score in run.scores}
+        return {run.seed: run.scores[score].value for run in self.runs if score in run.scores}
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class StudyTable:
 
     title: str
     scores: tuple[str, ...]
+    """Addresses."""
     base: str
     groups: tuple[Group, ...]
     cells: Mapping[str, Mapping[str, Cell]]
@@ -106,6 +112,11 @@ class StudyTable:
             for group in groups
         }
         return cls(title, tuple(scores), base, tuple(groups), cells)
+
+    def score(self, address: str) -> TaskScore | None:
+        """That of the first run which has it: its unit, and which way is better."""
+        runs = (run for group in self.groups for run in group.runs)
+        return next((run.scores[address] for run in runs if address in run.scores), None)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Heads, and one list of words for each group."""
@@ -131,6 +142,11 @@ class StudyTable:
         seeds = sorted({run.seed for group in self.groups for run in group.runs})
         splits = sorted({run.split for group in self.groups for run in group.runs})
         lines = [f"Scores on {', '.join(splits) or 'nothing'}; s is the mean training time of a run in seconds."]
+        for address in self.scores:
+            score = self.score(address)
+            if score is not None and (score.unit != "percent" or score.higher_is_better is False):
+                direction = ", lower is better" if score.higher_is_better is False else ""
+                lines.append(f"{address}: {score.unit}{direction}.")
         if len(seeds) < 2:
             return [*lines, "One seed: no spread and no interval; a difference may be chance."]
         pairs = [len(cell.difference.seeds) for row in self.cells.values() for cell in row.values() if cell.difference]
@@ -156,11 +172,10 @@ def _same(values: Sequence[int]) -> str:
 
 
 def default_scores(results: Sequence[RunResult]) -> list[str]:
-    """The student's means over sets that a person looks at first: M and top1; all means where there are none."""
-    means = [f"{side}/{name.replace(' ', '/')}" for run in results for side, name in headline(run.scores)]
-    unique = list(dict.fromkeys(means))
-    first = [score for score in unique if score.startswith("student/") and score.endswith(("/M", "/top1"))]
-    return first or unique
+    """The student's headlines; all means over sets where there are none."""
+    scores = [score for run in results for score in run.scores.values()]
+    chosen = [score for score in headlines(scores) if score.side == "student"] or means(scores)
+    return list(dict.fromkeys(score.address for score in chosen))
 
 
 def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[str, str]:
@@ -250,7 +265,7 @@ def as_json(table: StudyTable) -> dict[str, Any]:
                 "name": group.name,
                 "label": group.label,
                 "scores": {score: asdict(cell) for score, cell in table.cells[group.name].items()},
-                "runs": [asdict(run) for run in group.runs],
+                "runs": [{**asdict(run), "scores": run.values()} for run in group.runs],
             }
             for group in table.groups
         ],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distill_core.contracts.media import Media, Picture
 from distill_core.errors import counted
+from distill_core.evaluate.score import Score
 
 WHOLE = 30
 """The most classes whose whole confusion matrix can be read; of more, the pairs that are confused most are shown."""
@@ -26,6 +27,9 @@ def ranks_of_class(scores: Tensor, truth: Tensor) -> Tensor:
     return (~(scores < own)).sum(1) - 1 + own[:, 0].isnan()
 
 
+ACCURACIES = ("top1", "top5", "mean_per_class")
+
+
 def accuracies(ranks: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
     """`top1`, `top5` and `mean_per_class` (of top-1, over the classes that occur) in percent, of ranks [N].
 
@@ -37,17 +41,14 @@ def accuracies(ranks: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
     return {"top1": 100 * hit.mean().item(), **top5, "mean_per_class": 100 * per_class.mean().item()}
 
 
+def accuracy_scores(name: str, values: Mapping[str, float]) -> list[Score]:
+    """`accuracies` as scores of the set `name`; top-1 is the headline."""
+    return [Score(name, score, value, headline=score == "top1") for score, value in values.items()]
+
+
 def chance(classes: int) -> str:
-    """What a task's note says of them."""
+    """The number of classes and their chance level, for a caption."""
     return f"{counted(classes, 'class', 'classes')}, chance top1 {100 / classes:.3g}"
-
-
-def means(scores: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Each score's mean over sets, from `SET/SCORE`."""
-    found: dict[str, list[float]] = {}
-    for name, value in scores.items():
-        found.setdefault(name.rpartition("/")[2], []).append(value)
-    return {name: sum(found[name]) / len(found[name]) for name in names if name in found}
 
 
 def confusion(truth: Tensor, chosen: Tensor, classes: int) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -16,11 +16,20 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError, counted
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import FeatureKind, Model
 from distill_core.plan import Needs, Plan
 from distill_core.system import distributed
-from distill_tasks.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
+from distill_tasks.classes import (
+    ACCURACIES,
+    accuracies,
+    accuracy_scores,
+    chance,
+    confusion,
+    confusion_picture,
+    ranks_of_class,
+)
 from distill_tasks.logistic import choose_c, fit, logits
 
 Positive = Annotated[int, Field(gt=0)]
@@ -99,11 +108,10 @@ class Probe(Task):
     def predict(self, taught: TrainSet, classes: int, asked: Tensor, device: torch.device) -> Tensor:
         """Scores [M, C] of features asked [M, D]."""
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/top1`, `SET/top5` (of more than 5 classes), `SET/mean_per_class`, and each one's mean over sets;
-        `SET/learned_from` (samples).
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`top1`, `top5` (of more than 5 classes) and `mean_per_class`, with their means over sets; `learned_from`.
 
-        With `shots`, means over draws; `SET/top1_std` is the spread among them. Warns of scored samples that are
+        With `shots`, means over draws; `top1_std` is the spread among them. Warns of scored samples that are
         learned from, and of fewer samples a class than `shots`.
         """
         config: ProbeConfig = self.config
@@ -114,31 +122,34 @@ class Probe(Task):
         asked = [self._labelled(model, [samples], modality) for samples in sets]
         self._classes = sorted({label for part in (learned, *asked) if part is not None for label in part.classes})
         taught_from = {one for samples in teaching for one in samples.identities.values()}
-        scores: dict[str, float] = {}
+        scores: list[Score] = []
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples, here in zip(sets, asked, strict=True):
             self._warn_of_both(samples, taught_from)
             self.watch = partial(samples.watch, what=f"fits for {samples.name}")
             self._fewest = len(here.classes) + (len(learned.classes) if learned is not None else 0)
             truth = self._numbers(here.classes)
-            found = []
+            found, learned_from = [], []
             for draw in range(config.draws if config.shots else 1):
                 ranks, chosen, counts = torch.empty_like(truth), torch.empty_like(truth), []
                 for taught, part in self._parts(here, truth, learned, draw):
                     predicted = self.predict(taught, len(self._classes), here.features[part], model.device)
                     ranks[part], chosen[part] = ranks_of_class(predicted, truth[part]), predicted.argmax(1)
                     counts.append(len(torch.unique(taught.owners)))
-                found.append(accuracies(ranks, truth, len(self._classes)) | {"learned_from": sum(counts) / len(counts)})
+                found.append(accuracies(ranks, truth, len(self._classes)))
+                learned_from.append(sum(counts) / len(counts))
                 self._chosen.setdefault(samples.name, (truth, chosen))
             if config.shots is not None and self._fewest < config.shots:
                 fewest = f"the smallest class has {counted(self._fewest, 'sample')} to learn from"
                 samples.warn(f"{self.name!r}: `shots: {config.shots}`, but {fewest}; such classes give all they have")
-            for score in found[0]:
-                scores[f"{samples.name}/{score}"] = sum(one[score] for one in found) / len(found)
+            averages = {score: sum(one[score] for one in found) / len(found) for score in found[0]}
+            scores += accuracy_scores(samples.name, averages)
             if len(found) > 1:
                 spread = torch.tensor([one["top1"] for one in found], dtype=torch.float64).std().item()
-                scores[f"{samples.name}/top1_std"] = spread
-        return scores | means(scores, ("top1", "top5", "mean_per_class"))
+                scores.append(Score(samples.name, "top1_std", spread, higher_is_better=None))
+            size = sum(learned_from) / len(learned_from)
+            scores.append(Score(samples.name, "learned_from", size, "samples", None))
+        return [*scores, *mean_over_sets(scores, ACCURACIES)]
 
     def note(self) -> str:
         """Unit, classes and chance; of few-shot, draws; what is read where the recipe does not say."""

@@ -13,6 +13,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError, did_you_mean
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.plan import Plan
@@ -47,13 +48,12 @@ class Retrieval(Task):
             if name not in plan.modalities:
                 yield f"{cls.name!r}: fields: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/A_to_B/R@k`, `SET/A_to_B/median_rank`, `SET/M`, `SET/candidates`; `M` and `R@k`, means over sets (and
-        both directions).
-        """
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`A_to_B/R@k`, `A_to_B/median_rank`, `candidates` and `M`; over sets `R@k` (of both directions) and `M`."""
         a, b = self.config.modalities or model.modalities
-        scores: dict[str, float] = {}
-        means, chances = [], []
+        scores: list[Score] = []
+        chances: list[float] = []
+        of_k: dict[int, list[float]] = {k: [] for k in self.config.ks}
         self._candidates: set[int] = set()
         for samples in sets:
             name = samples.name
@@ -76,16 +76,15 @@ class Retrieval(Task):
                     if k in (1, 5):
                         recalls.append(recall)
                     if k in self.config.ks:
-                        scores[f"{name}/{query}_to_{target}/R@{k}"] = recall
-                scores[f"{name}/{query}_to_{target}/median_rank"] = 1 + ranks.double().quantile(0.5).item()
-            scores[f"{name}/candidates"] = float(len(of[b]))
-            scores[f"{name}/M"] = sum(recalls) / len(recalls)
-            means.append(scores[f"{name}/M"])
+                        of_k[k].append(recall)
+                        scores.append(Score(name, f"{query}_to_{target}/R@{k}", recall))
+                median = 1 + ranks.double().quantile(0.5).item()
+                scores.append(Score(name, f"{query}_to_{target}/median_rank", median, "rank", higher_is_better=False))
+            scores.append(Score(name, "candidates", float(len(of[b])), "candidates", None))
+            scores.append(Score(name, "M", sum(recalls) / len(recalls), headline=True))
         self._chance = sum(chances) / len(chances)
-        for k in self.config.ks:
-            found = [scores[f"{x.name}/{m}_to_{n}/R@{k}"] for x in sets for m, n in ((a, b), (b, a))]
-            scores[f"R@{k}"] = sum(found) / len(found)
-        return scores | {"M": sum(means) / len(means)}
+        over_sets = [Score(None, f"R@{k}", sum(recalls) / len(recalls)) for k, recalls in of_k.items()]
+        return [*scores, *over_sets, *mean_over_sets(scores, ("M",))]
 
     def note(self) -> str:
         """Unit, candidates, chance, and what `M` is."""

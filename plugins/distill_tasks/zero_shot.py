@@ -13,11 +13,20 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.media import Media
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.model import Model
 from distill_core.plan import Plan
 from distill_core.system import distributed
-from distill_tasks.classes import accuracies, chance, confusion, confusion_picture, means, ranks_of_class
+from distill_tasks.classes import (
+    ACCURACIES,
+    accuracies,
+    accuracy_scores,
+    chance,
+    confusion,
+    confusion_picture,
+    ranks_of_class,
+)
 from distill_tasks.prompts import Templates, plain_lines, prompts_of, templates_of
 from distill_tasks.retrieval import two_modalities
 
@@ -49,16 +58,14 @@ class ZeroShot(Task):
         """Two modalities that the recipe has."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        """`SET/top1`, `SET/top5` (of more than 5 classes), `SET/mean_per_class`, and each score's mean over sets;
-        `SET/classes`.
-        """
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
+        """`top1`, `top5` (of more than 5 classes) and `mean_per_class`, with their means over sets; `classes`."""
         items_of, words_of = self.config.modalities or model.modalities
         labels_of, self._classes, prompts = distributed.raise_on_all_ranks(lambda: self._read(model, words_of, sets))
         place = {label: i for i, label in enumerate(self._classes)}
         embedded = encode_shared(model, words_of, prompts)
         centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]
-        scores: dict[str, float] = {}
+        scores: list[Score] = []
         self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
         for samples in sets:
             name, labels = samples.name, labels_of[samples.name]
@@ -69,10 +76,10 @@ class ZeroShot(Task):
             truth = torch.tensor([place[labels[i]] for i in owners[known].tolist()])
             similarity = embedded[known] @ centres.T
             found = accuracies(ranks_of_class(similarity, truth), truth, len(self._classes))
-            scores |= {f"{name}/{score}": value for score, value in found.items()}
-            scores[f"{name}/classes"] = float(len(self._classes))
+            scores += accuracy_scores(name, found)
+            scores.append(Score(name, "classes", float(len(self._classes)), "classes", None))
             self._chosen[name] = truth, similarity.argmax(1)
-        return scores | means(scores, ("top1", "top5", "mean_per_class"))
+        return [*scores, *mean_over_sets(scores, ACCURACIES)]
 
     def note(self) -> str:
         """Unit, classes and chance."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distill_core.run.report import headline
+from distill_core.evaluate.score import means, read_scores
 
 if TYPE_CHECKING:
     from distill_weights.export import Checked
@@ -142,9 +142,9 @@ def _scores(subject: Subject, report: dict[str, Any] | None) -> str:
     if report is None:
         return "The run was not evaluated."
     rows = [
-        f"| {name} | {value:.2f} |"
-        for (side, name), value in headline(report["scores"]).items()
-        if side == subject.side
+        f"| {score.task} {score.name} | {score.value:.2f} |"
+        for score in means(read_scores(report["scores"]))
+        if score.side == subject.side
     ]
     if not rows:
         return f"The run has no scores of the {subject.side}."

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from score_values import values
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,7 +56,7 @@ def png(name: str) -> bytes:
 
 def run(source: DataSource, **options: Any) -> tuple[dict[str, float], list[EvaluationSet]]:
     sets = [EvaluationSet(name, samples) for name, samples in source.samples("test").items()]
-    return Composition(CompositionConfig(**options)).run(SeesColours(), sets), sets  # type: ignore[arg-type]
+    return values(Composition(CompositionConfig(**options)).run(SeesColours(), sets)), sets  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("component", [Composition, SugarCrepe, Winoground, SvoProbes, MmvpVlm])
@@ -316,7 +317,7 @@ def test_the_first_sample_lacks_a_field(lacking: str) -> None:
             captions.pop(lacking, None)
         samples.append({"__key__": str(i), "__url__": "here", "json": json.dumps(captions).encode(), **pictures})
     here = EvaluationSet("set", samples)
-    scores = Composition(CompositionConfig()).run(SeesColours(), [here])  # type: ignore[arg-type]
+    scores = values(Composition(CompositionConfig()).run(SeesColours(), [here]))  # type: ignore[arg-type]
     assert (scores["text"], scores["image"], scores["group"], scores["set/samples"]) == (100, 100, 100, 9)
     (skipped,) = here.skipped.values()
     assert (skipped.key, lacking in skipped.reason) == ("0", True)
@@ -349,8 +350,8 @@ def test_swapped_sentences_of_emoji_scenes(tmp_path: Path) -> None:
 
     model = Reads()
     here = EvaluationSet("scenes", samples)
-    assert Composition(CompositionConfig()).run(model, [here])["text"] == 100  # type: ignore[arg-type]
+    assert values(Composition(CompositionConfig()).run(model, [here]))["text"] == 100  # type: ignore[arg-type]
     other = Reads()
     other.sign = -1.0
-    assert Composition(CompositionConfig()).run(other, [EvaluationSet("scenes", samples)])["text"] == 0  # type: ignore[arg-type]
+    assert values(Composition(CompositionConfig()).run(other, [EvaluationSet("scenes", samples)]))["text"] == 0  # type: ignore[arg-type]
     assert np.all([len(json.loads(sample["json"])["captions"]) >= 2 for sample in samples])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from score_values import reported
 from torch import Tensor
 
 import distill_core
@@ -22,6 +23,7 @@ from distill_core.contracts.task import Task
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import UserError
 from distill_core.evaluate.run import evaluate
+from distill_core.evaluate.score import Score
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
 from distill_core.recipe.build import build_objective
@@ -39,9 +41,9 @@ class Store(Task):
     Config = ComponentConfig
     seen: ClassVar[list[dict[str, Tensor]]] = []
 
-    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         self.seen.append({m: sets[0].embeddings(model, m)[0] for m in model.modalities})
-        return {"M": 1.0}
+        return [Score(None, "M", 1.0)]
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_a_source_that_turns_out_to_lack_a_split(
     recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
     folder = RunFolder.create(tmp_path / "runs", recipe)
     result = Trainer(recipe, folder, quiet=True).run()
-    assert result.scores == {}
+    assert result.scores == []
     assert result.failed == ["the data source has no split 'test'"]
     assert "not evaluated: the data source has no split 'test'" in capsys.readouterr().err
 
@@ -244,8 +246,8 @@ def test_a_teacher_of_fewer_modalities_is_scored_by_what_it_can_do(
     folder = RunFolder.create(tmp_path / "runs", recipe)
     ended = Trainer(recipe, folder, quiet=False).run()
     assert ended.failed == []
-    assert {"student/retrieval/M", "student/knn/top1", "teacher/knn/top1"} <= ended.scores.keys()
-    assert not [name for name in ended.scores if name.startswith("teacher/") and "knn" not in name]
+    assert {"student/retrieval/M", "student/knn/top1", "teacher/knn/top1"} <= reported(ended.scores).keys()
+    assert not [score for score in ended.scores if score.side == "teacher" and score.task != "knn"]
     said = "the teacher has no text, so retrieval, again cannot score it"
     assert said in " ".join(capsys.readouterr().err.split())
     teacher = distill_core.load(str(folder.path), teacher=True)
@@ -268,7 +270,7 @@ def test_tasks_of_the_first_modality_are_not_scored_with_a_teachers_own_first(
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*IMAGE_TEACHER, tasks])
     models = models_of(recipe, build_objective(recipe), torch.device("cpu"))
     found = evaluate(recipe, models, recipe.source.build(), "test")
-    assert {name.split("/")[0] for name in found.scores} == {"student"}
+    assert {score.side for score in found.scores} == {"student"}
     assert found.warnings == ["the teacher has no text, so knn cannot score it"]
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
+from score_values import reported
 from torch import Tensor, nn
 
 import distill_core.cli
@@ -25,6 +26,7 @@ from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Constant, WarmupCosine
 from distill_core.contracts.task import Task
 from distill_core.errors import TrainingStopped, UserError
+from distill_core.evaluate.score import Score
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.outputs import Outputs
 from distill_core.recipe.resolve import load_recipe
@@ -86,10 +88,12 @@ class Scripted(Task):
     name = "scripted"
     Config = ScriptedConfig
     calls: ClassVar[int] = 0
+    higher_is_better: ClassVar[bool | None] = True
 
-    def run(self, model: Any, sets: Any) -> dict[str, float]:
+    def run(self, model: Any, sets: Any) -> list[Score]:
         Scripted.calls += 1
-        return {"M": self.config.scores[Scripted.calls - 1]}
+        value = self.config.scores[Scripted.calls - 1]
+        return [Score(None, "M", value, higher_is_better=self.higher_is_better)]
 
 
 Run = Callable[..., RunFolder]
@@ -322,8 +326,34 @@ def test_evaluates_on_the_way_and_keeps_the_best(run: Run) -> None:
     assert checkpoints.read("best")["step"] == 4
     assert checkpoints.read("last")["step"] == 9
     report = json.loads((folder.path / "report.json").read_text())
-    assert report["scores"] == {"student/scripted/M": 50.0}
+    assert reported(report["scores"]) == {"student/scripted/M": 50.0}
     assert [row["step"] for row in report["validation"]] == [2, 4, 6, 8, 9]
+
+
+@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 4), (False, 8), (None, None)])
+def test_which_way_is_better_chooses_the_best(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    higher_is_better: bool | None,
+    best: int,
+) -> None:
+    """Catches a loss or a rank whose highest value is kept as the best, and a count that any is kept of in silence.
+    NaN is never the best."""
+    Scripted.calls = 0
+    monkeypatch.setattr(Scripted, "higher_is_better", higher_is_better)
+    folder = run(
+        *PLAIN[:3],
+        "train.steps=9",
+        "train.checkpoint={every: 1, keep: 2, best: student/scripted/M}",
+        "evaluate={every: 2, tasks: [{name: scripted, scores: [.nan, 9.0, 5.0, 1.0, .nan, 50.0]}]}",
+    )
+    if best is None:
+        assert "no value of 'student/scripted/M' is better than another" in capsys.readouterr().err
+        with pytest.raises(UserError, match="no checkpoint 'best'"):
+            Checkpoints(folder.path).read("best")
+    else:
+        assert Checkpoints(folder.path).read("best")["step"] == best
 
 
 def test_the_last_step_may_be_the_best(run: Run) -> None:

@@ -22,6 +22,7 @@ from distill_core.batch import Sample, View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError, TrainingStopped, UserError
+from distill_core.evaluate.score import Score
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.outputs import Outputs, Progress
 from distill_core.recipe.resolve import load_recipe
@@ -115,12 +116,12 @@ class Failing(Task):
     Config = FailingConfig
     count: ClassVar[int] = 0
 
-    def run(self, model: Any, sets: Any) -> dict[str, float]:
+    def run(self, model: Any, sets: Any) -> list[Score]:
         Failing.count += 1
         problem = self.config.calls[Failing.count - 1]
         if problem is not None:
             raise UserError(problem)
-        return {"M": 1.0}
+        return [Score(None, "M", 1.0)]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_core.evaluate.score import TaskScore, by_address, read_scores
+from distill_core.run.report import bars
+
 pytestmark = pytest.mark.slow
 
 PROJECT = Path(__file__).with_name("third_party")
@@ -62,6 +65,34 @@ def test_it_trains_with_the_plugins_fusion_and_loss(recipe: Path, site: Path, tm
     names = [f"fusion.map.{m}.weight" for m in ("image", "text")]
     assert all(not torch.equal(first[name], last[name]) for name in names), "no gradient reached the fusion"
     assert "student/retrieval/M" in rows[-1]["scores"]
+
+
+def test_the_plugins_headline_is_shown_as_a_built_in_s(recipe: Path, site: Path, tmp_path: Path) -> None:
+    """Its task's one score is lower-is-better, in nats, and called neither M nor top1. Would catch any place that knows
+    the built-in tasks' names, takes all scores for percent, or keeps the highest score as the best."""
+    address = "student/uniformity/spread"
+    evaluate = "evaluate={every: 1, tasks: [uniformity]}"
+    keep = f"train.checkpoint={{every: 1, keep: 9, best: {address}}}"
+    options = ["--set", evaluate, "--set", keep, "--set", "train.optimizer.lr=0.01"]
+    done = distill("run", recipe, "--runs", tmp_path / "runs", *options, site=site)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "outside"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = {row["step"]: row["scores"][address] for row in rows if row.get("split") == "validation"}
+    assert list(validated) == [1, 2, 3, 4]
+    for step, value in validated.items():
+        assert f"step {step}, validation: {address} {value:.4g}, teacher/uniformity/spread " in done.stderr
+    best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["step"]
+    assert best == min(validated, key=validated.__getitem__) != max(validated, key=validated.__getitem__)
+    scores = read_scores(json.loads((run / "report.json").read_text())["scores"])
+    mean = by_address(scores)[address]
+    assert mean == TaskScore(None, "spread", mean.value, "nats", False, True, side="student", task="uniformity")
+    assert bars(scores)["nats"]["uniformity spread \N{DOWNWARDS ARROW}"]["student"] == mean.value
+    assert ["spread", f"{mean.value:.4g}"] == done.stdout.split("uniformity")[1].replace("│", " ").split()[:2]
+    table = json.loads(distill("compare", run, "--json", site=site).stdout)
+    assert table["scores"] == [address]
+    assert table["variants"][0]["scores"][address]["summary"]["mean"] == mean.value
+    assert f"{address}: nats, lower is better." in table["notes"]
 
 
 def test_the_command_line_lists_it_with_its_package_and_options(site: Path) -> None:

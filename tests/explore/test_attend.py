@@ -246,7 +246,7 @@ def test_scores_and_media_while_evaluating(runs: Path, registry: Registry) -> No
     both = {f"{a}_to_{b}/entropy" for a, b in (("image", "text"), ("text", "image"))}
     (name,) = source.sets("validation")
     for side, expected in (("student", own | both), ("teacher", own)):
-        scores = {k.removeprefix(f"{side}/attention_maps/") for k in found.scores if k.startswith(side)}
+        scores = {k.removeprefix(f"{side}/attention_maps/") for k in found.values if k.startswith(side)}
         assert scores == {f"{name}/{score}" for score in expected}
     student, items = models["student"], []
     for sample in list(read_shard(source.sets("validation")[name][0]))[:3]:
@@ -257,7 +257,7 @@ def test_scores_and_media_while_evaluating(runs: Path, registry: Registry) -> No
     for image, text in items:
         (a,), (b,) = see(student, "image", [image]), see(student, "text", [text])
         values.append(cross(student, [b], [a])[0].entropy)
-    assert found.scores[f"student/attention_maps/{name}/text_to_image/entropy"] == pytest.approx(
+    assert found.values[f"student/attention_maps/{name}/text_to_image/entropy"] == pytest.approx(
         np.mean(values), abs=1e-5
     )
     assert [(one.name, one.context["model"]) for one in found.media] == [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from colours import COLOURS, SeesColours, painted, png, run, sample
 from PIL import Image
+from score_values import values
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -142,7 +143,7 @@ def test_a_whole_run_is_scikit_learns_on_emoji_scenes(tmp_path: Path) -> None:
     source.prepare()
     samples = list(source.samples("validation")["openmoji"])
     small, config = model(), SegmentationConfig(attention="correlative")
-    scores = Segmentation(config).run(small, [EvaluationSet("scenes", samples)])
+    scores = values(Segmentation(config).run(small, [EvaluationSet("scenes", samples)]))
     assert scores["scenes/pictures"] == 4
     names = samples[0]["classes.txt"].decode().split("\n")
     segmenter = Segmenter(small, config, [(name,) for name in names])
@@ -222,7 +223,7 @@ def test_numbers_that_no_class_can_have(sees_colours: Any) -> None:
         Image.fromarray(pixels).save(file, kind)
         files.append({**good, "__key__": str(pixels[0, 0]), "mask.png": file.getvalue()})
     here = EvaluationSet("set", [good, *files])
-    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
+    assert values(Segmentation(SegmentationConfig()).run(sees_colours, [here]))["set/pictures"] == 1
     assert {key: skipped.reason for (key, _), skipped in here.skipped.items()} == {
         value: f"image: the mask has the value {value}; class numbers are 0 to 254, and 255 is not scored"
         for value in ("-1", "256")
@@ -240,7 +241,7 @@ def test_bad_samples_are_skipped_and_named(sees_colours: Any) -> None:
         "blind": {**good, "png": b"no picture"},
     }
     here = EvaluationSet("set", [good, *({**fields, "__key__": key} for key, fields in bad.items())])
-    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
+    assert values(Segmentation(SegmentationConfig()).run(sees_colours, [here]))["set/pictures"] == 1
     said = {key: skipped.reason for (key, _), skipped in here.skipped.items()}
     assert said == {
         "small": "image: the mask is 4 x 4, the picture 8 x 8 pixels",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from colours import painted, sample
 from PIL import Image
+from score_values import values
 from torch import Tensor
 from torch.nn.functional import interpolate, one_hot, pad
 
@@ -78,6 +79,6 @@ def test_long_pictures_are_skipped(sees_colours: Any) -> None:
     """One pixel wide, it would be resized to a size in proportion."""
     good, thin = sample(painted([["red"]], 8), np.zeros((8, 8))), sample(painted([["red"]] * 9, 1), np.zeros((9, 1)))
     here = EvaluationSet("set", [good, {**thin, "__key__": "thin"}])
-    assert Segmentation(SegmentationConfig()).run(sees_colours, [here])["set/pictures"] == 1
+    assert values(Segmentation(SegmentationConfig()).run(sees_colours, [here]))["set/pictures"] == 1
     (skipped,) = here.skipped.values()
     assert skipped.reason == "image: 1 x 9 pixels: the longer side is more than 8 times the shorter"

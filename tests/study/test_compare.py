@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from score_values import means
 
 from distill_core.cli import main
 from distill_core.recipe.resolve import load_recipe
@@ -25,7 +27,8 @@ def finished(base: Path, name: str, recipe: Recipe, scores: dict[str, float] | N
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     if scores is not None:
-        report = {"scores": scores, "steps": 4, "samples": 16, "seconds": 2.0, "parameters": 9, "split": "test"}
+        rows = [asdict(score) for score in means(scores, "M")]
+        report = {"scores": rows, "steps": 4, "samples": 16, "seconds": 2.0, "parameters": 9, "split": "test"}
         (folder / "report.json").write_text(json.dumps(report))
     return folder
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from score_values import means
 
 from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.recipe.document import read_document
@@ -73,7 +74,8 @@ def test_the_study_is_a_run_of_the_tracker(
     folder = tmp_path / "s"
     for run, value in zip(plan.runs(), (10.0, 13.0, 12.0), strict=False):  # b with seed 1 is missing
         (folder / run.name).mkdir(parents=True)
-        report = {"scores": {M: value}, "steps": 4, "samples": 16, "seconds": 1.0, "parameters": 1, "split": "test"}
+        rows = [asdict(score) for score in means({M: value}, "M")]
+        report = {"scores": rows, "steps": 4, "samples": 16, "seconds": 1.0, "parameters": 1, "split": "test"}
         (folder / run.name / "report.json").write_text(json.dumps(report))
     table = study_table(plan, folder, plan.runs())
     assert "no run has a score 'teacher/retrieval/M', did you mean 'student/retrieval/M'?" in capfd.readouterr().err

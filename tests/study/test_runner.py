@@ -6,11 +6,12 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from score_values import means
 
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.recipe.document import read_document
@@ -45,7 +46,8 @@ class FakeJob:
         folder = self.study / self.name
         unscored = self.launcher.unscored.get(self.name, [])
         if self.code == 0 or unscored:
-            report = {"scores": {"student/retrieval/M": 1.0}, "steps": 4, "samples": 16, "seconds": 1.0}
+            rows = [asdict(score) for score in means({"student/retrieval/M": 1.0}, "M")]
+            report = {"scores": rows, "steps": 4, "samples": 16, "seconds": 1.0}
             report["failed"] = unscored
             (folder / "report.json").write_text(json.dumps({**report, "parameters": 1, "split": "test"}))
             rows = [{"step": i + 1, "terms": {}, "seconds": 9 + 0.5 * i} for i in range(8)]

@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from score_values import means
 
-from distill_study.picture import draw
+from distill_core.evaluate.score import TaskScore, by_address
+from distill_study.picture import axis_label, draw
 from distill_study.table import (
     Group,
     RunResult,
@@ -23,7 +25,9 @@ M, TOP = "student/retrieval/M", "student/zero_shot/top1"
 
 def group(name: str, scores: dict[int, float], label: str | None = None, wanted: int = 3) -> Group:
     runs = tuple(
-        RunResult(f"{name}-seed{seed}", seed, {M: score, TOP: score / 2}, 40, 160, 2.0 + seed, 7, "test")
+        RunResult(
+            f"{name}-seed{seed}", seed, by_address(means({M: score, TOP: score / 2})), 40, 160, 2.0 + seed, 7, "test"
+        )
         for seed, score in scores.items()
     )
     return Group(name, label or name, runs, wanted)
@@ -104,17 +108,14 @@ def test_json_has_the_numbers_behind_the_words() -> None:
     assert found["variants"][1]["runs"][2]["scores"][TOP] == 8.0
 
 
-def test_default_scores_are_the_students_means() -> None:
-    scores = {
-        "student/r/M": 1.0,
-        "student/r/R@1": 1.0,
-        "student/r/set/M": 1.0,
-        "teacher/r/M": 1.0,
-        "student/z/top1": 1.0,
-    }
-    run = RunResult("f", 0, scores, 1, 1, 1.0, 1, "test")
-    assert default_scores([run]) == ["student/r/M", "student/z/top1"]
-    other = RunResult("f", 0, {"student/t/iou": 1.0}, 1, 1, 1.0, 1, "test")
+def test_default_scores_are_the_students_headlines() -> None:
+    scores = [
+        *means({"student/r/A": 1.0, "student/r/B": 1.0, "teacher/r/A": 1.0, "student/z/C": 1.0}, "A", "C"),
+        TaskScore("set", "A", 1.0, headline=True, side="student", task="r"),
+    ]
+    run = RunResult("f", 0, by_address(scores), 1, 1, 1.0, 1, "test")
+    assert default_scores([run]) == ["student/r/A", "student/z/C"]
+    other = RunResult("f", 0, by_address(means({"student/t/iou": 1.0})), 1, 1, 1.0, 1, "test")
     assert default_scores([other]) == ["student/t/iou"]
     assert default_scores([]) == []
 
@@ -123,7 +124,8 @@ def test_a_tie_of_seeds_is_drawn(tmp_path: Path) -> None:
     """The mean of one number three times is not that number in floating point; an error bar of -4e-16 is refused."""
     for value in (18.75 / 7, 0.1, 17.6, 64.0625):
         results = tuple(
-            RunResult(str(tmp_path / f"a-seed{seed}"), seed, {M: value}, 3, 3, 1.0, 1, "test") for seed in range(3)
+            RunResult(str(tmp_path / f"a-seed{seed}"), seed, by_address(means({M: value})), 3, 3, 1.0, 1, "test")
+            for seed in range(3)
         )
         groups = [Group("a", "a", results, 3), Group("b", "b", results[:2], 3)]
         draw(StudyTable.of("t", groups, "a", [M]), tmp_path / f"{value}.png")
@@ -135,7 +137,7 @@ def test_the_picture_has_a_panel_for_each_score_and_takes_missing_runs(tmp_path:
     run.mkdir()
     rows = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = RunResult(str(run), 0, {M: 1.0}, 3, 3, 1.0, 1, "test")
+    result = RunResult(str(run), 0, by_address(means({M: 1.0})), 3, 3, 1.0, 1, "test")
     groups = [Group("a", "a", (result,), 1), Group("b", "b", (), 1)]
     draw(StudyTable.of("t", groups, "a", [M]), tmp_path / "small.png")
     draw(StudyTable.of("t", groups, "a", [M, TOP, "x/y/z"]), tmp_path / "large.png")
@@ -144,3 +146,17 @@ def test_the_picture_has_a_panel_for_each_score_and_takes_missing_runs(tmp_path:
     small, large = Image.open(tmp_path / "small.png"), Image.open(tmp_path / "large.png")
     assert large.width > small.width  # four panels in two rows of three
     assert large.height > small.height
+
+
+def test_a_score_that_is_better_lower_says_so(tmp_path: Path) -> None:
+    """Would catch a loss in nats that table and picture show as a percentage of which more is better."""
+    loss = TaskScore(None, "loss", 0.5, "nats", higher_is_better=False, side="student", task="lm")
+    result = RunResult("f", 0, by_address([loss, *means({M: 1.0})]), 1, 1, 1.0, 1, "test")
+    table = StudyTable.of("t", [Group("a", "a", (result,), 1)], "a", [M, loss.address])
+    assert table.notes()[1] == "student/lm/loss: nats, lower is better."
+    assert not any(M in line for line in table.notes())
+    assert [axis_label(table, address) for address in (M, loss.address, "x/y/z")] == [
+        "percent",
+        "nats (lower is better)",
+        "",
+    ]

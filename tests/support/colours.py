@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from score_values import values
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
 
@@ -61,5 +62,6 @@ def sample(picture: bytes, mask: Any, classes: str = "red\ngreen\nblue\n", key: 
 
 
 def run(task: dict[str, Any], with_model: Any, *samples: Any) -> dict[str, float]:
+    """`SET/NAME` -> value."""
     config = SegmentationConfig.model_validate_json(json.dumps(task))
-    return Segmentation(config).run(with_model, [EvaluationSet("set", list(samples))])
+    return values(Segmentation(config).run(with_model, [EvaluationSet("set", list(samples))]))

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from score_values import values
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
-from distill_tasks.classes import accuracies, confusion, confusion_picture, means, ranks_of_class
+from distill_tasks.classes import accuracies, confusion, confusion_picture, ranks_of_class
 from distill_tasks.logistic import choose_c, fit, logits
 from distill_tasks.probes import Knn, LinearProbe, TrainSet, turns
 from distill_tasks.prompts import ensembles, prompts_of, templates_of
@@ -211,7 +212,7 @@ def test_a_probe_by_hand(task: str) -> None:
     second = samples(eye[[0, 1, 2, 0]], ["x", "y", "z", None])
     options = {"k": 3} if task == "knn" else {}
     probe = cls(cls.Config.model_validate_json(json.dumps(options)))
-    scores = probe.run(Look(), sets_of(train, first, second))  # type: ignore[arg-type]
+    scores = values(probe.run(Look(), sets_of(train, first, second)))  # type: ignore[arg-type]
     assert scores["t0/top1"] == pytest.approx(200 / 3)
     assert scores["t0/mean_per_class"] == 75.0
     assert scores["t1/top1"] == pytest.approx(200 / 3)
@@ -238,7 +239,7 @@ def test_a_sample_s_items_stay_together(learn: str | None) -> None:
 
     train = [EvaluationSet(name, data[:12]) for name in ("a", "b")]
     task = Seen(Knn.Config.model_validate_json(json.dumps(options)))
-    scores = task.run(model, [EvaluationSet("s", data, others=lambda split: train)])  # type: ignore[arg-type]
+    scores = values(task.run(model, [EvaluationSet("s", data, others=lambda split: train)]))  # type: ignore[arg-type]
     assert scores["s/learned_from"] == 6, "three samples of each of two classes"
     for taught, classes, asked in seen:
         assert torch.bincount(classes).tolist() == [6, 6], "each with both of its items"
@@ -272,7 +273,7 @@ def test_features_that_are_no_numbers() -> None:
     encode = model.encode
     model.encode = lambda *asked, **options: encode(*asked, **options).index_fill(0, torch.tensor([3]), torch.nan)  # type: ignore[method-assign]
     options = json.dumps({"learn": None, "folds": 2})
-    scores = Knn(Knn.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)])  # type: ignore[arg-type]
+    scores = values(Knn(Knn.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)]))  # type: ignore[arg-type]
     assert scores["top1"] <= 90.0
     with pytest.raises(DataError, match=r"'linear_probe': features to learn from are no numbers \(NaN or infinite\)"):
         LinearProbe(LinearProbe.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)])  # type: ignore[arg-type]
@@ -283,12 +284,12 @@ def test_folds_never_see_themselves() -> None:
     x = normalize(torch.randn(200, 8), dim=-1)
     data = samples(x, torch.randint(0, 2, (200,)).tolist())
     knn = Knn(Knn.Config.model_validate_json('{"k": 1, "learn": null}'))
-    scores = knn.run(Look(), [EvaluationSet("s", data)])  # type: ignore[arg-type]
+    scores = values(knn.run(Look(), [EvaluationSet("s", data)]))  # type: ignore[arg-type]
     assert 30 < scores["top1"] < 70
     assert scores["s/learned_from"] == 160
     twice = samples(torch.cat([x, x]), [*range(200), *range(200)])
     linear = LinearProbe(LinearProbe.Config.model_validate_json('{"learn": null, "folds": 2, "cs": [1000.0]}'))
-    assert linear.run(Look(), [EvaluationSet("s", twice)])["top1"] > 95  # type: ignore[arg-type]
+    assert values(linear.run(Look(), [EvaluationSet("s", twice)]))["top1"] > 95  # type: ignore[arg-type]
 
 
 def test_few_shot_learns_from_so_many_a_class() -> None:
@@ -298,7 +299,7 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
     sets = sets_of(samples(x, y.tolist()), samples(asked, truth.tolist()))
     x, y = (torch.cat([part[::2], part[1::2]]) for part in (x, y))  # the train sets, one behind the other
     config = Knn.Config.model_validate_json('{"k": 2, "shots": 2, "draws": 4}')
-    scores = Knn(config).run(Look(), sets)  # type: ignore[arg-type]
+    scores = values(Knn(config).run(Look(), sets))  # type: ignore[arg-type]
     assert scores["t0/learned_from"] == 6
     assert scores["t0/top1_std"] > 0
     each = []
@@ -393,7 +394,7 @@ def test_zero_shot_with_files(tmp_path: Path) -> None:
     options = {"templates": str(tmp_path / "templates.txt")}
     for more, top1 in (({}, 100.0), ({"classes": str(tmp_path / "classes.txt")}, 200 / 3)):
         task = ZeroShot(ZeroShot.Config.model_validate_json(json.dumps(options | more)))
-        scores = task.run(Look(words), [EvaluationSet("s", data)])  # type: ignore[arg-type]
+        scores = values(task.run(Look(words), [EvaluationSet("s", data)]))  # type: ignore[arg-type]
         assert scores["top1"] == pytest.approx(top1)
         assert scores["s/classes"] == (3 if more else 2)
         (picture,) = task.media(Look(words), [], 4)  # type: ignore[arg-type]
@@ -410,7 +411,7 @@ def test_what_is_learned_from_and_scored_is_told() -> None:
         learned = EvaluationSet("l", [{**row, "__url__": of} for row in samples(x, y)])
         asked = [{**row, "__url__": mine} for row in samples(torch.cat([x, x[:1]]), [*y, "a"])]
         here = EvaluationSet("s", asked, others=lambda split, learned=learned: [learned])  # type: ignore[misc]
-        scores = Knn(Knn.Config()).run(Look(), [here])  # type: ignore[arg-type]
+        scores = values(Knn(Knn.Config()).run(Look(), [here]))  # type: ignore[arg-type]
         assert "top5" not in scores, "it would be 100 of three classes"
         lines = [line for line in here.warnings if f"{both} of 4 scored samples are in the split 'train' too" in line]
         assert (len(lines), len(here.warnings)) == ((1, 1) if both else (0, 0))
@@ -431,7 +432,3 @@ def test_fewer_samples_than_shots_are_told(shots: int, learn: str | None, fewest
         (line,) = told
         assert f"'knn': `shots: 5`, but the smallest class has {fewest} sample" in line
     assert knn.note() == "percent; 2 classes, chance top1 50; means of 3 draws"
-
-
-def test_means() -> None:
-    assert means({"a/x": 1.0, "b/x": 3.0, "a/y": 5.0, "a/n": 2.0}, ("x", "y")) == {"x": 2.0, "y": 5.0}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from score_values import values
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -64,7 +65,7 @@ def as_set(folder: Path, samples: Sequence[dict[str, Any]], name: str = "data") 
 
 
 def retrieve(model: Any, *sets: EvaluationSet, **options: Any) -> dict[str, float]:
-    return Retrieval(Retrieval.Config.model_validate_json(json.dumps(options))).run(model, sets)
+    return values(Retrieval(Retrieval.Config.model_validate_json(json.dumps(options))).run(model, sets))
 
 
 def brute_recall(queries: Any, targets: Any, query_of: Any, target_of: Any, k: int) -> float:
@@ -133,7 +134,7 @@ def test_collapsed_and_broken_embeddings_score_nothing(tmp_path: Path, count: in
         scores = retrieve(model, as_set(tmp_path, samples))
         assert scores["R@10"] <= 5.0
         assert scores["M"] <= 5.0
-        shot = ZeroShot(ZeroShot.Config()).run(model, [as_set(tmp_path, samples)])  # type: ignore[arg-type]
+        shot = values(ZeroShot(ZeroShot.Config()).run(model, [as_set(tmp_path, samples)]))  # type: ignore[arg-type]
         assert shot["top1"] == 0.0
         assert shot["top5"] == 0.0
 
@@ -201,7 +202,7 @@ def test_zero_shot_by_hand(tmp_path: Path) -> None:
         {"class": "cat"},  # no picture: left out
     ]
     task = ZeroShot(ZeroShot.Config.model_validate_json('{"templates": ["a {}", "the {}"]}'))
-    scores = task.run(Look(words), [as_set(tmp_path, samples)])  # type: ignore[arg-type]
+    scores = values(task.run(Look(words), [as_set(tmp_path, samples)]))  # type: ignore[arg-type]
     assert scores["data/classes"] == 3
     assert scores["data/top1"] == pytest.approx(100 * 5 / 7)
     assert scores["data/mean_per_class"] == pytest.approx(100 * (2 / 3 + 1 + 2 / 3) / 3)
@@ -215,7 +216,7 @@ def test_zero_shot_top5_and_sets(tmp_path: Path) -> None:
     at = [words[f"c{i}"] for i in range(8)]
     first = as_set(tmp_path, [{"image": [at[0]], "class": f"c{i}"} for i in range(8)], "first")
     second = as_set(tmp_path, [{"image": [at[i]], "class": f"c{i}"} for i in range(8)], "second")
-    scores = ZeroShot(ZeroShot.Config()).run(Look(words), [first, second])  # type: ignore[arg-type]
+    scores = values(ZeroShot(ZeroShot.Config()).run(Look(words), [first, second]))  # type: ignore[arg-type]
     assert scores["first/top1"] == scores["first/mean_per_class"] == 12.5
     assert scores["first/top5"] == 62.5
     assert scores["second/top1"] == 100.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from score_values import values
 from torch.nn.functional import normalize
 
 from distill_core.evaluate.sets import EvaluationSet
@@ -60,7 +61,7 @@ def test_median_rank_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks count from 1: pictures have 2 and 1 (so 1.5), captions 2, 1 and 2 (so 2)."""
     model = Given()
     monkeypatch.setattr(EvaluationSet, "embeddings", lambda self, model, name, field=None: model.of[name])
-    scores = Retrieval(Retrieval.Config()).run(model, [EvaluationSet("s", [])])  # type: ignore[arg-type]
+    scores = values(Retrieval(Retrieval.Config()).run(model, [EvaluationSet("s", [])]))  # type: ignore[arg-type]
     assert scores["s/image_to_text/median_rank"] == 1.5
     assert scores["s/text_to_image/median_rank"] == 2.0
     assert scores["s/image_to_text/R@1"] == 50.0

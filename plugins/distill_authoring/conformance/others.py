@@ -9,6 +9,7 @@ import os
 import pickle
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from distill_core.contracts.weights import LoadReport
 from distill_core.data.opening import is_local
 from distill_core.data.shards import Shards
 from distill_core.errors import DataError, UserError
+from distill_core.evaluate.score import Score
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import FeatureKind, Model
 
@@ -231,7 +233,8 @@ def pickling(case: Case) -> None:
 
 @checks("task")
 def scores(case: Case) -> None:
-    """Scores are finite numbers by name, the same each time, of one set and of two."""
+    """Scores are finite numbers, each of another name, the same each time, of one set and of two; what is a headline
+    has a mean over sets."""
     with tempfile.TemporaryDirectory() as folder:
         model, one, other = _scorable(case, Path(folder))
         whole = nn.ModuleList(model.backbone.values())
@@ -246,9 +249,18 @@ def scores(case: Case) -> None:
                 require(_settings(model) == before, "`run` changes the model, which training and other tasks use")
                 for each in given:
                     require(each.whole(), "`run` changes embeddings in place, which other tasks read: copy them")
-            require(isinstance(found[0], dict) and found[0], "`run` must return scores by name")
-            for name, value in found[0].items():
-                require(isinstance(value, float) and math.isfinite(value), f"the score {name!r} is {value!r}")
+            require(found[0] and all(isinstance(score, Score) for score in found[0]), "`run` must return `Score`s")
+            for score in found[0]:
+                finite = isinstance(score.value, float) and math.isfinite(score.value)
+                require(finite, f"the score {score.name!r} is {score.value!r}")
+            counts = Counter((score.set, score.name) for score in found[0])
+            require(max(counts.values()) == 1, f"two scores of one set have one name: {counts.most_common(1)[0][0]}")
+            unknown = {score.set for score in found[0]} - {None, *sets}
+            require(not unknown, f"scores are of sets that `run` was not given: {unknown}")
+            hidden = {score.name for score in found[0] if score.headline} - {
+                score.name for score in found[0] if score.headline and score.set is None
+            }
+            require(not hidden, f"the headline {hidden} has no mean over sets, and is not shown: use `mean_over_sets`")
             require(found[0] == found[1], "the same model and sets give other scores the second time")
 
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from click.shell_completion import ShellComplete
 from rich.console import Console
+from score_values import means
 
 import distill_core.commands.doctor as doctor
 from distill_core import hookimpl
@@ -24,6 +25,7 @@ from distill_core.cli import cli, main
 from distill_core.commands import completion
 from distill_core.contracts.diagnostic import Diagnostic
 from distill_core.errors import PluginError
+from distill_core.evaluate.score import TaskScore
 from distill_core.registry import Plugins, Registry
 from distill_core.run import display
 from distill_core.run.display import mean_table, per_second, print_scores
@@ -189,13 +191,11 @@ def test_doctor_goes_on_with_a_broken_plugin(
 
 def test_the_table_at_the_end_is_of_means() -> None:
     """Would catch sets and directions in it (they are in report.json), or sides that are mixed up."""
-    scores = {
-        "student/r/M": 1.0,
-        "student/r/a/M": 2.0,
-        "student/r/a/x_to_y/R@1": 3.0,
-        "teacher/r/M": 4.0,
-        "teacher/z/t": 5,
-    }
+    scores = [
+        *means({"student/r/M": 1.0, "teacher/r/M": 4.0, "teacher/z/t": 5.0}),
+        TaskScore("a", "M", 2.0, side="student", task="r"),
+        TaskScore("a", "x_to_y/R@1", 3.0, side="student", task="r"),
+    ]
     file = io.StringIO()
     Console(file=file, width=80).print(mean_table(scores, "title"))
     words = [[w for w in line.split() if w not in "│┃|"] for line in file.getvalue().splitlines()]
@@ -207,7 +207,8 @@ def test_the_table_at_the_end_is_of_means() -> None:
 
 def test_what_stands_below_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Would catch a task whose scores are nowhere to be seen, and a file of scores where there are none."""
-    scores = {"student/r/M": 1.0, "student/n/M": 1.0, "student/maps/a/entropy": 2.0}
+    entropy = TaskScore("a", "entropy", 2.0, "nats", None, side="student", task="maps")
+    scores = [*means({"student/r/M": 1.0, "student/n/M": 1.0}), entropy]
     print_scores(scores, "t", ["more"], notes={"r": "percent", "n": "percent"}, file="report.json")
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines == [
@@ -216,7 +217,7 @@ def test_what_stands_below_the_table(capsys: pytest.CaptureFixture[str]) -> None
         "more",
         "every score: report.json",
     ]
-    print_scores({}, "t", ["more"], file="report.json")
+    print_scores([], "t", ["more"], file="report.json")
     assert capsys.readouterr().out == "more\n"
     assert [per_second(rate) for rate in (1270.4, 88.2, 8.43)] == ["1,270 samples/s", "88 samples/s", "8.4 samples/s"]
 

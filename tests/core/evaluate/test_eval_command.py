@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from score_values import reported
 
 from distill_core.cli import main
 from distill_core.errors import RecipeErrors
@@ -57,8 +58,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, registry: Registry, write_shar
 def score(capsys: pytest.CaptureFixture[str]) -> Score:
     def score(*arguments: Any) -> dict[str, float]:
         main(["eval", *map(str, arguments), "--json"])
-        found: dict[str, float] = json.loads(capsys.readouterr().out)
-        return found
+        return reported(json.loads(capsys.readouterr().out))
 
     return score
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_s_file_is_a_run(run: Path, score: Score) -> None:
         by_file = score(run / "checkpoints" / name, "--no-cache")
         assert by_file == score(run, "--checkpoint", option, "--no-cache")
     report = json.loads((run / "report.json").read_text())
-    assert by_file == pytest.approx(report["scores"])
+    assert by_file == pytest.approx(reported(report["scores"]))
 
 
 def test_embeddings_are_kept_until_something_changes(
@@ -164,7 +164,7 @@ def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> No
         assert Image.open(path).width >= 300
     kept = sorted((run / "evaluations").glob("00000002-test-*.json"))
     documents = [json.loads(path.read_text()) for path in kept]
-    assert found in [document["scores"] for document in documents]
+    assert found in [reported(document["scores"]) for document in documents]
     before = len(kept)
     score(run)
     assert len(list((run / "evaluations").glob("00000002-test-*.json"))) == before, "the same question, one file"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from score_values import reported
 
 from distill_core.data.shards import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
@@ -58,7 +59,8 @@ def test_a_task_may_have_data_of_its_own(tiny_recipe: Path, registry: Registry, 
     result = Trainer(recipe, folder, quiet=True).run()
     assert result.failed == []
     for side in ("student", "teacher"):
-        assert result.scores[f"{side}/own/mine/M"] == result.scores[f"{side}/retrieval/data/M"]
+        scores = reported(result.scores)
+        assert scores[f"{side}/own/mine/M"] == scores[f"{side}/retrieval/data/M"]
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     while_training = [name for row in rows if row.get("split") == "validation" for name in row["scores"]]
     assert while_training

@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from score_values import means, reported
 
 import distill_core.cli
 from distill_core.batch import Skipped
 from distill_core.contracts.tracker import Tracker
 from distill_core.errors import UserError
+from distill_core.evaluate.score import TaskScore
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
-from distill_core.run.report import Report, headline, write_report
+from distill_core.run.report import Report, bars, write_report
 from distill_core.run.tracking import TrackerThread
 from distill_core.train import Trainer
 
@@ -254,12 +256,12 @@ def test_report(run: Run) -> None:
     folder, _ = run("evaluate.every=2")
     report = json.loads((folder.path / "report.json").read_text())
     scored = [row for row in folder.rows() if "scores" in row]
-    assert report["scores"] == scored[-1]["scores"]
+    assert reported(report["scores"]) == scored[-1]["scores"]
     assert [row["step"] for row in report["validation"]] == [2, 4]
     assert (report["name"], report["steps"], report["samples"], report["split"]) == ("tiny", 4, 16, "test")
     assert report["parameters"] > 49408 * 16
     assert report["samples_per_s"] == pytest.approx(16 / report["seconds"])
-    assert {"student/retrieval/test/M", "teacher/retrieval/M"} & set(report["scores"]) == {"teacher/retrieval/M"}
+    assert {"student/retrieval/test/M", "teacher/retrieval/M"} & set(scored[-1]["scores"]) == {"teacher/retrieval/M"}
     with Image.open(folder.path / "report.png") as picture:
         picture.load()
         assert picture.size[0] > 600
@@ -268,14 +270,22 @@ def test_report(run: Run) -> None:
 
 def test_a_run_without_evaluation_reports_too(run: Run) -> None:
     folder, _ = run("evaluate=null", "fusion=null", "teacher=null", "loss=[{name: contrastive}]")
-    assert json.loads((folder.path / "report.json").read_text())["scores"] == {}
+    assert json.loads((folder.path / "report.json").read_text())["scores"] == []
     with Image.open(folder.path / "report.png") as picture:
         picture.load()
 
 
-def test_headline_takes_means_over_sets() -> None:
-    scores = {"student/retrieval/M": 1.0, "student/retrieval/a/M": 2.0, "teacher/names/R@1": 3.0, "x/y/a/b/R@1": 4.0}
-    assert headline(scores) == {("student", "retrieval M"): 1.0, ("teacher", "names R@1"): 3.0}
+def test_the_pictures_bars_are_means_over_sets_by_unit() -> None:
+    """Would catch a set's score among the means, nats drawn on the axis of percent, and a side that is mixed up."""
+    scores = [
+        *means({"student/retrieval/M": 1.0, "teacher/retrieval/M": 3.0}),
+        TaskScore("a", "M", 2.0, side="student", task="retrieval"),
+        TaskScore(None, "loss", 0.02, "nats", higher_is_better=False, side="student", task="lm"),
+    ]
+    assert bars(scores) == {
+        "percent": {"retrieval M": {"student": 1.0, "teacher": 3.0}},
+        "nats": {"lm loss \N{DOWNWARDS ARROW}": {"student": 0.02}},
+    }
 
 
 def test_the_summary_names_skipped_samples(
@@ -311,7 +321,8 @@ def test_the_picture_of_a_run_has_no_empty_half(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.log({"step": 3, "loss": 2.0, "terms": {"a": 1.0, "b": 1.0}})
     widths = []
-    for scores in ({}, {"student/maps/one/entropy": 1.0}, {"student/retrieval/M": 1.0}):
+    entropy = TaskScore("one", "entropy", 1.0, "nats", None, side="student", task="maps")
+    for scores in ([], [entropy], means({"student/retrieval/M": 1.0})):
         report = Report("r", 3, 9, 1.0, scores, "test", 0, 0, 0, 4)
         widths.append(Image.open(write_report(folder, report, {})).width)
     assert widths[0] == widths[1] < widths[2]

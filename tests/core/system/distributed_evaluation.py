@@ -19,6 +19,7 @@ from distill_composition.task import Composition
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate import run
 from distill_core.evaluate.cache import EmbeddingCache
+from distill_core.evaluate.score import Score
 from distill_core.evaluate.sets import EvaluationSet, encode_shared
 from distill_core.plan import Plan
 from distill_core.system import distributed
@@ -53,8 +54,8 @@ class Task:
     def __init__(self, modality: str) -> None:
         self.modality = modality
 
-    def run(self, model: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
-        return {"n": float(len(sets[0].embeddings(model, self.modality)[0]))}
+    def run(self, model: Any, sets: Sequence[EvaluationSet]) -> list[Score]:
+        return [Score(None, "n", float(len(sets[0].embeddings(model, self.modality)[0])))]
 
     def note(self) -> str:
         return ""
@@ -75,7 +76,8 @@ def learned() -> dict[str, float]:
     samples = [{"__key__": "k" * (i + 1), "__url__": "u", "class": str(i % 2).encode()} for i in range(6)]
     train = [EvaluationSet("train", samples)]
     config = Knn.Config.model_validate_json('{"k": 1, "modality": "a"}')
-    return Knn(config).run(Model(), [EvaluationSet("set", samples[:5], others=lambda split: train)])  # type: ignore[arg-type]
+    scores = Knn(config).run(Model(), [EvaluationSet("set", samples[:5], others=lambda split: train)])  # type: ignore[arg-type]
+    return {score.name: score.value for score in scores if score.set is None}
 
 
 class Cut:
@@ -91,11 +93,11 @@ class Cut:
 class Late:
     """A task that rank 1 gives up behind all that ranks do together."""
 
-    def run(self, model: Any, sets: Sequence[EvaluationSet]) -> dict[str, float]:
+    def run(self, model: Any, sets: Sequence[EvaluationSet]) -> list[Score]:
         sets[0].embeddings(model, "a")
         if distributed.rank() == 1:
             raise DataError("no sample is left")
-        return {}
+        return []
 
 
 def unread(out: Path) -> run.Evaluated:
@@ -168,12 +170,12 @@ def main(out: Path) -> None:
     missing = run.evaluate(recipe, models, source, "test")
     cut = unread(out / f"rank-{rank}")
     found = {
-        "scores": made.scores,
+        "scores": made.values,
         "no_media": str(made.no_media) if made.no_media else None,
         "missing": missing.failed,
         "shared": encode_shared(models["student"], "a", [[float(i), 1.0] for i in range(5)]).tolist(),
         "learned": learned(),
-        "unread": [cut.failed, cut.scores],
+        "unread": [cut.failed, cut.values],
         "refused": refused(),
         "first": first_unread(),
     }

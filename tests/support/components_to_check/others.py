@@ -1,5 +1,7 @@
 """Broken schedules, optimisers, sources, evaluations, trackers and initializers."""
 
+from dataclasses import replace
+
 import torch
 from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
@@ -10,6 +12,7 @@ from my_plugin.task import Agreement
 
 from distill_core.contracts.weights import LoadReport
 from distill_core.errors import UserError
+from distill_core.evaluate.score import Score
 
 
 @broken("factors", "at step 6 of 10 the factor is -0.*; it must be finite and from 0 to 1")
@@ -80,20 +83,44 @@ class SourceWithLambda(Waves):
 @broken("scores", "the score 'cosine' is tensor")
 class TensorScore(Agreement):
     def run(self, model, sets):
-        return {"cosine": torch.tensor(super().run(model, sets)["cosine"])}
+        return [replace(score, value=torch.tensor(score.value)) for score in super().run(model, sets)]
 
 
 @broken("scores", "other scores the second time")
 class RandomScore(Agreement):
     def run(self, model, sets):
-        return {"cosine": torch.rand(()).item()}
+        return [Score(None, "cosine", torch.rand(()).item())]
+
+
+@broken("scores", "must return `Score`s")
+class Numbers(Agreement):
+    def run(self, model, sets):
+        return {score.name: score.value for score in super().run(model, sets)}
+
+
+@broken("scores", "two scores of one set have one name: .*cosine")
+class OneName(Agreement):
+    def run(self, model, sets):
+        return 2 * super().run(model, sets)
+
+
+@broken("scores", "the headline {'cosine'} has no mean over sets")
+class HidesItsHeadline(Agreement):
+    def run(self, model, sets):
+        return [score for score in super().run(model, sets) if score.set is not None]
+
+
+@broken("scores", "sets that `run` was not given: {'elsewhere'}")
+class ScoresAnotherSet(Agreement):
+    def run(self, model, sets):
+        return [*super().run(model, sets), Score("elsewhere", "cosine", 1.0)]
 
 
 @broken("nothing_to_score", "raises ZeroDivisionError.*raise DataError")
 class Divides(Agreement):
     def run(self, model, sets):
         a, b = (sets[0].embeddings(model, name)[0] for name in model.modalities)
-        return {"cosine": float((a * b).sum()) / len(a)}
+        return [Score(None, "cosine", float((a * b).sum()) / len(a))]
 
 
 @broken("tracked", "AttributeError")

@@ -3,6 +3,7 @@
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError
+from distill_core.evaluate.score import Score, mean_over_sets
 
 
 class AgreementConfig(ComponentConfig):
@@ -27,9 +28,9 @@ class Agreement(Task):
             yield "'my_plugin_agreement' needs two modalities"
 
     def run(self, model, sets):
-        """`SET/cosine` of each set, and `cosine`, their mean."""
+        """`cosine` of each set, and the mean over sets."""
         a, b = self.config.modalities or model.modalities[:2]
-        scores = {}
+        scores = []
         for samples in sets:
             first, first_of = samples.embeddings(model, a)  # [N, D], [N]: the samples they are of
             second, second_of = samples.embeddings(model, b)
@@ -39,9 +40,10 @@ class Agreement(Task):
                 raise DataError(f"evaluation set {samples.name!r}: no sample with both {a} and {b}")
             rows, columns = zip(*pairs, strict=True)
             cosines = (first[list(rows)] * second[list(columns)]).sum(-1)
-            scores[f"{samples.name}/cosine"] = 100 * cosines.double().mean().item()
-        return scores | {"cosine": sum(scores.values()) / len(scores)}
+            cosine = 100 * cosines.double().mean().item()
+            scores.append(Score(samples.name, "cosine", cosine, unit="cosine x 100", headline=True))
+        return [*scores, *mean_over_sets(scores)]
 
     def note(self):
-        """What stands below the table of scores."""
+        """Caption of the table of scores."""
         return "cosine times 100: 100 where both sides agree, 0 where they know nothing of each other"

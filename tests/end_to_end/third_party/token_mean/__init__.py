@@ -1,4 +1,4 @@
-"""A fusion and a loss from outside: what a stranger's plugin looks like."""
+"""A fusion, a loss and a task from outside: what a stranger's plugin looks like."""
 
 from distill_core import hookimpl
 
@@ -7,6 +7,6 @@ distill_api = 1
 
 @hookimpl
 def distill_components():
-    from token_mean.components import Agreement, TokenMean
+    from token_mean.components import Agreement, TokenMean, Uniformity
 
-    return [TokenMean, Agreement]
+    return [TokenMean, Agreement, Uniformity]

@@ -1,6 +1,10 @@
-from torch import nn
+from torch import nn, pdist
 from torch.nn.functional import normalize
 
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.task import Task
+from distill_core.errors import DataError
+from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.interfaces import FusionHead, Loss, LossConfig
 from distill_core.outputs import Fused
 from distill_core.plan import Needs, same_dim
@@ -54,3 +58,20 @@ class Agreement(Loss):
         cosine = sum((outputs.embedding(f"student.{m}") * outputs.embedding(f"fused.{m}")).sum(-1).mean()
                      for m in outputs.student) / len(outputs.student)  # fmt: skip
         return {"agreement": (1 - cosine) ** self.config.power}, {"cosine": cosine.detach()}
+
+
+class Uniformity(Task):
+    """log mean exp(-2 d^2) over the pairs of a set's embeddings, d their distance (Wang and Isola 2020, section 4)."""
+
+    name = "uniformity"
+    Config = ComponentConfig
+
+    def run(self, model, sets):
+        scores = []
+        for samples in sets:
+            embedded, _ = samples.embeddings(model, model.modalities[0])
+            if len(embedded) < 2:
+                raise DataError(f"evaluation set {samples.name!r}: no two samples to compare")
+            value = pdist(embedded.double()).square().mul(-2).exp().mean().log().item()
+            scores.append(Score(samples.name, "spread", value, "nats", higher_is_better=False, headline=True))
+        return [*scores, *mean_over_sets(scores)]

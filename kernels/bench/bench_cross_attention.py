@@ -33,8 +33,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distill_kernels import cross_attention, cross_attention_pool
-from distill_kernels.backends import device_name
-from distill_kernels.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.attention.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.dispatch import device_name
 from distill_kernels.measure import interleaved, peak_bytes
 
 HERE = Path(__file__).resolve().parent

@@ -26,11 +26,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill_kernels.backends import device_name
-from distill_kernels.info_nce import OP, InfoNCEInputs, multi_view_info_nce
+from distill_kernels.dispatch import device_name
 from distill_kernels.measure import interleaved, peak_bytes
-from distill_kernels.sigmoid_loss import OP as SIGMOID
-from distill_kernels.sigmoid_loss import SigmoidInputs, multi_view_sigmoid
+from distill_kernels.pairwise.info_nce import OP, InfoNCEInputs, multi_view_info_nce
+from distill_kernels.pairwise.sigmoid_loss import OP as SIGMOID
+from distill_kernels.pairwise.sigmoid_loss import SigmoidInputs, multi_view_sigmoid
 
 # Va x Vb x B x D: the tiny default recipe, one GPU's share of a batch, the large case of the kernels issue.
 SHAPES = ("2x8x16x128", "8x8x128x128", "8x2x128x128", "2x8x1024x512", "8x2x1024x512", "8x2x4096x512")

@@ -30,12 +30,12 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill_kernels.compile_specs import Spec
+from distill_kernels.triton.compile_specs import Spec
 
 MODULES = (
-    "distill_kernels.triton_cross_attention_kernels",
-    "distill_kernels.triton_info_nce",
-    "distill_kernels.triton_sigmoid_loss",
+    "distill_kernels.triton.cross_attention_kernels",
+    "distill_kernels.triton.info_nce",
+    "distill_kernels.triton.sigmoid_loss",
 )
 
 

@@ -1,11 +1,11 @@
-"""One public function an op, its plain reference beside it, measured backends behind it."""
+"""One public function an op, its plain reference beside it, measured backends under it."""
 
-from distill_kernels.cross_attention import cross_attention
-from distill_kernels.cross_attention_pool import attend_to_tokens, cross_attention_pool
-from distill_kernels.info_nce import multi_view_info_nce
-from distill_kernels.packed_attention import packed_attention
-from distill_kernels.self_attention import self_attention, split_heads
-from distill_kernels.sigmoid_loss import multi_view_sigmoid
+from distill_kernels.attention.cross_attention import cross_attention
+from distill_kernels.attention.cross_attention_pool import attend_to_tokens, cross_attention_pool
+from distill_kernels.attention.packed_attention import packed_attention
+from distill_kernels.attention.self_attention import self_attention, split_heads
+from distill_kernels.pairwise.info_nce import multi_view_info_nce
+from distill_kernels.pairwise.sigmoid_loss import multi_view_sigmoid
 
 __all__ = [
     "attend_to_tokens",

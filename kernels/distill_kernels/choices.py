@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from distill_kernels import backends
-from distill_kernels.backends import Backend, Op, choose_here, order_of
+from distill_kernels import dispatch
+from distill_kernels.dispatch import Backend, Op, choose_here, order_of
 
 
 class Choice(NamedTuple):
@@ -50,23 +50,23 @@ def recorded(device: torch.device | None = None, capability: tuple[int, int] = (
             return chosen
         return Backend(chosen.name, chosen.why_not, lambda x: _unobserved(op, x))
 
-    before = backends.observer, backends.assumed_capability
-    backends.observer = observe
+    before = dispatch.observer, dispatch.assumed_capability
+    dispatch.observer = observe
     if elsewhere and not torch.cuda.is_available():
-        backends.assumed_capability = capability
+        dispatch.assumed_capability = capability
     try:
         yield choices
     finally:
-        backends.observer, backends.assumed_capability = before
+        dispatch.observer, dispatch.assumed_capability = before
 
 
 def _unobserved(op: Op, inputs: Any) -> Any:
     """What this device's own choice computes."""
-    observer, backends.observer = backends.observer, None
+    observer, dispatch.observer = dispatch.observer, None
     try:
         return choose_here(op, "auto", inputs).run(inputs)
     finally:
-        backends.observer = observer
+        dispatch.observer = observer
 
 
 def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_kernels.backends import OPS, Backend, BackendError, forget, interpreting, load_op, table_path
+from distill_kernels.dispatch import OPS, Backend, BackendError, forget, interpreting, load_op, table_path
 from distill_kernels.measure import interleaved
 
 

@@ -44,7 +44,7 @@ def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: 
 
 def _tune(where: torch.device, as_json: bool) -> None:
     from distill_core.errors import UserError
-    from distill_kernels.backends import BackendError
+    from distill_kernels.dispatch import BackendError
     from distill_kernels.tune import tune
 
     try:
@@ -60,7 +60,7 @@ def _tune(where: torch.device, as_json: bool) -> None:
 
 
 def _list(where: torch.device, as_json: bool) -> None:
-    from distill_kernels.backends import listing, table_path
+    from distill_kernels.dispatch import listing, table_path
 
     rows = listing()
     if as_json:

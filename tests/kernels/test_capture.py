@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill_kernels import cross_attention, cross_attention_pool, packed_attention, self_attention
-from distill_kernels.info_nce import multi_view_info_nce
-from distill_kernels.sigmoid_loss import multi_view_sigmoid
+from distill_kernels.pairwise.info_nce import multi_view_info_nce
+from distill_kernels.pairwise.sigmoid_loss import multi_view_sigmoid
 
 triton = pytest.importorskip("triton")
 
@@ -60,7 +60,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Capture]:
-    for module in ("cross_attention", "info_nce", "sigmoid_loss", "self_attention"):  # the backend that is named
+    ops = ("attention.cross_attention", "attention.self_attention", "pairwise.info_nce", "pairwise.sigmoid_loss")
+    for module in ops:  # the backend that is named
         chosen = importlib.import_module(f"distill_kernels.{module}")
         monkeypatch.setattr(chosen, "choose", lambda op, backend, inputs: op.get(backend))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # meta tensors know no autocast

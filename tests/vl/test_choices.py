@@ -12,11 +12,12 @@ from click.testing import CliRunner
 from distill_core.errors import UserError
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_kernels import backends, memory_efficient
+from distill_kernels import dispatch
+from distill_kernels.attention import memory_efficient
+from distill_kernels.attention.cross_attention import CrossAttentionInputs
+from distill_kernels.attention.packed_attention import PackedInputs
+from distill_kernels.attention.self_attention import SelfAttention
 from distill_kernels.choices import Choice
-from distill_kernels.cross_attention import CrossAttentionInputs
-from distill_kernels.packed_attention import PackedInputs
-from distill_kernels.self_attention import SelfAttention
 from distill_vl.choices import choices_of
 from distill_vl.commands import kernels
 
@@ -27,9 +28,9 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a machine with Triton, a compiler, and an xformers that was built for another torch."""
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
-    monkeypatch.setattr(backends, "why_not_installed", lambda package: None)
-    monkeypatch.setattr(backends, "_why_not_compile", lambda: None)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "why_not_installed", lambda package: None)
+    monkeypatch.setattr(dispatch, "_why_not_compile", lambda: None)
     monkeypatch.setattr(memory_efficient, "why_not_built", lambda: "built for another torch")
 
 
@@ -102,7 +103,7 @@ def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "vitb16" not in path.stem))
 def test_every_recipe_can_be_asked(registry: Registry, name: str) -> None:
-    assert {c.op for c in choices(registry, name)} <= set(backends.OPS)
+    assert {c.op for c in choices(registry, name)} <= set(dispatch.OPS)
     assert choices(registry, name, device=torch.device("cpu"))
 
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from torch import device
 
 from distill_kernels import tune as tuning
-from distill_kernels.backends import OPS, table_path
+from distill_kernels.dispatch import OPS, table_path
 from distill_vl.commands import kernels
 
 
@@ -37,6 +37,6 @@ def test_tune_writes_the_table_that_auto_goes_by(tmp_path: Path, monkeypatch: py
     for inputs, order in written[name].items():
         times = {row["backend"]: row["ms"] for row in rows if row["inputs"] == inputs}
         assert order == sorted(times, key=lambda backend: times[backend])
-    from distill_kernels.backends import forget
+    from distill_kernels.dispatch import forget
 
     forget()

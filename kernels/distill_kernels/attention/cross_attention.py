@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, Order, choose, interpreting, why_not_triton
-from distill_kernels.self_attention import FEWEST_FLASH_KEYS, without_cudnn
+from distill_kernels.attention import memory_efficient
+from distill_kernels.attention.self_attention import FEWEST_FLASH_KEYS, without_cudnn
+from distill_kernels.dispatch import Backend, Op, Order, choose, interpreting, why_not_triton
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -175,7 +175,7 @@ def xformers(inputs: CrossAttentionInputs) -> Tensor:
 
 
 def _triton(inputs: CrossAttentionInputs) -> Tensor:
-    from distill_kernels.triton_cross_attention import triton_cross_attention
+    from distill_kernels.triton.cross_attention import triton_cross_attention
 
     return triton_cross_attention(*inputs)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, Order, choose, why_not_gpu, why_not_new
-from distill_kernels.self_attention import autocast, self_attention, split_heads
+from distill_kernels.attention import memory_efficient
+from distill_kernels.attention.self_attention import autocast, self_attention, split_heads
+from distill_kernels.dispatch import Backend, Op, Order, choose, why_not_gpu, why_not_new
 
 # Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
 _GROUP = 8

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.chunks import CHUNK, block_size, blocks, compute_dtype
-from distill_kernels.compile_specs import precisions
-from distill_kernels.launches import dot_precision
+from distill_kernels.pairwise.chunks import CHUNK, block_size, blocks, compute_dtype
+from distill_kernels.triton.compile_specs import precisions
+from distill_kernels.triton.launches import dot_precision
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.launches import dot_precision, launch
-from distill_kernels.triton_cross_attention_kernels import (
+from distill_kernels.triton.cross_attention_kernels import (
     Blocks,
     blocks,
     cross_attention_backward,
     cross_attention_forward,
 )
+from distill_kernels.triton.launches import dot_precision, launch
 
 
 def triton_cross_attention(

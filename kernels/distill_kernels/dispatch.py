@@ -28,12 +28,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Where each op's `Op` lives, "module:attribute". Imported only when asked about.
 OPS: dict[str, str] = {
-    "cross_attention": "distill_kernels.cross_attention:OP",
-    "cross_attention_pool": "distill_kernels.cross_attention_pool:OP",
-    "multi_view_info_nce": "distill_kernels.info_nce:OP",
-    "multi_view_sigmoid": "distill_kernels.sigmoid_loss:OP",
-    "packed_attention": "distill_kernels.packed_attention:OP",
-    "self_attention": "distill_kernels.self_attention:OP",
+    "cross_attention": "distill_kernels.attention.cross_attention:OP",
+    "cross_attention_pool": "distill_kernels.attention.cross_attention_pool:OP",
+    "multi_view_info_nce": "distill_kernels.pairwise.info_nce:OP",
+    "multi_view_sigmoid": "distill_kernels.pairwise.sigmoid_loss:OP",
+    "packed_attention": "distill_kernels.attention.packed_attention:OP",
+    "self_attention": "distill_kernels.attention.self_attention:OP",
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from distill_kernels.compile_specs import Spec, make_spec, precisions
+from distill_kernels.triton.compile_specs import Spec, make_spec, precisions
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.pairwise_ops import register_gradients
+from distill_kernels.pairwise.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
+from distill_kernels.pairwise.operators import register_gradients
 
 # Below this sum, exponentials that a shared shift pushed under fp32's smallest number could matter.
 _LEAST_SUM = math.exp(-60.0)

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, Order, choose, interpreting, why_not_triton
-from distill_kernels.chunked_info_nce import info_nce_chunked
-from distill_kernels.chunks import compute_dtype
-from distill_kernels.launches import dot_precision
+from distill_kernels.dispatch import Backend, Op, Order, choose, interpreting, why_not_triton
+from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked
+from distill_kernels.pairwise.chunks import compute_dtype
+from distill_kernels.triton.launches import dot_precision
 
 
 class InfoNCEInputs(NamedTuple):
@@ -115,7 +115,7 @@ def _chunked(x: InfoNCEInputs) -> Tensor:
 
 
 def _triton(x: InfoNCEInputs) -> Tensor:
-    from distill_kernels.triton_info_nce import info_nce_triton
+    from distill_kernels.triton.info_nce import info_nce_triton
 
     if x.a_all is None or x.b_all is None:
         loss: Tensor = info_nce_triton(x.a, x.b, x.scale, 0, True)[0]

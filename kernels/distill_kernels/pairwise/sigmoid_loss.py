@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.backends import Backend, Op, Order, choose
-from distill_kernels.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.info_nce import CHUNKED, check_inputs, order_on_gpu, why_not_pairwise
-from distill_kernels.pairwise_ops import register_gradients
+from distill_kernels.dispatch import Backend, Op, Order, choose
+from distill_kernels.pairwise.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
+from distill_kernels.pairwise.info_nce import CHUNKED, check_inputs, order_on_gpu, why_not_pairwise
+from distill_kernels.pairwise.operators import register_gradients
 
 
 class SigmoidInputs(NamedTuple):
@@ -130,7 +130,7 @@ def _chunked(x: SigmoidInputs) -> Tensor:
 
 
 def _triton(x: SigmoidInputs) -> Tensor:
-    from distill_kernels.triton_sigmoid_loss import sigmoid_triton
+    from distill_kernels.triton.sigmoid_loss import sigmoid_triton
 
     out: Tensor = sigmoid_triton(*x)
     return out

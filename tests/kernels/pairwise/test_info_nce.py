@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from kernel_device import DEVICE, here, skip_float64_on_gpu
 from torch import Tensor
 
-from distill_kernels import chunks, multi_view_info_nce
-from distill_kernels.backends import BackendError
-from distill_kernels.chunked_info_nce import info_nce_chunked, info_nce_chunked_backward
+from distill_kernels import multi_view_info_nce
+from distill_kernels.dispatch import BackendError
 from distill_kernels.measure import peak_bytes
+from distill_kernels.pairwise import chunks
+from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked, info_nce_chunked_backward
 
 BACKENDS = ("reference", "chunked", "triton")
 # (Va, Vb, B, D): one of each; odd; more columns than a block of a kernel; more views than rows.
@@ -178,7 +179,7 @@ def test_gradcheck(backend: str, gathered: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str, symmetric: bool) -> None:
-    from distill_kernels.triton_info_nce import info_nce_triton, info_nce_triton_backward
+    from distill_kernels.triton.info_nce import info_nce_triton, info_nce_triton_backward
 
     forward, backward = {
         "chunked": (info_nce_chunked, info_nce_chunked_backward),
@@ -309,8 +310,8 @@ def test_chunked_memory_grows_as_rows() -> None:
 
 
 def test_triton_writes_every_element_and_no_other() -> None:
-    from distill_kernels.triton_info_nce import launch_gradient, launch_lse
-    from distill_kernels.triton_pairwise import Part
+    from distill_kernels.triton.info_nce import launch_gradient, launch_lse
+    from distill_kernels.triton.pairwise import Part
 
     x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
     scale = here.tensor(3.0)

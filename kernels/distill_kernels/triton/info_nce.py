@@ -3,7 +3,7 @@
 Forward: an online log-sum-exp over the columns; the other direction is the same kernel with the sides
 exchanged, since a column's sum belongs to no single program.
 
-Shape letters as in triton_pairwise.py.
+Shape letters as in pairwise.py.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.chunks import compute_dtype, target_mean
-from distill_kernels.compile_specs import Spec, make_spec
-from distill_kernels.launches import launch
-from distill_kernels.pairwise_ops import register_gradients
-from distill_kernels.triton_pairwise import (
+from distill_kernels.pairwise.chunks import compute_dtype, target_mean
+from distill_kernels.pairwise.operators import register_gradients
+from distill_kernels.triton.compile_specs import Spec, make_spec
+from distill_kernels.triton.launches import launch
+from distill_kernels.triton.pairwise import (
     LOG2_E,
     Part,
     block_sizes,

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_kernels.cross_attention_pool import BALANCE, absorbed_is_cheaper
+from distill_kernels.attention.cross_attention_pool import BALANCE, absorbed_is_cheaper
 
 
 def test_cost_model_on_the_measured_grid() -> None:
     """The form that `auto` takes is never more than 10 % slower than the better one at any measured size."""
-    path = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "cross_attention_crossover.csv"
+    path = Path(__file__).resolve().parents[3] / "kernels" / "bench" / "cross_attention_crossover.csv"
     losses, forms = [], set()
     with path.open(newline="") as file:
         for row in csv.DictReader(file):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from kernel_device import DEVICE, here, skip_float64_on_gpu
 from torch import Tensor
 
-from distill_kernels import chunks, multi_view_sigmoid
-from distill_kernels.backends import BackendError, listing
-from distill_kernels.sigmoid_loss import sigmoid_chunked, sigmoid_chunked_backward
+from distill_kernels import multi_view_sigmoid
+from distill_kernels.dispatch import BackendError, listing
+from distill_kernels.pairwise import chunks
+from distill_kernels.pairwise.sigmoid_loss import sigmoid_chunked, sigmoid_chunked_backward
 
 BACKENDS = ("reference", "chunked", "triton")
 
@@ -96,7 +97,7 @@ def test_gradcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str) -> None:
-    from distill_kernels.triton_sigmoid_loss import sigmoid_triton, sigmoid_triton_backward
+    from distill_kernels.triton.sigmoid_loss import sigmoid_triton, sigmoid_triton_backward
 
     forward, backward = {
         "chunked": (sigmoid_chunked, sigmoid_chunked_backward),
@@ -131,8 +132,8 @@ def test_many_small_terms_keep_their_digits(backend: str) -> None:
 
 
 def test_triton_writes_every_element_and_no_other() -> None:
-    from distill_kernels.triton_pairwise import Part
-    from distill_kernels.triton_sigmoid_loss import launch_sigmoid_gradient, launch_softplus
+    from distill_kernels.triton.pairwise import Part
+    from distill_kernels.triton.sigmoid_loss import launch_sigmoid_gradient, launch_softplus
 
     x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
     scale, bias, weight = here.tensor(3.0), here.tensor(-2.0), here.randn(2, 3)

@@ -19,17 +19,18 @@ from kernel_device import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill_kernels import backends, cross_attention, memory_efficient, packed_attention, self_attention
-from distill_kernels.backends import BackendError, choose
-from distill_kernels.cross_attention import OP as CROSS
-from distill_kernels.cross_attention import CrossAttentionInputs
-from distill_kernels.cross_attention import _xformers_call as cross_call
-from distill_kernels.packed_attention import OP as PACKED
-from distill_kernels.packed_attention import PackedInputs
-from distill_kernels.packed_attention import _xformers_call as packed_call
-from distill_kernels.self_attention import OP as DENSE
-from distill_kernels.self_attention import SelfAttention
-from distill_kernels.self_attention import _xformers_call as dense_call
+from distill_kernels import cross_attention, dispatch, packed_attention, self_attention
+from distill_kernels.attention import memory_efficient
+from distill_kernels.attention.cross_attention import OP as CROSS
+from distill_kernels.attention.cross_attention import CrossAttentionInputs
+from distill_kernels.attention.cross_attention import _xformers_call as cross_call
+from distill_kernels.attention.packed_attention import OP as PACKED
+from distill_kernels.attention.packed_attention import PackedInputs
+from distill_kernels.attention.packed_attention import _xformers_call as packed_call
+from distill_kernels.attention.self_attention import OP as DENSE
+from distill_kernels.attention.self_attention import SelfAttention
+from distill_kernels.attention.self_attention import _xformers_call as dense_call
+from distill_kernels.dispatch import BackendError, choose
 
 GPU = DEVICE == "cuda"
 DTYPE = torch.bfloat16
@@ -250,8 +251,8 @@ def test_packed_attention_takes_xformers_where_flash_has_no_kernel(
     dtype: torch.dtype, capability: tuple[int, int], loads: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32, and before Ampere, where its build loads."""
-    monkeypatch.setattr(backends, "assumed_capability", capability)
-    monkeypatch.setattr(backends, "why_not_installed", lambda package: None)
+    monkeypatch.setattr(dispatch, "assumed_capability", capability)
+    monkeypatch.setattr(dispatch, "why_not_installed", lambda package: None)
     monkeypatch.setattr(memory_efficient, "why_not_here", lambda q: None if loads else "built for another torch")
     monkeypatch.setattr(memory_efficient, "why_not_kernel", lambda call: None)
     monkeypatch.setattr(sys.modules[PackedInputs.__module__], "_xformers_call", lambda x: None)
@@ -264,9 +265,9 @@ def test_a_build_that_does_not_load_is_not_imported() -> None:
     program = """
 import sys, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from distill_kernels import memory_efficient
-from distill_kernels.backends import choose
-from distill_kernels.packed_attention import OP, PackedInputs
+from distill_kernels.attention import memory_efficient
+from distill_kernels.dispatch import choose
+from distill_kernels.attention.packed_attention import OP, PackedInputs
 memory_efficient.built_for = lambda: "1.0.0+cu99"
 with FakeTensorMode(allow_non_fake_inputs=True):
     qkv = torch.empty(6, 3, 2, 16, device="cuda")
@@ -307,7 +308,7 @@ def test_tf32_is_read_as_it_was_set(statement: str) -> None:
     """By either of torch's interfaces: reading the old one after setting the new one is an error in torch."""
     program = f"""
 import torch
-from distill_kernels.launches import dot_precision
+from distill_kernels.triton.launches import dot_precision
 matmul = torch.backends.cuda.matmul
 before = dot_precision()
 {statement}

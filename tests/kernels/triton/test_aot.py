@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton")
 
-BENCH = Path(__file__).resolve().parents[2] / "kernels" / "bench"
+BENCH = Path(__file__).resolve().parents[3] / "kernels" / "bench"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of shared memory that a block may use (CUDA programming guide, compute capabilities; CDNA3 guide).
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
@@ -79,7 +79,7 @@ LAUNCHES = """
 import itertools, sys, torch
 sys.path.insert(0, sys.argv[1])
 import resources
-from distill_kernels import triton_cross_attention, triton_info_nce, triton_pairwise, triton_sigmoid_loss
+from distill_kernels.triton import cross_attention, info_nce, pairwise, sigmoid_loss
 
 launched = set()
 
@@ -96,7 +96,7 @@ def record(kernel, grid, x, *_, **constants):
     launched.add(key(kernel.__name__, "fp32" if x.dtype == torch.float32 else "bf16", width % 16 == 0, constants))
 
 
-for module in (triton_cross_attention, triton_info_nce, triton_sigmoid_loss):
+for module in (cross_attention, info_nce, sigmoid_loss):
     module.launch = record
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 for dtype, tf32 in [*itertools.product(dtypes, (False,)), (torch.float32, True)]:
@@ -106,16 +106,16 @@ for dtype, tf32 in [*itertools.product(dtypes, (False,)), (torch.float32, True)]
         q, k = new(1, 1, queries, width), new(1, 1, 5, width)
         lengths, mask = torch.empty(1, dtype=torch.int64), torch.empty(1, 5, dtype=torch.bool)
         for valid in ((None, None), (lengths, None), (None, mask)):
-            triton_cross_attention.launch_forward(q, k, k, *valid, 1.0, q, q[..., 0])
-            triton_cross_attention._backward._init_fn(q, q, k, k, q, q[..., 0], *valid, 1.0)
+            cross_attention.launch_forward(q, k, k, *valid, 1.0, q, q[..., 0])
+            cross_attention._backward._init_fn(q, q, k, k, q, q[..., 0], *valid, 1.0)
     for width in range(1, 257):
         x, scale = new(1, 2, width), new()
-        triton_info_nce.launch_lse(x, x, scale, x)
-        triton_sigmoid_loss.launch_softplus(x, x, scale, scale, x)
-        part = triton_pairwise.Part(*[slice(None)] * 4, x, x, new(1, 1), 0, x)
+        info_nce.launch_lse(x, x, scale, x)
+        sigmoid_loss.launch_softplus(x, x, scale, scale, x)
+        part = pairwise.Part(*[slice(None)] * 4, x, x, new(1, 1), 0, x)
         for column in (None, new(1, 1, 2)):
-            triton_info_nce.launch_gradient(part, scale, new(1, 1, 2), column)
-        triton_sigmoid_loss.launch_sigmoid_gradient(part, scale, scale)
+            info_nce.launch_gradient(part, scale, new(1, 1, 2), column)
+        sigmoid_loss.launch_sigmoid_gradient(part, scale, scale)
 compiled = set()
 for s in resources.specs():
     dtype = (s.signature.get("q_ptr") or s.signature["x_ptr"]).strip("*")
@@ -143,7 +143,7 @@ def test_spills_are_seen(tmp_path: Path) -> None:
 import sys
 sys.path.insert(0, {str(BENCH)!r})
 import resources
-from distill_kernels import triton_cross_attention_kernels as kernels
+from distill_kernels.triton import cross_attention_kernels as kernels
 kernels.blocks = lambda *_: kernels.Blocks(64, 64, 32, 32, 4, None)
 (spec,) = [s for s in kernels.compile_specs() if (s.name[-7:], s.variant) == ("forward", "fp32 V=8 K=64")]
 row = resources.measure(spec, "sm_90")

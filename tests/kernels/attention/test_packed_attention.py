@@ -13,11 +13,11 @@ from kernel_device import DEVICE, here
 from torch import Tensor
 
 from distill_kernels import cross_attention, packed_attention, self_attention
-from distill_kernels.backends import BackendError, choose
-from distill_kernels.packed_attention import OP as PACKED
-from distill_kernels.packed_attention import PackedInputs
-from distill_kernels.self_attention import OP as DENSE
-from distill_kernels.self_attention import SelfAttention, split_heads
+from distill_kernels.attention.packed_attention import OP as PACKED
+from distill_kernels.attention.packed_attention import PackedInputs
+from distill_kernels.attention.self_attention import OP as DENSE
+from distill_kernels.attention.self_attention import SelfAttention, split_heads
+from distill_kernels.dispatch import BackendError, choose
 
 DENSE_BACKENDS = ("reference", "explicit", "sdpa")
 PACKED_BACKENDS = ("reference", "loop", "grouped")
@@ -265,7 +265,7 @@ def test_lengths_changed_in_place_are_read_again() -> None:
 def test_auto_follows_the_measurements() -> None:
     """What it takes is never more than 15 % slower than the best one in kernels/bench/packed_attention-cpu.csv."""
     seconds: dict[tuple[str, ...], dict[str, float]] = {}
-    path = Path(__file__).resolve().parents[2] / "kernels" / "bench" / "packed_attention-cpu.csv"
+    path = Path(__file__).resolve().parents[3] / "kernels" / "bench" / "packed_attention-cpu.csv"
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             case = ("op", "n", "length", "heads", "width", "causal", "dtype", "training")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import cross_attention_pool
-from distill_kernels.absorbed_attention import CHUNK_BYTES
-from distill_kernels.backends import BackendError
+from distill_kernels.attention.absorbed_attention import CHUNK_BYTES
+from distill_kernels.dispatch import BackendError
 from distill_kernels.measure import peak_bytes
 
 FORMS = ("projected", "absorbed", "reference")
@@ -353,7 +353,7 @@ def test_auto_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"heads": 2, **modules.parameters}
     for wanted, cheaper in (("absorbed", True), ("projected", False)):
         monkeypatch.setattr(
-            sys.modules["distill_kernels.cross_attention_pool"],
+            sys.modules["distill_kernels.attention.cross_attention_pool"],
             "absorbed_is_cheaper",
             lambda *_, cheaper=cheaper: cheaper,
         )

@@ -1,6 +1,6 @@
 """Triton kernels of `multi_view_sigmoid`: logits exist as tiles in registers, and as one chunk of gradients.
 
-Shape letters as in triton_pairwise.py.
+Shape letters as in pairwise.py.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.chunks import compute_dtype, target_mean
-from distill_kernels.compile_specs import Spec, make_spec
-from distill_kernels.launches import launch
-from distill_kernels.pairwise_ops import register_gradients
-from distill_kernels.triton_pairwise import (
+from distill_kernels.pairwise.chunks import compute_dtype, target_mean
+from distill_kernels.pairwise.operators import register_gradients
+from distill_kernels.triton.compile_specs import Spec, make_spec
+from distill_kernels.triton.launches import launch
+from distill_kernels.triton.pairwise import (
     LOG2_E,
     Part,
     block_sizes,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill_kernels import memory_efficient
-from distill_kernels.backends import Backend, Op, Order, choose
+from distill_kernels.attention import memory_efficient
+from distill_kernels.dispatch import Backend, Op, Order, choose
 
 FEWEST_FLASH_KEYS = 16
 """With fewer, torch's flash kernel on a CPU gives zeros for a query that is NaN, so that `auto` does not take it."""

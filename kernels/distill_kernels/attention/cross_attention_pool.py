@@ -38,10 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.absorbed_attention import absorbed_attention, of_reached, unit_norm
-from distill_kernels.backends import Backend, BackendError, Op, Order, choose
-from distill_kernels.cross_attention import check_valid_tokens, cross_attention, key_mask
-from distill_kernels.self_attention import split_heads, tracing
+from distill_kernels.attention.absorbed_attention import absorbed_attention, of_reached, unit_norm
+from distill_kernels.attention.cross_attention import check_valid_tokens, cross_attention, key_mask
+from distill_kernels.attention.self_attention import split_heads, tracing
+from distill_kernels.dispatch import Backend, BackendError, Op, Order, choose
 
 FORMS = ("auto", "projected", "absorbed", "reference")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_kernels import backends
-from distill_kernels.backends import (
+from distill_kernels import dispatch
+from distill_kernels.dispatch import (
     OPS,
     Backend,
     BackendError,
@@ -121,18 +121,18 @@ def test_tune_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a slim image: said by `distill kernels`, and `auto` takes another backend, instead of a failed build."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setenv("CC", "cc")
     forget()
-    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    assert str(backends.why_not_triton(None)).startswith("Triton needs Python's headers")
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert str(dispatch.why_not_triton(None)).startswith("Triton needs Python's headers")
     (tmp_path / "Python.h").touch()
     forget()
-    assert backends.why_not_triton(None) is None
+    assert dispatch.why_not_triton(None) is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
     forget()
-    assert str(backends.why_not_triton(None)).startswith("Triton needs a C compiler")
+    assert str(dispatch.why_not_triton(None)).startswith("Triton needs a C compiler")
     forget()
 
 
@@ -144,14 +144,14 @@ def test_what_the_machine_has_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
         looked.append(name)
         return answer
 
-    monkeypatch.setattr(backends, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.delenv("CC", raising=False)
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: look(name, find_spec("torch")))
-    monkeypatch.setattr(backends.shutil, "which", lambda name: look(name, "/usr/bin/gcc"))
-    monkeypatch.setattr(backends.sysconfig, "get_paths", lambda scheme: look("headers", {"include": "/nowhere"}))
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: look(name, find_spec("torch")))
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: look(name, "/usr/bin/gcc"))
+    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: look("headers", {"include": "/nowhere"}))
     forget()
-    reasons = {backends.why_not_triton(torch.device("cuda", 0)) for _ in range(3)}
+    reasons = {dispatch.why_not_triton(torch.device("cuda", 0)) for _ in range(3)}
     forget()
     assert sorted(looked) == ["gcc", "headers", "triton"]
     assert reasons == {"Triton needs Python's headers (python3-dev): there is no /nowhere/Python.h"}
@@ -186,7 +186,7 @@ def test_table_is_a_device_and_a_version(tables: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import distill_kernels", "from distill_kernels.backends import listing; listing()"]
+    "statement", ["import distill_kernels", "from distill_kernels.dispatch import listing; listing()"]
 )
 def test_light_import(statement: str) -> None:
     """Neither the import nor the listing pays for triton or xformers."""
@@ -198,8 +198,8 @@ def test_light_import(statement: str) -> None:
 
 
 def test_missing_package_is_a_reason() -> None:
-    assert backends.why_not_installed("torch") is None
-    assert "not installed" in str(backends.why_not_installed("no_such_package_anywhere"))
+    assert dispatch.why_not_installed("torch") is None
+    assert "not installed" in str(dispatch.why_not_installed("no_such_package_anywhere"))
 
 
 def test_interleaved_measures_each_call() -> None:

@@ -7,7 +7,7 @@ from kernel_device import DEVICE, here
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from distill_kernels.absorbed_attention import CHUNK_BYTES, absorbed_attention
+from distill_kernels.attention.absorbed_attention import CHUNK_BYTES, absorbed_attention
 
 
 def some_valid() -> Tensor:

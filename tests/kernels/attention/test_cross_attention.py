@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import cross_attention
-from distill_kernels.backends import BackendError, choose, listing
-from distill_kernels.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.attention.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.dispatch import BackendError, choose, listing
 
 BACKENDS = ("reference", "matmul", "sdpa", "xformers", "triton")
 
@@ -220,8 +220,8 @@ def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
     """Outputs are poisoned before the launch: what the kernel forgets stays NaN."""
     q, k, v = make(shape, torch.float32)
     skip_unless("triton", CrossAttentionInputs(q, k, v, None, None, 0.25))
-    from distill_kernels.triton_cross_attention import launch_backward, launch_forward
-    from distill_kernels.triton_cross_attention_kernels import blocks
+    from distill_kernels.triton.cross_attention import launch_backward, launch_forward
+    from distill_kernels.triton.cross_attention_kernels import blocks
 
     options, _ = valid_tokens(kind, shape[0], shape[3])
     lengths, mask = options.get("lengths"), options.get("mask")
@@ -241,7 +241,7 @@ def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
 def test_opcheck(kind: str) -> None:
     q, k, v = make((2, 1, 3, 20, 16), torch.float32)
     skip_unless("triton", CrossAttentionInputs(q, k, v, None, None, 0.25))
-    import distill_kernels.triton_cross_attention  # noqa: F401  (registers the operators)
+    import distill_kernels.triton.cross_attention  # noqa: F401  (registers the operators)
 
     options, _ = valid_tokens(kind, 2, 20)
     lengths, mask = options.get("lengths"), options.get("mask")

@@ -1,0 +1,1 @@
+"""Attention of queries over tokens: dense, packed, cross, and cross-attention pooling."""

@@ -1,0 +1,1 @@
+"""Losses of all pairs of rows: InfoNCE and the sigmoid loss, logits a chunk at a time."""

@@ -1,6 +1,10 @@
 """The framework's COSMOS step against the independent transcription of its equations."""
 
-from types import ModuleType
+import math
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_cosmos import official
+from distill_cosmos import cosmos, official
 
 HEADS, TEXT_HEADS, FUSION_HEADS, PATCH = 2, 2, 2, 4
 B, IMAGE_LOCALS, TEXT_LOCALS, CONTEXT, VOCABULARY = 5, 3, 4, 9, 49408
@@ -189,3 +193,51 @@ def test_float32_outputs_and_gradients(transcription: ModuleType, registry: Regi
         error = (gradient.double() - reference)[~noise].norm() / reference[~noise].norm()
         assert error < 1e-5, (key, error)
         assert (gradient[noise].abs() < 1e-6).all(), key
+
+
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_the_page_is_the_same_step(transcription: ModuleType, mask_padding: bool) -> None:
+    """`distill_cosmos/cosmos.py`, which is to be read first: losses, gradients and the teacher are the transcription's.
+
+    Catches a page that says another method than COSMOS, which the comparison with the framework alone would not."""
+    states = {w: make_weights(transcription, 7 + i, torch.float32) for i, w in enumerate(("student", "teacher"))}
+    exact = {w: {key: value.double() for key, value in state.items()} for w, state in states.items()}
+    images, texts = make_inputs(7, torch.float32)
+    expected = transcription.step(
+        exact["student"], exact["teacher"], [x.double() for x in images], texts, heads=HEADS, text_heads=TEXT_HEADS,
+        fusion_heads=FUSION_HEADS, patch=PATCH, momentum=0.9, order="teacher_first", mask_padding=mask_padding,
+    )  # fmt: skip
+    vit = SimpleNamespace(image_size=12, patch=PATCH, width=12, layers=2, heads=HEADS, mlp_ratio=4.0, dim=6)
+    text = SimpleNamespace(
+        context=CONTEXT, vocabulary=VOCABULARY, width=8, layers=2, heads=TEXT_HEADS, mlp_ratio=4.0, dim=6
+    )
+    student, teacher = (cosmos.Cosmos(vit, text, FUSION_HEADS) for _ in range(2))
+    student.load_state_dict(states["student"])
+    teacher.load_state_dict(states["teacher"])
+    views = [cosmos.Views(x[:2], x[2:]) for x in (images, texts)]
+    terms = cosmos.losses(student, teacher, *views, text_length=CONTEXT, mask_padding=mask_padding)
+    sum(terms.values()).backward()
+    for name, term in terms.items():
+        torch.testing.assert_close(term.double(), expected[name], rtol=1e-5, atol=1e-6)
+    gradients = {key: parameter.grad for key, parameter in student.named_parameters()}
+    assert set(gradients) == set(expected["gradients"])
+    for key, gradient in gradients.items():
+        reference, noise = expected["gradients"][key], key_bias(key, gradient)
+        error = (gradient.double() - reference)[~noise].norm() / reference[~noise].norm()
+        assert error < 1e-5, (key, error)
+    cosmos.update(student, teacher, torch.optim.SGD(student.parameters(), lr=1e6), momentum=0.9)
+    for key, value in teacher.named_parameters():
+        if not re.search(r"attn_cross_pool|token_mapping|logit_scale", key):  # a teacher's towers alone are used
+            torch.testing.assert_close(value.double(), expected["teacher"][key], rtol=1e-6, atol=1e-6)
+    for scale in (student.logit_scale, student.distill_logit_scale):
+        assert 0 <= scale.item() <= math.log(100) + 1e-6
+
+
+def test_the_page_is_one_page() -> None:
+    """It is torch alone, so that nothing else has to be read to read it, and stays short."""
+    source = Path(cosmos.__file__).read_text(encoding="utf-8")
+    modules = re.findall(r"^(?:from|import) ([\w.]+)", source, re.MULTILINE)
+    assert {name for name in modules if name.split(".")[0] not in sys.stdlib_module_names} == {
+        "torch", "torch.nn.functional",
+    }  # fmt: skip
+    assert len(source.splitlines()) < 200

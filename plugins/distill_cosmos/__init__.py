@@ -1,4 +1,7 @@
-"""COSMOS: cross-modality self-distillation for vision-language pre-training (arXiv 2412.01814, CVPR 2025)."""
+"""COSMOS: cross-modality self-distillation for vision-language pre-training (arXiv 2412.01814, CVPR 2025).
+
+Read cosmos.py first.
+"""
 
 import click
 

@@ -1,4 +1,4 @@
-"""`distill bench step RECIPE`: the framework's COSMOS step against a straightforward one, part by part."""
+"""`distill bench step RECIPE`: the framework's COSMOS step against that of cosmos.py, part by part."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Ours:
 
 
 class Plain:
-    """The straightforward step."""
+    """The step of cosmos.py, which is written from the equations."""
 
     def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
         vit, text = recipe.backbone["image"].config, recipe.backbone["text"].config

@@ -39,7 +39,7 @@ def step(
     device: str,
     output: str | None,
 ) -> None:
-    """COSMOS's step against a straightforward one written from the equations.
+    """COSMOS's step against distill_cosmos/cosmos.py, which is written from the equations.
 
     First both must give the same losses and gradients. On a CPU: one thread, process time; on a GPU: wall time.
     """

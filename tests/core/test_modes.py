@@ -188,6 +188,7 @@ def test_roles_must_be_together(load: Load, more: Registry, monkeypatch: pytest.
         load()
 
 
+@pytest.mark.slow
 def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The classes' field is missing: retrieval is scored all the same, and the run says what to do."""
     recipe = load("evaluate.tasks=[{name: zero_shot, label: klass}, {name: retrieval}]")
@@ -205,6 +206,7 @@ def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytes
         _end(result)
 
 
+@pytest.mark.slow
 def test_resume_from_an_older_checkpoint_without_the_init_file(load: Load, tmp_path: Path) -> None:
     source = tmp_path / "first.pt"
     torch.save(build_objective(load()).state_dict(), source)

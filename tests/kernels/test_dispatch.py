@@ -185,6 +185,7 @@ def test_table_is_a_device_and_a_version(tables: Path) -> None:
     assert device_name(CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement", ["import distill_kernels", "from distill_kernels.dispatch import listing; listing()"]
 )

@@ -66,6 +66,7 @@ def clusters(per_class: int, classes: int, dim: int = 6, spread: float = 0.8) ->
     return normalize(torch.randn(classes, dim)[y] + spread * torch.randn(len(y), dim), dim=-1), y
 
 
+@pytest.mark.slow
 def test_accuracies_against_torchmetrics() -> None:
     """Would catch the mean over classes taken over samples, classes that do not occur, and a top-5 of top-4."""
     torchmetrics = pytest.importorskip("torchmetrics")

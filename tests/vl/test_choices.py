@@ -46,6 +46,7 @@ def taken(made: list[Choice]) -> Counter[tuple[str, str]]:
     return Counter((choice.op, choice.backend) for choice in made)
 
 
+@pytest.mark.slow
 def test_flagship_on_a_gpu(registry: Registry) -> None:
     """COSMOS ViT-B/16: every op of a step runs a kernel that was meant for a GPU."""
     made = choices(registry, "cosmos_vitb16")
@@ -74,6 +75,7 @@ def test_flagship_on_a_gpu(registry: Registry) -> None:
     assert all(c.why.startswith("estimated") for c in made)
 
 
+@pytest.mark.slow
 def test_losses_without_tensor_cores(registry: Registry) -> None:
     """The recipe's matmul_precision decides, and is left as it was found."""
     before = torch.backends.cuda.matmul.allow_tf32
@@ -86,6 +88,7 @@ def test_sigmoid_loss(registry: Registry) -> None:
     assert taken(choices(registry, "cosmos_sigmoid_tiny"))["multi_view_sigmoid", "triton"] == 2
 
 
+@pytest.mark.slow
 def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's packed flash kernel takes no fp32: xformers' is next, where it loads."""
     made = choices(registry, "cosmos_tiny", "train.precision=fp32")
@@ -101,6 +104,7 @@ def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> N
     assert taken(made)["packed_attention", "xformers"] == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "vitb16" not in path.stem))
 def test_every_recipe_can_be_asked(registry: Registry, name: str) -> None:
     assert {c.op for c in choices(registry, name)} <= set(dispatch.OPS)
@@ -118,6 +122,7 @@ def test_on_a_cpu_the_choices_are_those_that_run(registry: Registry) -> None:
     }
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     recipe = str(RECIPES / "cosmos_tiny.yaml")
     options = ["--set", "data.batch_size=2"]

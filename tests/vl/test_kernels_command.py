@@ -24,6 +24,7 @@ def test_every_op_is_listed_with_a_reason_for_what_cannot_run() -> None:
     assert "auto" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_tune_writes_the_table_that_auto_goes_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real measurement on the smallest op's cases; the table names every bucket's backends, fastest first."""
     monkeypatch.setenv("DISTILL_KERNEL_TABLES", str(tmp_path))

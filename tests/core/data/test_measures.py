@@ -43,6 +43,7 @@ def one_caption(write_shards: Callable[..., list[Path]], folder: Path, text: str
     write_shards(folder, 3, 4, replace={(i, j): fields for i in range(3) for j in range(4)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_says_how_many_captions_and_sentences(said: Said, workers: int) -> None:
     """Catches a line that is not printed, is printed each step, or counts the same samples twice."""

@@ -33,6 +33,7 @@ def trainer(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> Make:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_is_resumed_without_a_shard_that_has_gone(
     trainer: Make, tmp_path: Path, workers: int, capfd: pytest.CaptureFixture[str]
@@ -88,6 +89,7 @@ def test_the_options_of_a_recipe_reach_the_shards(trainer: Make, tmp_path: Path)
         trainer(setting, "data.retries=0", "data.workers=0", "name=impatient").run()
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_too_much_is_saved_and_can_be_resumed(
     trainer: Make, tmp_path: Path, write_shards: Callable[..., list[Path]]
 ) -> None:
@@ -104,6 +106,7 @@ def test_a_run_that_loses_too_much_is_saved_and_can_be_resumed(
     assert again.step == 6
 
 
+@pytest.mark.slow
 def test_uneven_passes_are_said_at_the_start(trainer: Make, capfd: pytest.CaptureFixture[str]) -> None:
     """3 shards for 2 workers: after 1.5 shards each, one of two still has half a shard before it."""
     trainer("data.workers=2", "train.steps=1").run()

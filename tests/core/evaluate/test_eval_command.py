@@ -86,6 +86,7 @@ def test_a_checkpoint_s_file_is_a_run(run: Path, score: Score) -> None:
     assert by_file == pytest.approx(reported(report["scores"]))
 
 
+@pytest.mark.slow
 def test_embeddings_are_kept_until_something_changes(
     run: Path, score: Score, encoded: list[str], write_shards: Callable[..., list[Path]]
 ) -> None:

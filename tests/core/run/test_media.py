@@ -29,6 +29,7 @@ from distill_tasks.retrieval import Retrieval, RetrievalConfig
 from distill_vl.tokenizer import ClipTokenizer
 
 
+@pytest.mark.slow
 def test_a_showcase_shows_what_training_saw(tiny_recipe: Path, registry: Registry) -> None:
     """Against the batches of the loader: would catch views of another seed, epoch or sample."""
     recipe = load_recipe(tiny_recipe, registry=registry)

@@ -108,6 +108,7 @@ def assert_complete(folder: RunFolder) -> None:
     assert Checkpoints(folder.path).steps() == [4]
 
 
+@pytest.mark.slow
 def test_a_tracker_hears_everything(run: Run) -> None:
     """Catches rows, scores or the picture that do not reach a tracker, and calls out of order."""
     folder, errors = run("tracking={name: keeps, media: 0}")
@@ -142,6 +143,7 @@ def test_what_a_run_is_made_with(run: Run) -> None:
     assert {key: report[key] for key in facts} == facts
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_back_is_a_new_one_to_its_tracker(run: Run, more: Registry) -> None:
     """Catches two branches in one run of the tracker's, and a branch that cannot be told from its parent."""
     folder, _ = run("tracking={name: keeps, media: 0}", "train.checkpoint={every: 2, keep: 2}")
@@ -179,6 +181,7 @@ def test_pictures_of_a_run(run: Run) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_made_cost_pictures_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch, more: Registry
 ) -> None:

@@ -21,6 +21,7 @@ def absorbed_inputs(v: int, b: int, n: int, d: int, dtype: torch.dtype) -> dict[
     return {name: here.randn(*shape, dtype=dtype).div_(2).requires_grad_() for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_absorbed_gradcheck(masked: bool) -> None:
     leaves, valid = absorbed_inputs(2, 3, 5, 6, torch.float64), some_valid() if masked else None
@@ -32,6 +33,7 @@ def test_absorbed_gradcheck(masked: bool) -> None:
     assert gradcheck(attend, tuple(leaves.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

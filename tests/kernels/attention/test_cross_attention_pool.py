@@ -271,6 +271,7 @@ def test_nan_and_inf_propagate_to_their_sample_only(where: str, value: float, fo
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "backend"), [("projected", "matmul"), ("projected", "sdpa"), ("projected", "triton"), ("absorbed", "auto")]
 )

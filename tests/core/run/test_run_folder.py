@@ -190,7 +190,7 @@ def test_pictures_that_cannot_be_made_cost_pictures_alone(
     def fails(self: Any, *arguments: Any) -> Any:
         raise RuntimeError("no eyes")
 
-    monkeypatch.setattr(more.get("augmentation", "multi_crop").cls, "show", fails)
+    monkeypatch.setattr(more.get("augmentation", "multi_crop").cls, "render", fails)
     monkeypatch.setattr(more.get("task", "retrieval").cls, "media", fails)
     folder, errors = run("tracking={name: keeps}")
     assert_complete(folder)

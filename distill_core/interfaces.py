@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered, TokenLayout
-from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress
 from distill_core.plan import ModalityPlan, Plan
 
 if TYPE_CHECKING:
@@ -153,9 +153,8 @@ class Backbone(nn.Module, Component, ABC):
         raise NotImplementedError(f"{cls.__name__}.example_views(config, rng) is not written")
 
     @abstractmethod
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """Features of N inputs of one shape: `pooled` [1, N, D]; if `tokens`, tokens {0: [N, L, W]} and mask;
-        `class_tokens` [1, N, C, W] where there are any.
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """N inputs of one shape; tokens and their mask if `tokens`.
 
         `token_mask` [N, L] is True where the input token must be hidden.
         """
@@ -169,7 +168,7 @@ class Backbone(nn.Module, Component, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} gives no dense embeddings")
 
-    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
         """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
         return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
 
@@ -208,13 +207,13 @@ class Backbone(nn.Module, Component, ABC):
         ):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
             if part.class_tokens is not None:
-                classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[2:]))
-            if tokens:
+                classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[1:]))
+            if tokens and part.tokens is not None:
                 for i in range(first, last):
                     rows = slice((i - first) * batch, (i - first + 1) * batch)
-                    features.tokens[i] = part.tokens[0][rows]
-                    if 0 in part.masks:
-                        features.masks[i] = part.masks[0][rows]
+                    features.tokens[i] = part.tokens[rows]
+                    if part.mask is not None:
+                        features.masks[i] = part.mask[rows]
         features.pooled = torch.cat(pooled)
         features.class_tokens = torch.cat(classes) if len(classes) == len(pooled) else None
         return features
@@ -230,8 +229,8 @@ class FusionHead(nn.Module, Component, ABC):
         self.config = config
 
     @abstractmethod
-    def forward(self, features: dict[str, Features]) -> Fused:
-        """Fused embeddings, `pooled[m]` [V, B, D] and L2-normalised, for each modality m."""
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
+        """For each modality its fused embeddings, `pooled` [V, B, D], L2-normalised."""
 
     @abstractmethod
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

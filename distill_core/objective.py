@@ -21,6 +21,9 @@ from distill_core.outputs import Features, Outputs, Progress
 from distill_core.plan import Needs, Plan
 from distill_core.teacher import Teacher, TeacherConfig
 
+DEFAULT_TEACHER = "default"
+"""The name of a recipe's one teacher in `Outputs.teacher`."""
+
 
 @dataclass(slots=True)
 class Losses:
@@ -82,13 +85,13 @@ class Objective(nn.Module):
 
     def represent(self, batch: Batch, progress: Progress) -> Outputs:
         """Encode the batch with student and teacher, and fuse the student's features."""
-        teacher = self.represent_teacher(batch)
+        teacher = self.represent_teachers(batch)
         student = {name: self.represent_student(batch, name) for name in self.backbone}
         return self.fuse(batch, student, teacher, progress)
 
     @torch.no_grad()
-    def represent_teacher(self, batch: Batch) -> dict[str, Features]:
-        """The teacher's features of the views it is given, numbered among themselves; {} without a teacher."""
+    def represent_teachers(self, batch: Batch) -> dict[str, dict[str, Features]]:
+        """Each teacher's features of the views it is given, numbered among themselves; {} without a teacher."""
         features: dict[str, Features] = {}
         if self.teacher is not None:
             for name, module in self.teacher.backbone.items():
@@ -96,7 +99,7 @@ class Objective(nn.Module):
                 own = self.plan.modalities[name].teacher_views
                 tokens_of = [own.index(view) for view in self.teacher_tokens_of[name]]
                 features[name] = module(seen, tokens_of=tokens_of)
-        return features
+        return {DEFAULT_TEACHER: features} if self.teacher is not None else {}
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""
@@ -106,10 +109,10 @@ class Objective(nn.Module):
         return features
 
     def fuse(
-        self, batch: Batch, student: dict[str, Features], teacher: dict[str, Features], progress: Progress
+        self, batch: Batch, student: dict[str, Features], teacher: dict[str, dict[str, Features]], progress: Progress
     ) -> Outputs:
         """Fuse the student's features, where a loss reads them."""
-        fused = self.fusion(student) if self.fusion is not None and self.fused_needed else None
+        fused = self.fusion(student) if self.fusion is not None and self.fused_needed else {}
         return Outputs(batch.views, student, teacher, fused, self.fusion, progress, self.ema)
 
     def losses(self, outputs: Outputs) -> Losses:

@@ -8,18 +8,89 @@ Shape legend, used in every docstring of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from distill_core.batch import Views
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from distill_core.system.distributed import all_gather
 
 
 @dataclass(slots=True)
-class Features:
+class Encoded:
+    """What a backbone makes of N inputs of one shape.
+
+    pooled        [N, D]     one embedding each, projected, not normalised
+    tokens        [N, L, W]  where they were asked for
+    mask          [N, L]     True where a token is real; None where none is padding
+    class_tokens  [N, C, W]  what `pooled` was projected from (class or end-of-text tokens), where there is such
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    class_tokens: Tensor | None = None
+
+
+class Rows:
+    """Embeddings that losses over pairs compare: this rank's rows, and with them the rows of all ranks.
+
+    embedding  [V, B, D]  this rank's
+    gathered   [V, M, D]  those of all ranks, with gradients; gathered when first read, once
+    """
+
+    def __init__(self, embedding: Tensor, gather: Callable[[], Tensor] | None = None) -> None:
+        """`gather` makes [V, M, D] of all ranks; None gathers `embedding`."""
+        self.embedding = embedding
+        self._gather = gather
+
+    @cached_property
+    def gathered(self) -> Tensor:
+        """[V, M, D]. One collective, which every rank must reach."""
+        return all_gather(self.embedding, dim=1) if self._gather is None else self._gather()
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def __getitem__(self, views: slice | Sequence[int]) -> Rows:
+        """Some of the views; what is gathered is shared with the whole."""
+        return Rows(self.embedding[views], lambda: self.gathered[views])
+
+    @staticmethod
+    def cat(parts: Sequence[Rows]) -> Rows:
+        """The views of several, one after the other."""
+        return Rows(torch.cat([x.embedding for x in parts]), lambda: torch.cat([x.gathered for x in parts]))
+
+
+class _Embedded:
+    """What has one embedding a view: `rows` are made once, however many losses read them."""
+
+    pooled: Tensor
+
+    @cached_property
+    def rows(self) -> Rows:
+        """L2-normalised, at least fp32."""
+        with torch.autocast(self.pooled.device.type, enabled=False):
+            return Rows(normalize(wide(self.pooled), dim=-1))
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, B, D] of this rank, L2-normalised, at least fp32."""
+        return self.rows.embedding
+
+    @property
+    def gathered(self) -> Tensor:
+        """`embedding` of all ranks, [V, M, D], with gradients; one collective a step."""
+        return self.rows.gathered
+
+
+@dataclass
+class Features(_Embedded):
     """What a backbone makes of its views.
 
     pooled        [V, B, D]          one embedding a view, projected, not normalised
@@ -34,22 +105,32 @@ class Features:
     class_tokens: Tensor | None = None
 
 
-@dataclass(slots=True)
-class Fused:
-    """What a fusion head makes of all modalities.
+@dataclass
+class Fused(_Embedded):
+    """What a fusion head makes of one modality.
 
-    pooled  modality -> [V, B, D]     one embedding a view, L2-normalised
-    tokens  modality -> [B, L, D]     for methods whose losses read fused tokens
+    pooled  [V, B, D]  one embedding a view, L2-normalised
+    tokens  [B, L, D]  for methods whose losses read fused tokens
     """
 
-    pooled: dict[str, Tensor]
-    tokens: dict[str, Tensor] = field(default_factory=dict)
+    pooled: Tensor
+    tokens: Tensor | None = None
+
+    @cached_property
+    def rows(self) -> Rows:
+        """As the fusion normalised them, at least fp32."""
+        return Rows(wide(self.pooled))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or wider where `x` is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Fusion(Protocol):
     """What a loss may call of the recipe's fusion (`FusionHead`)."""
 
-    def __call__(self, features: dict[str, Features]) -> Fused:
+    def __call__(self, features: dict[str, Features]) -> dict[str, Fused]:
         """Fused embeddings of other features than the step's."""
         ...
 
@@ -74,50 +155,21 @@ class Progress:
 
 @dataclass(slots=True)
 class Outputs:
-    """Everything a loss may read of one step.
+    """Everything a loss may read of one step, by modality.
 
-    `student` and `teacher` hold un-normalised embeddings; the teacher saw only the views whose role it is given.
+    outputs.student["image"].embedding               [V, B, D]  this rank's rows, L2-normalised
+    outputs.teacher["default"]["image"].gathered     [V, M, D]  all ranks' rows of the views that this teacher saw
+    outputs.fused["image"].rows[:1]                  both of the first view, as losses over pairs take them
+    outputs.student["image"].tokens[0]               [B, L, W]  where `Needs` names the view
     """
 
     views: dict[str, Views]
     student: dict[str, Features]
-    teacher: dict[str, Features]
-    fused: Fused | None
+    teacher: dict[str, dict[str, Features]]
+    """Teacher's name -> modality; empty without a teacher. A teacher sees only the views whose role it is given."""
+    fused: dict[str, Fused]
+    """Empty where no loss reads fused views."""
     fusion: Fusion | None
     progress: Progress
     ema: Callable[[nn.Module], nn.Module]
     """The teacher's copy of one of the loss's own `teacher_modules`."""
-    _gathered: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
-    _embeddings: dict[tuple[str, bool], Tensor] = field(default_factory=dict)
-
-    def embedding(self, key: str, *, normalised: bool = True) -> Tensor:
-        """Embeddings [V, B, D] of this rank, at least fp32, L2-normalised unless asked otherwise.
-
-        `key` is `student.NAME`, `teacher.NAME` or `fused.NAME`, NAME being a modality of the recipe. Each is made once,
-        however many losses read it. Raises KeyError for another key.
-        """
-        import torch
-        from torch.nn.functional import normalize
-
-        if (key, normalised) not in self._embeddings:
-            who, _, modality = key.partition(".")
-            if who == "fused" and self.fused is not None:
-                value = self.fused.pooled[modality]
-            elif who in ("student", "teacher"):
-                value = (self.student if who == "student" else self.teacher)[modality].pooled
-            else:
-                raise KeyError(key)
-            with torch.autocast(value.device.type, enabled=False):
-                value = value.to(torch.promote_types(value.dtype, torch.float32))
-                if normalised and who != "fused":
-                    value = normalize(value, dim=-1)
-            self._embeddings[key, normalised] = value
-        return self._embeddings[key, normalised]
-
-    def gather(self, key: str, *, normalised: bool = True) -> Tensor:
-        """`embedding(key)` of all ranks, [V, M, D], with gradients; one collective a key and step."""
-        from distill_core.system.distributed import all_gather
-
-        if (key, normalised) not in self._gathered:
-            self._gathered[key, normalised] = all_gather(self.embedding(key, normalised=normalised), dim=1)
-        return self._gathered[key, normalised]

@@ -15,6 +15,6 @@ class Clip(ContrastiveLoss):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
-        keys = [f"student.{modality}" for modality in self.config.modalities]
-        pairs = self.pairs(*(outputs.embedding(key)[:1] for key in keys), *(outputs.gather(key)[:1] for key in keys))
+        a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
+        pairs = self.pairs(a, b)
         return {"clip": pairs.mean()}, self.metrics()

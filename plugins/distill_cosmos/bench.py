@@ -101,7 +101,7 @@ class Ours:
     def losses(self) -> dict[str, Tensor]:
         """Forward pass."""
         objective, clock, progress = self.objective, self.clock, Progress(0, 1000)
-        teacher = objective.represent_teacher(self.batch)
+        teacher = objective.represent_teachers(self.batch)
         clock.mark("teacher")
         student = {}
         for name, part in (("image", "image tower"), ("text", "text tower")):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import did_you_mean
-from distill_core.outputs import Outputs
+from distill_core.outputs import Outputs, Rows
 from distill_core.plan import Needs, Plan, same_dim
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
@@ -73,14 +73,10 @@ class CrossModalDistillation(ContrastiveLoss):
         blocks: dict[str, Tensor] = {}
         entropies: list[Tensor] = []
         for students, teachers in self.products:
-            rows, columns = [f"fused.{m}" for m in students], [f"teacher.{m}" for m in teachers]
-            pairs = self.pairs(
-                torch.cat([outputs.embedding(key) for key in rows]),
-                torch.cat([outputs.embedding(key) for key in columns]),
-                torch.cat([outputs.gather(key) for key in rows]),
-                torch.cat([outputs.gather(key) for key in columns]),
-            )
-            heights, widths = ([outputs.embedding(key).shape[0] for key in keys] for keys in (rows, columns))
+            rows = [outputs.fused[m].rows for m in students]
+            columns = [outputs.teacher["default"][m].rows for m in teachers]
+            pairs = self.pairs(Rows.cat(rows), Rows.cat(columns))
+            heights, widths = [len(x) for x in rows], [len(x) for x in columns]
             for student, row in zip(students, torch.split(pairs, heights), strict=True):
                 for teacher, block in zip(teachers, torch.split(row, widths, dim=1), strict=True):
                     if self.config.targets == "soft":
@@ -96,16 +92,12 @@ class CrossModalDistillation(ContrastiveLoss):
 
     def soften(self, outputs: Outputs, student: str, teacher: str) -> tuple[Tensor, Tensor]:
         """What soft targets add to the block's InfoNCEs, [Vs, Vt], and the targets' mean entropy."""
-        keys, queries, fused = f"teacher.{teacher}", f"teacher.{student}", f"fused.{student}"
+        queries, keys = outputs.teacher["default"][student], outputs.teacher["default"][teacher]
         targets = soft_targets(
-            outputs.embedding(queries),
-            outputs.embedding(keys),
-            outputs.gather(queries),
-            outputs.gather(keys),
-            self.config.teacher_temperature,
+            queries.embedding, keys.embedding, queries.gathered, keys.gathered, self.config.teacher_temperature
         )
-        own, every = outputs.embedding(fused), outputs.gather(fused)
-        return soft_minus_hard(own, every, outputs.embedding(keys), targets, self.logit_scale.exp()), targets.entropy
+        fused, scale = outputs.fused[student], self.logit_scale.exp()
+        return soft_minus_hard(fused.embedding, fused.gathered, keys.embedding, targets, scale), targets.entropy
 
 
 def _blocks(config: DistillationConfig) -> dict[str, tuple[str, str]]:

@@ -20,9 +20,9 @@ class Identity(FusionHead):
 
     name = "identity"
 
-    def forward(self, features: dict[str, Features]) -> Fused:
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """No tokens are read."""
-        return Fused({m: unit(f.pooled) for m, f in features.items()})
+        return {m: Fused(unit(f.pooled)) for m, f in features.items()}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries [V, B, D] as they are."""

@@ -121,7 +121,7 @@ class Ibot(PrototypeLoss):
         The metric `patch_cross_entropy` is the mean over all hidden patches, to be compared with ln K.
         """
         m = self.config.modality
-        student, teacher = outputs.student[m], outputs.teacher[m]
+        student, teacher = outputs.student[m], outputs.teacher["default"][m]
         masks = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
         said = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], N patches hidden in all

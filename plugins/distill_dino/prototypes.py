@@ -101,7 +101,7 @@ class PrototypeLoss(Loss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO's loss of one of the class tokens, and what shows a collapse."""
         m = self.config.modality
-        student, teacher = outputs.student[m].class_tokens, outputs.teacher[m].class_tokens
+        student, teacher = outputs.student[m].class_tokens, outputs.teacher["default"][m].class_tokens
         assert student is not None
         assert teacher is not None
         said = self.student_logits(student[list(students), :, token], outputs.progress)

@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from distill_core.outputs import Outputs
+from distill_core.outputs import Outputs, Rows
 from distill_core.plan import Needs, Plan
-from distill_core.system.distributed import all_gather
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
@@ -26,10 +25,8 @@ class MultiPositive(ContrastiveLoss):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
-        a, b = (f"student.{modality}" for modality in self.config.modalities)
-        pairs = self.pairs(
-            outputs.embedding(a)[:1], outputs.embedding(b), outputs.gather(a)[:1], outputs.gather(b)
-        )  # [1, K]
+        a, b = (outputs.student[modality].rows for modality in self.config.modalities)
+        pairs = self.pairs(a[:1], b)  # [1, K]
         return {"multi_positive": pairs.mean()}, self.metrics()
 
 
@@ -75,8 +72,8 @@ class SubcaptionGrouping(ContrastiveLoss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term, and the mean share of patches that count."""
         grouping, grouper = self.config.modalities
-        features = outputs.student[grouping]
-        texts = outputs.embedding(f"student.{grouper}").transpose(0, 1)  # [B, K, D]
+        features, captions = outputs.student[grouping], outputs.student[grouper]
+        texts = captions.embedding.transpose(0, 1)  # [B, K, D]
         patches = self.token_map(features.tokens[0])
         with torch.autocast(texts.device.type, enabled=False):
             patches = normalize(patches.to(texts.dtype), dim=-1)
@@ -89,11 +86,9 @@ class SubcaptionGrouping(ContrastiveLoss):
                 truth = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
                 loss = (cross_entropy(logits.mT, truth) + cross_entropy(logits, truth)) / 2
             else:
-                every = outputs.gather(f"student.{grouper}").transpose(0, 1)  # [M, K, D]
-                rows = grouped.flatten(0, 1)[None]  # [1, BK, D], a rank's rows together
-                loss = self.pairs(
-                    rows, texts.flatten(0, 1)[None], all_gather(rows, dim=1), every.flatten(0, 1)[None]
-                ).mean()
+                # [1, BK, D] and [1, MK, D], a rank's rows together
+                every = Rows(texts.flatten(0, 1)[None], lambda: captions.gathered.transpose(0, 1).flatten(0, 1)[None])
+                loss = self.pairs(Rows(grouped.flatten(0, 1)[None]), every).mean()
         return {"subcaption_grouping": loss}, self.metrics() | {"patches": (weights.detach() > 0).float().mean()}
 
 

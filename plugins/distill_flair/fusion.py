@@ -102,7 +102,7 @@ class TextConditionedPool(FusionHead):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 
-    def forward(self, features: dict[str, Features]) -> Fused:
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """All views of each modality over the tokens of the other's view 0. Raises `UserError` where one cannot ask."""
         silent = [m for m in self.config.modalities if m not in self.config.queries]
         if silent:
@@ -116,7 +116,7 @@ class TextConditionedPool(FusionHead):
             found = self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))
             with torch.autocast(found.device.type, enabled=False):
                 fused[mine] = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1)
-        return Fused(fused)
+        return {m: Fused(x) for m, x in fused.items()}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What queries [V, B, D] find in `modality`'s tokens [B, L, W]: [V, B, D], not normalised, no residual.

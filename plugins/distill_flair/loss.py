@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core.outputs import Fusion, Outputs
+from distill_core.outputs import Fusion, Outputs, Rows, wide
 from distill_core.plan import Needs, Plan
-from distill_core.system.distributed import rank
+from distill_core.system.distributed import all_gather, rank
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
@@ -61,8 +61,8 @@ class Flair(Sigmoid):
         fusion = outputs.fusion
         assert fusion is not None
         picture, text = self.config.modalities
-        texts = outputs.gather(f"student.{text}", normalised=False)  # [K, M, D]
-        features = outputs.student[picture]
+        captions, features = outputs.student[text], outputs.student[picture]
+        texts = all_gather(wide(captions.pooled), dim=1)  # [K, M, D], of their own lengths
         tokens, mask = features.tokens[0], features.masks.get(0)
         (k, m), b, step = texts.shape[:2], len(tokens), self.config.chunk
         chosen = self.choose(k, m, b, texts.device)
@@ -73,12 +73,8 @@ class Flair(Sigmoid):
                 total = total + checkpoint(self.conditioned, *part, use_reentrant=False)
             else:
                 total = total + self.conditioned(*part)
-        pairs = self.pairs(
-            outputs.embedding(f"student.{picture}")[:1],
-            outputs.embedding(f"student.{text}"),
-            outputs.gather(f"student.{picture}")[:1],
-            normalize(texts, dim=-1),
-        )
+        # as the rows of the captions, without gathering them a second time
+        pairs = self.pairs(features.rows[:1], Rows(captions.embedding, lambda: normalize(texts, dim=-1)))
         terms = {"conditioned": total / b * m / chosen.shape[1], "multi_positive": pairs.mean()}
         return terms, self.metrics()
 

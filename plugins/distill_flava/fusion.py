@@ -70,7 +70,7 @@ class MultimodalEncoder(FusionHead):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 
-    def forward(self, features: Mapping[str, Features]) -> Fused:
+    def forward(self, features: Mapping[str, Features]) -> dict[str, Fused]:
         """The chosen view of both modalities, pair by pair."""
         first, second = self.config.modalities
         tokens = {m: features[m].tokens[self.view[m]] for m in (first, second)}
@@ -84,7 +84,7 @@ class MultimodalEncoder(FusionHead):
         middle = 1 + tokens[first].shape[1]
         with torch.autocast(sequence.device.type, enabled=False):
             pooled = normalize(sequence[:, 0].to(torch.promote_types(sequence.dtype, torch.float32)), dim=-1)[None]
-        return Fused({first: pooled, second: pooled}, {first: sequence[:, 1:middle], second: sequence[:, middle:]})
+        return {first: Fused(pooled, sequence[:, 1:middle]), second: Fused(pooled, sequence[:, middle:])}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Each query [V, B, D] in the class token's place before `modality`'s tokens [B, L, W]: its output, [V, B, D].

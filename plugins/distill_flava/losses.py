@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, linear, mse_loss
 from distill_core.batch import Group
 from distill_core.errors import UserError
 from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Features, Outputs
+from distill_core.outputs import Features, Fused, Outputs
 from distill_core.plan import Needs, Plan
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
 from distill_vl.masking import MASKED
@@ -231,16 +231,16 @@ class MaskedMultimodal(Loss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms, `text` and `image`. Raises `UserError` where the fusion has not fused the masked views."""
         fusion, fused, role = outputs.fusion, outputs.fused, self.config.role
-        if fused is None or not isinstance(fusion, MultimodalEncoder) or fusion.config.role != role:
+        if not isinstance(fusion, MultimodalEncoder) or fusion.config.role != role:
             raise UserError(
                 f"{self.name}: reads fused tokens of the {role} views; the fusion must be "
                 f"{{name: multimodal_encoder, role: {role}}}"
             )
         image, text = self.config.modalities
         _, _, hidden, pixels = masked_group(self.name, outputs, image, role)
-        picture = masked_image(self.name, self.image_head, fused.tokens[image][hidden[0]], pixels[0][hidden[0]])
+        picture = masked_image(self.name, self.image_head, _hidden(fused[image], hidden[0]), pixels[0][hidden[0]])
         _, _, hidden, ids = masked_group(self.name, outputs, text, role)
-        words, accuracy = masked_language(self.text_head, fused.tokens[text][hidden[0]], ids[0][hidden[0]])
+        words, accuracy = masked_language(self.text_head, _hidden(fused[text], hidden[0]), ids[0][hidden[0]])
         return {"text": words, "image": picture}, {"accuracy": accuracy}
 
 
@@ -284,13 +284,13 @@ class ImageTextMatching(Loss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term: the mean cross-entropy over B pairs that match and B that do not (none in a batch of one)."""
         first, second = self.config.modalities
-        pairs = [outputs.embedding(f"fused.{first}")[0]]
+        pairs = [outputs.fused[first].embedding[0]]
         batch = len(pairs[0])
         if batch > 1:
             assert outputs.fusion is not None
             partner = self.partners(outputs, batch)
             mixed = outputs.fusion({**outputs.student, second: take(outputs.student[second], partner)})
-            pairs.append(mixed.pooled[first][0])
+            pairs.append(mixed[first].pooled[0])
         x = torch.cat(pairs)
         # back to the spread that the encoder's LayerNorm gave it
         logits = self.head(x * x.shape[-1] ** 0.5)
@@ -303,12 +303,18 @@ class ImageTextMatching(Loss):
     def partners(self, outputs: Outputs, batch: int) -> Tensor:
         """[B]: whose second modality each sample's first is mismatched with; never its own. `hard` draws from torch's
         generator."""  # fmt: skip
-        first, second = (outputs.embedding(f"student.{m}")[0] for m in self.config.modalities)
+        first, second = (outputs.student[m].embedding[0] for m in self.config.modalities)
         own = torch.arange(batch, device=first.device)
         if self.config.negatives == "next":
             return (own + 1) % batch
         odds = (first @ second.T / self.config.temperature).fill_diagonal_(float("-inf")).softmax(-1)
         return torch.multinomial(odds, 1)[:, 0]
+
+
+def _hidden(fused: Fused, hidden: Tensor) -> Tensor:
+    """The fused tokens where `hidden` [B, L] is True: [N, D]."""
+    assert fused.tokens is not None  # the multimodal encoder gives them
+    return fused.tokens[hidden]
 
 
 def take(features: Features, index: Tensor) -> Features:

@@ -16,7 +16,7 @@ from distill_core.batch import View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError
 from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.plan import Plan
 from distill_core.system.extras import require_extra
 from distill_pretrained.folders import locate, read_config
@@ -150,8 +150,8 @@ class HfText(Backbone):
         """Global and local texts."""
         return example_texts(rng)
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """ids x [N, L], -1 behind the end -> pooled [1, N, D], tokens [N, L, W] and mask, class tokens [1, N, 1, W]."""
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """ids x [N, L], -1 behind the end -> pooled [N, D], tokens [N, L, W] and mask, class tokens [N, 1, W]."""
         if token_mask is not None:
             raise ValueError("hf_text cannot hide tokens; use a text view whose words are masked")
         real = x != PAD
@@ -160,10 +160,10 @@ class HfText(Backbone):
         else:  # transformers' masks want a text
             hidden = self.proj.weight.new_zeros(*x.shape, self.proj.in_features)
         pooled = self._pool(hidden, real)
-        features = Features(self.proj(pooled)[None], class_tokens=pooled[None, :, None])
+        encoded = Encoded(self.proj(pooled), class_tokens=pooled[:, None])
         if tokens:
-            features.tokens[0], features.masks[0] = hidden, real
-        return features
+            encoded.tokens, encoded.mask = hidden, real
+        return encoded
 
     def _pool(self, hidden: Tensor, real: Tensor) -> Tensor:
         """[N, L, W], [N, L] -> [N, W]."""

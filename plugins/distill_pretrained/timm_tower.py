@@ -15,7 +15,7 @@ from distill_core.batch import GLOBAL, LOCAL, View
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.plan import ModalityPlan
 from distill_core.system.extras import require_extra
 from distill_vl.vit import PictureCollator
@@ -147,8 +147,8 @@ class TimmTower(Backbone):
             for i, (role, side) in enumerate(sides)
         ]
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W], class tokens [1, N, 1, W].
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """x [N, 3, S, S] -> pooled [N, D], tokens [N, L, W], class tokens [N, 1, W].
 
         Raises `UserError` for a size S that the model does not take.
         """
@@ -161,8 +161,8 @@ class TimmTower(Backbone):
             x = x.new_zeros(1, *x.shape[1:])
         found: Tensor = self.model.forward_features(x)[:count]  # type: ignore[operator]
         pooled: Tensor = self.model.forward_head(found, pre_logits=True)  # type: ignore[operator]
-        classes = pooled[None, :, None] if self.classes else None
-        return Features(self.proj(pooled)[None], {0: self._tokens(found)} if tokens else {}, class_tokens=classes)
+        classes = pooled[:, None] if self.classes else None
+        return Encoded(self.proj(pooled), self._tokens(found) if tokens else None, class_tokens=classes)
 
     def _tokens(self, found: Tensor) -> Tensor:
         """[N, L, W] of tokens [N, P + L, W], or of a feature map, channels first or last."""

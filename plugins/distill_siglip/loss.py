@@ -33,11 +33,10 @@ class SigLip(Sigmoid):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
-        keys = [f"student.{modality}" for modality in self.config.modalities]
-        a, b = (outputs.embedding(key)[:1] for key in keys)
+        a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
         if self.config.exchange == "ring" and world_size() > 1:
-            with torch.autocast(a.device.type, enabled=False):
-                pairs = ring_sigmoid(a, b, self.logit_scale.exp(), self.logit_bias)
+            with torch.autocast(a.embedding.device.type, enabled=False):
+                pairs = ring_sigmoid(a.embedding, b.embedding, self.logit_scale.exp(), self.logit_bias)
         else:
-            pairs = self.pairs(a, b, *(outputs.gather(key)[:1] for key in keys))
+            pairs = self.pairs(a, b)
         return {"siglip": pairs.mean()}, self.metrics()

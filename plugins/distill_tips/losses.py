@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import GLOBAL
-from distill_core.outputs import Outputs
+from distill_core.outputs import Outputs, Rows, wide
 from distill_core.plan import Needs, Plan
-from distill_core.system.distributed import all_gather
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 
@@ -59,13 +58,11 @@ class TwoTokenContrastive(ContrastiveLoss):
         assert classes is not None
         second = classes[self.views, :, 1] @ self.projection
         with torch.autocast(second.device.type, enabled=False):
-            second = normalize(second.to(torch.promote_types(second.dtype, torch.float32)), dim=-1)
-        web, synthetic = outputs.embedding(f"student.{b}")[:2].chunk(2)
-        web_all, synthetic_all = outputs.gather(f"student.{b}")[:2].chunk(2)
-        first, first_all = (read(f"student.{a}")[self.views] for read in (outputs.embedding, outputs.gather))
+            second = normalize(wide(second), dim=-1)
+        captions = outputs.student[b].rows
         terms = {
-            "web": self.pairs(first, web, first_all, web_all).mean(),
-            "synthetic": self.pairs(second, synthetic, all_gather(second, dim=1), synthetic_all).mean(),
+            "web": self.pairs(outputs.student[a].rows[self.views], captions[:1]).mean(),
+            "synthetic": self.pairs(Rows(second), captions[1:2]).mean(),
         }
         metrics = {name: term.detach() for name, term in terms.items()}
         return {self.name: (terms["web"] + terms["synthetic"]) / 2}, metrics | self.metrics()

@@ -15,7 +15,7 @@ from torch.nn.functional import embedding, pad
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded, Features
 from distill_core.plan import Plan
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Activation, Block, Transformer
@@ -149,8 +149,8 @@ class ClipText(Backbone):
         """ids [N, L] -> [N, context], where tokens are handed on padded to it."""
         return pad(x, (0, self.config.context - x.shape[1])) if self.config.padding == "context" else x
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """ids x [N, L] -> pooled [1, N, D], tokens [N, context or L, W] and their mask, class tokens [1, N, 1, W]."""
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """ids x [N, L] -> pooled [N, D], tokens [N, context or L, W] and their mask, class tokens [N, 1, W]."""
         if token_mask is not None:
             raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
         end = x.argmax(1)
@@ -159,12 +159,11 @@ class ClipText(Backbone):
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         if not tokens:
             classes = self.ln_final(self.transformer.at(sequence, end, causal=True))
-            return Features((classes @ self.text_projection)[None], class_tokens=classes[None, :, None])
+            return Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
         sequence = self.ln_final(self.transformer(sequence, causal=True))
         classes = sequence[torch.arange(x.shape[0], device=x.device), end]
         mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
-        pooled = (classes @ self.text_projection)[None]
-        return Features(pooled, {0: sequence}, {0: mask}, class_tokens=classes[None, :, None])
+        return Encoded(classes @ self.text_projection, sequence, mask, classes[:, None])
 
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs, Progress
+from distill_core.outputs import Outputs, Progress, Rows
 from distill_core.plan import Needs, Plan, same_dim
 from distill_core.system.distributed import rank, world_size
 from distill_kernels import multi_view_info_nce, multi_view_sigmoid
@@ -48,13 +48,16 @@ class ContrastiveLoss(Loss):
         """One width D on both sides."""
         return same_dim(cls.name, config.modalities, plan)
 
-    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+    def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast(a.embedding.device.type, enabled=False):
             scale = self.logit_scale.exp()
             if world_size() == 1:
-                return multi_view_info_nce(a, b, scale)
-            return multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=rank() * a.shape[1])
+                return multi_view_info_nce(a.embedding, b.embedding, scale)
+            offset = rank() * a.embedding.shape[1]
+            return multi_view_info_nce(
+                a.embedding, b.embedding, scale, a_all=a.gathered, b_all=b.gathered, offset=offset
+            )
 
     @torch.no_grad()
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
@@ -86,17 +89,19 @@ class Sigmoid(ContrastiveLoss):
         super().__init__(config, plan)
         self.logit_bias = nn.Parameter(torch.tensor(config.bias))
 
-    def pairs(self, a: Tensor, b: Tensor, a_all: Tensor, b_all: Tensor) -> Tensor:
+    def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's sigmoid loss of a [Va, B, D] against b [Vb, M, D] of all ranks.
 
         The mean over rows of the sum over columns; every entry of the M x M logits counts once.
         """
-        with torch.autocast(a.device.type, enabled=False):
+        with torch.autocast(a.embedding.device.type, enabled=False):
             scale, bias = self.logit_scale.exp(), self.logit_bias
             if world_size() == 1:
-                return multi_view_sigmoid(a, b, scale, bias)
-            offset = rank() * a.shape[1]
-            return multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=offset)
+                return multi_view_sigmoid(a.embedding, b.embedding, scale, bias)
+            offset = rank() * a.embedding.shape[1]
+            return multi_view_sigmoid(
+                a.embedding, b.embedding, scale, bias, a_all=a.gathered, b_all=b.gathered, offset=offset
+            )
 
     def metrics(self) -> dict[str, Tensor]:
         """The scale, exp(logit_scale), and the bias."""
@@ -114,16 +119,10 @@ class Contrastive(ContrastiveLoss):
 
     def __init__(self, config: ContrastiveConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        self.global_views = plan.modalities[config.modalities[0]].views("global")
+        self.global_views = list(plan.modalities[config.modalities[0]].views("global"))
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
         a, b = self.config.modalities
-        views = list(self.global_views)
-        pairs = self.pairs(
-            outputs.embedding(f"student.{a}")[views],
-            outputs.embedding(f"student.{b}"),
-            outputs.gather(f"student.{a}")[views],
-            outputs.gather(f"student.{b}"),
-        )
+        pairs = self.pairs(outputs.student[a].rows[self.global_views], outputs.student[b].rows)
         return {"contrastive": pairs.mean()}, self.metrics()

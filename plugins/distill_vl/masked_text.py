@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill_core.batch import GLOBAL, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.plan import ModalityPlan, Plan
 from distill_vl.clip_text import Positive, TextCollator, example_texts
 from distill_vl.masking import role_problems
@@ -110,8 +110,8 @@ class BertText(Backbone):
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group; draws masks."""
         return MaskedTextCollator(config.context, config.masking)
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """ids x [N, L] -> pooled [1, N, D], tokens [N, L, W] and their mask, class tokens [1, N, 1, W].
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """ids x [N, L] -> pooled [N, D], tokens [N, L, W] and their mask, class tokens [N, 1, W].
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
@@ -120,12 +120,12 @@ class BertText(Backbone):
         packed = self.transformer.packed(sequence[real], starts, None if tokens else first, causal=False)
         packed = self.ln_final(packed)
         classes = packed[first] if tokens else packed
-        features = Features((classes @ self.text_projection)[None], class_tokens=classes[None, :, None])
+        encoded = Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
         if tokens:
             padded = packed.new_zeros(*x.shape, packed.shape[-1])
             padded[real] = packed
-            features.tokens[0], features.masks[0] = padded, real
-        return features
+            encoded.tokens, encoded.mask = padded, real
+        return encoded
 
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""

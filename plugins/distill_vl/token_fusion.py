@@ -60,14 +60,14 @@ class TokenFusion(FusionHead):
             yield f"{cls.name!r} needs two different modalities"
         yield from same_dim(cls.name, config.modalities, plan)
 
-    def forward(self, features: dict[str, Features]) -> Fused:
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """All views of each modality with the tokens of the other's view 0."""
         first, second = self.config.modalities
         fused = {}
         for mine, other in ((first, second), (second, first)):
             theirs = features[other]
-            fused[mine] = unit(self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0)))
-        return Fused(fused)
+            fused[mine] = Fused(unit(self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))))
+        return fused
 
     @abstractmethod
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

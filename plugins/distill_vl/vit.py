@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, linear
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.plan import ModalityPlan
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Transformer
@@ -137,8 +137,8 @@ class VisionTransformer(Backbone):
         with torch.autocast(table.device.type, enabled=False):
             return torch.cat([table[:1], self._maps[key] @ table[1:]])
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        """x [N, 3, S, S] -> pooled [1, N, D], tokens [N, L, W], class tokens [1, N, C, W].
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """x [N, 3, S, S] -> pooled [N, D], tokens [N, L, W], class tokens [N, C, W].
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
@@ -156,7 +156,7 @@ class VisionTransformer(Backbone):
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
         return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
 
-    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Features]:
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
         if len(inputs) == 1:
             return super().encode_together(inputs)
@@ -196,13 +196,12 @@ class VisionTransformer(Backbone):
         """Where the class tokens stand in each of N sequences, [N, C]."""
         return torch.arange(self.config.class_tokens, device=x.device).expand(x.shape[0], -1)
 
-    def _read(self, out: Tensor, *, tokens: bool) -> Features:
+    def _read(self, out: Tensor, *, tokens: bool) -> Encoded:
         """The transformer's output, [N, C + L, W] with `tokens`, else the class tokens' [N, C, W]."""
         out = self.ln_post(out)
         count = self.config.class_tokens
         classes = out[:, :count]
-        pooled = (classes[:, 0] @ self.proj)[None]
-        return Features(pooled, {0: out[:, count:]} if tokens else {}, class_tokens=classes[None])
+        return Encoded(classes[:, 0] @ self.proj, out[:, count:] if tokens else None, class_tokens=classes)
 
 
 def position_map(grid: int, rows: int, columns: int) -> Tensor:

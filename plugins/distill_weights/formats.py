@@ -244,7 +244,7 @@ class Tower(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """One group of inputs, no tokens, nothing packed."""
         found = self.backbone.encode(x, tokens=False, token_mask=None)  # type: ignore[operator]
-        return normalize(found.pooled[0] if self.features == "embedding" else found.class_tokens[0, :, 0], dim=-1)
+        return normalize(found.pooled if self.features == "embedding" else found.class_tokens[:, 0], dim=-1)
 
 
 class OnnxFormat(Format):

@@ -25,7 +25,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.kinds import INTERFACES
 from distill_core.errors import UserError
 from distill_core.interfaces import LossConfig
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.registry import Plugins
 
 
@@ -75,7 +75,7 @@ def test_a_loss_may_bring_the_fusion_it_works_with():
         def forward(self, outputs):
             if not isinstance(outputs.fusion, Own):
                 raise UserError("needs the fusion 'own'")
-            assert outputs.fused.pooled["left"].grad_fn is not None
+            assert outputs.fused["left"].pooled.grad_fn is not None
             return super().forward(outputs)
 
     (result,) = check(NeedsOwn, only=["terms"])
@@ -108,8 +108,8 @@ def test_the_failing_example_is_named():
         examples = (Tower.examples[0], {**Tower.examples[0], "dim": 9})
 
         def encode(self, x, *, tokens, token_mask):
-            features = super().encode(x, tokens=tokens, token_mask=token_mask)
-            return Features(features.pooled[..., :8], features.tokens)
+            encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+            return Encoded(encoded.pooled[..., :8], encoded.tokens)
 
     (result,) = check(Two, only=["shapes"])
     assert result.status == "failed"

@@ -66,15 +66,15 @@ def test_karpathy(tmp_path: Path) -> None:
     name, found = only(made.samples("test"))
     assert name == "coco"
     assert [sample["__key__"] for sample in found] == ["a.jpg", "d.jpg"]
-    assert TEXT.read(found[0]) == ["one", "two", "three", "four", "five"]
+    assert TEXT.decode(found[0]) == ["one", "two", "three", "four", "five"]
     with pytest.raises(BadSample, match="No such file"):
-        IMAGE.read(found[1])
+        IMAGE.decode(found[1])
     assert (
-        len(TEXT.read(only(source(Karpathy, **made.config.model_dump() | {"captions": None}).samples("test"))[1][0]))
+        len(TEXT.decode(only(source(Karpathy, **made.config.model_dump() | {"captions": None}).samples("test"))[1][0]))
         == 6
     )
     assert grey(only(made.samples("train"))[1][0]) in (9, 10, 11)
-    assert TEXT.read(only(made.samples("validation"))[1][0]) == ["c", "c again"]
+    assert TEXT.decode(only(made.samples("validation"))[1][0]) == ["c", "c again"]
     assert made.samples("other") == {}
     for row in images:
         del row["filepath"]
@@ -138,7 +138,7 @@ def test_dci(tmp_path: Path) -> None:
     assert [sample["__key__"] for sample in only(own.samples("validation"))[1]] == ["1.json"]
     (tmp_path / "annotations" / "1.json").write_text("{}")
     with pytest.raises(BadSample, match="not an annotation of DCI"):
-        TEXT.read(found[1])
+        TEXT.decode(found[1])
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
@@ -185,7 +185,7 @@ def test_class_folder(tmp_path: Path) -> None:
         assert name == "val"
         classes = EvaluationSet("v", found).labels("class")
         assert classes == {0: "gold fish", 1: "gold fish", 2: "tench, Tinca tinca"}, file
-        assert TEXT.read(found[0], "class") == ["gold fish"]
+        assert TEXT.decode(found[0], "class") == ["gold fish"]
     bare = source(ClassFolder, train=str(tmp_path / "val"), test=str(tmp_path / "val"))
     assert bare.splits(bare.config) == ("train", "test")
     assert set(EvaluationSet("v", only(bare.samples("train"))[1]).labels("class").values()) == {"n01", "n02"}
@@ -259,7 +259,7 @@ def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
     (tmp_path / "dataset_type.txt").write_text("retrieval\n")
     made = source(ClipBenchmark, folder=str(tmp_path))
     _, (found,) = only(made.samples("test"))
-    assert TEXT.read(found) == ["one", "two", "three"]
+    assert TEXT.decode(found) == ["one", "two", "three"]
     (tmp_path / "dataset_type.txt").write_text("multilabel\n")
     with pytest.raises(DataError, match="type 'multilabel' cannot be scored"):
         made.samples("test")

@@ -67,7 +67,7 @@ def test_classes_are_the_folders_in_words(tmp_path: Path, stamps: Path) -> None:
     expected = ["birds"] * 4 + ["mammals"] + ["bears"] * 2 + ["art tools"]
     assert list(EvaluationSet("t", every).labels("class").values()) == expected
     assert keys(every) == keys(made(stamps, distinct=False))
-    assert TEXT.read(every[2], "folder") == ["animals/birds/cartoon"]
+    assert TEXT.decode(every[2], "folder") == ["animals/birds/cartoon"]
     assert set(keys(made(stamps, distinct=False, minimum=2))) == {"crow", "owl", "chick", "duck", "bear", "teddy"}
     assert set(keys(made(stamps, distinct=False, minimum=3))) == {"crow", "owl", "chick", "duck"}
     assert TuxPaint(TuxPaint.Config(folder=str(stamps))).samples("train") == {}
@@ -126,7 +126,7 @@ def test_masks_are_of_the_class_and_the_picture_s_size(stamps: Path, mode: str) 
     fox = next(sample for sample in made(stamps) if sample["__key__"] == "animals/mammals/fox")
     assert fox["classes.txt"] == b"background\nbears\nbirds\nmammals"
     assert mask_of(fox) == ([[3, 3, 3]] * 2 if mode == "RGB" else [[0, 0, 3], [3, 0, 3]])
-    (seen,) = IMAGE.read(fox)
+    (seen,) = IMAGE.decode(fox)
     assert seen.size == (3, 2)
     assert seen.getpixel((0, 0)) == ((40, 40, 40) if mode == "RGB" else (255, 255, 255)), "behind it lies `background`"
     assert seen.getpixel((0, 1)) == (40, 40, 40)

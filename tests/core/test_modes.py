@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch, Group, View, Views
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.interfaces import Backbone, BackboneSpec, Collator, Loss
-from distill_core.outputs import Features, Outputs, Progress
+from distill_core.outputs import Encoded, Outputs, Progress
 from distill_core.plan import Needs, Plan
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
@@ -59,11 +59,9 @@ class Noisy(Backbone):
     def collator(cls, config: Any) -> Collator:
         return Drawing()
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
-        features = Features(self.proj(self.drop(self.norm(x.mean((2, 3)))))[None])
-        if tokens:
-            features.tokens[0] = x.flatten(2).transpose(1, 2)
-        return features
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        pooled = self.proj(self.drop(self.norm(x.mean((2, 3)))))
+        return Encoded(pooled, x.flatten(2).transpose(1, 2) if tokens else None)
 
 
 class TeacherTokens(Loss):
@@ -76,7 +74,7 @@ class TeacherTokens(Loss):
         return Needs(teacher=True, modalities=("image",), teacher_tokens={"image": (1,)}, masked=("image",))
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        assert list(outputs.teacher["image"].tokens) == [1]
+        assert list(outputs.teacher["default"]["image"].tokens) == [1]
         return {"teacher_tokens": outputs.student["image"].pooled.square().mean()}, {}
 
 
@@ -111,7 +109,7 @@ def test_the_teacher_is_in_evaluation_mode(load: Load) -> None:
     assert objective.teacher is not None
     assert not any(module.training for module in objective.teacher.modules())
     data = batch()
-    first, second = (objective.represent_teacher(data)["image"].pooled for _ in range(2))
+    first, second = (objective.represent_teachers(data)["default"]["image"].pooled for _ in range(2))
     assert torch.equal(first, second)
     student: Any = objective.backbone["image"]
     assert student.norm.num_batches_tracked == 0

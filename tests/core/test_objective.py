@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch, Group, View, Views
 from distill_core.interfaces import Backbone, BackboneSpec, FusionHead, Loss, LossConfig
 from distill_core.objective import Objective
-from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
 from distill_core.plan import ModalityPlan, Needs, Plan
 from distill_core.teacher import Teacher, TeacherConfig
 
@@ -40,25 +40,23 @@ class Mean(Backbone):
     def collator(cls, config: Any) -> Callable[[list[list[View]]], Views]:
         raise NotImplementedError
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         self.calls.append((x.shape[0], tokens, token_mask is not None))
         if self.training:
             self.seen += 1
         if token_mask is not None:
             x = x.masked_fill(token_mask[..., None], 0.0)
-        features = Features((x.mean(1) @ self.proj)[None])
-        if tokens:
-            features.tokens[0], features.masks[0] = x + self.shift, x[..., 0] > 0
-        return features
+        pooled = x.mean(1) @ self.proj
+        return Encoded(pooled, x + self.shift, x[..., 0] > 0) if tokens else Encoded(pooled)
 
 
 class SumFusion(FusionHead):
     name = "sum"
     forwards = 0
 
-    def forward(self, features: dict[str, Features]) -> Fused:
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         self.forwards += 1
-        return Fused({m: nn.functional.normalize(f.pooled, dim=-1) for m, f in features.items()})
+        return {m: Fused(nn.functional.normalize(f.pooled, dim=-1)) for m, f in features.items()}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         return queries
@@ -70,7 +68,7 @@ class Pull(Loss):
     name = "pull"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        target = outputs.teacher["a"].pooled if outputs.teacher else torch.ones(())
+        target = outputs.teacher["default"]["a"].pooled if outputs.teacher else torch.ones(())
         return {"pull": (outputs.student["a"].pooled[:1] - target[:1]).square().mean()}, {"one": torch.ones(())}
 
 
@@ -172,7 +170,7 @@ def test_teacher_is_out_of_the_gradients_reach(batch: Batch) -> None:
     objective = objective_of(Pull, Two, teacher=TeacherConfig())
     objective.train()
     outputs = objective.represent(batch, Progress(0, 1))
-    assert not outputs.teacher["a"].pooled.requires_grad
+    assert not outputs.teacher["default"]["a"].pooled.requires_grad
     assert outputs.student["a"].pooled.requires_grad
     objective.losses(outputs).total.backward()
     teacher = objective.teacher
@@ -235,8 +233,8 @@ def test_tokens_of_the_needed_views_alone(batch: Batch) -> None:
     assert [(n, tokens) for n, tokens, _ in b.calls] == [(B, True), (B, False), (B, False)]
     assert sorted(outputs.student["a"].tokens) == sorted(outputs.student["a"].masks) == [1, 2]
     assert sorted(outputs.student["b"].tokens) == [0]
-    assert sorted(outputs.teacher["a"].tokens) == [0]
-    assert sorted(outputs.teacher["b"].tokens) == []
+    assert sorted(outputs.teacher["default"]["a"].tokens) == [0]
+    assert sorted(outputs.teacher["default"]["b"].tokens) == []
     x = [group.x for group in batch.views["a"].groups]
     hidden = batch.views["a"].groups[0].token_mask
     assert hidden is not None
@@ -262,7 +260,7 @@ def test_only_the_student_sees_masks(batch: Batch) -> None:
     assert objective.teacher is not None
     assert [masked for _, _, masked in objective.teacher.backbone["a"].calls] == [False]
     x = batch.views["a"].groups[0].x
-    torch.testing.assert_close(outputs.teacher["a"].pooled, x.mean(2) @ objective.teacher.backbone["a"].proj)
+    torch.testing.assert_close(outputs.teacher["default"]["a"].pooled, x.mean(2) @ objective.teacher.backbone["a"].proj)
 
 
 def test_terms_are_weighted_and_named(batch: Batch) -> None:
@@ -290,25 +288,27 @@ def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) 
 
 
 def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
-    assert objective_of(Pull).represent(batch, Progress(0, 1)).fused is None
+    assert objective_of(Pull).represent(batch, Progress(0, 1)).fused == {}
     objective = objective_of(Pull, needs=[Needs(fused=True)])
     outputs = objective.represent(batch, Progress(0, 1))
-    assert outputs.fused is not None
+    assert outputs.fused
     assert objective.fusion.forwards == 1  # type: ignore[union-attr]
 
 
-def test_embeddings_by_key(batch: Batch) -> None:
+def test_embeddings(batch: Batch) -> None:
     """Catches half-precision or un-normalised embeddings, and another tensor for each loss that asks."""
     objective = objective_of(Pull, needs=[Needs(fused=True)], teacher=TeacherConfig())
     outputs = objective.represent(batch, Progress(0, 1))
     outputs.student["a"].pooled = outputs.student["a"].pooled.to(torch.bfloat16)
-    embedding = outputs.embedding("student.a")
+    embedding = outputs.student["a"].embedding
     assert embedding.dtype == torch.float32
     torch.testing.assert_close(embedding.norm(dim=-1), torch.ones(3, B))
-    assert outputs.embedding("student.a") is embedding
-    assert outputs.gather("student.a") is embedding, "one process gathers nothing"
-    assert outputs.embedding("fused.b").shape == (3, B, D)
-    assert outputs.embedding("teacher.b").shape == (2, B, D)
-    for key in ("pupil.a", "student.c"):
-        with pytest.raises(KeyError):
-            outputs.embedding(key)
+    assert outputs.student["a"].embedding is embedding
+    assert outputs.student["a"].gathered is embedding, "one process gathers nothing"
+    assert outputs.fused["b"].embedding.shape == (3, B, D)
+    assert outputs.teacher["default"]["b"].embedding.shape == (2, B, D)
+    some = outputs.student["a"].rows[:1]
+    assert torch.equal(some.embedding, embedding[:1])
+    assert torch.equal(some.gathered, embedding[:1])
+    both = Rows.cat([outputs.student["a"].rows, outputs.fused["b"].rows])
+    assert both.embedding.shape == both.gathered.shape == (6, B, D)

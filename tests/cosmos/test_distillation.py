@@ -13,7 +13,7 @@ import distill_cosmos.soft_targets
 import distill_vl.contrastive
 from distill_core.batch import Batch, Group, Views
 from distill_core.errors import RecipeErrors
-from distill_core.outputs import Features, Fused, Outputs, Progress
+from distill_core.outputs import Features, Fused, Outputs, Progress, Rows
 from distill_core.plan import ModalityPlan, Plan
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
@@ -53,7 +53,15 @@ def make_outputs(seed: int, batch: int, *, teachers: tuple[str, ...] = ("image",
     fused = {name: F.normalize(x, dim=-1) for name, x in pooled.items()}
     teacher = {name: Features(random(TEACHER_VIEWS[name])) for name in teachers}
     student = {name: Features(x) for name, x in pooled.items()}
-    return Outputs({}, student, teacher, Fused(fused), None, Progress(0, 1), lambda module: module)
+    return Outputs(
+        {},
+        student,
+        {"default": teacher},
+        {m: Fused(x) for m, x in fused.items()},
+        None,
+        Progress(0, 1),
+        lambda module: module,
+    )
 
 
 def unit(x: Tensor) -> Tensor:
@@ -75,7 +83,7 @@ def by_hand(outputs: Outputs, names: tuple[str, ...], scale: Tensor) -> dict[str
     for name in names:
         student, teacher = name.split("_to_")
         rows = unit(outputs.student[student].pooled)
-        columns = unit(outputs.teacher[teacher].pooled)
+        columns = unit(outputs.teacher["default"][teacher].pooled)
         blocks[name] = torch.stack([one_pair(a, b, scale) for a in rows for b in columns]).mean()
     return blocks
 
@@ -232,13 +240,13 @@ def soft_by_hand(outputs: Outputs, name: str, scale: Tensor, temperature: float)
     student, teacher = name.split("_to_")
     losses, entropies = [], []
     for f in unit(outputs.student[student].pooled):
-        for t in unit(outputs.teacher[teacher].pooled):
+        for t in unit(outputs.teacher["default"][teacher].pooled):
             for turned in (False, True):
                 a, b = (t, f) if turned else (f, t)
                 p = torch.exp(scale * a @ b.T)
                 p = p / p.sum(1, keepdim=True)
                 q = torch.zeros_like(p)
-                own_views = unit(outputs.teacher[student].pooled)
+                own_views = unit(outputs.teacher["default"][student].pooled)
                 for w in own_views:
                     c, d = (t, w) if turned else (w, t)
                     e = torch.exp(c @ d.T / temperature)
@@ -275,7 +283,7 @@ def test_soft_targets_are_the_teachers_own_similarities(names: tuple[str, ...], 
 def test_sharp_targets_within_a_modality_are_hard_ones() -> None:
     """One teacher view: as the temperature goes to 0, its similarities become the sample itself."""
     outputs = make_outputs(4, 6)
-    outputs.teacher["image"].pooled = outputs.teacher["image"].pooled[:1]
+    outputs.teacher["default"]["image"].pooled = outputs.teacher["default"]["image"].pooled[:1]
     soft = make_loss(pairs=("image_to_image",), targets="soft", teacher_temperature=1e-4)(outputs)
     hard = make_loss(pairs=("image_to_image",))(outputs)
     torch.testing.assert_close(soft[0], hard[0], rtol=1e-12, atol=1e-12)
@@ -304,18 +312,19 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
     for rank in range(3):
         rows = slice(2 * rank, 2 * rank + 2)
         monkeypatch.setattr(distill_vl.contrastive, "rank", lambda rank=rank: rank)
-        assert joint.fused is not None
+        assert joint.fused
         own = Outputs(
             {},
             {},
-            {m: Features(f.pooled[:, rows]) for m, f in joint.teacher.items()},
-            Fused({m: x[:, rows] for m, x in joint.fused.pooled.items()}),
+            {"default": {m: Features(f.pooled[:, rows]) for m, f in joint.teacher["default"].items()}},
+            {m: Fused(f.pooled[:, rows]) for m, f in joint.fused.items()},
             None,
             Progress(0, 1),
             lambda module: module,
         )
-        for key in ("fused.image", "fused.text", "teacher.image", "teacher.text"):
-            own._gathered[key, True] = joint.embedding(key)
+        for mine, whole_batch in ((own.fused, joint.fused), (own.teacher["default"], joint.teacher["default"])):
+            for m in ("image", "text"):
+                mine[m].rows = Rows(mine[m].embedding, lambda f=whole_batch[m]: f.embedding)  # type: ignore[misc]
         terms.append(loss(own)[0]["cross_modal_distillation"])
     mean = torch.stack(terms).mean()
     torch.testing.assert_close(mean, whole, rtol=1e-10, atol=1e-10)

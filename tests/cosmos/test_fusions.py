@@ -153,9 +153,9 @@ def test_against_the_formula(
         feature.pooled.requires_grad_()
         feature.tokens[0].requires_grad_()
     fused, wanted = fusion(features), expected(fusion, features, normalised=True)
-    assert set(fused.pooled) == {"image", "text"}
+    assert set(fused) == {"image", "text"}
     for name, value in wanted.items():
-        torch.testing.assert_close(fused.pooled[name], value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(fused[name].pooled, value, rtol=1e-10, atol=1e-10)
         other = OTHER[name]
         pooled = fusion.pool(other, features[name].pooled, features[other].tokens[0], features[other].masks.get(0))
         plain = expected(fusion, features, normalised=False)[name]
@@ -165,7 +165,7 @@ def test_against_the_formula(
     leaves = [*fusion.parameters(), *(f.pooled for f in features.values()), *(f.tokens[0] for f in features.values())]
     ours, theirs = (
         torch.autograd.grad(sum((weights[m] * x[m]).sum() for m in weights), leaves, allow_unused=True)  # type: ignore[arg-type]
-        for x in (fused.pooled, wanted)
+        for x in ({m: f.pooled for m, f in fused.items()}, wanted)
     )
     for mine, reference in zip(ours, theirs, strict=True):
         assert (mine is None) == (reference is None)
@@ -180,7 +180,10 @@ def test_every_parameter_and_every_token_matters(cls: type[FusionHead], options:
         feature.tokens[0].requires_grad_()
     fused = fusion(features)
     generator = torch.Generator().manual_seed(3)
-    sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in fused.pooled.values()).backward()  # type: ignore[union-attr]
+    sum(
+        (f.pooled * torch.randn(f.pooled.shape, generator=generator, dtype=f.pooled.dtype)).sum()
+        for f in fused.values()
+    ).backward()  # type: ignore[union-attr]
     for name, parameter in fusion.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 1e-8, name
@@ -193,11 +196,11 @@ def test_every_parameter_and_every_token_matters(cls: type[FusionHead], options:
 @with_tokens
 def test_padding_cannot_reach_a_fused_view(cls: type[FusionHead], options: dict[str, Any]) -> None:
     fusion, features = make(cls, options), make_features(4)
-    before = fusion(features).pooled
+    before = {name: f.pooled for name, f in fusion(features).items()}
     padding = ~features["text"].masks[0]
     assert padding.any()
     features["text"].tokens[0][padding] = 50.0
-    after = fusion(features).pooled
+    after = {name: f.pooled for name, f in fusion(features).items()}
     same = torch.equal(before["image"], after["image"])
     assert same == options.get("mask_padding", True)
 
@@ -207,7 +210,7 @@ def test_a_sample_without_tokens_is_finite(cls: type[FusionHead], options: dict[
     fusion, features = make(cls, options), make_features(5)
     features["text"].masks[0][1] = False
     features["text"].tokens[0].requires_grad_()
-    fused = fusion(features).pooled["image"]
+    fused = fusion(features)["image"].pooled
     fused.sum().backward()
     assert torch.isfinite(fused).all()
     if cls is MeanPooling:
@@ -221,7 +224,7 @@ def test_a_sample_without_tokens_is_finite(cls: type[FusionHead], options: dict[
 def test_samples_and_views_do_not_mix(cls: type[FusionHead], options: dict[str, Any]) -> None:
     """Catches rows put together wrongly: any sample or view alone must give what it gives among others."""
     fusion, features = make(cls, options), make_features(6)
-    whole = fusion(features).pooled
+    whole = {name: f.pooled for name, f in fusion(features).items()}
     for b in range(4):
         one = {
             name: Features(
@@ -229,14 +232,14 @@ def test_samples_and_views_do_not_mix(cls: type[FusionHead], options: dict[str, 
             )
             for name, f in features.items()
         }
-        for name, value in fusion(one).pooled.items():
+        for name, value in ((m, f.pooled) for m, f in fusion(one).items()):
             torch.testing.assert_close(value, whole[name][1:2, b : b + 1], rtol=1e-10, atol=1e-10)
 
 
 @each
 def test_an_empty_batch(cls: type[FusionHead], options: dict[str, Any]) -> None:
-    fused = make(cls, options)(make_features(8, batch=0)).pooled
-    assert {name: x.shape for name, x in fused.items()} == {"image": (3, 0, D), "text": (2, 0, D)}
+    fused = make(cls, options)(make_features(8, batch=0))
+    assert {name: f.pooled.shape for name, f in fused.items()} == {"image": (3, 0, D), "text": (2, 0, D)}
 
 
 @each
@@ -246,10 +249,10 @@ def test_bf16_autocast(cls: type[FusionHead], options: dict[str, Any]) -> None:
     features = {
         name: Features(f.pooled.float(), {0: f.tokens[0].float()}, f.masks) for name, f in make_features(9).items()
     }
-    exact = fusion(features).pooled
+    exact = {name: f.pooled for name, f in fusion(features).items()}
     low = {name: Features(f.pooled.bfloat16(), {0: f.tokens[0].bfloat16()}, f.masks) for name, f in features.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        rough = fusion(low).pooled
+        rough = {name: f.pooled for name, f in fusion(low).items()}
     for name, value in rough.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.norm(dim=-1), torch.ones(value.shape[:2]), rtol=1e-5, atol=1e-5)
@@ -265,7 +268,7 @@ def test_a_gated_fusion_starts_as_none() -> None:
     torch.manual_seed(0)
     fusion = GatedCrossAttention(GatedCrossAttention.Config(heads=HEADS), PLAN).double()
     features = make_features(1)
-    fused = fusion(features).pooled
+    fused = {name: f.pooled for name, f in fusion(features).items()}
     for name, f in features.items():
         torch.testing.assert_close(fused[name], f.pooled / f.pooled.norm(dim=-1, keepdim=True), rtol=0, atol=1e-12)
     (fused["image"][..., 0].sum() + fused["text"][..., 0].sum()).backward()

@@ -182,7 +182,7 @@ def test_float32_outputs_and_gradients(transcription: ModuleType, registry: Regi
             arguments = (HEADS, PATCH) if modality == "image" else (TEXT_HEADS,)
             pooled, _ = getattr(transcription, encode)(exact["student"], x, *arguments)
             pooled = pooled / pooled.norm(dim=-1, keepdim=True)
-            ours = outputs.embedding(f"student.{modality}")[i]
+            ours = outputs.student[modality].embedding[i]
             torch.testing.assert_close(ours.double(), pooled, rtol=0, atol=1e-6)
     terms, gradients = our_step(recipe, objective, batch)
     for name in ("contrastive", "cross_modal_distillation", "total"):

@@ -44,8 +44,8 @@ def outputs() -> Outputs:
         "image": Features(random(IMAGE_GLOBALS).detach()),
         "text": Features(random(TEXT_GLOBALS).detach()),
     }
-    fused = Fused({"image": unit(random(IMAGES)), "text": unit(random(TEXTS))})
-    return Outputs({}, student, teacher, fused, None, Progress(0, 1), ema=lambda module: module)
+    fused = {"image": Fused(unit(random(IMAGES))), "text": Fused(unit(random(TEXTS)))}
+    return Outputs({}, student, {"default": teacher}, fused, None, Progress(0, 1), ema=lambda module: module)
 
 
 def pair(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -85,14 +85,16 @@ def test_contrastive(outputs: Outputs) -> None:
 def test_distillation(outputs: Outputs) -> None:
     """Catches one mean over all pairs in place of the mean of four blocks, whose sizes differ."""
     loss = SigmoidDistillation(SigmoidDistillation.Config(temperature=0.3, bias=-2.0), plan()).double()
-    assert outputs.fused is not None
+    assert outputs.fused
     scale, blocks = loss.logit_scale.exp(), []
     for fused in ("image", "text"):
         for teacher in ("image", "text"):
-            views = [(u, unit(v)) for u in outputs.fused.pooled[fused] for v in outputs.teacher[teacher].pooled]
+            views = [
+                (u, unit(v)) for u in outputs.fused[fused].pooled for v in outputs.teacher["default"][teacher].pooled
+            ]
             blocks.append(mean([pair(u, v, scale, loss.logit_bias) for u, v in views]))
     terms, metrics = loss(outputs)
-    check(loss, terms["cross_modal_distillation"], mean(blocks), list(outputs.fused.pooled.values()))
+    check(loss, terms["cross_modal_distillation"], mean(blocks), [f.pooled for f in outputs.fused.values()])
     assert metrics["text_to_image"].item() == pytest.approx(blocks[2].item(), rel=1e-10)
     config = SigmoidDistillation.Config(temperature=0.3, bias=-2.0, pairs=("text_to_image",))
     chosen, _ = SigmoidDistillation(config, plan()).double()(outputs)

@@ -74,11 +74,11 @@ def test_one_set_of_tokens_a_sample_and_two_loss_calls(
 def test_tokens_only_of_the_first_global_view(objective: Objective, batch: Batch) -> None:
     outputs = objective.represent(batch, Progress(0, 1))
     assert {m: list(f.tokens) for m, f in outputs.student.items()} == {"image": [0], "text": [0]}
-    assert {m: list(f.tokens) for m, f in outputs.teacher.items()} == {"image": [], "text": []}
+    assert {m: list(f.tokens) for m, f in outputs.teacher["default"].items()} == {"image": [], "text": []}
     assert outputs.student["image"].pooled.shape == (8, B, 32)
-    assert outputs.teacher["text"].pooled.shape == (2, B, 32)
-    assert outputs.fused is not None
-    norms = torch.cat([x.norm(dim=-1) for x in outputs.fused.pooled.values()])
+    assert outputs.teacher["default"]["text"].pooled.shape == (2, B, 32)
+    assert outputs.fused
+    norms = torch.cat([f.pooled.norm(dim=-1) for f in outputs.fused.values()])
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
@@ -89,7 +89,7 @@ def test_bf16_autocast(objective: Objective, batch: Batch) -> None:
         outputs = objective.represent(batch, Progress(0, 1))
         rough = objective.losses(outputs)
     assert outputs.student["image"].pooled.dtype == torch.bfloat16
-    assert outputs.embedding("student.image").dtype == torch.float32
+    assert outputs.student["image"].embedding.dtype == torch.float32
     assert rough.total.dtype == torch.float32
     torch.testing.assert_close(rough.total, exact.total, rtol=2e-2, atol=0)
     rough.total.backward()
@@ -112,10 +112,10 @@ def test_padding_is_masked_only_when_asked(objective: Objective, batch: Batch) -
     for ids in (short, other):
         views = {**batch.views, "text": Views([Group(ids, "global"), batch.views["text"].groups[1]])}
         outputs = objective.represent(Batch(views, batch.keys), Progress(0, 1))
-        assert outputs.fused is not None
-        fused.append(outputs.fused.pooled["image"])
+        assert outputs.fused
+        fused.append(outputs.fused["image"].pooled)
     torch.testing.assert_close(fused[0], fused[1])
     objective.fusion.config = objective.fusion.config.model_copy(update={"mask_padding": False})  # type: ignore[union-attr]
     outputs = objective.represent(Batch(views, batch.keys), Progress(0, 1))
-    assert outputs.fused is not None
-    assert (outputs.fused.pooled["image"] - fused[1]).abs().max() > 1e-4
+    assert outputs.fused
+    assert (outputs.fused["image"].pooled - fused[1]).abs().max() > 1e-4

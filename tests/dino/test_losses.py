@@ -138,7 +138,7 @@ def test_ibot_of_masked_copies(steps: ModuleType, transcription: ModuleType) -> 
     batch = steps.batch(masked_copies=True)
     outputs = made.represent(batch, steps.PROGRESS)
     assert list(outputs.student["image"].tokens) == [4]
-    assert list(outputs.teacher["image"].tokens) == [0]
+    assert list(outputs.teacher["default"]["image"].tokens) == [0]
     terms, loss = made.losses(outputs).terms, made.loss["ibot"]
     said, masks = Said(transcription, made, "ibot", outputs), batch.views["image"].groups[2].token_mask
     assert terms["ibot/patch"].item() == pytest.approx(

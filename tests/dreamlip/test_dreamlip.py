@@ -35,7 +35,7 @@ def outputs(mask: Tensor | None = None) -> Outputs:
 
     image = Features(random(2, BATCH, DIM), {0: random(BATCH, PATCHES, WIDTH)}, {} if mask is None else {0: mask})
     student = {"image": image, "text": Features(random(COUNT, BATCH, DIM))}
-    return Outputs({}, student, {}, None, None, Progress(0, 1), ema=lambda module: module)
+    return Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
 
 
 def unit(x: Tensor) -> Tensor:

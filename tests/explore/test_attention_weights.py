@@ -164,7 +164,7 @@ def test_a_towers_embedding_is_read_with_its_weights(cls: Any, options: dict[str
     )
     x = collate([[view] for view in views]).groups[0].x[0]
     features, weights = tower.encode(x, tokens=True, token_mask=None), tower.class_attention(x)
-    assert weights.shape == (3, HEADS, features.tokens[0].shape[1])
+    assert weights.shape == (3, HEADS, features.tokens.shape[1])
     for i, view in enumerate(views):
         layout = tower.token_layout(view)
         real = 16 if vit else len(layout)
@@ -185,7 +185,7 @@ def test_a_towers_embedding_is_read_with_its_weights(cls: Any, options: dict[str
         out = sequence[:, -1 if causal else 0] + read(last.attn, row[None, None], last.ln_1(sequence))[0]
         out = out + last.mlp(last.ln_2(out))
         pooled = tower.ln_post(out) @ tower.proj if vit else tower.ln_final(out) @ tower.text_projection
-        torch.testing.assert_close(pooled, features.pooled[0, i : i + 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled, features.pooled[i : i + 1], atol=1e-4, rtol=1e-4)
 
 
 def test_pieces_are_the_tokens() -> None:

@@ -236,7 +236,7 @@ def test_items_of_one_key_are_told_apart(run: Path) -> None:
 
     keys = ["test-0-1", "test-0-1", "test-0-2", "test-0-2"]
     assert places(keys) == [("test-0-1", 0), ("test-0-1", 1), ("test-0-2", 0), ("test-0-2", 1)]
-    reads = SimpleNamespace(read=lambda sample: [f"{sample['__key__']} {i}" for i in range(2)])
+    reads = SimpleNamespace(decode=lambda sample: [f"{sample['__key__']} {i}" for i in range(2)])
     shards = Samples("test", Shards([str(run.parents[1] / "shards" / "test-000.tar")]))
     wanted = [("test-0-2", 1), ("test-0-1", 0), ("none", 0)]
     found = shards.read(cast(Any, SimpleNamespace(augment={"text": reads})), "text", wanted)

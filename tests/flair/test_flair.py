@@ -183,8 +183,8 @@ def test_the_fusion_as_a_fusion(transcription: ModuleType) -> None:
     fused = made(features)
     for mine, other in (("image", "text"), ("text", "image")):
         found = transcription.pool(weights(made, other), features[mine].pooled[1, 0], features[other].tokens[0][0], 2)
-        torch.testing.assert_close(fused.pooled[mine][1, 0], found / found.norm(), rtol=1e-10, atol=1e-10)
-        assert fused.pooled[mine].shape == (3, 2, 6)
+        torch.testing.assert_close(fused[mine].pooled[1, 0], found / found.norm(), rtol=1e-10, atol=1e-10)
+        assert fused[mine].pooled.shape == (3, 2, 6)
     text_alone = fusion(queries=("text",))
     assert set(text_alone.pooler) == {"image"}, "no weights that nothing uses"
     with pytest.raises(UserError, match=r"image does not ask; set fusion.queries to \[image, text\]"):

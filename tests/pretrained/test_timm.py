@@ -53,20 +53,20 @@ def test_features_are_the_models_own(model: str) -> None:
         other = timm.create_model(model, num_classes=0, **({"img_size": 64} if model == "test_vit" else {})).eval()
         other.load_state_dict(module.model.state_dict())
         found = other.forward_features(x)
-        torch.testing.assert_close(features.pooled[0], other(x) @ module.proj.weight.T)
+        torch.testing.assert_close(features.pooled, other(x) @ module.proj.weight.T)
     if model == "test_vit":
-        torch.testing.assert_close(features.tokens[0], found[:, 1:])
+        torch.testing.assert_close(features.tokens, found[:, 1:])
     else:
-        torch.testing.assert_close(features.tokens[0][:, 3], found[:, :, 1, 1])  # of 2 x 2 places
+        torch.testing.assert_close(features.tokens[:, 3], found[:, :, 1, 1])  # of 2 x 2 places
     spec = TimmTower.spec(module.config)
-    assert features.tokens[0].shape[-1] == spec.width
+    assert features.tokens.shape[-1] == spec.width
     assert features.class_tokens is not None
     assert features.class_tokens.shape[-1] == spec.width
 
 
 def test_crops_of_other_sizes() -> None:
     vit = tower("test_vit", 64)
-    assert vit.encode(torch.randn(2, 3, 32, 32), tokens=True, token_mask=None).tokens[0].shape[1] == 4
+    assert vit.encode(torch.randn(2, 3, 32, 32), tokens=True, token_mask=None).tokens.shape[1] == 4
     with pytest.raises(UserError, match="crops of 40 px are not whole patches of 16 px"):
         vit.encode(torch.randn(2, 3, 40, 40), tokens=False, token_mask=None)
     mixer = tower("mixer_s32_224", 64)  # its weights mix places: one size alone

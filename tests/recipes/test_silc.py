@@ -32,7 +32,7 @@ def test_both_global_crops_meet_the_caption_and_only_the_picture_has_a_teacher(r
     torch.manual_seed(0)
     pictures, captions = torch.randn(4, 5, image.dim).double(), torch.randn(1, 5, text.dim).double()
     student = {"image": Features(pictures), "text": Features(captions)}
-    outputs = Outputs({}, student, {}, None, None, Progress(0, 1), ema=lambda module: module)
+    outputs = Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
     contrastive: Loss = recipe.loss[0].build(recipe.plan).double()
     scale = 1 / recipe.loss[0].config.temperature
     expected = (info_nce(pictures[0], captions[0], scale) + info_nce(pictures[1], captions[0], scale)) / 2

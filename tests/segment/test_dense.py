@@ -35,8 +35,8 @@ def test_plain_dense_embeddings_are_the_ordinary_tokens_projected(class_tokens: 
     features = vit.encode(x, tokens=True, token_mask=None)
     pooled, dense = vit.dense(x, attention="plain")
     assert dense.shape == (2, shape[0] // 4, shape[1] // 4, 20)
-    torch.testing.assert_close(pooled, features.pooled[0])
-    torch.testing.assert_close(dense.flatten(1, 2), features.tokens[0] @ vit.proj)
+    torch.testing.assert_close(pooled, features.pooled)
+    torch.testing.assert_close(dense.flatten(1, 2), features.tokens @ vit.proj)
 
 
 def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:

@@ -35,7 +35,7 @@ def loss(**options: Any) -> SigLip:
 
 def outputs(image: Tensor, text: Tensor) -> Outputs:
     student = {"image": Features(image), "text": Features(text)}
-    return Outputs({}, student, {}, None, None, Progress(0, 1), ema=lambda module: module)
+    return Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
 
 
 def equation(x: Tensor, y: Tensor, t_prime: Tensor, b: Tensor) -> Tensor:

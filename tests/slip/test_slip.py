@@ -46,7 +46,7 @@ def outputs(batch: int, class_tokens: bool = True) -> Outputs:
     pooled = random(DIM)
     classes = random(2, WIDTH) if class_tokens else None
     return Outputs(
-        {}, {"image": Features(pooled, class_tokens=classes)}, {}, None, None, Progress(0, 1), ema=lambda module: module
+        {}, {"image": Features(pooled, class_tokens=classes)}, {}, {}, None, Progress(0, 1), ema=lambda module: module
     )
 
 

@@ -137,7 +137,7 @@ def test_synthetic_sentences_are_drawn_and_stay_in_order() -> None:
     drawn = TwoCaptions(TwoCaptionsConfig(sentences=3))
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
-        first, second = drawn.views(told(raw_caption="web", longIB_captions=[f"s {i}" for i in range(5)]), rng)
+        first, second = drawn.train_views(told(raw_caption="web", longIB_captions=[f"s {i}" for i in range(5)]), rng)
         parts = [int(part.removeprefix("s ")) for part in second.data.split(". ")]
         assert (first.data, first.source) == ("web", 0)
         assert len(parts) == 3

@@ -70,12 +70,12 @@ def test_against_pytorchs_encoder(ids: Tensor) -> None:
     embedded = made.token_embedding(ids) + made.positional_embedding[:11]
     out = made.ln_final(torch_encoder(made)(made.ln_pre(embedded), src_key_padding_mask=padding))
     features = made.encode(ids, tokens=True, token_mask=None)
-    assert torch.equal(features.masks[0], ~padding)
-    torch.testing.assert_close(features.tokens[0][~padding], out[~padding], rtol=1e-10, atol=1e-10)
-    assert (features.tokens[0][padding] == 0).all()
-    torch.testing.assert_close(features.pooled[0], out[:, 0] @ made.text_projection, rtol=1e-10, atol=1e-10)
+    assert torch.equal(features.mask, ~padding)
+    torch.testing.assert_close(features.tokens[~padding], out[~padding], rtol=1e-10, atol=1e-10)
+    assert (features.tokens[padding] == 0).all()
+    torch.testing.assert_close(features.pooled, out[:, 0] @ made.text_projection, rtol=1e-10, atol=1e-10)
     assert features.class_tokens is not None
-    torch.testing.assert_close(features.class_tokens[0, :, 0], out[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(features.class_tokens[:, 0], out[:, 0], rtol=1e-10, atol=1e-10)
 
 
 def test_without_tokens_the_embedding_and_gradients_are_the_same(ids: Tensor) -> None:
@@ -85,9 +85,9 @@ def test_without_tokens_the_embedding_and_gradients_are_the_same(ids: Tensor) ->
     for tokens in (True, False):
         made.zero_grad()
         features = made.encode(ids, tokens=tokens, token_mask=None)
-        (features.pooled[0] * weight).sum().backward()
+        (features.pooled * weight).sum().backward()
         found.append((features.pooled, {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}))
-        assert list(features.tokens) == ([0] if tokens else [])
+        assert (features.tokens is not None) == tokens
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
     assert set(found[0][1]) == set(found[1][1])
     for name, gradient in found[0][1].items():
@@ -99,12 +99,12 @@ def test_padding_never_matters(ids: Tensor) -> None:
     made = tower()
     whole = made.encode(ids, tokens=True, token_mask=None)
     junk = torch.where((ids == 0) & (torch.arange(11) > 0), 33, ids)
-    torch.testing.assert_close(made.encode(junk, tokens=True, token_mask=None).tokens[0], whole.tokens[0])
+    torch.testing.assert_close(made.encode(junk, tokens=True, token_mask=None).tokens, whole.tokens)
     for row in range(5):
         length = int(ids[row].argmax()) + 1
         alone = made.encode(ids[row : row + 1, :length], tokens=True, token_mask=None)
-        torch.testing.assert_close(alone.tokens[0][0], whole.tokens[0][row, :length], rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(alone.pooled[0, 0], whole.pooled[0, row], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(alone.tokens[0], whole.tokens[row, :length], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(alone.pooled[0], whole.pooled[row], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("tokens", [True, False])
@@ -113,18 +113,18 @@ def test_a_hidden_token_is_the_mask_token_at_its_place(ids: Tensor, tokens: bool
     made = tower(masking=TokenMaskingConfig())
     mask = torch.zeros(5, 11, dtype=torch.bool)
     mask[1, 3] = mask[1, 8] = mask[4, 1] = True
-    hidden = made.encode(ids, tokens=tokens, token_mask=mask).pooled[0]
+    hidden = made.encode(ids, tokens=tokens, token_mask=mask).pooled
     changed = ids.clone()
     changed[1, 3], changed[1, 8], changed[4, 1] = 40, 41, 42
-    assert torch.equal(made.encode(changed, tokens=tokens, token_mask=mask).pooled[0], hidden)
-    seen = made.encode(ids, tokens=tokens, token_mask=None).pooled[0]
+    assert torch.equal(made.encode(changed, tokens=tokens, token_mask=mask).pooled, hidden)
+    seen = made.encode(ids, tokens=tokens, token_mask=None).pooled
     differs = (seen - hidden).abs().amax(1) > 1e-6
     assert differs.tolist() == [False, True, False, False, True]
     changed[1, 4] = 40
-    assert (made.encode(changed, tokens=tokens, token_mask=mask).pooled[0, 1] - hidden[1]).abs().max() > 1e-6
+    assert (made.encode(changed, tokens=tokens, token_mask=mask).pooled[1] - hidden[1]).abs().max() > 1e-6
     moved = mask.clone()
     moved[1, 3], moved[1, 2] = False, True
-    assert (made.encode(ids, tokens=tokens, token_mask=moved).pooled[0, 1] - hidden[1]).abs().max() > 1e-6
+    assert (made.encode(ids, tokens=tokens, token_mask=moved).pooled[1] - hidden[1]).abs().max() > 1e-6
     with pytest.raises(ValueError, match="only with the option `masking`"):
         tower().encode(ids, tokens=tokens, token_mask=mask)
 

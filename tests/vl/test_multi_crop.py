@@ -32,7 +32,7 @@ def png(image: Image.Image) -> dict[str, Any]:
 
 
 def test_the_papers_views() -> None:
-    views = make().views(png(picture(320, 240)), np.random.default_rng(0))
+    views = make().train_views(png(picture(320, 240)), np.random.default_rng(0))
     assert [(view.role, tuple(view.data.shape)) for view in views] == [("global", (3, 224, 224))] * 2 + [
         ("local", (3, 96, 96))
     ] * 6
@@ -140,10 +140,10 @@ def test_unreadable_pictures_are_bad(data: Any) -> None:
     with pytest.raises(BadSample):
         make().eval_view(data)
     with pytest.raises(BadSample, match="no picture"):
-        make().read({"__key__": "k", "txt": b"x"})
+        make().decode({"__key__": "k", "txt": b"x"})
 
 
 def test_a_truncated_png_is_bad() -> None:
     whole = png(picture(64, 64))["png"]
     with pytest.raises(BadSample):
-        make().views({"__key__": "k", "png": whole[: len(whole) // 2]}, np.random.default_rng(0))
+        make().train_views({"__key__": "k", "png": whole[: len(whole) // 2]}, np.random.default_rng(0))

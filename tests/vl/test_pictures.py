@@ -64,7 +64,7 @@ def test_formats_that_the_recipe_does_not_name_are_not_decoded(form: str, monkey
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
     data = encoded(Image.new("RGB", (20, 20), "red"), form)
     with pytest.raises(BadSample, match=r"none of the formats jpeg, png, webp, gif, bmp \(option `formats`\)"):
-        Whole(PictureConfig()).read({"__key__": "k", "jpg": data})
+        Whole(PictureConfig()).decode({"__key__": "k", "jpg": data})
     if form != "eps":
         assert np.abs(opened(data, formats=(form,)) - [255, 0, 0]).max() <= 3
 

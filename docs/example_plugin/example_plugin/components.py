@@ -26,7 +26,7 @@ class MaxPooling(FusionHead):
         here = list(features.items())  # however many modalities there are, each is asked by the one before it
         pairs = zip(here, here[1:] + here[:1], strict=True)
         fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for (m, f), (n, g) in pairs}
-        return Fused({m: nn.functional.normalize(x.float(), dim=-1) for m, x in fused.items()})
+        return {m: Fused(nn.functional.normalize(x.float(), dim=-1)) for m, x in fused.items()}
 
     def pool(self, modality, queries, tokens, mask=None):
         real = tokens if mask is None else tokens.masked_fill(~mask[..., None], -1e4)  # [B, L, W]
@@ -43,5 +43,7 @@ class FusedAgreement(Loss):
         return Needs(teacher=True, fused=True, modalities=tuple(plan.modalities))
 
     def forward(self, outputs):
-        pairs = [(outputs.embedding(f"fused.{m}"), outputs.embedding(f"teacher.{m}")[:1]) for m in outputs.teacher]
+        pairs = [
+            (outputs.fused[m].embedding, teacher.embedding[:1]) for m, teacher in outputs.teacher["default"].items()
+        ]
         return {"agreement": sum((1 - (x * y).sum(-1)).mean() for x, y in pairs) / len(pairs)}, {}

@@ -37,9 +37,10 @@ def build(case: Case, fit: Fit) -> nn.Module:
     return module.eval()
 
 
-def flat(fused: Fused) -> list[Tensor]:
+def flat(fused: dict[str, Fused]) -> list[Tensor]:
     """Every tensor of the result, in a fixed order."""
-    return [part[name] for part in (fused.pooled, fused.tokens) for name in sorted(part)]
+    made = [fused[name] for name in sorted(fused)]
+    return [*(x.pooled for x in made), *(x.tokens for x in made if x.tokens is not None)]
 
 
 def first(case: Case) -> Fit:
@@ -65,22 +66,27 @@ def _shapes(case: Case, fit: Fit) -> None:
     for batch in (BATCH, 1, 0):
         with of_samples(batch):
             fused = module(given_to(fit, batch=batch))
-        require(isinstance(fused, Fused), "`forward` must return Fused(pooled)")
+        require(
+            isinstance(fused, dict) and all(isinstance(x, Fused) for x in fused.values()),
+            "`forward` must return {modality: Fused(pooled)}",
+        )
         for name in fit.needs.modalities or fit.plan.modalities:
-            require(name in fused.pooled, f"pooled has no {name!r}; give fused views of each modality")
+            require(name in fused, f"`forward` returns no {name!r}; give fused views of each modality")
             wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
-            shape = list(fused.pooled[name].shape)
+            shape = list(fused[name].pooled.shape)
             require(
                 shape in (wanted, [1, *wanted[1:]]),
                 f"pooled[{name!r}] is {shape}, not [V, B, D] = {wanted} (nor [1, B, D], one for all views)",
             )
-        for name, value in fused.pooled.items():
+        for name, value in ((name, x.pooled) for name, x in fused.items()):
             norms = value.float().norm(dim=-1)
             require(finite([value]), f"pooled[{name!r}] is not finite")
             off = norms[(norms - 1).abs() > 1e-3]
             require(not len(off), f"pooled[{name!r}] is not L2-normalised: {len(off)} norms, as {off[:1].tolist()}")
-        for name, tokens in fused.tokens.items():
-            require(tokens.ndim == 3 and tokens.shape[0] == batch, f"tokens[{name!r}] are not [B, L, D]")
+        for name, tokens in ((name, x.tokens) for name, x in fused.items()):
+            require(
+                tokens is None or (tokens.ndim == 3 and tokens.shape[0] == batch), f"tokens[{name!r}] are not [B, L, D]"
+            )
         require_single(flat(fused), "an output")
 
 
@@ -160,7 +166,7 @@ def attention(case: Case) -> None:
         raise NotApplicable("it does not tell its attention")
 
 
-def _scalar(fused: Fused) -> Tensor:
+def _scalar(fused: dict[str, Fused]) -> Tensor:
     draw = torch.Generator().manual_seed(5)
     return torch.stack([(x.float() * torch.randn(x.shape, generator=draw)).mean() for x in flat(fused)]).sum()
 

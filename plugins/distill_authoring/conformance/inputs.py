@@ -17,6 +17,7 @@ from distill_authoring.conformance.suite import CheckFailed
 from distill_core.batch import GLOBAL, LOCAL, Group, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import FusionHead
+from distill_core.objective import DEFAULT_TEACHER
 from distill_core.outputs import Features, Fused, Fusion, Outputs, Progress
 from distill_core.plan import ModalityPlan, Needs, Plan
 from distill_core.recipe.compatibility import unmet
@@ -295,11 +296,11 @@ class MeanFusion(FusionHead):
         super().__init__(config, plan)
         self.map = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
 
-    def forward(self, features: dict[str, Features]) -> Fused:
+    def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """Each modality over its own first tokens, where there are any."""
         pooled = {name: self.pool(name, f.pooled, f.tokens[0], f.masks.get(0)) if 0 in f.tokens else f.pooled
                   for name, f in features.items()}  # fmt: skip
-        return Fused({name: normalize(x.float(), dim=-1) for name, x in pooled.items()})
+        return {name: Fused(normalize(x.float(), dim=-1)) for name, x in pooled.items()}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries [V, B, D], tokens [B, L, W], mask [B, L] -> [V, B, D]."""
@@ -333,23 +334,26 @@ def outputs(
     wanted = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
     tokens_of = {name: (*needs.tokens.get(name, ()), *wanted.get(name, ())) for name in {**needs.tokens, **wanted}}
     student = features(plan, tokens_of, batch=batch, seed=seed + 3, padding=padding, fill=fill)
-    fused = None
+    fused: dict[str, Fused] = {}
     if needs.fused and fusion is not None:
         with torch.enable_grad():
             fused = fusion(student)
     elif needs.fused:
         draw = torch.Generator().manual_seed(seed + 1)
-        pooled, tokens = {}, {}
         for name, m in plan.modalities.items():
-            pooled[name] = normalize(torch.randn(len(m.roles), batch, m.dim, generator=draw), dim=-1).requires_grad_()
-            tokens[name] = torch.randn(batch, length(plan, name, GLOBAL), m.dim, generator=draw).requires_grad_()
-        fused = Fused(pooled, tokens)
+            pooled = normalize(torch.randn(len(m.roles), batch, m.dim, generator=draw), dim=-1).requires_grad_()
+            tokens = torch.randn(batch, length(plan, name, GLOBAL), m.dim, generator=draw).requires_grad_()
+            fused[name] = Fused(pooled, tokens)
     heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}
     return Outputs(
         groups(fit, cls, config, student, seed=seed + 2, hidden=hidden, ids=ids),
         student,
-        features(plan, needs.teacher_tokens, batch=batch, seed=seed + 4, teacher=True, padding=padding, fill=fill)
+        {
+            DEFAULT_TEACHER: features(
+                plan, needs.teacher_tokens, batch=batch, seed=seed + 4, teacher=True, padding=padding, fill=fill
+            )
+        }
         if plan.teacher
         else {},
         fused,
@@ -373,23 +377,26 @@ def part(given: Outputs, start: int, end: int, fusion: Fusion | None) -> Outputs
         tokens, masks = ({view: cut(x, 0) for view, x in each.items()} for each in (f.tokens, f.masks))
         return Features(cut(f.pooled, 1), tokens, masks, classes)
 
-    student, teacher = ({name: of(f) for name, f in side.items()} for side in (given.student, given.teacher))
+    student = {name: of(f) for name, f in given.student.items()}
+    teacher = {who: {name: of(f) for name, f in seen.items()} for who, seen in given.teacher.items()}
     fused = given.fused
-    if fused is not None and fusion is not None:
+    if fused and fusion is not None:
         fused = fusion(student)
-    elif fused is not None:
-        pooled = {name: cut(x, 1) for name, x in fused.pooled.items()}
-        fused = Fused(pooled, {name: cut(x, 0) for name, x in fused.tokens.items()})
+    else:
+        fused = {
+            name: Fused(cut(x.pooled, 1), None if x.tokens is None else cut(x.tokens, 0)) for name, x in fused.items()
+        }
     views = {name: each.map(lambda x: cut(x, 1)) for name, each in given.views.items()}
     return Outputs(views, student, teacher, fused, given.fusion, given.progress, given.ema)
 
 
 def leaves(given: Outputs, modality: str | None = None) -> list[Tensor]:
     """What the student made (of one modality): a loss's gradient must reach some of it."""
-    fused = given.fused or Fused({})
     names = list(given.student) if modality is None else [modality]
     found: list[Tensor | None] = []
     for name in names:
         f = given.student[name]
-        found += [f.pooled, f.class_tokens, *f.tokens.values(), fused.pooled.get(name), fused.tokens.get(name)]
+        fused = given.fused.get(name)
+        found += [f.pooled, f.class_tokens, *f.tokens.values()]
+        found += [fused.pooled, fused.tokens] if fused is not None else []
     return [x for x in found if x is not None and x.is_leaf]

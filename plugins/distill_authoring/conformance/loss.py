@@ -23,7 +23,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core.outputs import Features, Outputs
+from distill_core.outputs import Features, Fused, Outputs
 
 KIND = "loss"
 
@@ -123,17 +123,24 @@ def inputs_untouched(case: Case) -> None:
 
 
 def _require_memo(given: Outputs, who: str) -> None:
-    """What `outputs.embedding` and `outputs.gather` remember is what they would make anew."""
-    fresh = replace(given, _embeddings={}, _gathered={})
-    for what, memo, make in (
-        ("embedding", given._embeddings, fresh.embedding),
-        ("gather", given._gathered, fresh.gather),
-    ):
-        for (key, normalised), value in memo.items():
-            require(
-                torch.equal(value, make(key, normalised=normalised)),
-                f"{who} changes what outputs.{what}({key!r}) gave it, in place: other losses are given the same",
-            )
+    """The `rows` that were made, which other losses read, are what they would be anew."""
+    parts: list[tuple[str, Features | Fused]] = [
+        *((f"student[{name!r}]", f) for name, f in given.student.items()),
+        *(
+            (f"teacher[{teacher!r}][{name!r}]", f)
+            for teacher, side in given.teacher.items()
+            for name, f in side.items()
+        ),
+        *((f"fused[{name!r}]", f) for name, f in given.fused.items()),
+    ]
+    for where, made in parts:
+        if "rows" in vars(made):
+            fresh = replace(made)
+            for what in ("embedding", "gathered"):
+                require(
+                    torch.equal(getattr(made, what), getattr(fresh, what)),
+                    f"{who} changes outputs.{where}.{what} in place: other losses are given the same",
+                )
 
 
 @checks(KIND)
@@ -144,7 +151,7 @@ def padding(case: Case) -> None:
         with on(fit), torch.no_grad():
             module = generic(case.cls(case.config, fit.plan))
             given = inputs(case, fit, module)
-            if any(f.masks for side in (given.student, given.teacher) for f in side.values()):
+            if any(f.masks for side in (given.student, *given.teacher.values()) for f in side.values()):
                 read = True
                 whole = call(module, given)[0]
                 spoilt = call(module, inputs(case, fit, module, fill=9.0))[0]
@@ -297,7 +304,7 @@ def _require_no_targets(module: Any, name: str, given: Outputs) -> None:
         if any(isinstance(x, Tensor) and x.requires_grad for x in arguments) and isinstance(result, Tensor):
             made.append(result)
 
-    for side, learns in ((given.student, False), (given.teacher, True)):
+    for side, learns in ((given.student, False), *((side, True) for side in given.teacher.values())):
         for _, x in tensors(side, ""):
             if x.is_leaf and x.is_floating_point():
                 x.requires_grad_(learns)
@@ -343,7 +350,7 @@ def ranks(case: Case) -> None:
     whole = rank_step(*step, 0, 2 * BATCH)
     require(
         close([(a + b) / 2 for a, b in zip(same[0].terms, same[1].terms, strict=True)], whole.terms),
-        "the mean of the terms of two ranks is not the term of all their rows: compare with `outputs.gather` (a loss "
+        "the mean of the terms of two ranks is not the term of all their rows: compare with `gathered` (a loss "
         "of each rank's own rows says across_ranks = False)",
     )
     about = "gradient is another on two ranks than in one process: gather with gradients (distributed.all_gather)"
@@ -361,7 +368,7 @@ def rank_step(
     module.load_state_dict(state)
     torch.manual_seed(0)
     joint = outputs(fit, cls, config, module, batch=2 * BATCH, ids=chosen)
-    own_fusion = joint.fused is not None and not all(x.is_leaf for x in joint.fused.pooled.values())
+    own_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
     given = part(joint, start, end, joint.fusion if own_fusion else None)
     found = call(module, given)[0]
     value = torch.stack([term.float() for term in found.values()]).sum()
@@ -383,7 +390,7 @@ def rank_step(
 
 @dataclass
 class RankStep:
-    """One rank's terms, gradients of parameters and of the student's rows (along `spec`), and state after the step."""
+    """One rank's terms, gradients of parameters and of the student's rows (along `dims`), and state after the step."""
 
     terms: list[Tensor]
     parameters: list[Tensor]
@@ -428,7 +435,8 @@ def autocast(case: Case) -> None:
     with torch.no_grad():
         full = float(total(module, given))
     half = inputs(case, fit, module)
-    half.student, half.teacher = _half(half.student), _half(half.teacher)
+    half.student = _half(half.student)
+    half.teacher = {name: _half(side) for name, side in half.teacher.items()}
     with torch.autocast("cpu", torch.bfloat16):
         value = total(module, half)
         narrow = [name for name, term in call(module, half)[0].items() if not _wide(term)]

@@ -20,7 +20,7 @@ from distill_core.errors import BadSample
 from distill_core.interfaces import Augmentation, Backbone, BackboneSpec, Collator, Loss, LossConfig
 from distill_core.model import Model
 from distill_core.objective import Objective
-from distill_core.outputs import Features, Outputs
+from distill_core.outputs import Encoded, Outputs
 from distill_core.plan import Plan
 
 NAMES = ("first", "second")
@@ -70,9 +70,9 @@ class Linear(Backbone):
         """[1, B, W]."""
         return stack
 
-    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Features:
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """x [N, W]; one token each."""
-        return Features(self.map(x)[None], {0: x[:, None]} if tokens else {}, class_tokens=x[None, :, None])
+        return Encoded(self.map(x), x[:, None] if tokens else None, class_tokens=x[:, None])
 
     def class_attention(self, x: Tensor) -> Tensor:
         """All of it on the one token."""
@@ -91,7 +91,7 @@ class Sum(Loss):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term."""
-        return {"sum": torch.stack([outputs.embedding(f"student.{name}").sum() for name in NAMES]).sum()}, {}
+        return {"sum": torch.stack([outputs.student[name].embedding.sum() for name in NAMES]).sum()}, {}
 
 
 def plan() -> Plan:

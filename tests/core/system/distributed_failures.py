@@ -59,7 +59,7 @@ class RankLoss(Loss):
             if WHERE == "once" and not distributed.restarted():
                 os.kill(os.getpid(), signal.SIGKILL)
         number = torch.tensor(float(distributed.rank()))
-        everyone = outputs.gather("student.image")
+        everyone = outputs.student["image"].gathered
         return {"rank_loss": everyone.mean() * 0 + 2 * number}, {"rank": number}
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from distill_core.interfaces import (
     BackboneSpec,
 )
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 
 
 @broken("collator", "pickle")
@@ -61,16 +61,16 @@ class WrongDim(Tower):
 @broken("shapes", "has a mask and no tokens|must be bool")
 class FloatMask(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        return Features(features.pooled, features.tokens, {0: torch.ones(len(x), 4)} if tokens else {})
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        return Encoded(encoded.pooled, encoded.tokens, torch.ones(len(x), 4) if tokens else None)
 
 
 @broken("shapes", r"a batch of no sample \(B = 0\) raises RuntimeError")
 class NeedsASample(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled.reshape(1, len(x), -1)
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled.reshape(len(x), 1, -1)
+        return encoded
 
 
 @broken("tokens_of", "give those asked for")
@@ -82,17 +82,17 @@ class AllTokens(Tower):
 @broken("tokens_of", "pooled changes with tokens_of")
 class NeedChanges(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled + tokens
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled + tokens
+        return encoded
 
 
 @broken("independence", "depends on the others of its batch")
 class Centred(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled - features.pooled.mean(1, keepdim=True)
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled - encoded.pooled.mean(0, keepdim=True)
+        return encoded
 
 
 @broken("hidden_tokens", "token_mask is not used")
@@ -122,17 +122,17 @@ class Unsaved(Tower):
         self.offset = torch.randn(config.dim)
 
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled + self.offset
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled + self.offset
+        return encoded
 
 
 @broken("teacher_copy", "deepcopy")
 class Caches(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        self.last = features.pooled
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        self.last = encoded.pooled
+        return encoded
 
 
 @broken("determinism", "the same weights give other features")
@@ -151,9 +151,9 @@ class OwnSeed(Tower):
 @broken("autocast", "TypeError: Got unsupported ScalarType BFloat16")
 class FixedType(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled - float(features.pooled.detach().numpy().max())
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled - float(encoded.pooled.detach().numpy().max())
+        return encoded
 
 
 @broken("attention", "more than one in sum")

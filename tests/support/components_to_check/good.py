@@ -16,7 +16,7 @@ from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.interfaces import Backbone, BackboneSpec, Loss
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 from distill_core.plan import Needs
 from distill_core.system.distributed import all_gather, rank
 
@@ -82,7 +82,7 @@ class MaskingTower(Tower):
         if token_mask is not None:
             patches = torch.where(token_mask[..., None], self.hidden.to(patches.dtype), patches)
         sequence = patches + self.position
-        return Features(self.project((sequence + self.mlp(sequence)).flatten(1))[None], {0: sequence} if tokens else {})
+        return Encoded(self.project((sequence + self.mlp(sequence)).flatten(1)), sequence if tokens else None)
 
 
 def masking_stack(samples, seeds=()):
@@ -123,7 +123,7 @@ class Fill(Loss):
         scores = self.predict(outputs.student["signal"].tokens[0].float())
         errors = nn.functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none")
         with torch.no_grad():
-            goal = outputs.ema(self.head)(outputs.teacher["signal"].pooled[0].float()).float().softmax(-1)
+            goal = outputs.ema(self.head)(outputs.teacher["default"]["signal"].pooled[0].float()).float().softmax(-1)
         mine = self.head(outputs.student["signal"].pooled[1].float()).float().log_softmax(-1)
         return {"fill": self.mean(errors, mask.flatten()), "head": -(goal * mine).sum(-1).mean()}, {}
 
@@ -150,7 +150,7 @@ class Telling(Tower):
     def dense(self, x, *, attention):
         found = self.encode(x, tokens=True, token_mask=None)
         part = self.project.weight.unflatten(1, (-1, self.config.width))
-        return found.pooled[0], torch.einsum("nlw,dlw->nld", found.tokens[0], part)
+        return found.pooled, torch.einsum("nlw,dlw->nld", found.tokens, part)
 
 
 class WordsConfig(ComponentConfig):
@@ -193,8 +193,8 @@ class Words(Backbone):
     def encode(self, x, *, tokens, token_mask):
         real = x > 0
         sequence = self.mlp(self.embed(x))
-        pooled = self.project(self.mean(sequence, real))[None]
-        return Features(pooled, {0: sequence} if tokens else {}, {0: real} if tokens else {})
+        pooled = self.project(self.mean(sequence, real))
+        return Encoded(pooled, sequence, real) if tokens else Encoded(pooled)
 
     def mean(self, sequence, real):
         return (sequence * real[..., None]).sum(1) / real.sum(1, keepdim=True)
@@ -252,15 +252,15 @@ class Centred(Loss):
         return Needs(teacher=True, modalities=("left",))
 
     def forward(self, outputs):
-        goal = outputs.embedding("teacher.left")[0] - self.centre
-        return {"distance": (outputs.embedding("student.left")[0] - goal).square().sum(-1).mean()}, {}
+        goal = outputs.teacher["default"]["left"].embedding[0] - self.centre
+        return {"distance": (outputs.student["left"].embedding[0] - goal).square().sum(-1).mean()}, {}
 
     def move(self, mean):
         self.centre.lerp_(all_gather(mean[None]).mean(0), 0.1)
 
     @torch.no_grad()
     def after_step(self, outputs, progress):
-        self.move(outputs.embedding("teacher.left")[0].mean(0))
+        self.move(outputs.teacher["default"]["left"].embedding[0].mean(0))
 
 
 class ReadsIds(Loss):

@@ -14,6 +14,7 @@ from components_to_check.seeded_losses import (
 from my_plugin.loss import Match
 from torch import nn
 
+from distill_core.outputs import Fused
 from distill_core.plan import Needs
 
 
@@ -32,14 +33,14 @@ class AttachedMetric(Match):
 @broken("terms", "is nan for a batch of 1")
 class OneSample(Match):
     def forward(self, outputs):
-        spread = outputs.embedding("fused.left").std(1, unbiased=True).mean()
+        spread = outputs.fused["left"].embedding.std(1, unbiased=True).mean()
         return {"match": super().forward(outputs)[0]["match"] + spread}, {}
 
 
 @broken("gradients", "no gradient reaches the student")
 class DetachedLoss(Match):
     def forward(self, outputs):
-        outputs.fused.pooled = {name: x.detach() for name, x in outputs.fused.pooled.items()}
+        outputs.fused = {name: Fused(f.pooled.detach()) for name, f in outputs.fused.items()}
         return super().forward(outputs)
 
 
@@ -83,7 +84,7 @@ class UnsavedCentre(Match):
         return {"match": super().forward(outputs)[0]["match"] + self.centre}, {}
 
     def after_step(self, outputs, progress):
-        self.centre = outputs.embedding("teacher.left").sum()
+        self.centre = outputs.teacher["default"]["left"].embedding.sum()
 
 
 @broken("teacher_modules", "the loss has no module of that name")
@@ -117,23 +118,23 @@ class EmptyMean(Fill):
 @broken("autocast", "TypeError")
 class Numpy(Match):
     def forward(self, outputs):
-        spread = float(outputs.teacher["left"].pooled.numpy().std())
+        spread = float(outputs.teacher["default"]["left"].pooled.numpy().std())
         return {"match": super().forward(outputs)[0]["match"] + spread}, {}
 
 
 @broken("autocast", "compute logits in fp32")
 class HalfLogits(Match):
     def forward(self, outputs):
-        raw = outputs.teacher["left"].pooled
+        raw = outputs.teacher["default"]["left"].pooled
         return {"match": super().forward(outputs)[0]["match"] + (raw.dtype == torch.bfloat16)}, {}
 
 
 for component, check, message in (
-    (CentresTheTeacher, "inputs_untouched", r"changes outputs.teacher\['left'\].pooled in place"),
+    (CentresTheTeacher, "inputs_untouched", r"changes outputs.teacher\['default'\]\['left'\].pooled in place"),
     (MeanOverPadding, "padding", "padded tokens change the term"),
     (OwnHeadForTargets, "teacher_targets", "do not depend on the teacher's copy of 'head'"),
     (LabelsOfRankZero, "ranks", "the same rows give other terms on another rank"),
-    (OwnRowsAlone, "ranks", "is not the term of all their rows: compare with `outputs.gather`"),
+    (OwnRowsAlone, "ranks", "is not the term of all their rows: compare with `gathered`"),
     (GathersWithoutGradient, "ranks", "gradient is another on two ranks than in one process"),
 ):
     broken(check, message)(component)

@@ -6,7 +6,7 @@ from components_to_check.seeded import seeded
 from my_plugin.tower import Tower, stack
 
 from distill_core.batch import Views
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 
 
 @seeded("padding")
@@ -18,19 +18,19 @@ class ReadsPadding(Words):
 @seeded("padding")
 class TokensMixWithPadding(Words):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
         if tokens:
-            features.tokens[0] = features.tokens[0] - features.tokens[0].mean(1, keepdim=True)
-        return features
+            encoded.tokens = encoded.tokens - encoded.tokens.mean(1, keepdim=True)
+        return encoded
 
 
 @seeded("padding")
 class MaskTurnedRound(Words):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
         if tokens:
-            features.masks[0] = torch.ones_like(features.masks[0])
-        return features
+            encoded.mask = torch.ones_like(encoded.mask)
+        return encoded
 
 
 @seeded("in-place change")
@@ -42,10 +42,10 @@ class ScalesImages(Tower):
 @seeded("in-place change")
 class ClearsTokenMask(MaskingTower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
         if token_mask is not None:
             token_mask.zero_()
-        return features
+        return encoded
 
 
 def centring_stack(samples, seeds=()):
@@ -79,23 +79,23 @@ class CopySharesTheProjection(Tower):
     def encode(self, x, *, tokens, token_mask):
         patches = self.embed(x.unflatten(1, (-1, self.config.patch))) + self.position
         sequence = patches + self.mlp(patches)
-        return Features(self.last[0](sequence.flatten(1))[None], {0: sequence} if tokens else {})
+        return Encoded(self.last[0](sequence.flatten(1)), sequence if tokens else None)
 
 
 @seeded("missing gradient")
 class PooledFromDetached(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=True, token_mask=token_mask)
-        pooled = self.project(features.tokens[0].detach().flatten(1))[None]
-        return Features(pooled, features.tokens if tokens else {})
+        encoded = super().encode(x, tokens=True, token_mask=token_mask)
+        pooled = self.project(encoded.tokens.detach().flatten(1))
+        return Encoded(pooled, encoded.tokens if tokens else None)
 
 
 @seeded("wrong shape or dtype")
 class PooledInBf16(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.pooled = features.pooled.bfloat16()
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded.pooled = encoded.pooled.bfloat16()
+        return encoded
 
 
 def reversed_stack(samples, seeds=()):
@@ -135,8 +135,8 @@ class ForgottenBuffer(Tower):
         self.register_buffer("shift", torch.zeros(config.dim), persistent=False)
 
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
         if self.training:
-            self.shift = self.shift * 0.5 + features.pooled.detach().mean((0, 1)) * 0.5
-        features.pooled = features.pooled - self.shift
-        return features
+            self.shift = self.shift * 0.5 + encoded.pooled.detach().mean(0) * 0.5
+        encoded.pooled = encoded.pooled - self.shift
+        return encoded

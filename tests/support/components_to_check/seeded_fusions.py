@@ -17,7 +17,7 @@ class ExactlyTwo(MeanFusion):
             a: self.pool(b, x.pooled, y.tokens[0], y.masks.get(0)),
             b: self.pool(a, y.pooled, x.tokens[0], x.masks.get(0)),
         }
-        return Fused({name: normalize(x.float(), dim=-1) for name, x in fused.items()})
+        return {name: Fused(normalize(x.float(), dim=-1)) for name, x in fused.items()}
 
 
 @seeded("extra modality")
@@ -55,7 +55,7 @@ class PadsInForward(MeanFusion):
             mine: self.pool(other, features[mine].pooled, features[other].tokens[0])
             for mine, other in zip(names, names[1:] + names[:1], strict=True)
         }
-        return Fused({name: normalize(x.float(), dim=-1) for name, x in fused.items()})
+        return {name: Fused(normalize(x.float(), dim=-1)) for name, x in fused.items()}
 
 
 @seeded("in-place change")
@@ -124,13 +124,13 @@ class DetachesQueries(MeanFusion):
             )
             for mine, other in zip(names, names[1:] + names[:1], strict=True)
         }
-        return Fused({name: normalize(x.float(), dim=-1) for name, x in fused.items()})
+        return {name: Fused(normalize(x.float(), dim=-1)) for name, x in fused.items()}
 
 
 @seeded("wrong shape or dtype")
 class FusedInDouble(MeanFusion):
     def forward(self, features):
-        return Fused({name: x.double() for name, x in super().forward(features).pooled.items()})
+        return {name: Fused(f.pooled.double()) for name, f in super().forward(features).items()}
 
 
 @seeded("state not in state_dict")

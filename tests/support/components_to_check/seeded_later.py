@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from distill_core.batch import View
 from distill_core.interfaces import BackboneSpec
-from distill_core.outputs import Features, Fused
+from distill_core.outputs import Encoded, Fused
 from distill_core.plan import Needs
 from distill_core.system.distributed import rank, world_size
 
@@ -44,14 +44,14 @@ class MovesTheTeachersHead(Fill):
 @held("gradient into the teacher")
 class TargetsOfTheStudent(Centred):
     def forward(self, outputs):
-        goal = outputs.embedding("student.left")[1] - self.centre
-        return {"distance": (outputs.embedding("student.left")[0] - goal).square().sum(-1).mean()}, {}
+        goal = outputs.student["left"].embedding[1] - self.centre
+        return {"distance": (outputs.student["left"].embedding[0] - goal).square().sum(-1).mean()}, {}
 
 
 @held("in-place change")
 class ReplacesFused(Match):
     def forward(self, outputs):
-        outputs.fused.pooled["left"] = outputs.fused.pooled["left"] * 2
+        outputs.fused["left"].pooled = outputs.fused["left"].pooled * 2
         return super().forward(outputs)
 
 
@@ -100,7 +100,7 @@ class TeachersPadding(TokenMatch):
         found, metrics = super().forward(outputs)
         for name, features in outputs.student.items():
             mine = self.map[name](self.mean(features.tokens[0], features.masks.get(0)))
-            theirs = self.map[name](outputs.teacher[name].tokens[0].mean(1)).detach()
+            theirs = self.map[name](outputs.teacher["default"][name].tokens[0].mean(1)).detach()
             found[name] = (mine - theirs).float().square().mean()
         return found, metrics
 
@@ -131,7 +131,7 @@ class ReadsTheSecondClassToken(Match):
 class LabelsOneRankOff(Match):
     def forward(self, outputs):
         a, b = self.config.modalities
-        queries, keys = outputs.embedding(f"fused.{a}")[0], outputs.gather(f"teacher.{b}")[0]
+        queries, keys = outputs.fused[a].embedding[0], outputs.teacher["default"][b].gathered[0]
         own = (rank() + torch.arange(len(queries))) % len(keys)
         return {"match": cross_entropy(self.log_scale.exp() * queries @ keys.T, own)}, {}
 
@@ -155,7 +155,7 @@ class DividesByAllRows(TokenMatch):
 class ScaleIsDetached(Match):
     def forward(self, outputs):
         a, b = self.config.modalities
-        queries, keys = outputs.embedding(f"fused.{a}")[0], outputs.gather(f"teacher.{b}")[0]
+        queries, keys = outputs.fused[a].embedding[0], outputs.teacher["default"][b].gathered[0]
         own = rank() * len(queries) + torch.arange(len(queries))
         return {"match": cross_entropy(self.log_scale.detach().exp() * queries @ keys.T, own)}, {}
 
@@ -242,9 +242,9 @@ class QueriesOfClassTokens(MeanFusion):
         self.ask = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
 
     def forward(self, features):
-        found = super().forward(features).pooled
+        found = super().forward(features)
         asked = {name: self.ask[name](f.class_tokens[:, :, 0]) for name, f in features.items()}
-        return Fused({name: normalize(found[name] + asked[name], dim=-1) for name in features})
+        return {name: Fused(normalize(found[name].pooled + asked[name], dim=-1)) for name in features}
 
 
 @held("state not in state_dict")
@@ -296,9 +296,9 @@ class SwappedDims(Tower):
 @held("no class tokens")
 class UnnamedClassTokens(Tower):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=True, token_mask=token_mask)
-        classes = features.tokens[0].mean(1)[None, :, None]
-        return Features(features.pooled, features.tokens if tokens else {}, class_tokens=classes)
+        encoded = super().encode(x, tokens=True, token_mask=token_mask)
+        classes = encoded.tokens.mean(1)[:, None]
+        return Encoded(encoded.pooled, encoded.tokens if tokens else None, class_tokens=classes)
 
 
 @held("wrong shape or dtype")
@@ -306,9 +306,9 @@ class PositionsOfTheFirstBatch(Words):
     def encode(self, x, *, tokens, token_mask):
         if not hasattr(self, "positions"):
             self.positions = torch.linspace(0, 1, x.shape[1])[:, None]
-        features = super().encode(x, tokens=True, token_mask=token_mask)
-        features.tokens[0] = features.tokens[0] + self.positions
-        return features if tokens else Features(features.pooled)
+        encoded = super().encode(x, tokens=True, token_mask=token_mask)
+        encoded.tokens = encoded.tokens + self.positions
+        return encoded if tokens else Encoded(encoded.pooled)
 
 
 def shuffling_pad(samples, seeds=()):
@@ -332,18 +332,19 @@ class MovesInEvaluation(Tower):
         self.register_buffer("mean", torch.zeros(config.dim))
 
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
         if len(x):
-            self.mean.lerp_(features.pooled.detach().mean((0, 1)), 1e-6)
-        return features
+            self.mean.lerp_(encoded.pooled.detach().mean(0), 1e-6)
+        return encoded
 
 
 @held("wrong shape or dtype")
 class IntegerMask(Words):
     def encode(self, x, *, tokens, token_mask):
-        features = super().encode(x, tokens=tokens, token_mask=token_mask)
-        features.masks = {view: mask.long() for view, mask in features.masks.items()}
-        return features
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        if encoded.mask is not None:
+            encoded.mask = encoded.mask.long()
+        return encoded
 
 
 @held("gradient where it may not go")

@@ -16,7 +16,7 @@ from distill_core.plan import Needs
 class OwnHeadForTargets(Fill):
     def forward(self, outputs):
         found, metrics = super().forward(outputs)
-        goal = self.head(outputs.teacher["signal"].pooled[0].float()).softmax(-1)
+        goal = self.head(outputs.teacher["default"]["signal"].pooled[0].float()).softmax(-1)
         mine = self.head(outputs.student["signal"].pooled[1].float()).log_softmax(-1)
         return {**found, "head": -(goal * mine).sum(-1).mean()}, metrics
 
@@ -31,7 +31,7 @@ class ThawsTheTeachersHead(Fill):
 @seeded("gradient into the teacher")
 class ThawsTheTeachersFeatures(Match):
     def forward(self, outputs):
-        for features in outputs.teacher.values():
+        for features in outputs.teacher["default"].values():
             features.pooled.requires_grad_(True)
         return super().forward(outputs)
 
@@ -46,7 +46,7 @@ class OwnCopyOfTheHead(Fill):
 
     def forward(self, outputs):
         found, metrics = super().forward(outputs)
-        goal = self.frozen[0](outputs.teacher["signal"].pooled[0].float()).softmax(-1)
+        goal = self.frozen[0](outputs.teacher["default"]["signal"].pooled[0].float()).softmax(-1)
         mine = self.head(outputs.student["signal"].pooled[1].float()).log_softmax(-1)
         return {**found, "head": -(goal * mine).sum(-1).mean()}, metrics
 
@@ -55,14 +55,14 @@ class OwnCopyOfTheHead(Fill):
 class NormalizesTheMemo(Match):
     def forward(self, outputs):
         with torch.no_grad():
-            outputs.gather("teacher.left").mul_(self.log_scale.exp())
+            outputs.teacher["default"]["left"].gathered.mul_(self.log_scale.exp())
         return super().forward(outputs)
 
 
 @seeded("in-place change")
 class CentresTheTeacher(Match):
     def forward(self, outputs):
-        for features in outputs.teacher.values():
+        for features in outputs.teacher["default"].values():
             features.pooled -= features.pooled.mean(1, keepdim=True)
         return super().forward(outputs)
 
@@ -109,18 +109,21 @@ class TeacherOfAnotherModality(Match):
 class ReadsLocalViews(Match):
     def forward(self, outputs):
         found, metrics = super().forward(outputs)
-        local = outputs.embedding("student.left")[2]
-        return {**found, "local": (1 - (local * outputs.embedding("teacher.left")[0]).sum(-1)).mean()}, metrics
+        local = outputs.student["left"].embedding[2]
+        return {
+            **found,
+            "local": (1 - (local * outputs.teacher["default"]["left"].embedding[0]).sum(-1)).mean(),
+        }, metrics
 
 
 @seeded("undeclared needs")
 class ReadsTeacherTokens(Match):
     def forward(self, outputs):
         found, metrics = super().forward(outputs)
-        if 0 in outputs.teacher["left"].tokens:
-            found["token"] = outputs.teacher["left"].tokens[0].mean() * self.log_scale
+        if 0 in outputs.teacher["default"]["left"].tokens:
+            found["token"] = outputs.teacher["default"]["left"].tokens[0].mean() * self.log_scale
         else:
-            found["token"] = outputs.teacher["left"].class_tokens.mean() * self.log_scale
+            found["token"] = outputs.teacher["default"]["left"].class_tokens.mean() * self.log_scale
         return found, metrics
 
 
@@ -166,7 +169,7 @@ class OneWidthForAll(TokenMatch):
 class LabelsOfRankZero(Match):
     def forward(self, outputs):
         a, b = self.config.modalities
-        queries, keys = outputs.embedding(f"fused.{a}")[0], outputs.gather(f"teacher.{b}")[0]
+        queries, keys = outputs.fused[a].embedding[0], outputs.teacher["default"][b].gathered[0]
         return {"match": cross_entropy(self.log_scale.exp() * queries @ keys.T, torch.arange(len(queries)))}, {}
 
 
@@ -174,7 +177,7 @@ class LabelsOfRankZero(Match):
 class OwnRowsAlone(Match):
     def forward(self, outputs):
         a, b = self.config.modalities
-        queries, keys = outputs.embedding(f"fused.{a}")[0], outputs.embedding(f"teacher.{b}")[0]
+        queries, keys = outputs.fused[a].embedding[0], outputs.teacher["default"][b].embedding[0]
         return {"match": cross_entropy(self.log_scale.exp() * queries @ keys.T, torch.arange(len(queries)))}, {}
 
 
@@ -198,7 +201,7 @@ class GathersWithoutGradient(TokenMatch):
 class DeadTerm(Match):
     def forward(self, outputs):
         found, metrics = super().forward(outputs)
-        return {**found, "spread": outputs.embedding("fused.left").detach().std()}, metrics
+        return {**found, "spread": outputs.fused["left"].embedding.detach().std()}, metrics
 
 
 @seeded("missing gradient")
@@ -229,7 +232,7 @@ class PythonCentre(Centred):
 @seeded("gradient where it may not go")
 class CentreWithGraph(Centred):
     def after_step(self, outputs, progress):
-        self.centre = 0.9 * self.centre + 0.1 * outputs.embedding("student.left")[0].mean(0)
+        self.centre = 0.9 * self.centre + 0.1 * outputs.student["left"].embedding[0].mean(0)
 
 
 @seeded("gradient where it may not go")

@@ -35,7 +35,7 @@ class MeanFusion(FusionHead):
         for mine, other in zip(names, names[1:] + names[:1], strict=True):
             theirs = features[other]
             fused[mine] = self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))
-        return Fused({name: normalize(x.float(), dim=-1) for name, x in fused.items()})
+        return {name: Fused(normalize(x.float(), dim=-1)) for name, x in fused.items()}
 
     def pool(self, modality, queries, tokens, mask=None):
         """queries [V, B, D], tokens [B, L, W], mask [B, L] (True where a token is real) -> [V, B, D]."""

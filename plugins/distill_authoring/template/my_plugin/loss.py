@@ -47,8 +47,8 @@ class Match(Loss):
         a, b = self.config.modalities
         terms = []
         for mine, other in ((a, b), (b, a)):
-            queries = outputs.embedding(f"fused.{mine}")  # [V, B, D]
-            keys = outputs.gather(f"teacher.{other}")[0]  # [M, D]
+            queries = outputs.fused[mine].embedding  # [V, B, D]
+            keys = outputs.teacher["default"][other].gathered[0]  # [M, D]
             with torch.autocast(queries.device.type, enabled=False):
                 logits = self.log_scale.exp() * queries @ keys.T  # [V, B, M]
             own = rank() * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device)

@@ -10,7 +10,7 @@ from torch import nn
 from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import Backbone, BackboneSpec
-from distill_core.outputs import Features
+from distill_core.outputs import Encoded
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -69,11 +69,11 @@ class Tower(Backbone):
         ]
 
     def encode(self, x, *, tokens, token_mask):
-        """x [N, length] -> pooled [1, N, D], tokens [N, L, W]."""
+        """x [N, length] -> pooled [N, D], tokens [N, L, W]."""
         patches = self.embed(x.unflatten(1, (-1, self.config.patch))) + self.position
         sequence = patches + self.mlp(patches)
         pooled = self.project(sequence.flatten(1))
-        return Features(pooled[None], {0: sequence} if tokens else {})
+        return Encoded(pooled, sequence if tokens else None)
 
 
 def stack(samples, seeds=()):

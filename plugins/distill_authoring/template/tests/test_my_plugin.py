@@ -30,7 +30,8 @@ def test_the_loss_is_its_formula():
     loss = Match(MatchConfig(temperature=0.5), Plan({"left": modality, "right": modality}, True, True))
     unit = {name: torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1) for name in ("left", "right")}
     teacher = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}
-    outputs = Outputs({}, {}, teacher, Fused(unit), None, Progress(0, 1), lambda module: module)
+    fused = {name: Fused(x) for name, x in unit.items()}
+    outputs = Outputs({}, {}, {"default": teacher}, fused, None, Progress(0, 1), lambda module: module)
     found = loss(outputs)[0]["match"].item()
     expected = []
     for mine, other in (("left", "right"), ("right", "left")):

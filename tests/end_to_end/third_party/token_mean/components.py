@@ -31,7 +31,7 @@ class TokenMean(FusionHead):
         here = list(features.items())
         pairs = zip(here, here[1:] + here[:1], strict=True)
         fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for (m, f), (n, g) in pairs}
-        return Fused({m: normalize(x.float(), dim=-1) for m, x in fused.items()})
+        return {m: Fused(normalize(x.float(), dim=-1)) for m, x in fused.items()}
 
     def pool(self, modality, queries, tokens, mask=None):
         real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
@@ -55,7 +55,7 @@ class Agreement(Loss):
         return Needs(fused=True)
 
     def forward(self, outputs):
-        cosine = sum((outputs.embedding(f"student.{m}") * outputs.embedding(f"fused.{m}")).sum(-1).mean()
+        cosine = sum((outputs.student[m].embedding * outputs.fused[m].embedding).sum(-1).mean()
                      for m in outputs.student) / len(outputs.student)  # fmt: skip
         return {"agreement": (1 - cosine) ** self.config.power}, {"cosine": cosine.detach()}
 

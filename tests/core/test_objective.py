@@ -278,13 +278,13 @@ def test_modalities_of_the_teacher(batch: Batch) -> None:
     objective = objective_of(Pull, teacher=TeacherConfig(modalities=("a",)), taught=("a",))
     assert objective.teacher is not None
     assert list(objective.teacher.backbone) == ["a"]
-    assert list(objective.represent(batch, Progress(0, 1)).teacher) == ["a"]
+    assert list(objective.represent(batch, Progress(0, 1)).teacher["default"]) == ["a"]
 
 
 @pytest.mark.parametrize(("roles", "count"), [(("global",), 2), (("local",), 1), (("global", "local"), 3)])
 def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) -> None:
     objective = objective_of(Pull, teacher=TeacherConfig(views=roles))
-    assert objective.represent(batch, Progress(0, 1)).teacher["b"].pooled.shape == (count, B, D)
+    assert objective.represent(batch, Progress(0, 1)).teacher["default"]["b"].pooled.shape == (count, B, D)
 
 
 def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:

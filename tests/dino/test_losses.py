@@ -36,12 +36,12 @@ class Said:
         return self.transcription.head(x.tolist(), layers, head.last_layer.tolist())  # type: ignore[no-any-return]
 
     def classes(self, who: str, view: int, token: int = 0) -> list[list[float]]:
-        features = getattr(self.outputs, who)["image"]
+        features = (self.outputs.student if who == "student" else self.outputs.teacher["default"])["image"]
         head = self.student_head if who == "student" else self.teacher_head
         return [self.logits(head, x) for x in features.class_tokens[view, :, token]]
 
     def patches(self, who: str, view: int) -> list[list[list[float]]]:
-        features = getattr(self.outputs, who)["image"]
+        features = (self.outputs.student if who == "student" else self.outputs.teacher["default"])["image"]
         head = self.student_head if who == "student" else self.teacher_head
         return [[self.logits(head, x) for x in row] for row in features.tokens[view]]
 

@@ -390,7 +390,7 @@ def rank_step(
 
 @dataclass
 class RankStep:
-    """One rank's terms, gradients of parameters and of the student's rows (along `dims`), and state after the step."""
+    """One rank's terms, gradients of parameters and of the student's rows (along `spec`), and state after the step."""
 
     terms: list[Tensor]
     parameters: list[Tensor]

@@ -237,6 +237,7 @@ def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
         assert lse[lengths == 0].eq(math.inf).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all", "lengths", "mask"])
 def test_opcheck(kind: str) -> None:
     q, k, v = make((2, 1, 3, 20, 16), torch.float32)

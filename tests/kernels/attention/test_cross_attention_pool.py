@@ -313,6 +313,7 @@ def test_exports_with_any_number_of_tokens(form: str) -> None:
     torch.testing.assert_close(exported(queries, tokens), Pool()(queries, tokens), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["projected", "absorbed"])
 def test_compile_and_checkpoint(form: str) -> None:
     modules = make(32, 2, torch.float32)

@@ -176,6 +176,7 @@ def test_gradcheck(backend: str, gathered: bool) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str, symmetric: bool) -> None:

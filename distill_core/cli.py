@@ -14,12 +14,11 @@ from distill_core import __version__
 from distill_core.commands import completion
 from distill_core.commands.options import leave_out, named_without, without_option
 from distill_core.commands.recipes import recipes
-from distill_core.errors import UserError, counted
+from distill_core.errors import UserError
 
 if TYPE_CHECKING:
     from distill_core.recipe.sections import Recipe
     from distill_core.registry import Registry
-    from distill_core.train import Result
 
 SET_HELP = "Change the recipe: path=value, as loss.1.weight=0.5 or 'data.source={name: emoji}'. Repeatable."
 SET = click.option(
@@ -97,10 +96,10 @@ def _registry() -> Registry:
     return registry
 
 
-def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -> Recipe:
+def _load(recipe: str, overrides: Sequence[str], registry: Registry, *, allow_unset: bool = False) -> Recipe:
     from distill_core.recipe.resolve import load_recipe
 
-    loaded = load_recipe(recipe, registry=_registry(), overrides=overrides, allow_unset=allow_unset)
+    loaded = load_recipe(recipe, registry=registry, overrides=overrides, allow_unset=allow_unset)
     for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
         click.echo(f"warning: {warning}", err=True)
     return loaded
@@ -114,50 +113,11 @@ def _load(recipe: str, overrides: Sequence[str], *, allow_unset: bool = False) -
 @without_option
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
-    loaded = _load(recipe, overrides)
-    from distill_core.run.checkpoint import Checkpoints
-    from distill_core.run.folder import RunFolder
-    from distill_core.system import distributed
-    from distill_core.system.process import resolve_device
-    from distill_core.train import Trainer
+    registry = _registry()
+    loaded = _load(recipe, overrides, registry)
+    from distill_core.commands import training
 
-    distributed.start(resolve_device(loaded.train.device))
-    begun = made = None
-    if distributed.rank() == 0:
-        launch = distributed.launch()
-        if launch is not None and distributed.restarted():
-            begun = RunFolder.of_launch(Path(runs), loaded, launch)
-        if begun is None:
-            made = RunFolder.create(Path(runs), loaded, launch)
-    saved = begun is not None and bool(Checkpoints(begun.path).steps())
-    if begun is not None:
-        click.echo(f"{begun.path}: restarted by torchrun, so this run is continued", err=True)
-        if not saved:
-            begun.rewind(0, 0)
-    # one folder for all ranks
-    folder, saved = distributed.gather_objects((begun or made, saved))[0]
-    if saved:
-        _continue(folder.path, "last", quiet)
-        return
-    if made is not None and made.path.name != loaded.name:
-        click.echo(f"{Path(runs) / loaded.name} exists; this run is {made.path}", err=True)
-    trainer = None
-    try:
-        trainer = Trainer(loaded, folder, quiet=quiet)
-        result = trainer.run()
-    except BaseException:
-        if made is not None and (trainer is None or trainer.step == 0):
-            _forget(made.path)
-        raise
-    _end(result)
-
-
-def _forget(folder: Path) -> None:
-    """Take back the folder of a run that has not made its first step; one with a checkpoint is kept."""
-    import shutil
-
-    if not any((folder / "checkpoints").glob("*.pt")):
-        shutil.rmtree(folder, ignore_errors=True)
+    training.run(loaded, Path(runs), registry, quiet=quiet)
 
 
 @cli.command()
@@ -170,65 +130,9 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
 
     One that is finished and scored is left as it is.
     """
-    _continue(Path(folder), checkpoint, quiet)
+    from distill_core.commands import training
 
-
-def _continue(folder: Path, checkpoint: str, quiet: bool) -> None:
-    from distill_core.run.checkpoint import Checkpoints
-    from distill_core.run.folder import RunFolder, read_report
-    from distill_core.run.load import run_recipe
-    from distill_core.train import Trainer
-
-    recipe = run_recipe(folder, _registry())
-    report = read_report(folder)
-    # a task that failed is tried again; steps that the recipe asks for since, or whose checkpoint is gone, are made
-    if checkpoint == "last" and report is not None and not report.get("failed"):
-        steps: int = report["steps"]
-        if recipe.train.steps in (None, steps) and Checkpoints(folder).steps()[-1:] == [steps]:
-            if os.environ.get("RANK", "0") == "0":
-                scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
-                click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
-            return
-    _end(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
-
-
-def _end(result: Result) -> None:
-    from distill_core.run.display import per_second, print_scores
-    from distill_core.system import distributed
-
-    rank = distributed.rank()
-    if result.signal is None:
-        distributed.barrier()  # one that left while the first still wrote was seen to abort
-    distributed.stop()
-    if result.signal is not None:
-        sys.exit(128 + result.signal)
-    if rank == 0:
-        import json
-
-        report = json.loads((result.folder / "report.json").read_text())
-        lines = [
-            f"{counted(report['steps'], 'step')}, {counted(report['samples'], 'sample')} in {report['seconds']:.0f} s "
-            f"of training ({per_second(report['samples_per_s'] or 0)})",
-        ]
-        if report["skipped_reads"]:
-            shards = f" and {counted(report['skipped_shards'], 'shard')}" if report["skipped_shards"] else ""
-            lines.append(
-                f"skipped: {counted(report['skipped_samples'], 'sample')}{shards} that could not be used, "
-                f"{counted(report['skipped_reads'], 'time')} over all passes; keys: {result.folder / 'skipped.jsonl'}"
-            )
-        if report["skipped_steps"]:
-            steps = counted(report["skipped_steps"], "step")
-            lines.append(f"skipped: {steps} not finite; see {result.folder / 'metrics.jsonl'}")
-        lines.append(f"picture: {result.folder / 'report.png'}")
-        file = str(result.folder / "report.json")
-        print_scores(result.scores, f"{report['name']} on {report['split']}", lines, notes=report["notes"], file=file)
-        if result.unsaved is not None:
-            raise UserError(f"{result.unsaved}. Make room, then: distill resume {result.folder}")
-        if result.failed:
-            raise UserError(
-                f"{len(result.failed)} evaluation task(s) failed, as warned above. The run is complete; score it again "
-                f"with distill eval {result.folder} --set evaluate.tasks=..."
-            )
+    training.resume(Path(folder), checkpoint, _registry(), quiet=quiet)
 
 
 @cli.command("eval")
@@ -305,7 +209,7 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
 @without_option
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in; the output is a recipe itself."""
-    loaded = _load(recipe, overrides, allow_unset=True)
+    loaded = _load(recipe, overrides, _registry(), allow_unset=True)
     if as_json:
         import json
 

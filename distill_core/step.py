@@ -19,8 +19,8 @@ from distill_core.system import distributed
 
 
 @dataclass
-class Step:
-    """What a step gave: the values of the losses' terms and of their total, and the norm of all ranks' gradient.
+class StepResult:
+    """The values of the losses' terms and of their total, and the norm of all ranks' gradient.
 
     Without `finite`, on some rank, nothing was updated.
     """
@@ -32,7 +32,7 @@ class Step:
     finite: bool
 
 
-class Update:
+class TrainStep:
     """The objective's trained parameters, their optimiser and its schedule."""
 
     def __init__(self, recipe: Recipe, objective: Objective, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class Update:
         for group, old, new in zip(self.optimizer.param_groups, before, now, strict=True):
             group.update({key: new[key] for key in new if key != "params" and new[key] != old[key]})
 
-    def __call__(self, batch: Batch, progress: Progress) -> Step:
+    def __call__(self, batch: Batch, progress: Progress) -> StepResult:
         """One optimiser step, or none where a value is not finite."""
         factor = self.schedule.factor(progress.step, progress.steps)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
@@ -87,4 +87,4 @@ class Update:
             self.optimizer.step()
             self.objective.after_step(outputs, progress)
             self.whole = True
-        return Step(losses, dict(zip(losses.terms, numbers, strict=True)), loss, norm, finite)
+        return StepResult(losses, dict(zip(losses.terms, numbers, strict=True)), loss, norm, finite)

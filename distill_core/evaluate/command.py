@@ -14,13 +14,13 @@ from distill_core.errors import UserError, counted, warn
 from distill_core.evaluate.cache import EmbeddingCache, identities
 from distill_core.evaluate.pictures import write_pictures
 from distill_core.evaluate.run import Evaluated, evaluate
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import Override
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints, load_into
 from distill_core.run.display import Scoring, print_scores
-from distill_core.run.load import models_of, run_recipe
+from distill_core.run.load import run_recipe
 from distill_core.system import distributed
 from distill_core.system.files import cannot_write, write_whole
 from distill_core.system.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
+from distill_core.contracts.weights import LoadReport
+from distill_core.model import Model
 from distill_core.objective import Objective
 from distill_core.recipe.sections import Recipe
 
@@ -13,3 +19,36 @@ def build_objective(recipe: Recipe) -> Objective:
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
     return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs)
+
+
+def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:
+    """Load the weights that the recipe starts from, in order. A teacher starts as the student, but for what was loaded
+    into it. Raises `UserError`."""
+    reports: list[LoadReport] = [node.build().apply(objective) for node in recipe.weights]
+    if reports and objective.teacher is not None:
+        names = {name for report in reports for name in report.names}
+        objective.teacher.start_from_student({n.removeprefix("teacher.") for n in names if n.startswith("teacher.")})
+    return reports
+
+
+def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dict[str, Model]:
+    """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
+    augment = {name: node.build() for name, node in recipe.augment.items()}
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    sides: dict[str, Any] = {"student": objective.backbone}
+    if objective.teacher is not None and len(objective.teacher.backbone):
+        sides["teacher"] = objective.teacher.backbone
+    return {
+        side: Model(
+            dict(backbone.items()),
+            augment,
+            collators,
+            fusion=objective.fusion if side == "student" else None,
+            teacher=side == "teacher",
+            device=device,
+            batch_size=recipe.evaluate.batch_size,
+            precision=recipe.train.precision,
+            untrained=recipe.untrained_embeddings(),
+        )
+        for side, backbone in sides.items()
+    }

@@ -23,11 +23,15 @@ from distill_core.evaluate.score import TaskScore, means
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings."""
+    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings.
 
-    def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0) -> None:
+    Of several ranks the first one shows a run; the others only `warn_here`.
+    """
+
+    def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0, rank: int = 0) -> None:
         self.console = Console(stderr=True)
-        self.quiet = quiet
+        self.rank = rank
+        self.quiet = quiet = quiet or rank > 0
         self.steps = steps
         self.seconds = seconds
         self._last = 0.0
@@ -74,7 +78,12 @@ class Display:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """One line that `quiet` does not hide."""
+        """One line that `quiet` does not hide, of what all ranks meet alike."""
+        if self.rank == 0:
+            self.warn_here(message)
+
+    def warn_here(self, message: str) -> None:
+        """`warn` of what this rank alone has met."""
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 

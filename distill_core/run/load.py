@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from distill_core.errors import UserError, did_you_mean
@@ -15,29 +13,6 @@ from distill_core.model import Model
 from distill_core.recipe.resolve import Override, load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-
-
-def models_of(recipe: Recipe, objective: Any, device: torch.device) -> dict[str, Model]:
-    """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
-    augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
-    sides = {"student": objective.backbone}
-    if objective.teacher is not None and len(objective.teacher.backbone):
-        sides["teacher"] = objective.teacher.backbone
-    return {
-        side: Model(
-            dict(backbone.items()),
-            augment,
-            collators,
-            fusion=objective.fusion if side == "student" else None,
-            teacher=side == "teacher",
-            device=device,
-            batch_size=recipe.evaluate.batch_size,
-            precision=recipe.train.precision,
-            untrained=recipe.untrained_embeddings(),
-        )
-        for side, backbone in sides.items()
-    }
 
 
 def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:

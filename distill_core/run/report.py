@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_core.errors import UserError
+from distill_core.evaluate.run import Evaluated
 from distill_core.evaluate.score import TaskScore, means
 from distill_core.run.folder import RunFolder
-from distill_core.system.files import write_whole
+from distill_core.run.state import RunState
+from distill_core.system.files import cannot_write, write_whole
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,42 @@ class Report:
     failed: Sequence[str] = ()
     """A line for each evaluation task that could not be scored."""
     skipped_shards: int = 0
+
+
+def report_run(
+    state: RunState,
+    folder: RunFolder,
+    evaluated: Evaluated,
+    facts: Mapping[str, Any],
+    skipped_reads: int,
+    *,
+    saved: bool,
+) -> Path:
+    """Report a run that came to its end; returns the picture's path. `skipped_reads` are those of all ranks, `saved`
+    says whether its last step is in a checkpoint. Raises `UserError` where the report cannot be written."""
+    skipped_samples, skipped_shards = folder.skipped_in_training()
+    report = Report(
+        name=folder.path.name,
+        steps=state.step,
+        samples=state.step * state.length.batch_size,
+        seconds=state.seconds,
+        scores=evaluated.scores,
+        split=state.recipe.evaluate.split,
+        skipped_samples=skipped_samples,
+        skipped_shards=skipped_shards,
+        skipped_reads=skipped_reads,
+        skipped_steps=state.skipped_steps,
+        parameters=sum(p.numel() for p in state.train_step.parameters),
+        notes=evaluated.notes,
+        failed=evaluated.failed,
+    )
+    try:
+        return write_report(folder, report, facts)
+    except OSError as error:
+        raise UserError(
+            f"{cannot_write(folder.path / 'report.json', error)}. The run is trained{' and saved' if saved else ''}, "
+            f"and has no report. Make room, then: distill resume {folder.path}"
+        ) from error
 
 
 def write_report(folder: RunFolder, report: Report, facts: Mapping[str, Any]) -> Path:

@@ -26,11 +26,10 @@ from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.score import Score
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.folder import RunFolder
-from distill_core.run.load import models_of
 from distill_core.train import Trainer
 
 

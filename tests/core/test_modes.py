@@ -19,12 +19,11 @@ from distill_core.errors import RecipeErrors, UserError
 from distill_core.interfaces import Backbone, BackboneSpec, Collator, Loss
 from distill_core.outputs import Encoded, Outputs, Progress
 from distill_core.plan import Needs, Plan
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.folder import RunFolder
-from distill_core.run.load import models_of
 from distill_core.train import Trainer
 from distill_vl.vit import PictureCollator
 
@@ -214,7 +213,7 @@ def test_resume_from_an_older_checkpoint_without_the_init_file(load: Load, tmp_p
     whole.run()
     source.unlink()
     again = Trainer(recipe, folder, resume="2", quiet=True)
-    assert again.step == 2
+    assert again.state.step == 2
     again.run()
     for (name, a), b in zip(whole.objective.state_dict().items(), again.objective.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

@@ -34,6 +34,8 @@ from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
+from distill_core.run.metrics import MetricsLog
+from distill_core.run.notices import Notices
 from distill_core.system.process import Interrupt
 from distill_core.train import Trainer
 
@@ -212,14 +214,14 @@ def test_a_batch_across_two_passes_is_no_mistake(run: Run, capsys: pytest.Captur
     """12 samples in batches of 8, whose second holds the end of one pass and the beginning of the next. Would catch the
     advice to lower a batch size that is right."""
     seen: list[list[str]] = []
-    note = Trainer._note_repeats
+    note = Notices.batch
 
-    def noting(self: Trainer, batch: Batch) -> None:
+    def noting(self: Notices, batch: Batch) -> None:
         seen.append(list(batch.keys))
         note(self, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_note_repeats", noting)
+        patch.setattr(Notices, "batch", noting)
         run("train.steps=6", "data.batch_size=8", "data.source.samples=null", "evaluate=null")
     assert any(len(set(keys)) < len(keys) for keys in seen), "no sample came twice in a batch here"
     assert "more than once in a batch" not in capsys.readouterr().err
@@ -227,7 +229,7 @@ def test_a_batch_across_two_passes_is_no_mistake(run: Run, capsys: pytest.Captur
 
 def test_more_workers_than_cores(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One line in a recipe's terms, and none of torch's."""
-    monkeypatch.setattr("distill_core.train.cores", lambda: 1)
+    monkeypatch.setattr("distill_core.run.notices.cores", lambda: 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run("train.steps=1", "data.workers=2", "evaluate=null")
@@ -292,7 +294,7 @@ def test_matmul_precision_is_set_and_said(
 ) -> None:
     """By the trainer, before anything is computed."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "highest"
-    monkeypatch.setattr("distill_core.train.arithmetic", lambda precision, matmul, device: f"sums in {matmul}")
+    monkeypatch.setattr("distill_core.run.notices.arithmetic", lambda precision, matmul, device: f"sums in {matmul}")
     overrides = ["train.steps=1", "evaluate=null", f"train.matmul_precision={precision}"]
     recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
     Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe)).run()
@@ -417,14 +419,14 @@ def test_training_stopped_has_its_exit_code() -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training meet SIGTERM in that step."""
-    log = Trainer._log
+    add = MetricsLog.add
 
-    def stopping(self: Trainer, *arguments: Any) -> None:
-        log(self, *arguments)
-        if self.step == step:
-            self.interrupt.signal = signal.SIGTERM
+    def stopping(self: MetricsLog, *arguments: Any) -> None:
+        add(self, *arguments)
+        if self.state.step == step:
+            signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(Trainer, "_log", stopping)
+    monkeypatch.setattr(MetricsLog, "add", stopping)
 
 
 def go_on(folder: RunFolder, registry: Registry, checkpoint: str = "last") -> None:
@@ -600,14 +602,14 @@ def test_a_run_folder_that_is_removed(
     run: Run, more: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a traceback, a warning for each step, and work that is lost: the next save makes the folder again."""
-    log = Trainer._log
+    add = MetricsLog.add
 
-    def removing(self: Trainer, *arguments: Any) -> None:
-        if self.step == 3:
+    def removing(self: MetricsLog, *arguments: Any) -> None:
+        if self.state.step == 3:
             shutil.rmtree(self.folder.path)
-        log(self, *arguments)
+        add(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_log", removing)
+    monkeypatch.setattr(MetricsLog, "add", removing)
     folder = run("train.steps=9", "train.checkpoint={every: 6, keep: 2}")
     error = capsys.readouterr().err
     assert error.count("warning") == 1

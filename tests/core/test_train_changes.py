@@ -45,7 +45,7 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
         "train.optimizer.lr=0.01",
         "data.shuffle=5",
     )
-    first = {name: value.clone() for name, value in trainer.update.optimizer.state_dict()["state"][0].items()}
+    first = {name: value.clone() for name, value in trainer.train_step.optimizer.state_dict()["state"][0].items()}
     trainer.run()
     saved = Checkpoints(trainer.folder.path).read()
     decays = [group["weight_decay"] for group in saved["optimizer"]["param_groups"]]

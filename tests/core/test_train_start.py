@@ -31,7 +31,7 @@ def trainer(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> Make:
 def groups_of(trainer: Trainer) -> dict[str, dict[str, float]]:
     """Parameter name -> the options of its group."""
     names = {id(p): name for name, p in trainer.objective.named_parameters()}
-    return {names[id(p)]: group for group in trainer.update.optimizer.param_groups for p in group["params"]}
+    return {names[id(p)]: group for group in trainer.train_step.optimizer.param_groups for p in group["params"]}
 
 
 def test_weight_decay_of_matrices_alone(trainer: Make) -> None:
@@ -40,7 +40,7 @@ def test_weight_decay_of_matrices_alone(trainer: Make) -> None:
     groups = groups_of(made)
     trained = {name for name, _ in made.objective.named_parameters() if not name.startswith("teacher.")}
     assert set(groups) == trained
-    assert sum(len(group["params"]) for group in made.update.optimizer.param_groups) == len(trained)
+    assert sum(len(group["params"]) for group in made.train_step.optimizer.param_groups) == len(trained)
     shapes = {name: p.ndim for name, p in made.objective.named_parameters()}
     assert {groups[name]["weight_decay"] for name in trained if shapes[name] < 2} == {0.0}
     assert {groups[name]["weight_decay"] for name in trained if shapes[name] >= 2} == {0.3}
@@ -116,7 +116,9 @@ def test_weights_of_a_run(trainer: Make, other: Trainer) -> None:
     whole = trainer(init(other.folder.path))
     state = whole.objective.state_dict()
     assert all(torch.equal(state[key], theirs[key]) for key in theirs)
-    assert [loaded.line for loaded in whole.loaded] == [f"{other.folder.path}: {len(theirs)} tensors into the model"]
+    assert [loaded.line for loaded in whole.load_reports] == [
+        f"{other.folder.path}: {len(theirs)} tensors into the model"
+    ]
     assert not torch.equal(theirs["teacher.backbone.image.proj"], theirs["backbone.image.proj"])
 
     part = trainer(init(other.folder.path, to="backbone.image")).objective.state_dict()
@@ -152,7 +154,7 @@ def test_weights_of_a_checkpoint(trainer: Make, other: Trainer, tmp_path: Path) 
     torch.save({"model": tower, "ema": raised, "epoch": 3}, tmp_path / "w.pt")
     options = {"to": "backbone.image", "prefix": "_orig_mod"}
     made = trainer(init(tmp_path / "w.pt", **options))
-    assert made.loaded[0].line.endswith("; its 'model' was taken (there too, for `key`: ema)")
+    assert made.load_reports[0].line.endswith("; its 'model' was taken (there too, for `key`: ema)")
     for expected, built in ((tower, made), (raised, trainer(init(tmp_path / "w.pt", **options, key="ema")))):
         for key, value in built.objective.backbone["image"].state_dict().items():
             assert torch.equal(value, expected[f"_orig_mod.{key}"]), key
@@ -179,7 +181,7 @@ def test_weights_that_do_not_fit(trainer: Make, other: Trainer, tmp_path: Path) 
     torch.save(tower, file)
     made = trainer(init(file, to="backbone.image", strict="false"))
     assert not made.objective.backbone["image"].proj.any()
-    assert "1 of this model keep their first weights" in made.loaded[0].line
+    assert "1 of this model keep their first weights" in made.load_reports[0].line
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from distill_core.batch import Batch
 from distill_core.cli import main
 from distill_core.errors import DataError
 from distill_core.outputs import Progress
-from distill_core.step import Step, Update
+from distill_core.step import StepResult, TrainStep
 
 
 @dataclass
@@ -169,14 +169,14 @@ def test_a_run_that_fails_later_keeps_its_folder(
     distill: Distill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Would catch a folder that is taken back with the steps in it."""
-    step = Update.__call__
+    step = TrainStep.__call__
 
-    def failing(self: Update, batch: Batch, progress: Progress) -> Step:
+    def failing(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
         if progress.step == 2:
             raise DataError("made up")
         return step(self, batch, progress)
 
-    monkeypatch.setattr(Update, "__call__", failing)
+    monkeypatch.setattr(TrainStep, "__call__", failing)
     ended = distill("run", "tiny.yaml", "--quiet")
     assert ended.code == 2
     assert [path.name for path in tmp_path.glob("runs/tiny/checkpoints/*.pt")] == ["step-00000002.pt"]

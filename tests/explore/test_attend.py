@@ -23,11 +23,10 @@ from distill_core.data.shards import Shards, read_shard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
-from distill_core.run.load import models_of
 from distill_core.train import Trainer
 from distill_explore.attention import ViewedItem, cross, entropy, readings, see
 from distill_explore.drawing import Map, rows_of

@@ -16,7 +16,7 @@ from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
-from distill_core.step import Update
+from distill_core.step import TrainStep
 from distill_core.system.process import set_matmul_precision
 from distill_core.train import Trainer
 from distill_kernels.choices import recorded
@@ -93,7 +93,7 @@ def test_bf16_step_and_the_kernels_that_run(registry: Registry, gpu: torch.devic
     exact, _ = step(*made(recipe), gpu, "fp32")
     objective, batch = made(recipe)
     objective.to(gpu)
-    update, batch = Update(recipe, objective, gpu), batch.to(gpu)
+    update, batch = TrainStep(recipe, objective, gpu), batch.to(gpu)
     with recorded() as choices:
         first = update(batch, START)
     assert first.finite
@@ -123,7 +123,7 @@ def test_other_recipes_make_a_step(registry: Registry, gpu: torch.device, name: 
     set_matmul_precision(recipe.train.matmul_precision)
     objective, batch = made(recipe)
     objective.to(gpu)
-    assert Update(recipe, objective, gpu)(batch.to(gpu), START).finite
+    assert TrainStep(recipe, objective, gpu)(batch.to(gpu), START).finite
 
 
 def losses(folder: Path) -> list[float]:

@@ -16,7 +16,7 @@ from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_core.step import Update
+from distill_core.step import TrainStep
 from distill_core.system.process import seed_all
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_a_step_on_the_embedded_data(file: Path, registry: Registry, cache: Path
     seed_all(recipe.seed)
     objective = build_objective(recipe)
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
-    step = Update(recipe, objective, torch.device("cpu"))(batch, Progress(0, 1))
+    step = TrainStep(recipe, objective, torch.device("cpu"))(batch, Progress(0, 1))
     assert step.finite
     assert step.loss > 0
     # biases before a batch norm, and those of keys, have no gradient

@@ -99,11 +99,11 @@ def test_a_run_that_loses_too_much_is_saved_and_can_be_resumed(
     made = trainer(*options, "data.max_bad_fraction=0")
     with pytest.raises(DataError, match=r"too many samples cannot be used: 1, .*'train-1-3'"):
         made.run()
-    assert 0 < made.step < 6
-    assert made.checkpoints.steps() == [made.step]
+    assert 0 < made.state.step < 6
+    assert made.checkpoints.steps() == [made.state.step]
     again = trainer(*options, resume="last")
     again.run()
-    assert again.step == 6
+    assert again.state.step == 6
 
 
 @pytest.mark.slow

@@ -14,11 +14,10 @@ from distill_core.data.shards import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate.run import evaluate
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.folder import RunFolder
-from distill_core.run.load import models_of
 from distill_core.train import Trainer
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import distill_core.cli
-import distill_core.train
+import distill_core.run.lockstep
 from distill_core.batch import Sample, View
 from distill_core.interfaces import Loss
 from distill_core.outputs import Outputs
@@ -68,7 +68,7 @@ def main() -> None:
     registry = Registry([*Registry.discover().entries.values(), *mine])
     patch: Any = distill_core.cli
     patch._registry = lambda: registry
-    distill_core.train.SECONDS_TO_ANSWER = 3.0
+    distill_core.run.lockstep.SECONDS_TO_ANSWER = 3.0
     settings = (
         "fusion=null",
         "teacher=null",

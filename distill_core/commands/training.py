@@ -1,0 +1,110 @@
+"""`distill run` and `distill resume`: the run's folder, the trainer, and what is printed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from distill_core.errors import UserError, counted
+from distill_core.recipe.sections import Recipe
+from distill_core.registry import Registry
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.display import per_second, print_scores
+from distill_core.run.folder import RunFolder, read_report
+from distill_core.run.load import run_recipe
+from distill_core.system import distributed
+from distill_core.system.process import resolve_device
+from distill_core.train import Result, Trainer
+
+
+def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
+    """Train in a new folder of `runs`, or in the one that an earlier attempt of the same launch has begun."""
+    distributed.start(resolve_device(recipe.train.device))
+    begun = created = None
+    if distributed.rank() == 0:
+        launch = distributed.launch()
+        if launch is not None and distributed.restarted():
+            begun = RunFolder.of_launch(runs, recipe, launch)
+        if begun is None:
+            created = RunFolder.create(runs, recipe, launch)
+    saved = begun is not None and bool(Checkpoints(begun.path).steps())
+    if begun is not None:
+        click.echo(f"{begun.path}: restarted by torchrun, so this run is continued", err=True)
+        if not saved:
+            begun.rewind(0, 0)
+    # one folder for all ranks
+    folder, saved = distributed.gather_objects((begun or created, saved))[0]
+    if saved:
+        resume(folder.path, "last", registry, quiet=quiet)
+        return
+    if created is not None and created.path.name != recipe.name:
+        click.echo(f"{runs / recipe.name} exists; this run is {created.path}", err=True)
+    trainer = None
+    try:
+        trainer = Trainer(recipe, folder, quiet=quiet)
+        result = trainer.run()
+    except BaseException:
+        if created is not None and (trainer is None or trainer.state.step == 0):
+            _remove_empty(created.path)
+        raise
+    _end(result)
+
+
+def resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -> None:
+    """Continue a run; one that is finished and scored is left as it is."""
+    recipe = run_recipe(folder, registry)
+    report = read_report(folder)
+    # a task that failed is tried again; steps that the recipe asks for since, or whose checkpoint is gone, are made
+    if checkpoint == "last" and report is not None and not report.get("failed"):
+        steps: int = report["steps"]
+        if recipe.train.steps in (None, steps) and Checkpoints(folder).steps()[-1:] == [steps]:
+            if os.environ.get("RANK", "0") == "0":
+                scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
+                click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
+            return
+    _end(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder of a run that has not made its first step; one with a checkpoint is kept."""
+    if not any((folder / "checkpoints").glob("*.pt")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(result: Result) -> None:
+    rank = distributed.rank()
+    if result.signal is None:
+        distributed.barrier()  # one that left while the first still wrote was seen to abort
+    distributed.stop()
+    if result.signal is not None:
+        sys.exit(128 + result.signal)
+    if rank == 0:
+        report = json.loads((result.folder / "report.json").read_text())
+        lines = [
+            f"{counted(report['steps'], 'step')}, {counted(report['samples'], 'sample')} in {report['seconds']:.0f} s "
+            f"of training ({per_second(report['samples_per_s'] or 0)})",
+        ]
+        if report["skipped_reads"]:
+            shards = f" and {counted(report['skipped_shards'], 'shard')}" if report["skipped_shards"] else ""
+            lines.append(
+                f"skipped: {counted(report['skipped_samples'], 'sample')}{shards} that could not be used, "
+                f"{counted(report['skipped_reads'], 'time')} over all passes; keys: {result.folder / 'skipped.jsonl'}"
+            )
+        if report["skipped_steps"]:
+            steps = counted(report["skipped_steps"], "step")
+            lines.append(f"skipped: {steps} not finite; see {result.folder / 'metrics.jsonl'}")
+        lines.append(f"picture: {result.folder / 'report.png'}")
+        file = str(result.folder / "report.json")
+        print_scores(result.scores, f"{report['name']} on {report['split']}", lines, notes=report["notes"], file=file)
+        if result.unsaved is not None:
+            raise UserError(f"{result.unsaved}. Make room, then: distill resume {result.folder}")
+        if result.failed:
+            raise UserError(
+                f"{len(result.failed)} evaluation task(s) failed, as warned above. The run is complete; score it again "
+                f"with distill eval {result.folder} --set evaluate.tasks=..."
+            )

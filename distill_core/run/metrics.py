@@ -1,0 +1,66 @@
+"""The rows of metrics.jsonl that training writes, and the speed that they give."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distill_core.outputs import Progress
+from distill_core.run.folder import RunFolder
+from distill_core.run.state import RunState
+from distill_core.run.tracking import TrackedRun
+from distill_core.step import StepResult
+from distill_core.system import distributed
+
+
+class MetricsLog:
+    """Writes a row every `every` steps, and after the last. The clock runs from construction."""
+
+    def __init__(self, state: RunState, folder: RunFolder, tracked: TrackedRun, every: int) -> None:
+        self.state, self.folder, self.tracked, self.every = state, folder, tracked, every
+        self.rate: float | None = None
+        """Samples per second over all ranks, of the steps of the last row."""
+        self._clock, self._step = time.perf_counter(), state.step  # of the last row
+
+    def add(self, result: StepResult, progress: Progress) -> None:
+        """After each step, on every rank; `progress` is what the step was made with."""
+        state, length = self.state, self.state.length
+        if state.step % self.every != 0 and state.step != length.steps:
+            return
+        elapsed = time.perf_counter() - self._clock
+        self.rate = (state.step - self._step) * length.batch_size / elapsed
+        state.seconds += elapsed
+        self.write(result, progress, self.rate)
+        self._clock, self._step = time.perf_counter(), state.step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here is no part of the training time."""
+        begun = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - begun
+
+    def write(self, result: StepResult, progress: Progress, rate: float) -> None:
+        """A row. A rank's losses are those of its own samples: the means of all ranks are logged."""
+        state = self.state
+        metrics = {name: value.item() for name, value in result.losses.metrics.items()}
+        means = iter(distributed.mean([result.loss, *result.terms.values(), *metrics.values()]))
+        if distributed.rank() > 0:
+            return
+        epoch, teacher = state.length.epoch(state.step), state.objective.teacher
+        row = {
+            "step": state.step,
+            "epoch": round(epoch, 4) if epoch is not None else None,
+            "loss": next(means),
+            "terms": {name: next(means) for name in result.terms},
+            "metrics": {name: next(means) for name in metrics},
+            "lr": state.train_step.optimizer.param_groups[0]["lr"],
+            "grad_norm": result.norm,
+            "samples_per_s": round(rate, 2),
+            "seconds": round(state.seconds, 3),
+        }
+        if teacher is not None:
+            row["momentum"] = teacher.momentum(progress)
+        self.folder.log(row)
+        self.tracked.log(state.step, row)

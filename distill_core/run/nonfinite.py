@@ -1,0 +1,61 @@
+"""What becomes of a step whose loss or gradient is not finite: it is skipped, or ends the run (`train.nonfinite`)."""
+
+from __future__ import annotations
+
+import math
+
+from distill_core.batch import Batch
+from distill_core.errors import TrainingStopped, counted
+from distill_core.run.display import Display
+from distill_core.run.folder import RunFolder
+from distill_core.run.saving import Saver
+from distill_core.run.state import RunState
+from distill_core.step import StepResult
+from distill_core.system import distributed
+
+
+class NonfiniteSteps:
+    """Counts them. Weights, optimiser and teacher are as they were before such a step."""
+
+    def __init__(self, state: RunState, folder: RunFolder, saver: Saver, display: Display) -> None:
+        self.state, self.folder, self.saver, self.display = state, folder, saver, display
+        self.in_a_row = 0
+
+    def check(self, batch: Batch, result: StepResult) -> None:
+        """After each step, before it is counted. Raises `TrainingStopped`, once the weights from before are saved."""
+        if result.finite:
+            self.in_a_row = 0
+            return
+        state, train = self.state, self.state.recipe.train
+        self.in_a_row += 1
+        state.skipped_steps += 1
+        problem = _problem(result)
+        keys = [key for keys in distributed.gather_objects(batch.keys) for key in keys]
+        if distributed.rank() == 0:
+            self.folder.log({"step": state.step + 1, "not_finite": problem, "keys": keys})
+        terms = ", ".join(f"{name} = {value:.6g}" for name, value in result.terms.items())
+        more = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
+        line = f"step {state.step + 1}: {problem}: {terms}; samples {', '.join(keys[:8])}{more}"
+        if train.nonfinite == "skip" and self.in_a_row < train.max_nonfinite:
+            self.display.warn(f"{line}; the step is skipped")
+            return
+        state.train_step.optimizer.zero_grad(set_to_none=True)
+        state.mark()
+        in_fp32 = ", in fp32" if train.precision != "fp32" else ""
+        if train.nonfinite == "stop":
+            weights = "The weights from before this step are saved"
+            hint = f"Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
+        else:
+            line += f".\nThat is {counted(self.in_a_row, 'step')} in a row (train.max_nonfinite)"
+            weights = "The weights from before them are saved"
+            hint = f"It may only meet more of them: rather start again with a lower learning rate{in_fp32}."
+        saved = f"{weights}; distill resume {self.folder.path} continues after this batch"
+        raise TrainingStopped(f"{line}.\n{saved if self.saver.save() else self.saver.unsaved}. {hint}")
+
+
+def _problem(result: StepResult) -> str:
+    if not math.isfinite(result.loss):
+        return "the loss is not finite"
+    if distributed.world_size() > 1 and not math.isinf(result.norm):
+        return "the loss or the gradient of another rank is not finite"
+    return f"the gradient's norm is {result.norm}"

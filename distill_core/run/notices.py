@@ -1,0 +1,120 @@
+"""What a run says of its recipe and its data: when it starts, and as batches come, each thing once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from distill_core.batch import Batch
+from distill_core.contracts.weights import LoadReport
+from distill_core.data.stream import unseen
+from distill_core.errors import counted
+from distill_core.run.display import Display
+from distill_core.run.folder import RunFolder
+from distill_core.run.state import RunState
+from distill_core.system import distributed
+from distill_core.system.process import arithmetic, cores
+
+ENOUGH = 64
+"""Samples whose measures tell what the data holds."""
+SHOWN = 5
+"""Skipped samples that are shown on each rank; skipped.jsonl names them all."""
+
+
+class Notices:
+    """Told of a run's start and of each batch."""
+
+    def __init__(self, state: RunState, folder: RunFolder, display: Display) -> None:
+        self.state, self.folder, self.display = state, folder, display
+        self._measures: list[Mapping[str, Mapping[str, float]]] | None = [] if state.resumed is None else None
+        """Of the first samples; None once they have been summed up."""
+        self._repeats_shown = False
+
+    def start(self, reports: Sequence[LoadReport], shards: int) -> None:
+        """What is trained, on what, and what of it looks like a mistake."""
+        state, recipe, display = self.state, self.state.recipe, self.display
+        for report in reports:
+            display.say(f"weights: {report.line}")
+        count = sum(p.numel() for p in state.train_step.parameters)
+        start = f"resumed at step {state.step} of " if state.resumed is not None else ""
+        computed = arithmetic(recipe.train.precision, recipe.train.matmul_precision, state.device)
+        display.say(
+            f"{self.folder.path}: {start}{counted(self.state.length.steps, 'step')} of "
+            f"{counted(self.state.length.batch_size, 'sample')}, {count / 1e6:.1f} M trained parameters, {computed}"
+        )
+        if state.resumed is not None and state.resumed.changes:
+            parts = ", ".join(f"{path} {before} -> {now}" for path, (before, now) in state.resumed.changes.items())
+            display.warn(f"the recipe has changed since step {state.step} was saved, and applies as it is now: {parts}")
+        self._batch_size()
+        self._workers(shards)
+
+    def batch(self, batch: Batch) -> None:
+        """Before a batch's step: what was skipped on the way to it, and what it tells of the data."""
+        self._skipped(batch)
+        self._repeats(batch)
+        self._measured(batch)
+
+    def _batch_size(self) -> None:
+        batch_size, samples = self.state.length.batch_size, self.state.length.samples
+        if samples is not None and batch_size > samples:
+            self.display.warn(
+                f"a step takes {batch_size} samples and there are only {samples} to train on: a sample comes more "
+                "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."
+            )
+
+    def _workers(self, shards: int) -> None:
+        workers = self.state.recipe.data.workers
+        if workers > cores():
+            self.display.warn(
+                f"data.workers is {workers}, but this process may use only {cores()} cores: "
+                f"--set data.workers={cores() - 1} leaves one to train"
+            )
+        streams = distributed.world_size() * max(workers, 1)
+        if self.state.resumed is None and (share := unseen(shards, streams)) > 0:
+            self.display.warn(
+                f"{counted(shards, 'shard')} cannot be dealt evenly to {streams} streams (data.workers times "
+                f"ranks): after as many samples as there are, about {share:.0%} of them have not been seen and others "
+                "twice; which ones changes from pass to pass. A number of shards that the streams divide avoids it."
+            )
+
+    def _skipped(self, batch: Batch) -> None:
+        if batch.skipped:
+            if self.state.skipped_samples < SHOWN:
+                self.display.warn_here(f"skipped {batch.skipped[0]}")
+            self.state.skipped_samples += len(batch.skipped)
+            self.folder.skip(self.state.step + 1, batch.skipped)
+
+    def _repeats(self, batch: Batch) -> None:
+        """Where nobody says how many samples there are: a batch that is longer than a pass of the worker that made it.
+
+        Each worker's first batch begins with a pass, so that a sample comes twice in it only then. A later one may hold
+        a sample at the end of one pass and again at the beginning of the next, which is no mistake.
+        """
+        first = self.state.step < max(1, self.state.recipe.data.workers)
+        repeats = len(batch.keys) - len(set(batch.keys))
+        if self.state.length.samples is not None or not first or self._repeats_shown or repeats == 0:
+            return
+        self._repeats_shown = True
+        key = next(key for key in batch.keys if batch.keys.count(key) > 1)
+        self.display.warn(
+            f"step {self.state.step + 1}: sample {key!r} comes more than once in a batch of {len(batch.keys)}, where a "
+            "contrastive loss pushes it away from itself: a loader worker has fewer samples. Lower "
+            "data.batch_size or data.workers, unless shards share keys."
+        )
+
+    def _measured(self, batch: Batch) -> None:
+        """Once there are enough, or the last: what the data holds, by its augmentations' measures."""
+        if self._measures is None:
+            return
+        self._measures += batch.measures
+        if len(self._measures) < ENOUGH and self.state.step + 1 < self.state.length.steps:
+            return
+        for modality, node in self.state.recipe.augment.items():
+            measured = [one[modality] for one in self._measures if modality in one]
+            if not measured:
+                continue
+            means = {name: sum(one[name] for one in measured) / len(measured) for name in measured[0]}
+            line, warning = node.cls.remarks(node.config, means)  # type: ignore[attr-defined]
+            self.display.say(f"data: {modality}: {line} (of {counted(len(measured), 'sample')})")
+            if warning is not None:
+                self.display.warn(f"augment.{modality}: {warning}")
+        self._measures = None

@@ -1,0 +1,86 @@
+"""Resuming a run from one of its checkpoints, under a recipe that may have changed since, in a folder that may hold
+later steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from distill_core.errors import RecipeErrors, UserError
+from distill_core.recipe.sections import changes
+from distill_core.run.checkpoint import Checkpoint, Checkpoints
+from distill_core.run.display import Display
+from distill_core.run.folder import RunFolder
+from distill_core.run.state import Resumed, RunState
+from distill_core.system import distributed
+
+FIXED = {
+    "seed": "the order of the samples would change within a pass",
+    "data.batch_size": "its steps, schedule and passes are counted in batches of that size",
+    "data.workers": "each has its own place in the data",
+    "train.optimizer.name": "its state is not the other's",
+    "train.lr_factors": "the optimiser's state is kept by groups of parameters",
+    "freeze": "the optimiser's state is of the parameters that are trained",
+    "weights": "weights to start from come too late",
+}
+"""Options that a run which has begun cannot change, and why."""
+
+
+def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, which: str, display: Display) -> None:
+    """Load a checkpoint into `state`, and set aside what the folder holds of later steps.
+
+    Raises `UserError` for a checkpoint that cannot be read or does not fit, `RecipeErrors` for a change of what is
+    `FIXED`.
+    """
+    checkpoint = distributed.raise_on_all_ranks(lambda: checkpoints.load(which, display.warn))
+    if len(set(distributed.gather_objects(checkpoint.digest))) > 1:
+        raise UserError(f"{checkpoint.path}: is not the same file on all ranks; run folders must be shared")
+    saved = checkpoint.state
+    if len(saved["ranks"]) != distributed.world_size():
+        raise UserError(f"the run was saved by {len(saved['ranks'])} processes; resume it with as many")
+    changed: Mapping[str, tuple[Any, Any]] = {}
+    if "recipe" in saved:
+        changed = changes(saved["recipe"], state.recipe.to_dict())
+        _refuse(changed, folder)
+    else:
+        display.warn("the checkpoint does not tell its recipe: saved before distill kept it; changes are not noticed")
+    state.load_state_dict(saved, str(folder.path))
+    if "train.checkpoint.best" in changed:
+        state.best = None  # it was another score's
+
+    def rewind() -> Mapping[str, Any] | None:
+        return _rewind(checkpoint, state, folder, checkpoints, display) if distributed.rank() == 0 else None
+
+    # no rank may add to a file before it is rewound
+    branch = distributed.raise_on_all_ranks(rewind)
+    branch, state.best = distributed.gather_objects((branch, state.best))[0]
+    state.resumed = Resumed(changed, branch)
+
+
+def _refuse(changed: Mapping[str, tuple[Any, Any]], folder: RunFolder) -> None:
+    anew = f"Set it back, or start a new run: weights: [{{name: state_dict, source: {folder.path}}}]"
+    errors = [
+        f"{folder.path / 'recipe.yaml'}: {path} is {now}, and was {before} in the checkpoint: {why}. {anew}"
+        for path, (before, now) in changed.items()
+        for fixed, why in FIXED.items()
+        if path == fixed or path.startswith(f"{fixed}.")
+    ]
+    if errors:
+        raise RecipeErrors(errors)
+
+
+def _rewind(
+    checkpoint: Checkpoint, state: RunState, folder: RunFolder, checkpoints: Checkpoints, display: Display
+) -> dict[str, Any] | None:
+    """Leave no later checkpoint and no row in the way of those that are going to be written; returns the branch."""
+    branch = None
+    if later := checkpoints.later(state.step):
+        aside = folder.set_aside(later)
+        checkpoints.restart_from(checkpoint)
+        branch = {"step": state.step, "set_aside": str(aside)}
+        if checkpoints.best in later:
+            state.best = None  # the next score is the best of this branch: its own was written over
+        names = ", ".join(path.name for path in later)
+        display.warn(f"going back to step {state.step}: {names} and what belongs to them are set aside in {aside}")
+    folder.rewind(state.step, state.length.steps)
+    return branch

@@ -1,0 +1,130 @@
+"""What a run has come to: the state that a checkpoint holds, and how far there is to go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distill_core.data.loader import Loader
+from distill_core.errors import UserError
+from distill_core.objective import Objective
+from distill_core.outputs import Progress
+from distill_core.recipe.sections import Recipe, TrainConfig
+from distill_core.run.checkpoint import load_into
+from distill_core.step import TrainStep
+from distill_core.system import distributed
+from distill_core.system.process import get_random, set_random
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: its `steps`, the `batch_size` of each over all ranks, and the `samples` of a pass over the
+    training data, None where its source does not know."""
+
+    steps: int
+    batch_size: int
+    samples: int | None
+
+    @classmethod
+    def of(cls, train: TrainConfig, batch_size: int, samples: int | None) -> Length:
+        """By `train.steps`, or else `train.epochs`. Raises `UserError` for epochs of unknown length."""
+        if train.steps is not None:
+            return cls(train.steps, batch_size, samples)
+        assert train.epochs is not None
+        if samples is None:
+            raise UserError(
+                "train.epochs: the data source does not say how many samples it has; give `data.source.samples`, "
+                "or train.steps"
+            )
+        return cls(max(1, int(train.epochs * samples) // batch_size), batch_size, samples)
+
+    def epoch(self, step: int) -> float | None:
+        """Passes over the data that `step` steps make."""
+        return step * self.batch_size / self.samples if self.samples else None
+
+    def progress(self, step: int) -> Progress:
+        """Of the step that follows `step` steps."""
+        return Progress(step, self.steps, self.epoch(step) or 0.0)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How a run was resumed. `changes`: option -> (value in the checkpoint, value now). `branch`, of a run that goes
+    back to an earlier step: that `step`, and the folder of what was `set_aside`."""
+
+    changes: Mapping[str, tuple[Any, Any]]
+    branch: Mapping[str, Any] | None
+
+
+class RunState:
+    """All that a resumed run takes up again: weights, optimiser, place in the data, random numbers and counts.
+
+    A checkpoint stands between two steps. What a batch or a step changes before it is complete (this rank's place in
+    the data, its random numbers) is saved as it was at the last `mark`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        length: Length,
+        objective: Objective,
+        train_step: TrainStep,
+        loader: Loader,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.length, self.device = recipe, length, device
+        self.objective, self.train_step, self.loader = objective, train_step, loader
+        self.step = 0
+        """Steps that are done, those that were skipped included."""
+        self.seconds = 0.0
+        """Of training steps alone."""
+        self.skipped_steps = 0
+        self.skipped_samples = 0
+        """On this rank."""
+        self.best: float | None = None
+        """The best validation score so far, and the step that has it where that is one of this process's."""
+        self.best_step: int | None = None
+        self.resumed: Resumed | None = None
+        """None for a run that begins."""
+        self._between_steps: dict[str, Any] = {}
+        self._random: dict[str, Any] | None = None
+
+    def start(self) -> None:
+        """Start the loader's workers, then restore the random numbers of a resumed run."""
+        self.loader.start()  # workers fork here, before any thread starts
+        if self._random is not None:
+            set_random(self._random, self.device)
+
+    def mark(self) -> None:
+        """Between two steps: the state that a checkpoint takes until the next call."""
+        self._between_steps = {
+            "data": self.loader.state_dict(),
+            "random": get_random(self.device),
+            "skipped_samples": self.skipped_samples,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The checkpoint's content, `step` apart; every rank must call it."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.train_step.optimizer.state_dict(),
+            "ranks": distributed.gather_objects(self._between_steps),
+            "best": self.best,
+            "skipped_steps": self.skipped_steps,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], source: str) -> None:
+        """Before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
+        load_into(self.objective, state["objective"], source)
+        options = state.get("recipe", self.recipe.to_dict())["train"]["optimizer"]
+        self.train_step.load_state_dict(state["optimizer"], options)
+        self.step, self.best = state["step"], state["best"]
+        self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
+        own = state["ranks"][distributed.rank()]
+        self.skipped_samples, self._random = own["skipped_samples"], own["random"]
+        self.loader.load_state_dict(own["data"])

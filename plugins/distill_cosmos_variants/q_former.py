@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill_core.plan import Plan
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler
-from distill_vl.transformer import MLP, Attention
+from distill_vl.transformer import MLP, Attention, Sequences
 
 
 class QFormerConfig(AttentionConfig):
@@ -54,10 +54,11 @@ class QFormerBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def ask(self, x: Tensor, view: Tensor, views: int) -> tuple[Tensor, Tensor]:
-        """x behind the self-attention, and as what the cross-attention is asked: a sample's V N queries side by side,
+        """x after the self-attention, and as what the cross-attention is asked: a sample's V N queries side by side,
         [V N, B, D]."""  # fmt: skip
-        sequence = self.ln_1(torch.cat([x, view], 1))
-        x = x + self.attn(sequence, causal=False)[:, : x.shape[1]]
+        both = torch.cat([x, view], 1)
+        answers = self.attn(both.flatten(0, 1), Sequences.of((both.shape[0], both.shape[1])), norm=self.ln_1)
+        x = x + answers.view(both.shape)[:, : x.shape[1]]
         return x, rearrange(x, "(v b) n d -> (v n) b d", v=views)
 
 

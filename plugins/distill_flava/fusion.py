@@ -15,7 +15,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.interfaces import FusionHead
 from distill_core.outputs import Features, Fused
 from distill_core.plan import Needs, Plan, same_dim
-from distill_vl.transformer import Transformer
+from distill_vl.transformer import Sequences, Transformer
 
 
 class MultimodalEncoderConfig(ComponentConfig):
@@ -101,7 +101,7 @@ class MultimodalEncoder(FusionHead):
         """sequence [N, S, D], real [N, S] -> [N, S, D]; what is not real is neither seen nor computed."""
         starts = torch.zeros(len(real) + 1, dtype=torch.long, device=real.device)
         starts[1:] = real.sum(1).cumsum(0)
-        packed: Tensor = self.ln_post(self.transformer.packed(sequence[real], starts, None, causal=False))
+        packed: Tensor = self.ln_post(self.transformer(sequence[real], Sequences(starts)))
         padded = packed.new_zeros(sequence.shape)
         padded[real] = packed
         return padded

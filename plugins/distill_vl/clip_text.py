@@ -18,7 +18,7 @@ from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Encoded, Features
 from distill_core.plan import Plan
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
-from distill_vl.transformer import Activation, Block, Transformer
+from distill_vl.transformer import Activation, Block, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -142,7 +142,7 @@ class ClipText(Backbone):
         padded, place, rows, at_end = (x.to(device, non_blocking=True) for x in (padded, place, rows, at_end))
         flat = torch.cat([x.flatten() for x in ids])[padded]
         sequence = self.token_embedding(flat) + embedding(place, self.positional_embedding)
-        out = self.ln_final(self.transformer.packed(sequence, starts.int(), rows, causal=True))
+        out = self.ln_final(self.transformer(sequence, Sequences(starts.int(), causal=True), rows))
         return list(torch.split(out.index_select(0, at_end), sizes)), out[:whole]
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -158,9 +158,11 @@ class ClipText(Backbone):
             x = self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         if not tokens:
-            classes = self.ln_final(self.transformer.at(sequence, end, causal=True))
-            return Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
-        sequence = self.ln_final(self.transformer(sequence, causal=True))
+            (read,) = self.transformer.together([sequence], [end[:, None]], causal=True)
+            classes = self.ln_final(read)
+            return Encoded(classes[:, 0] @ self.text_projection, class_tokens=classes)
+        (sequence,) = self.transformer.together([sequence], [None], causal=True)
+        sequence = self.ln_final(sequence)
         classes = sequence[torch.arange(x.shape[0], device=x.device), end]
         mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
         return Encoded(classes @ self.text_projection, sequence, mask, classes[:, None])

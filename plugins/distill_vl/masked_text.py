@@ -18,7 +18,7 @@ from distill_core.plan import ModalityPlan, Plan
 from distill_vl.clip_text import Positive, TextCollator, example_texts
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
-from distill_vl.transformer import Block, Transformer
+from distill_vl.transformer import Sequences, Transformer
 
 
 class TokenMaskingConfig(ComponentConfig):
@@ -117,7 +117,7 @@ class BertText(Backbone):
         """
         sequence, real, starts = self._embed(x, token_mask)
         first = starts[:-1]
-        packed = self.transformer.packed(sequence[real], starts, None if tokens else first, causal=False)
+        packed = self.transformer(sequence[real], Sequences(starts), None if tokens else first)
         packed = self.ln_final(packed)
         classes = packed[first] if tokens else packed
         encoded = Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
@@ -134,14 +134,10 @@ class BertText(Backbone):
     def class_attention(self, x: Tensor) -> Tensor:
         """ids [N, L] -> the start token's weights over all positions in the last block, [N, H, L]."""
         sequence, real, starts = self._embed(x, None)
-        *body, last = self.transformer.resblocks
-        packed = sequence[real]
-        for block in body:
-            packed = block.packed(packed, starts, None, causal=False)  # type: ignore[operator]
+        packed = self.transformer.body(sequence[real], Sequences(starts))
         padded = packed.new_zeros(sequence.shape)
         padded[real] = packed
-        assert isinstance(last, Block)
-        return last.weights(padded, starts.new_zeros(len(x)), real)
+        return self.transformer.last.weights(padded, starts.new_zeros(len(x)), real)
 
     def _embed(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """ids [N, L] -> the transformer's input [N, L, W], which of it is real [N, L], and `starts` of packed rows."""

@@ -1,11 +1,17 @@
 """Pre-norm residual blocks in the CLIP layout; parameters are named as CLIP checkpoints name them.
 
-N sequences, L tokens, T tokens of all sequences one after the other (packed), W width, H heads.
+`Block.forward(x, sequences, rows)` is the one way through a block: x [T, W] holds the tokens of all sequences, one
+sequence after the other, `Sequences` says where each begins and what its tokens attend to, and `rows` names the tokens
+whose output is wanted. So what wraps `forward` (hooks, compilation, checkpointing, sharding) wraps every use, and a
+change of the block is one edit.
+
+N sequences, L tokens of each, Q of them read, T tokens of all sequences, W width, H heads, K head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -16,8 +22,83 @@ from torch.nn.functional import linear
 
 from distill_kernels import attend_to_tokens, packed_attention, self_attention, split_heads
 
-DENSE = ("plain", "value", "value_value", "correlative")
-"""What a last layer's tokens may attend by, for dense embeddings: see `Attention.dense`."""
+_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
+    "plain": (("q", "k"),),
+    "value": (),
+    "value_value": (("v", "v"),),
+    "correlative": (("q", "q"), ("k", "k")),
+}
+
+DENSE = tuple(_PAIRS)
+"""What tokens may attend by, for dense embeddings: `Sequences.attention`."""
+
+RowIndex = Tensor | Sequence[Tensor | None]
+"""Of which tokens the output is wanted: rows [R] of x; or, where sequences stand in groups of one length, for each
+group positions [N, Q] in its sequences, or None for all. (Few positions need no keys and values of all tokens.)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Where the sequences in x [T, W] begin, and what their tokens attend to. Made once a pass, for all blocks.
+
+    Raises ValueError where nothing says where they begin, for an unknown `attention`, and for one other than `plain` of
+    sequences of several lengths.
+    """
+
+    starts: Tensor | None = None
+    """[N + 1] integers: the first row of each sequence, then T. On the CPU if they are known there: attention reads
+    the lengths on the host, once for a tensor. None: `shapes` has the one group that there is."""
+    shapes: tuple[tuple[int, int], ...] = ()
+    """(N, L) of each group, where the sequences stand in groups of one length; see `Sequences.of`."""
+    causal: bool = False
+    """A token attends to those up to itself, not to all of its sequence."""
+    attention: str = "plain"
+    """`plain`: softmax(QK') V. For dense embeddings each token may gather the values of those that are like it instead.
+    `value`: V, its own (MaskCLIP, Zhou et al. 2022). `value_value`: softmax(VV') V, the attention of CLIP Surgery
+    (Li et al. 2023), which has it in several last layers, on a second path without the MLP; here it is a block's own,
+    with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP)."""
+
+    def __post_init__(self) -> None:
+        if self.attention not in _PAIRS:
+            raise ValueError(f"no attention {self.attention!r} (there are: {', '.join(DENSE)})")
+        if self.attention != "plain" and (self.causal or len(self.shapes) != 1):
+            raise ValueError(f"{self.attention!r} attention is for one group of sequences of one length, not causal")
+        if self.starts is None and len(self.shapes) != 1:
+            raise ValueError("sequences begin at `starts`; only one group of one length needs none")
+
+    @classmethod
+    def of(cls, *shapes: tuple[int, int], causal: bool = False, attention: str = "plain") -> Sequences:
+        """Groups of N sequences of L tokens, each (N, L), one group after the other."""
+        starts = None
+        if len(shapes) > 1:
+            starts = torch.tensor([0, *accumulate(length for n, length in shapes for _ in range(n))], dtype=torch.int32)
+        return cls(starts, shapes, causal, attention)
+
+    def groups(self, x: Tensor) -> list[tuple[Tensor, Sequences]]:
+        """x [T, W] -> each group's part of it, with what says so."""
+        if len(self.shapes) == 1:
+            return [(x, self)]
+        parts = torch.split(x, [n * length for n, length in self.shapes])
+        return [(part, Sequences.of(shape, causal=self.causal)) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def take(self, x: Tensor, rows: RowIndex | None) -> Tensor:
+        """x [T, W] -> [R, W], in the order of `rows`."""
+        if rows is None:
+            return x
+        if isinstance(rows, Tensor):
+            return x.index_select(0, rows)
+        picked = zip(self.groups(x), rows, strict=True)
+        return _joined([part if at is None else _at(part, group, at).flatten(0, 1) for (part, group), at in picked])
+
+
+def _at(x: Tensor, group: Sequences, positions: Tensor) -> Tensor:
+    """x [N * L, W] of one group, positions [N, Q] -> [N, Q, W]."""
+    ((n, length),) = group.shapes
+    return x.view(n, length, -1)[torch.arange(n, device=x.device)[:, None], positions]
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -44,44 +125,55 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        """x [N, L, W] -> [N, L, W]."""
-        out: Tensor = self.out_proj(rearrange(self_attention(*self._project(x), causal=causal), "n h l k -> n l (h k)"))
-        return out
+    def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None, *, norm: nn.LayerNorm) -> Tensor:
+        """Of norm(x), x [T, W]: [T, W], or at `rows` alone [R, W].
 
-    def dense(self, x: Tensor, attention: str) -> Tensor:
-        """As `forward`, not causal, where each token gathers the values of those that are like it.
-
-        `plain`: softmax(QK') V. `value`: V, its own (MaskCLIP, Zhou et al. 2022). `value_value`: softmax(VV') V,
-        the attention of CLIP Surgery (Li et al. 2023), which has it in several last layers, on a second path without
-        the MLP; here it is the last block's, with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al.
-        2023, SCLIP). Raises ValueError for any other.
+        The norm is handed over, not applied before: where few positions are read it goes into the weights.
         """
-        q, k, v = self._project(x)
-        pairs = {"plain": [(q, k)], "value": [], "value_value": [(v, v)], "correlative": [(q, q), (k, k)]}
-        if attention not in pairs:
-            raise ValueError(f"no attention {attention!r} (there are: {', '.join(DENSE)})")
-        parts = [self_attention(a, b, v, causal=False) for a, b in pairs[attention]]
-        mixed = torch.stack(parts or [v]).sum(0)
-        out: Tensor = self.out_proj(rearrange(mixed, "n h l k -> n l (h k)"))
+        if rows is None or isinstance(rows, Tensor):
+            mixed = sequences.take(self._mixed(norm(x), sequences), rows)
+        else:
+            mixed = _joined(
+                [
+                    self._mixed(norm(part), group) if at is None else self._mixed_at(part, group, at, norm)
+                    for (part, group), at in zip(sequences.groups(x), rows, strict=True)
+                ]
+            )
+        out: Tensor = self.out_proj(mixed)
         return out
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, L, W] -> q, k, v [N, H, L, K]."""
-        n, length, _ = x.shape
-        (q,), (k,), (v,) = split_heads(self._rows(x.flatten(0, 1)), [(n, length)])
-        return q, k, v
+    def _mixed(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """What each token gathers, all heads side by side: x [T, W] -> [T, W]."""
+        qkv = rearrange(linear(x, self.in_proj_weight, self.in_proj_bias), "t (j h k) -> t j h k", j=3, h=self.heads)
+        if len(sequences.shapes) != 1:
+            assert sequences.starts is not None
+            return packed_attention(qkv, sequences.starts, causal=sequences.causal).flatten(1)
+        (q,), (k,), (v,) = split_heads(qkv, sequences.shapes)
+        by = {"q": q, "k": k, "v": v}
+        gathered = [
+            self_attention(by[a], by[b], v, causal=sequences.causal) for a, b in _PAIRS[sequences.attention]
+        ] or [v]
+        return rearrange(sum(gathered[1:], gathered[0]), "n h l k -> (n l) (h k)")
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """x [T, W] -> [T, 3, H, K]."""
-        return rearrange(linear(x, self.in_proj_weight, self.in_proj_bias), "t (j h k) -> t j h k", j=3, h=self.heads)
-
-    def packed(self, x: Tensor, starts: Tensor, *, causal: bool) -> Tensor:
-        """x [T, W] -> [T, W]; `starts` [N + 1] are the sequences' first rows, then T. Before `out_proj`."""
-        return rearrange(packed_attention(self._rows(x), starts, causal=causal), "t h k -> t (h k)")
+    def _mixed_at(self, x: Tensor, group: Sequences, positions: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """As `_mixed` of norm(x), at few positions [N, Q] of x [N * L, W] -> [N * Q, W]. Causal: Q is 1."""
+        if group.attention != "plain" or (group.causal and positions.shape[1] != 1):
+            raise ValueError("few rows are read by plain attention, and one of a causal sequence")
+        values = attend_to_tokens(
+            norm(_at(x, group, positions)).transpose(0, 1),
+            x.view(*group.shapes[0], -1),
+            ln_weight=norm.weight,
+            ln_bias=norm.bias,
+            in_proj_weight=self.in_proj_weight,
+            in_proj_bias=self.in_proj_bias,
+            heads=self.heads,
+            lengths=positions[:, 0] + 1 if group.causal else None,
+            eps=norm.eps,
+        )
+        return values.transpose(0, 1).flatten(0, 1)
 
     def weights(self, row: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-        """With which `Block.at` reads x [N, L, W] for one query a sequence, row [N, W]: [N, H, L]; mask [N, L]."""
+        """With which one query a sequence, row [N, W], reads x [N, L, W], both normalised: [N, H, L]; mask [N, L]."""
         width = x.shape[-1]
         q = linear(row[:, None], self.in_proj_weight[:width], self.in_proj_bias[:width])
         k = linear(x, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
@@ -126,51 +218,19 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, mlp_ratio, activation)
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        """x [N, L, W] -> [N, L, W]."""
-        x = x + self.attn(self.ln_1(x), causal=causal)
+    def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None) -> Tensor:
+        """x [T, W] -> [T, W], or at `rows` alone [R, W]: after the attention the rest is not computed."""
+        x = sequences.take(x, rows) + self.attn(x, sequences, rows, norm=self.ln_1)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
-
-    def dense(self, x: Tensor, attention: str) -> Tensor:
-        """x [N, L, W] -> [N, L, W], with another attention (`Attention.dense`)."""
-        x = x + self.attn.dense(self.ln_1(x), attention)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
-
-    def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
-        """x [T, W] -> [T, W], or only `rows` [R] of it, [R, W]: behind the attention the rest is not computed."""
-        mixed = self.attn.packed(self.ln_1(x), starts, causal=causal)
-        if rows is not None:
-            x, mixed = x.index_select(0, rows), mixed.index_select(0, rows)
-        x = x + self.attn.out_proj(mixed)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
-
-    def at(self, x: Tensor, index: Tensor, lengths: Tensor | None) -> Tensor:
-        """The output at few positions a sequence, `index` [N] or [N, Q], of x [N, L, W], of which the first `lengths`
-        [N] count -> [N, W] or [N, Q, W]; the rest is not computed."""  # fmt: skip
-        places = index if index.ndim == 2 else index[:, None]
-        rows = x[torch.arange(x.shape[0], device=x.device)[:, None], places]  # [N, Q, W]
-        values = attend_to_tokens(
-            self.ln_1(rows).transpose(0, 1),
-            x,
-            ln_weight=self.ln_1.weight,
-            ln_bias=self.ln_1.bias,
-            in_proj_weight=self.attn.in_proj_weight,
-            in_proj_bias=self.attn.in_proj_bias,
-            heads=self.attn.heads,
-            lengths=lengths,
-            eps=self.ln_1.eps,
-        )
-        rows = (rows + self.attn.out_proj(values).transpose(0, 1)).reshape(*index.shape, x.shape[-1])
-        return rows + self.mlp(self.ln_2(rows))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
-        """With which position `index` [N] reads x [N, L, W]: [N, H, L]; mask [N, L]."""
+        """With which position `index` [N] reads x [N, L, W]: [N, H, L]; mask [N, L]. Only for pictures."""
         normed = self.ln_1(x)
         return self.attn.weights(normed[torch.arange(len(x), device=x.device), index], normed, mask)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; the last may be computed at few positions a sequence only."""
+    """A stack of blocks; of the last, few rows may be asked."""
 
     def __init__(
         self, width: int, layers: int, heads: int, mlp_ratio: float, activation: Activation = "gelu", eps: float = 1e-5
@@ -178,63 +238,43 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList([Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers)])
 
-    def forward(self, x: Tensor, *, causal: bool) -> Tensor:
-        """x [N, L, W] -> [N, L, W]."""
-        for block in self.resblocks:
-            x = block(x, causal=causal)
+    @property
+    def last(self) -> Block:
+        """The last block."""
+        block = self.resblocks[-1]
+        assert isinstance(block, Block)
+        return block
+
+    def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None) -> Tensor:
+        """x [T, W] -> [T, W], or at `rows` alone [R, W]."""
+        return self.last(self.body(x, sequences), sequences, rows)  # type: ignore[no-any-return]
+
+    def body(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """All blocks but the last: x [T, W] -> [T, W]."""
+        for block in self.resblocks[:-1]:
+            x = block(x, sequences)
         return x
 
-    def dense(self, x: Tensor, attention: str) -> Tensor:
-        """x [N, L, W] -> [N, L, W], not causal, with another attention (`Attention.dense`) in the last block."""
-        for block in self.resblocks[:-1]:
-            x = block(x, causal=False)
-        last = self.resblocks[-1]
-        assert isinstance(last, Block)
-        return last.dense(x, attention)
+    def weights(self, x: Tensor, index: Tensor, *, causal: bool = False) -> Tensor:
+        """With which position `index` [N] reads x [N, L, W] in the last block: [N, H, L]. Only for pictures."""
+        n, length, _ = x.shape
+        x = self.body(x.flatten(0, 1), Sequences.of((n, length), causal=causal)).view(x.shape)
+        seen = torch.arange(length, device=x.device) <= index[:, None]
+        return self.last.weights(x, index, seen if causal else None)
 
-    def at(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
-        """The output at `index` [N] alone, [N, W]; not causal, [N, Q] as well. Causal stacks see tokens 0..index."""
-        for block in self.resblocks[:-1]:
-            x = block(x, causal=causal)
-        last = self.resblocks[-1]
-        assert isinstance(last, Block)
-        return last.at(x, index, index + 1 if causal else None)
+    def together(
+        self, inputs: Sequence[Tensor], positions: Sequence[Tensor | None], *, causal: bool = False
+    ) -> list[Tensor]:
+        """Several [N, L, W] in one pass -> of each [N, L, W], or at `positions` [N, Q] alone [N, Q, W].
 
-    def weights(self, x: Tensor, index: Tensor, *, causal: bool) -> Tensor:
-        """With which position `index` [N] reads x [N, L, W] in the last block: [N, H, L]."""
-        *body, last = self.resblocks
-        for block in body:
-            x = block(x, causal=causal)
-        assert isinstance(last, Block)
-        seen = torch.arange(x.shape[1], device=x.device) <= index[:, None]
-        return last.weights(x, index, seen if causal else None)
-
-    def packed(self, x: Tensor, starts: Tensor, rows: Tensor | None, *, causal: bool) -> Tensor:
-        """The output of packed sequences x [T, W]: at `rows` [N] alone, [N, W], or [T, W]."""
-        last = len(self.resblocks) - 1
-        for i, block in enumerate(self.resblocks):
-            assert isinstance(block, Block)
-            x = block.packed(x, starts, rows if i == last else None, causal=causal)
-        return x
-
-    def together(self, sequences: Sequence[Tensor], index: Sequence[Tensor | None]) -> list[Tensor]:
-        """Several [N, L, W], not causal: whole, or where an index is given as `at` has it.
-
-        All but the last block run on one packed sequence, so that each weight is read once, and its gradient is one
-        product instead of a sum of several.
+        So each weight is read once, and its gradient is one product instead of a sum of several.
         """
-        *body, last = self.resblocks
         # by length: sequences that attention takes together then stand together, and nothing is copied
-        order = sorted(range(len(sequences)), key=lambda i: sequences[i].shape[1])
-        shapes = [sequences[i].shape for i in order]
-        x = torch.cat([sequences[i].flatten(0, 1) for i in order])
-        lengths = [shape[1] for shape in shapes for _ in range(shape[0])]
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)  # stays on the CPU, where it is read
-        for block in body:
-            x = block.packed(x, starts, None, causal=False)  # type: ignore[operator]
-        rows = torch.split(x, [shape[:2].numel() for shape in shapes])
-        outs: list[Tensor] = [x] * len(rows)
-        for i, part, shape in zip(order, rows, shapes, strict=True):
-            part, at = part.view(shape), index[i]
-            outs[i] = last(part, causal=False) if at is None else last.at(part, at, None)  # type: ignore[operator]
-        return outs
+        order = sorted(range(len(inputs)), key=lambda i: inputs[i].shape[1])
+        sequences = Sequences.of(*[(inputs[i].shape[0], inputs[i].shape[1]) for i in order], causal=causal)
+        rows = None if all(at is None for at in positions) else [positions[i] for i in order]
+        out = self(_joined([inputs[i].flatten(0, 1) for i in order]), sequences, rows)
+        wanted = [inputs[i].shape[:2] if (at := positions[i]) is None else at.shape for i in order]
+        parts = [out] if len(order) == 1 else torch.split(out, [n * count for n, count in wanted])
+        by_input = {i: part.view(*shape, -1) for i, part, shape in zip(order, parts, wanted, strict=True)}
+        return [by_input[i] for i in range(len(inputs))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -18,7 +19,7 @@ from distill_core.interfaces import Backbone, BackboneSpec, Collator
 from distill_core.outputs import Encoded
 from distill_core.plan import ModalityPlan
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
-from distill_vl.transformer import DENSE, Activation, Transformer
+from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -142,24 +143,23 @@ class VisionTransformer(Backbone):
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
-        sequence = self._embed(x, token_mask)
-        if tokens:
-            return self._read(self.transformer(sequence, causal=False), tokens=True)
-        return self._read(self.transformer.at(sequence, self._class_index(x), causal=False), tokens=False)
+        return self.encode_together([(x, tokens, token_mask)])[0]
 
     def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
         """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
 
-        What the last block attends by: `transformer.Attention.dense`.
+        What the last block attends by: `transformer.Sequences.attention`.
         """
-        out = self.ln_post(self.transformer.dense(self._embed(x, None), attention)) @ self.proj
+        sequence = self._embed(x, None)
+        plain = Sequences.of((sequence.shape[0], sequence.shape[1]))
+        body = self.transformer.body(sequence.flatten(0, 1), plain)
+        out = self.transformer.last(body, replace(plain, attention=attention))
+        out = self.ln_post(out.view(sequence.shape)) @ self.proj
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
         return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
 
     def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
-        if len(inputs) == 1:
-            return super().encode_together(inputs)
         sequences = [self._embed(x, token_mask) for x, _, token_mask in inputs]
         index = [None if tokens else self._class_index(x) for x, tokens, _ in inputs]
         outs = self.transformer.together(sequences, index)
@@ -172,7 +172,8 @@ class VisionTransformer(Backbone):
 
     def class_attention(self, x: Tensor) -> Tensor:
         """x [N, 3, S, S] -> the first class token's weights over the patches in the last block, [N, H, L]."""
-        weights = self.transformer.weights(self._embed(x, None), self._class_index(x)[:, 0], causal=False)
+        sequence = self._embed(x, None)
+        weights = self.transformer.weights(sequence, self._class_index(x)[:, 0])
         return weights[..., self.config.class_tokens :]
 
     def _embed(self, x: Tensor, token_mask: Tensor | None) -> Tensor:

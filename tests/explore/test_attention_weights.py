@@ -22,7 +22,7 @@ from distill_vl.clip_text import ClipText
 from distill_vl.masked_text import BertText
 from distill_vl.token_fusion import CrossPooler
 from distill_vl.tokenizer import ClipTokenizer
-from distill_vl.transformer import attention_weights
+from distill_vl.transformer import Sequences, attention_weights
 from distill_vl.vit import VisionTransformer
 
 D, HEADS, LENGTH = 12, 3, 9
@@ -177,7 +177,8 @@ def test_a_towers_embedding_is_read_with_its_weights(cls: Any, options: dict[str
         else:
             sequence = tower._embed(ids, None) if vit else tower._embed(ids, None)[0]
         for block in body:
-            sequence = block(sequence, causal=causal)
+            length = sequence.shape[1]
+            sequence = block(sequence[0], Sequences.of((1, length), causal=causal))[None]
         if vit:  # the class tokens' own share
             own = last.weights(sequence, torch.tensor([0]), None)[0, :, :2]
             row = torch.cat([own, row], -1)

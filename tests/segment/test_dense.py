@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from distill_core.batch import View
 from distill_core.errors import UserError
 from distill_vl.example import model
+from distill_vl.transformer import Sequences
 from distill_vl.vit import VisionTransformer, VisionTransformerConfig
 
 
@@ -45,7 +46,7 @@ def transcribed(vit: VisionTransformer, x: Tensor, attention: str) -> Tensor:
     *body, last = vit.transformer.resblocks
     h = vit._embed(x, None)
     for block in body:
-        h = block(h, causal=False)
+        h = block(h.flatten(0, 1), Sequences.of((h.shape[0], h.shape[1]))).view(h.shape)
     q, k, v = linear(last.ln_1(h), last.attn.in_proj_weight, last.attn.in_proj_bias).chunk(3, -1)
     heads = []
     for head in range(3):

@@ -43,6 +43,5 @@ class FusedAgreement(Loss):
         return Needs(teacher=True, fused=True, modalities=tuple(plan.modalities))
 
     def forward(self, outputs):
-        teacher = outputs.teacher["default"]
-        agreement = {m: (outputs.fused[m].embedding * seen.embedding[:1]).sum(-1) for m, seen in teacher.items()}
-        return {"agreement": sum((1 - cosine).mean() for cosine in agreement.values()) / len(agreement)}, {}
+        pairs = [(outputs.fused[m].embedding, seen.embedding[:1]) for m, seen in outputs.teacher["default"].items()]
+        return {"agreement": sum((1 - (x * y).sum(-1)).mean() for x, y in pairs) / len(pairs)}, {}

@@ -192,6 +192,7 @@ def words_of_methods(source: str) -> list[tuple[int, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_extras_that_are_asked_for_exist() -> None:
     """As pip names them: one spelt with an underscore is unknown to pip 23, which Python 3.11 brings."""
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])

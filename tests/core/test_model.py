@@ -116,6 +116,7 @@ def test_class_token_is_what_the_embedding_is_projected_from(trained: SimpleName
         model.encode("image", pictures, features="class_tokens")
 
 
+@pytest.mark.slow
 def test_encode_takes_what_people_have(trained: SimpleNamespace, tmp_path: Path) -> None:
     """Bytes, paths, PIL pictures and arrays of one picture are one embedding; batches do not change it."""
     pictures, texts = contents(trained.shard)
@@ -136,6 +137,7 @@ def test_encode_takes_what_people_have(trained: SimpleNamespace, tmp_path: Path)
     torch.testing.assert_close(model.encode("text", texts), whole[:4], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_threads_read_ahead_in_order(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU. Catches items that come as their threads finish, and a bad one that takes others with it."""
     model = distill_core.load(trained.run)
@@ -187,6 +189,7 @@ def test_what_cannot_be_encoded(trained: SimpleNamespace, tmp_path: Path) -> Non
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded(trained: SimpleNamespace, tmp_path: Path, tiny_recipe: Path, registry: Registry) -> None:
     with pytest.raises(UserError, match=r"no such run folder, did you mean 'tiny'\?"):
         distill_core.load(trained.run[:-1])

@@ -129,6 +129,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "said"), [("loss", "the loss is not finite"), ("gradient", "gradient's norm is nan")])
 def test_not_finite_stops(
     tiny_recipe: Path,
@@ -164,6 +165,7 @@ def test_not_finite_stops(
     assert all(torch.isfinite(value).all() for value in saved["objective"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_not_finite_may_be_passed_over(run: Run, what: str) -> None:
     """Catches a skipped step that moves weights, teacher or optimiser all the same, or is not counted."""
@@ -200,6 +202,7 @@ def test_rows_are_json_even_when_values_are_not_finite(run: Run) -> None:
     assert math.isfinite(row["terms"]["contrastive"])
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_data_of_unknown_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """12 samples in batches of 16: told once. Catches false alarms, too: the same in batches of 4."""
     run("train.steps=3", "data.batch_size=16", "data.source.samples=null", "evaluate=null")
@@ -271,6 +274,7 @@ def test_schedules_by_hand() -> None:
     assert [flat.factor(i, 9) for i in (0, 1, 3, 4, 8)] == pytest.approx([0.25, 0.5, 1, 1, 1])
 
 
+@pytest.mark.slow
 def test_bf16(run: Run) -> None:
     """Catches weights, teacher or optimiser state that end up in bf16, and a bf16 run that is fp32 in truth."""
     rough, exact = (run(f"train.precision={precision}", "seed=3") for precision in ("bf16", "fp32"))
@@ -302,6 +306,7 @@ def test_matmul_precision_is_set_and_said(
     assert f"trained parameters, sums in {precision}" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_evaluates_on_the_way_and_keeps_the_best(run: Run) -> None:
     """Catches a best checkpoint by the last or the lowest score or by the test split, one that `keep` deletes, and
     evaluations at the wrong steps."""
@@ -368,6 +373,7 @@ def test_the_last_step_may_be_the_best(run: Run) -> None:
     assert Checkpoints(folder.path).read("best")["step"] == 4
 
 
+@pytest.mark.slow
 def test_an_unknown_best_score_is_told_once(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a long run that dies of a misspelt score at its first validation, or keeps no best in silence."""
     Scripted.calls = 0
@@ -384,6 +390,7 @@ def test_an_unknown_best_score_is_told_once(run: Run, capsys: pytest.CaptureFixt
         Checkpoints(folder.path).read("best")
 
 
+@pytest.mark.slow
 def test_epochs_make_steps(tiny_recipe: Path, more: Registry, run: Run) -> None:
     """12 samples, batches of 4. Catches a wrong length, and epochs that win over steps."""
     folder = run(*PLAIN, "train.steps=null", "train.epochs=1.7")
@@ -433,6 +440,7 @@ def go_on(folder: RunFolder, registry: Registry, checkpoint: str = "last") -> No
     Trainer(run_recipe(folder.path, registry), RunFolder(folder.path), resume=checkpoint, quiet=True).run()
 
 
+@pytest.mark.slow
 def test_going_back_keeps_both_branches(
     run: Run, more: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -476,6 +484,7 @@ def test_going_back_keeps_both_branches(
     assert [path.name for path in folder.path.glob("set-aside-*")] == ["set-aside-1"]
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_of_the_common_part_stays(run: Run, more: Registry) -> None:
     """Catches a score of the abandoned branch that the new one is held to, and a best that is forgotten."""
     Scripted.calls = 0
@@ -493,6 +502,7 @@ def test_a_best_checkpoint_of_the_common_part_stays(run: Run, more: Registry) ->
     assert checkpoints.read("4")["best"] == 5.0
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_gone_back_behind(run: Run, more: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     """One flipped bit in the last one: the run goes on from the one before, and keeps the damaged file elsewhere."""
     folder = run("train.steps=4", "train.checkpoint={every: 2, keep: 2}")
@@ -526,6 +536,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch, number: int, *calls: int) -> None:
     monkeypatch.setattr(os, "fsync", failing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_save_that_fails_is_tried_again(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
@@ -543,6 +554,7 @@ def test_a_save_that_fails_is_tried_again(
     assert [row["step"] for row in training(folder)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_save_fails_says_so(
     tiny_recipe: Path,
     more: Registry,
@@ -584,6 +596,7 @@ def test_a_signal_whose_save_fails(
     assert Checkpoints(folder.path).steps() == []
 
 
+@pytest.mark.slow
 def test_a_best_score_that_was_not_saved_does_not_count(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the scores 3, 9, 5 the 9 meets a full disk: catches a best.pt that stays at 3."""
     Scripted.calls = 0
@@ -598,6 +611,7 @@ def test_a_best_score_that_was_not_saved_does_not_count(run: Run, monkeypatch: p
     assert Checkpoints(folder.path).read()["best"] == 5.0
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_removed(
     run: Run, more: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

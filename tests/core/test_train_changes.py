@@ -35,6 +35,7 @@ def resume(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> Resume:
     return make
 
 
+@pytest.mark.slow
 def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches options of the optimiser that the checkpoint's state writes over, a decay that parameters get which are
     to have none, and changes without a word."""
@@ -68,6 +69,7 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
         assert change in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -109,6 +109,7 @@ def init(source: Path, **options: str) -> str:
     return f'weights=[{{name: state_dict, source: "{source}"{more}}}]'
 
 
+@pytest.mark.slow
 def test_weights_of_a_run(trainer: Make, other: Trainer) -> None:
     """Catches weights that are not taken, are taken for the wrong part, or a teacher that stays behind."""
     theirs = Checkpoints(other.folder.path).read()["objective"]
@@ -184,6 +185,7 @@ def test_weights_that_do_not_fit(trainer: Make, other: Trainer, tmp_path: Path) 
     assert "1 of this model keep their first weights" in made.load_reports[0].line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "options", "said"),
     [
@@ -204,6 +206,7 @@ def test_sources_that_cannot_be_used(
         trainer(init(path, **options))
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_trains_on(trainer: Make, other: Trainer) -> None:
     """Catches weights that are loaded behind the optimiser's back: the first step must start from them."""
     made = trainer(init(other.folder.path), "train.steps=1", "train.optimizer.lr=1e-6")

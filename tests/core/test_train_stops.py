@@ -171,6 +171,7 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert terms[0] == terms[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_of_a_component(start: Start, capsys: pytest.CaptureFixture[str], workers: int) -> None:
     """Catches steps that are thrown away, and a state of the batch or the random numbers that the error met: resumed
@@ -187,6 +188,7 @@ def test_an_error_of_a_component(start: Start, capsys: pytest.CaptureFixture[str
     assert_same_end(run, start(*overrides).run().folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data(start: Start, capsys: pytest.CaptureFixture[str], workers: int) -> None:
     """As above, for a batch that cannot be made: other workers are some batches ahead then."""
@@ -301,6 +303,7 @@ def test_sighup_is_left_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_many_skipped_steps_in_a_row(start: Start, more: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a run that skips to its end, and one that stops though it had recovered."""
     skip = ("train.nonfinite=skip", "train.max_nonfinite=3", "train.steps=9")
@@ -321,6 +324,7 @@ def test_many_skipped_steps_in_a_row(start: Start, more: Registry, monkeypatch: 
     assert Checkpoints(result.folder).read()["skipped_steps"] == 6
 
 
+@pytest.mark.slow
 def test_a_restart_of_one_process(
     tiny_recipe: Path,
     more: Registry,

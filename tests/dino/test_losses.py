@@ -73,6 +73,7 @@ def patch_loss(
     return said.transcription.ibot(student, targets, masks.tolist(), 0.1)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("centring", CENTRINGS)
 @pytest.mark.parametrize("token", [0, 1])
 def test_dino(steps: ModuleType, transcription: ModuleType, centring: str, token: int) -> None:

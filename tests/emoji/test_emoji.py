@@ -97,6 +97,7 @@ def test_other_sizes_and_oblong_drawings_are_square(every: list[concepts.Concept
         assert picture.getbbox()[1] > 2  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_no_concept_or_base_concept_is_in_two_splits_in_any_style(tmp_path: Path) -> None:
     one = emoji(tmp_path, limit=700, size=8)
     one.prepare()
@@ -147,6 +148,7 @@ def test_prepare_again_writes_nothing(small: EmojiSource) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "shorten", "remove", "manifest"])
 def test_damage_is_mended(tmp_path: Path, small: EmojiSource, damage: str) -> None:
     one = emoji(tmp_path, limit=20)

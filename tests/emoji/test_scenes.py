@@ -16,6 +16,7 @@ from distill_emoji import scenes as scenes_module
 from distill_emoji.scenes import EmojiScenes, ScenesConfig, _cells
 
 
+@pytest.mark.slow
 def test_conforms() -> None:
     assert_conforms(EmojiScenes)
 

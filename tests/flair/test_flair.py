@@ -37,6 +37,7 @@ def weights(objective_or_fusion: Any, modality: str = "image") -> dict[str, Tens
     return {**found, "map": fusion.token_map[modality].weight}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negatives", ["one", "all"])
 def test_loss_and_gradients_against_the_transcription(
     transcription: ModuleType, step: ModuleType, negatives: str
@@ -265,6 +266,7 @@ def test_sampled_captions() -> None:
         made.train_views(sample(), np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_is_learned(step: ModuleType) -> None:
     """Both terms fall far below what logits that know nothing of the pairs can reach."""
     made: Objective = step.objective(chunk=6)

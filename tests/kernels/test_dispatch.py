@@ -167,6 +167,7 @@ def test_every_op_is_listed_and_loads() -> None:
         load_op("convolution")
 
 
+@pytest.mark.slow
 def test_every_op_can_be_tuned_here() -> None:
     """Each op makes cases that some backend runs, and names a bucket for them."""
     for name in OPS:

@@ -87,6 +87,7 @@ def test_a_recipe_needs_all_that_it_is_composed_of(recipe: Path, method: str, on
         load_recipe(recipe, registry=only(composed_of(recipe) - {method}), allow_unset=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 def test_a_study_needs_the_methods_that_it_compares(file: Path, only: Only) -> None:
     def check(methods: set[str]) -> None:

@@ -90,6 +90,7 @@ def test_ties_and_nan_count_against_the_model() -> None:
     assert ranks_of_class(torch.tensor([[nan]]), torch.tensor([0])).tolist() == [1]
 
 
+@pytest.mark.slow
 def test_confusion_against_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     truth, chosen = torch.randint(0, 7, (2, 500))
@@ -97,6 +98,7 @@ def test_confusion_against_scikit_learn() -> None:
     assert confusion(truth, chosen, 7).shape == (7, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [4, 60])
 def test_confusion_pictures(classes: int) -> None:
     """A matrix, and the list of pairs where there are too many classes for one; nothing where nothing is confused."""
@@ -139,6 +141,7 @@ def test_logistic_regression_against_scikit_learn(c: float) -> None:
     torch.testing.assert_close(mine, torch.tensor(theirs.predict_proba(asked.numpy())).float(), rtol=0, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_a_fit_multiplies_no_subnormal_numbers() -> None:
     """They cost some processors a hundred times what others cost: a fit of 2,786 pictures took 122 s. Classes that are
     far apart but for a few samples have probabilities down to e^-200."""

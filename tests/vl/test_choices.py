@@ -111,6 +111,7 @@ def test_every_recipe_can_be_asked(registry: Registry, name: str) -> None:
     assert choices(registry, name, device=torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_on_a_cpu_the_choices_are_those_that_run(registry: Registry) -> None:
     made = choices(registry, "cosmos_tiny", device=torch.device("cpu"))
     assert {(c.op, c.backend) for c in made} == {

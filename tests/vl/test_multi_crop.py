@@ -99,6 +99,7 @@ def test_jitter_is_torchvisions_in_the_drawn_order() -> None:
         assert np.array_equal(np.asarray(ours), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_probabilities() -> None:
     """Catches a recolouring that is always or never applied, or applied to the wrong crop."""
     plain = {"jitter_p": 0.0, "grey": 0.0, "blur": [0, 0, 0], "solarise": 0.0, "flip": 0.0, "size": 16, "local_size": 8}

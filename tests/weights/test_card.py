@@ -17,6 +17,7 @@ from distill_weights.card import public
 from tests.weights.conftest import call
 
 
+@pytest.mark.slow
 def test_the_card(make_run: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("open_clip")
     run = make_run()
@@ -42,6 +43,7 @@ def recipe_of(card: str) -> Any:
 SECRET = "s3cr3t"
 
 
+@pytest.mark.slow
 def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """A token in a source's command, a folder of this machine, a tracker: none is published with the weights."""
     pytest.importorskip("transformers")
@@ -62,6 +64,7 @@ def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path:
     assert public({"folder": f"/{SECRET}/minilm", "urls": ["a", 3]}) == {"folder": "minilm", "urls": ["a", 3]}
 
 
+@pytest.mark.slow
 def test_the_hf_card_says_what_its_tokenizer_leaves_to_the_user(run: Path, tmp_path: Path) -> None:
     """The advice in the card, followed, gives the run's ids; without it they are others."""
     transformers = pytest.importorskip("transformers")

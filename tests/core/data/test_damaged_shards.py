@@ -230,6 +230,7 @@ def plain(items: list[Item]) -> list[tuple[Any, ...]]:
     return [(item.key, item.seed, item.views["epoch"][0].data, *map(str, item.skipped)) for item in items]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(40))
 def test_drawn_damage_neither_changes_a_resume_nor_goes_uncounted(
     tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, case: int

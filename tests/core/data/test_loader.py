@@ -88,6 +88,7 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_state_is_that_of_the_last_batch_handed_out(
     tiny_recipe: Path, registry: Registry, shards: list[str], workers: int

@@ -382,6 +382,7 @@ def test_counts_of_bad_samples_survive_a_resume(tmp_path: Path, write_shards: Wr
     assert came == whole
 
 
+@pytest.mark.slow
 def test_the_run_stops_past_a_tolerance_of_unreadable_shards(tmp_path: Path, write_shards: Write) -> None:
     """Catches shards that are missing for good while the run trains on half of its data."""
     paths = write_shards(tmp_path, 8, 100)

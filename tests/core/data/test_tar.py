@@ -113,6 +113,7 @@ FUZZ = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FUZZ)
 def test_no_damage_passes_in_silence(tmp_path: Path, how: str) -> None:
     """700 fuzzed shards. Without an error all samples are there, changed in their contents at most; with one, what came

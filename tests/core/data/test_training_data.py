@@ -61,6 +61,7 @@ def test_a_run_is_resumed_without_a_shard_that_has_gone(
         trainer(resume="last")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_other_shards_are_refused_at_resume_in_one_line(trainer: Make, tmp_path: Path, workers: int) -> None:
     """Of the same number, in another order. Catches a traceback of a worker."""
@@ -118,6 +119,7 @@ def test_uneven_passes_are_said_at_the_start(trainer: Make, capfd: pytest.Captur
     assert "dealt evenly" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_summary_counts_shards(
     tiny_recipe: Path,
     registry: Registry,

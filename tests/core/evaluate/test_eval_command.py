@@ -77,6 +77,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 def test_a_checkpoint_s_file_is_a_run(run: Path, score: Score) -> None:
     """Catches the last checkpoint scored in place of the one that was named."""
     for name, option in (("step-00000001.pt", "1"), ("step-00000002.pt", "last")):
@@ -156,6 +157,7 @@ def test_a_class_token_is_kept_apart_from_the_embedding(run: Path, score: Score,
     assert encoded == []
 
 
+@pytest.mark.slow
 def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> None:
     found = score(run, "--pictures", tmp_path / "seen")
     drawn = {path.name for path in (tmp_path / "seen").glob("*.png")}
@@ -176,6 +178,7 @@ def test_pictures_and_kept_scores(run: Path, score: Score, tmp_path: Path) -> No
     assert given.count(["augment.image.background=[9, 9, 9]"]) == 1
 
 
+@pytest.mark.slow
 def test_tasks_on_a_folder_of_classes(
     run: Path, score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +214,7 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
     assert 1 <= scores["student/retrieval/pairs/text_to_image/median_rank"] <= 4
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_scored_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`distill resume`. Would catch one that is left without its evaluation, or without steps that were added."""
     copy = shutil.copytree(run, tmp_path / "run")

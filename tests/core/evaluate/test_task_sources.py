@@ -43,6 +43,7 @@ class Listed(WebDatasetSource):
         return {"mine": mine} if split == "test" else {}
 
 
+@pytest.mark.slow
 def test_a_task_may_have_data_of_its_own(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> None:
     """The same samples through shards and through a source without them give the same scores; and it is left out of
     the evaluations on a split that it has not.

@@ -54,6 +54,7 @@ def test_all_of_the_repository_are_listed_with_their_first_line(capsys: pytest.C
     assert any(line.split() == ["cosmos_tiny", *about.split()] for line in lines)
 
 
+@pytest.mark.slow
 def test_commands_take_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC3M", raising=False)
     main(["validate", "clip_tiny", "cosmos_vitb16", "--quiet"])

@@ -131,6 +131,7 @@ def test_a_tracker_hears_everything(run: Run) -> None:
     assert "warning" not in errors
 
 
+@pytest.mark.slow
 def test_what_a_run_is_made_with(run: Run) -> None:
     """Catches a run that cannot be found by its components, and a report and a tracker that do not say the same."""
     folder, _ = run("tracking={name: keeps, tags: [mine]}")
@@ -160,6 +161,7 @@ def test_a_run_that_goes_back_is_a_new_one_to_its_tracker(run: Run, more: Regist
     assert resume("4") == (True, None), "the last one: nothing to go back from"
 
 
+@pytest.mark.slow
 def test_pictures_of_a_run(run: Run) -> None:
     """Catches views, matches or similarities that do not reach a tracker, or come at steps nobody asked for."""
     _, errors = run("tracking={name: keeps, media: 2, media_every: 3}", "evaluate.every=2")
@@ -200,6 +202,7 @@ def test_pictures_that_cannot_be_made_cost_pictures_alone(
     assert kinds == ["start", "describe", *["log"] * 5, "image", "finish"]
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data(run: Run) -> None:
     """Catches a run whose batches hold a sample twice, without a word."""
     _, errors = run("data.batch_size=16", "train.steps=1")

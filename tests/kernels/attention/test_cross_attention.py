@@ -214,6 +214,7 @@ def test_triton_does_not_read_masked_tokens() -> None:
         assert dv[1, :, 11:].eq(0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["all", "lengths", "mask"])
 @pytest.mark.parametrize("shape", [(3, 2, 8, 77, 24), (3, 1, 70, 20, 16)], ids=str)
 def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
@@ -253,6 +254,7 @@ def test_opcheck(kind: str) -> None:
     torch.library.opcheck(torch.ops.distill.cross_attention_backward.default, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_compile_and_checkpoint(backend: str) -> None:
     q, k, v = make((2, 2, 3, 20, 16), torch.float32)

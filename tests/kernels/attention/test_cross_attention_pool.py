@@ -143,6 +143,7 @@ def check(
     return out, *ours
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["all", "lengths", "mask"])
@@ -156,6 +157,7 @@ def test_output_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, kind: 
     assert out.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=str)
@@ -298,6 +300,7 @@ def test_half_precision_tokens_do_not_spoil_their_norm(form: str, backend: str) 
         assert (ours - truth).norm() < 2e-2 * truth.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["projected", "auto"])
 def test_exports_with_any_number_of_tokens(form: str) -> None:
     class Pool(torch.nn.Module):

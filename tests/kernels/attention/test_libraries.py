@@ -303,6 +303,7 @@ def test_layouts_made_in_inference_mode_serve_training() -> None:
     assert (gradient.abs().sum((0, 2, 3)) > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", ["matmul.fp32_precision = 'tf32'", "torch.set_float32_matmul_precision('high')"])
 def test_tf32_is_read_as_it_was_set(statement: str) -> None:
     """By either of torch's interfaces: reading the old one after setting the new one is an error in torch."""

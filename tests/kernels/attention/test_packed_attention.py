@@ -117,6 +117,7 @@ def test_gradcheck_of_the_written_out_gradient(causal: bool) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("backend", DENSE_BACKENDS)
 def test_compile_autocast_checkpoint(backend: str, causal: bool) -> None:
@@ -151,6 +152,7 @@ def test_strides_nan_and_empty(backend: str) -> None:
     out.sum().backward()
 
 
+@pytest.mark.slow
 def test_split_heads() -> None:
     """Views of the rows; first and second derivatives, also where only some of the parts are used."""
     qkv = here.randn(3 * 5 + 2 * 4, 3, 2, 4, dtype=torch.float64, requires_grad=True)

@@ -310,6 +310,7 @@ def test_chunked_memory_grows_as_rows() -> None:
     assert peak("reference") >= 8 * 2**20
 
 
+@pytest.mark.slow
 def test_triton_writes_every_element_and_no_other() -> None:
     from distill_kernels.triton.info_nce import launch_gradient, launch_lse
     from distill_kernels.triton.pairwise import Part

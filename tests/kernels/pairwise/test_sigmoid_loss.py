@@ -87,6 +87,7 @@ def test_own_rows_against_gathered(backend: str) -> None:
     check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_gradcheck(backend: str) -> None:
     skip_float64_on_gpu(backend)
@@ -95,6 +96,7 @@ def test_gradcheck(backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend=backend), (a, b, scale, bias))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str) -> None:
     from distill_kernels.triton.sigmoid_loss import sigmoid_triton, sigmoid_triton_backward
@@ -131,6 +133,7 @@ def test_many_small_terms_keep_their_digits(backend: str) -> None:
     torch.testing.assert_close(loss[0, 0], z.exp().log1p().sum(1).mean(), rtol=2e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_triton_writes_every_element_and_no_other() -> None:
     from distill_kernels.triton.pairwise import Part
     from distill_kernels.triton.sigmoid_loss import launch_sigmoid_gradient, launch_softplus

@@ -1,13 +1,96 @@
-"""distill: a composable plugin framework for multimodal self-distillation."""
+"""distill: a composable plugin framework for multimodal self-distillation.
+
+All that a component may import stands here, and what is imported from here stays what it is as long as `API_VERSION`
+does. Names are loaded when first used: `import distill_core` imports no torch.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
-    from distill_core.model import Model
+    from distill_core.batch import GLOBAL as GLOBAL
+    from distill_core.batch import LOCAL as LOCAL
+    from distill_core.batch import Batch as Batch
+    from distill_core.batch import Group as Group
+    from distill_core.batch import Sample as Sample
+    from distill_core.batch import Skipped as Skipped
+    from distill_core.batch import View as View
+    from distill_core.batch import Views as Views
+    from distill_core.contracts.component import Component as Component
+    from distill_core.contracts.component import ComponentConfig as ComponentConfig
+    from distill_core.contracts.diagnostic import Diagnostic as Diagnostic
+    from distill_core.contracts.media import Distribution as Distribution
+    from distill_core.contracts.media import Media as Media
+    from distill_core.contracts.media import Picture as Picture
+    from distill_core.contracts.media import Rendered as Rendered
+    from distill_core.contracts.media import TokenLayout as TokenLayout
+    from distill_core.contracts.optimizer import Optimizer as Optimizer
+    from distill_core.contracts.schedule import Schedule as Schedule
+    from distill_core.contracts.source import DataSource as DataSource
+    from distill_core.contracts.task import Task as Task
+    from distill_core.contracts.tracker import Tracker as Tracker
+    from distill_core.contracts.tracker import TrackerConfig as TrackerConfig
+    from distill_core.contracts.weights import LoadReport as LoadReport
+    from distill_core.contracts.weights import WeightLoader as WeightLoader
+    from distill_core.data.shards import Shards as Shards
+    from distill_core.data.shards import expand as expand
+    from distill_core.data.stream import stable_hash as stable_hash
+    from distill_core.errors import BadSample as BadSample
+    from distill_core.errors import DataError as DataError
+    from distill_core.errors import UserError as UserError
+    from distill_core.errors import counted as counted
+    from distill_core.errors import did_you_mean as did_you_mean
+    from distill_core.evaluate.cache import fingerprint as fingerprint
+    from distill_core.evaluate.cache import stamps as stamps
+    from distill_core.evaluate.score import Score as Score
+    from distill_core.evaluate.score import mean_over_sets as mean_over_sets
+    from distill_core.evaluate.sets import EvaluationSet as EvaluationSet
+    from distill_core.evaluate.sets import encode_shared as encode_shared
+    from distill_core.interfaces import Augmentation as Augmentation
+    from distill_core.interfaces import Backbone as Backbone
+    from distill_core.interfaces import BackboneSpec as BackboneSpec
+    from distill_core.interfaces import Collator as Collator
+    from distill_core.interfaces import FusionHead as FusionHead
+    from distill_core.interfaces import Loss as Loss
+    from distill_core.interfaces import LossConfig as LossConfig
+    from distill_core.model import FeatureKind as FeatureKind
+    from distill_core.model import Model as Model
+    from distill_core.objective import DEFAULT_TEACHER as DEFAULT_TEACHER
+    from distill_core.objective import Losses as Losses
+    from distill_core.objective import Objective as Objective
+    from distill_core.outputs import Encoded as Encoded
+    from distill_core.outputs import Features as Features
+    from distill_core.outputs import Fused as Fused
+    from distill_core.outputs import Fusion as Fusion
+    from distill_core.outputs import Outputs as Outputs
+    from distill_core.outputs import Progress as Progress
+    from distill_core.outputs import Rows as Rows
+    from distill_core.outputs import wide as wide
+    from distill_core.plan import ModalityPlan as ModalityPlan
+    from distill_core.plan import Needs as Needs
+    from distill_core.plan import Plan as Plan
+    from distill_core.plan import same_dim as same_dim
+    from distill_core.system.distributed import all_gather as all_gather
+    from distill_core.system.distributed import gather_objects as gather_objects
+    from distill_core.system.distributed import raise_on_all_ranks as raise_on_all_ranks
+    from distill_core.system.distributed import rank as rank
+    from distill_core.system.distributed import world_size as world_size
+    from distill_core.system.extras import install as install
+    from distill_core.system.extras import require_extra as require_extra
+    from distill_core.system.files import cache_folder as cache_folder
+    from distill_core.system.files import in_words as in_words
+    from distill_core.system.files import size_of as size_of
+    from distill_core.system.files import write_whole as write_whole
+    from distill_core.system.state_dicts import StateDict as StateDict
+    from distill_core.system.state_dicts import read_folder as read_folder
+    from distill_core.system.state_dicts import read_json as read_json
+    from distill_core.system.state_dicts import read_state_dict as read_state_dict
+    from distill_core.system.state_dicts import read_tensors as read_tensors
+    from distill_core.system.state_dicts import unwrapped as unwrapped
 
 __version__ = "0.1.0"
 
@@ -16,6 +99,89 @@ API_VERSION = 1
 
 hookimpl = pluggy.HookimplMarker("distill")
 """Marks a plugin's implementation of a hook of `distill_core.hookspecs`."""
+
+HOMES = {
+    "Batch": "distill_core.batch",
+    "GLOBAL": "distill_core.batch",
+    "Group": "distill_core.batch",
+    "LOCAL": "distill_core.batch",
+    "Sample": "distill_core.batch",
+    "Skipped": "distill_core.batch",
+    "View": "distill_core.batch",
+    "Views": "distill_core.batch",
+    "Component": "distill_core.contracts.component",
+    "ComponentConfig": "distill_core.contracts.component",
+    "Diagnostic": "distill_core.contracts.diagnostic",
+    "Distribution": "distill_core.contracts.media",
+    "Media": "distill_core.contracts.media",
+    "Picture": "distill_core.contracts.media",
+    "Rendered": "distill_core.contracts.media",
+    "TokenLayout": "distill_core.contracts.media",
+    "Optimizer": "distill_core.contracts.optimizer",
+    "Schedule": "distill_core.contracts.schedule",
+    "DataSource": "distill_core.contracts.source",
+    "Task": "distill_core.contracts.task",
+    "Tracker": "distill_core.contracts.tracker",
+    "TrackerConfig": "distill_core.contracts.tracker",
+    "LoadReport": "distill_core.contracts.weights",
+    "WeightLoader": "distill_core.contracts.weights",
+    "expand": "distill_core.data.shards",
+    "Shards": "distill_core.data.shards",
+    "stable_hash": "distill_core.data.stream",
+    "BadSample": "distill_core.errors",
+    "counted": "distill_core.errors",
+    "DataError": "distill_core.errors",
+    "did_you_mean": "distill_core.errors",
+    "UserError": "distill_core.errors",
+    "fingerprint": "distill_core.evaluate.cache",
+    "stamps": "distill_core.evaluate.cache",
+    "mean_over_sets": "distill_core.evaluate.score",
+    "Score": "distill_core.evaluate.score",
+    "encode_shared": "distill_core.evaluate.sets",
+    "EvaluationSet": "distill_core.evaluate.sets",
+    "Augmentation": "distill_core.interfaces",
+    "Backbone": "distill_core.interfaces",
+    "BackboneSpec": "distill_core.interfaces",
+    "Collator": "distill_core.interfaces",
+    "FusionHead": "distill_core.interfaces",
+    "Loss": "distill_core.interfaces",
+    "LossConfig": "distill_core.interfaces",
+    "FeatureKind": "distill_core.model",
+    "Model": "distill_core.model",
+    "DEFAULT_TEACHER": "distill_core.objective",
+    "Losses": "distill_core.objective",
+    "Objective": "distill_core.objective",
+    "Encoded": "distill_core.outputs",
+    "Features": "distill_core.outputs",
+    "Fused": "distill_core.outputs",
+    "Fusion": "distill_core.outputs",
+    "Outputs": "distill_core.outputs",
+    "Progress": "distill_core.outputs",
+    "Rows": "distill_core.outputs",
+    "wide": "distill_core.outputs",
+    "ModalityPlan": "distill_core.plan",
+    "Needs": "distill_core.plan",
+    "Plan": "distill_core.plan",
+    "same_dim": "distill_core.plan",
+    "all_gather": "distill_core.system.distributed",
+    "gather_objects": "distill_core.system.distributed",
+    "raise_on_all_ranks": "distill_core.system.distributed",
+    "rank": "distill_core.system.distributed",
+    "world_size": "distill_core.system.distributed",
+    "install": "distill_core.system.extras",
+    "require_extra": "distill_core.system.extras",
+    "cache_folder": "distill_core.system.files",
+    "in_words": "distill_core.system.files",
+    "size_of": "distill_core.system.files",
+    "write_whole": "distill_core.system.files",
+    "read_folder": "distill_core.system.state_dicts",
+    "read_json": "distill_core.system.state_dicts",
+    "read_state_dict": "distill_core.system.state_dicts",
+    "read_tensors": "distill_core.system.state_dicts",
+    "StateDict": "distill_core.system.state_dicts",
+    "unwrapped": "distill_core.system.state_dicts",
+}
+"""Each public name -> the module that defines it."""
 
 
 def load(run: str, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
@@ -30,8 +196,6 @@ def load(run: str, *, teacher: bool = False, checkpoint: str = "last", device: s
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Augmentation", "Backbone", "FusionHead", "Loss"):
-        from distill_core import interfaces as components
-
-        return getattr(components, name)
-    raise AttributeError(f"module 'distill_core' has no attribute {name!r}")
+    if name not in HOMES:
+        raise AttributeError(f"module 'distill_core' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

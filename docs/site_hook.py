@@ -5,7 +5,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 from distill_authoring.reference import pages
-from distill_core.registry import Plugins, Registry
+from distill_core.tools import Plugins, Registry
 
 
 def on_files(files, config):

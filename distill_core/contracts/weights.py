@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill_core.errors import UserError
 from distill_core.run.checkpoint import Checkpoints, read_checkpoint
-from distill_core.system.state_dicts import choose, read_file
+from distill_core.system.state_dicts import choose, read_tensors
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class StateDictLoader(WeightLoader):
             return Checkpoints(path).load(self.config.checkpoint, said.append).state["objective"], True, said
         if not path.is_file():
             raise UserError(f"weights: {path}: no such file or run folder")
-        found = read_file(path)
+        found = read_tensors(path)
         if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
             return read_checkpoint(path)["objective"], True, []  # once more, against its digest
         state, said = choose(found, path, self.config.key)

@@ -22,11 +22,11 @@ USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict
 
 
 def read_state_dict(path: Path, key: str | None = None) -> tuple[StateDict, list[str]]:
-    """`choose` of `read_file`. Raises `UserError` for what is missing, not readable, or no state dict."""
-    return choose(read_file(path), path, key)
+    """`choose` of `read_tensors`. Raises `UserError` for what is missing, not readable, or no state dict."""
+    return choose(read_tensors(path), path, key)
 
 
-def read_file(path: Path) -> Any:
+def read_tensors(path: Path) -> Any:
     """What a `.safetensors` or torch file holds. Raises `UserError`."""
     if not path.is_file():
         raise UserError(f"weights: {path}: no such file")

@@ -9,7 +9,7 @@ import click
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core.contracts.diagnostic import Diagnostic
+    from distill_core import Diagnostic
 
 distill_api = 1
 
@@ -33,8 +33,8 @@ def distill_commands() -> list[click.Command]:
 @hookimpl
 def distill_diagnostics() -> list[Diagnostic]:
     """Whether Aim is there."""
-    from distill_core.contracts.diagnostic import Diagnostic
-    from distill_core.run.environment import installed
+    from distill_core import Diagnostic
+    from distill_core.tools import installed
 
     release = installed("aim")
     missing = "runs need --set tracking=null, or pip install aim"

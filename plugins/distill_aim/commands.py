@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 
 @click.command()
@@ -19,7 +19,7 @@ from distill_core.commands import completion
 @click.option("--port", default=43800, show_default=True, help="Port to listen at; 0 takes a free one.")
 def ui(runs: str, host: str, port: int) -> None:
     """Look at runs in Aim: RUNS is a folder of runs, or one run, whose page is then named."""
-    from distill_core.errors import UserError
+    from distill_core import UserError
 
     if importlib.util.find_spec("aim") is None:
         raise UserError("distill ui needs the package aim: pip install aim (it does not run on Windows)")
@@ -41,7 +41,7 @@ def ui(runs: str, host: str, port: int) -> None:
 
 def where(runs: Path) -> tuple[Path, str]:
     """(folder of the repository, page to open) of a folder of runs or of a run. Raises `UserError`."""
-    from distill_core.errors import UserError
+    from distill_core import UserError
 
     memory = runs / "aim.json"
     if memory.is_file():

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_core.contracts.tracker import Tracker, TrackerConfig
-from distill_core.system.files import write_whole
+from distill_core import Tracker, TrackerConfig, write_whole
 
 
 class AimConfig(TrackerConfig):

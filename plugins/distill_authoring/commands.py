@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from distill_core.commands.options import without_option
+from distill_core.tools import without_option
 
 
 @click.command("new-plugin")
@@ -60,7 +60,7 @@ def schema() -> None:
     import json
 
     from distill_authoring.schema import recipe_schema
-    from distill_core.registry import Registry
+    from distill_core.tools import Registry
 
     click.echo(json.dumps(recipe_schema(Registry.discover()), indent=1))
 

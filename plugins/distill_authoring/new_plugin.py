@@ -14,8 +14,8 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from distill_core.errors import UserError
-from distill_core.system.extras import project
+from distill_core import UserError
+from distill_core.tools import project
 
 
 def write(name: str, into: Path) -> Path:

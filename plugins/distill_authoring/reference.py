@@ -12,14 +12,8 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from distill_core import hookspecs
-from distill_core.commands import catalogue
-from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.contracts.kinds import INTERFACES
-from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Loss
-from distill_core.recipe.sections import Frame
-from distill_core.registry import Entry, Plugins, Registry
+from distill_core import Component, ComponentConfig, Loss, UserError, did_you_mean
+from distill_core.tools import INTERFACES, Entry, Frame, Plugins, Registry, catalogue, hookspecs
 
 
 def write(out: Path, plugin: str | None = None) -> list[Path]:
@@ -127,7 +121,7 @@ def _listed(cls: type) -> str:
 
 
 def _commands(plugins: Plugins) -> str:
-    from distill_core.cli import cli
+    from distill_core.tools import cli
 
     parts = ["# Commands", inspect.cleandoc(cli.help or "")]
     for name, command in sorted([*_walk(cli.commands.values()), *_walk(plugins.commands())]):

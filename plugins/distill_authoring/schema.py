@@ -9,10 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distill_core.commands.catalogue import summary
-from distill_core.recipe.resolve import DEFAULTS, OPTIONAL, SLOTS
-from distill_core.recipe.sections import Frame
-from distill_core.registry import Entry, Registry
+from distill_core.tools import DEFAULTS, OPTIONAL, SLOTS, Entry, Frame, Registry, summary
 
 Schema = dict[str, Any]
 

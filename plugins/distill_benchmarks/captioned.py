@@ -27,9 +27,7 @@ from distill_benchmarks.files import (
     read,
     some_are_there,
 )
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import BadSample, DataError
+from distill_core import BadSample, ComponentConfig, DataError, Sample
 
 csv.field_size_limit(10_000_000)
 

@@ -8,10 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from distill_core.batch import Sample
-from distill_core.contracts.source import DataSource
-from distill_core.errors import BadSample, DataError
-from distill_core.evaluate.cache import stamps
+from distill_core import BadSample, DataError, DataSource, Sample, stamps
 
 PICTURES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 """Suffix -> field."""

@@ -17,12 +17,7 @@ from distill_benchmarks.files import (
     number,
     some_are_there,
 )
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.source import DataSource
-from distill_core.data.shards import Shards
-from distill_core.errors import DataError
-from distill_core.evaluate.cache import fingerprint
+from distill_core import ComponentConfig, DataError, DataSource, Sample, Shards, fingerprint
 from distill_tasks.prompts import plain_lines, read_lines
 
 

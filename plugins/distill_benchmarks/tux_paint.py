@@ -14,9 +14,7 @@ from PIL import Image
 from pydantic import Field
 
 from distill_benchmarks.files import FileSample, FileSamples, FileSource, folder, read
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import BadSample, DataError
+from distill_core import BadSample, ComponentConfig, DataError, Sample
 from distill_tasks.prompts import read_lines
 
 UNPACKED = "usr/share/tuxpaint/stamps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from distill_core.outputs import Outputs
+from distill_core import Outputs
 from distill_vl.contrastive import ContrastiveLoss
 
 

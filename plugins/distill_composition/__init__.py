@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core.contracts.component import Component
+    from distill_core import Component
 
 distill_api = 1
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from distill_core.batch import Sample
+from distill_core import Sample
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:

@@ -14,11 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.source import DataSource
-from distill_core.errors import DataError
-from distill_core.evaluate.cache import stamps
+from distill_core import ComponentConfig, DataError, DataSource, Sample, stamps
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 

@@ -13,15 +13,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
-from distill_core.errors import DataError
-from distill_core.evaluate.score import Score, mean_over_sets
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
-from distill_core.plan import Plan
-from distill_core.system import distributed
+from distill_core import (
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    Model,
+    Plan,
+    Sample,
+    Score,
+    Task,
+    mean_over_sets,
+    raise_on_all_ranks,
+)
 from distill_tasks.retrieval import two_modalities
 
 SCORES = ("text", "image", "group", "match")
@@ -86,7 +89,7 @@ class Composition(Task):
 
     def _scores(self, model: Model, samples: EvaluationSet) -> list[Score]:
         pictures, words = self.config.modalities or model.modalities
-        images, captions = distributed.raise_on_all_ranks(partial(self._present, samples))
+        images, captions = raise_on_all_ranks(partial(self._present, samples))
         sides = [samples.embeddings(model, pictures, field) for field in images]
         sides += [samples.embeddings(model, words, field) for field in captions]
         for (_, owners), field in zip(sides, (*images, *captions), strict=True):
@@ -106,9 +109,7 @@ class Composition(Task):
             headline = name == "group" or len(hits) == 1
             scores.append(Score(samples.name, name, 100 * hit.double().mean().item(), headline=headline))
         if self.config.threshold is not None:
-            pairs = distributed.raise_on_all_ranks(
-                partial(self._pairs, samples, images, captions, set(common.tolist()))
-            )
+            pairs = raise_on_all_ranks(partial(self._pairs, samples, images, captions, set(common.tolist())))
             match = 100 * matched(similarity, pairs, self.config.threshold)
             scores.append(Score(samples.name, "match", match))
         return scores

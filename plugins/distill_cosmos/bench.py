@@ -16,13 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distill_core.batch import Batch, Group, Views
-from distill_core.errors import UserError
-from distill_core.objective import Objective
-from distill_core.outputs import Progress
-from distill_core.recipe.build import build_objective
-from distill_core.recipe.sections import Recipe
-from distill_core.system.process import keep_freed_memory
+from distill_core import Batch, Group, Objective, Progress, UserError, Views
+from distill_core.tools import Recipe, build_objective, keep_freed_memory
 from distill_cosmos import cosmos, official
 from distill_cosmos.fusion import CrossAttention
 from distill_cosmos.losses import CrossModalDistillation

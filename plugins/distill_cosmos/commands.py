@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 
 @click.group()
@@ -45,9 +45,7 @@ def step(
     """
     from pathlib import Path
 
-    from distill_core.recipe.resolve import load_recipe
-    from distill_core.registry import Registry
-    from distill_core.system.process import resolve_device
+    from distill_core.tools import Registry, load_recipe, resolve_device
     from distill_cosmos.bench import bench_step, write_csv
 
     where = resolve_device(device, "--device")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from distill_core.plan import Plan
+from distill_core import Plan
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler
 
 

@@ -9,10 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import did_you_mean
-from distill_core.outputs import Outputs, Rows
-from distill_core.plan import Needs, Plan, same_dim
+from distill_core import ComponentConfig, Needs, Outputs, Plan, Rows, did_you_mean, same_dim
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 

@@ -9,11 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.errors import UserError
-from distill_core.objective import Objective
-from distill_core.system.state_dicts import read_file
+from distill_core import ComponentConfig, LoadReport, Objective, UserError, WeightLoader, read_tensors
 from distill_cosmos.losses import CrossModalDistillation
 from distill_vl.contrastive import Contrastive
 
@@ -143,7 +139,7 @@ class PublicCheckpoint(WeightLoader):
 
     def apply(self, objective: Objective) -> LoadReport:
         """Raises `UserError` for a file that is missing, unsafe or does not fit."""
-        states = read_file(Path(self.config.file))
+        states = read_tensors(Path(self.config.file))
         if not isinstance(states, dict):
             raise UserError(f"{self.config.file}: holds no `student` and `teacher` state dicts")
         counts = load_state_dict(objective, states)

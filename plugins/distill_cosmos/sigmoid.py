@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from distill_core.contracts.component import ComponentConfig
+from distill_core import ComponentConfig
 from distill_cosmos.losses import CrossModalDistillation
 from distill_vl.contrastive import Contrastive, Sigmoid, SigmoidConfig
 

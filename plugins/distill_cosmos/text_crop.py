@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core.batch import GLOBAL, LOCAL, Sample, View
+from distill_core import GLOBAL, LOCAL, Sample, View
 from distill_vl.captions import CaptionAugmentation, CaptionConfig, draw, join
 
 

@@ -8,9 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.interfaces import FusionHead
-from distill_core.outputs import Features, Fused
-from distill_core.plan import Plan
+from distill_core import Features, Fused, FusionHead, Plan
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler, TokenFusion, unit
 from distill_vl.transformer import MLP
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.plan import Plan
+from distill_core import Plan
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler
 from distill_vl.transformer import MLP, Attention, Sequences
 

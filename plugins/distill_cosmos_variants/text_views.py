@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core.batch import GLOBAL, LOCAL, Sample, View
+from distill_core import GLOBAL, LOCAL, Sample, View
 from distill_cosmos.text_crop import TextCrop, TextCropConfig
 from distill_vl.captions import CaptionAugmentation, CaptionConfig, draw, join
 from distill_vl.pictures import Probability

@@ -10,10 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.batch import GLOBAL
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs
-from distill_core.plan import Needs, Plan
+from distill_core import GLOBAL, Loss, LossConfig, Needs, Outputs, Plan
 
 
 class KoLeoConfig(LossConfig):

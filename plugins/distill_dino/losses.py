@@ -9,10 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.batch import GLOBAL, LOCAL
-from distill_core.errors import UserError, did_you_mean
-from distill_core.outputs import Outputs, Progress
-from distill_core.plan import Needs, Plan
+from distill_core import GLOBAL, LOCAL, Needs, Outputs, Plan, Progress, UserError, did_you_mean
 from distill_dino.prototypes import Positive, PrototypeConfig, PrototypeLoss, class_problems, spread, views_of
 from distill_dino.targets import Targets
 

@@ -10,9 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs, Progress
-from distill_core.plan import Plan
+from distill_core import Loss, LossConfig, Outputs, Plan, Progress
 from distill_dino.targets import Targets, entropy
 from distill_vl.heads import DINOHead
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill_core.system.distributed import world_size
+from distill_core import world_size
 
 ITERATIONS = 3
 """Of Sinkhorn-Knopp (SwAV; DINOv2, section 4)."""

@@ -13,8 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from distill_core.outputs import Outputs, Rows
-from distill_core.plan import Needs, Plan
+from distill_core import Needs, Outputs, Plan, Rows
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 

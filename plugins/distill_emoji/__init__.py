@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core.contracts.component import Component
-    from distill_core.contracts.diagnostic import Diagnostic
+    from distill_core import Component, Diagnostic
 
 distill_api = 1
 

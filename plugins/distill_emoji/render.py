@@ -9,8 +9,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill_core.errors import DataError
-from distill_core.system.extras import install
+from distill_core import DataError, install
 from distill_emoji.concepts import Concept, code_of
 
 if TYPE_CHECKING:

@@ -13,10 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.source import DataSource
-from distill_core.errors import DataError
+from distill_core import ComponentConfig, DataError, DataSource, Sample
 from distill_emoji.concepts import fraction
 from distill_emoji.source import EmojiConfig, EmojiSource
 

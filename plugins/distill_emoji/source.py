@@ -14,12 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.diagnostic import Diagnostic
-from distill_core.contracts.source import DataSource
-from distill_core.errors import DataError
-from distill_core.system.extras import install
-from distill_core.system.files import cache_folder, in_words, size_of
+from distill_core import ComponentConfig, DataError, DataSource, Diagnostic, cache_folder, in_words, install, size_of
 from distill_emoji import concepts, render, shards
 from distill_emoji.concepts import Concept
 from distill_emoji.shards import Entry

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 from distill_explore.commands import CHECKPOINT, TEACHER
 
 if TYPE_CHECKING:
-    from distill_core.model import Model
+    from distill_core import Model
     from distill_explore.attention import Reading, ViewedItem
 
 
@@ -41,8 +41,8 @@ def attend(
     """
     import json
 
-    from distill_core.errors import UserError
-    from distill_core.run.load import load_model
+    from distill_core import UserError
+    from distill_core.tools import load_model
     from distill_explore.attention import readings
     from distill_explore.drawing import figure, rows_of
     from distill_explore.files import check_out, write_whole
@@ -85,7 +85,7 @@ def attend(
 
 def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[ViewedItem], list[ViewedItem]]:
     """What the user named, and the sentences of texts of several. Raises `UserError`."""
-    from distill_core.errors import BadSample, UserError
+    from distill_core import BadSample, UserError
     from distill_explore.attention import see
     from distill_vl.captions import CaptionAugmentation
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_core.batch import View
-from distill_core.contracts.media import Rendered, TokenLayout
-from distill_core.model import Model, evaluating
+from distill_core import Model, Rendered, TokenLayout, View
+from distill_core.tools import evaluating
 
 
 @dataclass(frozen=True)

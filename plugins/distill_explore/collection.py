@@ -13,15 +13,22 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from distill_core.batch import Sample
-from distill_core.contracts.source import DataSource
-from distill_core.data.shards import Shards, expand
-from distill_core.errors import BadSample, DataError, RecipeErrors, UserError, did_you_mean
-from distill_core.evaluate.cache import fingerprint, stamps
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import FeatureKind, Model
-from distill_core.recipe.document import Document, located, read_document
-from distill_core.registry import Registry
+from distill_core import (
+    BadSample,
+    DataError,
+    DataSource,
+    EvaluationSet,
+    FeatureKind,
+    Model,
+    Sample,
+    Shards,
+    UserError,
+    did_you_mean,
+    expand,
+    fingerprint,
+    stamps,
+)
+from distill_core.tools import Document, RecipeErrors, Registry, located, read_document
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 

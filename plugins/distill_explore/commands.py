@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from distill_core.contracts.media import Rendered
-    from distill_core.model import FeatureKind, Model
+    from distill_core import FeatureKind, Model, Rendered
     from distill_explore.collection import Collection, Place
     from distill_explore.contact import Found
 
@@ -39,8 +38,8 @@ def embed(
     run: str, source: str, modality: str | None, out: str, field: str | None, split: str, teacher: bool, checkpoint: str
 ) -> None:
     """Write the embeddings of SOURCE: a folder of pictures, shards (*.tar), or a data source as in a recipe."""
-    from distill_core.errors import UserError
-    from distill_core.registry import Registry
+    from distill_core import UserError
+    from distill_core.tools import Registry
     from distill_explore.collection import collect
     from distill_explore.files import check_out, write
 
@@ -98,8 +97,8 @@ def search(
     import json
     import os
 
-    from distill_core.errors import UserError
-    from distill_core.registry import Registry
+    from distill_core import UserError
+    from distill_core.tools import Registry
     from distill_explore.collection import collect, places
     from distill_explore.contact import contact_sheet
     from distill_explore.files import check_out, write_whole
@@ -172,7 +171,7 @@ def _table(found: Sequence[Found]) -> None:
 
 def _shown(model: Model, modality: str, item: Any) -> Rendered:
     """What an item looks like to a person; None where it cannot be shown."""
-    from distill_core.errors import BadSample
+    from distill_core import BadSample
 
     augmentation = model.augment[modality]
     try:
@@ -189,15 +188,14 @@ def _whole(model: Model, modality: str, item: Any) -> Rendered:
 
 
 def _model(run: str, teacher: bool, checkpoint: str) -> Model:
-    from distill_core.run.load import load_model
-    from distill_core.system.process import keep_freed_memory
+    from distill_core.tools import keep_freed_memory, load_model
 
     keep_freed_memory()
     return load_model(run, teacher=teacher, checkpoint=checkpoint)
 
 
 def _modality(model: Model, given: str | None) -> str:
-    from distill_core.errors import UserError, did_you_mean
+    from distill_core import UserError, did_you_mean
 
     if given is not None and given not in model.modalities:
         raise UserError(f"--modality: no modality {given!r}{did_you_mean(given, list(model.modalities))}")
@@ -211,7 +209,7 @@ def _kept(
 
     One for each collection, side and modality: those of an earlier state of it are removed.
     """
-    from distill_core.errors import UserError
+    from distill_core import UserError
     from distill_explore.files import read, remove, write
 
     checkpoints = "\n".join(f"{p.name} {p.stat().st_mtime_ns}" for p in sorted((run / "checkpoints").glob("*.pt")))

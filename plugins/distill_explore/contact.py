@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 
-from distill_core.contracts.media import Rendered
-from distill_core.run.showcase import font_of
+from distill_core import Rendered
+from distill_core.tools import font_of
 
 SIDE = 160
 """Pixels of a cell's width, and of the longer side of its picture; of one found alone, twice as many."""

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from distill_core.run.showcase import font_of, sheet
+from distill_core.tools import font_of, sheet
 from distill_explore.attention import Reading, ViewedItem, entropy, principal
 from distill_explore.contact import wrap
 

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_core.errors import UserError
-from distill_core.system.extras import install
+from distill_core import UserError, install
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:

@@ -9,16 +9,23 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distill_core.batch import Sample, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.media import Media, Picture
-from distill_core.contracts.task import Task
-from distill_core.errors import BadSample, DataError, UserError, did_you_mean
-from distill_core.evaluate.score import Score
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
-from distill_core.plan import Plan
-from distill_core.run.showcase import words
+from distill_core import (
+    BadSample,
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    Media,
+    Model,
+    Picture,
+    Plan,
+    Sample,
+    Score,
+    Task,
+    UserError,
+    View,
+    did_you_mean,
+)
+from distill_core.tools import words
 from distill_explore.attention import ViewedItem, class_readings, cross, readings, see
 from distill_explore.drawing import figure, rows_of
 

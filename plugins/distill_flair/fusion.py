@@ -11,11 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize, pad
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import UserError
-from distill_core.interfaces import FusionHead
-from distill_core.outputs import Features, Fused
-from distill_core.plan import Needs, Plan, same_dim
+from distill_core import ComponentConfig, Features, Fused, FusionHead, Needs, Plan, UserError, same_dim
 from distill_kernels import cross_attention
 from distill_vl.transformer import attention_weights
 

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core.outputs import Fusion, Outputs, Rows, wide
-from distill_core.plan import Needs, Plan
-from distill_core.system.distributed import all_gather, rank
+from distill_core import Fusion, Needs, Outputs, Plan, Rows, all_gather, rank, wide
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 

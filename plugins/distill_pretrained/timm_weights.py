@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.errors import UserError
-from distill_core.objective import Objective
-from distill_core.system.extras import require_extra
-from distill_core.system.state_dicts import read_state_dict, unwrapped
+from distill_core import (
+    ComponentConfig,
+    LoadReport,
+    Objective,
+    UserError,
+    WeightLoader,
+    read_state_dict,
+    require_extra,
+    unwrapped,
+)
 from distill_pretrained.timm_tower import TimmTower
 from distill_vl.pictures import other_pixels
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from distill_core.errors import BadSample, DataError
+from distill_core import BadSample, DataError
 
 IGNORE = 255
 """The mask's value where nothing is scored."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 
 @click.command()
@@ -33,10 +33,8 @@ def segment(
 
     --task '{name: segmentation, classes: FILE}' names the classes, one a line; with a `source` it shows the truth, too.
     """
-    from distill_core.errors import BadSample, UserError
-    from distill_core.evaluate.sets import EvaluationSet
-    from distill_core.registry import Registry
-    from distill_core.run.load import load_model, run_recipe
+    from distill_core import BadSample, EvaluationSet, UserError
+    from distill_core.tools import Registry, load_model, run_recipe
     from distill_segment.segmenter import Segmenter
     from distill_segment.task import Segmentation
 
@@ -87,7 +85,7 @@ def _free(folder: Path, key: str, taken: set[str]) -> Path:
 
 
 def _sample(path: Path) -> dict[str, object]:
-    from distill_core.errors import UserError
+    from distill_core import UserError
 
     try:
         return {"__key__": path.stem, "__url__": str(path), path.suffix[1:].lower(): path.read_bytes()}

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from distill_core.batch import Sample
+from distill_core import Sample
 from distill_segment.classes import write_mask
 
 CLASSES = b"background\nsquare, box\ndisc\n"

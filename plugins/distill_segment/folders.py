@@ -10,10 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core.batch import Sample
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.source import DataSource
-from distill_core.errors import BadSample, DataError
+from distill_core import BadSample, ComponentConfig, DataError, DataSource, Sample
 from distill_segment import names
 from distill_segment.classes import IGNORE, parse_classes, read_classes, read_mask, write_mask
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from distill_core.run.showcase import font_of
+from distill_core.tools import font_of
 from distill_segment.classes import IGNORE
 
 Colour = tuple[int, int, int]

@@ -14,9 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from distill_core.batch import View
-from distill_core.errors import BadSample, UserError
-from distill_core.model import Model
+from distill_core import BadSample, Model, UserError, View
 from distill_segment.classes import Classes, names_of
 from distill_tasks.prompts import prompts_of, templates_of
 from distill_vl.pictures import PictureAugmentation

@@ -12,16 +12,22 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.batch import Sample, Skipped
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.media import Picture
-from distill_core.contracts.task import Task
-from distill_core.errors import BadSample, DataError
-from distill_core.evaluate.score import Score, mean_over_sets
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
-from distill_core.plan import Plan
-from distill_core.system import distributed
+from distill_core import (
+    BadSample,
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    Model,
+    Picture,
+    Plan,
+    Sample,
+    Score,
+    Skipped,
+    Task,
+    gather_objects,
+    mean_over_sets,
+    raise_on_all_ranks,
+)
 from distill_segment.classes import IGNORE, Classes, parse_classes, read_classes, read_mask
 from distill_segment.overlays import panel
 from distill_segment.scores import confusion, scores_of
@@ -108,7 +114,7 @@ class Segmentation(Task):
         """`mIoU`, `pixel_accuracy` and `mean_accuracy`, with their means over sets; `IoU/CLASS`, `pictures`."""
         scores: list[Score] = []
         for samples in sets:
-            segmenter = distributed.raise_on_all_ranks(partial(self._segmenter, model, samples))
+            segmenter = raise_on_all_ranks(partial(self._segmenter, model, samples))
             matrix, pictures = self._confusion(segmenter, samples)
             if not matrix.any():
                 raise DataError(f"evaluation set {samples.name!r}: no sample with a picture and a mask of some class")
@@ -155,7 +161,7 @@ class Segmentation(Task):
 
     def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
         """Of all ranks, each of which has segmented its share; and the number of pictures."""
-        parts = distributed.gather_objects(distributed.raise_on_all_ranks(lambda: self._share(segmenter, samples)))
+        parts = gather_objects(raise_on_all_ranks(lambda: self._share(segmenter, samples)))
         for part in parts:
             samples.skipped |= part[2]
         return torch.stack([part[0] for part in parts]).sum(0), sum(part[1] for part in parts)

@@ -8,8 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.outputs import Outputs
-from distill_core.system.distributed import world_size
+from distill_core import Outputs, world_size
 from distill_siglip.ring import ring_sigmoid
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill_core.system.distributed import rank, world_size
+from distill_core import rank, world_size
 from distill_kernels import multi_view_sigmoid
 
 

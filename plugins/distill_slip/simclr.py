@@ -10,10 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs
-from distill_core.plan import Needs, Plan
-from distill_core.system.distributed import all_gather, rank
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, all_gather, rank
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from pydantic import Field
 
-from distill_core.batch import GLOBAL, Sample, View
+from distill_core import GLOBAL, Sample, View
 from distill_vl.pictures import (
     Area,
     Jitter,

@@ -14,12 +14,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from distill_core.errors import UserError
-from distill_core.recipe.sections import Recipe
-from distill_core.registry import Registry
-from distill_core.run.folder import RunFolder
-from distill_core.run.load import run_recipe
-from distill_core.system.files import write_whole
+from distill_core import UserError, write_whole
+from distill_core.tools import Recipe, Registry, RunFolder, run_recipe
 from distill_study.compare import differences
 from distill_study.launch import in_use, read_memory, state
 from distill_study.plan import Run, StudyPlan, method, with_steps

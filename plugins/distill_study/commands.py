@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from distill_core.commands import completion
-from distill_core.commands.options import without_option
-from distill_core.errors import RecipeErrors, TrainingStopped, UserError, counted
+from distill_core import UserError, counted
+from distill_core.tools import RecipeErrors, TrainingStopped, completion, without_option
 
 if TYPE_CHECKING:
     from distill_study.compare import Comparison
@@ -81,7 +80,7 @@ def ablate(
         kind, _, amount = budget.partition("=")
         given["budget"] = {kind.strip(): option_values(amount, "--budget")[0]}
     study = _study(target, swaps, given, overrides)
-    from distill_core.registry import Registry
+    from distill_core.tools import Registry
     from distill_study.plan import check_study
 
     registry = Registry.discover()
@@ -114,7 +113,7 @@ def ablate(
 
 def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: Sequence[str]) -> Study:
     """The study of a file, or of a recipe and its swaps; what the command line gives wins."""
-    from distill_core.recipe.named import recipe_file
+    from distill_core.tools import recipe_file
     from distill_study.grammar import make_study, read_study_document, swaps_document
 
     file = recipe_file(target)
@@ -216,7 +215,7 @@ def compare(runs: tuple[str, ...], scores: tuple[str, ...], as_json: bool) -> No
 
     Runs that differ in their seed alone are one column: mean, spread. Differences are to the first.
     """
-    from distill_core.registry import Registry
+    from distill_core.tools import Registry
     from distill_study.compare import compare as compare_runs
 
     repeated = sorted({run for run in runs if [Path(r).resolve() for r in runs].count(Path(run).resolve()) > 1})

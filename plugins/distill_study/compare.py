@@ -9,10 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from distill_core.errors import RecipeErrors
-from distill_core.recipe.sections import Recipe
-from distill_core.registry import Registry
-from distill_core.run.load import run_recipe
+from distill_core.tools import Recipe, RecipeErrors, Registry, run_recipe
 from distill_study.grammar import shown
 from distill_study.plan import method
 from distill_study.table import Group, RunResult, StudyTable, default_scores, unknown_scores

@@ -13,10 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import RecipeErrors, UserError, did_you_mean
-from distill_core.recipe.document import Document, Path, read_document, read_file
-from distill_core.recipe.named import recipe_file
+from distill_core import ComponentConfig, UserError, did_you_mean
+from distill_core.tools import Document, Path, RecipeErrors, read_document, read_file, recipe_file
 
 Change = tuple[str, str]
 """`path=value`, and where it was written."""

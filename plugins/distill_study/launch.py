@@ -18,11 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from distill_core.errors import UserError
-from distill_core.run.checkpoint import Checkpoints
-from distill_core.run.folder import RunFolder, read_report
-from distill_core.system.extras import install
-from distill_core.system.process import end_with_parent
+from distill_core import UserError, install
+from distill_core.tools import Checkpoints, RunFolder, end_with_parent, read_report
 
 State = Literal["new", "half", "done"]
 

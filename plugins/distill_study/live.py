@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from distill_core.errors import counted
+from distill_core import counted
 from distill_study.plan import Run
 from distill_study.table import RunResult, default_scores
 

@@ -6,10 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_core.contracts.tracker import TrackerConfig
-from distill_core.errors import warn
-from distill_core.run.environment import environment
-from distill_core.run.tracking import TrackerThread
+from distill_core import TrackerConfig
+from distill_core.tools import TrackerThread, environment, warn
 from distill_study.picture import draw
 from distill_study.plan import Run, StudyPlan
 from distill_study.table import (

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill_core.run.folder import RunFolder
+from distill_core.tools import RunFolder
 from distill_study.statistics import interval
 from distill_study.table import Group, StudyTable
 

@@ -7,11 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distill_core.errors import RecipeErrors, did_you_mean
-from distill_core.evaluate.score import parse_address
-from distill_core.recipe.resolve import Override, load_recipe
-from distill_core.recipe.sections import Recipe
-from distill_core.registry import Registry
+from distill_core import did_you_mean
+from distill_core.tools import Override, Recipe, RecipeErrors, Registry, load_recipe, parse_address
 from distill_study.grammar import Study, Variant
 
 OWN = ("name", "seed", "tags")

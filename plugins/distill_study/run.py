@@ -13,12 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill_core.errors import RecipeErrors, UserError, counted
-from distill_core.registry import Registry
-from distill_core.run.folder import RunFolder
-from distill_core.run.load import run_recipe
-from distill_core.system.files import write_whole
-from distill_core.system.process import Interrupt
+from distill_core import UserError, counted, write_whole
+from distill_core.tools import Interrupt, RecipeErrors, Registry, RunFolder, run_recipe
 from distill_study.calibrate import calibrated_steps, calibration_runs, drop_changed, keep_times
 from distill_study.compare import differences
 from distill_study.launch import Job, Launcher, in_use, not_scored, read_memory, state

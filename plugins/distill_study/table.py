@@ -11,9 +11,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from distill_core.errors import did_you_mean
-from distill_core.evaluate.score import TaskScore, by_address, headlines, means, read_scores
-from distill_core.run.folder import read_report
+from distill_core import did_you_mean
+from distill_core.tools import TaskScore, by_address, headlines, means, read_report, read_scores
 from distill_study.statistics import LEVEL, Difference, Summary, paired, summarise
 
 LABEL = 28

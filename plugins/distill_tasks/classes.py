@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_core.contracts.media import Media, Picture
-from distill_core.errors import counted
-from distill_core.evaluate.score import Score
+from distill_core import Media, Picture, Score, counted
 
 WHOLE = 30
 """The most classes whose whole confusion matrix can be read; of more, the pairs that are confused most are shown."""

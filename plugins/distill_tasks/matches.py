@@ -7,12 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from distill_core.batch import Sample
-from distill_core.contracts.media import Distribution, Picture, Rendered
-from distill_core.errors import BadSample
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
-from distill_core.run.showcase import sheet, words
+from distill_core import BadSample, Distribution, EvaluationSet, Model, Picture, Rendered, Sample
+from distill_core.tools import sheet, words
 
 NEAREST = 5
 MOST = 2048

@@ -12,15 +12,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.media import Media
-from distill_core.contracts.task import Task
-from distill_core.errors import DataError, counted
-from distill_core.evaluate.score import Score, mean_over_sets
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import FeatureKind, Model
-from distill_core.plan import Needs, Plan
-from distill_core.system import distributed
+from distill_core import (
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    FeatureKind,
+    Media,
+    Model,
+    Needs,
+    Plan,
+    Score,
+    Task,
+    counted,
+    mean_over_sets,
+    raise_on_all_ranks,
+)
 from distill_tasks.classes import (
     ACCURACIES,
     accuracies,
@@ -177,7 +183,7 @@ class Probe(Task):
         """The items of the sets' labelled samples."""
         parts, classes, of, before = [], [], [], 0
         for samples in sets:
-            labels = distributed.raise_on_all_ranks(partial(samples.labels, self.config.label))
+            labels = raise_on_all_ranks(partial(samples.labels, self.config.label))
             embedded, owners = samples.embeddings(model, modality, features=self._features)
             known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
             parts.append(embedded[known])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from distill_core.errors import DataError, did_you_mean
+from distill_core import DataError, did_you_mean
 
 FOLDER = Path(__file__).with_name("templates")
 PLACES = ("{}", "{c}")

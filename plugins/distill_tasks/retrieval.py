@@ -9,14 +9,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.media import Media
-from distill_core.contracts.task import Task
-from distill_core.errors import DataError, did_you_mean
-from distill_core.evaluate.score import Score, mean_over_sets
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import Model
-from distill_core.plan import Plan
+from distill_core import (
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    Media,
+    Model,
+    Plan,
+    Score,
+    Task,
+    did_you_mean,
+    mean_over_sets,
+)
 from distill_tasks import matches
 
 

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.media import Media
-from distill_core.contracts.task import Task
-from distill_core.errors import DataError
-from distill_core.evaluate.score import Score, mean_over_sets
-from distill_core.evaluate.sets import EvaluationSet, encode_shared
-from distill_core.model import Model
-from distill_core.plan import Plan
-from distill_core.system import distributed
+from distill_core import (
+    ComponentConfig,
+    DataError,
+    EvaluationSet,
+    Media,
+    Model,
+    Plan,
+    Score,
+    Task,
+    encode_shared,
+    mean_over_sets,
+    raise_on_all_ranks,
+)
 from distill_tasks.classes import (
     ACCURACIES,
     accuracies,
@@ -61,7 +65,7 @@ class ZeroShot(Task):
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`top1`, `top5` (of more than 5 classes) and `mean_per_class`, with their means over sets; `classes`."""
         items_of, words_of = self.config.modalities or model.modalities
-        labels_of, self._classes, prompts = distributed.raise_on_all_ranks(lambda: self._read(model, words_of, sets))
+        labels_of, self._classes, prompts = raise_on_all_ranks(lambda: self._read(model, words_of, sets))
         place = {label: i for i, label in enumerate(self._classes)}
         embedded = encode_shared(model, words_of, prompts)
         centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]

@@ -8,8 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core.batch import GLOBAL, Sample, View
-from distill_core.errors import BadSample
+from distill_core import GLOBAL, BadSample, Sample, View
 from distill_vl.captions import LAYOUTS, CaptionAugmentation, CaptionConfig, example_sentences, join, lines
 
 WEB = ("raw_caption", "original_caption")

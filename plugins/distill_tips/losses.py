@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.batch import GLOBAL
-from distill_core.outputs import Outputs, Rows, wide
-from distill_core.plan import Needs, Plan
+from distill_core import GLOBAL, Needs, Outputs, Plan, Rows, wide
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
 

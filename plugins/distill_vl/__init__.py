@@ -9,7 +9,7 @@ import click
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core.contracts.diagnostic import Diagnostic
+    from distill_core import Diagnostic
 
 distill_api = 1
 

@@ -11,10 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core.batch import Sample, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import BadSample
-from distill_core.interfaces import Augmentation
+from distill_core import Augmentation, BadSample, ComponentConfig, Sample, View
 
 DREAMLIP = (
     "raw_caption",

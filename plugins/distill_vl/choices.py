@@ -7,12 +7,8 @@ from contextlib import nullcontext
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from distill_core.data.example import example_batch
-from distill_core.errors import UserError
-from distill_core.outputs import Progress
-from distill_core.recipe.build import build_objective
-from distill_core.recipe.sections import Recipe
-from distill_core.system.process import set_matmul_precision
+from distill_core import Progress, UserError
+from distill_core.tools import Recipe, build_objective, example_batch, set_matmul_precision
 from distill_kernels.choices import Choice, WithoutValues, recorded
 
 

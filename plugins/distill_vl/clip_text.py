@@ -12,11 +12,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
-from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Encoded, Features
-from distill_core.plan import Plan
+from distill_core import (
+    GLOBAL,
+    LOCAL,
+    Backbone,
+    BackboneSpec,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    Features,
+    Group,
+    Plan,
+    View,
+    Views,
+)
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Activation, Block, Sequences, Transformer
 

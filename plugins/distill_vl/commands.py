@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: 
     """
     import torch
 
-    from distill_core.errors import UserError
+    from distill_core import UserError
 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if recipe is None and overrides:
@@ -43,7 +43,7 @@ def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: 
 
 
 def _tune(where: torch.device, as_json: bool) -> None:
-    from distill_core.errors import UserError
+    from distill_core import UserError
     from distill_kernels.dispatch import BackendError
     from distill_kernels.tune import tune
 
@@ -79,9 +79,7 @@ def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_js
 
     import torch
 
-    from distill_core.recipe.resolve import load_recipe
-    from distill_core.registry import Registry
-    from distill_core.system.process import arithmetic
+    from distill_core.tools import Registry, arithmetic, load_recipe
     from distill_vl.choices import choices_of
 
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)

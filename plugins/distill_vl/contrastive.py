@@ -10,11 +10,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs, Progress, Rows
-from distill_core.plan import Needs, Plan, same_dim
-from distill_core.system.distributed import rank, world_size
+from distill_core import (
+    ComponentConfig,
+    Loss,
+    LossConfig,
+    Needs,
+    Outputs,
+    Plan,
+    Progress,
+    Rows,
+    rank,
+    same_dim,
+    world_size,
+)
 from distill_kernels import multi_view_info_nce, multi_view_sigmoid
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distill_core.contracts.diagnostic import Diagnostic
+from distill_core import Diagnostic
 from distill_kernels.attention.memory_efficient import built_for, why_not_built
 from distill_kernels.dispatch import listing, table_path
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from distill_core.batch import GLOBAL, Sample, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Augmentation
-from distill_core.model import Model
+from distill_core import GLOBAL, Augmentation, ComponentConfig, Model, Sample, View
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
 from distill_vl.clip_text import ClipText, ClipTextConfig
 from distill_vl.pictures import PictureAugmentation, PictureConfig

@@ -10,11 +10,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from distill_core.batch import GLOBAL, View, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Encoded
-from distill_core.plan import ModalityPlan, Plan
+from distill_core import (
+    GLOBAL,
+    Backbone,
+    BackboneSpec,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    ModalityPlan,
+    Plan,
+    View,
+    Views,
+)
 from distill_vl.clip_text import Positive, TextCollator, example_texts
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer

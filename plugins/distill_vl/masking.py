@@ -12,10 +12,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill_core.batch import GLOBAL
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import did_you_mean
-from distill_core.plan import ModalityPlan
+from distill_core import GLOBAL, ComponentConfig, ModalityPlan, did_you_mean
 
 Share = Annotated[float, Field(ge=0, le=1)]
 MASKED = "masked"

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 from pydantic import Field, model_validator
 
-from distill_core.batch import GLOBAL, LOCAL, Sample, View
+from distill_core import GLOBAL, LOCAL, Sample, View
 from distill_vl.masking import MASKED
 from distill_vl.pictures import (
     Area,

@@ -14,11 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from pydantic import Field
 from torch import Tensor
 
-from distill_core.batch import Sample, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import BadSample
-from distill_core.interfaces import Augmentation
-from distill_core.plan import Plan
+from distill_core import Augmentation, BadSample, ComponentConfig, Plan, Sample, View
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]

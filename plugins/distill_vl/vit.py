@@ -13,11 +13,19 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, BackboneSpec, Collator
-from distill_core.outputs import Encoded
-from distill_core.plan import ModalityPlan
+from distill_core import (
+    GLOBAL,
+    LOCAL,
+    Backbone,
+    BackboneSpec,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    Group,
+    ModalityPlan,
+    View,
+    Views,
+)
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distill_core.evaluate.score import means, read_scores
+from distill_core.tools import means, read_scores
 
 if TYPE_CHECKING:
     from distill_weights.export import Checked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from distill_core.commands import completion
+from distill_core.tools import completion
 
 
 @click.command()

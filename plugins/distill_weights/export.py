@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distill_core.errors import UserError
+from distill_core import UserError
 from distill_weights.card import card
 from distill_weights.formats import FORMATS, Format
 from distill_weights.subject import Subject

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from distill_core.errors import UserError
-from distill_core.model import FeatureKind
-from distill_core.system.extras import require_extra
+from distill_core import FeatureKind, UserError, require_extra
 from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 

@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.errors import UserError
-from distill_core.interfaces import Backbone
-from distill_core.objective import Objective
-from distill_core.system.state_dicts import StateDict, read_folder, read_json, read_state_dict, unwrapped
+from distill_core import (
+    Backbone,
+    ComponentConfig,
+    LoadReport,
+    Objective,
+    StateDict,
+    UserError,
+    WeightLoader,
+    read_folder,
+    read_json,
+    read_state_dict,
+    unwrapped,
+)
 from distill_vl.clip_text import ClipText
 from distill_vl.contrastive import ContrastiveLoss
 from distill_vl.pictures import other_pixels

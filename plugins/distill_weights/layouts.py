@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_core.errors import UserError
-from distill_core.system.state_dicts import StateDict
+from distill_core import StateDict, UserError
 
 IMAGE = "visual."
 TEXT_PARTS = ("transformer.", "token_embedding.", "ln_final.", "positional_embedding", "text_projection")

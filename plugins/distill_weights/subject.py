@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.errors import UserError
-from distill_core.interfaces import Backbone
-from distill_core.model import FeatureKind, Model
-from distill_core.run.load import model_of, run_recipe
+from distill_core import Backbone, FeatureKind, Model, UserError
+from distill_core.tools import model_of, run_recipe
 from distill_vl.captions import CaptionAugmentation
 from distill_vl.clip_text import ClipText
 from distill_vl.pictures import PictureAugmentation
@@ -49,8 +47,7 @@ class Subject:
     @classmethod
     def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
         """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
-        from distill_core.registry import Registry
-        from distill_core.run.checkpoint import Checkpoints
+        from distill_core.tools import Checkpoints, Registry
 
         recipe = run_recipe(run, Registry.discover())
         kept = Checkpoints(run).read(checkpoint)

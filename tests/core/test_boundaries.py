@@ -1,7 +1,10 @@
 """Who may import whom, and that the core knows no method and no modality. Read from the syntax tree, nothing is run."""
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +117,102 @@ def test_the_import_check_finds_what_it_should() -> None:
         (6, "plugins"),
     ]
     assert [name for _, name, at_once in imports(ast.parse(source)) if at_once and name in INSIDE_FUNCTIONS] == ["aim"]
+
+
+TOOLS = {
+    "distill_aim",
+    "distill_authoring",
+    "distill_composition",
+    "distill_explore",
+    "distill_segment",
+    "distill_study",
+    "distill_tasks",
+    "distill_weights",
+}
+"""Commands, studies, authors' tools, tasks, export: these may import `distill_core.tools` beside the public surface."""
+TOOL_MODULES = {"bench.py", "choices.py", "commands.py", "site_hook.py"}
+"""Files elsewhere that are tools."""
+OURS = sorted([*(ROOT / "plugins").rglob("*.py"), *(ROOT / "docs").rglob("*.py")])
+
+
+def behind_the_surface(source: str, *, tool: bool) -> list[tuple[int, str]]:
+    """(line, module) of each import of core that is neither `distill_core` nor, of a tool, `distill_core.tools`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = ["distill_core.tools"] if "distill_core.tools" in whole else [node.module or ""]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        allowed = {"distill_core", "distill_core.tools"} if tool else {"distill_core"}
+        found += [(node.lineno, name) for name in names if name.split(".")[0] == "distill_core" and name not in allowed]
+    return found
+
+
+def is_tool(path: Path) -> bool:
+    """The template's components are a method's, though the package that holds it is a tool; its tests run commands."""
+    inside = path.relative_to(ROOT).parts
+    if "template" in inside:
+        return "tests" in inside
+    return path.name in TOOL_MODULES or bool(TOOLS & set(inside))
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_plugins_import_the_public_surface_alone(path: Path) -> None:
+    """A built-in uses nothing that a stranger's plugin cannot rely on."""
+    assert behind_the_surface(path.read_text(encoding="utf-8"), tool=is_tool(path)) == []
+
+
+def test_the_surface_check_finds_what_it_should() -> None:
+    """Guards the test above."""
+    source = (
+        "from distill_core import Loss\nfrom distill_core.outputs import Rows\nimport distill_core.train\n"
+        "def f():\n    from distill_core.tools import main\n    from distill_core import tools\n"
+        "    import_module('distill_core.objective')\n"
+    )
+    assert sorted(behind_the_surface(source, tool=True)) == [
+        (2, "distill_core.outputs"),
+        (3, "distill_core.train"),
+        (7, "distill_core.objective"),
+    ]
+    assert {line for line, _ in behind_the_surface(source, tool=False)} == {2, 3, 5, 6, 7}
+
+
+@pytest.mark.parametrize("module", ["distill_core", "distill_core.tools"])
+def test_types_and_table_of_the_surface_are_one(module: str) -> None:
+    """mypy reads the block for types, Python the table: would catch a name in one alone, or of another module."""
+    surface = importlib.import_module(module)
+    tree = ast.parse(Path(str(surface.__file__)).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    typed = {
+        alias.asname: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname == alias.name
+    }
+    assert typed == surface.HOMES
+    assert [name for name in surface.HOMES if getattr(surface, name, None) is None] == []
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        surface.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["distill_core", "distill_core.tools"])
+def test_every_public_name_is_documented(module: str) -> None:
+    """docs/plugins.md lists each by the module that defines it."""
+    page = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    section = page.split("## The public surface")[1].split("\n## ")[0]
+    listed = dict.fromkeys(re.findall(r"`(\w+)`", section))
+    assert [name for name in importlib.import_module(module).HOMES if name not in listed] == []
+
+
+def test_the_surface_is_loaded_lazily() -> None:
+    """`distill --help` loads every plugin, and so this: it would take seconds with torch."""
+    code = "import sys, distill_core, distill_core.tools; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 METHODS = {

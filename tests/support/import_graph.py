@@ -48,14 +48,14 @@ def imported(tree: ast.AST, among: Mapping[str, Path]) -> set[str]:
 
 
 def graph(package: Path) -> dict[str, set[str]]:
-    """Every module's imports within the package. The package's own `__init__` is left out: it is the front door,
-    which may lead to any module (lazily), while the package's modules take from it only what it defines itself."""
+    """Every module's imports within the package. The package's own `__init__` and `tools` are left out: they are doors,
+    which may lead to any module (lazily), while the package's modules take from them only what they define."""
     named = modules(package)
     trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in named.items()}
     return {
         module: imported(tree, named) - {module, package.name}
         for module, tree in trees.items()
-        if module != package.name
+        if module not in (package.name, f"{package.name}.tools")
     }
 
 

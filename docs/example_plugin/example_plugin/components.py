@@ -1,8 +1,6 @@
 from torch import nn
 
-from distill_core.interfaces import FusionHead, Loss
-from distill_core.outputs import Fused
-from distill_core.plan import Needs, same_dim
+from distill_core import Fused, FusionHead, Loss, Needs, same_dim
 
 
 class MaxPooling(FusionHead):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
-from distill_core.batch import GLOBAL, View
-from distill_core.errors import BadSample
+from distill_core import GLOBAL, BadSample, View
 
 KIND = "augmentation"
 

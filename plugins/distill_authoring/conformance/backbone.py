@@ -27,9 +27,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core.batch import Group, View, Views
-from distill_core.interfaces import BackboneSpec, Collator
-from distill_core.outputs import Features
+from distill_core import BackboneSpec, Collator, Features, Group, View, Views
 
 KIND = "backbone"
 BATCH = 3

@@ -26,7 +26,7 @@ from distill_authoring.conformance.modules import (
     untouched,
 )
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core.outputs import Features, Fused
+from distill_core import Features, Fused
 
 KIND = "fusion"
 

@@ -11,10 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
-from distill_core.batch import GLOBAL
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import LossConfig
-from distill_core.plan import ModalityPlan, Needs, Plan
+from distill_core import GLOBAL, ComponentConfig, LossConfig, ModalityPlan, Needs, Plan
 
 
 @checks(once=True)

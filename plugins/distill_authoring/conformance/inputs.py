@@ -14,13 +14,24 @@ from torch.nn.functional import normalize
 
 from distill_authoring.conformance.modules import generic
 from distill_authoring.conformance.suite import CheckFailed
-from distill_core.batch import GLOBAL, LOCAL, Group, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import FusionHead
-from distill_core.objective import DEFAULT_TEACHER
-from distill_core.outputs import Features, Fused, Fusion, Outputs, Progress
-from distill_core.plan import ModalityPlan, Needs, Plan
-from distill_core.recipe.compatibility import unmet
+from distill_core import (
+    DEFAULT_TEACHER,
+    GLOBAL,
+    LOCAL,
+    ComponentConfig,
+    Features,
+    Fused,
+    Fusion,
+    FusionHead,
+    Group,
+    ModalityPlan,
+    Needs,
+    Outputs,
+    Plan,
+    Progress,
+    Views,
+)
+from distill_core.tools import unmet
 
 WIDTH, DIM = 48, 32
 """W and D: different, and both divided by the usual numbers of heads."""

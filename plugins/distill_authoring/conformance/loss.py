@@ -23,7 +23,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core.outputs import Features, Fused, Outputs
+from distill_core import Features, Fused, Outputs
 
 KIND = "loss"
 

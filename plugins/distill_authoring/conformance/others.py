@@ -23,15 +23,19 @@ from torch import Tensor, nn
 from distill_authoring.conformance import surroundings
 from distill_authoring.conformance.modules import close, unmoved, untouched
 from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, require
-from distill_core.batch import Sample
-from distill_core.contracts.tracker import TrackerConfig
-from distill_core.contracts.weights import LoadReport
-from distill_core.data.opening import is_local
-from distill_core.data.shards import Shards
-from distill_core.errors import DataError, UserError
-from distill_core.evaluate.score import Score
-from distill_core.evaluate.sets import EvaluationSet
-from distill_core.model import FeatureKind, Model
+from distill_core import (
+    DataError,
+    EvaluationSet,
+    FeatureKind,
+    LoadReport,
+    Model,
+    Sample,
+    Score,
+    Shards,
+    TrackerConfig,
+    UserError,
+)
+from distill_core.tools import is_local
 
 
 @contextmanager

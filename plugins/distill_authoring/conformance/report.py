@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import click
 
 from distill_authoring.conformance.suite import Result, Status, check
-from distill_core.errors import UserError, did_you_mean
-from distill_core.registry import Plugins, Registry
+from distill_core import UserError, did_you_mean
+from distill_core.tools import Plugins, Registry
 
 _LIGHT = """\
 import importlib, sys

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from distill_core.contracts.component import Component
+from distill_core import Component
 
 Status = Literal["ok", "failed", "skipped"]
 

@@ -13,15 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from distill_authoring.conformance.inputs import DIM, WIDTH, modality
-from distill_core.batch import GLOBAL, Group, Sample, View, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.data.stream import stable_hash
-from distill_core.errors import BadSample
-from distill_core.interfaces import Augmentation, Backbone, BackboneSpec, Collator, Loss, LossConfig
-from distill_core.model import Model
-from distill_core.objective import Objective
-from distill_core.outputs import Encoded, Outputs
-from distill_core.plan import Plan
+from distill_core import (
+    GLOBAL,
+    Augmentation,
+    Backbone,
+    BackboneSpec,
+    BadSample,
+    Collator,
+    ComponentConfig,
+    Encoded,
+    Group,
+    Loss,
+    LossConfig,
+    Model,
+    Objective,
+    Outputs,
+    Plan,
+    Sample,
+    View,
+    Views,
+    stable_hash,
+)
 
 NAMES = ("first", "second")
 

@@ -8,10 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.source import DataSource
-from distill_core.errors import DataError
-from distill_core.system.files import cache_folder
+from distill_core import ComponentConfig, DataError, DataSource, cache_folder
 
 SPLITS = {"train": 1.0, "validation": 0.25, "test": 0.25}
 

@@ -3,9 +3,7 @@
 from torch import nn
 from torch.nn.functional import normalize
 
-from distill_core.interfaces import FusionHead
-from distill_core.outputs import Fused
-from distill_core.plan import Needs
+from distill_core import Fused, FusionHead, Needs
 
 
 class MeanFusion(FusionHead):

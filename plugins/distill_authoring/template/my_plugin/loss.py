@@ -8,9 +8,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from distill_core.interfaces import Loss, LossConfig
-from distill_core.plan import Needs, same_dim
-from distill_core.system.distributed import rank
+from distill_core import Loss, LossConfig, Needs, rank, same_dim
 
 
 class MatchConfig(LossConfig):

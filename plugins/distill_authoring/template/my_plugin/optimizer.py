@@ -5,8 +5,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.optimizer import Optimizer
+from distill_core import ComponentConfig, Optimizer
 
 
 class SgdConfig(ComponentConfig):

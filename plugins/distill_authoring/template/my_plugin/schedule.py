@@ -4,8 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.schedule import Schedule
+from distill_core import ComponentConfig, Schedule
 
 
 class LinearConfig(ComponentConfig):

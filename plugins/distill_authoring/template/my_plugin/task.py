@@ -1,9 +1,6 @@
 """Scores of a trained model."""
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
-from distill_core.errors import DataError
-from distill_core.evaluate.score import Score, mean_over_sets
+from distill_core import ComponentConfig, DataError, Score, Task, mean_over_sets
 
 
 class AgreementConfig(ComponentConfig):

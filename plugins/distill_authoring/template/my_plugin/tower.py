@@ -7,10 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from distill_core.batch import GLOBAL, LOCAL, Group, View, Views
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import Backbone, BackboneSpec
-from distill_core.outputs import Encoded
+from distill_core import GLOBAL, LOCAL, Backbone, BackboneSpec, ComponentConfig, Encoded, Group, View, Views
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -3,8 +3,7 @@
 import csv
 from pathlib import Path
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.tracker import Tracker
+from distill_core import ComponentConfig, Tracker
 
 
 class CsvConfig(ComponentConfig):

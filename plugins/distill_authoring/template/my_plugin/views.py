@@ -6,10 +6,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from distill_core.batch import GLOBAL, LOCAL, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.errors import BadSample
-from distill_core.interfaces import Augmentation
+from distill_core import GLOBAL, LOCAL, Augmentation, BadSample, ComponentConfig, View
 
 
 class NoisyConfig(ComponentConfig):

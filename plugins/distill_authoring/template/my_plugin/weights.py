@@ -2,9 +2,7 @@
 
 import torch
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.errors import UserError
+from distill_core import ComponentConfig, LoadReport, UserError, WeightLoader
 
 
 class ZerosConfig(ComponentConfig):

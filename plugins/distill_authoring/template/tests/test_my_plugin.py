@@ -10,10 +10,8 @@ import torch
 from my_plugin.loss import Match, MatchConfig
 
 from distill_authoring.conformance import assert_conforms
-from distill_core.cli import main
-from distill_core.outputs import Features, Fused, Outputs, Progress
-from distill_core.plan import ModalityPlan, Plan
-from distill_core.registry import Registry
+from distill_core import Features, Fused, ModalityPlan, Outputs, Plan, Progress
+from distill_core.tools import Registry, main
 
 COMPONENTS = [entry.cls for entry in Registry.of(my_plugin).entries.values()]
 

@@ -1,0 +1,137 @@
+"""What tools may import beside `distill_core`: commands, studies, authors' tools, bench, export.
+
+A component needs none of it. Names are loaded when first used: a plugin's commands, which `distill --help` asks for,
+may import from here without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill_core import hookspecs as hookspecs
+    from distill_core.cli import cli as cli
+    from distill_core.cli import main as main
+    from distill_core.commands import catalogue as catalogue
+    from distill_core.commands import completion as completion
+    from distill_core.commands.catalogue import summary as summary
+    from distill_core.commands.options import without_option as without_option
+    from distill_core.contracts.kinds import INTERFACES as INTERFACES
+    from distill_core.data.example import example_batch as example_batch
+    from distill_core.data.opening import is_local as is_local
+    from distill_core.errors import RecipeErrors as RecipeErrors
+    from distill_core.errors import TrainingStopped as TrainingStopped
+    from distill_core.errors import warn as warn
+    from distill_core.evaluate.score import TaskScore as TaskScore
+    from distill_core.evaluate.score import by_address as by_address
+    from distill_core.evaluate.score import headlines as headlines
+    from distill_core.evaluate.score import means as means
+    from distill_core.evaluate.score import parse_address as parse_address
+    from distill_core.evaluate.score import read_scores as read_scores
+    from distill_core.model import evaluating as evaluating
+    from distill_core.recipe.build import build_objective as build_objective
+    from distill_core.recipe.compatibility import unmet as unmet
+    from distill_core.recipe.document import Document as Document
+    from distill_core.recipe.document import Path as Path
+    from distill_core.recipe.document import located as located
+    from distill_core.recipe.document import read_document as read_document
+    from distill_core.recipe.document import read_file as read_file
+    from distill_core.recipe.named import recipe_file as recipe_file
+    from distill_core.recipe.resolve import DEFAULTS as DEFAULTS
+    from distill_core.recipe.resolve import OPTIONAL as OPTIONAL
+    from distill_core.recipe.resolve import SLOTS as SLOTS
+    from distill_core.recipe.resolve import Override as Override
+    from distill_core.recipe.resolve import load_recipe as load_recipe
+    from distill_core.recipe.sections import Frame as Frame
+    from distill_core.recipe.sections import Recipe as Recipe
+    from distill_core.registry import Entry as Entry
+    from distill_core.registry import Plugins as Plugins
+    from distill_core.registry import Registry as Registry
+    from distill_core.run.checkpoint import Checkpoints as Checkpoints
+    from distill_core.run.environment import environment as environment
+    from distill_core.run.environment import installed as installed
+    from distill_core.run.folder import RunFolder as RunFolder
+    from distill_core.run.folder import read_report as read_report
+    from distill_core.run.load import load_model as load_model
+    from distill_core.run.load import model_of as model_of
+    from distill_core.run.load import run_recipe as run_recipe
+    from distill_core.run.showcase import font_of as font_of
+    from distill_core.run.showcase import sheet as sheet
+    from distill_core.run.showcase import words as words
+    from distill_core.run.tracking import TrackerThread as TrackerThread
+    from distill_core.system.extras import project as project
+    from distill_core.system.process import Interrupt as Interrupt
+    from distill_core.system.process import arithmetic as arithmetic
+    from distill_core.system.process import end_with_parent as end_with_parent
+    from distill_core.system.process import keep_freed_memory as keep_freed_memory
+    from distill_core.system.process import resolve_device as resolve_device
+    from distill_core.system.process import set_matmul_precision as set_matmul_precision
+
+HOMES = {
+    "hookspecs": "distill_core",
+    "cli": "distill_core.cli",
+    "main": "distill_core.cli",
+    "catalogue": "distill_core.commands",
+    "completion": "distill_core.commands",
+    "summary": "distill_core.commands.catalogue",
+    "without_option": "distill_core.commands.options",
+    "INTERFACES": "distill_core.contracts.kinds",
+    "example_batch": "distill_core.data.example",
+    "is_local": "distill_core.data.opening",
+    "RecipeErrors": "distill_core.errors",
+    "TrainingStopped": "distill_core.errors",
+    "warn": "distill_core.errors",
+    "by_address": "distill_core.evaluate.score",
+    "headlines": "distill_core.evaluate.score",
+    "means": "distill_core.evaluate.score",
+    "parse_address": "distill_core.evaluate.score",
+    "read_scores": "distill_core.evaluate.score",
+    "TaskScore": "distill_core.evaluate.score",
+    "evaluating": "distill_core.model",
+    "build_objective": "distill_core.recipe.build",
+    "unmet": "distill_core.recipe.compatibility",
+    "Document": "distill_core.recipe.document",
+    "located": "distill_core.recipe.document",
+    "Path": "distill_core.recipe.document",
+    "read_document": "distill_core.recipe.document",
+    "read_file": "distill_core.recipe.document",
+    "recipe_file": "distill_core.recipe.named",
+    "DEFAULTS": "distill_core.recipe.resolve",
+    "load_recipe": "distill_core.recipe.resolve",
+    "OPTIONAL": "distill_core.recipe.resolve",
+    "Override": "distill_core.recipe.resolve",
+    "SLOTS": "distill_core.recipe.resolve",
+    "Frame": "distill_core.recipe.sections",
+    "Recipe": "distill_core.recipe.sections",
+    "Entry": "distill_core.registry",
+    "Plugins": "distill_core.registry",
+    "Registry": "distill_core.registry",
+    "Checkpoints": "distill_core.run.checkpoint",
+    "environment": "distill_core.run.environment",
+    "installed": "distill_core.run.environment",
+    "read_report": "distill_core.run.folder",
+    "RunFolder": "distill_core.run.folder",
+    "load_model": "distill_core.run.load",
+    "model_of": "distill_core.run.load",
+    "run_recipe": "distill_core.run.load",
+    "font_of": "distill_core.run.showcase",
+    "sheet": "distill_core.run.showcase",
+    "words": "distill_core.run.showcase",
+    "TrackerThread": "distill_core.run.tracking",
+    "project": "distill_core.system.extras",
+    "arithmetic": "distill_core.system.process",
+    "end_with_parent": "distill_core.system.process",
+    "Interrupt": "distill_core.system.process",
+    "keep_freed_memory": "distill_core.system.process",
+    "resolve_device": "distill_core.system.process",
+    "set_matmul_precision": "distill_core.system.process",
+}
+"""Each name -> the module that defines it, or the package whose module it is."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'distill_core.tools' has no attribute {name!r}")
+    home = import_module(HOMES[name])
+    return getattr(home, name) if hasattr(home, name) else import_module(f"{HOMES[name]}.{name}")

@@ -10,11 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.batch import GLOBAL
-from distill_core.contracts.component import ComponentConfig
-from distill_core.interfaces import FusionHead
-from distill_core.outputs import Features, Fused
-from distill_core.plan import Needs, Plan, same_dim
+from distill_core import GLOBAL, ComponentConfig, Features, Fused, FusionHead, Needs, Plan, same_dim
 from distill_vl.transformer import Sequences, Transformer
 
 

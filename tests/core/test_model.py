@@ -159,7 +159,7 @@ def test_threads_read_ahead_in_order(trained: SimpleNamespace, monkeypatch: pyte
 
     for module in ("distill_core.model", "distill_core.evaluate.sets"):
         monkeypatch.setattr(f"{module}.reading_threads", lambda device: 3)
-    monkeypatch.setattr(model.augment["image"], "plain", slow)
+    monkeypatch.setattr(model.augment["image"], "eval_view", slow)
     torch.testing.assert_close(model.encode("image", items), alone, rtol=0, atol=1e-6)
     ahead = EvaluationSet("data", samples)
     found = ahead.embeddings(model, "image")

@@ -35,9 +35,9 @@ class Model:
     """Embeds an item, a list of numbers, as itself; each modality's items are the samples' keys' lengths."""
 
     def __init__(self) -> None:
-        read = lambda sample, field: ["x"] if field == "class" else [[float(len(sample["__key__"])), 1.0]]  # noqa: E731
+        decode = lambda sample, field: ["x"] if field == "class" else [[float(len(sample["__key__"])), 1.0]]  # noqa: E731
         self.device = torch.device("cpu")
-        self.augment = {name: SimpleNamespace(read=read) for name in ("a", "b")}
+        self.augment = {name: SimpleNamespace(decode=decode) for name in ("a", "b")}
 
     def default_features(self, modality: str) -> str:
         return "embedding"

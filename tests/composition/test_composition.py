@@ -59,6 +59,7 @@ def run(source: DataSource, **options: Any) -> tuple[dict[str, float], list[Eval
     return values(Composition(CompositionConfig(**options)).run(SeesColours(), sets)), sets  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", [Composition, SugarCrepe, Winoground, SvoProbes, MmvpVlm])
 def test_conforms(component: Any) -> None:
     assert_conforms(component)

@@ -90,6 +90,7 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+@pytest.mark.slow
 def test_attend_writes_what_the_model_computes(runs: Path, picture: Path, call: Call, tmp_path: Path) -> None:
     """Weights of the JSON against the fusion asked here. Would catch another view, tower, direction or mask."""
     text = "a red bird by the sea. two old boats"
@@ -129,6 +130,7 @@ def test_attend_writes_what_the_model_computes(runs: Path, picture: Path, call: 
     )
 
 
+@pytest.mark.slow
 def test_the_page_is_whole_and_escapes_the_text(runs: Path, picture: Path, call: Call, tmp_path: Path) -> None:
     """Would catch words that become tags, a link to something outside, a script, and a head that is not shown."""
     text = '<script>alert(1)</script> & "a" <img src=x onerror=y>'
@@ -173,6 +175,7 @@ def test_tokens_of_any_tower_are_escaped() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_told_is_left_out_and_said(runs: Path, picture: Path, call: Call, tmp_path: Path) -> None:
     for extra, why in (
         ((runs / "plain",), "the run has no fusion"),

@@ -45,6 +45,7 @@ def encode(config: HfTextConfig, texts: list[str]) -> tuple[HfText, Features]:
     return module, features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_pooling(folder: Path, pooling: Any) -> None:
     """Each text alone, without padding, through the library."""
@@ -82,6 +83,7 @@ def test_the_package_brings_real_weights(tmp_path: Path, monkeypatch: pytest.Mon
     assert home.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_mistakes(folder: Path, tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path("recipes/pretrained/lit_minilm_tiny.yaml").read_text()
     old = "{name: hf_text, package: all_minilm_l6_v2, context: 64, dim: 128}"

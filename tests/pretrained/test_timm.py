@@ -121,6 +121,7 @@ def test_weights(registry: Registry, tmp_path: Path) -> None:
     assert "; backbone.image.proj is new; left out: head" in loaded.line
 
 
+@pytest.mark.slow
 def test_weights_of_a_checkpoint(registry: Registry, tmp_path: Path) -> None:
     """timm's own reader takes the EMA's; the line says so, and of timm's mean and std (0.5), which the recipe lacks."""
     own, ema = (timm.create_model("test_vit", img_size=64, num_classes=0) for _ in range(2))

@@ -32,6 +32,7 @@ from distill_segment.task import Segmentation, SegmentationConfig
 from distill_vl.example import model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", [Segmentation, ImageMaskFolder, SegmentationSet])
 def test_conforms(component: Any) -> None:
     assert_conforms(component)

@@ -63,6 +63,7 @@ def make(tmp_path: Path, registry: Registry) -> StudyPlan:
     return plan
 
 
+@pytest.mark.slow
 def test_the_study_is_a_run_of_the_tracker(
     tiny_recipe: Path,
     tmp_path: Path,
@@ -93,6 +94,7 @@ def test_the_study_is_a_run_of_the_tracker(
     ]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_study_is_tracked_with_its_tags_as_context(
     tiny_recipe: Path, tmp_path: Path, registry: Registry, recorded: list[tuple[Any, ...]]
 ) -> None:

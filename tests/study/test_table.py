@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from score_values import means
 
@@ -120,6 +121,7 @@ def test_default_scores_are_the_students_headlines() -> None:
     assert default_scores([]) == []
 
 
+@pytest.mark.slow
 def test_a_tie_of_seeds_is_drawn(tmp_path: Path) -> None:
     """The mean of one number three times is not that number in floating point; an error bar of -4e-16 is refused."""
     for value in (18.75 / 7, 0.1, 17.6, 64.0625):
@@ -132,6 +134,7 @@ def test_a_tie_of_seeds_is_drawn(tmp_path: Path) -> None:
         assert (tmp_path / f"{value}.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_panel_for_each_score_and_takes_missing_runs(tmp_path: Path) -> None:
     run = tmp_path / "a-seed0"
     run.mkdir()

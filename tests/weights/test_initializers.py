@@ -222,6 +222,7 @@ def test_mean_and_std_of_open_clip(registry: Registry, tmp_path: Path) -> None:
         assert "other pixels" not in loaded.line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_mean_and_std_of_hugging_face(registry: Registry, tmp_path: Path, whole: bool) -> None:
     """An image processor's own file, or a processor's of both."""

@@ -1,4 +1,4 @@
-"""What `distill eval` does: score a checkpoint, show the scores and keep them."""
+"""`distill eval`: scores a checkpoint, prints the scores and saves them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from distill_core.system.files import cannot_write, write_whole
 from distill_core.system.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads
 
 SHOWN = 4
-"""Queries, about, that `--pictures` draws for each task and side."""
+"""Approximate number of queries that `--pictures` draws for each task and side."""
 
 
 def score(
@@ -43,9 +43,9 @@ def score(
     quiet: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Score a run (its folder, or a checkpoint's file in it), print, and keep what was found in RUN/evaluations.
+    """Score a run (its folder, or a checkpoint's file in it), print the scores, and save them in RUN/evaluations.
 
-    Raises `UserError` where a task failed, behind all else.
+    Raises `UserError` at the end if a task failed.
     """
     folder, checkpoint = where(run, checkpoint)
     recipe = _recipe(folder, registry, split, tasks, overrides)

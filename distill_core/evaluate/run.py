@@ -21,7 +21,7 @@ from distill_core.recipe.sections import Node, Recipe
 from distill_core.system import distributed
 
 NAMED = 8
-"""The most sets that are named below a table of means."""
+"""Sets named below a table of means, at most."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ def evaluate(
     cache: EmbeddingCache | None = None,
     watch: Watch | None = None,
 ) -> Evaluated:
-    """Score every model on every task. A task that cannot be run fails by itself; the others keep their scores.
+    """Score every model on every task. A task that fails leaves the scores of the others as they are.
 
     A task with a `source` of its own is scored on that. While training it is left out where that has no such split.
     A teacher with fewer modalities than the student is scored by the tasks that do without the others, which is said.
@@ -108,7 +108,7 @@ def evaluate(
 
 
 def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
-    """Whether a task can do with the modalities that this side has."""
+    """Whether a task needs no other modalities than this side has."""
     own = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
     if len(own) == len(recipe.plan.modalities):
         return True
@@ -120,7 +120,7 @@ def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
 
 
 def _run(task: Task, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
-    """Its scores. Raises `UserError` on every rank: one that gave up alone would go on to the next task alone."""
+    """Its scores. Raises `UserError` on every rank: a rank that failed alone would start the next task alone."""
 
     def scores() -> list[Score]:
         found = task.run(model, sets)
@@ -141,7 +141,7 @@ def _means_of(names: Sequence[str]) -> str:
 
 
 def _has(source: Node | None, split: str) -> bool:
-    """Whether there may be such a split: the shared source was asked before."""
+    """Whether a task's own source may have this split; the shared source is checked with the recipe."""
     splits = source.cls.splits(source.config) if source else None  # type: ignore[attr-defined]
     return splits is None or split in splits
 
@@ -191,7 +191,7 @@ class _Opened:
 
 @contextmanager
 def _alone(sets: Sequence[EvaluationSet]) -> Iterator[None]:
-    """While one rank works and the others do not."""
+    """Marks the sets as used by one rank alone."""
     for samples in sets:
         samples.alone = True
     try:

@@ -20,7 +20,7 @@ from distill_core.system.process import reading_threads
 Step = TypeVar("Step")
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
-"""The samples (or the steps of other work) themselves, shown to somebody as they are taken; the str says what for."""
+"""(samples or steps, what they are for) -> the same samples, each reported to a progress bar as it is taken."""
 
 
 class EvaluationSet:
@@ -45,11 +45,11 @@ class EvaluationSet:
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
         self.warnings: list[str] = []
-        """What tasks have to say of their scores on it: see `warn`."""
+        """See `warn`."""
         self.identities: dict[int, tuple[str, str]] = {}
-        """(key, file) of the samples that `labels` has found, by number: a sample of another set may be the same."""
+        """Sample number -> (key, file) of samples read by `labels`; other sets may contain the same ones."""
         self.alone = False
-        """Whether this rank works while the others do not: no embeddings can be made then, where there are several."""
+        """Whether this rank works while the others wait. With several ranks, no embeddings can be made then."""
         self._embedded: dict[tuple[int, str, str | None, FeatureKind], tuple[Tensor, Tensor]] = {}
 
     def __iter__(self) -> Iterator[Sample]:
@@ -65,12 +65,12 @@ class EvaluationSet:
         return self._others(split)
 
     def warn(self, line: str) -> None:
-        """Tell the user, once, why scores say less than they seem to; they are kept."""
+        """Tell the user, once, why scores on this set say less than they seem to. The scores are kept."""
         if line not in self.warnings:
             self.warnings.append(line)
 
     def watch(self, steps: Iterable[Step], what: str) -> Iterable[Step]:
-        """The steps of work that a task does on this set, shown to whoever waits as they are taken."""
+        """The steps of a task's work on this set, each reported to a progress bar as it is taken."""
         return steps if self._watch is None else self._watch(steps, what)
 
     def labels(self, field: str) -> dict[int, str]:
@@ -158,7 +158,7 @@ class EvaluationSet:
         return self._embedded[key]
 
     def _kept(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings | None:
-        """What the cache holds, where it does on every rank."""
+        """The cached embeddings, if every rank has them, else None."""
         if self._cache is None:
             return None
         cache = self._cache

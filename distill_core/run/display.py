@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end."""
+"""What a run shows on the terminal: progress, messages, and the scores at its end."""
 
 from __future__ import annotations
 
@@ -88,10 +88,10 @@ class Display:
 
 
 class Left(TimeRemainingColumn):
-    """The time that is left, where it is known."""
+    """The remaining time, if known."""
 
     def render(self, task: Task) -> Text:
-        """Nothing while the end is not in sight."""
+        """Empty while the total is unknown."""
         return Text.assemble("eta ", super().render(task)) if task.total else Text("")
 
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distill_kernels import cross_attention, cross_attention_pool
 from distill_kernels.attention.cross_attention import OP, CrossAttentionInputs
-from distill_kernels.dispatch import device_name
+from distill_kernels.machine import device_name
 from distill_kernels.measure import interleaved, peak_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -87,7 +87,7 @@ def pool_calls(dtype: torch.dtype, batch: int, tokens: int, device: torch.device
             out_proj_weight=attention.out_proj.weight,
             out_proj_bias=attention.out_proj.bias,
             heads=HEADS,
-            form=form,
+            backend=form,
         )
 
     def step(forward: Callable[[], Tensor]) -> None:

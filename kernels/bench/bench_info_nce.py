@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill_kernels.dispatch import device_name
+from distill_kernels.machine import device_name
 from distill_kernels.measure import interleaved, peak_bytes
 from distill_kernels.pairwise.info_nce import OP, InfoNCEInputs, multi_view_info_nce
 from distill_kernels.pairwise.sigmoid_loss import OP as SIGMOID

@@ -30,7 +30,8 @@ from distill_kernels.attention.packed_attention import OP as PACKED
 from distill_kernels.attention.packed_attention import PackedInputs, packed_attention
 from distill_kernels.attention.self_attention import OP as DENSE
 from distill_kernels.attention.self_attention import SelfAttention, self_attention, without_cudnn
-from distill_kernels.dispatch import choose, device_name
+from distill_kernels.dispatch import choose
+from distill_kernels.machine import device_name
 from distill_kernels.measure import interleaved, peak_bytes
 
 # N, L, H, K, causal: images and texts of the tiny recipe, ViT-B at 224, 96, 176 and 192 px, CLIP text.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from distill_kernels import dispatch
+from distill_kernels import dispatch, machine
 from distill_kernels.dispatch import Backend, Op, choose_here, order_of
 
 
@@ -24,7 +24,7 @@ class Choice(NamedTuple):
 
     op: str
     backend: str
-    inputs: str  # the op's bucket: dtype and sizes
+    inputs: str  # their shape class
     why: str  # what the order of `auto` goes by, or that the backend was named
     others: tuple[tuple[str, str], ...]  # each other backend, and why it was passed over
 
@@ -50,14 +50,14 @@ def recorded(device: torch.device | None = None, capability: tuple[int, int] = (
             return chosen
         return Backend(chosen.name, chosen.why_not, lambda x: _unobserved(op, x))
 
-    before = dispatch.observer, dispatch.assumed_capability
+    before = dispatch.observer, machine.assumed_capability
     dispatch.observer = observe
     if elsewhere and not torch.cuda.is_available():
-        dispatch.assumed_capability = capability
+        machine.assumed_capability = capability
     try:
         yield choices
     finally:
-        dispatch.observer, dispatch.assumed_capability = before
+        dispatch.observer, machine.assumed_capability = before
 
 
 def _unobserved(op: Op, inputs: Any) -> Any:
@@ -77,7 +77,7 @@ def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:
             behind = f"after {chosen.name} in the order" if other.name in order.names else "only when named"
             others.append((other.name, other.why_not(inputs) or (behind if asked == "auto" else "another was named")))
     why = order.why if asked == "auto" else "named"
-    return Choice(op.name, chosen.name, op.bucket(inputs), why, tuple(others))
+    return Choice(op.name, chosen.name, op.shape_class(inputs), why, tuple(others))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

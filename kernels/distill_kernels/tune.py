@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill_kernels.dispatch import OPS, Backend, BackendError, forget, interpreting, load_op, table_path
+from distill_kernels.defaults import COLUMNS, table_path
+from distill_kernels.dispatch import OPS, Backend, BackendError, load_op
+from distill_kernels.machine import device_name, forget, interpreting
 from distill_kernels.measure import interleaved
 
 
 def tune(device: torch.device, *, rounds: int = 7) -> tuple[Path, list[tuple[str, str, str, float]]]:
     """Time all backends of all ops on `device`, forward and backward, and write the measured table.
 
-    Returns the table's path and rows (op, bucket, backend, milliseconds), fastest first in each bucket. On
+    Returns the table's path and rows (op, shape class, backend, milliseconds), fastest first in each class. On
     CPU the time is this process's CPU time, else wall time. `reference` is not a candidate where another
     backend can run. The current process uses the new table from its next call on.
 
@@ -26,8 +28,8 @@ def tune(device: torch.device, *, rounds: int = 7) -> tuple[Path, list[tuple[str
     """
     if interpreting():
         raise BackendError("unset TRITON_INTERPRET before tuning: interpreted kernels are not what would run")
-    table: dict[str, dict[str, list[str]]] = {}
-    rows = []
+    evidence = f"{device_name(device)}, torch {torch.__version__}"
+    rules, rows = [], []
     for op_name in OPS:
         op = load_op(op_name)
         for inputs in op.cases(device):
@@ -37,13 +39,17 @@ def tune(device: torch.device, *, rounds: int = 7) -> tuple[Path, list[tuple[str
             seconds = interleaved(calls, rounds=rounds, device=device)
             times = {n: s.process if device.type == "cpu" else s.wall for n, s in seconds.items()}
             order = sorted(times, key=lambda n: times[n])
-            bucket = op.bucket(inputs)
-            table.setdefault(op_name, {})[bucket] = order
-            rows += [(op_name, bucket, name, times[name] * 1e3) for name in order]
+            when = op.shape_class(inputs)
+            why = "here (distill kernels --tune)"
+            rules.append((op_name, device.type, "", when, " ".join(order), "", "measured", evidence, why))
+            rows += [(op_name, when, name, times[name] * 1e3) for name in order]
     path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=1))
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rules)
     partial.replace(path)
     forget()
     return path, rows

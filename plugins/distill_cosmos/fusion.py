@@ -37,7 +37,7 @@ class CrossAttention(AttentionFusion):
         """queries [V, B, D] plus what they find in `modality`'s tokens [B, L, W]; not normalised."""
         keys = self.token_map[modality](tokens)
         mask = mask if self.config.mask_padding else None
-        result: Tensor = self.pooler[modality](queries, keys, mask, form=self.config.form)
+        result: Tensor = self.pooler[modality](queries, keys, mask, backend=self.config.form)
         return result
 
     def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:

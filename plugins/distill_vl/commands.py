@@ -60,7 +60,8 @@ def _tune(where: torch.device, as_json: bool) -> None:
 
 
 def _list(where: torch.device, as_json: bool) -> None:
-    from distill_kernels.dispatch import listing, table_path
+    from distill_kernels.defaults import table_path
+    from distill_kernels.dispatch import listing
 
     rows = listing()
     if as_json:
@@ -71,7 +72,7 @@ def _list(where: torch.device, as_json: bool) -> None:
         click.echo(f"{op if op != previous else '':24}{backend:12}{answer}")
         previous = op
     path = table_path(where)
-    click.echo(f"`auto` goes by {path if path.exists() else 'its built-in order (measure with --tune)'}")
+    click.echo(f"`auto` goes by {path if path.exists() else 'the defaults of the package (measure with --tune)'}")
 
 
 def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_json: bool) -> None:

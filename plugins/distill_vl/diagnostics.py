@@ -6,7 +6,8 @@ import torch
 
 from distill_core import Diagnostic
 from distill_kernels.attention.memory_efficient import built_for, why_not_built
-from distill_kernels.dispatch import listing, table_path
+from distill_kernels.defaults import table_path
+from distill_kernels.dispatch import listing
 
 
 def kernels() -> list[Diagnostic]:
@@ -20,7 +21,7 @@ def kernels() -> list[Diagnostic]:
         for op, (can, cannot) in rows.items()
     ]
     path = table_path(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    auto = str(path) if path.exists() else "built-in order (measure with distill kernels --tune)"
+    auto = str(path) if path.exists() else "the defaults of the package (measure with distill kernels --tune)"
     return [*found, Diagnostic("kernels", "auto goes by", auto), *_xformers()]
 
 

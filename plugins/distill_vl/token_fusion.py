@@ -117,7 +117,7 @@ class CrossPooler(nn.Module):
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
-        form: str = "auto",
+        backend: str = "auto",
         gate: Tensor | None = None,
     ) -> Tensor:
         """queries [V, B, D], tokens [B, L, D], mask [B, L], gate 0-dim or none (1) -> [V, B, D].
@@ -143,7 +143,7 @@ class CrossPooler(nn.Module):
             heads=attention.num_heads,
             mask=mask,
             eps=self.ln_q.eps,
-            form=form,
+            backend=backend,
             normalize=False,
         )
 

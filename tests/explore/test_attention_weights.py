@@ -65,7 +65,7 @@ def test_the_poolers_weights_give_its_output(form: str, masked: bool) -> None:
     weights = pooler.weights(queries, tokens, mask)
     assert weights.shape == (4, 3, HEADS, LENGTH)
     found = queries + read(pooler.attn, weights, pooler.ln_k(tokens))
-    torch.testing.assert_close(found, pooler(queries, tokens, mask, form=form), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, pooler(queries, tokens, mask, backend=form), atol=1e-5, rtol=0)
     real = torch.tensor([1.0, 1.0, 0.0 if masked else 1.0])
     torch.testing.assert_close(weights.sum(-1), real[None, :, None].expand(4, 3, HEADS))
     if masked:

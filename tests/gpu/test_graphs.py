@@ -27,7 +27,9 @@ def pool(form: str, backend: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
     def run(queries: Tensor, tokens: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(shapes, weights, strict=True))
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return cross_attention_pool(queries, tokens, **named, heads=H, lengths=lengths, form=form, backend=backend)
+            return cross_attention_pool(
+                queries, tokens, **named, heads=H, lengths=lengths, backend=form, attention=backend
+            )
 
     return run, [torch.randn(V, B, D, device="cuda"), torch.randn(B, L, D, device="cuda"), *weights]
 

@@ -93,7 +93,7 @@ def only(valid: str) -> dict[str, Tensor]:
     return {"mask": torch.empty(4, 77, dtype=torch.bool, device="meta")} if valid == "mask" else {}
 
 
-def pool(form: str, backend: str, valid: str) -> Tensor:
+def pool(backend: str, attention: str, valid: str) -> Tensor:
     d = 64
     shapes = {
         "ln_q_weight": (d,),
@@ -105,7 +105,7 @@ def pool(form: str, backend: str, valid: str) -> Tensor:
     shapes |= {"in_proj_bias": (3 * d,), "out_proj_weight": (d, d), "out_proj_bias": (d,)}
     weights = {name: new(*shape, dtype=torch.float32) for name, shape in shapes.items()}
     return cross_attention_pool(
-        new(8, 4, d), new(4, 77, d), **weights, heads=2, **only(valid), form=form, backend=backend
+        new(8, 4, d), new(4, 77, d), **weights, heads=2, **only(valid), backend=backend, attention=attention
     )
 
 

@@ -1,96 +1,167 @@
 """How a backend is chosen, the measured table behind `auto`, and what importing the package costs."""
 
-import dataclasses
+import csv
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from distill_kernels import dispatch
-from distill_kernels.dispatch import (
-    OPS,
-    Backend,
-    BackendError,
-    Op,
-    Order,
-    choose,
-    device_name,
-    forget,
-    listing,
-    load_op,
-    table_path,
-)
+from distill_kernels import defaults, machine
+from distill_kernels.defaults import COLUMNS, SHIPPED, Rule, parse_conditions, shape_class, table_path
+from distill_kernels.dispatch import OPS, Backend, BackendError, Op, choose, listing, load_op, order_of
+from distill_kernels.machine import device_name, forget
 from distill_kernels.measure import interleaved, peak_bytes
 
 CPU = torch.device("cpu")
 
 
+class Number(NamedTuple):
+    """The inputs of `make_op`."""
+
+    value: int
+    device: torch.device = CPU
+
+    @property
+    def small(self) -> bool:
+        return self.value < 10
+
+
 def make_op(name: str = "double") -> Op:
-    """Inputs are lists of a number; `picky` takes even ones only."""
+    """`picky` takes even numbers only."""
     return Op(
         name=name,
         backends=(
-            Backend("picky", lambda x: "odd" if x is not None and x[0] % 2 else None, lambda x: 2 * x[0]),
-            Backend("plain", lambda x: None, lambda x: x[0] + x[0]),
+            Backend("picky", lambda x: "odd" if x is not None and x.value % 2 else None, lambda x: 2 * x.value),
+            Backend("plain", lambda x: None, lambda x: x.value + x.value),
             Backend("missing", lambda x: "not here", lambda x: None),
         ),
-        order=lambda x: Order(("picky", "plain"), "a guess"),
-        bucket=lambda x: "small" if x[0] < 10 else "large",
-        cases=lambda device: [[1], [2], [20]],
-        device=lambda x: CPU,
+        shape="small",
+        cases=lambda device: [Number(1), Number(2), Number(20)],
     )
+
+
+def write_rules(path: Path, *rules: str) -> None:
+    """Each `op,device,model,when,backends`; as `tune` measured them."""
+    path.write_text("\n".join([",".join(COLUMNS), *(f"{rule},,measured,a test,here" for rule in rules)]))
 
 
 @pytest.fixture
 def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("DISTILL_KERNEL_TABLES", str(tmp_path))
+    monkeypatch.setattr(defaults, "SHIPPED", tmp_path / "defaults.csv")
+    write_rules(tmp_path / "defaults.csv", *(f"{op},cpu,,,picky plain" for op in ("double", "other")))
     forget()
     yield tmp_path
+    monkeypatch.undo()
     forget()
 
 
 def test_auto_takes_the_first_that_can(tables: Path) -> None:
     op = make_op()
-    assert choose(op, "auto", [2]).name == "picky"
-    assert choose(op, "auto", [3]).name == "plain"
+    assert choose(op, "auto", Number(2)).name == "picky"
+    assert choose(op, "auto", Number(3)).name == "plain"
 
 
 def test_explicit_choice_never_falls_back(tables: Path) -> None:
     op = make_op()
-    assert choose(op, "plain", [2]).name == "plain"
+    assert choose(op, "plain", Number(2)).name == "plain"
     with pytest.raises(BackendError, match="double: backend 'picky' cannot run this: odd"):
-        choose(op, "picky", [3])
+        choose(op, "picky", Number(3))
     with pytest.raises(BackendError, match="double: no backend named 'fast'; there are picky, plain, missing"):
-        choose(op, "fast", [3])
+        choose(op, "fast", Number(3))
     assert issubclass(BackendError, ValueError)
 
 
 def test_auto_without_any_says_why_for_each(tables: Path) -> None:
-    op = make_op()
-    op = Op(op.name, op.backends, lambda x: Order(("picky", "missing"), "a guess"), op.bucket, op.cases, op.device)
+    write_rules(tables / "defaults.csv", "double,any,,,picky missing")
     with pytest.raises(BackendError, match="no backend can run this \\(picky: odd; missing: not here\\)"):
-        choose(op, "auto", [3])
+        choose(make_op(), "auto", Number(3))
+    with pytest.raises(BackendError, match="unheard: no rule for cpu"):
+        choose(make_op("unheard"), "auto", Number(3))
 
 
-def test_measured_table_decides(tables: Path) -> None:
-    """By bucket, backends that are not in the built-in order included; a name that is gone, or cannot run these
-    inputs, is passed over."""
-    table_path(CPU).write_text(
-        '{"double": {"small": ["gone", "plain"], "large": ["picky"]}, "both": {"small": ["plain"]}}'
+def test_measured_rules_decide(tables: Path) -> None:
+    """By shape class, backends that are in no default included; a name that cannot run these inputs is passed over."""
+    write_rules(tables / "defaults.csv", "double,cpu,,,picky plain", "both,cpu,,,picky", "other,cpu,,,picky plain")
+    write_rules(
+        table_path(CPU), "double,cpu,,small=1,missing plain", "double,cpu,,small=0,picky", "both,cpu,,small=1,plain"
     )
-    picky = make_op("both")
-    picky = dataclasses.replace(picky, order=lambda x: Order(("picky",), "a guess"))
-    assert choose(picky, "auto", [2]).name == "plain"
+    assert choose(make_op("both"), "auto", Number(2)).name == "plain"
     op = make_op()
-    assert choose(op, "auto", [2]).name == "plain"
-    assert choose(op, "auto", [12]).name == "picky"
-    assert choose(op, "auto", [13]).name == "plain"
-    assert choose(make_op("other"), "auto", [2]).name == "picky"
+    assert choose(op, "auto", Number(2)).name == "plain"
+    assert choose(op, "auto", Number(12)).name == "picky"
+    assert choose(op, "auto", Number(13)).name == "plain"
+    assert choose(make_op("other"), "auto", Number(2)).name == "picky"
+
+
+def test_the_first_rule_that_holds_decides(tables: Path) -> None:
+    """A rule for another model, another kind of device or other inputs is passed over."""
+    write_rules(
+        tables / "defaults.csv",
+        "double,cuda,,,missing",
+        "double,cpu,Abacus,,missing",
+        "double,cpu,,value=..4,plain",
+        f"double,any,{device_name(CPU)},value=6..8,plain picky",
+        "double,any,,,picky",
+    )
+    names = {n: choose(make_op(), "auto", Number(n)).name for n in (4, 6, 8, 10)}
+    assert names == {4: "plain", 6: "plain", 8: "plain", 10: "picky"}
+
+
+@pytest.mark.parametrize("when", ["value", "value<4", "value=1..x", "value=1 .."])
+def test_a_condition_that_is_none_is_refused(when: str) -> None:
+    with pytest.raises(ValueError, match="is no condition"):
+        parse_conditions(when)
+
+
+def test_shape_class_holds_for_its_inputs() -> None:
+    """What `tune` writes for inputs is met by them, and by no others of another power of two."""
+
+    class Sizes(NamedTuple):
+        dtype: str
+        n: int
+        train: bool
+
+    for n in (0, 1, 2, 3, 4, 5, 77, 128):
+        text = shape_class("dtype n<= train", Sizes("bfloat16", n, True))
+        rule = Rule(parse_conditions(text), (), (), "")
+        assert rule.holds(Sizes("bfloat16", n, True))
+        assert not rule.holds(Sizes("bfloat16", n, False))
+        assert not rule.holds(Sizes("float16", n, True))
+        assert not rule.holds(Sizes("bfloat16", 2 * max(n, 1), True))
+    assert shape_class("dtype n<= train", Sizes("bfloat16", 77, True)) == "dtype=bfloat16 n=65..128 train=1"
+
+
+def test_shipped_defaults_are_complete() -> None:
+    """Each op has an order for any call on any device; names exist; what was measured says on what."""
+    with SHIPPED.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["op"] for row in rows} == set(OPS)
+    for row in rows:
+        op = load_op(row["op"])
+        assert tuple(row) == COLUMNS
+        assert row["device"] in ("cpu", "cuda", "any")
+        assert {*row["backends"].split()} <= {b.name for b in op.backends}
+        assert bool(row["backends"]) != bool(row["cost"])
+        assert row["source"] in ("measured", "estimated", "correctness")
+        assert bool(row["evidence"]) == (row["source"] == "measured")
+        inputs = next(iter(op.cases(CPU)))
+        for name, low, high in parse_conditions(row["when"]):
+            assert isinstance(getattr(inputs, name), int), row
+            assert low <= high
+        if row["cost"]:
+            assert op.cheapest is not None
+            order = op.cheapest(inputs, **{k: float(v) for k, v in (part.split("=") for part in row["cost"].split())})
+            assert set(order) <= {b.name for b in op.backends}
+    for name in OPS:
+        last = [row for row in rows if row["op"] == name][-1]
+        assert (last["device"], last["model"], last["when"]) == ("any", "", "")
 
 
 def test_tune_writes_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,11 +174,12 @@ def test_tune_writes_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) ->
     path, rows = module.tune(CPU, rounds=1)
     assert path == table_path(CPU)
     assert path.parent == tables
-    assert {(bucket, name) for _, bucket, name, _ in rows} == {
-        ("small", "picky"), ("small", "plain"), ("large", "picky"), ("large", "plain"),
+    assert {(when, name) for _, when, name, _ in rows} == {
+        ("small=1", "picky"), ("small=1", "plain"), ("small=0", "picky"), ("small=0", "plain"),
     }  # fmt: skip
-    fastest = {bucket: name for _, bucket, name, _ in reversed(rows)}
-    assert choose(op, "auto", [20]).name == fastest["large"]
+    fastest = {when: name for _, when, name, _ in reversed(rows)}
+    assert order_of(op, Number(20)).why == "measured: here (distill kernels --tune)"
+    assert choose(op, "auto", Number(20)).name == fastest["small=0"]
 
 
 def test_tune_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,18 +193,18 @@ def test_tune_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a slim image: said by `distill kernels`, and `auto` takes another backend, instead of a failed build."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(machine, "interpreting", lambda: False)
     monkeypatch.setenv("CC", "cc")
     forget()
-    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
-    assert str(dispatch.why_not_triton(None)).startswith("Triton needs Python's headers")
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert str(machine.why_not_triton(None)).startswith("Triton needs Python's headers")
     (tmp_path / "Python.h").touch()
     forget()
-    assert dispatch.why_not_triton(None) is None
+    assert machine.why_not_triton(None) is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
     forget()
-    assert str(dispatch.why_not_triton(None)).startswith("Triton needs a C compiler")
+    assert str(machine.why_not_triton(None)).startswith("Triton needs a C compiler")
     forget()
 
 
@@ -144,14 +216,14 @@ def test_what_the_machine_has_is_looked_up_once(monkeypatch: pytest.MonkeyPatch)
         looked.append(name)
         return answer
 
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(machine, "interpreting", lambda: False)
     monkeypatch.delenv("CC", raising=False)
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: look(name, find_spec("torch")))
-    monkeypatch.setattr(dispatch.shutil, "which", lambda name: look(name, "/usr/bin/gcc"))
-    monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: look("headers", {"include": "/nowhere"}))
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: look(name, find_spec("torch")))
+    monkeypatch.setattr(machine.shutil, "which", lambda name: look(name, "/usr/bin/gcc"))
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda scheme: look("headers", {"include": "/nowhere"}))
     forget()
-    reasons = {dispatch.why_not_triton(torch.device("cuda", 0)) for _ in range(3)}
+    reasons = {machine.why_not_triton(torch.device("cuda", 0)) for _ in range(3)}
     forget()
     assert sorted(looked) == ["gcc", "headers", "triton"]
     assert reasons == {"Triton needs Python's headers (python3-dev): there is no /nowhere/Python.h"}
@@ -169,14 +241,14 @@ def test_every_op_is_listed_and_loads() -> None:
 
 @pytest.mark.slow
 def test_every_op_can_be_tuned_here() -> None:
-    """Each op makes cases that some backend runs, and names a bucket for them."""
+    """Each op makes cases that some backend runs, and a shape class that holds for them."""
     for name in OPS:
         op = load_op(name)
         cases = list(op.cases(CPU))
         assert cases, name
         for inputs in cases:
-            assert op.bucket(inputs)
-            assert op.device(inputs).type == "cpu"
+            assert Rule(parse_conditions(op.shape_class(inputs)), (), (), "").holds(inputs)
+            assert inputs.device.type == "cpu"
             assert choose(op, "auto", inputs).why_not(inputs) is None
 
 
@@ -200,8 +272,8 @@ def test_light_import(statement: str) -> None:
 
 
 def test_missing_package_is_a_reason() -> None:
-    assert dispatch.why_not_installed("torch") is None
-    assert "not installed" in str(dispatch.why_not_installed("no_such_package_anywhere"))
+    assert machine.why_not_installed("torch") is None
+    assert "not installed" in str(machine.why_not_installed("no_such_package_anywhere"))
 
 
 def test_interleaved_measures_each_call() -> None:

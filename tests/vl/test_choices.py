@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from distill_core.errors import UserError
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-from distill_kernels import dispatch
+from distill_kernels import dispatch, machine
 from distill_kernels.attention import memory_efficient
 from distill_kernels.attention.cross_attention import CrossAttentionInputs
 from distill_kernels.attention.packed_attention import PackedInputs
@@ -28,9 +28,9 @@ CUDA = torch.device("cuda")
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a machine with Triton, a compiler, and an xformers that was built for another torch."""
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    monkeypatch.setattr(dispatch, "why_not_installed", lambda package: None)
-    monkeypatch.setattr(dispatch, "_why_not_compile", lambda: None)
+    monkeypatch.setattr(machine, "interpreting", lambda: False)
+    monkeypatch.setattr(machine, "why_not_installed", lambda package: None)
+    monkeypatch.setattr(machine, "_why_not_compile", lambda: None)
     monkeypatch.setattr(memory_efficient, "why_not_built", lambda: "built for another torch")
 
 
@@ -59,12 +59,12 @@ def test_flagship_on_a_gpu(registry: Registry) -> None:
         ("multi_view_info_nce", "triton"): 2,
     }
     packed = {c.inputs.split("causal=")[1] for c in made if c.op == "packed_attention"}
-    assert packed == {"True train=False", "True train=True", "False train=True"}
+    assert packed == {"1 train=0", "1 train=1", "0 train=1"}
     pools = [c.inputs for c in made if c.op == "cross_attention_pool"]
-    assert [inputs.split(" ", 1)[0] for inputs in pools] == ["torch.bfloat16"] * 5
-    assert [inputs.split("B<=4 ")[1] for inputs in pools[-2:]] == ["L<=128 D512 H8", "L<=256 D512 H8"]
+    assert [inputs.split(" ", 1)[0] for inputs in pools] == ["dtype=bfloat16"] * 5
+    assert [inputs.split("B=3..4 ")[1] for inputs in pools[-2:]] == ["L=65..128 D=512 H=8", "L=129..256 D=512 H=8"]
     losses = [c.inputs for c in made if c.op == "multi_view_info_nce"]
-    assert losses == ["torch.float32 Va2 Vb8 B4 M4 D512", "torch.float32 Va16 Vb4 B4 M4 D512"]
+    assert losses == ["dtype=float32 Va=2 Vb=8 B=4 M=4 D=512", "dtype=float32 Va=16 Vb=4 B=4 M=4 D=512"]
 
     why = {(c.op, name): reason for c in made for name, reason in c.others}
     assert why["cross_attention_pool", "absorbed"] == "after projected in the order"

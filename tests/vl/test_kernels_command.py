@@ -1,5 +1,6 @@
 """`distill kernels` says what runs here, and why the rest does not."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from click.testing import CliRunner
 from torch import device
 
 from distill_kernels import tune as tuning
-from distill_kernels.dispatch import OPS, table_path
+from distill_kernels.defaults import table_path
+from distill_kernels.dispatch import OPS
 from distill_vl.commands import kernels
 
 
@@ -33,11 +35,12 @@ def test_tune_writes_the_table_that_auto_goes_by(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tuning, "OPS", {name: OPS[name]})
     result = CliRunner().invoke(kernels, ["--tune", "--device", "cpu", "--json"], catch_exceptions=False)
     rows = json.loads(result.output)
-    written = json.loads(table_path(device("cpu")).read_text())
-    assert set(written) == {name}
-    for inputs, order in written[name].items():
-        times = {row["backend"]: row["ms"] for row in rows if row["inputs"] == inputs}
-        assert order == sorted(times, key=lambda backend: times[backend])
-    from distill_kernels.dispatch import forget
+    with table_path(device("cpu")).open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert {row["op"] for row in written} == {name}
+    for rule in written:
+        times = {row["backend"]: row["ms"] for row in rows if row["inputs"] == rule["when"]}
+        assert rule["backends"].split() == sorted(times, key=lambda backend: times[backend])
+    from distill_kernels.machine import forget
 
     forget()

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.attention import memory_efficient
-from distill_kernels.attention.self_attention import FEWEST_FLASH_KEYS, without_cudnn
-from distill_kernels.dispatch import Backend, Op, Order, choose, interpreting, why_not_triton
+from distill_kernels.attention.self_attention import without_cudnn
+from distill_kernels.dispatch import Backend, Op, choose
+from distill_kernels.machine import interpreting, why_not_triton
 
 
 class CrossAttentionInputs(NamedTuple):
@@ -28,6 +29,41 @@ class CrossAttentionInputs(NamedTuple):
     lengths: Tensor | None  # [B] int
     mask: Tensor | None  # [B, L] bool
     scale: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.q.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.q.dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return self.q.dtype.itemsize
+
+    @property
+    def V(self) -> int:
+        """Queries a sample."""
+        return self.q.shape[2]
+
+    @property
+    def L(self) -> int:
+        """Tokens a sample."""
+        return self.k.shape[2]
+
+    @property
+    def K(self) -> int:
+        """Head width."""
+        return self.q.shape[3]
+
+    @property
+    def masked(self) -> bool:
+        """Whether some tokens are hidden."""
+        return self.lengths is not None or self.mask is not None
 
 
 def cross_attention(
@@ -211,30 +247,6 @@ def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
     return None
 
 
-ON_GPU = Order(
-    ("triton", "sdpa", "matmul"),
-    "estimated: with this few queries keys and values are read once in each pass, without padded tiles; sdpa's kernels "
-    "under a mask are xformers' as well",
-)
-MATMULS = Order(("matmul",), "measured on a CPU: two batched products beat a flash kernel on few queries")
-FUSED = Order(("sdpa", "matmul"), "measured on a CPU: the flash kernel wins in fp32")
-
-
-def _order(inputs: CrossAttentionInputs) -> Order:
-    if inputs.q.device.type == "cuda":
-        return ON_GPU
-    # Measured: the flash kernel wins in fp32 and wider, and its backward is slow in half precision.
-    half, few = inputs.q.dtype.itemsize < 4, inputs.k.shape[2] < FEWEST_FLASH_KEYS
-    return MATMULS if half or few else FUSED
-
-
-def _bucket(inputs: CrossAttentionInputs) -> str:
-    queries, width = inputs.q.shape[2:]
-    wide = 1 << (max(inputs.k.shape[2], 1) - 1).bit_length()
-    masked = "all" if inputs.lengths is None and inputs.mask is None else "masked"
-    return f"{inputs.q.dtype} V<={1 << (max(queries, 1) - 1).bit_length()} L<={wide} K{width} {masked}"
-
-
 def _cases(device: torch.device) -> Iterable[CrossAttentionInputs]:
     batch = 512 if device.type == "cuda" else 16
     for dtype in (torch.float32, torch.bfloat16):
@@ -255,8 +267,6 @@ OP = Op(
         Backend("xformers", _why_not_xformers, xformers),
         Backend("triton", _why_not_triton, _triton),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype V<= L<= K masked",
     cases=_cases,
-    device=lambda inputs: inputs.q.device,
 )

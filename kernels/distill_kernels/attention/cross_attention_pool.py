@@ -21,8 +21,11 @@ The cost model counts, for a sample's forward pass, multiplications and the elem
                 and a sixth of it: backward makes         + w D^2 / B  (once a batch)
                 queries and sums again
 
-An element costs as much as `BALANCE` has it in multiplications. With free memory, absorbed is cheaper when
-V (7 H / 6 - 1) / D + 7 V / (6 L) < 1; with fast matrix units memory decides, and it is when m H V < 5 L.
+An element costs as much as so many multiplications: this number, m and w are a device's, by element size of the
+products (`cost` in defaults.csv; on a CPU fitted to the 332 timings of the two in kernels/bench/results.csv, widths of
+64 to 768, batches of 1 to 256: the form that it picks costs .2 % more than the better one on average, and never more
+than 10 %). With free memory, absorbed is cheaper when V (7 H / 6 - 1) / D + 7 V / (6 L) < 1; with fast matrix units
+memory decides, and it is when m H V < 5 L.
 
 The model is a CPU's. On a GPU the absorbed chain is bound by its launches, about 160 both ways and a millisecond of
 the host's time for a sixth of that on the device; projected is two products and one kernel each way (estimated).
@@ -41,21 +44,7 @@ from torch import Tensor
 from distill_kernels.attention.absorbed_attention import absorbed_attention, of_reached, unit_norm
 from distill_kernels.attention.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.attention.self_attention import split_heads, tracing
-from distill_kernels.dispatch import Backend, BackendError, Op, Order, choose
-
-FORMS = ("auto", "projected", "absorbed", "reference")
-
-
-class _Balance(NamedTuple):
-    multiplications: int  # an element costs as much as these
-    moved: int  # elements moved for each of H V D
-    weights: int  # elements moved for each of D^2, once a batch
-
-
-# By element size of the products, fitted to the 332 timings of kernels/bench/cross_attention_crossover.csv (forward +
-# backward, one core with AMX; widths of 64 to 768, batches of 1 to 256): the form that it picks costs .2 % more than
-# the better one on average, and never more than 10 %. fp64 is taken as fp32.
-BALANCE = {2: _Balance(44, 10, 0), 4: _Balance(14, 9, 2), 8: _Balance(14, 9, 2)}
+from distill_kernels.dispatch import Backend, BackendError, Op, choose
 
 
 class _Attention(NamedTuple):
@@ -80,7 +69,47 @@ class PoolInputs(NamedTuple):
     w: _Attention  # in at least fp32
     heads: int
     compute: torch.dtype  # of products
-    backend: str  # of `cross_attention`, in the projected form
+    attention: str  # the backend of `cross_attention`, in the projected form
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.x.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.compute).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element of the products."""
+        return self.compute.itemsize
+
+    @property
+    def V(self) -> int:
+        """Queries a sample."""
+        return self.x.shape[0]
+
+    @property
+    def B(self) -> int:
+        """Samples."""
+        return self.x.shape[1]
+
+    @property
+    def D(self) -> int:
+        """Width."""
+        return self.x.shape[2]
+
+    @property
+    def L(self) -> int:
+        """Tokens a sample."""
+        return self.keys.tokens.shape[1]
+
+    @property
+    def H(self) -> int:
+        """Heads."""
+        return self.heads
 
 
 class _Weights(NamedTuple):
@@ -111,8 +140,8 @@ def cross_attention_pool(
     mask: Tensor | None = None,
     eps: float = 1e-5,
     normalize: bool = True,
-    form: str = "auto",
     backend: str = "auto",
+    attention: str = "auto",
 ) -> Tensor:
     """normalise(queries + attention(LN(queries), LN(tokens))): [V, B, D], [B, L, D] -> [V, B, D].
 
@@ -139,13 +168,13 @@ def cross_attention_pool(
         mask: [B, L] bool, True where a token may be attended to.
         eps: of both LayerNorms.
         normalize: L2-normalise the result over D.
-        form: auto (on a CPU by `absorbed_is_cheaper`; on a GPU, and in an exported or traced graph, projected),
-            projected, absorbed or reference.
-        backend: of `cross_attention`, in the projected form; naming one makes `auto` the projected form.
+        backend: auto (on a CPU by the cost model; on a GPU, and in an exported or traced graph, projected), projected,
+            absorbed or reference.
+        attention: the backend of `cross_attention`, which the projected form calls; naming one makes `auto` projected.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown form.
-        BackendError: a backend that is unknown, cannot run this, or is named with a form that has none.
+        ValueError: shapes that do not fit.
+        BackendError: a backend that is unknown, cannot run this, or has no `attention` to name.
     """
     weights = _Weights(
         ln_q_weight,
@@ -157,11 +186,11 @@ def cross_attention_pool(
         out_proj_weight,
         out_proj_bias,
     )
-    _check(queries, tokens, weights, heads, lengths, mask, form)
-    if form == "auto" and backend != "auto":
-        form = "projected"
-    elif form not in ("auto", "projected") and backend != "auto":
-        raise BackendError(f"form {form!r} has no backends; name one ({backend!r}) with form 'projected'")
+    _check(queries, tokens, weights, heads, lengths, mask)
+    if attention != "auto" and backend == "auto":
+        backend = "projected"
+    elif attention != "auto" and backend != "projected":
+        raise BackendError(f"backend {backend!r} calls no attention; name one ({attention!r}) with 'projected'")
 
     device = queries.device.type
     wide, compute = _dtypes(queries)
@@ -170,7 +199,7 @@ def cross_attention_pool(
     with torch.autocast(device, enabled=False):
         x = F.layer_norm(queries.to(wide), queries.shape[2:], weights.ln_q_weight, weights.ln_q_bias, eps)
         keys, w = _Keys(tokens, lengths, mask, eps), _Attention(*weights[2:6])
-        values = _attend(PoolInputs(x, keys, w, heads, compute, backend), form)
+        values = _attend(PoolInputs(x, keys, w, heads, compute, attention), backend)
         attended = _linear(values, weights.out_proj_weight, weights.out_proj_bias)
         fused = queries.to(wide) + attended.to(wide)
         return (F.normalize(fused, dim=-1) if normalize else fused).to(result)
@@ -208,7 +237,7 @@ def attend_to_tokens(
         ValueError: shapes that do not fit.
     """
     w = _Attention(ln_weight, ln_bias, in_proj_weight, in_proj_bias)
-    _check(x, tokens, w, heads, lengths, None, "auto")
+    _check(x, tokens, w, heads, lengths, None)
     wide, compute = _dtypes(x)
     with torch.autocast(x.device.type, enabled=False):
         w = _Attention(*(t.to(wide) for t in w))
@@ -222,29 +251,33 @@ def _dtypes(queries: Tensor) -> tuple[torch.dtype, torch.dtype]:
     return wide, torch.get_autocast_dtype(device) if autocast else queries.dtype
 
 
-def _attend(inputs: PoolInputs, form: str) -> Tensor:
+def _attend(inputs: PoolInputs, backend: str) -> Tensor:
     """[V, B, D] attention output before the output projection."""
-    if form == "auto" and (torch.compiler.is_exporting() or tracing()):
-        form = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
-    out: Tensor = choose(OP, form, inputs).run(inputs)
+    if backend == "auto" and (torch.compiler.is_exporting() or tracing()):
+        backend = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
+    out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out
 
 
-def absorbed_is_cheaper(views: int, heads: int, tokens: int, width: int, batch: int, itemsize: int) -> bool:
-    """The cost model of this module's docstring: whether to absorb W_k and W_v for V, H, L, D, B.
+def cheapest(inputs: PoolInputs, *, multiplications: float, moved: float, weights: float) -> tuple[str, str]:
+    """Both forms, the cheaper one first, by the cost model of this module's docstring.
 
-    `itemsize` is that of the products' dtype, in bytes.
+    Args:
+        inputs: of which V, B, L, D and H are read.
+        multiplications: an element costs as much as these.
+        moved: elements moved for each of H V D.
+        weights: elements moved for each of D^2, once a batch.
     """
-    element, moved, weights = BALANCE[itemsize]
-    projected = 2 * tokens * width * width + 2 * views * tokens * width + element * 5 * tokens * width
-    absorbed = 7 / 6 * (2 * views * width * width + 2 * heads * views * tokens * width)
-    absorbed += element * (moved * heads * views * width + weights * width * width / max(batch, 1))
-    return absorbed < projected
+    v, n, d, h = inputs.V, inputs.L, inputs.D, inputs.H
+    projected = 2 * n * d * d + 2 * v * n * d + multiplications * 5 * n * d
+    absorbed = 7 / 6 * (2 * v * d * d + 2 * h * v * n * d)
+    absorbed += multiplications * (moved * h * v * d + weights * d * d / max(inputs.B, 1))
+    return ("absorbed", "projected") if absorbed < projected else ("projected", "absorbed")
 
 
 def _projected(inputs: PoolInputs) -> Tensor:
     """`_attend` with keys and values made once a sample."""
-    x, keys, w, heads, compute, backend = inputs
+    x, keys, w, heads, compute, attention = inputs
     x = x.to(compute)
     views, b, d = x.shape
     n = keys.tokens.shape[1]
@@ -263,7 +296,7 @@ def _projected(inputs: PoolInputs) -> Tensor:
     else:
         (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
-    out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=backend)
+    out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=attention)
     valid = key_mask(keys.lengths, keys.mask, n)
     return out.permute(2, 0, 1, 3).reshape(views, b, d) + of_reached(b_v, keys.tokens, valid).to(out.dtype)
 
@@ -302,30 +335,8 @@ def _reference(inputs: PoolInputs) -> Tensor:
     return out.masked_fill(~some[:, None], 0.0)
 
 
-PROJECTED = Order(
-    ("projected", "absorbed"),
-    "estimated: two products and one kernel each way, where the absorbed chain takes about 160 launches",
-)
-PROJECTED_ON_CPU = Order(("projected", "absorbed"), "the CPU's cost model: keys and values are cheaper to make")
-ABSORBED_ON_CPU = Order(("absorbed", "projected"), "the CPU's cost model: keys and values cost more than they save")
-
-
-def _order(inputs: PoolInputs) -> Order:
-    (views, b, d), keys = inputs.x.shape, inputs.keys
-    if inputs.x.device.type != "cpu":
-        return PROJECTED
-    cheaper = absorbed_is_cheaper(views, inputs.heads, keys.tokens.shape[1], d, b, inputs.compute.itemsize)
-    return ABSORBED_ON_CPU if cheaper else PROJECTED_ON_CPU
-
-
 def _runs(inputs: PoolInputs | None) -> str | None:
     return None
-
-
-def _bucket(inputs: PoolInputs) -> str:
-    (views, b, d), n = inputs.x.shape, inputs.keys.tokens.shape[1]
-    batch, tokens = (1 << (max(size, 1) - 1).bit_length() for size in (b, n))
-    return f"{inputs.compute} V{views} B<={batch} L<={tokens} D{d} H{inputs.heads}"
 
 
 def _cases(device: torch.device) -> Iterable[PoolInputs]:
@@ -345,10 +356,9 @@ OP = Op(
         Backend("projected", _runs, _projected),
         Backend("absorbed", _runs, _absorbed),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype V B<= L<= D H",
     cases=_cases,
-    device=lambda inputs: inputs.x.device,
+    cheapest=cheapest,
 )
 
 
@@ -363,10 +373,7 @@ def _check(
     heads: int,
     lengths: Tensor | None,
     mask: Tensor | None,
-    form: str,
 ) -> None:
-    if form not in FORMS:
-        raise ValueError(f"no form named {form!r}; there are {', '.join(FORMS)}")
     if queries.ndim != 3 or tokens.ndim != 3 or queries.shape[1:] != (tokens.shape[0], tokens.shape[2]):
         raise ValueError(f"queries must be [V,B,D], tokens [B,L,D]; got {[*queries.shape]}, {[*tokens.shape]}")
     d = queries.shape[2]

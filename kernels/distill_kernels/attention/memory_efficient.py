@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distill_kernels.dispatch import once, why_not_gpu
+from distill_kernels.machine import once, why_not_gpu
 
 
 class Call(NamedTuple):

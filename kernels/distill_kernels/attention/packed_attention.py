@@ -17,7 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill_kernels.attention import memory_efficient
 from distill_kernels.attention.self_attention import autocast, self_attention, split_heads
-from distill_kernels.dispatch import Backend, Op, Order, choose, why_not_gpu, why_not_new
+from distill_kernels.dispatch import Backend, Op, choose
+from distill_kernels.machine import why_not_gpu, why_not_new
 
 # Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
 _GROUP = 8
@@ -30,6 +31,46 @@ class PackedInputs(NamedTuple):
     cu_lengths: Tensor  # [N + 1]
     lengths: tuple[int, ...]  # N
     causal: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.qkv.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.qkv.dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return self.qkv.dtype.itemsize
+
+    @property
+    def N(self) -> int:
+        """Sequences."""
+        return len(self.lengths)
+
+    @property
+    def mean(self) -> int:
+        """Tokens a sequence, rounded down."""
+        return len(self.qkv) // max(self.N, 1)
+
+    @property
+    def K(self) -> int:
+        """Head width."""
+        return self.qkv.shape[3]
+
+    @property
+    def copies(self) -> bool:
+        """Whether `grouped` must copy: sequences of a group differ in length, or do not stand together."""
+        return _layout(self.lengths, self.device).source is not None
+
+    @property
+    def train(self) -> bool:
+        """Whether a gradient is asked for."""
+        return torch.is_grad_enabled() and self.qkv.requires_grad
 
 
 def packed_attention(qkv: Tensor, cu_lengths: Tensor, *, causal: bool = False, backend: str = "auto") -> Tensor:
@@ -259,38 +300,6 @@ def _why_not_xformers(x: PackedInputs | None) -> str | None:
     return reason or (None if x is None else memory_efficient.why_not_kernel(_xformers_call(x)))
 
 
-ON_GPU = Order(
-    ("varlen", "xformers", "grouped"),
-    "estimated: one launch for all sequences, without padding: flash, and where that has no kernel (fp32, or before "
-    "Ampere) xformers' memory-efficient one with a block-diagonal mask",
-)
-NOTHING_TO_COPY = Order(("grouped", "loop"), "nothing is padded, so that groups are views")
-GROUPS = Order(("grouped", "loop"), "measured on a CPU: many short sequences, whose calls cost more than copies")
-ONE_BY_ONE = Order(("loop", "grouped"), "measured on a CPU: few or long sequences, whose copies cost more than calls")
-
-
-def _order(x: PackedInputs) -> Order:
-    if x.qkv.is_cuda:
-        return ON_GPU
-    if _layout(x.lengths, x.qkv.device).source is None:
-        return NOTHING_TO_COPY
-    # Measured (bench_packed_attention.py): copies cost more than calls when sequences are few or long, the
-    # sooner the cheaper the attention itself is.
-    long = 96 if x.qkv.dtype.itemsize < 4 else 48
-    few_or_long = len(x.lengths) <= 16 or len(x.qkv) >= long * len(x.lengths)
-    return ONE_BY_ONE if few_or_long else GROUPS
-
-
-def _trains(x: PackedInputs) -> bool:
-    return torch.is_grad_enabled() and x.qkv.requires_grad
-
-
-def _bucket(x: PackedInputs) -> str:
-    n, mean = len(x.lengths), len(x.qkv) // max(len(x.lengths), 1)
-    sizes = f"N<={1 << max(n - 1, 0).bit_length()} mean<={1 << max(mean - 1, 0).bit_length()}"
-    return f"{x.qkv.dtype} {sizes} K{x.qkv.shape[3]} causal={x.causal} train={_trains(x)}"
-
-
 def _cases(device: torch.device) -> Iterable[PackedInputs]:
     for n, low, high, h, width, causal in (
         (48, 10, 42, 8, 64, True),
@@ -313,8 +322,6 @@ OP = Op(
         Backend("varlen", _why_not_varlen, _varlen),
         Backend("xformers", _why_not_xformers, _xformers),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype N<= mean<= K causal train",
     cases=_cases,
-    device=lambda x: x.qkv.device,
 )

@@ -16,10 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_kernels.attention import memory_efficient
-from distill_kernels.dispatch import Backend, Op, Order, choose
-
-FEWEST_FLASH_KEYS = 16
-"""With fewer, torch's flash kernel on a CPU gives zeros for a query that is NaN, so that `auto` does not take it."""
+from distill_kernels.dispatch import Backend, Op, choose
 
 
 class SelfAttention(NamedTuple):
@@ -30,6 +27,41 @@ class SelfAttention(NamedTuple):
     v: Tensor
     causal: bool
     mask: Tensor | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.q.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.q.dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return self.q.dtype.itemsize
+
+    @property
+    def L(self) -> int:
+        """Tokens a sequence."""
+        return self.q.shape[2]
+
+    @property
+    def K(self) -> int:
+        """Head width."""
+        return self.q.shape[3]
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask."""
+        return self.mask is not None
+
+    @property
+    def train(self) -> bool:
+        """Whether a gradient is asked for."""
+        return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
 
 
 def self_attention(
@@ -262,38 +294,6 @@ def _runs(x: SelfAttention | None) -> str | None:
     return None
 
 
-ON_GPU = Order(
-    ("sdpa", "explicit"),
-    "estimated: torch's flash kernel, or under a mask its memory-efficient one, which is xformers' as well",
-)
-MATMULS = Order(("explicit", "sdpa"), "measured on a CPU: three library calls win at this length")
-FUSED = Order(("sdpa", "explicit"), "measured on a CPU: the fused kernel wins at this length")
-
-
-def _order(x: SelfAttention) -> Order:
-    if x.q.is_cuda:
-        return ON_GPU
-    # Measured on one AMX core with freed memory kept, as training keeps it (bench_packed_attention.py). bf16: the
-    # flash kernel's backward is 2 to 9 times slower than matmuls at a tower's lengths, its forward faster from about
-    # 64 tokens on. fp32: matmuls win in training, until their stored weights weigh too much.
-    length, training = x.q.shape[2], _trains(x)
-    if x.q.dtype.itemsize < 4:
-        explicit = training or length < 64
-    else:
-        explicit = length < FEWEST_FLASH_KEYS or (training and length <= 160)
-    return MATMULS if explicit else FUSED
-
-
-def _trains(x: SelfAttention) -> bool:
-    return torch.is_grad_enabled() and (x.q.requires_grad or x.k.requires_grad or x.v.requires_grad)
-
-
-def _bucket(x: SelfAttention) -> str:
-    length, k = x.q.shape[2:]
-    bucket = max(16, 1 << max(0, length - 1).bit_length())
-    return f"{x.q.dtype} L{bucket} K{k} causal={x.causal} masked={x.mask is not None} train={_trains(x)}"
-
-
 def _cases(device: torch.device) -> Iterable[SelfAttention]:
     for n, length, h, width, causal in (
         (256, 37, 4, 32, False),
@@ -318,8 +318,6 @@ OP = Op(
         Backend("sdpa", _runs, _sdpa),
         Backend("xformers", _why_not_xformers, _xformers),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype L<= K causal masked train",
     cases=_cases,
-    device=lambda x: x.q.device,
 )

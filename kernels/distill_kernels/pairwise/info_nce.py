@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.dispatch import Backend, Op, Order, choose, interpreting, why_not_triton
+from distill_kernels.dispatch import Backend, Op, choose
+from distill_kernels.machine import interpreting, why_not_triton
 from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked
 from distill_kernels.pairwise.chunks import compute_dtype
 from distill_kernels.triton.launches import dot_precision
@@ -27,6 +28,61 @@ class InfoNCEInputs(NamedTuple):
     a_all: Tensor | None  # [Va, M, D]
     b_all: Tensor | None  # [Vb, M, D]
     offset: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.a.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.a.dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return self.a.dtype.itemsize
+
+    @property
+    def Va(self) -> int:
+        """Views of a."""
+        return self.a.shape[0]
+
+    @property
+    def Vb(self) -> int:
+        """Views of b."""
+        return self.b.shape[0]
+
+    @property
+    def B(self) -> int:
+        """This rank's rows."""
+        return self.a.shape[1]
+
+    @property
+    def M(self) -> int:
+        """The rows of all ranks."""
+        return (self.a if self.a_all is None else self.a_all).shape[1]
+
+    @property
+    def D(self) -> int:
+        """Embedding width."""
+        return self.a.shape[2]
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether a GPU's products are on tensor cores: in half precision, or fp32 as three TF32 products."""
+        return self.bytes < 4 or dot_precision() != "ieee"
+
+    @property
+    def logits(self) -> int:
+        """Of one direction, over all pairs of views."""
+        return self.Va * self.Vb * self.B * self.M
+
+    @property
+    def autocast(self) -> bool:
+        """Whether it is on; a compiled backward pass would then lower the reference's matmuls."""
+        return torch.is_autocast_enabled(self.device.type)
 
 
 def multi_view_info_nce(
@@ -145,46 +201,10 @@ def why_not_pairwise(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor
     return None
 
 
-TENSOR_CORES = Order(
-    ("triton", "chunked"),
-    "estimated: products on tensor cores (half precision, or fp32 as three TF32 products), logits in registers",
-)
-NO_TENSOR_CORES = Order(
-    ("chunked", "triton"),
-    "estimated: exact fp32 products (torch.backends.cuda.matmul) run without tensor cores, where the library's are "
-    "hard to beat",
-)
-REFERENCE = Order(("reference",), "measured on a CPU: for this few logits a custom op's calls cost more than it saves")
-CHUNKED = Order(("chunked",), "a CPU: a chunk of logits stays in cache")
-
-
-def order_on_gpu(embeddings: Tensor) -> Order:
-    """Of the pairwise losses, by whether products reach tensor cores (neither was measured)."""
-    return TENSOR_CORES if embeddings.dtype.itemsize < 4 or dot_precision() != "ieee" else NO_TENSOR_CORES
-
-
 def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
     if x is None:
         return why_not_pairwise()
     return why_not_pairwise([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
-
-
-def _order(x: InfoNCEInputs) -> Order:
-    if x.a.is_cuda:
-        return order_on_gpu(x.a)
-    # Measured (bench_info_nce.py): up to 2^18 logits the calls of a custom op cost more than its passes save.
-    # Under autocast a compiled backward pass would lower the reference's matmuls.
-    columns = x.a.shape[1] if x.a_all is None else x.a_all.shape[1]
-    logits = x.a.shape[0] * x.b.shape[0] * x.a.shape[1] * columns
-    if logits <= 1 << 18 and not torch.is_autocast_enabled(x.a.device.type):
-        return REFERENCE
-    return CHUNKED
-
-
-def _bucket(x: InfoNCEInputs) -> str:
-    (va, n, d), vb = x.a.shape, x.b.shape[0]
-    columns = n if x.a_all is None else x.a_all.shape[1]
-    return f"{x.a.dtype} Va{va} Vb{vb} B{n} M{columns} D{d}"
 
 
 def _cases(device: torch.device) -> Iterable[InfoNCEInputs]:
@@ -201,8 +221,6 @@ OP = Op(
         Backend("chunked", _runs, _chunked),
         Backend("triton", _why_not_triton, _triton),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype Va Vb B M D",
     cases=_cases,
-    device=lambda x: x.a.device,
 )

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill_kernels.dispatch import Backend, Op, Order, choose
+from distill_kernels.dispatch import Backend, Op, choose
 from distill_kernels.pairwise.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.pairwise.info_nce import CHUNKED, check_inputs, order_on_gpu, why_not_pairwise
+from distill_kernels.pairwise.info_nce import check_inputs, why_not_pairwise
 from distill_kernels.pairwise.operators import register_gradients
+from distill_kernels.triton.launches import dot_precision
 
 
 class SigmoidInputs(NamedTuple):
@@ -26,6 +27,51 @@ class SigmoidInputs(NamedTuple):
     scale: Tensor
     bias: Tensor
     offset: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.a.device
+
+    @property
+    def dtype(self) -> str:
+        """Of the products."""
+        return str(self.a.dtype).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element."""
+        return self.a.dtype.itemsize
+
+    @property
+    def Va(self) -> int:
+        """Views of a."""
+        return self.a.shape[0]
+
+    @property
+    def Vb(self) -> int:
+        """Views of b."""
+        return self.b.shape[0]
+
+    @property
+    def B(self) -> int:
+        """This rank's rows."""
+        return self.a.shape[1]
+
+    @property
+    def M(self) -> int:
+        """The rows of all ranks."""
+        return self.b.shape[1]
+
+    @property
+    def D(self) -> int:
+        """Embedding width."""
+        return self.a.shape[2]
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether a GPU's products are on tensor cores: in half precision, or fp32 as three TF32 products."""
+        return self.bytes < 4 or dot_precision() != "ieee"
 
 
 def multi_view_sigmoid(
@@ -144,15 +190,6 @@ def _runs(x: SigmoidInputs | None) -> str | None:
     return None
 
 
-def _order(x: SigmoidInputs) -> Order:
-    return order_on_gpu(x.a) if x.a.is_cuda else CHUNKED
-
-
-def _bucket(x: SigmoidInputs) -> str:
-    (va, n, d), (vb, m, _) = x.a.shape, x.b.shape
-    return f"{x.a.dtype} Va{va} Vb{vb} B{n} M{m} D{d}"
-
-
 def _cases(device: torch.device) -> Iterable[SigmoidInputs]:
     scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
     for va, vb, n, d in ((2, 8, 128, 128), (8, 2, 512, 512)):
@@ -167,8 +204,6 @@ OP = Op(
         Backend("chunked", _runs, _chunked),
         Backend("triton", _why_not_triton, _triton),
     ),
-    order=_order,
-    bucket=_bucket,
+    shape="dtype Va Vb B M D",
     cases=_cases,
-    device=lambda x: x.a.device,
 )

@@ -1,8 +1,8 @@
 """cross_attention_pool: every form against nn.LayerNorm and nn.MultiheadAttention on repeated tokens."""
 
 import copy
+import dataclasses
 import math
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import cross_attention_pool
+from distill_kernels.attention import cross_attention_pool as pool
 from distill_kernels.attention.absorbed_attention import CHUNK_BYTES
 from distill_kernels.dispatch import BackendError
 from distill_kernels.measure import peak_bytes
@@ -153,7 +154,7 @@ def test_output_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, kind: 
     v, b, n, d, heads = shape
     options, valid = pool_options(kind, b, n)
     modules = make(d, heads, dtype)
-    out, *_ = check(modules, inputs(shape, dtype), valid, TOLERANCE[dtype], normalize=v != 3, form=form, **options)
+    out, *_ = check(modules, inputs(shape, dtype), valid, TOLERANCE[dtype], normalize=v != 3, backend=form, **options)
     assert out.dtype == dtype
 
 
@@ -165,7 +166,7 @@ def test_pure_half(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> Non
     """Weights, inputs and gradients in half precision, without autocast."""
     _, b, n, d, heads = shape
     options, valid = pool_options("lengths", b, n)
-    ours = check(make(d, heads, dtype), inputs(shape, dtype), valid, TOLERANCE[dtype], form=form, **options)
+    ours = check(make(d, heads, dtype), inputs(shape, dtype), valid, TOLERANCE[dtype], backend=form, **options)
     assert {t.dtype for t in ours} == {dtype}
 
 
@@ -182,7 +183,7 @@ def test_strided_inputs(order: tuple[int, ...], dtype: torch.dtype, form: str) -
     assert not any(x.is_contiguous() for x in (queries, tokens, grad))
     options, valid = pool_options("lengths", 4, 9)
     strided = (queries.requires_grad_(), tokens.requires_grad_(), grad)
-    check(make(32, 2, dtype), strided, valid, TOLERANCE[dtype], normalize=False, form=form, **options)
+    check(make(32, 2, dtype), strided, valid, TOLERANCE[dtype], normalize=False, backend=form, **options)
 
 
 @pytest.mark.parametrize("form", ["projected", "absorbed"])
@@ -200,7 +201,7 @@ def test_autocast(half_inputs: bool, form: str) -> None:
         tokens = (here.randn(3, 40, 64) + 20).requires_grad_()
     lengths = here.tensor([40, 0, 17])
     valid = here.arange(40) < lengths[:, None]
-    out, *ours = check(modules, (queries, tokens, grad), valid, 2e-2, autocast=True, form=form, lengths=lengths)
+    out, *ours = check(modules, (queries, tokens, grad), valid, 2e-2, autocast=True, backend=form, lengths=lengths)
     assert out.dtype == torch.float32
     assert (out.norm(dim=-1) - 1).abs().max() < 1e-6  # normalised in fp32
     assert [g.dtype for g in ours[:2]] == [queries.dtype, tokens.dtype]
@@ -212,7 +213,7 @@ def test_key_bias_has_no_gradient(form: str) -> None:
     """It moves all scores of a row alike: exactly zero, where rounding noise would become a step of Adam."""
     modules = make(32, 2, torch.float32)
     queries, tokens, grad = inputs((3, 2, 9, 32, 2), torch.float32)
-    out = cross_attention_pool(queries, tokens, **modules.parameters, heads=2, form=form)
+    out = cross_attention_pool(queries, tokens, **modules.parameters, heads=2, backend=form)
     (gradient,) = torch.autograd.grad(out, [modules.attention.in_proj_bias], grad)
     assert gradient[64:].abs().min() > 0
     if form == "reference":
@@ -227,7 +228,7 @@ def test_without_tokens(form: str) -> None:
     modules = make(32, 2, torch.float32)
     queries, tokens, grad = inputs((3, 2, 9, 32, 2), torch.float32)
     expected = F.normalize(queries + modules.attention.out_proj.bias, dim=-1)
-    options = {"heads": 2, "form": form, **modules.parameters}
+    options = {"heads": 2, "backend": form, **modules.parameters}
     out = cross_attention_pool(queries, tokens, lengths=here.tensor([0, 0]), **options)
     torch.testing.assert_close(out, expected)
     everything = [tokens, *modules.parameters.values()]
@@ -253,7 +254,7 @@ def test_nan_and_inf_propagate_to_their_sample_only(where: str, value: float, fo
         (queries[2] if where == "queries" else tokens[:, 4])[1, 7] = value
 
     def finite(form: str) -> list[Tensor]:
-        out = cross_attention_pool(queries, tokens, **modules.parameters, heads=2, form=form)
+        out = cross_attention_pool(queries, tokens, **modules.parameters, heads=2, backend=form)
         leaves = [queries, tokens, *modules.parameters.values()]
         return [t.isfinite() for t in (out, *torch.autograd.grad(out, leaves, grad))]
 
@@ -275,9 +276,10 @@ def test_nan_and_inf_propagate_to_their_sample_only(where: str, value: float, fo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "backend"), [("projected", "matmul"), ("projected", "sdpa"), ("projected", "triton"), ("absorbed", "auto")]
+    ("form", "attention"),
+    [("projected", "matmul"), ("projected", "sdpa"), ("projected", "triton"), ("absorbed", "auto")],
 )
-def test_half_precision_tokens_do_not_spoil_their_norm(form: str, backend: str) -> None:
+def test_half_precision_tokens_do_not_spoil_their_norm(form: str, attention: str) -> None:
     """Its weight's gradient is not summed over thousands of tokens in bf16, nor is a large bias in scores or values.
 
     torch's LayerNorm, asked for that sum, is 10 % off here and 40 % at 50,000 tokens.
@@ -290,13 +292,13 @@ def test_half_precision_tokens_do_not_spoil_their_norm(form: str, backend: str) 
     tokens = tokens.detach().bfloat16()
     leaves = [modules.parameters[name] for name in ("ln_k_weight", "ln_q_weight")]
 
-    def gradients(form: str, backend: str, bf16: bool) -> tuple[Tensor, ...]:
+    def gradients(form: str, attention: str, bf16: bool) -> tuple[Tensor, ...]:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
-            options = {"heads": 4, "normalize": False, "form": form, "backend": backend, **modules.parameters}
+            options = {"heads": 4, "normalize": False, "backend": form, "attention": attention, **modules.parameters}
             out = cross_attention_pool(queries, tokens if bf16 else tokens.float(), **options)
         return torch.autograd.grad((out - queries.detach()).square().sum(), leaves)
 
-    for ours, truth in zip(gradients(form, backend, True), gradients("reference", "auto", False), strict=True):
+    for ours, truth in zip(gradients(form, attention, True), gradients("reference", "auto", False), strict=True):
         assert (ours - truth).norm() < 2e-2 * truth.norm()
 
 
@@ -305,7 +307,7 @@ def test_half_precision_tokens_do_not_spoil_their_norm(form: str, backend: str) 
 def test_exports_with_any_number_of_tokens(form: str) -> None:
     class Pool(torch.nn.Module):
         def forward(self, queries: Tensor, tokens: Tensor) -> Tensor:
-            return cross_attention_pool(queries, tokens, **parameters, heads=4, form=form)
+            return cross_attention_pool(queries, tokens, **parameters, heads=4, backend=form)
 
     parameters = {name: t.detach() for name, t in make(32, 4, torch.float32).parameters.items()}
     b, n = torch.export.Dim("b", min=2, max=1000), torch.export.Dim("n", min=16, max=1000)
@@ -324,7 +326,7 @@ def test_compile_and_checkpoint(form: str) -> None:
     lengths = here.tensor([9, 4])
 
     def layer(q: Tensor, t: Tensor) -> Tensor:
-        return cross_attention_pool(q, t, **modules.parameters, heads=2, form=form, lengths=lengths)
+        return cross_attention_pool(q, t, **modules.parameters, heads=2, backend=form, lengths=lengths)
 
     leaves = [queries, tokens, *modules.parameters.values()]
     eager = torch.autograd.grad(layer(queries, tokens), leaves, grad)
@@ -342,7 +344,7 @@ def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pyte
     queries, tokens = torch.randn(2, b, d), torch.randn(b, n, d)
 
     def peak(form: str) -> int:
-        options = {"heads": 2, "form": form, **modules.parameters}
+        options = {"heads": 2, "backend": form, **modules.parameters}
         return peak_bytes(lambda: cross_attention_pool(queries, tokens, **options), torch.device("cpu"))
 
     size = tokens.numel() * 4
@@ -352,23 +354,20 @@ def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pyte
 
 
 def test_auto_follows_the_cost_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU `auto` gives the bits of the form that the model picks; only the projected form has backends."""
+    """On a CPU `auto` gives the bits of the form that the model picks; only the projected form calls an attention."""
     modules = make(32, 2, torch.float32, device="cpu")
     queries, tokens, _ = (t.detach().cpu() for t in inputs((3, 2, 9, 32, 2), torch.float32))
     options = {"heads": 2, **modules.parameters}
-    for wanted, cheaper in (("absorbed", True), ("projected", False)):
-        monkeypatch.setattr(
-            sys.modules["distill_kernels.attention.cross_attention_pool"],
-            "absorbed_is_cheaper",
-            lambda *_, cheaper=cheaper: cheaper,
-        )
+    for wanted in ("absorbed", "projected"):
+        op = dataclasses.replace(pool.OP, cheapest=lambda inputs, wanted=wanted, **coefficients: (wanted,))
+        monkeypatch.setattr(pool, "OP", op)
         auto = cross_attention_pool(queries, tokens, **options)
-        assert torch.equal(auto, cross_attention_pool(queries, tokens, **options, form=wanted))
+        assert torch.equal(auto, cross_attention_pool(queries, tokens, **options, backend=wanted))
     for form in ("absorbed", "reference"):
-        with pytest.raises(BackendError, match=f"form '{form}' has no backends"):
-            cross_attention_pool(queries, tokens, **options, form=form, backend="sdpa")
-    with pytest.raises(BackendError, match="no backend named 'nope'"):
-        cross_attention_pool(queries, tokens, **options, backend="nope")
+        with pytest.raises(BackendError, match=f"backend '{form}' calls no attention; name one \\('sdpa'\\)"):
+            cross_attention_pool(queries, tokens, **options, backend=form, attention="sdpa")
+    with pytest.raises(BackendError, match="cross_attention: no backend named 'nope'"):
+        cross_attention_pool(queries, tokens, **options, attention="nope")
 
 
 def test_wrong_arguments() -> None:
@@ -376,7 +375,7 @@ def test_wrong_arguments() -> None:
     queries, tokens, _ = inputs((3, 2, 9, 32, 2), torch.float32)
     options = {"heads": 2, **modules.parameters}
     for match, wrong in (
-        ("no form named 'best'", {"form": "best"}),
+        ("no backend named 'best'; there are reference, projected", {"backend": "best"}),
         ("heads must divide D = 32, got 5", {"heads": 5}),
         ("in_proj_weight must be \\(96, 32\\)", {"in_proj_weight": modules.attention.out_proj.weight}),
         ("not both", {"lengths": here.tensor([1, 2]), "mask": here.ones(2, 9).bool()}),

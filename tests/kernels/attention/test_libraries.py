@@ -19,7 +19,7 @@ from kernel_device import DEVICE
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill_kernels import cross_attention, dispatch, packed_attention, self_attention
+from distill_kernels import cross_attention, machine, packed_attention, self_attention
 from distill_kernels.attention import memory_efficient
 from distill_kernels.attention.cross_attention import OP as CROSS
 from distill_kernels.attention.cross_attention import CrossAttentionInputs
@@ -251,8 +251,8 @@ def test_packed_attention_takes_xformers_where_flash_has_no_kernel(
     dtype: torch.dtype, capability: tuple[int, int], loads: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32, and before Ampere, where its build loads."""
-    monkeypatch.setattr(dispatch, "assumed_capability", capability)
-    monkeypatch.setattr(dispatch, "why_not_installed", lambda package: None)
+    monkeypatch.setattr(machine, "assumed_capability", capability)
+    monkeypatch.setattr(machine, "why_not_installed", lambda package: None)
     monkeypatch.setattr(memory_efficient, "why_not_here", lambda q: None if loads else "built for another torch")
     monkeypatch.setattr(memory_efficient, "why_not_kernel", lambda call: None)
     monkeypatch.setattr(sys.modules[PackedInputs.__module__], "_xformers_call", lambda x: None)

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from distill_core.outputs import Progress as Progress
     from distill_core.outputs import Rows as Rows
     from distill_core.outputs import wide as wide
+    from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
     from distill_core.plan import Plan as Plan
@@ -159,6 +160,7 @@ HOMES = {
     "Progress": "distill_core.outputs",
     "Rows": "distill_core.outputs",
     "wide": "distill_core.outputs",
+    "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",
     "Plan": "distill_core.plan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,9 +39,22 @@ class ModalityPlan:
         return tuple(i for i, r in enumerate(self.roles) if r == role)
 
 
+class MissingModality(LookupError):
+    """A component asks a plan for a modality that the recipe lacks: who asked for the plan says so to the user."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no modality {name!r}")
+        self.name = name
+
+
+class _Modalities(dict[str, ModalityPlan]):
+    def __missing__(self, name: str) -> ModalityPlan:
+        raise MissingModality(name)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a recipe before anything is built."""
+    """What is known of a recipe before anything is built. `modalities[NAME]` raises `MissingModality`."""
 
     modalities: Mapping[str, ModalityPlan]
     teacher: bool
@@ -48,22 +62,26 @@ class Plan:
     complete: bool = True
     """False where a modality is left out because its own options are wrong: their number then says nothing."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modalities", _Modalities(self.modalities))
+
 
 @dataclass(frozen=True)
 class Needs:
     """What a component needs of the recipe around it.
 
-    `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles` does (the
-    teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names modalities
-    whose backbone must be able to hide tokens.
+    `student`, `teacher` and `fused` name the modalities of which it reads the student's features, the teacher's, and
+    fused views. `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles`
+    does (the teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names
+    modalities whose backbone must be able to hide tokens.
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
     """
 
-    teacher: bool = False
-    fused: bool = False
-    modalities: tuple[str, ...] = ()
+    student: tuple[str, ...] = ()
+    teacher: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -73,7 +91,8 @@ class Needs:
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
-        return frozenset({*self.modalities, *self.tokens, *self.teacher_tokens, *self.views, *self.masked})
+        sides = (self.student, self.teacher, self.fused)
+        return frozenset({*chain(*sides), *self.tokens, *self.teacher_tokens, *self.views, *self.masked})
 
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:

@@ -17,6 +17,7 @@ from distill_core.evaluate.cache import EmbeddingCache
 from distill_core.evaluate.score import Score, TaskScore
 from distill_core.evaluate.sets import EvaluationSet, Watch
 from distill_core.model import Model
+from distill_core.plan import MissingModality
 from distill_core.recipe.sections import Node, Recipe
 from distill_core.system import distributed
 
@@ -115,7 +116,7 @@ def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
     try:
         wanted = node.cls.needs(node.config, recipe.plan).named
         return wanted <= own.keys() and not list(node.cls.problems(node.config, replace(recipe.plan, modalities=own)))
-    except KeyError:  # a modality that it asks the plan for
+    except MissingModality:
         return False
 
 

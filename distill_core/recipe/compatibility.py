@@ -33,7 +33,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
             yield f"{who} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
         if name in needs.masked and not modality.can_mask:
             yield f"{who} needs masked views of {name!r}; its backbone cannot hide tokens"
-        if needs.teacher and plan.teacher and name in needs.modalities and not modality.teacher_views:
+        if plan.teacher and name in needs.teacher and not modality.teacher_views:
             yield f"{who} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
         for role, number in needs.views.get(name, {}).items():
             have = len(modality.views(role))

@@ -19,7 +19,7 @@ from torch import nn
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import RecipeErrors, UserError, did_you_mean
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import MissingModality, ModalityPlan, Plan
 from distill_core.recipe.compatibility import unmet
 from distill_core.recipe.document import Document, Path, located, read_document, read_file
 from distill_core.recipe.messages import messages
@@ -353,9 +353,8 @@ class _Resolver:
                 problems = list(node.cls.problems(node.config, plan))
                 if path[0] == "backbone" and path[1] in plan.modalities:
                     problems += node.cls.view_problems(node.config, plan.modalities[str(path[1])])  # type: ignore[attr-defined]
-            except KeyError as error:
-                # a component asks for a modality that the plan lacks
-                name = str(error.args[0])
+            except MissingModality as error:
+                name = error.name
                 if name not in self._modalities():
                     self.error(
                         path,

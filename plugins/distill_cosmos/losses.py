@@ -50,8 +50,7 @@ class CrossModalDistillation(ContrastiveLoss):
         chosen = _chosen(config)
         soft = config.targets == "soft"
         teachers = tuple(dict.fromkeys(m for student, teacher in chosen for m in (teacher, *[student] * soft)))
-        # a modality in `views` must be there, without a teacher
-        return Needs(teacher=True, fused=True, modalities=teachers, views={student: {} for student, _ in chosen})
+        return Needs(teacher=teachers, fused=tuple(dict.fromkeys(student for student, _ in chosen)))
 
     @classmethod
     def problems(cls, config: DistillationConfig, plan: Plan) -> Iterable[str]:

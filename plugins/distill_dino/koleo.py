@@ -40,7 +40,7 @@ class KoLeo(Loss):
     @classmethod
     def needs(cls, config: KoLeoConfig, plan: Plan) -> Needs:
         """One modality with a global view."""
-        return Needs(modalities=(config.modality,), views={config.modality: {GLOBAL: 1}}, embeddings=())
+        return Needs(student=(config.modality,), views={config.modality: {GLOBAL: 1}}, embeddings=())
 
     @classmethod
     def problems(cls, config: KoLeoConfig, plan: Plan) -> Iterable[str]:

@@ -37,7 +37,7 @@ class Dino(PrototypeLoss):
     @classmethod
     def needs(cls, config: DinoConfig, plan: Plan) -> Needs:
         """A teacher of the modality."""
-        return Needs(teacher=True, modalities=(config.modality,), embeddings=())
+        return Needs(teacher=(config.modality,), embeddings=())
 
     @classmethod
     def problems(cls, config: DinoConfig, plan: Plan) -> Iterable[str]:
@@ -97,8 +97,7 @@ class Ibot(PrototypeLoss):
         target = config.target_role or config.role
         count = max(1, len(plan.modalities[m].views(config.role)))
         return Needs(
-            teacher=True,
-            modalities=(m,),
+            teacher=(m,),
             tokens={m: tuple(s for s, _ in pairs)},
             teacher_tokens={m: tuple(t for _, t in pairs)},
             masked=(m,),

@@ -59,7 +59,7 @@ class SubcaptionGrouping(ContrastiveLoss):
     def needs(cls, config: SubcaptionGroupingConfig, plan: Plan) -> Needs:
         """Both modalities, and the tokens of the first one's view 0, whose embedding it does not train."""
         a, b = config.modalities
-        return Needs(modalities=config.modalities, tokens={a: (0,)}, embeddings=(b,))
+        return Needs(student=config.modalities, tokens={a: (0,)}, embeddings=(b,))
 
     @classmethod
     def problems(cls, config: SubcaptionGroupingConfig, plan: Plan) -> Iterable[str]:

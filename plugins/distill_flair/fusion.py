@@ -84,7 +84,7 @@ class TextConditionedPool(FusionHead):
         """Tokens of the first view of what is pooled."""
         first, second = config.modalities
         tokens = {other: (0,) for m, other in ((first, second), (second, first)) if m in config.queries}
-        return Needs(modalities=config.modalities, tokens=tokens)
+        return Needs(student=config.modalities, tokens=tokens)
 
     @classmethod
     def problems(cls, config: TextConditionedPoolConfig, plan: Plan) -> Iterable[str]:

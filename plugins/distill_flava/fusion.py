@@ -54,7 +54,7 @@ class MultimodalEncoder(FusionHead):
     def needs(cls, config: MultimodalEncoderConfig, plan: Plan) -> Needs:
         """Tokens of one view of both modalities."""
         tokens = {m: plan.modalities[m].views(config.role)[:1] for m in config.modalities}
-        return Needs(modalities=config.modalities, tokens=tokens, views={m: {config.role: 1} for m in tokens})
+        return Needs(student=config.modalities, tokens=tokens, views={m: {config.role: 1} for m in tokens})
 
     @classmethod
     def problems(cls, config: MultimodalEncoderConfig, plan: Plan) -> Iterable[str]:

@@ -80,7 +80,7 @@ def masked_needs(config: MaskedLanguageConfig | MaskedImageConfig, plan: Plan) -
     """Masked views of one modality, and their tokens."""
     m, role = config.modality, config.role
     return Needs(
-        modalities=(m,), tokens={m: plan.modalities[m].views(role)}, views={m: {role: 1}}, masked=(m,), embeddings=()
+        student=(m,), tokens={m: plan.modalities[m].views(role)}, views={m: {role: 1}}, masked=(m,), embeddings=()
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ class MaskedMultimodal(Loss):
     def needs(cls, config: MaskedMultimodalConfig, plan: Plan) -> Needs:
         """Fused tokens of masked views."""
         views = {m: {config.role: 1} for m in config.modalities}
-        return Needs(fused=True, modalities=config.modalities, views=views, masked=config.modalities, embeddings=())
+        return Needs(fused=config.modalities, views=views, masked=config.modalities, embeddings=())
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms, `text` and `image`. Raises `UserError` where the fusion has not fused the masked views."""
@@ -269,7 +269,7 @@ class ImageTextMatching(Loss):
     @classmethod
     def needs(cls, config: ImageTextMatchingConfig, plan: Plan) -> Needs:
         """Fused views."""
-        return Needs(fused=True, modalities=config.modalities)
+        return Needs(fused=config.modalities)
 
     @classmethod
     def problems(cls, config: ImageTextMatchingConfig, plan: Plan) -> Iterable[str]:

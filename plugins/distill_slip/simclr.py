@@ -94,7 +94,7 @@ class SimClr(Loss):
     def needs(cls, config: SimClrConfig, plan: Plan) -> Needs:
         """Two views of the role."""
         m = config.modality
-        return Needs(modalities=(m,), views={m: {config.role: 2}}, embeddings=(m,) if config.source == "pooled" else ())
+        return Needs(student=(m,), views={m: {config.role: 2}}, embeddings=(m,) if config.source == "pooled" else ())
 
     @classmethod
     def problems(cls, config: SimClrConfig, plan: Plan) -> Iterable[str]:

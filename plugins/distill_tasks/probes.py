@@ -90,7 +90,7 @@ class Probe(Task):
     def needs(cls, config: ProbeConfig, plan: Plan) -> Needs:
         """Its modality."""
         modality = config.modality or next(iter(plan.modalities), None)
-        return Needs(modalities=(modality,) if modality is not None else ())
+        return Needs(student=(modality,) if modality is not None else ())
 
     @classmethod
     def problems(cls, config: ProbeConfig, plan: Plan) -> Iterator[str]:

@@ -14,6 +14,7 @@ from distill_core import (
     DataError,
     EvaluationSet,
     Media,
+    MissingModality,
     Model,
     Plan,
     Score,
@@ -134,7 +135,7 @@ def two_modalities(name: str, given: tuple[str, str] | None, plan: Plan) -> Iter
     """What is wrong with a task's choice of modalities."""
     for modality in given or ():
         if modality not in plan.modalities:
-            raise KeyError(modality)
+            raise MissingModality(modality)
     if given is None and len(plan.modalities) > 2:
         yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"
     if given is None and len(plan.modalities) == 1 and plan.complete:

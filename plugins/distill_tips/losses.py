@@ -39,7 +39,7 @@ class TwoTokenContrastive(ContrastiveLoss):
     def needs(cls, config: TwoTokenContrastiveConfig, plan: Plan) -> Needs:
         """A global view of the first modality and two of the second."""
         a, b = config.modalities
-        return Needs(modalities=config.modalities, views={a: {GLOBAL: 1}, b: {GLOBAL: 2}})
+        return Needs(student=config.modalities, views={a: {GLOBAL: 1}, b: {GLOBAL: 2}})
 
     @classmethod
     def problems(cls, config: TwoTokenContrastiveConfig, plan: Plan) -> Iterable[str]:

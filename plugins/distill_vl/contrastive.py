@@ -49,7 +49,7 @@ class ContrastiveLoss(Loss):
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
         """Both modalities."""
-        return Needs(modalities=config.modalities)
+        return Needs(student=config.modalities)
 
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:

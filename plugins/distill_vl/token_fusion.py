@@ -48,7 +48,7 @@ class TokenFusion(FusionHead):
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
         """Tokens of the first view of both modalities."""
-        return Needs(modalities=config.modalities, tokens=dict.fromkeys(config.modalities, (0,)))
+        return Needs(student=config.modalities, tokens=dict.fromkeys(config.modalities, (0,)))
 
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:

@@ -70,7 +70,7 @@ class TeacherTokens(Loss):
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
-        return Needs(teacher=True, modalities=("image",), teacher_tokens={"image": (1,)}, masked=("image",))
+        return Needs(teacher=("image",), teacher_tokens={"image": (1,)}, masked=("image",))
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert list(outputs.teacher["default"]["image"].tokens) == [1]

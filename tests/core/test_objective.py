@@ -289,7 +289,7 @@ def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) 
 
 def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
     assert objective_of(Pull).represent(batch, Progress(0, 1)).fused == {}
-    objective = objective_of(Pull, needs=[Needs(fused=True)])
+    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))])
     outputs = objective.represent(batch, Progress(0, 1))
     assert outputs.fused
     assert objective.fusion.forwards == 1  # type: ignore[union-attr]
@@ -297,7 +297,7 @@ def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
 
 def test_embeddings(batch: Batch) -> None:
     """Catches half-precision or un-normalised embeddings, and another tensor for each loss that asks."""
-    objective = objective_of(Pull, needs=[Needs(fused=True)], teacher=TeacherConfig())
+    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))], teacher=TeacherConfig())
     outputs = objective.represent(batch, Progress(0, 1))
     outputs.student["a"].pooled = outputs.student["a"].pooled.to(torch.bfloat16)
     embedding = outputs.student["a"].embedding

@@ -38,7 +38,7 @@ class FusedAgreement(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=True, fused=True, modalities=tuple(plan.modalities))
+        return Needs(teacher=tuple(plan.modalities), fused=tuple(plan.modalities))
 
     def forward(self, outputs):
         pairs = [(outputs.fused[m].embedding, seen.embedding[:1]) for m, seen in outputs.teacher["default"].items()]

@@ -70,7 +70,7 @@ def _shapes(case: Case, fit: Fit) -> None:
             isinstance(fused, dict) and all(isinstance(x, Fused) for x in fused.values()),
             "`forward` must return {modality: Fused(pooled)}",
         )
-        for name in fit.needs.modalities or fit.plan.modalities:
+        for name in fit.needs.student or fit.plan.modalities:
             require(name in fused, f"`forward` returns no {name!r}; give fused views of each modality")
             wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
             shape = list(fused[name].pooled.shape)
@@ -128,7 +128,7 @@ def pool(case: Case) -> None:
     fit = first(case)
     module = generic(build(case, fit))
     draw = torch.Generator().manual_seed(1)
-    for name in fit.needs.modalities or fit.plan.modalities:
+    for name in fit.needs.student or fit.plan.modalities:
         modality = fit.plan.modalities[name]
         tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
         mask = torch.arange(6) < torch.tensor([[6], [3], [2]])
@@ -153,7 +153,7 @@ def attention(case: Case) -> None:
     fit = first(case)
     module, told = generic(build(case, fit)), False
     draw = torch.Generator().manual_seed(1)
-    for name in fit.needs.modalities or fit.plan.modalities:
+    for name in fit.needs.student or fit.plan.modalities:
         modality = fit.plan.modalities[name]
         tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
         queries = torch.randn(4, BATCH, modality.dim, generator=draw)

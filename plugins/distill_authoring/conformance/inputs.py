@@ -24,6 +24,7 @@ from distill_core import (
     Fusion,
     FusionHead,
     Group,
+    MissingModality,
     ModalityPlan,
     Needs,
     Outputs,
@@ -115,10 +116,8 @@ def _fit(
         try:
             needs = cls.needs(config, plan)
             problems = list(cls.problems(config, plan))
-        except KeyError as error:
-            if not error.args or error.args[0] in names or not isinstance(error.args[0], str):
-                raise
-            names.append(error.args[0])
+        except MissingModality as error:
+            names.append(error.name)
             continue
         more = [name for name in _named(needs) if name not in plan.modalities]
         names += more
@@ -135,7 +134,7 @@ def _settled(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
         try:
             needs = cls.needs(config, plan)
             problems = [*cls.problems(config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
-        except KeyError:
+        except MissingModality:
             return None
         grown = _grow(plan, needs, sees_more=False)
         if grown == plan:
@@ -146,7 +145,15 @@ def _settled(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
 
 def _named(needs: Needs) -> list[str]:
     """The modalities that it names."""
-    wanted = [*needs.modalities, *needs.tokens, *needs.teacher_tokens, *needs.views, *needs.masked]
+    wanted = [
+        *needs.student,
+        *needs.teacher,
+        *needs.fused,
+        *needs.tokens,
+        *needs.teacher_tokens,
+        *needs.views,
+        *needs.masked,
+    ]
     return list(dict.fromkeys(wanted))
 
 
@@ -173,7 +180,7 @@ def _one(fit: Fit) -> Plan:
 
 def _unseen(fit: Fit) -> Plan:
     """The teacher sees what is named alone."""
-    seen = {*fit.needs.modalities, *fit.needs.teacher_tokens}
+    seen = {*fit.needs.teacher, *fit.needs.teacher_tokens}
     return _each(fit.plan, lambda _, name, m: m if name in seen else replace(m, teacher_views=()))
 
 
@@ -183,7 +190,7 @@ _CHANGES: dict[str, tuple[Change, ...]] = {
     "no class tokens": (lambda fit: _each(fit.plan, lambda _, __, m: replace(m, class_tokens=0)),),
     "one class token": (lambda fit: _each(fit.plan, lambda _, __, m: replace(m, class_tokens=1)),),
     "one modality": (_one,),
-    "a teacher that sees only the modalities in Needs.modalities": (_unseen,),
+    "a teacher that sees only the modalities in Needs.teacher": (_unseen,),
 }
 """What is special about a plan -> changes to the richest, of which the first that is accepted is tried."""
 
@@ -196,7 +203,7 @@ def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
 
 def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
     """With the views that are needed; `sees_more`: the teacher sees all global ones."""
-    teacher = plan.teacher or needs.teacher or any(needs.teacher_tokens.values())
+    teacher = plan.teacher or bool(needs.teacher) or any(needs.teacher_tokens.values())
     modalities = {}
     for name, old in plan.modalities.items():
         roles = list(old.roles)
@@ -214,7 +221,7 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             teacher_views=tuple(sorted(seen)) if teacher else (),
             can_mask=old.can_mask or name in needs.masked,
         )
-    return Plan(modalities, teacher, plan.fusion or needs.fused)
+    return Plan(modalities, teacher, plan.fusion or bool(needs.fused))
 
 
 def length(plan: Plan, name: str, role: str) -> int:

@@ -109,7 +109,7 @@ class Fill(Loss):
     @classmethod
     def needs(cls, config, plan):
         return Needs(
-            teacher=True, modalities=("signal",), masked=("signal",), tokens={"signal": (0,)},
+            teacher=("signal",), masked=("signal",), tokens={"signal": (0,)},
             views={"signal": {"global": 2}},
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ class TokenMatch(Loss):
     @classmethod
     def needs(cls, config, plan):
         names = tuple(dict.fromkeys(("left", "right", *plan.modalities)))
-        return Needs(modalities=names, tokens=dict.fromkeys(names, (0,)), embeddings=())
+        return Needs(student=names, tokens=dict.fromkeys(names, (0,)), embeddings=())
 
     def mean(self, tokens, mask):
         real = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens.dtype)
@@ -249,7 +249,7 @@ class Centred(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=True, modalities=("left",))
+        return Needs(teacher=("left",))
 
     def forward(self, outputs):
         goal = outputs.teacher["default"]["left"].embedding[0] - self.centre
@@ -274,7 +274,7 @@ class ReadsIds(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(modalities=("left",), tokens={"left": (0,)}, embeddings=())
+        return Needs(student=("left",), tokens={"left": (0,)}, embeddings=())
 
     def forward(self, outputs):
         features, ids = outputs.student["left"], outputs.views["left"].groups[0].x[0]

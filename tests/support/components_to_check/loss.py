@@ -48,14 +48,14 @@ class DetachedLoss(Match):
 class TrainsNoEmbedding(ReadsIds):
     @classmethod
     def needs(cls, config, plan):
-        return Needs(modalities=("left",), tokens={"left": (0,)})
+        return Needs(student=("left",), tokens={"left": (0,)})
 
 
 @broken("embeddings", "it trains the embedding of left: name it in Needs.embeddings")
 class TrainsAnother(Centred):
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=True, modalities=("left",), embeddings=())
+        return Needs(teacher=("left",), embeddings=())
 
 
 @broken("purity", "`forward` moves calls|changes when `forward` is called again")
@@ -106,7 +106,7 @@ class Teacherless(Match):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(fused=True, modalities=config.modalities)
+        return Needs(fused=config.modalities)
 
 
 @broken("masked_tokens", "is nan where no token is masked")

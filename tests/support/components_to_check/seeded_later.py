@@ -69,7 +69,7 @@ class WidensTheMask(TokenMatch):
 class TeacherIsNotDeclared(Match):
     @classmethod
     def needs(cls, config, plan):
-        return Needs(fused=True, modalities=config.modalities)
+        return Needs(fused=config.modalities)
 
 
 @held("undeclared needs")
@@ -94,7 +94,7 @@ class TeachersPadding(TokenMatch):
     def needs(cls, config, plan):
         names = tuple(dict.fromkeys(("left", "right", *plan.modalities)))
         each = dict.fromkeys(names, (0,))
-        return Needs(teacher=True, modalities=names, tokens=each, teacher_tokens=each, embeddings=())
+        return Needs(teacher=names, tokens=each, teacher_tokens=each, embeddings=())
 
     def forward(self, outputs):
         found, metrics = super().forward(outputs)

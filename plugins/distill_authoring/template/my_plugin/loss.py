@@ -33,7 +33,7 @@ class Match(Loss):
     @classmethod
     def needs(cls, config, plan):
         """A recipe without a teacher or a fusion is refused, with this loss's name."""
-        return Needs(teacher=True, fused=True, modalities=config.modalities)
+        return Needs(teacher=config.modalities, fused=config.modalities)
 
     @classmethod
     def problems(cls, config, plan):

@@ -18,7 +18,7 @@ class Agreement(Task):
 
     @classmethod
     def problems(cls, config, plan):
-        """Two modalities that the recipe has; a KeyError names one that it lacks."""
+        """Two modalities that the recipe has; `MissingModality` says which one it lacks."""
         for name in config.modalities or ():
             plan.modalities[name]
         if config.modalities is None and len(plan.modalities) < 2:

@@ -52,7 +52,7 @@ class Agreement(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(fused=True)
+        return Needs(fused=tuple(plan.modalities))
 
     def forward(self, outputs):
         cosine = sum((outputs.student[m].embedding * outputs.fused[m].embedding).sum(-1).mean()

@@ -20,7 +20,6 @@ from distill_core import (
     Collator,
     ComponentConfig,
     Encoded,
-    Features,
     Group,
     Plan,
     View,
@@ -30,6 +29,8 @@ from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Activation, Block, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
+
+CANNOT_HIDE = "clip_text cannot hide tokens; use a text view whose words are masked"
 
 
 class ClipTextConfig(ComponentConfig):
@@ -114,54 +115,55 @@ class ClipText(Backbone):
         """Global and local texts."""
         return example_texts(rng)
 
-    def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
-        """As the base does, but all texts are one packed sequence.
+    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
+        """All texts are one packed sequence.
 
-        Attention is causal: what stands behind end-of-text is dead for the embedding, and is not computed for texts
-        whose tokens nobody needs.
+        Attention is causal: what follows end-of-text never reaches the embedding, and is not computed for texts whose
+        tokens nobody needs.
         """
-        if masked and any(group.token_mask is not None for group in views.groups):
-            raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
-        texts = [(start + i, x) for start, group in views.numbered() for i, x in enumerate(group.x)]
-        read = [(view, self._padded(x)) for view, x in texts if view in tokens_of]
-        rest = [(view, x) for view, x in texts if view not in tokens_of]
-        ends, out = self._packed([x for _, x in read], [x for _, x in rest])
-        by_view = dict(zip([view for view, _ in read + rest], ends, strict=True))
-        classes = torch.stack([by_view[view] for view, _ in texts])
-        features = Features(classes @ self.text_projection, class_tokens=classes[:, :, None])
-        for (view, x), tokens in zip(read, torch.split(out, [x.numel() for _, x in read]) if read else [], strict=True):
-            features.tokens[view] = tokens.view(*x.shape, tokens.shape[-1])
-            features.masks[view] = torch.arange(x.shape[1], device=x.device) <= x.argmax(1, keepdim=True)
-        return features
-
-    def _packed(self, read: Sequence[Tensor], rest: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """ids [B, L], those of `read` whole -> end-of-text's tokens [B, W] of all, and all tokens [T, W] of `read`."""
-        ids = [*read, *rest]
+        if any(token_mask is not None for *_, token_mask in inputs):
+            raise ValueError(CANNOT_HIDE)
+        ids = [self._padded(x) if tokens else x for x, tokens, _ in inputs]
         device, sizes = ids[0].device, [len(x) for x in ids]
         # Read on the host once: where everything stands is worked out there.
         ends = torch.cat([x.argmax(1) for x in ids]).cpu()
         widths = torch.tensor([x.shape[1] for x in ids]).repeat_interleave(torch.tensor(sizes))
-        whole, number = sum(x.numel() for x in read), sum(len(x) for x in read)
-        lengths = torch.where(torch.arange(len(ends)) < number, widths, ends + 1)
+        whole = torch.tensor([tokens for _, tokens, _ in inputs]).repeat_interleave(torch.tensor(sizes))
+        lengths = torch.where(whole, widths, ends + 1)
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        place = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(lengths)
-        padded = (widths.cumsum(0) - widths).repeat_interleave(lengths) + place
-        rows = torch.cat([torch.arange(whole), starts[number + 1 :] - 1])
-        at_end = torch.cat([starts[:number] + ends[:number], torch.arange(whole, len(rows))])
-        padded, place, rows, at_end = (x.to(device, non_blocking=True) for x in (padded, place, rows, at_end))
-        flat = torch.cat([x.flatten() for x in ids])[padded]
-        sequence = self.token_embedding(flat) + embedding(place, self.positional_embedding)
-        out = self.ln_final(self.transformer(sequence, Sequences(starts.int(), causal=True), rows))
-        return list(torch.split(out.index_select(0, at_end), sizes)), out[:whole]
+        text = torch.arange(len(ends)).repeat_interleave(lengths)  # of each packed row
+        place = torch.arange(len(text)) - starts[text]
+        source = (widths.cumsum(0) - widths)[text] + place
+        wanted = whole[text] | (place == ends[text])
+        rows, at_end = wanted.nonzero()[:, 0], (wanted.cumsum(0) - 1)[starts[:-1] + ends]
+        place, source, rows, at_end = (x.to(device, non_blocking=True) for x in (place, source, rows, at_end))
+
+        packed = self.token_embedding(torch.cat([x.flatten() for x in ids])[source])
+        packed = packed + embedding(place, self.positional_embedding)
+        out = self.ln_final(self.transformer(packed, Sequences(starts.int(), causal=True), rows))
+        classes = out.index_select(0, at_end)
+        pooled = classes @ self.text_projection
+        counts = [x.numel() if tokens else len(x) for x, (_, tokens, _) in zip(ids, inputs, strict=True)]
+        encoded = []
+        for x, (_, tokens, _), one, at_its_end, computed in zip(
+            ids, inputs, pooled.split(sizes), classes.split(sizes), out.split(counts), strict=True
+        ):
+            encoded.append(Encoded(one, class_tokens=at_its_end[:, None]))
+            if tokens:
+                encoded[-1].tokens, encoded[-1].mask = computed.view(*x.shape, -1), _up_to_end(x)
+        return encoded
 
     def _padded(self, x: Tensor) -> Tensor:
         """ids [N, L] -> [N, context], where tokens are handed on padded to it."""
         return pad(x, (0, self.config.context - x.shape[1])) if self.config.padding == "context" else x
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
-        """ids x [N, L] -> pooled [N, D], tokens [N, context or L, W] and their mask, class tokens [N, 1, W]."""
+        """ids x [N, L] -> pooled [N, D], tokens [N, context or L, W] and their mask, class tokens [N, 1, W].
+
+        Padded, so that it can be exported: nothing is read on the host.
+        """
         if token_mask is not None:
-            raise ValueError("clip_text cannot hide tokens; use a text view whose words are masked")
+            raise ValueError(CANNOT_HIDE)
         end = x.argmax(1)
         if tokens:
             x = self._padded(x)
@@ -173,8 +175,7 @@ class ClipText(Backbone):
         (sequence,) = self.transformer.together([sequence], [None], causal=True)
         sequence = self.ln_final(sequence)
         classes = sequence[torch.arange(x.shape[0], device=x.device), end]
-        mask = torch.arange(x.shape[1], device=x.device) <= end[:, None]
-        return Encoded(classes @ self.text_projection, sequence, mask, classes[:, None])
+        return Encoded(classes @ self.text_projection, sequence, _up_to_end(x), classes[:, None])
 
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""
@@ -185,6 +186,11 @@ class ClipText(Backbone):
         end, x = x.argmax(1), self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         return self.transformer.weights(sequence, end, causal=True)
+
+
+def _up_to_end(ids: Tensor) -> Tensor:
+    """[N, L] bool of ids [N, L]; end-of-text is the largest id."""
+    return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
 
 
 def example_texts(rng: np.random.Generator) -> list[View]:

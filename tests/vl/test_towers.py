@@ -156,6 +156,16 @@ def test_text_padding_never_reaches_the_embedding(text: ClipText, ids: torch.Ten
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_clip_text_refuses_to_hide_tokens(text: ClipText, ids: torch.Tensor) -> None:
+    """Would catch a mask that is dropped in silence, so that the student sees what it should predict."""
+    views = Views([Group(ids[None], token_mask=torch.ones(1, *ids.shape, dtype=torch.bool))])
+    with pytest.raises(ValueError, match="clip_text cannot hide tokens"):
+        text(views, masked=True)
+    with pytest.raises(ValueError, match="clip_text cannot hide tokens"):
+        text.encode(ids, tokens=True, token_mask=torch.ones_like(ids, dtype=torch.bool))
+    text(views)  # the teacher's pass
+
+
 def test_text_padding_longest_hands_on_fewer_tokens(text: ClipText, ids: torch.Tensor) -> None:
     text.config = text.config.model_copy(update={"padding": "longest"})
     assert text.encode(ids, tokens=True, token_mask=None).tokens.shape == (6, 11, 24)

@@ -103,6 +103,7 @@ def test_a_run_that_is_killed_while_it_makes_the_repository(tmp_path: Path) -> N
     assert sorted(path.name for path in runs.iterdir()) == [".aim", ".aim.lock", "one", "two"]
 
 
+@pytest.mark.slow
 def test_a_repository_that_was_left_half_made_is_set_aside(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What an earlier release, or `aim init`, leaves when it is killed. Nothing of it is removed."""
     run = tmp_path / "one"
@@ -118,6 +119,7 @@ def test_a_repository_that_was_left_half_made_is_set_aside(tmp_path: Path, capfd
     assert line in capfd.readouterr().err.splitlines()
 
 
+@pytest.mark.slow
 def test_the_runs_hash_is_written_whole(tmp_path: Path) -> None:
     """Would catch a file that is written over in place, which a kill cuts off: a resume then loses its tracker."""
     run = tmp_path / "one"

@@ -27,6 +27,7 @@ def kept(aim_run: RunFolder) -> Iterator[Any]:
     repo.close()
 
 
+@pytest.mark.slow
 def test_curves_are_the_rows(aim_run: RunFolder, kept: Any) -> None:
     """Would catch series that are cut off, shifted by a step, or mixed up between splits."""
     rows = [row for row in aim_run.rows() if "terms" in row]

@@ -29,12 +29,14 @@ from distill_core.outputs import Encoded
 from distill_core.registry import Plugins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", GOOD, ids=lambda component: component.name)
 def test_good_components_conform(component):
     """The control: what is broken below differs from these in one way. Would catch a check that is never content."""
     assert_conforms(component)
 
 
+@pytest.mark.slow
 def test_every_kind_has_a_good_component_and_most_checks_fit():
     """Would catch a check that passes because it is skipped everywhere."""
     assert {component.kind for component in GOOD} == set(INTERFACES)
@@ -42,6 +44,7 @@ def test_every_kind_has_a_good_component_and_most_checks_fit():
     assert fitted == {(kind, one.name) for kind in INTERFACES for one in checks_of(kind)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("component", "name", "message"), BROKEN)
 def test_a_broken_component_fails_its_check(component, name, message):
     """Would catch a check that passes whatever it is given, or a message that does not say what is wrong."""

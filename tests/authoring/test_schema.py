@@ -50,6 +50,7 @@ def data(text: str) -> Any:
     return read_document(text, "recipe").data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_validate(path: Path, validator: jsonschema.Draft7Validator, registry: Registry) -> None:
     """As they are written, and as a run writes them out with every default."""

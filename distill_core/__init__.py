@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from distill_core.contracts.media import TokenLayout as TokenLayout
     from distill_core.contracts.optimizer import Optimizer as Optimizer
     from distill_core.contracts.schedule import Schedule as Schedule
+    from distill_core.contracts.slot import Slot as Slot
     from distill_core.contracts.source import DataSource as DataSource
     from distill_core.contracts.task import Task as Task
+    from distill_core.contracts.task import TaskConfig as TaskConfig
     from distill_core.contracts.tracker import Tracker as Tracker
     from distill_core.contracts.tracker import TrackerConfig as TrackerConfig
     from distill_core.contracts.weights import LoadReport as LoadReport
@@ -120,8 +122,10 @@ HOMES = {
     "TokenLayout": "distill_core.contracts.media",
     "Optimizer": "distill_core.contracts.optimizer",
     "Schedule": "distill_core.contracts.schedule",
+    "Slot": "distill_core.contracts.slot",
     "DataSource": "distill_core.contracts.source",
     "Task": "distill_core.contracts.task",
+    "TaskConfig": "distill_core.contracts.task",
     "Tracker": "distill_core.contracts.tracker",
     "TrackerConfig": "distill_core.contracts.tracker",
     "LoadReport": "distill_core.contracts.weights",

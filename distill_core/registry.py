@@ -175,8 +175,9 @@ def _unfit(cls: Any) -> str | None:
         return "needs one of the interfaces of distill_core.interfaces as its base"
     if not isinstance(getattr(cls, "name", None), str):
         return "needs a `name`, which recipes use"
-    if not issubclass(getattr(cls, "Config", object), ComponentConfig):
-        return "needs a `Config` that extends distill_core.contracts.component.ComponentConfig"
+    base: type[ComponentConfig] = INTERFACES[kind].Config
+    if not issubclass(getattr(cls, "Config", object), base):
+        return f"needs a `Config` that extends {base.__module__}.{base.__qualname__}"
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):
         return f"does not define {', '.join(missing)}"
     return None

@@ -6,15 +6,17 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from distill_core.batch import Batch
+from distill_core.contracts.optimizer import Optimizer
+from distill_core.contracts.slot import Slot
 from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
-from distill_core.recipe.sections import Node, Recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.system import distributed
 
 
@@ -40,23 +42,23 @@ class TrainStep:
         self.bf16, self.clip_grad = recipe.train.precision == "bf16", recipe.train.clip_grad
         self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
         self.parameters = [parameter for _, parameter, _ in self._named]
-        self._node = recipe.optimizer
-        self.optimizer = self._build(self._node)
+        self._slot = recipe.train.optimizer
+        self.optimizer = self._build(self._slot)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = recipe.schedule.build()
+        self.schedule = recipe.train.schedule.build()
         self.whole = True
         """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
 
-    def _build(self, node: Node) -> torch.optim.Optimizer:
-        maker = node.build()
+    def _build(self, slot: Slot[Optimizer]) -> torch.optim.Optimizer:
+        maker = slot.build()
         optimizer: torch.optim.Optimizer = maker.build(maker.groups(self._named))
         return optimizer
 
     def load_state_dict(self, state: dict[str, Any], options: Mapping[str, Any]) -> None:
         """Take the optimiser's state that was made with these options; those of the recipe that differ are applied."""
         plain = {key: value for key, value in options.items() if key not in ("name", "id")}
-        config = self._node.cls.Config.model_validate_json(json.dumps(plain))  # where lists serve for tuples
-        before = self._build(replace(self._node, config=config)).param_groups
+        config = self._slot.cls.Config.model_validate_json(json.dumps(plain))  # where lists serve for tuples
+        before = self._build(Slot(self._slot.cls, config)).param_groups
         now = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
         for group, old, new in zip(self.optimizer.param_groups, before, now, strict=True):

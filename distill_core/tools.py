@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from distill_core.commands.catalogue import summary as summary
     from distill_core.commands.options import without_option as without_option
     from distill_core.contracts.kinds import INTERFACES as INTERFACES
+    from distill_core.contracts.slot import JSON_KEY as JSON_KEY
+    from distill_core.contracts.slot import NONE as NONE
     from distill_core.data.example import example_batch as example_batch
     from distill_core.data.opening import is_local as is_local
     from distill_core.errors import RecipeErrors as RecipeErrors
@@ -31,19 +33,15 @@ if TYPE_CHECKING:
     from distill_core.evaluate.score import read_scores as read_scores
     from distill_core.model import evaluating as evaluating
     from distill_core.recipe.build import build_objective as build_objective
-    from distill_core.recipe.compatibility import unmet as unmet
+    from distill_core.recipe.checks import unmet as unmet
     from distill_core.recipe.document import Document as Document
     from distill_core.recipe.document import Path as Path
     from distill_core.recipe.document import located as located
     from distill_core.recipe.document import read_document as read_document
     from distill_core.recipe.document import read_file as read_file
     from distill_core.recipe.named import recipe_file as recipe_file
-    from distill_core.recipe.resolve import DEFAULTS as DEFAULTS
-    from distill_core.recipe.resolve import OPTIONAL as OPTIONAL
-    from distill_core.recipe.resolve import SLOTS as SLOTS
     from distill_core.recipe.resolve import Override as Override
     from distill_core.recipe.resolve import load_recipe as load_recipe
-    from distill_core.recipe.sections import Frame as Frame
     from distill_core.recipe.sections import Recipe as Recipe
     from distill_core.registry import Entry as Entry
     from distill_core.registry import Plugins as Plugins
@@ -77,6 +75,8 @@ HOMES = {
     "summary": "distill_core.commands.catalogue",
     "without_option": "distill_core.commands.options",
     "INTERFACES": "distill_core.contracts.kinds",
+    "JSON_KEY": "distill_core.contracts.slot",
+    "NONE": "distill_core.contracts.slot",
     "example_batch": "distill_core.data.example",
     "is_local": "distill_core.data.opening",
     "RecipeErrors": "distill_core.errors",
@@ -90,19 +90,15 @@ HOMES = {
     "TaskScore": "distill_core.evaluate.score",
     "evaluating": "distill_core.model",
     "build_objective": "distill_core.recipe.build",
-    "unmet": "distill_core.recipe.compatibility",
+    "unmet": "distill_core.recipe.checks",
     "Document": "distill_core.recipe.document",
     "located": "distill_core.recipe.document",
     "Path": "distill_core.recipe.document",
     "read_document": "distill_core.recipe.document",
     "read_file": "distill_core.recipe.document",
     "recipe_file": "distill_core.recipe.named",
-    "DEFAULTS": "distill_core.recipe.resolve",
     "load_recipe": "distill_core.recipe.resolve",
-    "OPTIONAL": "distill_core.recipe.resolve",
     "Override": "distill_core.recipe.resolve",
-    "SLOTS": "distill_core.recipe.resolve",
-    "Frame": "distill_core.recipe.sections",
     "Recipe": "distill_core.recipe.sections",
     "Entry": "distill_core.registry",
     "Plugins": "distill_core.registry",

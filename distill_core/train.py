@@ -60,13 +60,13 @@ class Trainer:
         self.device = device = _prepare_process(recipe, folder)
         rank, world = distributed.rank(), distributed.world_size()
 
-        source = recipe.source.build()
+        source = recipe.data.source.build()
         source.prepare()
         self.shards = [shard for shards in source.sets("train").values() for shard in shards]
         (check if resume is None else check_any)(self.shards)
         evaluation_source = source
-        if recipe.evaluate_source is not None:
-            evaluation_source = recipe.evaluate_source.build()
+        if recipe.evaluate.source is not None:
+            evaluation_source = recipe.evaluate.source.build()
             evaluation_source.prepare()
         length = Length.of(recipe.train, recipe.data.batch_size * world, source.size("train"))
 
@@ -172,7 +172,7 @@ class Trainer:
         """Tell the tracker of the run; returns what the run is made with, for the report. {} but on the first rank."""
         if distributed.rank() > 0:
             return {}
-        facts = environment(self.device, [node.package for node in self.recipe.components()])
+        facts = environment(self.device, [slot.package for slot in self.recipe.slots()])
         resumed = self.state.resumed
         if resumed is not None and resumed.branch is not None:
             facts["branch"] = resumed.branch

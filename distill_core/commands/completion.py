@@ -106,7 +106,7 @@ def remember(registry: Registry) -> None:
     """Keep the names of components and options for `components` and `set_paths`; only where they have changed."""
     from pydantic import BaseModel
 
-    from distill_core.recipe.sections import Frame
+    from distill_core.recipe.sections import Recipe
 
     def paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
         for name, field in model.model_fields.items():
@@ -119,7 +119,7 @@ def remember(registry: Registry) -> None:
     for entry in registry.entries.values():
         fields = entry.cls.Config.model_fields
         options.setdefault(entry.cls.name, set()).update(field.alias or name for name, field in fields.items())
-    known = {"options": {name: sorted(names) for name, names in options.items()}, "sections": [*paths(Frame)]}
+    known = {"options": {name: sorted(names) for name, names in options.items()}, "sections": [*paths(Recipe)]}
     text, file = json.dumps(known, sort_keys=True), _file()
     with suppress(OSError):  # a cache that cannot be written to must not keep anybody from training
         if file.is_file() and file.read_text(encoding="utf-8") == text:

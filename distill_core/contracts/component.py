@@ -13,7 +13,9 @@ from distill_core.plan import Needs, Plan
 class ComponentConfig(BaseModel):
     """Base of every component's options: unknown keys are errors, types are strict, lists serve for tuples."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, ser_json_inf_nan="constants"
+    )
 
 
 class Component:

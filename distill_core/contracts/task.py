@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from distill_core.batch import Sample
-from distill_core.contracts.component import Component
+from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Media
+from distill_core.contracts.slot import Slot
+from distill_core.contracts.source import DataSource
 from distill_core.evaluate.score import Score
 
 if TYPE_CHECKING:
@@ -16,10 +18,18 @@ if TYPE_CHECKING:
     from distill_core.model import Model
 
 
+class TaskConfig(ComponentConfig):
+    """Options that every task has."""
+
+    source: Slot[DataSource] | None = None
+    """Data of its own, in place of the recipe's."""
+
+
 class Task(Component, ABC):
-    """A task: scores a model on the sets of a split."""
+    """A task: scores a model on the sets of a split. Its `Config` extends `TaskConfig`."""
 
     kind = "task"
+    Config: ClassVar[type[ComponentConfig]] = TaskConfig
 
     def __init__(self, config: Any) -> None:
         self.config = config

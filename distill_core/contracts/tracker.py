@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TrackerConfig(ComponentConfig):
-    """Options that every tracker has."""
+    """Options of a tracker that is given media."""
 
     tags: tuple[str, ...] = ()
     """Words to find the run by, beside the names of its components."""
@@ -30,11 +30,10 @@ class Tracker(Component, ABC):
 
     No call waits for a network: a run that ends waits for all of them.
 
-    Only `start`, `log` and `finish` must be there. A tracker whose `Config` is no `TrackerConfig` gets no media.
+    Only `start`, `log` and `finish` must be there. A tracker whose `Config` extends `TrackerConfig` gets media too.
     """
 
     kind = "tracker"
-    Config: ClassVar[type[ComponentConfig]] = TrackerConfig
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -21,9 +21,9 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
     for i in range(min(size, _DISTINCT)):
         sample = {"__key__": str(i), "__url__": "example"}
         for node in recipe.augment.values():
-            sample |= node.cls.example_sample(node.config, np.random.default_rng(i))  # type: ignore[attr-defined]
+            sample |= node.cls.example_sample(node.config, np.random.default_rng(i))
         views.append(draw(sample, 0))
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     turns, seeds = [views[i % len(views)] for i in range(size)], list(range(size))
     made = {name: collate([turn[name] for turn in turns], seeds) for name, collate in collators.items()}
     return Batch(made, [str(i) for i in range(size)])

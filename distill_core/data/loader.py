@@ -201,7 +201,7 @@ class Loader:
         from torchdata.stateful_dataloader import StatefulDataLoader
 
         augment = {name: node.build() for name, node in recipe.augment.items()}
-        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
         workers = recipe.data.workers
         self.table = WorkerTable(workers)
         self._start_worker = _StartWorker(self.table) if workers else None

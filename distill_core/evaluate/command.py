@@ -68,8 +68,8 @@ def score(
     objective.to(device)
     distributed.broadcast(objective)
     models = models_of(recipe, objective, device)
-    source = (recipe.evaluate_source or recipe.source).build()
-    if any(node.source is None for node in recipe.tasks):
+    source = (recipe.evaluate.source or recipe.data.source).build()
+    if any(task.config.source is None for task in recipe.evaluate.tasks):
         source.prepare()
     kept = None
     if cache:
@@ -111,7 +111,7 @@ def _recipe(
     if split:
         changes.append((f"evaluate.split={split}", "--split"))
     if tasks:
-        known = {node.id: node for node in run_recipe(folder, registry, overrides).tasks}
+        known = {node.id: node for node in run_recipe(folder, registry, overrides).evaluate.tasks}
         chosen = [json.dumps(known[task].dump()) if task in known else task for task in tasks]
         changes.append((f"evaluate.tasks=[{', '.join(chosen)}]", "--task"))
     return run_recipe(folder, registry, changes)
@@ -146,7 +146,7 @@ def _tell(
         warn(f"not scored: {skipped.key!r} of {skipped.url}: {skipped.reason}")
     if len(evaluated.skipped) > 5:
         warn(f"not scored: {counted(len(evaluated.skipped) - 5, 'more item', 'more items')}")
-    if evaluated.failed or not recipe.tasks:
+    if evaluated.failed or not recipe.evaluate.tasks:
         raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
 
@@ -155,7 +155,7 @@ def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrid
 
     The digest is that of the whole recipe with its overrides: each may change what is scored, or how.
     """
-    tasks = [{**node.dump(), "id": node.id} for node in recipe.tasks]
+    tasks = [{**node.dump(), "id": node.id} for node in recipe.evaluate.tasks]
     document = {
         "step": step,
         "split": recipe.evaluate.split,

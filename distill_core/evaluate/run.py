@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from distill_core.batch import Sample, Skipped
 from distill_core.contracts.media import Media
+from distill_core.contracts.slot import Slot
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
 from distill_core.errors import DataError, UserError
@@ -18,7 +19,7 @@ from distill_core.evaluate.score import Score, TaskScore
 from distill_core.evaluate.sets import EvaluationSet, Watch
 from distill_core.model import Model
 from distill_core.plan import MissingModality
-from distill_core.recipe.sections import Node, Recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.system import distributed
 
 NAMED = 8
@@ -64,12 +65,14 @@ def evaluate(
     `media` asks each task for pictures of about so many samples. `watch` sees the samples as they are encoded.
     """
     result = Evaluated()
-    scored = [node for node in recipe.tasks if split == recipe.evaluate.split or _has(node.source, split)]
+    scored = [
+        node for node in recipe.evaluate.tasks if split == recipe.evaluate.split or _has(node.config.source, split)
+    ]
     opened = _Opened(source, cache, watch)
     left_out: dict[str, list[str]] = {}
     for node in scored:
         try:
-            sets = opened.sets(node.source, split)
+            sets = opened.sets(node.config.source, split)
         except DataError as error:
             result.failed += [line for line in str(error).splitlines() if line not in result.failed]
             continue
@@ -108,7 +111,7 @@ def evaluate(
     return result
 
 
-def _scorable(node: Node, recipe: Recipe, model: Model) -> bool:
+def _scorable(node: Slot[Task], recipe: Recipe, model: Model) -> bool:
     """Whether a task needs no other modalities than this side has."""
     own = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
     if len(own) == len(recipe.plan.modalities):
@@ -141,9 +144,9 @@ def _means_of(names: Sequence[str]) -> str:
     return f"means of {len(names)} sets: {some}{', ...' if len(names) > NAMED else ''}"
 
 
-def _has(source: Node | None, split: str) -> bool:
+def _has(source: Slot[DataSource] | None, split: str) -> bool:
     """Whether a task's own source may have this split; the shared source is checked with the recipe."""
-    splits = source.cls.splits(source.config) if source else None  # type: ignore[attr-defined]
+    splits = source.cls.splits(source.config) if source else None
     return splits is None or split in splits
 
 
@@ -154,7 +157,7 @@ class _Opened:
         self.shared, self.cache, self.watch = shared, cache, watch
         self._found: dict[tuple[str, str], list[EvaluationSet] | DataError] = {}
 
-    def sets(self, own: Node | None, split: str) -> list[EvaluationSet]:
+    def sets(self, own: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
         """The split's sets. Raises `DataError` on every rank, with all that is wrong on any."""
         key = (json.dumps(own.dump(), sort_keys=True) if own else "", split)
         if key not in self._found:
@@ -171,7 +174,7 @@ class _Opened:
         """Every set that was opened."""
         return [samples for found in self._found.values() if not isinstance(found, DataError) for samples in found]
 
-    def _open(self, own: Node | None, split: str) -> list[EvaluationSet]:
+    def _open(self, own: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
         def samples() -> dict[str, Iterable[Sample]]:
             source = self.shared
             if own is not None:

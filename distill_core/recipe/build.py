@@ -34,7 +34,7 @@ def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:
 def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dict[str, Model]:
     """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
     augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     sides: dict[str, Any] = {"student": objective.backbone}
     if objective.teacher is not None and len(objective.teacher.backbone):
         sides["teacher"] = objective.teacher.backbone

@@ -61,6 +61,20 @@ class Document:
             path = path[:-1]
         return self.origins.get(path, f"{self.name}:1")
 
+    def get(self, path: Path) -> Any:
+        """The value at `path`; None where there is none."""
+        node = self.data
+        for part in path:
+            node = _child(node, part)
+        return node
+
+    def has(self, path: Path) -> bool:
+        """Whether something is written at `path`, if only null."""
+        above = self.get(path[:-1])
+        if isinstance(above, list):
+            return isinstance(path[-1], int) and path[-1] < len(above)
+        return isinstance(above, dict) and path[-1] in above
+
     def set(self, assignment: str, origin: str | None = None) -> tuple[Path, Any]:
         """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`.
 

@@ -1,33 +1,38 @@
-"""What a recipe holds: its sections, with their options and defaults, and the places that take components.
+"""A recipe: its sections, their options and defaults, and the slots that take components.
 
-A recipe is a flat list of sections; each place that takes a component holds `{name: NAME, ...its options}`.
 `distill_core.recipe.resolve` makes it from YAML.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
-from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.errors import UserError
-from distill_core.plan import Needs, Plan
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.optimizer import Optimizer
+from distill_core.contracts.schedule import Schedule
+from distill_core.contracts.slot import NullIsDefault, Slot, default_component
+from distill_core.contracts.source import DataSource
+from distill_core.contracts.task import Task
+from distill_core.contracts.tracker import Tracker
+from distill_core.contracts.weights import WeightLoader
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
+from distill_core.plan import ModalityPlan, Needs, Plan
 from distill_core.teacher import TeacherConfig
 
-NodeDict = dict[str, Any]
 Positive = Annotated[int, Field(gt=0)]
 
 
 class DataConfig(ComponentConfig):
     """Shards -> batches."""
 
-    source: NodeDict
-    """Where the shards come from: a component of kind `source`."""
+    source: Slot[DataSource]
+    """Where the shards come from."""
     batch_size: Positive = 64
     """Samples a step on each rank."""
     workers: Annotated[int, Field(ge=0)] = 1
@@ -67,10 +72,10 @@ class TrainConfig(ComponentConfig):
     """Optimiser steps; where `epochs` is given too, this wins (so that --set train.steps=3 makes a trial)."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the training data."""
-    optimizer: NodeDict = {"name": "adamw"}  # noqa: RUF012
-    """A component of kind `optimizer`."""
-    schedule: NodeDict = {"name": "warmup_cosine"}  # noqa: RUF012
-    """A component of kind `schedule`."""
+    optimizer: Slot[Optimizer] = default_component("adamw")
+    """What updates the weights."""
+    schedule: Slot[Schedule] = default_component("warmup_cosine")
+    """The learning rate's course over the run."""
     lr_factors: dict[str, Annotated[float, Field(ge=0)]] = {}  # noqa: RUF012
     """Factors of the learning rate by component path, as {backbone.text: 0.1}; the longest path wins."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -117,16 +122,16 @@ class EvaluateConfig(ComponentConfig):
     """The split used while training, and to choose the best checkpoint."""
     split: str = "test"
     """The split of the evaluation at the end."""
-    source: NodeDict | None = None
+    source: Slot[DataSource] | None = None
     """Where evaluation data comes from; null takes `data.source`."""
     batch_size: Positive = 256
     """Items encoded at once."""
-    tasks: list[NodeDict | str | None] = []  # noqa: RUF012
-    """Components of kind `evaluation`; a task may have a `source` of its own."""
+    tasks: Annotated[list[Slot[Task]], NullIsDefault()] = []  # noqa: RUF012
+    """What is scored; a task may have a `source` of its own."""
 
 
-class Frame(ComponentConfig):
-    """The sections of a recipe; places of components are checked by the registry's classes afterwards."""
+class Recipe(ComponentConfig):
+    """All that a run is made of."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run folder's name."""
@@ -134,136 +139,124 @@ class Frame(ComponentConfig):
     """Seed of weights, shuffling and views."""
     tags: dict[str, str | int | float] = {}  # noqa: RUF012
     """What the run belongs to, as {study: NAME, variant: NAME}: the context of all that the tracker gets."""
-    augment: Annotated[dict[str, NodeDict | str | None], Field(min_length=1)]
-    """Modality -> a component of kind `augmentation`."""
-    backbone: Annotated[dict[str, NodeDict | str | None], Field(min_length=1)]
-    """Modality -> a component of kind `backbone`."""
-    fusion: NodeDict | None = None
-    """A component of kind `fusion`."""
-    loss: Annotated[list[NodeDict | str | None], Field(min_length=1)]
-    """Components of kind `loss`; their terms are added up, each times its weight."""
-    teacher: TeacherConfig | None = None
+    augment: Annotated[dict[str, Slot[Augmentation]], Field(min_length=1)]
+    """Modality -> how its views are made."""
+    backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1)]
+    """Modality -> what encodes its views."""
+    fusion: Slot[FusionHead] | None = None
+    """What puts the modalities' features together."""
+    loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
+    """The losses; their terms are added up, each times its weight."""
+    teacher: Annotated[TeacherConfig | None, NullIsDefault()] = None
     """The teacher's options; null trains without one."""
     data: DataConfig
     """The training data."""
     train: TrainConfig
     """The loop, the optimiser and its schedule."""
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: Annotated[EvaluateConfig, NullIsDefault()] = EvaluateConfig()
     """Tasks, their data, and when they run; null evaluates nothing."""
-    tracking: NodeDict | None = {"name": "aim"}  # noqa: RUF012
-    """A component of kind `tracker`; null keeps only metrics.jsonl."""
-    weights: list[NodeDict | str | None] = []  # noqa: RUF012
-    """Components of kind `weights`: weights to start from, applied in order."""
-    freeze: list[str] = []  # noqa: RUF012
+    tracking: Slot[Tracker] | None = default_component("aim")
+    """Where metrics go beside metrics.jsonl; null keeps only that."""
+    weights: Annotated[list[Slot[WeightLoader]], NullIsDefault()] = []  # noqa: RUF012
+    """Weights to start from, applied in order."""
+    freeze: Annotated[list[str], NullIsDefault()] = []  # noqa: RUF012
     """Component paths that are not trained, as [backbone.text]."""
 
+    _warnings: tuple[str, ...] = PrivateAttr(default=())
 
-@dataclass(frozen=True)
-class Node:
-    """A component's place in a recipe: its class and validated options."""
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What could not be checked, or may not be meant."""
+        return self._warnings
 
-    path: str = field(compare=False)
-    id: str
-    cls: type[Component]
-    config: Any
-    package: str
-    explicit_id: bool = False
-    source: Node | None = None
-    """An evaluation task's own data."""
+    def with_warnings(self, *lines: str) -> Recipe:
+        """The same recipe, with these warnings."""
+        recipe = self.model_copy()
+        recipe._warnings = lines
+        return recipe
 
-    def build(self, *arguments: Any) -> Any:
-        """The component; a ValueError of its constructor becomes a `UserError` that names its path."""
-        try:
-            return self.cls(self.config, *arguments)  # type: ignore[call-arg]
-        except ValueError as error:
-            raise UserError(f"{self.path}: {self.cls.name}: {error}") from error
+    def __eq__(self, other: object) -> bool:
+        """Whether they describe the same run; warnings do not count."""
+        return isinstance(other, Recipe) and all(getattr(self, f) == getattr(other, f) for f in Recipe.model_fields)
 
-    def dump(self) -> dict[str, Any]:
-        """As a recipe would write it, with every default."""
-        head = {"name": self.cls.name, **({"id": self.id} if self.explicit_id else {})}
-        tail = {"source": self.source.dump()} if self.source else {}
-        return {**head, **self.config.model_dump(mode="json", by_alias=True), **tail}
+    @cached_property
+    def plan(self) -> Plan:
+        """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
+        return plan_of(self.augment, self.backbone, self.teacher, self.fusion is not None)
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A validated recipe. Component places hold `Node`s; sections hold their options, with every default filled in."""
-
-    name: str
-    seed: int
-    tags: Mapping[str, str | int | float]
-    augment: Mapping[str, Node]
-    backbone: Mapping[str, Node]
-    fusion: Node | None
-    loss: Sequence[Node]
-    teacher: TeacherConfig | None
-    data: DataConfig
-    source: Node
-    train: TrainConfig
-    optimizer: Node
-    schedule: Node
-    evaluate: EvaluateConfig
-    evaluate_source: Node | None
-    tasks: Sequence[Node]
-    tracking: Node | None
-    weights: Sequence[Node]
-    freeze: Sequence[str]
-    plan: Plan
-    file: str = field(default="", compare=False)
-    warnings: Sequence[str] = field(default=(), compare=False)
-
-    def needs(self) -> list[tuple[Node, Needs]]:
+    def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusion and each loss need."""
-        nodes = [*([self.fusion] if self.fusion else []), *self.loss]
-        return [(node, node.cls.needs(node.config, self.plan)) for node in nodes]
+        slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.loss]
+        return [(slot, slot.cls.needs(slot.config, self.plan)) for slot in slots]
 
     def untrained_embeddings(self) -> frozenset[str]:
         """The modalities whose embedding no loss trains: what their projection was at first is what it stays."""
         trained: set[str] = set()
-        for node in self.loss:
-            needs = node.cls.needs(node.config, self.plan)
+        for slot in self.loss:
+            needs = slot.cls.needs(slot.config, self.plan)
             trained |= set((needs.named or self.plan.modalities) if needs.embeddings is None else needs.embeddings)
         return frozenset(self.plan.modalities) - trained
 
-    def components(self) -> list[Node]:
-        """Every component that it is made of, but the tracker."""
-        some = [self.fusion, self.source, self.optimizer, self.schedule, self.evaluate_source]
-        return [
-            *self.augment.values(),
-            *self.backbone.values(),
-            *self.loss,
-            *(node for node in some if node is not None),
-            *self.tasks,
-            *(node.source for node in self.tasks if node.source is not None),
-            *self.weights,
-        ]
+    def slots(self) -> list[Slot[Any]]:
+        """Every component that it is made of, those inside other components' options too, in the recipe's order."""
+        return list(_slots(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe with every default, as plain data."""
-
-        def one(node: Node | None) -> dict[str, Any] | None:
-            return node.dump() if node is not None else None
-
-        return {
-            "name": self.name,
-            "seed": self.seed,
-            "tags": dict(self.tags),
-            "augment": {name: one(node) for name, node in self.augment.items()},
-            "backbone": {name: one(node) for name, node in self.backbone.items()},
-            "fusion": one(self.fusion),
-            "loss": [one(node) for node in self.loss],
-            "teacher": self.teacher.model_dump(mode="json") if self.teacher else None,
-            "data": self.data.model_dump(mode="json"),
-            "train": self.train.model_dump(mode="json"),
-            "evaluate": self.evaluate.model_dump(mode="json"),
-            "tracking": one(self.tracking),
-            "weights": [one(node) for node in self.weights],
-            "freeze": list(self.freeze),
-        }
+        """The recipe with every default, as plain data."""
+        return self.model_dump(mode="json", by_alias=True)
 
     def to_yaml(self) -> str:
-        """The resolved recipe as YAML; loading it again gives the same recipe."""
+        """The recipe as YAML, with every default; loading it again gives the same recipe."""
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
+
+
+def plan_of(
+    augment: Mapping[str, Slot[Augmentation]],
+    backbone: Mapping[str, Slot[Backbone]],
+    teacher: TeacherConfig | None,
+    fusion: bool,
+    complete: bool = True,
+) -> Plan:
+    """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
+    names = [name for name in augment if name in backbone]
+    modalities = {name: modality_plan(name, augment[name], backbone[name], teacher) for name in names}
+    return Plan(modalities, teacher is not None, fusion, complete)
+
+
+def modality_plan(
+    name: str, augment: Slot[Augmentation], backbone: Slot[Backbone], teacher: TeacherConfig | None
+) -> ModalityPlan:
+    """Raises `UserError` where the backbone cannot tell its widths."""
+    roles = augment.cls.roles(augment.config)
+    spec = backbone.cls.spec(backbone.config)
+    has_teacher = teacher is not None and (teacher.modalities is None or name in teacher.modalities)
+    return ModalityPlan(
+        roles=roles,
+        teacher_views=tuple(i for i, role in enumerate(roles) if teacher and has_teacher and role in teacher.views),
+        width=spec.width,
+        dim=spec.dim,
+        has_tokens=spec.has_tokens,
+        can_mask=spec.can_mask,
+        class_tokens=spec.class_tokens,
+        dense=spec.dense,
+        augment=augment.config,
+        shapes=augment.cls.shapes(augment.config),
+    )
+
+
+def _slots(value: Any) -> Iterator[Slot[Any]]:
+    if isinstance(value, Slot):
+        yield value
+        yield from _slots(value.config)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _slots(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _slots(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _slots(item)
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -52,7 +52,7 @@ def model_of(
         load_into(fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, what)
         fusion.to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}  # type: ignore[attr-defined]
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     batch_size = recipe.evaluate.batch_size
     return Model(
         backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size,

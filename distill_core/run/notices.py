@@ -113,7 +113,7 @@ class Notices:
             if not measured:
                 continue
             means = {name: sum(one[name] for one in measured) / len(measured) for name in measured[0]}
-            line, warning = node.cls.remarks(node.config, means)  # type: ignore[attr-defined]
+            line, warning = node.cls.remarks(node.config, means)
             self.display.say(f"data: {modality}: {line} (of {counted(len(measured), 'sample')})")
             if warning is not None:
                 self.display.warn(f"augment.{modality}: {warning}")

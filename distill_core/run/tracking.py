@@ -35,7 +35,7 @@ class TrackedRun:
             return
         self._tracker = TrackerThread(recipe.tracking.build(), warn)
         self._tracker.call("start", str(folder), folder.name, recipe.to_dict(), resumed)
-        tags = [node.cls.name for node in recipe.components()]
+        tags = [slot.cls.name for slot in recipe.slots() if slot is not recipe.tracking]
         options = recipe.tracking.config
         if isinstance(options, TrackerConfig):
             tags += options.tags

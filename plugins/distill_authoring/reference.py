@@ -13,7 +13,7 @@ import click
 from pydantic import BaseModel
 
 from distill_core import Component, ComponentConfig, Loss, UserError, did_you_mean
-from distill_core.tools import INTERFACES, Entry, Frame, Plugins, Registry, catalogue, hookspecs
+from distill_core.tools import INTERFACES, Entry, Plugins, Recipe, Registry, catalogue, hookspecs
 
 
 def write(out: Path, plugin: str | None = None) -> list[Path]:
@@ -99,8 +99,8 @@ def _component(entry: Entry) -> str:
 
 
 def _recipe() -> str:
-    parts = ["# Recipe", _doc(Frame), "What each section holds. A place of a component takes `{name: NAME, ...}`."]
-    return _joined([*parts, *_options(Frame)])
+    parts = ["# Recipe", _doc(Recipe), "What each section holds. A place of a component takes `{name: NAME, ...}`."]
+    return _joined([*parts, *_options(Recipe)])
 
 
 def _interfaces() -> str:

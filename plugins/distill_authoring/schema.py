@@ -9,12 +9,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distill_core.tools import DEFAULTS, OPTIONAL, SLOTS, Entry, Frame, Registry, summary
+from distill_core.tools import INTERFACES, JSON_KEY, NONE, Entry, Recipe, Registry, summary
 
 Schema = dict[str, Any]
 
 VARIABLE: Schema = {"$ref": "#/$defs/variable"}
-NONE: Schema = {"type": "string", "pattern": "^[Nn][Oo][Nn][Ee]$", "description": "As null."}
 _DEFINITIONS: dict[str, Schema] = {
     "variable": {
         "type": "string",
@@ -29,31 +28,16 @@ _DEFINITIONS: dict[str, Schema] = {
 }
 
 
-INSIDE = {("evaluate", "tasks", "#", "source")}
-"""Places among a component's own options."""
-
-
 def recipe_schema(registry: Registry) -> Schema:
     """JSON schema (draft 7, which editors know best) of a recipe as it is written, before `${NAME}` and `--set`."""
-    root = Frame.model_json_schema()
+    root = Recipe.model_json_schema()
     definitions: dict[str, Schema] = root.pop("$defs")
     root["properties"]["name"].pop("pattern", None)  # ${NAME} may stand in it; the file's name is the default
     root["required"] = [name for name in root["required"] if name != "name"]
-    for path, kind in SLOTS:
-        if path in INSIDE:
-            continue
-        holder, key = _holder(root, definitions, path)
-        old = holder[key]
-        nullable = {"type": "null"} in old.get("anyOf", [])
-        kept = {name: old[name] for name in ("description", "default") if name in old}
-        holder[key] = _place(registry, kind, nullable, DEFAULTS.get(path)) | kept
-    for path in OPTIONAL:
-        holder, key = _holder(root, definitions, path)
-        old = holder[key]
-        kept = {name: old[name] for name in ("description", "default") if name in old}
-        holder[key] = {"anyOf": [old, {"type": "null"}, NONE]} | kept
+    for kind in INTERFACES:
+        definitions[kind] = _any_of_kind(registry, kind)
     for entry in registry.entries.values():
-        definitions |= _component(registry, entry)
+        definitions |= _component(entry)
     whole = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of distill",
@@ -65,45 +49,26 @@ def recipe_schema(registry: Registry) -> Schema:
     return written
 
 
-def _holder(root: Schema, definitions: dict[str, Schema], path: tuple[str | int, ...]) -> tuple[Schema, str]:
-    """The mapping that holds the schema of a place of the recipe, and its key there."""
-    here = root
-    for i, part in enumerate(path):
-        while "$ref" in here or "anyOf" in here:
-            if "$ref" in here:
-                here = definitions[here["$ref"].rpartition("/")[2]]
-            else:
-                here = next(choice for choice in here["anyOf"] if choice.get("type") != "null")
-        holder, key = (
-            (here, {"*": "additionalProperties", "#": "items"}[str(part)])
-            if part in ("*", "#")
-            else (
-                here["properties"],
-                str(part),
-            )
-        )
-        if i + 1 == len(path):
-            return holder, key
-        here = holder[key]
-    raise ValueError("an empty path")
-
-
-def _place(registry: Registry, kind: str, nullable: bool, default: str | None) -> Schema:
-    """A component's place: options with a name, a bare name, and null where the recipe may lack it."""
-    entries = sorted((entry for (k, _), entry in registry.entries.items() if k == kind), key=lambda e: e.cls.name)
-    variants: list[Schema] = []
-    for entry in entries:
-        unnamed = {} if entry.cls.name == default else {"required": ["name"]}
-        variants.append({"allOf": [{"$ref": f"#/$defs/{kind}.{entry.cls.name}"}], **unnamed})
+def _any_of_kind(registry: Registry, kind: str) -> Schema:
+    """Options with a name, or a bare name."""
+    names = sorted(name for k, name in registry.entries if k == kind)
+    variants: list[Schema] = [{"allOf": [{"$ref": f"#/$defs/{kind}.{name}"}], "required": ["name"]} for name in names]
     # a name from the environment: its options are anybody's
     variants.append({"type": "object", "required": ["name"], "properties": {"name": VARIABLE}})
-    choices: list[Schema] = [{"oneOf": variants}, {"enum": [entry.cls.name for entry in entries]}]
-    if nullable:
-        choices += [{"type": "null"}, NONE]
-    return {"anyOf": choices}
+    return {"anyOf": [{"oneOf": variants}, {"enum": names}]}
 
 
-def _component(registry: Registry, entry: Entry) -> dict[str, Schema]:
+def _slot(schema: Schema) -> Schema:
+    """A place of a component: any of its kind; options without a name are its default's."""
+    kind, others = schema[JSON_KEY], {key: value for key, value in schema.items() if key != JSON_KEY}
+    choices: list[Schema] = [{"$ref": f"#/$defs/{kind}"}]
+    if isinstance(default := schema.get("default"), dict):
+        unnamed = {"not": {"required": ["name"]}}
+        choices.append({"allOf": [{"$ref": f"#/$defs/{kind}.{default['name']}"}, unnamed]})
+    return {"anyOf": choices, **others}
+
+
+def _component(entry: Entry) -> dict[str, Schema]:
     """The definitions of a component and of what its options nest."""
     kind, name = entry.cls.kind, entry.cls.name
     config: type[BaseModel] = entry.cls.Config
@@ -117,11 +82,6 @@ def _component(registry: Registry, entry: Entry) -> dict[str, Schema]:
         "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
         **own.get("properties", {}),
     }
-    if kind == "task":
-        own["properties"]["source"] = {
-            **_place(registry, "source", True, None),
-            "description": "Data of its own, in place of the recipe's.",
-        }
     return {f"{kind}.{name}": own, **nested}
 
 
@@ -131,6 +91,13 @@ def _as_written(schema: Any) -> Any:
         return [_as_written(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    if JSON_KEY in schema:
+        return _slot(schema)
+    choices = schema.get("anyOf", [])
+    if {"type": "null"} in choices and any(JSON_KEY in choice for choice in choices):
+        default = {"default": schema["default"]} if "default" in schema else {}
+        slots = [_slot(choice | default) if JSON_KEY in choice else choice for choice in choices]
+        schema = {**schema, "anyOf": [*slots, NONE]}
     result: Schema = {}
     for key, value in schema.items():
         if key in ("default", "const", "enum", "examples", "required"):
@@ -143,6 +110,8 @@ def _as_written(schema: Any) -> Any:
             result["items"] = [_value(_as_written(item)) for item in value]
             result["additionalItems"] = False
         elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            if JSON_KEY in value:
+                value = {"anyOf": [value, {"type": "null"}]}  # which takes the item out
             result[key] = _value(_as_written(value))
         else:
             result[key] = _as_written(value)

@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core import (
-    ComponentConfig,
     DataError,
     EvaluationSet,
     Model,
@@ -22,6 +21,7 @@ from distill_core import (
     Sample,
     Score,
     Task,
+    TaskConfig,
     mean_over_sets,
     raise_on_all_ranks,
 )
@@ -31,7 +31,7 @@ SCORES = ("text", "image", "group", "match")
 Fields = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-class CompositionConfig(ComponentConfig):
+class CompositionConfig(TaskConfig):
     """What belongs together in a sample."""
 
     modalities: tuple[str, str] | None = None

@@ -90,7 +90,7 @@ class Ours:
 
     def __init__(self, recipe: Recipe, objective: Objective, batch: Batch, clock: Clock) -> None:
         self.objective, self.batch, self.clock = objective, batch, clock
-        maker = recipe.optimizer.build()
+        maker = recipe.train.optimizer.build()
         self.optimizer = maker.build(maker.groups(objective.trainable([], {})))
 
     def losses(self) -> dict[str, Tensor]:
@@ -144,7 +144,8 @@ class Plain:
         longest = batch.views["text"].groups[0].x.shape[-1]
         self.text_length = text.context if text.padding == "context" else longest
         self.mask_padding = bool(fusion.config.mask_padding)
-        options = recipe.optimizer.config
+        self.globals = [recipe.plan.modalities[name].roles.count("global") for name in ("image", "text")]
+        options = recipe.train.optimizer.config
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         others = [p for p in self.student.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
@@ -221,7 +222,7 @@ def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
 def check(recipe: Recipe) -> None:
     """Raises `UserError` for a recipe that is not COSMOS with the built-in towers."""
     wanted = {CrossAttention, Contrastive, CrossModalDistillation}
-    have = {node.cls for node in [*recipe.loss, *([recipe.fusion] if recipe.fusion else [])]}
+    have = {slot.cls for slot, _ in recipe.needs()}
     towers = {name: node.cls.name for name, node in recipe.backbone.items()}
     if have != wanted or towers != {"image": "vit", "text": "clip_text"} or recipe.teacher is None:
         raise UserError("distill bench step: the straightforward step is COSMOS with vit and clip_text, and a teacher")

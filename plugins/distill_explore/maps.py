@@ -11,7 +11,6 @@ from pydantic import Field
 
 from distill_core import (
     BadSample,
-    ComponentConfig,
     DataError,
     EvaluationSet,
     Media,
@@ -21,6 +20,7 @@ from distill_core import (
     Sample,
     Score,
     Task,
+    TaskConfig,
     UserError,
     View,
     did_you_mean,
@@ -30,7 +30,7 @@ from distill_explore.attention import ViewedItem, class_readings, cross, reading
 from distill_explore.drawing import figure, rows_of
 
 
-class AttentionMapsConfig(ComponentConfig):
+class AttentionMapsConfig(TaskConfig):
     """What is looked at."""
 
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None

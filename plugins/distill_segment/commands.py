@@ -39,15 +39,15 @@ def segment(
     from distill_segment.task import Segmentation
 
     changes = [(f"evaluate.tasks=[{task}]", "--task"), (f"evaluate.split={split}", "--split")]
-    (node,) = run_recipe(Path(run), Registry.discover(), changes).tasks
+    (node,) = run_recipe(Path(run), Registry.discover(), changes).evaluate.tasks
     tool = node.build()
     if not isinstance(tool, Segmentation):
         raise UserError(f"--task: {node.id!r} is no segmentation")
-    if bool(pictures) == (node.source is not None):
+    if bool(pictures) == (node.config.source is not None):
         raise UserError("give either PICTURES or a --task with a `source`")
     sets: list[EvaluationSet] = []
-    if node.source is not None:
-        source = node.source.build()
+    if node.config.source is not None:
+        source = node.config.source.build()
         source.prepare()
         sets = [EvaluationSet(name, samples) for name, samples in source.samples(split).items()]
     else:

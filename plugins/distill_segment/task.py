@@ -14,7 +14,6 @@ from torch import Tensor
 
 from distill_core import (
     BadSample,
-    ComponentConfig,
     DataError,
     EvaluationSet,
     Model,
@@ -24,6 +23,7 @@ from distill_core import (
     Score,
     Skipped,
     Task,
+    TaskConfig,
     gather_objects,
     mean_over_sets,
     raise_on_all_ranks,
@@ -39,7 +39,7 @@ SCORES = ("mIoU", "pixel_accuracy", "mean_accuracy")
 Pixels = Annotated[int, Field(gt=0)]
 
 
-class SegmentationConfig(ComponentConfig):
+class SegmentationConfig(TaskConfig):
     """How pixels are classified."""
 
     modalities: tuple[str, str] | None = None

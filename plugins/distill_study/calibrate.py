@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from distill_core import UserError, write_whole
@@ -41,14 +40,14 @@ def calibration_runs(plan: StudyPlan, folder: Path) -> list[Run]:
             continue
         short = with_steps(recipe, plan.study.budget.calibrate)
         checkpoint = short.train.checkpoint.model_copy(update={"every": None, "best": None})
-        short = replace(
-            short,
-            name=variant.name,
-            seed=plan.study.seeds[0],
-            train=short.train.model_copy(update={"log_every": 1, "checkpoint": checkpoint}),
-            evaluate=short.evaluate.model_copy(update={"every": None, "tasks": []}),
-            tasks=(),
-            tracking=None,
+        short = short.model_copy(
+            update={
+                "name": variant.name,
+                "seed": plan.study.seeds[0],
+                "train": short.train.model_copy(update={"log_every": 1, "checkpoint": checkpoint}),
+                "evaluate": short.evaluate.model_copy(update={"every": None, "tasks": []}),
+                "tracking": None,
+            }
         )
         runs.append(Run(variant.name, variant, plan.study.seeds[0], short))
     return runs

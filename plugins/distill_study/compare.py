@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
-from distill_core.tools import Recipe, RecipeErrors, Registry, run_recipe
+from distill_core.tools import Path, Recipe, RecipeErrors, Registry, run_recipe
 from distill_study.grammar import shown
 from distill_study.plan import method
 from distill_study.table import Group, RunResult, StudyTable, default_scores, unknown_scores
@@ -61,22 +61,21 @@ def _by_id(value: Any) -> Any:
 
 def _without_defaults(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     """path -> each component with the options that are not its defaults."""
-    single = [recipe.fusion, recipe.source, recipe.optimizer, recipe.schedule, recipe.evaluate_source, recipe.tracking]
-    nodes = {tuple(node.path.split(".")): node for node in single if node is not None}
-    for section, places in (("augment", recipe.augment), ("backbone", recipe.backbone)):
-        nodes |= {(section, name): node for name, node in places.items()}
-    for path, listed in (
-        (("loss",), recipe.loss),
-        (("evaluate", "tasks"), recipe.tasks),
-        (("weights",), recipe.weights),
-    ):
-        nodes |= {(*path, node.id): node for node in listed}
-    teacher = recipe.teacher
-    short = {("teacher",): teacher.model_dump(mode="json", exclude_defaults=True)} if teacher is not None else {}
-    return short | {
-        path: {"name": node.cls.name, **node.config.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
-        for path, node in nodes.items()
-    }
+    slots = recipe.slots()
+    ids = {slot.place: slot.id for slot in slots}
+    short: dict[tuple[str, ...], dict[str, Any]] = {}
+    if recipe.teacher is not None:
+        short["teacher",] = recipe.teacher.model_dump(mode="json", exclude_defaults=True)
+    for slot in slots:
+        options = slot.config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        short[_by_ids(slot.place, ids)] = {"name": slot.cls.name, **options}
+    return short
+
+
+def _by_ids(place: Path, ids: Mapping[Path, str]) -> tuple[str, ...]:
+    """A component's path, in which those of a list go by their id."""
+    parts = enumerate(place, start=1)
+    return tuple(ids.get(place[:end], "") if isinstance(part, int) else str(part) for end, part in parts)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Comparison:
     unfinished: tuple[str, ...]
 
 
-def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] = ()) -> Comparison:
+def compare(folders: Sequence[FilePath], registry: Registry, scores: Sequence[str] = ()) -> Comparison:
     """Read run folders; the first one's group is the base.
 
     Raises `UserError` for what is no run folder, and for a score that no run has.

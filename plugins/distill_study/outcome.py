@@ -68,7 +68,7 @@ def publish(plan: StudyPlan, table: StudyTable, folder: Path) -> None:
     tracker.call(
         "start", str(place), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True
     )
-    packages = [node.package for used in plan.recipes.values() for node in used.components()]
+    packages = [slot.package for used in plan.recipes.values() for slot in used.slots()]
     options = recipe.tracking.config
     words = options.tags if isinstance(options, TrackerConfig) else ()
     tracker.call("describe", environment(None, packages), list(dict.fromkeys(["study", *words])))

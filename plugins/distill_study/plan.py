@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from distill_core import did_you_mean
@@ -44,13 +44,15 @@ class StudyPlan:
                     recipe = with_steps(recipe, steps[variant.name])
                 name = f"{variant.name}-seed{seed}"
                 tags = {**recipe.tags, "study": self.study.name, "variant": variant.name, "seed": seed}
-                made.append(Run(name, variant, seed, replace(recipe, name=name, seed=seed, tags=tags)))
+                own = recipe.model_copy(update={"name": name, "seed": seed, "tags": tags})
+                made.append(Run(name, variant, seed, own))
         return made
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with another length."""
-    return replace(recipe, train=recipe.train.model_copy(update={"steps": steps, "epochs": None}))
+    train = recipe.train.model_copy(update={"steps": steps, "epochs": None})
+    return recipe.model_copy(update={"train": train})
 
 
 def method(recipe: Recipe) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def _distinct(study: Study, recipes: Mapping[str, Recipe], errors: list[str]) ->
 
 def _unknown_scores(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
     """Scores that no variant's tasks can give, as far as their names tell."""
-    tasks = sorted({node.id for recipe in recipes.values() for node in recipe.tasks})
+    tasks = sorted({node.id for recipe in recipes.values() for node in recipe.evaluate.tasks})
     sides = ["student", "teacher"] if any(recipe.teacher for recipe in recipes.values()) else ["student"]
     errors = []
     for i, score in enumerate(study.scores):

@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core import (
-    ComponentConfig,
     DataError,
     EvaluationSet,
     FeatureKind,
@@ -23,6 +22,7 @@ from distill_core import (
     Plan,
     Score,
     Task,
+    TaskConfig,
     counted,
     mean_over_sets,
     raise_on_all_ranks,
@@ -41,7 +41,7 @@ from distill_tasks.logistic import choose_c, fit, logits
 Positive = Annotated[int, Field(gt=0)]
 
 
-class ProbeConfig(ComponentConfig):
+class ProbeConfig(TaskConfig):
     """What is classified, and what it is learned from."""
 
     modality: str | None = None

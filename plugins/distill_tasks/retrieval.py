@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core import (
-    ComponentConfig,
     DataError,
     EvaluationSet,
     Media,
@@ -19,13 +18,14 @@ from distill_core import (
     Plan,
     Score,
     Task,
+    TaskConfig,
     did_you_mean,
     mean_over_sets,
 )
 from distill_tasks import matches
 
 
-class RetrievalConfig(ComponentConfig):
+class RetrievalConfig(TaskConfig):
     """What is retrieved."""
 
     modalities: tuple[str, str] | None = None

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from distill_core import (
-    ComponentConfig,
     DataError,
     EvaluationSet,
     Media,
@@ -18,6 +17,7 @@ from distill_core import (
     Plan,
     Score,
     Task,
+    TaskConfig,
     encode_shared,
     mean_over_sets,
     raise_on_all_ranks,
@@ -35,7 +35,7 @@ from distill_tasks.prompts import Templates, plain_lines, prompts_of, templates_
 from distill_tasks.retrieval import two_modalities
 
 
-class ZeroShotConfig(ComponentConfig):
+class ZeroShotConfig(TaskConfig):
     """What is classified, and how classes are put into words."""
 
     modalities: tuple[str, str] | None = None

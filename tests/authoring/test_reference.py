@@ -11,7 +11,7 @@ import pytest
 from distill_core.cli import main
 from distill_core.commands import catalogue
 from distill_core.contracts.kinds import INTERFACES
-from distill_core.recipe.sections import Frame
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def test_links_lead_to_pages(out: Path) -> None:
 
 def test_sections_interfaces_and_commands(out: Path) -> None:
     recipe, interfaces, commands = ((out / f"{name}.md").read_text() for name in ("recipe", "interfaces", "commands"))
-    assert all(f"| `{field}` |" in recipe for field in Frame.model_fields)
+    assert all(f"| `{field}` |" in recipe for field in Recipe.model_fields)
     assert "| `train.checkpoint.every` |" in recipe
     for kind, interface in INTERFACES.items():
         assert f"\n## {kind}\n" in interfaces

@@ -15,7 +15,7 @@ from distill_core.cli import main
 from distill_core.errors import RecipeErrors
 from distill_core.recipe.document import read_document
 from distill_core.recipe.resolve import load_recipe, parse_recipe
-from distill_core.recipe.sections import Frame
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -206,7 +206,7 @@ def test_options_carry_their_description_and_default(schema: dict[str, Any], reg
     heads = schema["$defs"]["fusion.cross_attention"]["properties"]["heads"]
     assert heads["default"] == 8
     assert heads["description"] == "Attention heads; they divide the embedding width D."
-    assert set(schema["properties"]) == set(Frame.model_fields)
+    assert set(schema["properties"]) == set(Recipe.model_fields)
     assert {f"{kind}.{name}" for kind, name in registry.entries} <= set(schema["$defs"])
 
 

@@ -18,8 +18,7 @@ from score_values import reported
 from torch import Tensor
 
 import distill_core
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
+from distill_core.contracts.task import Task, TaskConfig
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import UserError
 from distill_core.evaluate.run import evaluate
@@ -37,7 +36,7 @@ class Store(Task):
     """Keeps the embeddings that evaluations work on."""
 
     name = "store"
-    Config = ComponentConfig
+    Config = TaskConfig
     seen: ClassVar[list[dict[str, Tensor]]] = []
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
@@ -271,7 +270,7 @@ def test_tasks_of_the_first_modality_are_not_scored_with_a_teachers_own_first(
     tasks = "evaluate.tasks=[{name: knn, label: txt, learn: null}]"
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[*IMAGE_TEACHER, tasks])
     models = models_of(recipe, build_objective(recipe), torch.device("cpu"))
-    found = evaluate(recipe, models, recipe.source.build(), "test")
+    found = evaluate(recipe, models, recipe.data.source.build(), "test")
     assert {score.side for score in found.scores} == {"student"}
     assert found.warnings == ["the teacher has no text, so knn cannot score it"]
 
@@ -290,7 +289,7 @@ features: embedding}]"
     assert torch.equal(model.encode("image", items), model.encode("image", items, features="class_token"))
     assert model.encode("image", items).shape == (3, 16)
     assert model.encode("image", items, features="embedding").shape == (3, 8)
-    found = evaluate(recipe, models, recipe.source.build(), "test")
+    found = evaluate(recipe, models, recipe.data.source.build(), "test")
     assert "of class tokens, for no loss trains the embedding" in found.notes["knn"]
     assert "class tokens" not in found.notes["asked"]
     trained = load_recipe(tiny_recipe, registry=registry)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 import distill_core.cli
 from distill_core.batch import Batch
-from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Constant, WarmupCosine
-from distill_core.contracts.task import Task
+from distill_core.contracts.task import Task, TaskConfig
 from distill_core.errors import TrainingStopped, UserError
 from distill_core.evaluate.score import Score
 from distill_core.interfaces import Loss, LossConfig
@@ -80,7 +79,7 @@ class Sgd(Optimizer):
         return Recording(groups)
 
 
-class ScriptedConfig(ComponentConfig):
+class ScriptedConfig(TaskConfig):
     scores: tuple[float, ...]
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 import distill_core.cli
 from distill_core.batch import Sample, View
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
+from distill_core.contracts.task import Task, TaskConfig
 from distill_core.errors import DataError, TrainingStopped, UserError
 from distill_core.evaluate.score import Score
 from distill_core.interfaces import Loss, LossConfig
@@ -105,7 +104,7 @@ class Slips(FillsSharedMemory):
         return [View("a bird")]
 
 
-class FailingConfig(ComponentConfig):
+class FailingConfig(TaskConfig):
     calls: tuple[str | None, ...]
 
 

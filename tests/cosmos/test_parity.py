@@ -95,7 +95,7 @@ def build(
 
 def our_step(recipe: Recipe, objective: Objective, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One step as the trainer does it; returns terms and gradients under public names."""
-    maker = recipe.optimizer.build()
+    maker = recipe.train.optimizer.build()
     named = objective.trainable([], {})
     optimizer = maker.build(maker.groups(named))
     progress = Progress(0, 10)

@@ -239,7 +239,7 @@ def test_scores_and_media_while_evaluating(runs: Path, registry: Registry) -> No
         registry=registry,
         overrides=["evaluate.tasks=[{name: attention_maps, samples: 3}]"],
     )
-    source = recipe.source.build()
+    source = recipe.data.source.build()
     models = {side: distill_core.load(runs / "cosmos", teacher=side == "teacher") for side in ("student", "teacher")}
     found = evaluate(recipe, models, source, "validation", media=2)
     assert found.failed == []

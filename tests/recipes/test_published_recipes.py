@@ -100,7 +100,7 @@ def test_a_step_on_the_embedded_data(file: Path, registry: Registry, cache: Path
         f"data.source={{name: emoji, limit: 60, shards: 1, size: 64, cache: {cache}}}",
     ]  # fmt: skip
     recipe = load_recipe(file, registry=registry, overrides=overrides, allow_unset=True)
-    source = recipe.source.build()
+    source = recipe.data.source.build()
     source.prepare()
     shards = [shard for names in source.sets("train").values() for shard in names]
     (batch,) = islice(Loader(recipe, shards), 1)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from score_values import means
 
+from distill_core.contracts.slot import Slot
 from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.recipe.document import read_document
-from distill_core.recipe.sections import Node
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
@@ -28,6 +28,7 @@ class Recorder(Tracker):
     """Keeps what it is told."""
 
     name = "recorder"
+    Config = TrackerConfig
     calls: ClassVar[list[tuple[Any, ...]]] = []
 
     def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:
@@ -52,14 +53,14 @@ def recorded() -> list[tuple[Any, ...]]:
     return Recorder.calls
 
 
-NODE = Node("tracking", "recorder", Recorder, TrackerConfig(tags=("mine",), media=0), "tests")
+SLOT = Slot(Recorder, TrackerConfig(tags=("mine",), media=0), package="tests", place=("tracking",))
 
 
 def make(tmp_path: Path, registry: Registry) -> StudyPlan:
     head = f"recipe: tiny.yaml\nseeds: [0, 1]\nscores: [{M}, teacher/retrieval/M]\n"
     text = head + "variants:\n  a: {}\n  b: {fusion.heads: 4}\n"
     plan = check_study(make_study(read_document(text, "s.yaml"), tmp_path, "s"), registry)
-    plan.recipes = {name: replace(recipe, tracking=NODE) for name, recipe in plan.recipes.items()}
+    plan.recipes = {name: recipe.model_copy(update={"tracking": SLOT}) for name, recipe in plan.recipes.items()}
     return plan
 
 

@@ -236,7 +236,7 @@ def test_the_loaders_collate_gives_the_same_masks_again(registry: Registry) -> N
     """As a resumed run's loader does: from pickled collators, items that stand in another batch."""
     recipe = parse_recipe(RECIPE, "r.yaml", registry=registry)
     node = recipe.backbone["image"]
-    collate = Collate({"image": node.cls.collator(node.config)})  # type: ignore[attr-defined]
+    collate = Collate({"image": node.cls.collator(node.config)})
     made = [[view for view in sample if view.role == "global"] for sample in samples(6)]
     items = [Item(f"k{i}", {"image": views}, 7919 * i) for i, views in enumerate(made)]
     whole = collate(items)

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
+from distill_core.contracts.task import Task, TaskConfig
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.score import (
     Score,
@@ -76,7 +75,7 @@ class Fixed(Task):
     """Returns the scores that a test asks for."""
 
     name = "fixed"
-    Config = ComponentConfig
+    Config = TaskConfig
     scores: ClassVar[list[Score]]
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
@@ -96,6 +95,6 @@ def test_two_scores_of_one_address_are_refused(
     overrides = ["evaluate.tasks=[fixed, retrieval]"]
     recipe = load_recipe(tiny_recipe, registry=more, overrides=overrides)
     models: Any = models_of(recipe, build_objective(recipe), torch.device("cpu"))
-    evaluated = evaluate(recipe, models, recipe.source.build(), "test")
+    evaluated = evaluate(recipe, models, recipe.data.source.build(), "test")
     assert evaluated.failed == [f"evaluate.tasks.0 (fixed): two scores have one name: {names}; rename one, or the set"]
     assert {score.task for score in evaluated.scores} == {"retrieval"}

@@ -90,7 +90,7 @@ def test_the_means_say_of_which_sets_they_are(tiny_recipe: Path, registry: Regis
     for sets, note in (({"a": test}, False), ({"one": test, "other": train}, True)):
         recipe = load_recipe(tiny_recipe, registry=registry, overrides=[f"data.source.test={json.dumps(sets)}"])
         objective = build_objective(recipe)
-        scored = evaluate(recipe, models_of(recipe, objective, torch.device("cpu")), recipe.source.build(), "test")
+        scored = evaluate(recipe, models_of(recipe, objective, torch.device("cpu")), recipe.data.source.build(), "test")
         assert scored.failed == []
         assert scored.notes["retrieval"].endswith("; means of 2 sets: one, other") == note
         assert ("means of" in scored.notes["retrieval"]) == note

@@ -129,8 +129,8 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
     recipe = check("train.steps=1e3", "train.clip_grad=1", "train.optimizer.lr=5e-4", "train.optimizer.betas=[0, .98]")
     assert recipe.train.steps == 1000
     assert type(recipe.train.steps) is int
-    assert recipe.optimizer.config.lr == 5e-4
-    assert recipe.optimizer.config.betas == (0.0, 0.98)
+    assert recipe.train.optimizer.config.lr == 5e-4
+    assert recipe.train.optimizer.config.betas == (0.0, 0.98)
 
 
 @pytest.mark.parametrize(
@@ -349,8 +349,8 @@ def test_a_source_of_an_evaluation_needs_no_training_shards(errors: Errors, chec
     """Would catch `urls` that a task's own data must name though nothing is trained on it."""
     check("evaluate.source={name: webdataset, test: y.tar}", "data.source.test=null")
     recipe = check("evaluate.tasks=[{name: retrieval, source: {name: webdataset, test: {one: y.tar}}}]")
-    assert recipe.tasks[0].source is not None
-    assert recipe.tasks[0].source.build().sets("test") == {"one": ["y.tar"]}
+    assert recipe.evaluate.tasks[0].config.source is not None
+    assert recipe.evaluate.tasks[0].config.source.build().sets("test") == {"one": ["y.tar"]}
     assert errors("evaluate.source={name: webdataset}") == [
         "--set evaluate.source: names no shards: give `urls` (to train on), `validation` or `test`"
     ]

@@ -10,7 +10,7 @@ def test_null_removes_nodes(check: Check, word: str) -> None:
     recipe = check(*(f"{path}={word}" for path in ("fusion", "loss.1", "teacher", "tracking", "evaluate")))
     assert (recipe.fusion, recipe.teacher, recipe.tracking) == (None, None, None)
     assert [node.id for node in recipe.loss] == ["contrastive"]
-    assert list(recipe.tasks) == []
+    assert list(recipe.evaluate.tasks) == []
     assert all(modality.teacher_views == () for modality in recipe.plan.modalities.values())
 
 
@@ -26,13 +26,13 @@ def test_null_in_the_file_can_be_set_again(check: Check) -> None:
     recipe = check("teacher.momentum=0.5", "evaluate.tasks.0=retrieval", text=text)
     assert recipe.teacher is not None
     assert recipe.teacher.momentum == 0.5
-    assert [node.id for node in recipe.tasks] == ["retrieval"]
+    assert [node.id for node in recipe.evaluate.tasks] == ["retrieval"]
 
 
 def test_bare_names_take_options_of_overrides(check: Check) -> None:
     """`retrieval` is `{name: retrieval}`. Would catch "has no parts to set", in the file's names and in --set's own."""
     recipe = check("evaluate.tasks.retrieval.ks=[2]", "loss.2=clip", "loss.2.weight=0.5", "loss.clip.max_scale=50")
-    assert recipe.tasks[0].config.ks == (2,)
+    assert recipe.evaluate.tasks[0].config.ks == (2,)
     assert (recipe.loss[2].config.weight, recipe.loss[2].config.max_scale) == (0.5, 50.0)
 
 
@@ -46,8 +46,8 @@ def test_a_text_option_is_not_taken_for_a_bare_name(errors: Errors) -> None:
 def test_options_of_defaults_need_no_name(check: Check) -> None:
     """Would catch `--set train.optimizer.lr=1e-3` asking for the name that the recipe has by default."""
     recipe = check("train.optimizer.lr=1e-2", "train.schedule.warmup=3", "tracking.experiment=x")
-    assert (recipe.optimizer.cls.name, recipe.optimizer.config.lr) == ("adamw", 1e-2)
-    assert (recipe.schedule.cls.name, recipe.schedule.config.warmup) == ("warmup_cosine", 3)
+    assert (recipe.train.optimizer.cls.name, recipe.train.optimizer.config.lr) == ("adamw", 1e-2)
+    assert (recipe.train.schedule.cls.name, recipe.train.schedule.config.warmup) == ("warmup_cosine", 3)
     assert recipe.tracking is not None
     assert (recipe.tracking.cls.name, recipe.tracking.config.experiment) == ("aim", "x")
 
@@ -55,7 +55,7 @@ def test_options_of_defaults_need_no_name(check: Check) -> None:
 def test_a_bare_name_keeps_the_options_of_the_component_that_is_there(check: Check) -> None:
     """Would catch a swap of `fusion=cross_attention` that trains 8 heads where the recipe has 2, and optimisers too."""
     recipe = check("fusion=cross_attention", "train.optimizer.lr=0.01", "train.optimizer=adamw")
-    assert (recipe.fusion.config.heads, recipe.optimizer.config.lr) == (2, 0.01)
+    assert (recipe.fusion.config.heads, recipe.train.optimizer.config.lr) == (2, 0.01)
     assert list(recipe.warnings) == []
     recipe = check("fusion.heads=4", "fusion=cross_attention")
     assert recipe.fusion.config.heads == 4
@@ -97,9 +97,9 @@ def test_an_unset_variable_stops_a_run_and_warns_validate(
     line = f"r.yaml:13: data.source.urls: {UNSET}"
     assert errors(text=text) == [line]
     assert list(check(text=text, allow_unset=True).warnings) == [line]
-    assert check("data.source.urls=y.tar", text=text).source.config.urls == "y.tar"
+    assert check("data.source.urls=y.tar", text=text).data.source.config.urls == "y.tar"
     monkeypatch.setenv("DISTILL_TEST_UNSET", "/data")
-    assert check(text=text).source.config.urls == "/data/x.tar"
+    assert check(text=text).data.source.config.urls == "/data/x.tar"
 
 
 def test_a_variable_may_be_a_number(check: Check, errors: Errors, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from score_values import means, reported
 
 import distill_core.cli
 from distill_core.batch import Skipped
-from distill_core.contracts.tracker import Tracker
+from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.errors import UserError
 from distill_core.evaluate.score import TaskScore
 from distill_core.recipe.resolve import load_recipe
@@ -37,6 +37,7 @@ class Keeps(Tracker):
     """Keeps what it is told."""
 
     name = "keeps"
+    Config = TrackerConfig
     calls: ClassVar[list[tuple[str, tuple[Any, ...]]]] = []
 
     def start(self, folder: str, name: str, recipe: dict[str, Any], resume: bool) -> None:

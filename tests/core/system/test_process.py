@@ -45,11 +45,10 @@ def test_matmul_precision() -> None:
         assert matmul.allow_tf32 is tf32
         assert (matmul.fp32_precision == "tf32") is tf32
         assert torch.backends.mkldnn.matmul.fp32_precision == cpu
-        train = TrainConfig(precision="bf16", matmul_precision=name)
         cuda = torch.device("cuda", 1)
-        assert arithmetic(train.precision, train.matmul_precision, cuda) == f"bf16 on cuda:1, fp32 products {words}"
-        assert arithmetic(train.precision, train.matmul_precision, torch.device("cpu")) == "bf16 on cpu"
-    assert TrainConfig().matmul_precision == "high"
+        assert arithmetic("bf16", name, cuda) == f"bf16 on cuda:1, fp32 products {words}"
+        assert arithmetic("bf16", name, torch.device("cpu")) == "bf16 on cpu"
+    assert TrainConfig.model_fields["matmul_precision"].default == "high"
 
 
 def test_threads_that_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from distill_core.batch import Group, View, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
-from distill_core.contracts.tracker import Tracker
+from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.interfaces import Backbone, BackboneSpec, Loss
 from distill_core.outputs import Encoded
@@ -37,6 +37,7 @@ class Silent(Tracker):
     """Keeps nothing."""
 
     name = "silent"
+    Config = TrackerConfig
 
     def start(self, folder, name, recipe, resume):
         self.folder = folder

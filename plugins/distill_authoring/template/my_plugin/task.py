@@ -1,9 +1,9 @@
 """Scores of a trained model."""
 
-from distill_core import ComponentConfig, DataError, Score, Task, mean_over_sets
+from distill_core import DataError, Score, Task, TaskConfig, mean_over_sets
 
 
-class AgreementConfig(ComponentConfig):
+class AgreementConfig(TaskConfig):
     """Options of `my_plugin_agreement`."""
 
     modalities: tuple[str, str] | None = None

@@ -1,8 +1,7 @@
 from torch import nn, pdist
 from torch.nn.functional import normalize
 
-from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.task import Task
+from distill_core.contracts.task import Task, TaskConfig
 from distill_core.errors import DataError
 from distill_core.evaluate.score import Score, mean_over_sets
 from distill_core.interfaces import FusionHead, Loss, LossConfig
@@ -64,7 +63,7 @@ class Uniformity(Task):
     """log mean exp(-2 d^2) over the pairs of a set's embeddings, d their distance (Wang and Isola 2020, section 4)."""
 
     name = "uniformity"
-    Config = ComponentConfig
+    Config = TaskConfig
 
     def run(self, model, sets):
         scores = []

@@ -1,0 +1,202 @@
+"""A place that takes a component: `Slot[Loss]` is a field of a recipe's section, or of any component's `Config`.
+
+It is written `{name: NAME, ...the component's options}`, or as the bare name. Pydantic validates the options as part of
+whatever holds the slot, so that all errors come at once, each with its whole path. The component is looked up in the
+registry, which the validation's context holds: `Model.model_validate_json(text, context=Context(registry))`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar, get_args, get_origin
+
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
+from pydantic_core import (
+    CoreSchema,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticOmit,
+    PydanticUseDefault,
+    core_schema,
+)
+from torch import nn
+
+from distill_core.contracts.component import Component, ComponentConfig
+from distill_core.errors import UserError
+
+Path = tuple[str | int, ...]
+C = TypeVar("C", bound=Component)
+PLACE = "@"
+"""Key under which a recipe's reader writes a component's place in the document beside its options; a list's item that
+`null` removes is written `{PLACE: null}`."""
+JSON_KEY = "x-component"
+"""Key of a JSON schema that stands for any component of the kind that it holds."""
+NONE = {"type": "string", "pattern": "^[Nn][Oo][Nn][Ee]$", "description": "As null."}
+"""JSON schema of the word that a recipe may write for null, where null stands for no component or no section."""
+
+_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+# attributes of torch's containers, which a module below them cannot be named after
+_RESERVED = frozenset(dir(nn.ModuleDict()))
+
+
+def is_word(value: Any) -> bool:
+    """Whether it can name a part of a path, of a score, and of a torch module."""
+    return (
+        isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value)) and value not in _RESERVED
+    )
+
+
+class Components(Protocol):
+    """Where components are looked up: the registry."""
+
+    def get(self, kind: str, name: str) -> Any:
+        """An entry, with the component's `cls` and `package`. Raises KeyError with a message for the user."""
+
+
+@dataclass
+class Context:
+    """What slots are validated with, and by place those that were valid, whatever else was wrong around them."""
+
+    registry: Components
+    slots: dict[Path, Slot[Any]] = field(default_factory=dict)
+
+
+class Slot(Generic[C]):
+    """A component's class and validated options."""
+
+    # not a dataclass: pydantic would validate its fields, in place of the component's options
+
+    def __init__(self, cls: type[C], config: Any, id: str = "", package: str = "", place: Path = ()) -> None:
+        self.cls, self.config = cls, config
+        self.id = id or cls.name
+        """What its terms, scores and paths are named after: its name, where the recipe gives none."""
+        self.package = package
+        """The package that brought the component."""
+        self.place = place
+
+    def __eq__(self, other: object) -> bool:
+        mine = (self.cls, self.config, self.id)
+        return isinstance(other, Slot) and mine == (other.cls, other.config, other.id)
+
+    def __repr__(self) -> str:
+        return f"Slot({self.cls.name!r}, {self.config!r}, id={self.id!r}, place={self.path!r})"
+
+    @property
+    def path(self) -> str:
+        """Its place in the recipe, with dots: `loss.1`."""
+        return ".".join(str(part) for part in self.place)
+
+    def build(self, *arguments: Any) -> C:
+        """The component; a ValueError of its constructor becomes a `UserError` that names its path."""
+        make: Callable[..., C] = self.cls
+        try:
+            return make(self.config, *arguments)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {self.cls.name}: {error}") from error
+
+    def dump(self) -> dict[str, Any]:
+        """As a recipe would write it, with every default."""
+        named = {"name": self.cls.name, **({"id": self.id} if self.id != self.cls.name else {})}
+        return {**named, **self.config.model_dump(mode="json", by_alias=True)}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        interface = interface_of(source)
+
+        def validate(value: Any, info: ValidationInfo) -> Slot[Any]:
+            return _resolve(interface, value, info.context)
+
+        return core_schema.with_info_plain_validator_function(
+            validate,
+            serialization=core_schema.plain_serializer_function_ser_schema(Slot.dump),
+            metadata={"pydantic_js_functions": [lambda schema, handler: {JSON_KEY: interface.kind}]},
+        )
+
+
+def interface_of(annotation: Any) -> type[Component]:
+    """The T of `Slot[T]`. Raises TypeError for anything else."""
+    if get_origin(annotation) is not Slot:
+        raise TypeError(f"{annotation!r}: write the interface of the components that it takes, as Slot[Loss]")
+    interface: type[Component] = get_args(annotation)[0]
+    return interface
+
+
+def default_component(name: str) -> Any:
+    """The default of a slot: this component. Options that are written without a name are then its."""
+    return Field({"name": name}, validate_default=True)
+
+
+class NullIsDefault:
+    """Marks an option (`Annotated[..., NullIsDefault()]`) that a recipe empties with `null`: it takes its default."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        # not a function before it: what that hands on is no longer JSON, in which a list may stand for a tuple
+        return core_schema.no_info_after_validator_function(
+            _default_for_null, core_schema.nullable_schema(handler(source))
+        )
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema.get("schema", schema)), NONE]}
+
+
+def _default_for_null(value: Any) -> Any:
+    if value is None:
+        raise PydanticUseDefault
+    return value
+
+
+def _resolve(interface: type[Component], value: Any, context: Any) -> Slot[Any]:
+    """A `Slot` of a component that implements the interface. Raises `ValidationError`."""
+    if isinstance(value, Slot) and issubclass(value.cls, interface):
+        return value
+    if not isinstance(context, Context):
+        raise TypeError("a component is looked up in a registry: validate with context=Context(registry)")
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise PydanticCustomError("dict_type", "Input should be an object")
+    options = dict(value)
+    place = options.pop(PLACE, ())
+    if place is None:
+        raise PydanticOmit
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise PydanticCustomError(
+            "unnamed_component", f"needs a name: a component of kind {interface.kind}, as {{name: ...}}"
+        )
+    errors: list[InitErrorDetails] = []
+    own_id = options.pop("id", None)
+    if own_id is not None and not is_word(own_id):
+        errors.append(_error("id", "an id is a word of letters, digits, - and _", ("id",), own_id))
+    try:
+        entry = context.registry.get(interface.kind, name)
+    except KeyError as error:
+        errors.append(_error("unknown_component", error.args[0], ("name",), name))
+    else:
+        config = _options(entry.cls.Config, options, context, errors)
+    if errors:
+        raise ValidationError.from_exception_data(interface.kind, errors)
+    slot: Slot[Any] = Slot(entry.cls, config, own_id or name, entry.package, tuple(place))
+    if slot.place:
+        context.slots[slot.place] = slot
+    return slot
+
+
+def _options(
+    model: type[ComponentConfig], options: Mapping[str, Any], context: Context, errors: list[InitErrorDetails]
+) -> Any:
+    """The component's options, read as JSON, in which a list may stand for a tuple; `errors` gains what is wrong."""
+    try:
+        return model.model_validate_json(json.dumps(options), context=context)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            errors.append(_error(item["type"], item["msg"], item["loc"], item["input"]))
+        return None
+
+
+def _error(kind: str, message: str, place: Path, value: Any) -> InitErrorDetails:
+    # without a context of its own, the template is taken as it is
+    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=place, input=value)

@@ -1,0 +1,256 @@
+"""What the parts of a recipe need of one another, checked before anything is built.
+
+The checks go on where parts of a recipe are wrong by themselves, with what is right of it (`Draft`), so that a user
+sees all errors at once; none of them reports what only follows from such an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.slot import Context, Path, Slot, is_word
+from distill_core.errors import UserError, did_you_mean
+from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
+from distill_core.recipe.document import Document
+from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan
+from distill_core.recipe.splits import split_problems
+from distill_core.registry import Registry
+from distill_core.teacher import TeacherConfig
+
+Problem = tuple[Path, str]
+"""(place in the recipe, message)"""
+Section = TypeVar("Section", bound=ComponentConfig)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe, or what of it is right by itself."""
+
+    document: Document
+    """What is written."""
+    slots: Mapping[Path, Slot[Any]]
+    """The components, but those that are wrong."""
+    teacher: TeacherConfig | None
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    """Options that are wrong have their defaults, in these three."""
+    wrong: Collection[Path] = ()
+    """What is wrong by itself."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, document: Document, slots: Mapping[Path, Slot[Any]]) -> Draft:
+        """Of a recipe whose parts are all right by themselves."""
+        return cls(document, slots, recipe.teacher, recipe.train, recipe.evaluate)
+
+    @classmethod
+    def without(
+        cls, wrong: Collection[Path], document: Document, slots: Mapping[Path, Slot[Any]], registry: Registry
+    ) -> Draft:
+        """Of a recipe in which these parts are wrong."""
+
+        def section(model: type[Section], name: str) -> Section:
+            options = document.get((name,))
+            right = {
+                key: value
+                for key, value in (options.items() if isinstance(options, dict) else ())
+                if not any(path[:2] == (name, key) for path in wrong)
+            }
+            return model.model_validate_json(json.dumps(right), context=Context(registry))
+
+        teacher = section(TeacherConfig, "teacher") if document.get(("teacher",)) is not None else None
+        sections = section(TrainConfig, "train"), section(EvaluateConfig, "evaluate")
+        return cls(document, slots, teacher, *sections, wrong)
+
+    def names(self, *section: str) -> list[str]:
+        """The names that a mapping of the document holds."""
+        holder = self.document.get(section)
+        return list(holder) if isinstance(holder, dict) else []
+
+    @property
+    def modalities(self) -> list[str]:
+        """All that are named."""
+        return list(dict.fromkeys([*self.names("augment"), *self.names("backbone")]))
+
+    def is_wrong(self, *path: str) -> bool:
+        """Whether an error of its own stands there."""
+        return any(other[: len(path)] == path for other in self.wrong)
+
+
+def problems(draft: Draft) -> Iterator[Problem]:
+    """All that the parts of a recipe lack in one another."""
+    yield from _ids(draft)
+    yield from _modalities(draft)
+    plan = yield from _plan(draft)
+    yield from _components(draft, plan)
+    yield from _training(draft)
+    yield from split_problems(draft.slots, draft.evaluate)
+    yield from _part_names(draft)
+
+
+def _ids(draft: Draft) -> Iterator[Problem]:
+    """Losses and tasks that could not be told apart."""
+    for section in (("loss",), ("evaluate", "tasks")):
+        ids = set()
+        for path, slot in draft.slots.items():
+            if path[:-1] == section:
+                if slot.id in ids:
+                    yield path, f"a second {slot.id!r}: give it an `id:` of its own"
+                ids.add(slot.id)
+
+
+def _modalities(draft: Draft) -> Iterator[Problem]:
+    for one, other in (("augment", "backbone"), ("backbone", "augment")):
+        for name in draft.names(one):
+            if isinstance(draft.document.get((other,)), dict) and name not in draft.names(other):
+                yield (one, name), f"{name!r} has no entry in {other}; a modality needs both"
+            if not is_word(name):
+                yield (one, name), "a modality is a word of letters, digits, - and _"
+    for name in (draft.teacher.modalities or ()) if draft.teacher is not None else ():
+        if name not in draft.modalities:
+            yield ("teacher", "modalities"), f"no modality {name!r}"
+
+
+def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
+    """Returns the plan of those modalities whose augmentation and backbone are right."""
+    modalities: dict[str, ModalityPlan] = {}
+    for name in draft.names("augment"):
+        augment, backbone = draft.slots.get(("augment", name)), draft.slots.get(("backbone", name))
+        if augment is None or backbone is None:
+            continue
+        try:
+            modality = modality_plan(name, augment, backbone, draft.teacher)
+        except UserError as error:
+            yield ("backbone", name), str(error)
+            continue
+        roles = modality.roles
+        if len([role for i, role in enumerate(roles) if i == 0 or role != roles[i - 1]]) != len(set(roles)):
+            order = ", ".join(roles)
+            yield augment.place, f"{augment.cls.name!r} makes views in the order {order}; each role must be together"
+            continue
+        modalities[name] = modality
+    fusion = draft.document.get(("fusion",)) is not None
+    return Plan(modalities, draft.teacher is not None, fusion, set(modalities) == set(draft.modalities))
+
+
+def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
+    """What each component says of the plan."""
+    for path, slot in draft.slots.items():
+        try:
+            needs = slot.cls.needs(slot.config, plan)
+            own = list(slot.cls.problems(slot.config, plan))
+            if path[0] == "backbone" and path[1:] and path[1] in plan.modalities:
+                own += slot.cls.view_problems(slot.config, plan.modalities[str(path[1])])
+        except MissingModality as error:
+            if error.name not in draft.modalities:
+                near = did_you_mean(error.name, draft.modalities)
+                yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
+            continue
+        for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *own]:
+            yield path, problem
+
+
+def _training(draft: Draft) -> Iterator[Problem]:
+    """The length of the run, and the score that its best checkpoint is kept by."""
+    train, source = draft.train, draft.slots.get(("data", "source"))
+    written = isinstance(draft.document.get(("train",)), dict)
+    if written and train.steps is None and not draft.is_wrong("train", "steps"):
+        if train.epochs is None:
+            if not draft.is_wrong("train", "epochs"):
+                yield ("train",), "give `steps` or `epochs`"
+        elif source is not None and not source.cls.knows_size(source.config):
+            yield (
+                ("train", "epochs"),
+                f"{source.cls.name!r} does not say how many samples it has to train on: give `data.source.samples` "
+                "where it has that option, or `train.steps`",
+            )
+    if train.checkpoint.best is not None and draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):
+        yield ("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split"
+
+
+def _part_names(draft: Draft) -> Iterator[Problem]:
+    """Paths in `freeze` and `train.lr_factors`, as far as the document names the parts of the model."""
+    losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
+    parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
+    parts += [*(["fusion"] if draft.document.get(("fusion",)) is not None else []), "backbone", "loss"]
+    losses_are_wrong = draft.is_wrong("loss")
+    for at, part in _listed_parts(draft.document.get(("freeze",)), draft.train.lr_factors):
+        name = part if part in parts else ".".join(part.split(".")[: 1 if part.startswith("fusion.") else 2])
+        if name not in parts and not (losses_are_wrong and part.startswith("loss.")):
+            yield at, f"{part!r} names no part of the model{did_you_mean(part, parts)}"
+
+
+def _listed_parts(freeze: Any, factors: Mapping[str, float]) -> Iterator[tuple[Path, str]]:
+    """(place in the recipe, path of a part of the model)."""
+    for i, part in enumerate(freeze if isinstance(freeze, list) else ()):
+        if isinstance(part, str):
+            yield ("freeze", i), part
+    for part in factors:
+        yield ("train", "lr_factors", part), part
+
+
+def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
+    """What is wrong with the paths in `freeze` and `train.lr_factors`, by the model itself, which is built without
+    memory; and a warning where it cannot be."""
+    from distill_core.recipe.build import build_objective
+
+    if not recipe.freeze and not recipe.train.lr_factors:
+        return [], []
+    try:
+        with torch.device("meta"):
+            objective = build_objective(recipe)
+    except Exception as error:  # a component of a plugin may need memory
+        why = next(iter(str(error).splitlines()), "")
+        return [], [
+            "freeze, train.lr_factors: their paths are checked only when training starts, for the model cannot be "
+            f"built without weights: {type(error).__name__}: {why}"
+        ]
+    unknown = [
+        (at, message)
+        for at, part in _listed_parts(recipe.freeze, recipe.train.lr_factors)
+        for _, message in objective.unknown_parts([part])
+    ]
+    if not unknown:
+        try:
+            objective.trainable(recipe.freeze, {})
+        except UserError as error:
+            return [(("freeze",), str(error).removeprefix("freeze: "))], []
+    return unknown, []
+
+
+def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator[str]:
+    """A line for each need of component `name` that the recipe does not meet.
+
+    `plan` lacks a modality whose own entries are wrong; `modalities` has all that the recipe names.
+    """
+    who = repr(name)
+    if needs.teacher and not plan.teacher:
+        yield f"{who} needs a teacher; this recipe has none"
+    if needs.fused and not plan.fusion:
+        yield f"{who} needs fused views; this recipe has no fusion"
+    names = needs.named
+    for missing in sorted(names - modalities):
+        yield f"{who} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
+    for name in sorted(names & set(plan.modalities)):
+        modality = plan.modalities[name]
+        if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.has_tokens:
+            yield f"{who} needs tokens of {name!r}; its backbone gives none"
+        if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
+            last = max(needs.tokens[name])
+            yield f"{who} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
+        unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
+        if unseen and plan.teacher:
+            yield f"{who} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
+        if name in needs.masked and not modality.can_mask:
+            yield f"{who} needs masked views of {name!r}; its backbone cannot hide tokens"
+        if plan.teacher and name in needs.teacher and not modality.teacher_views:
+            yield f"{who} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
+        for role, number in needs.views.get(name, {}).items():
+            have = len(modality.views(role))
+            if have < number:
+                yield f"{who} needs {number} {role} view(s) of {name!r}; its augmentation makes {have}"

@@ -1,0 +1,81 @@
+"""Where in a document sections and components stand: those of `Recipe`, and of the components that it names."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from distill_core.contracts.component import Component
+from distill_core.contracts.slot import NullIsDefault, Path, Slot, interface_of
+from distill_core.registry import Registry
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a document that takes a component, a section's options, or something that null empties."""
+
+    path: Path
+    interface: type[Component] | None = None
+    """That of the components that may stand here; None for a section."""
+    default: str | None = None
+    """The component that stands here where the document names none."""
+    nullable: bool = False
+    item: bool = False
+    """Whether it is one of a list or mapping, which null takes out."""
+    options: type[BaseModel] | None = None
+    """The model of the options that are written here; None where the component is unknown."""
+
+    def option_names(self) -> list[str]:
+        """What may be written here."""
+        fields = self.options.model_fields if self.options is not None else {}
+        return [*(field.alias or name for name, field in fields.items()), *(["name", "id"] if self.interface else [])]
+
+
+def places(model: type[BaseModel], data: Any, registry: Registry, path: Path = ()) -> Iterator[Place]:
+    """Those of the data that is written for a model, outer ones first; and the slots that such a model has but that
+    are not written."""
+    yield Place(path, options=model)
+    if not isinstance(data, dict):
+        return
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        place = Place((*path, key), default=_default_component(field))
+        if any(isinstance(mark, NullIsDefault) for mark in field.metadata):
+            yield replace(place, nullable=True)
+        yield from _inside(field.annotation, data.get(key), registry, place)
+
+
+def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> Iterator[Place]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Slot:
+        interface = interface_of(annotation)
+        name = value.get("name", place.default) if isinstance(value, dict) else None
+        component = registry.entries.get((interface.kind, str(name)))
+        options = component.cls.Config if component is not None else None
+        yield replace(place, interface=interface, options=options)
+        if options is not None:
+            # without the first, which is this place
+            yield from list(places(options, value, registry, place.path))[1:]
+    elif origin in (typing.Union, types.UnionType):
+        for choice in arguments:
+            yield from _inside(choice, value, registry, replace(place, nullable=type(None) in arguments))
+    elif origin is typing.Annotated:
+        yield from _inside(arguments[0], value, registry, place)
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _inside(arguments[1], item, registry, Place((*place.path, key), item=True))
+    elif origin in (list, tuple) and isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _inside(arguments[0], item, registry, Place((*place.path, i), item=True))
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel) and value is not None:
+        yield from places(annotation, value, registry, place.path)
+
+
+def _default_component(field: FieldInfo) -> str | None:
+    return field.default.get("name") if isinstance(field.default, dict) else None

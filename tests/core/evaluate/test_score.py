@@ -21,10 +21,9 @@ from distill_core.evaluate.score import (
 )
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.model import Model
-from distill_core.recipe.build import build_objective
+from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
-from distill_core.run.load import models_of
 
 
 def test_a_mean_keeps_what_its_scores_say() -> None:

@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -43,12 +44,27 @@ def places(model: type[BaseModel], data: Any, registry: Registry, path: Path = (
     yield Place(path, options=model)
     if not isinstance(data, dict):
         return
-    for name, field in model.model_fields.items():
-        key = field.alias or name
+    for key, field, empties in _holders(model):
         place = Place((*path, key), default=_default_component(field))
-        if any(isinstance(mark, NullIsDefault) for mark in field.metadata):
+        if empties:
             yield replace(place, nullable=True)
         yield from _inside(field.annotation, data.get(key), registry, place)
+
+
+@cache
+def _holders(model: type[BaseModel]) -> list[tuple[str, FieldInfo, bool]]:
+    """(key, field, whether null empties it) of the fields in which a place may be; most options are plain values."""
+    fields = [
+        (field.alias or name, field, any(isinstance(mark, NullIsDefault) for mark in field.metadata))
+        for name, field in model.model_fields.items()
+    ]
+    return [(key, field, empties) for key, field, empties in fields if empties or _may_hold(field.annotation)]
+
+
+def _may_hold(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return typing.get_origin(annotation) is Slot or any(map(_may_hold, typing.get_args(annotation)))
 
 
 def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> Iterator[Place]:

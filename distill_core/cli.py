@@ -80,8 +80,8 @@ class _Commands(click.Group):
 def cli() -> None:
     """Multimodal self-distillation from a YAML recipe.
 
-    Exit codes: 0 done; 1 a check failed (check-plugin); 2 something to mend in what was asked for; 3 training cannot go
-    on; 128 + the signal's number when interrupted (the run is saved).
+    Exit codes: 0 done; 1 a check failed (check-plugin); 2 an error in the command, the recipe or the data;
+    3 training cannot continue; 128 + the signal's number when interrupted (the run is saved).
     """
 
 
@@ -126,7 +126,7 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
 @click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
 @without_option
 def resume(folder: str, checkpoint: str, quiet: bool) -> None:
-    """Go on with a run that was stopped, from its last checkpoint, exactly as if it had not been.
+    """Continue a stopped run from its last checkpoint, exactly as if it had not stopped.
 
     One that is finished and scored is left as it is.
     """
@@ -223,7 +223,7 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @JSON
 @without_option
 def doctor(runs: str, as_json: bool) -> None:
-    """Say what is here, and what is amiss: versions, devices, plugins, kernels, data, disk."""
+    """Report versions, devices, plugins, kernels, data and disk space, and what is wrong with them."""
     from distill_core.commands.doctor import as_json as to_json
     from distill_core.commands.doctor import diagnose, print_all
 

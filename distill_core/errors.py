@@ -37,7 +37,7 @@ class PluginError(UserError):
 
 
 class TrainingStopped(UserError):
-    """Training cannot go on (a loss that is not finite). Exit code 3."""
+    """Training cannot continue (a loss that is not finite). Exit code 3."""
 
     exit_code = 3
     everywhere = True

@@ -108,7 +108,7 @@ class Trainer:
                     number = self.interrupt.signal or signal.SIGTERM
                     if self.saver.unsaved is None:
                         name = signal.Signals(number).name
-                        display.warn(f"{name}: saved at step {state.step}. Go on with: distill resume {folder.path}")
+                        display.warn(f"{name}: saved at step {state.step}. Continue with: distill resume {folder.path}")
                     return Result(folder.path, signal=number)
                 self.loader.close()
             try:
@@ -148,6 +148,7 @@ class Trainer:
         log = MetricsLog(state, self.folder, self.tracked, self.recipe.train.log_every)
         while state.step < steps and (batch := self.lockstep.next_batch()) is not None:
             self.notices.batch(batch)
+            state.skipped_samples += len(batch.skipped)
             progress = state.length.progress(state.step)
             result = self.train_step(batch.to(self.device), progress)
             self.nonfinite.check(batch, result)

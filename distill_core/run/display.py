@@ -69,7 +69,7 @@ class Display:
             self.say(f"step {step}/{self.steps}  {speed}  {shown}")
 
     def doing(self, what: str) -> None:
-        """Name what goes on beside training (an evaluation)."""
+        """Name other work than training (an evaluation); an empty name ends it."""
         self._progress.update(self._task, description=what or "train")
 
     def say(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, metrics.jsonl, the list of skipped samples, and a tracker in a thread."""
+"""A run's folder: its recipe, its lock, metrics.jsonl and the list of skipped samples."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class RunFolder:
             except FileExistsError:
                 continue
             except OSError as error:
-                raise UserError(f"{path}: cannot be made: {error}. Choose another place with --runs.") from error
+                raise UserError(f"{path}: cannot be created: {error}. Choose another folder with --runs.") from error
             folder = cls(path)
             try:
                 folder.restore(recipe)
@@ -57,7 +57,7 @@ class RunFolder:
 
     @classmethod
     def of_launch(cls, base: Path, recipe: Recipe, launch: str) -> RunFolder | None:
-        """The newest folder that this launch has begun with this recipe, as it was then."""
+        """The newest folder that this launch began with exactly this recipe."""
         last = None
         for path in _places(base, recipe):
             if not path.exists():
@@ -68,7 +68,10 @@ class RunFolder:
         return last
 
     def restore(self, recipe: Recipe) -> None:
-        """Have the folder, with its recipe, where it is new or somebody has removed it. Raises `UserError`."""
+        """Create the folder and its recipe where they are missing: the folder is new, or somebody removed it.
+
+        Raises `UserError`.
+        """
         path = self.path / "recipe.yaml"
         try:
             if not path.exists():
@@ -81,8 +84,8 @@ class RunFolder:
             raise UserError(cannot_write(path, error)) from error
 
     def lock(self) -> None:
-        """Keep other processes from training into this folder while this one lives, and remove what killed ones have
-        left half written. Raises `UserError`."""
+        """Keep other processes from training into this folder while this one lives, and remove the half-written files
+        of killed ones. Raises `UserError`."""
         try:
             import fcntl
         except ImportError:  # no such locks on this system
@@ -123,7 +126,7 @@ class RunFolder:
         return list(_jsonl(self.metrics))
 
     def skip(self, step: int, samples: Sequence[Skipped], split: str = "train") -> None:
-        """Append to skipped.jsonl what was passed over on the way to a step's batch, or in scoring a split."""
+        """Append samples that were skipped for a step's batch, or in scoring a split, to skipped.jsonl."""
         rows = [
             {"step": step, "split": split, "key": sample.key, "shard": sample.url, "reason": sample.reason}
             for sample in samples
@@ -157,7 +160,7 @@ class RunFolder:
         return [f"{path}: {counted(len(lines), 'row')} could not be written" for path, lines in self._waiting.items()]
 
     def skipped_in_training(self) -> tuple[int, int]:
-        """How many different samples training has passed over, and of how many shards all or the rest."""
+        """(distinct samples that training skipped, shards that it skipped wholly or from some sample on)."""
         rows = [row for row in _jsonl(self.skipped) if row.get("split", "train") == "train"]
         shards = {row["shard"] for row in rows if row["key"] in (WHOLE_SHARD, REST_OF_SHARD)}
         samples = {(row["shard"], row["key"]) for row in rows if row["key"] not in (WHOLE_SHARD, REST_OF_SHARD)}

@@ -47,7 +47,7 @@ class Lockstep:
                 self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
                 return None
             if state == FAILED:
-                raise OtherRankFailed("stopped, for another rank has failed: its own message says why")
+                raise OtherRankFailed("stopped because another rank failed; see that rank's message")
             if batch is None and time.monotonic() - begun >= warn_after:
                 rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
                 self.display.warn_here(f"{rank}no batch for {warn_after:g} s: {self.loader.waiting_for()}")

@@ -80,7 +80,6 @@ class Notices:
         if batch.skipped:
             if self.state.skipped_samples < SHOWN:
                 self.display.warn_here(f"skipped {batch.skipped[0]}")
-            self.state.skipped_samples += len(batch.skipped)
             self.folder.skip(self.state.step + 1, batch.skipped)
 
     def _repeats(self, batch: Batch) -> None:

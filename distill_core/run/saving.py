@@ -75,4 +75,6 @@ class Saver:
             display.warn(f"step {step} could not be saved either: {type(second).__name__}: {second}; {last}")
             return
         if saved:
-            display.warn(f"saved at step {step}, before the error below. Go on with: distill resume {self.folder.path}")
+            display.warn(
+                f"saved at step {step}, before the error below. Continue with: distill resume {self.folder.path}"
+            )

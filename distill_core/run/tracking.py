@@ -18,7 +18,10 @@ from distill_core.run.showcase import Showcase
 
 
 class TrackedRun:
-    """Nothing is sent before `start`, on ranks that never call it, and where the recipe has no tracker."""
+    """The tracker of a run.
+
+    Nothing is sent before `start`, on ranks that never call it, and where the recipe has no tracker.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -29,7 +32,7 @@ class TrackedRun:
     def start(
         self, folder: Path, facts: Mapping[str, Any], shards: Sequence[str], resumed: bool, warn: Callable[[str], None]
     ) -> None:
-        """Open the tracker, and tell it what the run is made with and what to find it by."""
+        """Open the tracker; send the recipe, the environment and the tags."""
         recipe = self.recipe
         if recipe.tracking is None:
             return
@@ -105,7 +108,7 @@ class TrackerThread:
             self._warn(message)
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Ask for `tracker.method(*arguments)`; returns at once."""
+        """Queue `tracker.method(*arguments)`; returns at once."""
         self._put(lambda: getattr(self.tracker, method)(*arguments))
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -119,7 +122,7 @@ class TrackerThread:
     def show(self, step: int, make: Callable[[], Iterable[Media]], context: Mapping[str, str]) -> None:
         """Have pictures and distributions made and sent, both in the tracker's thread; returns at once.
 
-        Where making them fails, that is said once, and the tracker goes on with numbers alone.
+        Where making them fails, that is reported once, and the tracker continues with numbers alone.
         """
 
         def job() -> None:
@@ -140,12 +143,12 @@ class TrackerThread:
         self._put(job)
 
     def no_media(self, error: Exception) -> None:
-        """Pictures cannot be made: say why, once, and ask for no more."""
+        """Warn once that pictures cannot be made, and why; make no more."""
         if not self._no_media:
             self._no_media = True
             self._warn(
                 f"no pictures for tracker {self.tracker.name!r} from here on ({type(error).__name__}: {error}); "
-                "numbers go on. Turn them off with --set tracking.media=0"
+                "numbers continue. Turn them off with --set tracking.media=0"
             )
 
     def _work(self) -> None:
@@ -157,7 +160,7 @@ class TrackerThread:
             except Exception as error:
                 self._failed = True
                 self.warn_once(
-                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training goes on "
+                    f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training continues "
                     "without it (metrics.jsonl has every row)"
                 )
 
@@ -169,4 +172,4 @@ class TrackerThread:
                 self._queue.put(job, timeout=max(0.0, end - time.monotonic()))
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s; left behind")
+            self.warn_once(f"tracker {self.tracker.name!r} did not finish within {timeout:.0f} s and is abandoned")

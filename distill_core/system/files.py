@@ -1,4 +1,4 @@
-"""Where distill keeps what can be made again, and how much room there is."""
+"""Files: the cache folder, atomic writes, sizes and free space."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there in full or not at all, whenever the process is killed."""
+    """Write a file atomically: it is there in full or not at all, whenever the process is killed."""
     write_bytes(path, text.encode())
 
 
@@ -47,7 +47,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError, size: int = 0) -> str:
-    """`PATH: cannot be written: REASON`; with the room there is, and the `size` it takes, where that is the reason."""
+    """`PATH: cannot be written: REASON`; where the disk is full, with the free space and the `size` needed."""
     line = f"{path}: cannot be written: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         needed = f"it takes {in_words(size)}, and " if size else ""
@@ -62,7 +62,7 @@ def size_of(folder: Path) -> int:
         for name in names:
             try:
                 found = os.lstat(os.path.join(root, name))
-            except FileNotFoundError:  # a run that goes on has just dropped it
+            except FileNotFoundError:  # a running run has just removed it
                 continue
             seen[found.st_dev, found.st_ino] = found.st_size
     return sum(seen.values())

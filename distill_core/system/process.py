@@ -21,7 +21,7 @@ class Interrupt:
     """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless
     something is `finishing`.
 
-    `doing` is said when one comes.
+    `doing` is shown when the first one comes.
     """
 
     def __init__(self, say: Callable[[str], None], doing: str = "saving after this step ...") -> None:
@@ -32,7 +32,7 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While training goes on, and only in the main thread (signals belong to it)."""
+        """Handle signals inside this context; only in the main thread, which receives them."""
         before = {}
         try:
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
@@ -78,14 +78,14 @@ def end_with_parent(parent: int, number: int) -> None:
 
 
 def resolve_device(name: str, option: str = "train.device") -> torch.device:
-    """`auto` or a torch device name. Raises `UserError` for one that is not there, naming the option that asked."""
+    """`auto` or a torch device name. Raises `UserError`, which names the `option`, for one that is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{option}: {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{option}: {name!r} is not available here: {str(error).splitlines()[0]}") from error
     return device
 
 
@@ -96,7 +96,7 @@ def set_matmul_precision(precision: Literal["high", "highest"]) -> None:
 
 
 def arithmetic(precision: str, matmul_precision: str, device: torch.device) -> str:
-    """In what a step computes on `device`, for the log: "bf16 on cuda:0, fp32 products in TF32"."""
+    """The arithmetic of a step on `device`, for the log: "bf16 on cuda:0, fp32 products in TF32"."""
     products = {"high": ", fp32 products in TF32", "highest": ", fp32 products in fp32"}[matmul_precision]
     return f"{precision} on {device}{products if device.type == 'cuda' else ''}"
 
@@ -113,7 +113,7 @@ def reading_threads(device: torch.device) -> int:
 
 
 def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
-    """As asked; on a CPU, else, the cores that the loader's workers leave."""
+    """Set torch's CPU threads. None: on a CPU the cores that the loader's workers leave, elsewhere torch's default."""
     if threads is not None:
         torch.set_num_threads(threads)
     elif device.type == "cpu":

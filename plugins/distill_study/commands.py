@@ -192,7 +192,7 @@ def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None
         files = write_files(table, folder)
         console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
     if outcome.signal is not None:
-        click.echo(f"stopped: {finished} of {len(outcome.runs)} runs are done. Go on with: {on}", err=True)
+        click.echo(f"stopped: {finished} of {len(outcome.runs)} runs are done. Continue with: {on}", err=True)
         sys.exit(128 + outcome.signal)
     if finished:
         publish(plan, table, folder)
@@ -200,7 +200,7 @@ def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None
     if lines:
         lines.append(f"{len(outcome.failed)} run(s) failed; try them again with: {on} --retry")
     if outcome.stopped:
-        lines.append(f"{len(outcome.stopped)} run(s) were stopped: {', '.join(outcome.stopped)}. Go on with: {on}")
+        lines.append(f"{len(outcome.stopped)} run(s) were stopped: {', '.join(outcome.stopped)}. Continue with: {on}")
     if lines:
         raise TrainingStopped("\n".join(lines))
 

@@ -181,7 +181,7 @@ def test_an_error_of_a_component(start: Start, capsys: pytest.CaptureFixture[str
         trainer.run()
     run = trainer.folder.path
     assert Checkpoints(run).steps() == [3]
-    assert f"saved at step 3, before the error below. Go on with: distill resume {run}" in capsys.readouterr().err
+    assert f"saved at step 3, before the error below. Continue with: distill resume {run}" in capsys.readouterr().err
     Acts.armed = False
     start(*overrides, resume=run).run()
     assert_same_end(run, start(*overrides).run().folder)

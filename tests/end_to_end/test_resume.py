@@ -175,7 +175,7 @@ def test_signal_then_resume(
     step it came in or the validation due at it, and workers that die of the signal and take the run with them."""
     run, code, errors = stop(place, workers, steps, kind, tmp_path)
     assert code == 128 + kind, errors
-    assert f"{kind.name}: saved at step {steps}. Go on with: distill resume {run}" in errors
+    assert f"{kind.name}: saved at step {steps}. Continue with: distill resume {run}" in errors
     assert "Traceback" not in errors
     assert Checkpoints(run).read()["step"] == steps
     assert not (run / "report.json").exists()

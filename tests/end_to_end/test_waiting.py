@@ -129,7 +129,7 @@ def test_a_signal_while_a_batch_is_waited_for(stall: Stall, tmp_path: Path, work
     assert code == 128 + kind, said
     assert "Traceback" not in said
     folder = stall.runs / "stall"
-    step = int(re.search(rf"{kind.name}: saved at step (\d+)\. Go on with: distill resume {folder}", said)[1])  # type: ignore[index]
+    step = int(re.search(rf"{kind.name}: saved at step (\d+)\. Continue with: distill resume {folder}", said)[1])  # type: ignore[index]
     assert Checkpoints(folder).steps() == [step]
     assert 1 <= step < STEPS
 

@@ -126,7 +126,7 @@ def test_stopped_then_killed_in_the_middle_then_finished(
     (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert f"stopped: 0 of 2 runs are done. Go on with: distill ablate {study} --runs {runs}" in errors
+    assert f"stopped: 0 of 2 runs are done. Continue with: distill ablate {study} --runs {runs}" in errors
     assert Checkpoints(run).steps() == [2]
     assert not (runs / "gated" / "loud-seed0").exists()
 

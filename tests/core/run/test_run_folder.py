@@ -198,7 +198,7 @@ def test_pictures_that_cannot_be_made_cost_pictures_alone(
     folder, errors = run("tracking={name: keeps}")
     assert_complete(folder)
     assert errors.count("warning") == 1
-    assert "no pictures for tracker 'keeps' from here on (RuntimeError: no eyes); numbers go on" in errors
+    assert "no pictures for tracker 'keeps' from here on (RuntimeError: no eyes); numbers continue" in errors
     kinds = [name for name, _ in Keeps.calls]
     assert kinds == ["start", "describe", *["log"] * 5, "image", "finish"]
 
@@ -217,7 +217,7 @@ def test_a_tracker_that_fails(run: Run) -> None:
     folder, errors = run("tracking={name: fails}")
     assert_complete(folder)
     assert errors.count("warning") == 1
-    assert "tracker 'fails' failed (OSError: no space left); training goes on" in errors
+    assert "tracker 'fails' failed (OSError: no space left); training continues" in errors
     assert [name for name, _ in Keeps.calls if name != "image"] == ["start", "describe", "log", "log"]
 
 
@@ -360,7 +360,7 @@ def test_run_folders_do_not_overwrite_one_another(tiny_recipe: Path, more: Regis
     made = [RunFolder.create(tmp_path / "runs", recipe).path.name for _ in range(3)]
     assert made == ["tiny", "tiny-2", "tiny-3"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         RunFolder.create(tmp_path / "file", recipe)
 
 

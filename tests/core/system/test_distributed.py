@@ -110,7 +110,7 @@ def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> Non
         assert Checkpoints(folder.path).steps() == [2, 3]
         assert "saved at step 3, before the error below" in done.stderr
         assert re.search(r"^rank 1: .* augment\.text \(slips\) failed: ZeroDivisionError", done.stderr, re.MULTILINE)
-        assert "stopped, for another rank has failed: its own message says why" in done.stderr
+        assert "stopped because another rank failed; see that rank's message" in done.stderr
     else:
         assert Checkpoints(folder.path).steps() == [2]
         assert "rank 1: step 3 is not saved: another rank has ended or does not answer" in done.stderr

@@ -1,15 +1,14 @@
 """Time and peak memory of cross-attention pooling and of its attention, forward + backward.
 
-    python kernels/bench/bench_cross_attention.py               # -> kernels/bench/cross_attention.csv
-    python kernels/bench/bench_cross_attention.py --crossover   # -> kernels/bench/cross_attention_crossover.csv
+    python kernels/bench/bench_cross_attention.py               # rows of kernels/bench/results.csv
+    python kernels/bench/bench_cross_attention.py --crossover   # where the two forms cross: absorbed against projected
 
-Everything runs interleaved in one process; the figures are medians, and a ratio is the baseline's time over the
-row's. On CPU one thread is used and ratios are of process CPU time. Rows of another device in the CSV are kept.
+On CPU one thread is used. V queries (views), B samples, L tokens, D width, H heads, K = D / H.
 
-- `pool`: `cross_attention_pool` in its forms against nn.LayerNorm + nn.MultiheadAttention on tokens repeated for
+- `cross_attention_pool`: in its forms against `repeated`, nn.LayerNorm + nn.MultiheadAttention on tokens repeated for
   each query, which is what public code does.
-- `attention`: `cross_attention` backends against SDPA on keys and values repeated for each query, each
-  attending on its own; B x H programs of V queries are what the others see.
+- `cross_attention`: its backends against `repeated`, SDPA on keys and values repeated for each query, each attending on
+  its own; B x H programs of V queries are what the others see. `lengths`: all tokens valid, or a random prefix.
 
 `roofline` is the share of the device's measured copy bandwidth that a row reaches, counting what must be moved
 at least once: inputs, outputs and their gradients.
@@ -18,13 +17,10 @@ at least once: inputs, outputs and their gradients.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,31 +28,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from results import PATH, Result, measure, save
+
 from distill_kernels import cross_attention, cross_attention_pool
 from distill_kernels.attention.cross_attention import OP, CrossAttentionInputs
+from distill_kernels.dispatch import choose
 from distill_kernels.machine import device_name
-from distill_kernels.measure import interleaved, peak_bytes
+from distill_kernels.measure import interleaved
 
-HERE = Path(__file__).resolve().parent
 VIEWS, HEADS, WIDTH = 8, 8, 512
-
-
-class Row(NamedTuple):
-    op: str
-    name: str
-    dtype: str
-    batch: int
-    tokens: int
-    lengths: str
-    milliseconds: float  # CPU time on CPU, wall time on a GPU
-    wall_milliseconds: float
-    ratio: float  # the baseline's milliseconds / these
-    peak_mib: float
-    memory_ratio: float  # the baseline's peak / this
-    roofline: float
-    device: str
-    torch: str
-    python: str
 
 
 def pool_calls(dtype: torch.dtype, batch: int, tokens: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -102,7 +82,8 @@ def pool_calls(dtype: torch.dtype, batch: int, tokens: int, device: torch.device
 
 def attention_calls(
     dtype: torch.dtype, batch: int, tokens: int, device: torch.device, with_lengths: bool
-) -> dict[str, Callable[[], None]]:
+) -> tuple[dict[str, Callable[[], None]], str]:
+    """And the name of what `auto` takes."""
     torch.manual_seed(0)
     new = functools.partial(torch.randn, device=device, dtype=dtype, requires_grad=True)
     # The layouts of the pooling: queries [V, B, H, K]; keys and values from one projection, [B, L, 2, H, K].
@@ -134,48 +115,38 @@ def attention_calls(
             run = functools.partial(lambda name: cross_attention(*views(), lengths, backend=name), backend.name)
             calls[backend.name] = run
         else:
-            print(f"attention: no row for {backend.name}: {reason}")
-    return {name: functools.partial(step, f) for name, f in calls.items()}
+            print(f"cross_attention: no row for {backend.name}: {reason}")
+    return {name: functools.partial(step, f) for name, f in calls.items()}, choose(OP, "auto", inputs).name
 
 
-def measure(device: torch.device, rounds: int, batch: int) -> Iterator[Row]:
+def all_cases(device: torch.device, rounds: int, batch: int) -> Iterator[list[Result]]:
+    """The rows of each case."""
     bandwidth = copy_bandwidth(device)
     print(f"{device_name(device)}: copies {bandwidth / 1e9:.1f} GB/s")
+    row = functools.partial(measure, baseline="repeated", device=device, rounds=rounds, bandwidth=bandwidth)
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in (77, 196):
-            size = dtype.itemsize
-            least = {  # queries or q, tokens or k and v, the output, and the gradients of all
-                "pool": 2 * size * WIDTH * batch * (2 * VIEWS + tokens),
-                "attention": 2 * size * WIDTH * batch * (2 * VIEWS + 2 * tokens),
-            }
-            cases = [("pool", "all", pool_calls(dtype, batch, tokens, device))]
-            for with_lengths in (False, True):
-                calls = attention_calls(dtype, batch, tokens, device, with_lengths)
-                cases.append(("attention", "random" if with_lengths else "all", calls))
-            for op, lengths, calls in cases:
-                seconds = interleaved(calls, rounds=rounds, device=device)
-                peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
-                taken = {n: s.process if device.type == "cpu" else s.wall for n, s in seconds.items()}
-                for name in calls:
-                    row = Row(
-                        op,
-                        name,
-                        str(dtype).removeprefix("torch."),
-                        batch,
-                        tokens,
-                        lengths,
-                        round(taken[name] * 1e3, 3),
-                        round(seconds[name].wall * 1e3, 3),
-                        round(taken["repeated"] / taken[name], 2),
-                        round(peaks[name] / 2**20, 2),
-                        round(peaks["repeated"] / peaks[name], 2),
-                        round(least[op] / taken[name] / bandwidth, 3),
-                        device_name(device),
-                        torch.__version__,
-                        platform.python_version(),
-                    )
-                    print(*row[:12], flush=True)
-                    yield row
+            size = 2 * dtype.itemsize * WIDTH * batch  # the gradients are moved as well
+            pools = pool_calls(dtype, batch, tokens, device)
+            shape = f"V={VIEWS} B={batch} L={tokens}"
+            yield row(
+                "cross_attention_pool",
+                f"{shape} D={WIDTH} H={HEADS}",
+                dtype,
+                pools,
+                auto="auto",
+                least_bytes=size * (2 * VIEWS + tokens),
+            )
+            for lengths in ("all", "random"):
+                calls, auto = attention_calls(dtype, batch, tokens, device, lengths == "random")
+                yield row(
+                    "cross_attention",
+                    f"{shape} H={HEADS} K={WIDTH // HEADS} lengths={lengths}",
+                    dtype,
+                    calls,
+                    auto=auto,
+                    least_bytes=size * (2 * VIEWS + 2 * tokens),
+                )
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -186,21 +157,8 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / (seconds.process if device.type == "cpu" else seconds.wall)
 
 
-class Crossing(NamedTuple):
-    dtype: str
-    views: int
-    heads: int
-    tokens: int
-    width: int
-    batch: int
-    projected_ms: float
-    absorbed_ms: float
-    device: str
-    torch: str
-
-
-def crossover(device: torch.device, rounds: int) -> Iterator[Crossing]:
-    """Both forms over V, H, L, D, B: what `BALANCE` is fitted to."""
+def crossover(device: torch.device, rounds: int) -> Iterator[list[Result]]:
+    """Both forms over V, H, L, D, B: what the cost model is fitted to."""
     global VIEWS, HEADS, WIDTH
     sizes = [
         (batch, width, heads, tokens, views)
@@ -221,36 +179,11 @@ def crossover(device: torch.device, rounds: int) -> Iterator[Crossing]:
         for batch, WIDTH, HEADS, tokens, VIEWS in sizes:
             calls = pool_calls(dtype, batch, tokens, device)
             forms = {name: calls[name] for name in ("projected", "absorbed")}
-            seconds = interleaved(forms, rounds=rounds, device=device)
-            p, a = (s.process if device.type == "cpu" else s.wall for s in seconds.values())
-            row = Crossing(
-                str(dtype).removeprefix("torch."),
-                VIEWS,
-                HEADS,
-                tokens,
-                WIDTH,
-                batch,
-                round(p * 1e3, 3),
-                round(a * 1e3, 3),
-                device_name(device),
-                torch.__version__,
+            shape = f"V={VIEWS} B={batch} L={tokens} D={WIDTH} H={HEADS}"
+            rows = measure(
+                "cross_attention_pool", shape, dtype, forms, "projected", device=device, rounds=rounds, auto="auto"
             )
-            print(*row, flush=True)
-            yield row
-
-
-def save(path: Path, rows: list[Row] | list[Crossing], device: str) -> None:
-    """Replace this device's rows of the file."""
-    fields = list(rows[0]._fields)
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [[r[f] for f in fields] for r in csv.DictReader(file) if r["device"] != device]
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(fields)
-        writer.writerows(kept)
-        writer.writerows(rows)
+            yield [row for row in rows if row.backend == "absorbed"]
 
 
 def main() -> None:
@@ -259,17 +192,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch", type=int, help="32 on CPU, 512 on a GPU")
     parser.add_argument("--crossover", action="store_true", help="measure where the two forms cross instead")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=PATH)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     if arguments.crossover:
-        out = arguments.out or HERE / "cross_attention_crossover.csv"
-        save(out, list(crossover(device, arguments.rounds)), device_name(device))
+        cases = crossover(device, arguments.rounds)
     else:
-        batch = arguments.batch or (512 if device.type == "cuda" else 32)
-        out = arguments.out or HERE / "cross_attention.csv"
-        save(out, list(measure(device, arguments.rounds, batch)), device_name(device))
+        cases = all_cases(device, arguments.rounds, arguments.batch or (512 if device.type == "cuda" else 32))
+    for rows in cases:
+        save(rows, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,21 @@
 """Multi-view InfoNCE and sigmoid losses, forward + backward: our backends against the loss written pair by pair.
 
-    python kernels/bench/bench_info_nce.py                 # every shape -> kernels/bench/info_nce-<device>.csv
+    python kernels/bench/bench_info_nce.py                 # every shape: rows of kernels/bench/results.csv
     python kernels/bench/bench_info_nce.py --shapes 8x2x4096x512 --dtypes float32 --rounds 3
-    python kernels/bench/bench_info_nce.py --losses sigmoid --shapes 2x8x16x128 --keep     # more rows
+    python kernels/bench/bench_info_nce.py --losses sigmoid --shapes 2x8x16x128
 
 Baselines: `pairs` makes a pair's logits once and takes F.cross_entropy of them and of their transpose;
 `directions` makes them once a direction, as public multi-GPU code does. Losses and gradients are compared
-before anything is timed. Peak memory counts results and gradients, not inputs. `ratio` is process time (GPU:
-wall time) of `pairs` over this row's: above 1 is faster.
+before anything is timed. Va, Vb views, B rows, D embedding width.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill_kernels.machine import device_name
-from distill_kernels.measure import interleaved, peak_bytes
+from results import PATH, Result, measure, save
+
+from distill_kernels.dispatch import choose
 from distill_kernels.pairwise.info_nce import OP, InfoNCEInputs, multi_view_info_nce
 from distill_kernels.pairwise.sigmoid_loss import OP as SIGMOID
 from distill_kernels.pairwise.sigmoid_loss import SigmoidInputs, multi_view_sigmoid
@@ -91,9 +90,7 @@ def agree(got: tuple[Tensor, ...], true: tuple[Tensor, ...], name: str) -> None:
             raise SystemExit(f"{name}: {what} differ from `pairs` by {error:.1e} of the largest")
 
 
-def measure(
-    kind: str, shape: str, dtype: torch.dtype, device: torch.device, rounds: int
-) -> Iterator[dict[str, str | int | float]]:
+def case(kind: str, shape: str, dtype: torch.dtype, device: torch.device, rounds: int) -> list[Result]:
     """A row for each implementation, after comparing it with `pairs`."""
     va, vb, n, d = map(int, shape.split("x"))
     a, b = (F.normalize(torch.randn(v, n, d, device=device), dim=-1).to(dtype).requires_grad_() for v in (va, vb))
@@ -106,24 +103,12 @@ def measure(
             agree(step(loss, inputs), true, name)
     del true
     calls = {name: functools.partial(step, loss, inputs) for name, loss in losses.items()}
-    seconds = interleaved(calls, rounds=rounds, device=device)
-    of = {name: t.wall if device.type == "cuda" else t.process for name, t in seconds.items()}
-    for name, taken in seconds.items():
-        yield {
-            "loss": kind,
-            "name": name,
-            "va": va,
-            "vb": vb,
-            "rows": n,
-            "dim": d,
-            "dtype": str(dtype).removeprefix("torch."),
-            "wall_ms": round(1e3 * taken.wall, 1),
-            "process_ms": round(1e3 * taken.process, 1),
-            "peak_extra_mib": round(peak_bytes(calls[name], device) / 2**20, 1),
-            "ratio": round(of["pairs"] / of[name], 2),
-            "device": device_name(device),
-            "torch": torch.__version__,
-        }
+    op, record = (
+        (SIGMOID, SigmoidInputs(*inputs, 0)) if kind == "sigmoid" else (OP, InfoNCEInputs(*inputs, None, None, 0))
+    )
+    auto = choose(op, "auto", record).name
+    sizes = f"Va={va} Vb={vb} B={n} D={d}"
+    return measure(op.name, sizes, dtype, calls, "pairs", device=device, rounds=rounds, auto=auto)
 
 
 def main() -> None:
@@ -133,20 +118,11 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="VaxVbxBxD")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--keep", action="store_true", help="add rows to the CSV instead of starting it anew")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=PATH)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    path = arguments.out or Path(__file__).with_name(f"info_nce-{device.type}.csv")
-    with path.open("a" if arguments.keep else "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        for kind, shape, dtype in itertools.product(arguments.losses, arguments.shapes, arguments.dtypes):
-            for row in measure(kind, shape, getattr(torch, dtype), device, arguments.rounds):
-                if file.tell() == 0:
-                    writer.writerow(row)
-                writer.writerow(row.values())
-                file.flush()  # the large shapes take minutes each
-                print(*row.values(), flush=True)
+    for kind, shape, dtype in itertools.product(arguments.losses, arguments.shapes, arguments.dtypes):
+        save(case(kind, shape, getattr(torch, dtype), device, arguments.rounds), arguments.out)
 
 
 if __name__ == "__main__":

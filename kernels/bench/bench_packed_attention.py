@@ -1,19 +1,17 @@
 """Self-attention of the towers, padded and packed: every backend, training and inference.
 
-    python kernels/bench/bench_packed_attention.py     # every case -> kernels/bench/packed_attention-<device>.csv
+    python kernels/bench/bench_packed_attention.py     # every case: rows of kernels/bench/results.csv
     python kernels/bench/bench_packed_attention.py --op packed_attention --rounds 5
 
-Inputs are strided as a fused projection leaves them; training is forward + backward to the projection's output. On a
-CPU freed memory is kept, as in training. Results are compared with `reference` before anything is timed. `ratio` is
-process time (GPU: wall time) of the baseline over this row's: above 1 is faster. The baseline of self_attention is
-`sdpa`; that of packed_attention is `padded`, scaled_dot_product_attention over [N, longest], to which the copies in
-and out are not charged.
+N sequences, L tokens (shortest..longest), H heads, K head width. Inputs are strided as a fused projection leaves them;
+training is forward + backward to the projection's output. On a CPU freed memory is kept, as in training. Results are
+compared with `reference` before anything is timed. The baseline of self_attention is `sdpa`; that of packed_attention
+is `padded`, scaled_dot_product_attention over [N, longest], to which the copies in and out are not charged.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import os
 import sys
@@ -26,13 +24,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from results import PATH, measure, save
+
 from distill_kernels.attention.packed_attention import OP as PACKED
 from distill_kernels.attention.packed_attention import PackedInputs, packed_attention
 from distill_kernels.attention.self_attention import OP as DENSE
 from distill_kernels.attention.self_attention import SelfAttention, self_attention, without_cudnn
 from distill_kernels.dispatch import choose
-from distill_kernels.machine import device_name
-from distill_kernels.measure import interleaved, peak_bytes
 
 # N, L, H, K, causal: images and texts of the tiny recipe, ViT-B at 224, 96, 176 and 192 px, CLIP text.
 DENSE_CASES = (
@@ -118,24 +116,25 @@ def main() -> None:
     parser.add_argument("--op", nargs="+", default=["self_attention", "packed_attention"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=PATH)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu":
         keep_freed_memory()
-    rows: list[dict[str, object]] = []
-    for dtype in arguments.dtypes:
-        new = functools.partial(torch.randn, device=device, dtype=getattr(torch, dtype))
+    for dtype in (getattr(torch, name) for name in arguments.dtypes):
+        new = functools.partial(torch.randn, device=device, dtype=dtype)
         for training in (True, False):
-            common = {"dtype": dtype, "training": training}
+            row = functools.partial(measure, dtype=dtype, training=training, device=device, rounds=arguments.rounds)
             for n, length, heads, width, causal in DENSE_CASES if "self_attention" in arguments.op else ():
                 x = new(n, length, 3, heads, width, requires_grad=training)
                 with torch.set_grad_enabled(training):
                     calls, auto = dense_calls(x, causal)
                 steps = {name: functools.partial(step, call, x, training) for name, call in calls.items()}
-                case = {"op": "self_attention", "n": n, "length": length, "heads": heads, "width": width}
-                case |= {"causal": causal} | common
-                rows += measure(steps, case, "sdpa", auto, arguments.rounds, device)
+                shape = f"N={n} L={length} H={heads} K={width} causal={int(causal)}"
+                save(
+                    row("self_attention", shape, calls=compared(steps, shape), baseline="sdpa", auto=auto),
+                    arguments.out,
+                )
             for n, low, high, heads, width, causal in PACKED_CASES if "packed_attention" in arguments.op else ():
                 lengths = tuple(torch.randint(low, high + 1, (n,)).tolist())
                 x = new(sum(lengths), 3, heads, width, requires_grad=training)
@@ -144,24 +143,13 @@ def main() -> None:
                 steps = {name: functools.partial(step, call, x, training) for name, call in calls.items()}
                 y = new(n, max(lengths), 3, heads, width, requires_grad=training)
                 steps["padded"] = functools.partial(step, padded_call(lengths, causal, device), y, training)
-                case = {"op": "packed_attention", "n": n, "length": f"{low}-{high}", "heads": heads}
-                case |= {"width": width, "causal": causal} | common
-                rows += measure(steps, case, "padded", auto, arguments.rounds, device)
-    path = arguments.out or Path(__file__).with_name(f"packed_attention-{device.type}.csv")
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                shape = f"N={n} L={low}..{high} H={heads} K={width} causal={int(causal)}"
+                rows = row("packed_attention", shape, calls=compared(steps, shape), baseline="padded", auto=auto)
+                save(rows, arguments.out)
 
 
-def measure(
-    steps: Mapping[str, Callable[[], Tensor]],
-    case: dict[str, object],
-    baseline: str,
-    auto: str,
-    rounds: int,
-    device: torch.device,
-) -> list[dict[str, object]]:
+def compared(steps: Mapping[str, Callable[[], Tensor]], shape: str) -> dict[str, Callable[[], Tensor]]:
+    """All but `reference`, which they agree with."""
     true = steps["reference"]()
     for name, call in steps.items():
         got = call()
@@ -169,20 +157,8 @@ def measure(
             continue  # padded: other rows
         error = ((got - true).abs().max() / true.abs().max()).item()
         if not error <= (1e-4 if true.dtype == torch.float32 else 0.04):
-            raise SystemExit(f"{case}: {name} differs from the reference by {error:.1e} of the largest")
-    timed = {name: call for name, call in steps.items() if name != "reference"}
-    seconds = interleaved(timed, rounds=rounds, device=device)
-    of = {n: t.wall if device.type == "cuda" else t.process for n, t in seconds.items()}
-    rows = []
-    for name, taken in seconds.items():
-        peak = peak_bytes(timed[name], device) / 2**20
-        row = case | {"name": name, "auto": name == auto, "wall_ms": round(1e3 * taken.wall, 3)}
-        row |= {"process_ms": round(1e3 * taken.process, 3), "peak_extra_mib": round(peak, 1)}
-        row |= {"ratio": round(of[baseline] / of[name], 3)}
-        rows.append(row | {"device": device_name(device), "torch": torch.__version__})
-        print(*case.values(), f"{name:>9}{'*' if name == auto else ' '} {1e3 * taken.wall:9.2f}", end="")
-        print(f" {1e3 * taken.process:9.2f} ms {peak:7.1f} MiB {row['ratio']:6.2f} x", flush=True)
-    return rows
+            raise SystemExit(f"{shape}: {name} differs from the reference by {error:.1e} of the largest")
+    return {name: call for name, call in steps.items() if name != "reference"}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python kernels/bench/run_all.py [--only cross_attention info_nce packed_attention resources step]
 
-Each writes its CSV beside this file, with device and versions. A benchmark that fails does not stop the others.
+Those of the ops write results.csv beside this file, with device and versions; `resources` and `step`, whose rows are no
+op's times, a file each. A benchmark that fails does not stop the others.
 The time on a GPU was never measured.
 """
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import PATH, Result, measure, save
-
+from bench.results import PATH, Result, measure, save
 from distill_kernels import cross_attention, cross_attention_pool
 from distill_kernels.attention.cross_attention import OP, CrossAttentionInputs
 from distill_kernels.dispatch import choose

@@ -24,8 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import PATH, Result, measure, save
-
+from bench.results import PATH, Result, measure, save
 from distill_kernels.dispatch import choose
 from distill_kernels.pairwise.info_nce import OP, InfoNCEInputs, multi_view_info_nce
 from distill_kernels.pairwise.sigmoid_loss import OP as SIGMOID
@@ -103,10 +102,10 @@ def case(kind: str, shape: str, dtype: torch.dtype, device: torch.device, rounds
             agree(step(loss, inputs), true, name)
     del true
     calls = {name: functools.partial(step, loss, inputs) for name, loss in losses.items()}
-    op, record = (
-        (SIGMOID, SigmoidInputs(*inputs, 0)) if kind == "sigmoid" else (OP, InfoNCEInputs(*inputs, None, None, 0))
-    )
-    auto = choose(op, "auto", record).name
+    if kind == "sigmoid":
+        op, auto = SIGMOID, choose(SIGMOID, "auto", SigmoidInputs(a, b, scale, bias, 0)).name
+    else:
+        op, auto = OP, choose(OP, "auto", InfoNCEInputs(a, b, scale, None, None, 0)).name
     sizes = f"Va={va} Vb={vb} B={n} D={d}"
     return measure(op.name, sizes, dtype, calls, "pairs", device=device, rounds=rounds, auto=auto)
 

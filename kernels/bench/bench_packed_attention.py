@@ -24,8 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import PATH, measure, save
-
+from bench.results import PATH, measure, save
 from distill_kernels.attention.packed_attention import OP as PACKED
 from distill_kernels.attention.packed_attention import PackedInputs, packed_attention
 from distill_kernels.attention.self_attention import OP as DENSE

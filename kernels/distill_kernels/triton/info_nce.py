@@ -18,14 +18,14 @@ from torch import Tensor
 from distill_kernels.pairwise.chunks import compute_dtype, target_mean
 from distill_kernels.pairwise.operators import register_gradients
 from distill_kernels.triton.compile_specs import Spec, make_spec
-from distill_kernels.triton.launches import launch
 from distill_kernels.triton.pairwise import (
     LOG2_E,
     Part,
-    block_sizes,
-    launch_constants,
+    launch_rows,
+    launch_tiles,
     pairwise_gradients,
     tile,
+    tiles_of,
     variants,
 )
 
@@ -118,11 +118,7 @@ def _gradient_kernel(
 
 def launch_lse(x: Tensor, y: Tensor, scale: Tensor, lse: Tensor) -> None:
     """Fill lse [Va, Vb, B] with the log-sum-exp over columns of scale * x [Va, B, D] @ y [Vb, M, D].T."""
-    if lse.numel() == 0:
-        return
-    (va, n, _), (vb, m, _) = x.shape, y.shape
-    grid = (triton.cdiv(n, block_sizes(x.shape[2], x.element_size()).i), va * vb)
-    launch(_lse_kernel, grid, x, y, scale, lse, *x.stride(), *y.stride(), vb, n, m, **launch_constants(x))
+    launch_rows(_lse_kernel, x, y, (scale,), lse)
 
 
 def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Tensor:
@@ -130,33 +126,10 @@ def launch_gradient(part: Part, scale: Tensor, row_lse: Tensor, column_lse: Tens
 
     row_lse is [nu, nv, ni], column_lse [nv, nu, nj], or None for one direction.
     """
-    (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
-    size = block_sizes(part.x.shape[2], part.x.element_size())
-    grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
-    d_scale = row_lse.new_empty(grid)
-    launch(
-        _gradient_kernel,
-        grid,
-        part.x,
-        part.y,
-        scale,
-        part.weight,
-        row_lse,
-        column_lse,
-        part.dz,
-        d_scale,
-        *part.x.stride(),
-        *part.y.stride(),
-        *row_lse.stride()[:2],
-        *((0, 0) if column_lse is None else column_lse.stride()[:2]),
-        *part.weight.stride(),
-        nv,
-        ni,
-        nj,
-        part.shift,
-        SYMMETRIC=column_lse is not None,
-        **launch_constants(part.x),
-    )
+    d_scale = row_lse.new_empty(tiles_of(part))
+    tensors = (scale, part.weight, row_lse, column_lse, part.dz, d_scale)
+    strides = (*row_lse.stride()[:2], *((0, 0) if column_lse is None else column_lse.stride()[:2]))
+    launch_tiles(_gradient_kernel, part, tensors, strides, SYMMETRIC=column_lse is not None)
     return d_scale.sum()
 
 

@@ -13,7 +13,7 @@ Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill_kernels.pairwise.chunks import CHUNK, block_size, blocks, compute_dtype
 from distill_kernels.triton.compile_specs import precisions
-from distill_kernels.triton.launches import dot_precision
+from distill_kernels.triton.launches import dot_precision, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -116,6 +116,47 @@ class Part(NamedTuple):
     weight: Tensor  # [nu, nv]
     shift: int  # row i's target is column i + shift
     dz: Tensor  # [nu * ni, nv * nj], to be filled with weight times the loss's gradient for the logits
+
+
+def launch_rows(kernel: Any, x: Tensor, y: Tensor, scalars: Sequence[Tensor], out: Tensor, **changed: int) -> None:
+    """A forward kernel: fill out [Va, Vb, B] from x [Va, B, D] against all of y [Vb, M, D]."""
+    if out.numel() == 0:
+        return
+    (va, n, _), (vb, m, _) = x.shape, y.shape
+    constants = launch_constants(x) | changed
+    grid = (triton.cdiv(n, constants["BLOCK_I"]), va * vb)
+    launch(kernel, grid, x, y, *scalars, out, *x.stride(), *y.stride(), vb, n, m, **constants)
+
+
+def tiles_of(part: Part) -> tuple[int, int, int]:
+    """The grid of a backward kernel."""
+    (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
+    size = block_sizes(part.x.shape[2], part.x.element_size())
+    return triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv
+
+
+def launch_tiles(
+    kernel: Any, part: Part, tensors: Sequence[Tensor | None], strides: Sequence[int], **more: Any
+) -> None:
+    """A backward kernel over a part's tiles; `strides` are of tensors between x, y and the weight."""
+    (_, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
+    launch(
+        kernel,
+        tiles_of(part),
+        part.x,
+        part.y,
+        *tensors,
+        *part.x.stride(),
+        *part.y.stride(),
+        *strides,
+        *part.weight.stride(),
+        nv,
+        ni,
+        nj,
+        part.shift,
+        **more,
+        **launch_constants(part.x),
+    )
 
 
 def pairwise_gradients(

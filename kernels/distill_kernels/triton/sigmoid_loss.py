@@ -15,14 +15,15 @@ from torch import Tensor
 from distill_kernels.pairwise.chunks import compute_dtype, target_mean
 from distill_kernels.pairwise.operators import register_gradients
 from distill_kernels.triton.compile_specs import Spec, make_spec
-from distill_kernels.triton.launches import launch
 from distill_kernels.triton.pairwise import (
     LOG2_E,
     Part,
-    block_sizes,
     launch_constants,
+    launch_rows,
+    launch_tiles,
     pairwise_gradients,
     tile,
+    tiles_of,
     variants,
 )
 
@@ -110,40 +111,14 @@ def _sigmoid_gradient_kernel(
 
 def launch_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, cost: Tensor) -> None:
     """Fill cost [Va, Vb, B] with the sum over columns of softplus(scale * x [Va, B, D] @ y [Vb, M, D].T + bias)."""
-    if cost.numel() == 0:
-        return
-    (va, n, _), (vb, m, _) = x.shape, y.shape
-    grid = (triton.cdiv(n, block_sizes(x.shape[2], x.element_size()).i), va * vb)
-    constants = launch_constants(x)
-    constants["BLOCK_J"] = min(constants["BLOCK_J"], _FORWARD_J)
-    launch(_softplus_kernel, grid, x, y, scale, bias, cost, *x.stride(), *y.stride(), vb, n, m, **constants)
+    columns = min(launch_constants(x)["BLOCK_J"], _FORWARD_J)
+    launch_rows(_softplus_kernel, x, y, (scale, bias), cost, BLOCK_J=columns)
 
 
 def launch_sigmoid_gradient(part: Part, scale: Tensor, bias: Tensor) -> Tensor:
     """Fill part.dz, contiguous, with the logits' gradient; returns its sums with and without the logit, [2]."""
-    (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
-    size = block_sizes(part.x.shape[2], part.x.element_size())
-    grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
-    sums = part.weight.new_empty((*grid, 2))
-    launch(
-        _sigmoid_gradient_kernel,
-        grid,
-        part.x,
-        part.y,
-        scale,
-        bias,
-        part.weight,
-        part.dz,
-        sums,
-        *part.x.stride(),
-        *part.y.stride(),
-        *part.weight.stride(),
-        nv,
-        ni,
-        nj,
-        part.shift,
-        **launch_constants(part.x),
-    )
+    sums = part.weight.new_empty((*tiles_of(part), 2))
+    launch_tiles(_sigmoid_gradient_kernel, part, (scale, bias, part.weight, part.dz, sums), ())
     return sums.sum((0, 1, 2))
 
 

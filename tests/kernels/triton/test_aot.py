@@ -96,7 +96,7 @@ def record(kernel, grid, x, *_, **constants):
     launched.add(key(kernel.__name__, "fp32" if x.dtype == torch.float32 else "bf16", width % 16 == 0, constants))
 
 
-for module in (cross_attention, info_nce, sigmoid_loss):
+for module in (cross_attention, pairwise):
     module.launch = record
 dtypes = (torch.float32, torch.bfloat16, torch.float16)
 for dtype, tf32 in [*itertools.product(dtypes, (False,)), (torch.float32, True)]:

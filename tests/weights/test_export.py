@@ -329,7 +329,7 @@ def test_a_run_is_read_once(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     load, text = torch.load, Path.read_text
 
     def loading(file: Any, *arguments: Any, **options: Any) -> Any:
-        read.append(Path(file))
+        read.append(Path(file.name))
         return load(file, *arguments, **options)
 
     def reading(path: Path, *arguments: Any, **options: Any) -> str:

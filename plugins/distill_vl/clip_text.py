@@ -150,7 +150,7 @@ class ClipText(Backbone):
         ):
             encoded.append(Encoded(one, class_tokens=at_its_end[:, None]))
             if tokens:
-                encoded[-1].tokens, encoded[-1].mask = computed.view(*x.shape, -1), _up_to_end(x)
+                encoded[-1].tokens, encoded[-1].mask = computed.view(*x.shape, computed.shape[-1]), _up_to_end(x)
         return encoded
 
     def _padded(self, x: Tensor) -> Tensor:

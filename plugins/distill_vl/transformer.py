@@ -94,7 +94,7 @@ class Sequences:
 def _at(x: Tensor, group: Sequences, positions: Tensor) -> Tensor:
     """x [N * L, W] of one group, positions [N, Q] -> [N, Q, W]."""
     ((n, length),) = group.shapes
-    return x.view(n, length, -1)[torch.arange(n, device=x.device)[:, None], positions]
+    return x.view(n, length, x.shape[-1])[torch.arange(n, device=x.device)[:, None], positions]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -161,7 +161,7 @@ class Attention(nn.Module):
             raise ValueError("few rows are read by plain attention, and one of a causal sequence")
         values = attend_to_tokens(
             norm(_at(x, group, positions)).transpose(0, 1),
-            x.view(*group.shapes[0], -1),
+            x.view(*group.shapes[0], x.shape[-1]),
             ln_weight=norm.weight,
             ln_bias=norm.bias,
             in_proj_weight=self.in_proj_weight,
@@ -276,5 +276,5 @@ class Transformer(nn.Module):
         out = self(_joined([inputs[i].flatten(0, 1) for i in order]), sequences, rows)
         wanted = [inputs[i].shape[:2] if (at := positions[i]) is None else at.shape for i in order]
         parts = [out] if len(order) == 1 else torch.split(out, [n * count for n, count in wanted])
-        by_input = {i: part.view(*shape, -1) for i, part, shape in zip(order, parts, wanted, strict=True)}
+        by_input = {i: part.view(*shape, part.shape[-1]) for i, part, shape in zip(order, parts, wanted, strict=True)}
         return [by_input[i] for i in range(len(inputs))]

@@ -223,6 +223,7 @@ def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
     skip_unless("triton", CrossAttentionInputs(q, k, v, None, None, 0.25))
     from distill_kernels.triton.cross_attention import launch_backward, launch_forward
     from distill_kernels.triton.cross_attention_kernels import blocks
+    from distill_kernels.triton.launches import dot_precision
 
     options, _ = valid_tokens(kind, shape[0], shape[3])
     lengths, mask = options.get("lengths"), options.get("mask")
@@ -230,7 +231,7 @@ def test_triton_writes_every_element(shape: tuple[int, ...], kind: str) -> None:
     out, dq, dk, dv = (torch.full_like(t, math.nan) for t in (q, q, k, v))
     lse = torch.full(q.shape[:3], math.nan, device=DEVICE)
     launch_forward(q, k, v, lengths, mask, 0.25, out, lse)
-    for first in range(0, shape[2], blocks(shape[2], shape[4], 4).queries):
+    for first in range(0, shape[2], blocks(shape[2], shape[4], 4, dot_precision()).queries):
         launch_backward(torch.ones_like(q), q, k, v, out, lse, lengths, mask, 0.25, dq, dk, dv, first)
     for name, t in (("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)):
         assert not t.isnan().any(), name

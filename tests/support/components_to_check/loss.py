@@ -96,7 +96,7 @@ class NamesNothing(Fill):
         self.heads = None
 
 
-@broken("teacher_modules", "say needs")
+@broken("teacher_modules", "say Needs")
 class Teacherless(Match):
     teacher_modules = ("head",)
 

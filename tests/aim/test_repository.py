@@ -24,7 +24,7 @@ import sys, time
 from pathlib import Path
 from distill_aim import repository
 from distill_aim.tracker import AimConfig, AimTracker
-from distill_core.run.folder import TrackerThread
+from distill_core.run.tracking import TrackerThread
 
 run, start = Path(sys.argv[1]), float(sys.argv[2])
 run.mkdir(parents=True)

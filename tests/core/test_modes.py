@@ -197,7 +197,7 @@ def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytes
     assert len(result.failed) == 1
     assert "klass" in result.failed[0]
     assert "not evaluated" in capsys.readouterr().err
-    from distill_core.cli import _end
+    from distill_core.commands.training import _end
 
     with pytest.raises(UserError, match="distill eval"):
         _end(result)

@@ -68,7 +68,7 @@ class Task:
 
 def node(name: str, modality: str) -> SimpleNamespace:
     path = f"evaluate.tasks.{name}"
-    return SimpleNamespace(id=name, path=path, source=None, build=lambda: Task(modality))
+    return SimpleNamespace(id=name, path=path, config=SimpleNamespace(source=None), build=lambda: Task(modality))
 
 
 def learned() -> dict[str, float]:
@@ -116,10 +116,15 @@ def unread(out: Path) -> run.Evaluated:
         build=lambda: own, dump=lambda: {}, cls=SimpleNamespace(splits=lambda c: None), config=0
     )
     nodes = [
-        SimpleNamespace(id=str(i), path=f"tasks.{i}", source=source if i > 2 else None, build=lambda task=task: task)
+        SimpleNamespace(
+            id=str(i),
+            path=f"tasks.{i}",
+            config=SimpleNamespace(source=source if i > 2 else None),
+            build=lambda task=task: task,
+        )
         for i, task in enumerate(tasks)
     ]
-    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"), plan=PLAN)
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": Cut()})
     cache = EmbeddingCache(out, lambda model, modality: ("m", "m"), print)
     return run.evaluate(recipe, {"student": Model()}, shared, "test", cache=cache)  # type: ignore[dict-item]
@@ -136,8 +141,11 @@ def first_unread() -> list[str]:
             yield {"__key__": "k", "__url__": "u", "classes.txt": b"x\ny", "image_0": b"", "json": captions}
 
     tasks = [Segmentation(Segmentation.Config()), Composition(Composition.Config())]
-    nodes = [SimpleNamespace(id=task.name, path="tasks", source=None, build=lambda task=task: task) for task in tasks]
-    recipe: Any = SimpleNamespace(tasks=nodes, evaluate=SimpleNamespace(split="test"), plan=PLAN)
+    nodes = [
+        SimpleNamespace(id=task.name, path="tasks", config=SimpleNamespace(source=None), build=lambda task=task: task)
+        for task in tasks
+    ]
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": CutAtOnce()})
     return run.evaluate(recipe, {"student": example.model()}, shared, "test").failed
 
@@ -156,7 +164,7 @@ def main(out: Path) -> None:
     rank = distributed.rank()
     samples = [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
     tasks = [node("one", "a"), node("two", "b")]
-    recipe: Any = SimpleNamespace(tasks=tasks, evaluate=SimpleNamespace(split="test"), plan=PLAN)
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=tasks), plan=PLAN)
     source: Any = SimpleNamespace(samples=lambda split: {"set": samples})
     models: Any = {"student": Model()}
     made = run.evaluate(recipe, models, source, "test", media=2 if rank == 0 else 0)

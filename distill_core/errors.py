@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them as they are, without a traceback."""
+"""Errors that a user can fix. The command line prints them as they are, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `distill doctor` says: what this machine and installation are, and what is amiss with them.
+"""What `distill doctor` says: what this machine and installation are, and what is wrong with them.
 
 Core tells of itself; plugins tell of theirs through the hook `distill_diagnostics`.
 """

@@ -33,7 +33,7 @@ def new_plugin(name: str, into: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @without_option
 def check_plugin(package: str, as_json: bool) -> None:
-    """Check all components of a plugin (or of a package): shapes, masks, gradients, state, ... and say what to mend.
+    """Check all components of a plugin (or of a package): shapes, masks, gradients, state, ... and say what to fix.
 
     Exit code 1 when a check fails.
     """

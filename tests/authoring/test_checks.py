@@ -1,4 +1,4 @@
-"""Each check fails on a component that is broken in just the way it is for, and says what to mend."""
+"""Each check fails on a component that is broken in just the way it is for, and says what to fix."""
 
 import importlib
 import inspect

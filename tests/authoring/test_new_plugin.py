@@ -85,7 +85,7 @@ def test_it_brings_one_of_each_kind_and_passes_check_plugin(run: Run) -> None:
 
 
 def test_a_mistake_in_it_fails_check_plugin(run: Run, site: Path, tmp_path: Path) -> None:
-    """The control, and what an author sees: exit code 1, the check, what to mend; the plugin's own faults, too."""
+    """The control, and what an author sees: exit code 1, the check, what to fix; the plugin's own faults, too."""
     broken = tmp_path / "broken"
     shutil.copytree(site, broken)
     package = broken / "stereo_waves"
@@ -101,8 +101,8 @@ def test_a_mistake_in_it_fails_check_plugin(run: Run, site: Path, tmp_path: Path
     assert "\x1b" not in done.stdout, "no colour in a pipe"
     failed = [line.split()[-2] for line in lines if line.endswith("FAILED")]
     assert failed == ["version", "light", "shapes"]
-    assert any("to mend:" in line and "is not L2-normalised" in line for line in lines)
-    assert any("to mend:" in line and "imports torch" in line for line in lines)
+    assert any("to fix:" in line and "is not L2-normalised" in line for line in lines)
+    assert any("to fix:" in line and "imports torch" in line for line in lines)
     assert lines[-1].endswith("3 failed")
 
 

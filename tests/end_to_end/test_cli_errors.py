@@ -275,7 +275,7 @@ def test_a_folder_that_is_no_run(distill: Distill, tmp_path: Path, command: str)
 
 
 def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> None:
-    """One finished run, and all that `eval` and `resume` may be given amiss."""
+    """One finished run, and all that `eval` and `resume` may be given wrongly."""
     assert distill("run", "tiny.yaml", "--quiet", "--set", "train.steps=2").code == 0
     for arguments, line in [
         (

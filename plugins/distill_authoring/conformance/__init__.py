@@ -1,4 +1,4 @@
-"""What every component has to keep, as checks that say what to mend. `distill check-plugin` runs them; in a test:
+"""What every component has to keep, as checks that say what to fix. `distill check-plugin` runs them; in a test:
 
 from distill_authoring.conformance import assert_conforms
 

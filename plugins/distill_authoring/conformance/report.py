@@ -79,7 +79,7 @@ _SIGNS = {"ok": ("ok", "green"), "failed": ("FAILED", "red"), "skipped": ("-", N
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """A row a check, what to mend below those that failed, and a line of counts."""
+    """A row a check, what to fix below those that failed, and a line of counts."""
     names = [f"{result.kind} {result.name}" for result in results]
     wide = max(map(len, names)), max(len(result.check) for result in results)
     before = ""
@@ -92,7 +92,7 @@ def print_results(results: Sequence[Result]) -> None:
             row += f"  {result.message}"
         click.echo(row)
         if result.status == "failed":
-            click.echo(f"    held to:  {result.about}\n    to mend:  {result.message}")
+            click.echo(f"    held to:  {result.about}\n    to fix:   {result.message}")
     counts = {status: sum(result.status == status for result in results) for status in _SIGNS}
     components = len({name for name in names if not name.startswith("plugin ")})
     click.echo(

@@ -33,7 +33,7 @@ class Result:
     """What the check holds the component to."""
     status: Status
     message: str = ""
-    """What to mend, or why the check does not fit."""
+    """What to fix, or why the check does not fit."""
 
     def to_dict(self) -> dict[str, str]:
         """As plain data."""
@@ -41,7 +41,7 @@ class Result:
 
 
 class CheckFailed(Exception):
-    """A check failed; the message says what to mend."""
+    """A check failed; the message says what to fix."""
 
 
 class NotApplicable(Exception):
@@ -122,7 +122,7 @@ def check(component: type[Component], only: Collection[str] = ()) -> list[Result
 
 
 def assert_conforms(component: type[Component]) -> None:
-    """Raises AssertionError with every check that failed and what to mend."""
+    """Raises AssertionError with every check that failed and what to fix."""
     failed = [result for result in check(component) if result.status == "failed"]
     assert not failed, "\n".join(f"{r.kind} {r.name}: {r.check}: {r.message}" for r in failed)
 

@@ -35,7 +35,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 
 
 class _PipeClosed(Exception):
-    """The reader of our output went away. (click and rich would each make of it exit code 1.)"""
+    """The reader of our output has closed it. (click and rich would each turn this into exit code 1.)"""
 
 
 class _Commands(click.Group):
@@ -64,14 +64,14 @@ class _Commands(click.Group):
     def _plugin_commands(self) -> dict[str, click.Command]:
         from distill_core.registry import Plugins
 
-        found: dict[str, click.Command] = {}
+        commands: dict[str, click.Command] = {}
         for command in Plugins.discover().commands():
-            group = found.get(command.name)
+            group = commands.get(command.name)
             if isinstance(group, click.Group) and isinstance(command, click.Group):
                 group.commands.update(command.commands)  # plugins extend one group, as `bench`
             elif command.name not in self.commands:
-                found[command.name] = command
-        return found
+                commands[command.name] = command
+        return commands
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -92,7 +92,7 @@ def _registry() -> Registry:
     from distill_core.registry import Registry
 
     registry = Registry.discover()
-    completion.remember(registry)
+    completion.update_cache(registry)
     return registry
 
 
@@ -108,8 +108,8 @@ def _load(recipe: str, overrides: Sequence[str], registry: Registry, *, allow_un
 @cli.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @SET
-@click.option("--runs", default="runs", show_default=True, help="Folder that the run's folder is made in.")
-@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@click.option("--runs", default="runs", show_default=True, help="Folder in which the run's folder is created.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
 def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
@@ -123,12 +123,12 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
 @cli.command()
 @click.argument("folder", shell_complete=completion.run_folders)
 @CHECKPOINT
-@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
 def resume(folder: str, checkpoint: str, quiet: bool) -> None:
     """Continue a stopped run from its last checkpoint, exactly as if it had not stopped.
 
-    One that is finished and scored is left as it is.
+    A run that is finished and scored is left unchanged.
     """
     from distill_core.commands import training
 
@@ -138,21 +138,27 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
 @cli.command("eval")
 @click.argument("run", shell_complete=completion.run_folders)
 @CHECKPOINT
-@click.option("--split", help="Split to score; the recipe's test split otherwise.")
-@click.option("--task", "tasks", multiple=True, help="A task of the recipe by its id, or any as {name: ..., ...}.")
+@click.option("--split", help="Split to score; by default `evaluate.split` of the recipe.")
+@click.option(
+    "--task", "tasks", multiple=True, help="A task: the id of one in the recipe, or {name: ..., ...}. Repeatable."
+)
 @SET
-@click.option("--full", is_flag=True, help="Every score of every set, not the means over sets alone.")
-@click.option("--pictures", metavar="FOLDER", help="Write what tasks have to show as PNG files: matches, confusions.")
-@click.option("--cache/--no-cache", default=True, help="Take and keep embeddings in RUN/embeddings.  [default: cache]")
+@click.option("--full", is_flag=True, help="Print every score of every set, not only means over sets.")
+@click.option(
+    "--pictures", metavar="FOLDER", help="Write the tasks' pictures as PNG files: matches, confusion matrices."
+)
+@click.option(
+    "--cache/--no-cache", default=True, help="Reuse and store embeddings in RUN/embeddings.  [default: cache]"
+)
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @JSON
 @without_option
 def evaluate_run(run: str, **options: Any) -> None:
     """Score a run's checkpoint with the recipe's evaluation tasks, or with others.
 
-    RUN is the run's folder, or a file in its checkpoints. The scores are kept in RUN/evaluations as well.
+    RUN is the run's folder, or a file in its checkpoints. The scores are also saved in RUN/evaluations.
 
-    A task may have data of its own: --task '{name: retrieval, source: {name: ..., ...}}' (docs/evaluation.md).
+    A task may have its own data: --task '{name: retrieval, source: {name: ..., ...}}' (docs/evaluation.md).
     """
     from distill_core.evaluate.command import score
 
@@ -162,13 +168,13 @@ def evaluate_run(run: str, **options: Any) -> None:
 @cli.command()
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @SET
-@click.option("--quiet", is_flag=True, help="Only what is wrong.")
+@click.option("--quiet", is_flag=True, help="Print only errors.")
 @JSON
 @without_option
 def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
-    """Check recipes without touching data or weights; prints every error.
+    """Check recipes without reading data or weights, and print every error.
 
-    A device that is not available here is a warning: a recipe may be checked where it will not run.
+    A device that is not available here is a warning: a recipe may be checked on another machine than it runs on.
     """
     from distill_core.recipe.resolve import load_recipe
     from distill_core.system.process import resolve_device
@@ -219,17 +225,17 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--runs", default="runs", show_default=True, help="Folder of runs, for the room there is.")
+@click.option("--runs", default="runs", show_default=True, help="Folder of runs whose disk space is reported.")
 @JSON
 @without_option
 def doctor(runs: str, as_json: bool) -> None:
-    """Report versions, devices, plugins, kernels, data and disk space, and what is wrong with them."""
+    """Report versions, devices, plugins, kernels, data and disk space, and any problems with them."""
     from distill_core.commands.doctor import as_json as to_json
     from distill_core.commands.doctor import diagnose, print_all
 
-    found = list(diagnose(Path(runs)))
-    click.echo(to_json(found)) if as_json else print_all(found)
-    if any(row.broken for row in found):
+    rows = list(diagnose(Path(runs)))
+    click.echo(to_json(rows)) if as_json else print_all(rows)
+    if any(row.broken for row in rows):
         sys.exit(UserError.exit_code)
 
 

@@ -104,12 +104,12 @@ class Model:
         return torch.cat(parts)
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
-        found = self.features(modality, views)
-        made = found.pooled
+        outputs = self.features(modality, views)
+        embedded = outputs.pooled
         if features == "class_token":
-            assert found.class_tokens is not None
-            made = found.class_tokens[:, :, 0]  # the first makes the embedding
-        return normalize(made[0].float(), dim=-1).cpu()
+            assert outputs.class_tokens is not None
+            embedded = outputs.class_tokens[:, :, 0]  # the first makes the embedding
+        return normalize(embedded[0].float(), dim=-1).cpu()
 
     @torch.no_grad()
     def features(self, modality: str, views: list[list[View]], *, tokens_of: Sequence[int] = ()) -> Features:
@@ -118,8 +118,8 @@ class Model:
         For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
         """
         with self._evaluating(modality) as module:
-            found: Features = module(self._batch(modality, views), tokens_of=tokens_of)
-        return found
+            outputs: Features = module(self._batch(modality, views), tokens_of=tokens_of)
+        return outputs
 
     @torch.no_grad()
     def dense(self, modality: str, views: Sequence[View], *, attention: str = "plain") -> Tensor:
@@ -134,10 +134,10 @@ class Model:
         try:
             (group,) = self._batch(modality, [[view] for view in views]).groups
             with self._evaluating(modality) as module:
-                _, found = module.dense(group.x[0], attention=attention)
+                _, embedded = module.dense(group.x[0], attention=attention)
         except ValueError as error:
             raise UserError(f"{modality}: {error}") from error
-        return normalize(found.float(), dim=-1)
+        return normalize(embedded.float(), dim=-1)
 
     def _batch(self, modality: str, views: list[list[View]]) -> Views:
         return self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))

@@ -65,15 +65,15 @@ class Plugins:
         Raises `PluginError`, which names the package, when one fails to import.
         """
         plugins = cls()
-        found: dict[tuple[str, str], importlib.metadata.EntryPoint] = {}
+        points: dict[tuple[str, str], importlib.metadata.EntryPoint] = {}
         for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-            found.setdefault((point.name, point.value), point)
-        packages = {key: point.dist.name if point.dist is not None else point.value for key, point in found.items()}
+            points.setdefault((point.name, point.value), point)
+        packages = {key: point.dist.name if point.dist is not None else point.value for key, point in points.items()}
         unwanted = {name.strip() for name in os.environ.get(WITHOUT, "").split(",")} - {""}
-        known = {name for name, _ in found} | set(packages.values())
-        for name in sorted(unwanted - known):
-            raise PluginError(f"--without {name}: no such plugin or package{did_you_mean(name, sorted(known))}")
-        for key, point in sorted(found.items()):
+        names = {name for name, _ in points} | set(packages.values())
+        for name in sorted(unwanted - names):
+            raise PluginError(f"--without {name}: no such plugin or package{did_you_mean(name, sorted(names))}")
+        for key, point in sorted(points.items()):
             package = packages[key]
             if point.name in unwanted or package in unwanted:
                 plugins.left_out[point.name] = package
@@ -136,8 +136,8 @@ class Registry:
     def discover(cls, plugins: Plugins | None = None) -> Registry:
         """The components of all installed plugins. Raises `PluginError` with the package's name."""
         plugins = plugins or Plugins.discover()
-        found = plugins.call("distill_components")
-        return cls((Entry(item, plugin, package) for plugin, package, item in found), plugins.left_out)
+        components = plugins.call("distill_components")
+        return cls((Entry(item, plugin, package) for plugin, package, item in components), plugins.left_out)
 
     @classmethod
     def of(cls, *modules: ModuleType | Any) -> Registry:

@@ -64,8 +64,8 @@ class Teacher(nn.Module):
             students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
         torch._foreach_lerp_(own, students, 1 - self.momentum(progress))
         for copied, module in self._pairs():
-            for mine, theirs in zip(copied.buffers(), module.buffers(), strict=True):
-                mine.copy_(theirs)
+            for copied_tensor, theirs in zip(copied.buffers(), module.buffers(), strict=True):
+                copied_tensor.copy_(theirs)
 
     @torch.no_grad()
     def start_from_student(self, keep: Collection[str]) -> None:
@@ -73,9 +73,9 @@ class Teacher(nn.Module):
         inside = {id(module): name for name, module in self.named_modules()}
         for copied, module in self._pairs():
             state = module.state_dict()
-            for name, mine in copied.state_dict().items():
+            for name, copied_tensor in copied.state_dict().items():
                 if f"{inside[id(copied)]}.{name}" not in keep:
-                    mine.copy_(state[name])
+                    copied_tensor.copy_(state[name])
 
     def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(own module, the student's)."""

@@ -1,4 +1,4 @@
-"""What `distill plugins` prints: components, and a component's options."""
+"""The output of `distill plugins`: components, and a component's options."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def options(config: type[BaseModel]) -> list[dict[str, Any]]:
 
 
 def type_name(annotation: Any) -> str:
-    """A type as a person writes it: `int`, `[float, float]`, `'a' | 'b'`."""
+    """A type in readable form: `int`, `[float, float]`, `'a' | 'b'`."""
     if annotation is None or annotation is type(None):
         return "null"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -73,10 +73,10 @@ def _entries(registry: Registry, name: str | None) -> list[Entry]:
     kinds = list(INTERFACES)
     if name is None:
         return sorted(registry.entries.values(), key=lambda entry: (kinds.index(entry.cls.kind), entry.cls.name))
-    found = registry.named(name)
-    if not found:
-        raise UserError(f"no component named {name!r}{did_you_mean(name, [known for _, known in registry.entries])}")
-    return found
+    entries = registry.named(name)
+    if not entries:
+        raise UserError(f"no component named {name!r}{did_you_mean(name, [other for _, other in registry.entries])}")
+    return entries
 
 
 def as_json(registry: Registry, name: str | None) -> str:
@@ -109,8 +109,8 @@ def print_all(registry: Registry) -> None:
         for kind, of_kind in groupby(rows, key=lambda row: row[0]):
             table.add_row(f"[bold]{kind}[/bold]")
             for _, name, package, text in of_kind:
-                whose = "" if package == project() else f" ({package})"
-                table.add_row(f"  {name}", escape(text + whose))
+                origin = "" if package == project() else f" ({package})"
+                table.add_row(f"  {name}", escape(text + origin))
         console.print(table, highlight=False, soft_wrap=False)
         return
     rows.insert(0, ("kind", "name", "package", ""))

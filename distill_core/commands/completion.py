@@ -1,5 +1,5 @@
-"""What the shell completes. Nothing here imports torch: component names and options come from a small file in the
-cache, which every command that loads the components anyway keeps up to date.
+"""Shell completion. Nothing here imports torch: component names and options come from a small cache file, which every
+command that loads the components updates.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """YAML files, here and one folder below, and the names of recipes that plugins bring."""
+    """YAML files in the current folder and one level below, and the names of recipes that plugins provide."""
     if has_magic(incomplete):
         return []
     return [
@@ -35,7 +35,7 @@ def recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list
 
 
 def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of recipes that plugins bring."""
+    """Names of recipes that plugins provide."""
     from distill_core.recipe.named import named_recipes
 
     with suppress(UserError):  # a plugin that is broken: the command says so
@@ -44,43 +44,43 @@ def recipe_names(ctx: click.Context, param: click.Parameter, incomplete: str) ->
 
 
 def run_folders(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Folders that hold a run, here and one folder below."""
+    """Run folders in the current folder and one level below."""
     if has_magic(incomplete):
         return []
-    found = {*glob(f"{incomplete}*/recipe.yaml"), *glob(f"{incomplete}*/*/recipe.yaml")}
-    return sorted(os.path.dirname(path) for path in found)
+    recipes = {*glob(f"{incomplete}*/recipe.yaml"), *glob(f"{incomplete}*/*/recipe.yaml")}
+    return sorted(os.path.dirname(path) for path in recipes)
 
 
 def checkpoints(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """`last`, `best` and the steps that the run has kept."""
-    folder = Path(_given(ctx) or ".", "checkpoints")
+    """`last`, `best` and the steps of the run's checkpoints."""
+    folder = Path(_first_argument(ctx) or ".", "checkpoints")
     steps = sorted(int(number) for path in folder.glob("step-*.pt") if (number := path.stem[5:]).isdecimal())
     best = ["best"] if (folder / "best.pt").is_file() else []
     return [name for name in ("last", *best, *map(str, steps)) if name.startswith(incomplete)]
 
 
 def components(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of components."""
-    return sorted(name for name in _remembered()["options"] if name.startswith(incomplete))
+    """Names of components, for `distill plugins`."""
+    return sorted(name for name in _read_cache()["options"] if name.startswith(incomplete))
 
 
 def set_paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     """Paths of `--set`: a recipe's own, its components' options, and the sections'."""
     if "=" in incomplete:
         return []
-    known = _remembered()
-    found = set(known["sections"])
-    if (given := _given(ctx)) is not None:
+    cached = _read_cache()
+    paths = set(cached["sections"])
+    if (argument := _first_argument(ctx)) is not None:
         from distill_core.recipe.document import read_document
         from distill_core.recipe.named import recipe_file
 
         with suppress(OSError, UnicodeDecodeError, UserError):  # a recipe that is being written has nothing to offer
-            file = Path(given, "recipe.yaml") if Path(given).is_dir() else recipe_file(given)
-            found |= set(_paths(read_document(file.read_text(encoding="utf-8"), str(file)).data, known["options"]))
-    return sorted(path for path in found if path.startswith(incomplete))
+            file = Path(argument, "recipe.yaml") if Path(argument).is_dir() else recipe_file(argument)
+            paths |= set(_paths(read_document(file.read_text(encoding="utf-8"), str(file)).data, cached["options"]))
+    return sorted(path for path in paths if path.startswith(incomplete))
 
 
-def _given(ctx: click.Context) -> str | None:
+def _first_argument(ctx: click.Context) -> str | None:
     """The recipe or run folder of the command line so far: the command's first argument."""
     for parameter in ctx.command.params:
         if parameter.param_type_name == "argument" and (value := ctx.params.get(parameter.name or "")):
@@ -89,39 +89,39 @@ def _given(ctx: click.Context) -> str | None:
     return ctx.args[0] if ctx.args else None
 
 
-def _paths(node: Any, options: dict[str, list[str]], above: str = "") -> Iterator[str]:
+def _paths(node: Any, options: dict[str, list[str]], prefix: str = "") -> Iterator[str]:
     if isinstance(node, dict):
-        more = options.get(node["name"], []) if isinstance(node.get("name"), str) and above else []
-        below = {**dict.fromkeys(more), **{str(key): value for key, value in node.items()}}
+        names = options.get(node["name"], []) if isinstance(node.get("name"), str) and prefix else []
+        children = {**dict.fromkeys(names), **{str(key): value for key, value in node.items()}}
     elif isinstance(node, list):
-        below = {str(i): value for i, value in enumerate(node) if isinstance(value, dict | str)}
+        children = {str(i): value for i, value in enumerate(node) if isinstance(value, dict | str)}
     else:
         return
-    for key, value in below.items():
-        yield above + key
-        yield from _paths(value, options, f"{above}{key}.")
+    for key, value in children.items():
+        yield prefix + key
+        yield from _paths(value, options, f"{prefix}{key}.")
 
 
-def remember(registry: Registry) -> None:
-    """Keep the names of components and options for `components` and `set_paths`; only where they have changed."""
+def update_cache(registry: Registry) -> None:
+    """Write the names of components and options for `components` and `set_paths` to the cache, if they have changed."""
     from pydantic import BaseModel
 
     from distill_core.recipe.sections import Recipe
 
-    def paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    def paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for name, field in model.model_fields.items():
-            yield above + (field.alias or name)
+            yield prefix + (field.alias or name)
             for inner in (field.annotation, *typing.get_args(field.annotation)):
                 if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    yield from paths(inner, f"{above}{name}.")
+                    yield from paths(inner, f"{prefix}{name}.")
 
     options: dict[str, set[str]] = {}
     for entry in registry.entries.values():
         fields = entry.cls.Config.model_fields
         options.setdefault(entry.cls.name, set()).update(field.alias or name for name, field in fields.items())
-    known = {"options": {name: sorted(names) for name, names in options.items()}, "sections": [*paths(Recipe)]}
-    text, file = json.dumps(known, sort_keys=True), _file()
-    with suppress(OSError):  # a cache that cannot be written to must not keep anybody from training
+    content = {"options": {name: sorted(names) for name, names in options.items()}, "sections": [*paths(Recipe)]}
+    text, file = json.dumps(content, sort_keys=True), _file()
+    with suppress(OSError):  # an unwritable cache must not prevent training
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -131,13 +131,13 @@ def remember(registry: Registry) -> None:
 
 
 def _file() -> Path:
-    """One a Python installation: another has other plugins."""
+    """The cache file; one per Python installation, since each has its own plugins."""
     return cache_folder() / f"completion-{blake2b(sys.prefix.encode(), digest_size=6).hexdigest()}.json"
 
 
-def _remembered() -> dict[str, Any]:
+def _read_cache() -> dict[str, Any]:
     try:
-        known: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
-        return {"options": known["options"], "sections": known["sections"]}
-    except (OSError, ValueError, KeyError, TypeError):  # nothing has been loaded yet here
+        cached: dict[str, Any] = json.loads(_file().read_text(encoding="utf-8"))
+        return {"options": cached["options"], "sections": cached["sections"]}
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet
         return {"options": {}, "sections": []}

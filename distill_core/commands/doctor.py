@@ -1,6 +1,6 @@
-"""What `distill doctor` says: what this machine and installation are, and what is wrong with them.
+"""`distill doctor`: describes this machine and installation, and reports problems.
 
-Core tells of itself; plugins tell of theirs through the hook `distill_diagnostics`.
+Plugins add their own diagnostics through the hook `distill_diagnostics`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def diagnose(runs: Path) -> Iterator[Diagnostic]:
-    """Everything, section by section. Imports torch; trains, reads and writes nothing."""
+    """All diagnostics, section by section. Imports torch; reads no data and writes nothing."""
     yield from _versions()
     yield from _device()
-    yield from _plugins_and_theirs()
+    yield from _plugins()
     yield from _disk(runs)
 
 
@@ -41,7 +41,7 @@ def _versions() -> Iterator[Diagnostic]:
 
 
 def _device() -> Iterator[Diagnostic]:
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as records:
         warnings.simplefilter("always")
         try:
             import torch
@@ -63,11 +63,13 @@ def _device() -> Iterator[Diagnostic]:
         )
         if cuda:
             for i in range(torch.cuda.device_count()):
-                known = torch.cuda.get_device_properties(i)
+                properties = torch.cuda.get_device_properties(i)
                 bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
-                memory = f"{known.total_memory / 1e9:.0f} GB"
+                memory = f"{properties.total_memory / 1e9:.0f} GB"
                 yield Diagnostic(
-                    "device", f"cuda:{i}", f"{known.name}, {memory}, sm_{known.major}{known.minor}, {bf16}"
+                    "device",
+                    f"cuda:{i}",
+                    f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}, {bf16}",
                 )
         else:
             built = torch.version.cuda or torch.version.hip
@@ -75,16 +77,16 @@ def _device() -> Iterator[Diagnostic]:
                 "device", "cuda", f"none: {'torch sees no GPU' if built else 'this torch is built for the CPU alone'}"
             )
         if torch.distributed.is_available():
-            have = [b for b in ("gloo", "nccl") if getattr(torch.distributed, f"is_{b}_available")()]
-            yield Diagnostic("device", "torch.distributed", ", ".join(have) or "no backend")
+            backends = [b for b in ("gloo", "nccl") if getattr(torch.distributed, f"is_{b}_available")()]
+            yield Diagnostic("device", "torch.distributed", ", ".join(backends) or "no backend")
         else:
             yield Diagnostic("device", "torch.distributed", "no", "runs on one process only: torch is built without it")
-    for warning in dict.fromkeys(str(w.message) for w in caught):
+    for warning in dict.fromkeys(str(w.message) for w in records):
         yield Diagnostic("device", "torch", "warns", warning)
 
 
-def _plugins_and_theirs() -> Iterator[Diagnostic]:
-    """Each plugin with its package, and what the plugins say themselves."""
+def _plugins() -> Iterator[Diagnostic]:
+    """Each plugin with its package, and the diagnostics that plugins provide."""
     from distill_core import API_VERSION
     from distill_core.registry import Plugins, Registry
 
@@ -110,15 +112,15 @@ def _plugins_and_theirs() -> Iterator[Diagnostic]:
         yield Diagnostic("plugins", name, f"{package} {release}, hooks of version {API_VERSION}{many}")
     if problem is not None:
         yield Diagnostic("plugins", "-", "cannot be used", problem, broken=True)
-    yield from _theirs(plugins)
+    yield from _plugin_diagnostics(plugins)
 
 
-def _theirs(plugins: Plugins) -> Iterator[Diagnostic]:
+def _plugin_diagnostics(plugins: Plugins) -> Iterator[Diagnostic]:
     for implementation in plugins.manager.hook.distill_diagnostics.get_hookimpls():
         try:
-            said: Any = implementation.function()
-            yield from said
-        except Exception as error:  # the others are to be heard nevertheless
+            rows: Any = implementation.function()
+            yield from rows
+        except Exception as error:  # must not hide the other plugins' diagnostics
             name = implementation.plugin_name
             why = f"{type(error).__name__}: {error}. Repair or uninstall {plugins.packages[name]}."
             yield Diagnostic("plugins", name, "its diagnostics fail", why)
@@ -130,28 +132,28 @@ def _disk(runs: Path) -> Iterator[Diagnostic]:
     for name, folder in (("runs", runs), ("cache", cache_folder())):
         free = free_at(folder)
         low = f"less than 2 GB are free: checkpoints of {folder} may not fit" if free < 2e9 else ""
-        held = in_words(size_of(folder)) if folder.is_dir() else "not there yet"
-        yield Diagnostic("disk", name, f"{folder}: {held}, {in_words(free)} free", low)
-        above = folder
-        while not above.exists() and above != above.parent:
-            above = above.parent
-        if not os.access(above, os.W_OK):
-            yield Diagnostic("disk", name, f"{above}: read-only", "cannot be written to; choose another place")
+        used = in_words(size_of(folder)) if folder.is_dir() else "does not exist yet"
+        yield Diagnostic("disk", name, f"{folder}: {used}, {in_words(free)} free", low)
+        parent = folder
+        while not parent.exists() and parent != parent.parent:
+            parent = parent.parent
+        if not os.access(parent, os.W_OK):
+            yield Diagnostic("disk", name, f"{parent}: read-only", "cannot be written to; choose another place")
 
 
-def as_json(found: list[Diagnostic]) -> str:
-    """A list of objects, in order."""
-    return json.dumps([asdict(row) for row in found], indent=1)
+def as_json(rows: list[Diagnostic]) -> str:
+    """The diagnostics as a JSON list of objects, in order."""
+    return json.dumps([asdict(row) for row in rows], indent=1)
 
 
-def print_all(found: list[Diagnostic]) -> None:
+def print_all(rows: list[Diagnostic]) -> None:
     """Sections with aligned names. A terminal wraps long values below themselves; piped, each is one line."""
     from rich.console import Console
 
     console = Console(soft_wrap=True)
-    indent = max(len(row.name) for row in found) + 4
+    indent = max(len(row.name) for row in rows) + 4
     section = None
-    for row in found:
+    for row in rows:
         if row.section != section:
             console.print(row.section, style="bold", markup=False, highlight=False)
             section = row.section

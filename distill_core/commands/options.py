@@ -13,7 +13,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def without_option(command: Command) -> Command:
-    """Adds the option to a command (or group), for its help: the command line has read it before (`named_without`)."""
+    """Add `--without` to the help of a command or group; its value is read earlier, by `named_without`."""
     return click.option(
         "--without",
         multiple=True,
@@ -24,7 +24,7 @@ def without_option(command: Command) -> Command:
 
 
 def named_without(arguments: Sequence[str]) -> Iterator[str]:
-    """The plugins and packages that a command line leaves out, wherever in it that stands."""
+    """The plugins and packages that `--without` names anywhere on a command line."""
     for argument, following in pairwise([*arguments, ""]):
         if argument == "--":
             return
@@ -35,14 +35,14 @@ def named_without(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def leave_out(context: click.Context, names: Iterator[str]) -> None:
-    """Leave plugins out until the command is done."""
+    """Leave plugins out until the command ends."""
     from distill_core.registry import WITHOUT
 
-    before = os.environ.get(WITHOUT)
-    chosen = [*([before] if before else []), *names]
-    if chosen:
-        os.environ[WITHOUT] = ",".join(chosen)
-        context.call_on_close(lambda: _restore(WITHOUT, before))
+    previous = os.environ.get(WITHOUT)
+    left_out = [*([previous] if previous else []), *names]
+    if left_out:
+        os.environ[WITHOUT] = ",".join(left_out)
+        context.call_on_close(lambda: _restore(WITHOUT, previous))
 
 
 def _restore(name: str, value: str | None) -> None:

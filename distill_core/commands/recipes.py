@@ -1,4 +1,4 @@
-"""`distill recipes`: what recipes there are, and copies of them."""
+"""`distill recipes`: lists recipes, and copies them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from distill_core.commands.options import without_option
 @click.pass_context
 @without_option
 def recipes(ctx: click.Context, as_json: bool) -> None:
-    """List the recipes and studies that plugins bring; every command that takes a recipe takes their names.
+    """List the recipes and studies of the installed plugins. Every command that takes a recipe accepts their names.
 
-    A file of this name (NAME, or NAME.yaml in the current folder) wins over a name.
+    A file NAME or NAME.yaml in the current folder takes precedence over the recipe of that name.
     """
     if ctx.invoked_subcommand is not None:
         return
     from distill_core.recipe.named import named_recipes
 
-    known = named_recipes().values()
+    entries = named_recipes().values()
     if as_json:
         import json
 
         fields = ("name", "folder", "package", "about")
-        rows = [{"path": str(recipe.path), **{key: getattr(recipe, key) for key in fields}} for recipe in known]
+        rows = [{"path": str(recipe.path), **{key: getattr(recipe, key) for key in fields}} for recipe in entries]
         click.echo(json.dumps(rows, indent=1))
         return
-    width = max((len(recipe.name) for recipe in known), default=0)
+    width = max((len(recipe.name) for recipe in entries), default=0)
     folder = ""
-    for recipe in known:
+    for recipe in entries:
         if recipe.folder != folder:
             folder = recipe.folder
             click.echo(f"\n{folder}/")
@@ -42,7 +42,7 @@ def recipes(ctx: click.Context, as_json: bool) -> None:
 @click.argument("name", shell_complete=completion.recipe_names)
 @click.argument("file")
 def copy_recipe(name: str, file: str) -> None:
-    """Write the recipe NAME to the new FILE (or into a folder), to change it."""
+    """Copy the recipe NAME to a new FILE (or into a folder), for you to change."""
     from pathlib import Path
 
     from distill_core.recipe import named as named_recipes

@@ -23,43 +23,43 @@ from distill_core.train import Result, Trainer
 
 
 def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
-    """Train in a new folder of `runs`, or in the one that an earlier attempt of the same launch has begun."""
+    """Train in a new folder of `runs`, or in the one of an earlier attempt of the same launch."""
     distributed.start(resolve_device(recipe.train.device))
-    begun = created = None
+    previous = new = None
     if distributed.rank() == 0:
         launch = distributed.launch()
         if launch is not None and distributed.restarted():
-            begun = RunFolder.of_launch(runs, recipe, launch)
-        if begun is None:
-            created = RunFolder.create(runs, recipe, launch)
-    saved = begun is not None and bool(Checkpoints(begun.path).steps())
-    if begun is not None:
-        click.echo(f"{begun.path}: restarted by torchrun, so this run is continued", err=True)
+            previous = RunFolder.of_launch(runs, recipe, launch)
+        if previous is None:
+            new = RunFolder.create(runs, recipe, launch)
+    saved = previous is not None and bool(Checkpoints(previous.path).steps())
+    if previous is not None:
+        click.echo(f"{previous.path}: restarted by torchrun, so this run is continued", err=True)
         if not saved:
-            begun.rewind(0, 0)
+            previous.rewind(0, 0)
     # one folder for all ranks
-    folder, saved = distributed.gather_objects((begun or created, saved))[0]
+    folder, saved = distributed.gather_objects((previous or new, saved))[0]
     if saved:
         resume(folder.path, "last", registry, quiet=quiet)
         return
-    if created is not None and created.path.name != recipe.name:
-        click.echo(f"{runs / recipe.name} exists; this run is {created.path}", err=True)
+    if new is not None and new.path.name != recipe.name:
+        click.echo(f"{runs / recipe.name} exists; this run is {new.path}", err=True)
     trainer = None
     try:
         trainer = Trainer(recipe, folder, quiet=quiet)
         result = trainer.run()
     except BaseException:
-        if created is not None and (trainer is None or trainer.state.step == 0):
-            _remove_empty(created.path)
+        if new is not None and (trainer is None or trainer.state.step == 0):
+            _remove_empty(new.path)
         raise
-    _end(result)
+    _finish(result)
 
 
 def resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -> None:
-    """Continue a run; one that is finished and scored is left as it is."""
+    """Continue a run; one that is finished and scored is left unchanged."""
     recipe = run_recipe(folder, registry)
     report = read_report(folder)
-    # a task that failed is tried again; steps that the recipe asks for since, or whose checkpoint is gone, are made
+    # otherwise it continues: a task failed, the recipe asks for more steps by now, or the last checkpoint is gone
     if checkpoint == "last" and report is not None and not report.get("failed"):
         steps: int = report["steps"]
         if recipe.train.steps in (None, steps) and Checkpoints(folder).steps()[-1:] == [steps]:
@@ -67,7 +67,7 @@ def resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) ->
                 scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
                 click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
             return
-    _end(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
+    _finish(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
 
 
 def _remove_empty(folder: Path) -> None:
@@ -76,10 +76,10 @@ def _remove_empty(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(result: Result) -> None:
+def _finish(result: Result) -> None:
     rank = distributed.rank()
     if result.signal is None:
-        distributed.barrier()  # one that left while the first still wrote was seen to abort
+        distributed.barrier()  # a rank that left while rank 0 was still writing was seen to abort
     distributed.stop()
     if result.signal is not None:
         sys.exit(128 + result.signal)

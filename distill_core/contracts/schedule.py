@@ -41,8 +41,8 @@ class WarmupCosine(Schedule):
 
     def factor(self, step: int, steps: int) -> float:
         """The warm-up takes the peak at its last step, the cosine would reach `final` at `steps`."""
-        given = self.config.warmup
-        warmup = round(given * steps) if given < 1 else int(given)
+        warmup_option = self.config.warmup
+        warmup = round(warmup_option * steps) if warmup_option < 1 else int(warmup_option)
         if step < warmup:
             return (step + 1) / warmup
         done = (step - warmup) / max(steps - warmup, 1)

@@ -78,8 +78,8 @@ class Slot(Generic[C]):
         self.place = place
 
     def __eq__(self, other: object) -> bool:
-        mine = (self.cls, self.config, self.id)
-        return isinstance(other, Slot) and mine == (other.cls, other.config, other.id)
+        identity = (self.cls, self.config, self.id)
+        return isinstance(other, Slot) and identity == (other.cls, other.config, other.id)
 
     def __repr__(self) -> str:
         return f"Slot({self.cls.name!r}, {self.config!r}, id={self.id!r}, place={self.path!r})"

@@ -72,49 +72,51 @@ class StateDictLoader(WeightLoader):
     def apply(self, objective: Any) -> LoadReport:
         """Raises `UserError` with the keys that are missing, unknown or of a wrong shape; loads nothing then."""
         source, to = self.config.source, self.config.to
-        state, is_run, said = self._read(Path(source))
+        state, is_run, remarks = self._read(Path(source))
         prefix = self.config.prefix if self.config.prefix is not None else (to if is_run else "")
         start = f"{prefix}." if prefix else ""
-        own = objective.state_dict()
+        model_state = objective.state_dict()
         inside = f"{to}." if to else ""
-        wanted = {name for name in own if name.startswith(inside) and not (not to and name.startswith("teacher."))}
-        given = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
+        expected = {
+            name for name in model_state if name.startswith(inside) and not (not to and name.startswith("teacher."))
+        }
+        loaded = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
         if not to:
-            wanted |= {name for name in given if name.startswith("teacher.") and name in own}
+            expected |= {name for name in loaded if name.startswith("teacher.") and name in model_state}
         shapes = [
-            f"{name}: shape {list(given[name].shape)}, this model has {list(own[name].shape)}"
-            for name in sorted(wanted & set(given))
-            if given[name].shape != own[name].shape
+            f"{name}: shape {list(loaded[name].shape)}, this model has {list(model_state[name].shape)}"
+            for name in sorted(expected & set(loaded))
+            if loaded[name].shape != model_state[name].shape
         ]
-        missing = [f"{name}: missing" for name in sorted(wanted - set(given))]
-        unknown = [f"{name}: not in this model" for name in sorted(set(given) - wanted)]
+        missing = [f"{name}: missing" for name in sorted(expected - set(loaded))]
+        unknown = [f"{name}: not in this model" for name in sorted(set(loaded) - expected)]
         # some of each kind: a wrong prefix shows in what is missing beside what is unknown
         wrong = _some(shapes) + (_some(missing) + _some(unknown) if self.config.strict else [])
-        if not wanted:
+        if not expected:
             wrong = [f"{to!r} names no part of the model"]
         if wrong:
             raise UserError(f"weights: {source} does not fit:\n  " + "\n  ".join(wrong))
-        taken = wanted & set(given)
-        objective.load_state_dict({name: given[name] for name in taken}, strict=False)
-        if wanted - taken:
-            said = [*said, f"{len(wanted - taken)} of this model keep their first weights"]
-        line = "; ".join([f"{source}: {len(taken)} tensors into {to or 'the model'}", *said])
-        return LoadReport(line, frozenset(taken))
+        names = expected & set(loaded)
+        objective.load_state_dict({name: loaded[name] for name in names}, strict=False)
+        if expected - names:
+            remarks = [*remarks, f"{len(expected - names)} of this model keep their first weights"]
+        line = "; ".join([f"{source}: {len(names)} tensors into {to or 'the model'}", *remarks])
+        return LoadReport(line, frozenset(names))
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], bool, list[str]]:
         """(state dict, whether it is a run's, what to tell of the file)."""
         if (path / "recipe.yaml").is_file():
             if self.config.key is not None:
                 raise UserError(f"weights: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
-            said: list[str] = []
-            return Checkpoints(path).load(self.config.checkpoint, said.append).state["objective"], True, said
+            remarks: list[str] = []
+            return Checkpoints(path).load(self.config.checkpoint, remarks.append).state["objective"], True, remarks
         if not path.is_file():
             raise UserError(f"weights: {path}: no such file or run folder")
-        found = read_tensors(path)
-        if self.config.key is None and isinstance(found, dict) and "objective" in found and "version" in found:
+        content = read_tensors(path)
+        if self.config.key is None and isinstance(content, dict) and "objective" in content and "version" in content:
             return read_checkpoint(path)["objective"], True, []  # once more, against its digest
-        state, said = choose(found, path, self.config.key)
-        return state, False, said
+        state, remarks = choose(content, path, self.config.key)
+        return state, False, remarks
 
 
 def _some(lines: list[str], most: int = 4) -> list[str]:

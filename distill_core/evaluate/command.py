@@ -13,7 +13,7 @@ import click
 from distill_core.errors import UserError, counted, warn
 from distill_core.evaluate.cache import EmbeddingCache, identities
 from distill_core.evaluate.pictures import write_pictures
-from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.evaluate.run import EvaluationResult, evaluate
 from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import Override
 from distill_core.recipe.sections import Recipe
@@ -47,7 +47,7 @@ def score(
 
     Raises `UserError` at the end if a task failed.
     """
-    folder, checkpoint = where(run, checkpoint)
+    folder, checkpoint = locate_checkpoint(run, checkpoint)
     recipe = _recipe(folder, registry, split, tasks, overrides)
     device = distributed.start(resolve_device(recipe.train.device))
     first = distributed.rank() == 0
@@ -55,15 +55,15 @@ def score(
     set_threads(recipe.train.threads, 0, device)
     if device.type == "cpu":
         keep_freed_memory()
-    # by one rank, once: where the run still trains, others might find another file of the same name
+    # by one rank, once: while the run still trains, other ranks might read another file of the same name
     loaded = distributed.raise_on_all_ranks(lambda: Checkpoints(folder).load(checkpoint) if first else None)
     objective = build_objective(recipe)
 
-    def fill() -> None:
+    def load() -> None:
         if loaded is not None:
             load_into(objective, loaded.state["objective"], str(folder))
 
-    distributed.raise_on_all_ranks(fill)
+    distributed.raise_on_all_ranks(load)
     file, digest, step = distributed.gather_objects(loaded and (loaded.path, loaded.digest, loaded.state["step"]))[0]
     objective.to(device)
     distributed.broadcast(objective)
@@ -71,10 +71,10 @@ def score(
     source = (recipe.evaluate.source or recipe.data.source).build()
     if any(task.config.source is None for task in recipe.evaluate.tasks):
         source.prepare()
-    kept = None
+    embeddings = None
     if cache:
-        whose = identities(recipe.to_dict(), models, file.name, digest)
-        kept = EmbeddingCache(folder / "embeddings", whose, warn)
+        identify = identities(recipe.to_dict(), models, file.name, digest)
+        embeddings = EmbeddingCache(folder / "embeddings", identify, warn)
     with Scoring(quiet=quiet or as_json or not first) as display:
         evaluated = evaluate(
             recipe,
@@ -83,21 +83,21 @@ def score(
             recipe.evaluate.split,
             display.doing,
             SHOWN if pictures and first else 0,
-            cache=kept,
+            cache=embeddings,
             watch=display.watch,
         )
     distributed.stop()
     if first:
-        _tell(folder, recipe, evaluated, step, checkpoint, full, pictures, as_json, overrides)
+        _print_results(folder, recipe, evaluated, step, checkpoint, full, pictures, as_json, overrides)
 
 
-def where(run: str, checkpoint: str) -> tuple[Path, str]:
+def locate_checkpoint(run: str, checkpoint: str) -> tuple[Path, str]:
     """The run folder and the checkpoint's name, from a folder or a file RUN/checkpoints/NAME.pt. Raises `UserError`."""
     path = Path(run)
     if path.suffix != ".pt":
         return path, checkpoint
     if checkpoint != "last":
-        raise UserError(f"{run}: is a checkpoint already; leave out --checkpoint")
+        raise UserError(f"{run}: is already a checkpoint; omit --checkpoint")
     if path.parent.name != "checkpoints":
         raise UserError(f"{run}: a checkpoint is scored with its run's recipe: name it as RUN/checkpoints/{path.name}")
     name = path.stem.removeprefix("step-")
@@ -111,16 +111,16 @@ def _recipe(
     if split:
         changes.append((f"evaluate.split={split}", "--split"))
     if tasks:
-        known = {node.id: node for node in run_recipe(folder, registry, overrides).evaluate.tasks}
-        chosen = [json.dumps(known[task].dump()) if task in known else task for task in tasks]
+        by_id = {node.id: node for node in run_recipe(folder, registry, overrides).evaluate.tasks}
+        chosen = [json.dumps(by_id[task].dump()) if task in by_id else task for task in tasks]
         changes.append((f"evaluate.tasks=[{', '.join(chosen)}]", "--task"))
     return run_recipe(folder, registry, changes)
 
 
-def _tell(
+def _print_results(
     folder: Path,
     recipe: Recipe,
-    evaluated: Evaluated,
+    evaluated: EvaluationResult,
     step: int,
     checkpoint: str,
     full: bool,
@@ -129,17 +129,17 @@ def _tell(
     overrides: Sequence[str],
 ) -> None:
     split, lines = recipe.evaluate.split, []
-    kept = _keep(folder, recipe, evaluated, step, overrides) if evaluated.scores else ""
+    file = _save(folder, recipe, evaluated, step, overrides) if evaluated.scores else ""
     if pictures:
-        drawn = write_pictures(Path(pictures), evaluated.media)
-        lines.append(f"{counted(len(drawn), 'picture')}: {pictures}")
+        files = write_pictures(Path(pictures), evaluated.media)
+        lines.append(f"{counted(len(files), 'picture')}: {pictures}")
         if evaluated.no_media is not None:
             warn(f"not all pictures could be made: {type(evaluated.no_media).__name__}: {evaluated.no_media}")
     if as_json:
         click.echo(json.dumps([asdict(score) for score in evaluated.scores], indent=1))
     elif evaluated.scores:
         title = f"{folder.name} ({checkpoint}) on {split}"
-        print_scores(evaluated.scores, title, lines, notes=evaluated.notes, file=kept, full=full)
+        print_scores(evaluated.scores, title, lines, notes=evaluated.notes, file=file, full=full)
     for line in evaluated.warnings:
         warn(line)
     for skipped in evaluated.skipped[:5]:
@@ -150,8 +150,8 @@ def _tell(
         raise UserError("\n".join(evaluated.failed) or "nothing to score: the recipe has no task in `evaluate`")
 
 
-def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrides: Sequence[str]) -> str:
-    """Scores, tasks and skipped samples as RUN/evaluations/STEP-SPLIT-DIGEST.json; the same question has one file.
+def _save(folder: Path, recipe: Recipe, evaluated: EvaluationResult, step: int, overrides: Sequence[str]) -> str:
+    """Scores, tasks and skipped samples as RUN/evaluations/STEP-SPLIT-DIGEST.json; a repeated one replaces its file.
 
     The digest is that of the whole recipe with its overrides: each may change what is scored, or how.
     """
@@ -164,14 +164,14 @@ def _keep(folder: Path, recipe: Recipe, evaluated: Evaluated, step: int, overrid
         "scores": [asdict(score) for score in evaluated.scores],
         "notes": evaluated.notes,
         "failed": evaluated.failed,
-        "skipped": [{"key": one.key, "url": one.url, "reason": one.reason} for one in evaluated.skipped],
+        "skipped": [{"key": sample.key, "url": sample.url, "reason": sample.reason} for sample in evaluated.skipped],
     }
-    asked = blake2b(json.dumps([tasks, recipe.to_dict()]).encode(), digest_size=4).hexdigest()
-    path = folder / "evaluations" / f"{step:08d}-{recipe.evaluate.split}-{asked}.json"
+    digest = blake2b(json.dumps([tasks, recipe.to_dict()]).encode(), digest_size=4).hexdigest()
+    path = folder / "evaluations" / f"{step:08d}-{recipe.evaluate.split}-{digest}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         write_whole(path, json.dumps(document, indent=1))
     except OSError as error:  # a run folder of somebody else's can be scored all the same
-        warn(f"{cannot_write(path, error)}: scores are not kept")
-        return "not kept"
+        warn(f"{cannot_write(path, error)}: scores are not saved")
+        return "not saved"
     return str(path)

@@ -27,7 +27,7 @@ NAMED = 8
 
 
 @dataclass
-class Evaluated:
+class EvaluationResult:
     """Scores, a line for each task that failed, and the samples that could not be read."""
 
     scores: list[TaskScore] = field(default_factory=list)
@@ -36,14 +36,14 @@ class Evaluated:
     failed: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    """What makes scores say less than they seem to, a line each."""
+    """Reasons to trust the scores less, a line each."""
     media: list[Media] = field(default_factory=list)
     no_media: Exception | None = None
     """Why there are no (more) images: a task failed to make them. Its scores are unaffected."""
 
     @property
     def values(self) -> dict[str, float]:
-        """address -> value."""
+        """Each score's value by its address, SIDE/TASK/SET/NAME."""
         return {score.address: score.value for score in self.scores}
 
 
@@ -57,29 +57,29 @@ def evaluate(
     *,
     cache: EmbeddingCache | None = None,
     watch: Watch | None = None,
-) -> Evaluated:
-    """Score every model on every task. A task that fails leaves the scores of the others as they are.
+) -> EvaluationResult:
+    """Score every model on every task. A task that fails does not affect the scores of the others.
 
-    A task with a `source` of its own is scored on that. While training it is left out where that has no such split.
-    A teacher with fewer modalities than the student is scored by the tasks that do without the others, which is said.
-    `media` asks each task for pictures of about so many samples. `watch` sees the samples as they are encoded.
+    A task with its own `source` is scored on that; during training it is skipped if that source has no such split.
+    A teacher with fewer modalities than the student is scored by the tasks that do not need the others, with a warning.
+    `media` is the approximate number of samples that each task draws; `watch` sees the samples as they are encoded.
     """
-    result = Evaluated()
-    scored = [
-        node for node in recipe.evaluate.tasks if split == recipe.evaluate.split or _has(node.config.source, split)
+    result = EvaluationResult()
+    nodes = [
+        node for node in recipe.evaluate.tasks if split == recipe.evaluate.split or _may_have(node.config.source, split)
     ]
-    opened = _Opened(source, cache, watch)
-    left_out: dict[str, list[str]] = {}
-    for node in scored:
+    open_sets = _OpenSets(source, cache, watch)
+    unscorable: dict[str, list[str]] = {}
+    for node in nodes:
         try:
-            sets = opened.sets(node.config.source, split)
+            sets = open_sets.sets(node.config.source, split)
         except DataError as error:
             result.failed += [line for line in str(error).splitlines() if line not in result.failed]
             continue
         task = node.build()
         for side, model in models.items():
             if not _scorable(node, recipe, model):
-                left_out.setdefault(side, []).append(node.id)
+                unscorable.setdefault(side, []).append(node.id)
                 continue
             progress(f"{node.id} ({side}, {split})")
             try:
@@ -89,23 +89,23 @@ def evaluate(
                 break
             result.scores += [TaskScore(**asdict(score), side=side, task=node.id) for score in scores]
             if any(score.set is None for score in scores):
-                words = (task.note(), _means_of([samples.name for samples in sets]))
-                if note := "; ".join(filter(None, words)):
+                parts = (task.note(), _means_of([samples.name for samples in sets]))
+                if note := "; ".join(filter(None, parts)):
                     result.notes[node.id] = note
             if media and result.no_media is None:
                 try:
-                    with _alone(opened.all()):
-                        made = list(task.media(model, sets, media))
+                    with _alone(open_sets.all()):
+                        items = list(task.media(model, sets, media))
                 except Exception as error:
                     result.no_media = error
                     continue
                 result.media += [
                     replace(item, name=f"{node.id}/{item.name}", context={"model": side, **item.context})
-                    for item in made
+                    for item in items
                 ]
-    result.skipped = [skipped for samples in opened.all() for skipped in samples.skipped.values()]
-    result.warnings = list(dict.fromkeys(line for samples in opened.all() for line in samples.warnings))
-    for side, ids in left_out.items():
+    result.skipped = [skipped for samples in open_sets.all() for skipped in samples.skipped.values()]
+    result.warnings = list(dict.fromkeys(line for samples in open_sets.all() for line in samples.warnings))
+    for side, ids in unscorable.items():
         missing = ", ".join(name for name in recipe.backbone if name not in models[side].modalities)
         result.warnings.append(f"the {side} has no {missing}, so {', '.join(ids)} cannot score it")
     return result
@@ -113,82 +113,84 @@ def evaluate(
 
 def _scorable(node: Slot[Task], recipe: Recipe, model: Model) -> bool:
     """Whether a task needs no other modalities than this side has."""
-    own = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
-    if len(own) == len(recipe.plan.modalities):
+    modalities = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
+    if len(modalities) == len(recipe.plan.modalities):
         return True
     try:
-        wanted = node.cls.needs(node.config, recipe.plan).named
-        return wanted <= own.keys() and not list(node.cls.problems(node.config, replace(recipe.plan, modalities=own)))
+        needed = node.cls.needs(node.config, recipe.plan).named
+        return needed <= modalities.keys() and not list(
+            node.cls.problems(node.config, replace(recipe.plan, modalities=modalities))
+        )
     except MissingModality:
         return False
 
 
 def _run(task: Task, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
-    """Its scores. Raises `UserError` on every rank: a rank that failed alone would start the next task alone."""
+    """The task's scores. Raises `UserError` on every rank: a rank that failed alone would start the next task alone."""
 
     def scores() -> list[Score]:
-        found = task.run(model, sets)
-        counts = Counter(f"{score.set}/{score.name}" if score.set is not None else score.name for score in found)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise DataError(f"two scores have one name: {', '.join(twice)}; rename one, or the set")
-        return found
+        result = task.run(model, sets)
+        counts = Counter(f"{score.set}/{score.name}" if score.set is not None else score.name for score in result)
+        if duplicates := [name for name, count in counts.items() if count > 1]:
+            raise DataError(f"two scores have one name: {', '.join(duplicates)}; rename one, or the set")
+        return result
 
     return distributed.raise_on_all_ranks(scores)
 
 
 def _means_of(names: Sequence[str]) -> str:
-    """Which sets the means are of: data may have fewer of them here than elsewhere."""
+    """Which sets the means cover: there may be fewer of them on this machine than elsewhere."""
     if len(names) < 2:
         return ""
-    some = ", ".join(names[:NAMED])
-    return f"means of {len(names)} sets: {some}{', ...' if len(names) > NAMED else ''}"
+    listed = ", ".join(names[:NAMED])
+    return f"means of {len(names)} sets: {listed}{', ...' if len(names) > NAMED else ''}"
 
 
-def _has(source: Slot[DataSource] | None, split: str) -> bool:
+def _may_have(source: Slot[DataSource] | None, split: str) -> bool:
     """Whether a task's own source may have this split; the shared source is checked with the recipe."""
     splits = source.cls.splits(source.config) if source else None
     return splits is None or split in splits
 
 
-class _Opened:
+class _OpenSets:
     """The sets of each source and split, opened once: tasks share their embeddings."""
 
     def __init__(self, shared: DataSource, cache: EmbeddingCache | None, watch: Watch | None) -> None:
         self.shared, self.cache, self.watch = shared, cache, watch
-        self._found: dict[tuple[str, str], list[EvaluationSet] | DataError] = {}
+        self._sets: dict[tuple[str, str], list[EvaluationSet] | DataError] = {}
 
-    def sets(self, own: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
-        """The split's sets. Raises `DataError` on every rank, with all that is wrong on any."""
-        key = (json.dumps(own.dump(), sort_keys=True) if own else "", split)
-        if key not in self._found:
+    def sets(self, source: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
+        """The split's sets. Raises `DataError` on every rank, with the problems of all ranks."""
+        key = (json.dumps(source.dump(), sort_keys=True) if source else "", split)
+        if key not in self._sets:
             try:
-                self._found[key] = self._open(own, split)
+                self._sets[key] = self._open(source, split)
             except UserError as error:
-                self._found[key] = DataError(str(error))
-        found = self._found[key]
-        if isinstance(found, DataError):
-            raise found
-        return found
+                self._sets[key] = DataError(str(error))
+        sets = self._sets[key]
+        if isinstance(sets, DataError):
+            raise sets
+        return sets
 
     def all(self) -> list[EvaluationSet]:
         """Every set that was opened."""
-        return [samples for found in self._found.values() if not isinstance(found, DataError) for samples in found]
+        return [samples for sets in self._sets.values() if not isinstance(sets, DataError) for samples in sets]
 
-    def _open(self, own: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
+    def _open(self, source: Slot[DataSource] | None, split: str) -> list[EvaluationSet]:
         def samples() -> dict[str, Iterable[Sample]]:
-            source = self.shared
-            if own is not None:
-                source = own.build()
-                source.prepare()
-            if not (found := source.samples(split)):
+            opened = self.shared
+            if source is not None:
+                opened = source.build()
+                opened.prepare()
+            if not (sets := opened.samples(split)):
                 raise DataError(f"the data source has no split {split!r}")
-            return found
+            return sets
 
-        def others(other: str) -> list[EvaluationSet]:
-            return self.sets(own, other)
+        def open_split(name: str) -> list[EvaluationSet]:
+            return self.sets(source, name)
 
         return [
-            EvaluationSet(name, read, others=others, cache=self.cache, watch=self.watch)
+            EvaluationSet(name, read, open_split=open_split, cache=self.cache, watch=self.watch)
             for name, read in distributed.raise_on_all_ranks(samples).items()
         ]
 

@@ -1,4 +1,4 @@
-"""What a task returns: numbers that say themselves what they are, so that nothing else knows a task's scores."""
+"""Scores, which tasks return: each describes itself, so that nothing else needs to know a task's scores."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Score:
     higher_is_better: bool | None = True
     """None where neither direction is better: a count, an entropy."""
     headline: bool = False
-    """Whether it stands for its task where there is little room: its mean over sets is in the line that a validation
-    logs, and a column of a study's table."""
+    """Whether it represents its task where space is limited: its mean over sets is in the line that a validation logs,
+    and a column of a study's table."""
 
     @property
     def text(self) -> str:
@@ -51,7 +51,7 @@ class TaskScore(Score):
 
 
 def parse_address(address: str) -> tuple[str, str, str]:
-    """(side, task, rest) of an address as a recipe has it; the rest cannot be taken apart, nor need it be.
+    """(side, task, rest) of an address in a recipe; the rest is not parsed further.
 
     Raises `ValueError`.
     """
@@ -60,7 +60,7 @@ def parse_address(address: str) -> tuple[str, str, str]:
 
 
 def by_address(scores: Iterable[TaskScore]) -> dict[str, TaskScore]:
-    """address -> score."""
+    """The scores by `TaskScore.address`."""
     return {score.address: score for score in scores}
 
 
@@ -70,21 +70,21 @@ def read_scores(rows: Iterable[Mapping[str, Any]]) -> list[TaskScore]:
 
 
 def means(scores: Iterable[TaskScore]) -> list[TaskScore]:
-    """Those over sets: what summaries show."""
+    """The means over sets, which summaries show."""
     return [score for score in scores if score.set is None]
 
 
 def headlines(scores: Iterable[TaskScore]) -> list[TaskScore]:
-    """Those that stand for their tasks."""
+    """The means over sets that represent their tasks (`Score.headline`)."""
     return [score for score in means(scores) if score.headline]
 
 
 def mean_over_sets(scores: Iterable[Score], names: Collection[str] | None = None) -> list[Score]:
     """The mean of each score over the sets that have it, in the order in which they come; only `names`, if given."""
-    same: dict[str, list[Score]] = {}
+    by_name: dict[str, list[Score]] = {}
     for score in scores:
         if score.set is not None and (names is None or score.name in names):
-            same.setdefault(score.name, []).append(score)
+            by_name.setdefault(score.name, []).append(score)
     return [
         replace(
             of_sets[0],
@@ -92,5 +92,5 @@ def mean_over_sets(scores: Iterable[Score], names: Collection[str] | None = None
             value=sum(score.value for score in of_sets) / len(of_sets),
             headline=any(score.headline for score in of_sets),
         )
-        for of_sets in same.values()
+        for of_sets in by_name.values()
     ]

@@ -1,4 +1,4 @@
-"""One set of evaluation samples: what each modality reads of it, and its embeddings, each made once."""
+"""A set of evaluation samples: the items that each modality reads from it, and their embeddings, computed once."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from distill_core.system.process import reading_threads
 Step = TypeVar("Step")
 
 Watch = Callable[[Iterable[Any], str], Iterable[Any]]
-"""(samples or steps, what they are for) -> the same samples, each reported to a progress bar as it is taken."""
+"""(samples or steps, what they are for) -> the same samples, each reported to a progress bar as it is consumed."""
 
 
 class EvaluationSet:
-    """Samples, numbered in order. Tasks share the embeddings made here; items are not kept."""
+    """Samples, numbered in order. Tasks share the embeddings computed here; items are not kept in memory."""
 
     def __init__(
         self,
         name: str,
         source: Iterable[Sample],
         *,
-        others: Callable[[str], list[EvaluationSet]] | None = None,
+        open_split: Callable[[str], list[EvaluationSet]] | None = None,
         cache: EmbeddingCache | None = None,
         watch: Watch | None = None,
     ) -> None:
-        """`source` is read again and again: a list of samples, `Shards`, ...
+        """`source` is iterated several times: a list of samples, `Shards`, ...
 
-        `others` opens the sets of another split of the same data; `cache` keeps embeddings between processes.
+        `open_split` opens the sets of another split of the same data; `cache` keeps embeddings between processes.
         """
         self.name = name
         self.source = source
-        self._others, self._cache, self._watch = others, cache, watch
+        self._open_split, self._cache, self._watch = open_split, cache, watch
         self.skipped: dict[tuple[str, str], Skipped] = {}
         """By (sample key, modality): items that could not be read, and why."""
         self.warnings: list[str] = []
@@ -56,30 +56,30 @@ class EvaluationSet:
         yield from self.source
 
     def of_split(self, split: str) -> list[EvaluationSet]:
-        """The sets of another split of the same data, for tasks that learn from it. Every rank must ask.
+        """The sets of another split of the same data, for tasks that learn from it. Every rank must call this.
 
-        Raises `DataError` where there is none. A task says in `reads` that it will ask.
+        Raises `DataError` if there is none. A task that calls this names the split in `reads`.
         """
-        if self._others is None:
+        if self._open_split is None:
             raise DataError(f"evaluation set {self.name!r} stands alone: it has no split {split!r}")
-        return self._others(split)
+        return self._open_split(split)
 
     def warn(self, line: str) -> None:
-        """Tell the user, once, why scores on this set say less than they seem to. The scores are kept."""
+        """Tell the user, once, why scores on this set are less reliable than they seem. The scores are kept."""
         if line not in self.warnings:
             self.warnings.append(line)
 
     def watch(self, steps: Iterable[Step], what: str) -> Iterable[Step]:
-        """The steps of a task's work on this set, each reported to a progress bar as it is taken."""
+        """The steps of a task's work on this set, each reported to a progress bar as it is consumed."""
         return steps if self._watch is None else self._watch(steps, what)
 
     def labels(self, field: str) -> dict[int, str]:
-        """Sample's number -> its class, from the sample's `field`, or that of its `json`; samples without are left out,
-        those whose field cannot be read are `skipped`, too.
+        """Sample number -> class, from the sample's `field`, or that field of its `json`. Samples without one are left
+        out; those whose field cannot be read are also listed in `skipped`.
 
-        Read without any modality's help, so that a recipe needs none that reads words.
+        No modality is involved, so a recipe without a text modality has labels too.
         """
-        found = {}
+        labels = {}
         for i, sample in enumerate(self):
             try:
                 label = _label(sample, field)
@@ -88,22 +88,22 @@ class EvaluationSet:
                 self.skipped[key, field] = Skipped(key, str(sample["__url__"]), f"{field}: cannot be read: {error}")
                 continue
             if label is not None:
-                found[i] = label
+                labels[i] = label
                 self.identities[i] = str(sample["__key__"]), str(sample["__url__"])
-        return found
+        return labels
 
     def samples(self, numbers: Sequence[int]) -> dict[int, Sample]:
         """These samples by number, undecoded."""
-        wanted, found = set(numbers), {}
+        remaining, samples = set(numbers), {}
         for i, sample in enumerate(self):
-            if i in wanted:
-                found[i] = sample
-            if len(found) == len(wanted):
+            if i in remaining:
+                samples[i] = sample
+            if len(samples) == len(remaining):
                 break
-        return found
+        return samples
 
     def share(self, what: str) -> Iterator[tuple[int, Sample]]:
-        """(number, sample) of this rank's share, every world-size-th; `what` says so where a bar shows them as read."""
+        """(number, sample) of this rank's share, every world-size-th sample; `what` labels the progress bar."""
         rank, world = distributed.rank(), distributed.world_size()
         for i, sample in enumerate(self.watch(self.source, what)):
             if i % world == rank:
@@ -112,7 +112,7 @@ class EvaluationSet:
     def items(
         self, model: Model, modality: str, field: str | None = None, *, share: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """(number of the sample, item) of one modality, read anew. Samples that cannot be read have none.
+        """(number of the sample, item) of one modality, read again on each call. Unreadable samples have no items.
 
         With `share`, only those of this rank's share of the samples.
         """
@@ -126,11 +126,11 @@ class EvaluationSet:
                 return i, Skipped(sample["__key__"], str(sample["__url__"]), f"{modality}: {error}")
 
         samples = self.share(f"{modality} of {self.name}") if share else enumerate(self)
-        for i, found in prefetch_map(read, samples, reading_threads(model.device)):
-            if isinstance(found, Skipped):
-                self.skipped[found.key, modality] = found
+        for i, items in prefetch_map(read, samples, reading_threads(model.device)):
+            if isinstance(items, Skipped):
+                self.skipped[items.key, modality] = items
                 continue
-            for item in found:
+            for item in items:
                 yield i, item
 
     def embeddings(
@@ -138,34 +138,34 @@ class EvaluationSet:
     ) -> tuple[Tensor, Tensor]:
         """L2-normalised embeddings [N, D] of the items, and their samples' numbers [N], in the order of the samples.
 
-        Or other `features` of theirs, as `Model.encode` has them; a task that compares nothing across modalities takes
+        Or other `features`, as in `Model.encode`; a task that compares nothing across modalities takes
         `Model.default_features`.
 
-        Each rank encodes its share; all ranks get all of them, so every rank must ask. Raises `UserError` on every rank
-        when one cannot go on, and where pictures, which are made on rank 0 alone, ask for what `run` did not.
+        Each rank encodes its share and gets all embeddings, so every rank must call this. Raises `UserError` on every
+        rank if one fails, and in `Task.media`, which only rank 0 runs, for embeddings that `run` did not compute.
         """
         key = (id(model), modality, field, features)
         if key not in self._embedded:
             if self.alone and distributed.world_size() > 1:
                 raise UserError(
-                    f"pictures ask for embeddings of {modality!r} that no score has made, which takes all ranks; "
-                    "ask for them in `run` too"
+                    f"`media` needs embeddings of {modality!r} that `run` did not compute, which takes all ranks; "
+                    "compute them in `run` too"
                 )
-            if (kept := self._kept(model, modality, field, features)) is None:
-                kept = self._encode(model, modality, field, features)
-            self.skipped |= {(skipped.key, modality): skipped for skipped in kept.skipped}
-            self._embedded[key] = kept.embedded, kept.owners
+            if (embeddings := self._cached(model, modality, field, features)) is None:
+                embeddings = self._encode(model, modality, field, features)
+            self.skipped |= {(skipped.key, modality): skipped for skipped in embeddings.skipped}
+            self._embedded[key] = embeddings.embedded, embeddings.owners
         return self._embedded[key]
 
-    def _kept(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings | None:
+    def _cached(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings | None:
         """The cached embeddings, if every rank has them, else None."""
         if self._cache is None:
             return None
         cache = self._cache
-        found = distributed.raise_on_all_ranks(
+        embeddings = distributed.raise_on_all_ranks(
             lambda: cache.read(self.name, self.source, model, modality, field, features)
         )
-        return found if all(distributed.gather_objects(found is not None)) else None
+        return embeddings if all(distributed.gather_objects(embeddings is not None)) else None
 
     def _encode(self, model: Model, modality: str, field: str | None, features: FeatureKind) -> CachedEmbeddings:
         parts = distributed.gather_objects(
@@ -174,10 +174,10 @@ class EvaluationSet:
         embedded, owners = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         order = torch.argsort(owners, stable=True)
         skipped = [skipped for part in parts for (_, of), skipped in part[2].items() if of == modality]
-        kept = CachedEmbeddings(embedded[order], owners[order], skipped)
+        embeddings = CachedEmbeddings(embedded[order], owners[order], skipped)
         if self._cache is not None and distributed.rank() == 0:
-            self._cache.write(kept, self.name, self.source, model, modality, field, features)
-        return kept
+            self._cache.write(embeddings, self.name, self.source, model, modality, field, features)
+        return embeddings
 
     def _share(
         self, model: Model, modality: str, field: str | None, features: FeatureKind
@@ -195,15 +195,15 @@ class EvaluationSet:
 
 
 def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
-    """The embeddings of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must ask.
+    """The embeddings of items [N] that every rank has, each rank encoding its share -> [N, D]. Every rank must call it.
 
-    Raises `UserError` on every rank when one cannot go on.
+    Raises `UserError` on every rank if one fails.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    mine = distributed.raise_on_all_ranks(lambda: model.encode(modality, items[rank::world], features="embedding"))
+    share = distributed.raise_on_all_ranks(lambda: model.encode(modality, items[rank::world], features="embedding"))
     if world == 1:
-        return mine
-    parts = distributed.gather_objects(mine)
+        return share
+    parts = distributed.gather_objects(share)
     embedded: Tensor = parts[0].new_empty(len(items), parts[0].shape[1])
     for i, part in enumerate(parts):
         embedded[i::world] = part
@@ -211,13 +211,13 @@ def encode_shared(model: Model, modality: str, items: Sequence[Any]) -> Tensor:
 
 
 def _label(sample: Sample, field: str) -> str | None:
-    """Raises ValueError, AttributeError, RecursionError or `BadSample` for what is no text, or no json object."""
+    """Raises ValueError, AttributeError, RecursionError or `BadSample` for what is no text or no JSON object."""
     if field in sample:
-        found = sample[field]
-        if isinstance(found, bytes | bytearray | memoryview):
-            found = bytes(found).decode()
-        elif not isinstance(found, str | int):
-            raise ValueError(f"holds no text but a {type(found).__name__}")
+        value = sample[field]
+        if isinstance(value, bytes | bytearray | memoryview):
+            value = bytes(value).decode()
+        elif not isinstance(value, str | int):
+            raise ValueError(f"holds no text but a {type(value).__name__}")
     else:
-        found = json.loads(sample["json"]).get(field) if "json" in sample else None
-    return str(found).strip() or None if isinstance(found, str | int) else None
+        value = json.loads(sample["json"]).get(field) if "json" in sample else None
+    return str(value).strip() or None if isinstance(value, str | int) else None

@@ -1,7 +1,7 @@
-"""What the parts of a recipe need of one another, checked before anything is built.
+"""Checks what the parts of a recipe need of one another, before anything is built.
 
-The checks go on where parts of a recipe are wrong by themselves, with what is right of it (`Draft`), so that a user
-sees all errors at once; none of them reports what only follows from such an error.
+Where parts of a recipe are invalid by themselves, the checks continue with the valid rest (`Draft`), so that a user
+sees all errors at once; no check reports what only follows from another error.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ Section = TypeVar("Section", bound=ComponentConfig)
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe, or what of it is right by itself."""
+    """A recipe, or the parts of it that are valid by themselves."""
 
     document: Document
-    """What is written."""
+    """The recipe as written."""
     slots: Mapping[Path, Slot[Any]]
-    """The components, but those that are wrong."""
+    """The valid components, by path."""
     teacher: TeacherConfig | None
     train: TrainConfig
     evaluate: EvaluateConfig
-    """Options that are wrong have their defaults, in these three."""
+    """In `teacher`, `train` and `evaluate`, invalid options have their defaults."""
     wrong: Collection[Path] = ()
-    """What is wrong by itself."""
+    """Paths of the parts that are invalid by themselves."""
 
     @classmethod
     def of(cls, recipe: Recipe, document: Document, slots: Mapping[Path, Slot[Any]]) -> Draft:
-        """Of a recipe whose parts are all right by themselves."""
+        """The draft of a recipe whose parts are all valid."""
         return cls(document, slots, recipe.teacher, recipe.train, recipe.evaluate)
 
     @classmethod
     def without(
         cls, wrong: Collection[Path], document: Document, slots: Mapping[Path, Slot[Any]], registry: Registry
     ) -> Draft:
-        """Of a recipe in which these parts are wrong."""
+        """The draft of a recipe in which the parts `wrong` are invalid."""
 
         def section(model: type[Section], name: str) -> Section:
             options = document.get((name,))
@@ -68,22 +68,22 @@ class Draft:
         return cls(document, slots, teacher, *sections, wrong)
 
     def names(self, *section: str) -> list[str]:
-        """The names that a mapping of the document holds."""
+        """The keys of a mapping in the document."""
         holder = self.document.get(section)
         return list(holder) if isinstance(holder, dict) else []
 
     @property
     def modalities(self) -> list[str]:
-        """All that are named."""
+        """All modalities that the document names."""
         return list(dict.fromkeys([*self.names("augment"), *self.names("backbone")]))
 
     def is_wrong(self, *path: str) -> bool:
-        """Whether an error of its own stands there."""
+        """Whether there is an error at this path or below it."""
         return any(other[: len(path)] == path for other in self.wrong)
 
 
 def problems(draft: Draft) -> Iterator[Problem]:
-    """All that the parts of a recipe lack in one another."""
+    """Every unmet need of one part of a recipe in another."""
     yield from _ids(draft)
     yield from _modalities(draft)
     plan = yield from _plan(draft)
@@ -94,7 +94,7 @@ def problems(draft: Draft) -> Iterator[Problem]:
 
 
 def _ids(draft: Draft) -> Iterator[Problem]:
-    """Losses and tasks that could not be told apart."""
+    """Losses and tasks with the same id."""
     for section in (("loss",), ("evaluate", "tasks")):
         ids = set()
         for path, slot in draft.slots.items():
@@ -117,7 +117,7 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
 
 
 def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
-    """Returns the plan of those modalities whose augmentation and backbone are right."""
+    """Returns the plan of those modalities whose augmentation and backbone are valid."""
     modalities: dict[str, ModalityPlan] = {}
     for name in draft.names("augment"):
         augment, backbone = draft.slots.get(("augment", name)), draft.slots.get(("backbone", name))
@@ -139,19 +139,19 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
-    """What each component says of the plan."""
+    """Problems that each component reports about the plan."""
     for path, slot in draft.slots.items():
         try:
             needs = slot.cls.needs(slot.config, plan)
-            own = list(slot.cls.problems(slot.config, plan))
+            lines = list(slot.cls.problems(slot.config, plan))
             if path[0] == "backbone" and path[1:] and path[1] in plan.modalities:
-                own += slot.cls.view_problems(slot.config, plan.modalities[str(path[1])])
+                lines += slot.cls.view_problems(slot.config, plan.modalities[str(path[1])])
         except MissingModality as error:
             if error.name not in draft.modalities:
                 near = did_you_mean(error.name, draft.modalities)
                 yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
             continue
-        for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *own]:
+        for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
 
 
@@ -207,8 +207,8 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
     except Exception as error:  # a component of a plugin may need memory
         why = next(iter(str(error).splitlines()), "")
         return [], [
-            "freeze, train.lr_factors: their paths are checked only when training starts, for the model cannot be "
-            f"built without weights: {type(error).__name__}: {why}"
+            "freeze, train.lr_factors: their paths are checked only when training starts, since the model cannot be "
+            f"built without memory: {type(error).__name__}: {why}"
         ]
     unknown = [
         (at, message)
@@ -228,29 +228,29 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
 
     `plan` lacks a modality whose own entries are wrong; `modalities` has all that the recipe names.
     """
-    who = repr(name)
+    component = repr(name)
     if needs.teacher and not plan.teacher:
-        yield f"{who} needs a teacher; this recipe has none"
+        yield f"{component} needs a teacher; this recipe has none"
     if needs.fused and not plan.fusion:
-        yield f"{who} needs fused views; this recipe has no fusion"
+        yield f"{component} needs fused views; this recipe has no fusion"
     names = needs.named
     for missing in sorted(names - modalities):
-        yield f"{who} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
+        yield f"{component} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
     for name in sorted(names & set(plan.modalities)):
         modality = plan.modalities[name]
         if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.has_tokens:
-            yield f"{who} needs tokens of {name!r}; its backbone gives none"
+            yield f"{component} needs tokens of {name!r}; its backbone gives none"
         if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
             last = max(needs.tokens[name])
-            yield f"{who} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
+            yield f"{component} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
         unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
         if unseen and plan.teacher:
-            yield f"{who} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
+            yield f"{component} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
         if name in needs.masked and not modality.can_mask:
-            yield f"{who} needs masked views of {name!r}; its backbone cannot hide tokens"
+            yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
         if plan.teacher and name in needs.teacher and not modality.teacher_views:
-            yield f"{who} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
+            yield f"{component} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
         for role, number in needs.views.get(name, {}).items():
-            have = len(modality.views(role))
-            if have < number:
-                yield f"{who} needs {number} {role} view(s) of {name!r}; its augmentation makes {have}"
+            count = len(modality.views(role))
+            if count < number:
+                yield f"{component} needs {number} {role} view(s) of {name!r}; its augmentation makes {count}"

@@ -69,16 +69,16 @@ class Document:
         return node
 
     def has(self, path: Path) -> bool:
-        """Whether something is written at `path`, if only null."""
-        above = self.get(path[:-1])
-        if isinstance(above, list):
-            return isinstance(path[-1], int) and path[-1] < len(above)
-        return isinstance(above, dict) and path[-1] in above
+        """Whether something is written at `path`, null included."""
+        parent = self.get(path[:-1])
+        if isinstance(parent, list):
+            return isinstance(path[-1], int) and path[-1] < len(parent)
+        return isinstance(parent, dict) and path[-1] in parent
 
     def set(self, assignment: str, origin: str | None = None) -> tuple[Path, Any]:
         """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`.
 
-        Returns the path, and what it held. A bare name where a component of this name is already changes nothing.
+        Returns the path, and what it held. A bare name changes nothing if a component of that name is there already.
         """
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
@@ -88,8 +88,8 @@ class Document:
         try:
             value, _ = _read(text)
         except _NotPlain as error:
-            above = tuple(key.strip().split("."))
-            lines = [f"{located(origin, (*above, *below))}: {what} in {text!r}" for _, below, what in error.problems]
+            prefix = tuple(key.strip().split("."))
+            lines = [f"{located(origin, (*prefix, *child))}: {what} in {text!r}" for _, child, what in error.problems]
             raise RecipeErrors(lines) from error
         parts: list[str | int] = list(key.strip().split("."))
         node = self.data
@@ -105,20 +105,20 @@ class Document:
                 raise RecipeErrors([f"{located(origin, parts)}: {_dotted(parts[:depth])} has no parts to set"])
             if depth + 1 == len(parts):
                 break
-            below = _child(node, part)
-            if below is None:
-                below = node[part] = [] if parts[depth + 1] == "0" else {}
+            child = _child(node, part)
+            if child is None:
+                child = node[part] = [] if parts[depth + 1] == "0" else {}
                 self.origins[tuple(parts[: depth + 1])] = origin
-            node = below
+            node = child
         path = tuple(parts)
-        before = _child(node, parts[-1])
-        if isinstance(before, dict) and isinstance(value, str) and before.get("name") == value:
-            return path, before
+        previous = _child(node, parts[-1])
+        if isinstance(previous, dict) and isinstance(value, str) and previous.get("name") == value:
+            return path, previous
         node[parts[-1]] = value
-        for known in [p for p in self.origins if p[: len(path)] == path]:
-            del self.origins[known]
+        for origin_path in [p for p in self.origins if p[: len(path)] == path]:
+            del self.origins[origin_path]
         self.origins[path] = origin
-        return path, before
+        return path, previous
 
     def expand(self) -> list[tuple[Path, str]]:
         """Put environment variables into `${NAME}`; returns (path, name) of those that are not set.
@@ -169,9 +169,9 @@ def _item(items: list[Any], part: str | int) -> str | int:
     if isinstance(part, int) or part.isdecimal():
         return int(part)
     for key in ("id", "name"):
-        found = [i for i, item in enumerate(items) if (item if isinstance(item, str) else _child(item, key)) == part]
-        if len(found) == 1:
-            return found[0]
+        matches = [i for i, item in enumerate(items) if (item if isinstance(item, str) else _child(item, key)) == part]
+        if len(matches) == 1:
+            return matches[0]
     return part
 
 

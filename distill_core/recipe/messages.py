@@ -1,4 +1,4 @@
-"""What pydantic says of a recipe's options, in the recipe's own words."""
+"""pydantic's errors, translated to the terms of the recipe."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def messages(
         elif message not in lines.setdefault(path, []):
             lines[path].append(message)
             endings[path] = ending
-    for path, said in lines.items():
+    for path, texts in lines.items():
         # of a union's branches, the one that fits most of what is written fails deepest
         if not any(other[: len(path)] == path for other in lines if other != path):
-            first, *others = said
-            more = "".join(f" or {line.removeprefix('Input should be ')}" for line in others)
-            yield path, first + more + endings.get(path, ""), blamed[path]
+            first, *rest = texts
+            alternatives = "".join(f" or {line.removeprefix('Input should be ')}" for line in rest)
+            yield path, first + alternatives + endings.get(path, ""), blamed[path]
 
 
 def _message(
@@ -59,8 +59,8 @@ def _message(
     if kind == "missing":
         return "is required and not given", ""
     if kind == "too_short" and value and not isinstance(value, str) and len(path) == 1:
-        return f"no {path[0]} is left", ""  # null took each of them out
+        return f"no {path[0]} is left", ""  # null removed each of them
     message = message.removeprefix("Value error, ")
     in_message = isinstance(value, str) and repr(value) in message
-    shown = value is None or (isinstance(value, str | int | float) and not in_message)
-    return message, f", got {value!r}" if shown else ""
+    shows_value = value is None or (isinstance(value, str | int | float) and not in_message)
+    return message, f", got {value!r}" if shows_value else ""

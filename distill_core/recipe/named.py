@@ -1,4 +1,4 @@
-"""Recipes that plugins bring, and what a command's RECIPE stands for: a file, or the name of one of them."""
+"""Recipes that plugins provide; a command's RECIPE is a file or the name of one of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class NamedRecipe:
-    """A recipe or study that a plugin brings; `folder` is its place below the plugin's (`studies`), or empty."""
+    """A recipe or study that a plugin provides; `folder` is its place below the plugin's (`studies`), or empty."""
 
     name: str
     path: Path
@@ -23,7 +23,7 @@ class NamedRecipe:
 
     @property
     def about(self) -> str:
-        """The first line of its head comment."""
+        """The first line of its leading comment."""
         with self.path.open(encoding="utf-8") as file:
             first = file.readline()
         return first.lstrip("# ").strip() if first.startswith("#") else ""
@@ -31,7 +31,7 @@ class NamedRecipe:
 
 def named_recipes(plugins: Plugins | None = None) -> dict[str, NamedRecipe]:
     """name -> recipe, of all installed plugins, folder by folder. Raises `PluginError`, which names the package."""
-    known: dict[str, NamedRecipe] = {}
+    recipes: dict[str, NamedRecipe] = {}
     for plugin, package, top in (plugins or Plugins.discover()).call("distill_recipes"):
         if not Path(top).is_dir():
             raise PluginError(
@@ -42,13 +42,13 @@ def named_recipes(plugins: Plugins | None = None) -> dict[str, NamedRecipe]:
         for path in sorted(files, key=lambda path: (path.parent, path.name)):
             folder = path.parent.relative_to(top).as_posix()
             recipe = NamedRecipe(path.stem, path, "" if folder == "." else folder, package)
-            other = known.setdefault(recipe.name, recipe)
+            other = recipes.setdefault(recipe.name, recipe)
             if other is not recipe:
                 raise PluginError(
                     f"two recipes are named {recipe.name!r}: {other.path} of {other.package} and {path} of {package}. "
                     "Rename one, or add --without PACKAGE."
                 )
-    return known
+    return recipes
 
 
 def recipe_file(name: str | Path, folder: Path = Path()) -> Path:
@@ -61,17 +61,17 @@ def recipe_file(name: str | Path, folder: Path = Path()) -> Path:
     if path.is_file():
         return path
     is_path = path.suffix in SUFFIXES or Path(text).name != text
-    if not is_path and (beside := folder / f"{text}.yaml").is_file():
-        return beside
-    known = named_recipes()
-    if not is_path and text in known:
-        return known[text].path
+    if not is_path and (neighbour := folder / f"{text}.yaml").is_file():
+        return neighbour
+    recipes = named_recipes()
+    if not is_path and text in recipes:
+        return recipes[text].path
     if not is_path:
-        hint = did_you_mean(text, sorted({*known, *(other.stem for other in folder.glob("*.yaml"))}))
+        hint = did_you_mean(text, sorted({*recipes, *(other.stem for other in folder.glob("*.yaml"))}))
         if not hint.endswith("?"):  # a list of all names would be long
             hint = "; `distill recipes` lists the names"
         raise RecipeErrors([f"{text}: no such file, and no recipe of this name{hint}"])
-    if path.stem in known:
+    if path.stem in recipes:
         hint = (
             f"there is a recipe of this name: write {path.stem}, or copy it with distill recipes copy {path.stem} FILE"
         )
@@ -81,13 +81,13 @@ def recipe_file(name: str | Path, folder: Path = Path()) -> Path:
 
 def copy_recipe(name: str, target: Path) -> Path:
     """Writes the recipe `name` to a new file, or into a folder as NAME.yaml; returns the file. Raises `UserError`."""
-    known = named_recipes()
-    if name not in known:
-        raise UserError(f"no recipe is named {name!r}{did_you_mean(name, list(known))}")
+    recipes = named_recipes()
+    if name not in recipes:
+        raise UserError(f"no recipe is named {name!r}{did_you_mean(name, list(recipes))}")
     file = target / f"{name}.yaml" if target.is_dir() else target
     try:
         with file.open("x", encoding="utf-8") as output:
-            output.write(known[name].path.read_text(encoding="utf-8"))
+            output.write(recipes[name].path.read_text(encoding="utf-8"))
     except FileExistsError:
         raise UserError(f"{file} exists; choose another name") from None
     except OSError as error:

@@ -34,9 +34,9 @@ def load_recipe(
     overrides: Sequence[Override] = (),
     allow_unset: bool = False,
 ) -> Recipe:
-    """Read and check a recipe: a file, or the name of one that a plugin brings.
+    """Read and check a recipe: a file, or the name of one that a plugin provides.
 
-    Raises `RecipeErrors` with all that is wrong.
+    Raises `RecipeErrors` with all errors.
 
     `overrides` are `path=value` strings, each with the place it was written at where that is not the command line.
     `allow_unset` turns unset `${NAME}` into warnings.
@@ -85,30 +85,30 @@ class _Resolver:
         self.registry = registry
         self.allow_unset = allow_unset
         self.errors: list[tuple[str, str]] = []  # (where it was written, line)
-        self.replaced: dict[Path, dict[str, Any]] = {}  # components in whose place a change named another
+        self.replaced: dict[Path, dict[str, Any]] = {}  # components that a change replaced by another
 
     def change(self, assignment: str, origin: str | None = None) -> None:
         """Apply one override. Raises `RecipeErrors`."""
-        path, before = self.document.set(assignment, origin)
+        path, previous = self.document.set(assignment, origin)
         named = isinstance(self.document.get(path), str)
         self.write_out()  # so that the next one finds loss.1.weight where `loss.1` was a bare name
         self.replaced.pop(path, None)
-        if named and isinstance(before, dict) and isinstance(self.document.get(path), dict):
-            self.replaced[path] = before
+        if named and isinstance(previous, dict) and isinstance(self.document.get(path), dict):
+            self.replaced[path] = previous
 
     def write_out(self) -> None:
         """`none` for a component or a section is `null`; a bare name is `{name: NAME}`."""
         for place in self._places():
-            value, above = self.document.get(place.path), self.document.get(place.path[:-1])
+            value, parent = self.document.get(place.path), self.document.get(place.path[:-1])
             slot = place.interface is not None
             if isinstance(value, str) and value.lower() == "none" and (slot or place.nullable):
-                above[place.path[-1]] = value = None
+                parent[place.path[-1]] = value = None
             elif isinstance(value, str) and slot and "${" not in value:
-                above[place.path[-1]] = {"name": value}
+                parent[place.path[-1]] = {"name": value}
             elif isinstance(value, dict) and place.default is not None:
                 value.setdefault("name", place.default)
-            if value is None and place.item and isinstance(above, dict):
-                del above[place.path[-1]]
+            if value is None and place.item and isinstance(parent, dict):
+                del parent[place.path[-1]]
 
     def _places(self) -> list[Place]:
         return list(places(Recipe, self.document.data, self.registry))
@@ -152,16 +152,16 @@ class _Resolver:
         for place in self._places():
             if place.interface is None:
                 continue
-            above: Any = document.get(place.path[:-1])
+            parent: Any = document.get(place.path[:-1])
             key = place.path[-1]
-            if place.default is not None and key not in above:
-                known = (place.interface.kind, place.default) in self.registry.entries
-                above[key] = {"name": place.default} if known or not place.nullable else None
+            if place.default is not None and key not in parent:
+                installed = (place.interface.kind, place.default) in self.registry.entries
+                parent[key] = {"name": place.default} if installed or not place.nullable else None
             value = document.get(place.path)
             if isinstance(value, dict):
                 value[PLACE] = place.path
             elif value is None and place.item:
-                above[key] = {PLACE: None}
+                parent[key] = {PLACE: None}
         return data
 
     def _option_names(self, path: Path) -> list[str]:
@@ -169,11 +169,11 @@ class _Resolver:
         return [name for place in self._places() if place.path == path for name in place.option_names()]
 
     def _error(self, path: Path, message: str, at: Path | None = None) -> None:
-        """`at`: the part that is to blame, where the message speaks of what is above it."""
+        """`at`: the part that caused the error, if the message is about something above it."""
         origin = self.document.origin(at or path)
-        if not origin.startswith("--set"):  # what the command line changed there is likely to be to blame
-            below = [where for part, where in self.document.origins.items() if part[: len(path)] == path]
-            changed = dict.fromkeys(where for where in below if where.startswith("--set"))
+        if not origin.startswith("--set"):  # a change on the command line is the likely cause
+            origins = [where for part, where in self.document.origins.items() if part[: len(path)] == path]
+            changed = dict.fromkeys(where for where in origins if where.startswith("--set"))
             message += f" (with {', '.join(changed)})" if changed else ""
         self.errors.append((origin, self._line(path, message, at)))
 
@@ -192,15 +192,15 @@ class _Resolver:
 
         The new one has its own defaults: an option of the same name may mean another thing (a scale, a width).
         """
-        for path, before in self.replaced.items():
+        for path, previous in self.replaced.items():
             if (slot := slots.get(path)) is None:
                 continue
-            now, name = slot.config.model_dump(mode="json", by_alias=True), slot.cls.name
-            shared = {key: value for key, value in before.items() if key in now and now[key] != value}
+            options, name = slot.config.model_dump(mode="json", by_alias=True), slot.cls.name
+            shared = {key: value for key, value in previous.items() if key in options and options[key] != value}
             if shared:
-                options = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shared.items())
+                listed = ", ".join(f"{key}: {json.dumps(value)}" for key, value in shared.items())
                 yield self._line(
                     path,
-                    f"{name!r} starts from its own defaults, without the recipe's {options} of {before['name']!r}; "
-                    f"write {{name: {name}, {options}}} to give it the same",
+                    f"{name!r} starts from its own defaults, without the recipe's {listed} of {previous['name']!r}; "
+                    f"write {{name: {name}, {listed}}} to give it the same",
                 )

@@ -29,7 +29,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class DataConfig(ComponentConfig):
-    """Shards -> batches."""
+    """The training data: its source, batches and loader."""
 
     source: Slot[DataSource]
     """Where the shards come from."""
@@ -50,8 +50,8 @@ class DataConfig(ComponentConfig):
     timeout: Annotated[float, Field(gt=0)] = 60
     """Seconds for which a URL or `pipe:COMMAND` may send nothing before it counts as failed."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Stop (saved, with an error) where more than this share of the samples that a loader worker goes through cannot be
-    used, those of unreadable shards included. Judged by a pass, and by no less than 10 shards and 1,000 samples."""
+    """Stop (saved, with an error) when more than this share of the samples of a loader worker cannot be used, including
+    those of unreadable shards. Judged over a pass, and over at least 10 shards and 1,000 samples."""
 
 
 class CheckpointConfig(ComponentConfig):
@@ -66,10 +66,10 @@ class CheckpointConfig(ComponentConfig):
 
 
 class TrainConfig(ComponentConfig):
-    """The loop."""
+    """The training loop: length, optimiser, precision, and when to log and save."""
 
     steps: Positive | None = None
-    """Optimiser steps; where `epochs` is given too, this wins (so that --set train.steps=3 makes a trial)."""
+    """Optimiser steps; takes precedence over `epochs` (so that --set train.steps=3 makes a trial run)."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the training data."""
     optimizer: Slot[Optimizer] = default_component("adamw")
@@ -94,7 +94,7 @@ class TrainConfig(ComponentConfig):
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite stops the run, or skips the step and counts it."""
     max_nonfinite: Positive = 20
-    """With `nonfinite: skip`: so many skipped steps in a row stop the run all the same."""
+    """With `nonfinite: skip`: stop the run after this many skipped steps in a row."""
     log_every: Positive = 10
     """Steps between rows of metrics.jsonl."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -103,7 +103,7 @@ class TrainConfig(ComponentConfig):
     @field_validator("device")
     @classmethod
     def _is_device(cls, name: str) -> str:
-        """Whether there is such a device shows when it is used: a recipe may be checked on another machine."""
+        """Whether the device exists is checked when it is used: a recipe may be checked on another machine."""
         try:
             known = name == "auto" or torch.device(name).type != "meta"
         except RuntimeError:
@@ -131,20 +131,20 @@ class EvaluateConfig(ComponentConfig):
 
 
 class Recipe(ComponentConfig):
-    """All that a run is made of."""
+    """Everything that defines a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The run folder's name."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of weights, shuffling and views."""
     tags: dict[str, str | int | float] = {}  # noqa: RUF012
-    """What the run belongs to, as {study: NAME, variant: NAME}: the context of all that the tracker gets."""
+    """What the run belongs to, as {study: NAME, variant: NAME}; sent to the tracker as context."""
     augment: Annotated[dict[str, Slot[Augmentation]], Field(min_length=1)]
     """Modality -> how its views are made."""
     backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1)]
     """Modality -> what encodes its views."""
     fusion: Slot[FusionHead] | None = None
-    """What puts the modalities' features together."""
+    """What combines the modalities' features."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
     """The losses; their terms are added up, each times its weight."""
     teacher: Annotated[TeacherConfig | None, NullIsDefault()] = None
@@ -166,7 +166,7 @@ class Recipe(ComponentConfig):
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What could not be checked, or may not be meant."""
+        """What could not be checked, or may be a mistake."""
         return self._warnings
 
     def with_warnings(self, *lines: str) -> Recipe:
@@ -190,7 +190,7 @@ class Recipe(ComponentConfig):
         return [(slot, slot.cls.needs(slot.config, self.plan)) for slot in slots]
 
     def untrained_embeddings(self) -> frozenset[str]:
-        """The modalities whose embedding no loss trains: what their projection was at first is what it stays."""
+        """The modalities whose embedding no loss trains: their projection keeps its initial weights."""
         trained: set[str] = set()
         for slot in self.loss:
             needs = slot.cls.needs(slot.config, self.plan)
@@ -259,28 +259,28 @@ def _slots(value: Any) -> Iterator[Slot[Any]]:
             yield from _slots(item)
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Path -> (what it was, what it is), of the options in which two of `Recipe.to_dict` differ.
 
     Of a component in another's place the names alone; a list of another length as a whole.
     """
-    return {path: pair for key in {**before, **now} for path, pair in _changes(before.get(key), now.get(key), key)}
+    return {path: pair for key in {**old, **new} for path, pair in _changes(old.get(key), new.get(key), key)}
 
 
-def _changes(before: Any, now: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if before == now:
+def _changes(old: Any, new: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if old == new:
         return
-    lists = isinstance(before, list) and isinstance(now, list) and len(before) == len(now)
-    if lists and all(isinstance(item, Mapping) for item in [*before, *now]):
-        for i, (a, b) in enumerate(zip(before, now, strict=True)):
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if lists and all(isinstance(item, Mapping) for item in [*old, *new]):
+        for i, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _changes(a, b, f"{path}.{i}")
-    elif not (isinstance(before, Mapping) and isinstance(now, Mapping)):
-        yield path, (before, now)
-    elif before.get("name") != now.get("name"):
-        yield f"{path}.name", (before.get("name"), now.get("name"))
+    elif not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        yield path, (old, new)
+    elif old.get("name") != new.get("name"):
+        yield f"{path}.name", (old.get("name"), new.get("name"))
     else:
-        for key in {**before, **now}:
-            yield from _changes(before.get(key), now.get(key), f"{path}.{key}")
+        for key in {**old, **new}:
+            yield from _changes(old.get(key), new.get(key), f"{path}.{key}")
 
 
 class _Dumper(yaml.SafeDumper):

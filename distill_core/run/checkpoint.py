@@ -1,7 +1,7 @@
-"""Checkpoints: atomic, the last k and the best, read without running anybody's pickle, and never where one is damaged.
+"""Checkpoints: written atomically, the last k and the best; read without unpickling code, and only if undamaged.
 
-A checkpoint is what `torch.save` writes, a zip archive, with the digest of that archive as its comment. So the two are
-one file, which is there in full or not at all.
+A checkpoint is the zip archive that `torch.save` writes, with the digest of that archive as its comment: both are in
+one file, which is complete or absent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TAIL = 2 + len(COMMENT) + 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file held when it was read. `digest` is that of its content: a text that no other checkpoint has."""
+    """The content of a file when it was read. `digest` is that of the content, and identifies the checkpoint."""
 
     path: Path
     digest: str
@@ -47,7 +47,7 @@ class Checkpoints:
         self.keep = keep
 
     def steps(self) -> list[int]:
-        """The steps that there are, in order."""
+        """The steps that have a file, in order."""
         names = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.pt")]
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -56,9 +56,9 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.pt"
 
     def save(self, step: int, state: dict[str, Any], *, best: bool = False) -> Path:
-        """Write completely or not at all; then drop the earlier ones but for the last `keep - 1`.
+        """Write a checkpoint completely or not at all; then delete the earlier ones except for the last `keep - 1`.
 
-        Raises `UserError` when it cannot be written; those that there are stay as they were.
+        Raises `UserError` when it cannot be written; existing checkpoints are then unchanged.
         """
         path = self.path(step)
         temporary = temporary_for(path)
@@ -82,27 +82,27 @@ class Checkpoints:
                 temporary.unlink()
         earlier = [other for other in self.steps() if other < step]
         for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
-            with suppress(OSError):  # of no harm where it stays
+            with suppress(OSError):  # harmless if it stays
                 self.path(old).unlink()
         return path
 
     def later(self, step: int) -> list[Path]:
-        """The files of later steps than `step`, with `best.pt` where it is of such a step or damaged.
+        """The files of later steps than `step`, and `best.pt` if it is from a later step or damaged.
 
-        None where no step's file is later: a `best.pt` that is was written right before a kill, and training is going
-        to write the same one again.
+        Empty if no step's file is later: a later `best.pt` alone was written right before a kill, and training will
+        write the same one again.
         """
         files = [self.path(other) for other in self.steps() if other > step]
         if files and self.best.is_file():
             try:
-                stays = _read(self.best).state["step"] <= step
+                is_earlier = _read(self.best).state["step"] <= step
             except _Damaged:
-                stays = False
-            files += [] if stays else [self.best]
+                is_earlier = False
+            files += [] if is_earlier else [self.best]
         return files
 
     def restart_from(self, checkpoint: Checkpoint) -> None:
-        """Have it as a step's file (it may have been `best.pt` alone), for the next `last`. Raises `UserError`."""
+        """Make it a step's file (it may have been only `best.pt`), so that `last` finds it. Raises `UserError`."""
         path = self.path(checkpoint.state["step"])
         if not path.exists():
             try:
@@ -124,44 +124,44 @@ class Checkpoints:
         if not path.is_file():
             if os.sep in which or which.endswith(".pt"):
                 raise UserError("--checkpoint takes `last`, `best` or a step's number, not a file")
-            have = [str(step) for step in steps] + (["best"] if self.best.is_file() else [])
+            available = [str(step) for step in steps] + (["best"] if self.best.is_file() else [])
             raise UserError(
                 f"{self.folder.parent}: no checkpoint {which!r}"
-                + (f"; there are {', '.join(have)}" if have else ": the run has saved none yet")
+                + (f"; there are {', '.join(available)}" if available else ": the run has saved none yet")
             )
         return path
 
     def load(self, which: str = "last", warn: Callable[[str], None] = warn) -> Checkpoint:
-        """`last`, `best` or a step; a damaged last one is passed over with a warning where there is an earlier one.
+        """`last`, `best` or a step; a damaged last one is skipped with a warning if there is an earlier one.
 
         Raises `UserError` when there is none or it cannot be read.
         """
         damaged: list[_Damaged] = []
-        tried: set[Path] = set()
+        read_paths: set[Path] = set()
         path = self.file(which)
         while True:
-            tried.add(path)
+            read_paths.add(path)
             try:
                 checkpoint = _read(path)
-            except FileNotFoundError:  # the run that trains has dropped it since, and saved another
+            except FileNotFoundError:  # a running training has deleted it since, and saved another
                 pass
             except _Damaged as error:
                 damaged.append(error)
             else:
                 for problem in damaged:
-                    warn(f"{problem}; {path.name} is taken in its place")
+                    warn(f"{problem}; using {path.name} instead")
                 return checkpoint
-            others = [other for other in map(self.path, self.steps()) if other not in tried]
-            if which != "last" or not others:
+            untried = [other for other in map(self.path, self.steps()) if other not in read_paths]
+            if which != "last" or not untried:
                 break
-            path = others[-1]
+            path = untried[-1]
         if not damaged:
             raise UserError(f"{path}: was removed while it was read; try again")
         names = {self.best: "best"} | {self.path(step): str(step) for step in self.steps()}
         # best.pt and a step's file may be one file of two names
-        bad = [file.stat().st_ino for file in tried if file.is_file()]
-        good = [name for file, name in names.items() if file.is_file() and file.stat().st_ino not in bad]
-        hint = f" Try --checkpoint {good[-1]}." if good else ""
+        damaged_inodes = [file.stat().st_ino for file in read_paths if file.is_file()]
+        readable = [name for file, name in names.items() if file.is_file() and file.stat().st_ino not in damaged_inodes]
+        hint = f" Try --checkpoint {readable[-1]}." if readable else ""
         raise UserError(f"{damaged[0]}.{hint}") from damaged[0]
 
     def read(self, which: str = "last") -> dict[str, Any]:
@@ -176,7 +176,7 @@ class _Damaged(Exception):
 class _Hashed:
     """A file for `torch.save`: hashes and counts what is written.
 
-    The first error waits for `finish`: raised in `write`, it would leave torch's writer as an error of its insides.
+    The first error is raised by `finish`: raised in `write`, it would surface as an internal error of torch's writer.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -195,7 +195,7 @@ class _Hashed:
         return len(data)
 
     def flush(self) -> None:
-        """`finish` does."""
+        """Does nothing: `save` flushes the file once the digest is written."""
 
     def finish(self) -> None:
         """Add the digest. Raises OSError when anything could not be written."""
@@ -217,9 +217,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Checkpoint:
-    """All from one open file: another may take its name at any time.
+    """Reads digest and content from one open file, since another file may take its name at any time.
 
-    Raises `_Damaged`; FileNotFoundError; `UserError` for a file that only others may read, or of another format.
+    Raises `_Damaged`; FileNotFoundError; `UserError` for a file without read permission or of another format.
     """
     checked = False
     try:
@@ -243,29 +243,29 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _digest(file: IO[bytes]) -> tuple[str, bool]:
-    """The digest of the archive, and whether it was checked. Raises `_Damaged` where its comment has another.
+    """The digest of the archive, and whether it was checked. Raises `_Damaged` where its comment differs.
 
-    What was written before checkpoints had digests has no comment, and cannot be checked.
+    Checkpoints older than digests have no comment and cannot be checked.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - TAIL))
     tail = file.read()
     checked = tail[-22:-18] != END_OF_ARCHIVE
-    found = sha256()
+    digest = sha256()
     file.seek(0)
-    left = size - TAIL if checked else size
-    while left > 0 and (part := file.read(min(left, 1 << 20))):
-        found.update(part)
-        left -= len(part)
+    remaining = size - TAIL if checked else size
+    while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
+        digest.update(part)
+        remaining -= len(part)
     if checked:
-        found.update(b"\0\0")  # the comment's length, as it was before there was one
-        if tail != (TAIL - 2).to_bytes(2, "little") + COMMENT + found.hexdigest().encode():
-            raise _Damaged("damaged: its digest is not the one that it was saved with")
-    return found.hexdigest(), checked
+        digest.update(b"\0\0")  # the comment's length, as it was before there was one
+        if tail != (TAIL - 2).to_bytes(2, "little") + COMMENT + digest.hexdigest().encode():
+            raise _Damaged("damaged: its digest differs from the saved one")
+    return digest.hexdigest(), checked
 
 
 def _link(source: Path, path: Path) -> None:
-    """Give a file another name, or a copy where the file system has no hard links, in place of what had that name."""
+    """Give a file a second name, replacing any file of that name; a copy where the file system has no hard links."""
     temporary = temporary_for(path)
     with suppress(OSError):
         temporary.unlink()

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: progress, messages, and the scores at its end."""
+"""Terminal output of a run: progress, messages, and the scores at its end."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from distill_core.evaluate.score import TaskScore, means
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` keeps only warnings.
+    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` shows only warnings.
 
-    Of several ranks the first one shows a run; the others only `warn_here`.
+    With several ranks only rank 0 prints, except for `warn_here`.
     """
 
     def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0, rank: int = 0) -> None:
@@ -59,35 +59,35 @@ class Display:
         self._progress.stop()
 
     def step(self, step: int, rate: float | None, losses: Mapping[str, float]) -> None:
-        """`step` steps are done."""
-        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        """Show that `step` steps are done, with samples per second and losses."""
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = per_second(rate) if rate is not None else ""
-        self._progress.update(self._task, completed=step, rate=speed, losses=shown)
+        self._progress.update(self._task, completed=step, rate=speed, losses=text)
         due = time.monotonic() - self._last >= self.seconds
         if losses and due and not self.quiet and not self.console.is_terminal:
             self._last = time.monotonic()
-            self.say(f"step {step}/{self.steps}  {speed}  {shown}")
+            self.say(f"step {step}/{self.steps}  {speed}  {text}")
 
     def doing(self, what: str) -> None:
         """Name other work than training (an evaluation); an empty name ends it."""
         self._progress.update(self._task, description=what or "train")
 
     def say(self, message: str) -> None:
-        """One line."""
+        """Print a line, unless `quiet`."""
         if not self.quiet:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, message: str) -> None:
-        """One line that `quiet` does not hide, of what all ranks meet alike."""
+        """Print a warning that concerns all ranks, once; `quiet` does not hide it."""
         if self.rank == 0:
             self.warn_here(message)
 
     def warn_here(self, message: str) -> None:
-        """`warn` of what this rank alone has met."""
+        """Print a warning that concerns this rank only."""
         self.console.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
-class Left(TimeRemainingColumn):
+class Remaining(TimeRemainingColumn):
     """The remaining time, if known."""
 
     def render(self, task: Task) -> Text:
@@ -96,22 +96,22 @@ class Left(TimeRemainingColumn):
 
 
 class Scoring:
-    """A progress bar of what is encoded, on a terminal; elsewhere a line for each task that begins."""
+    """A progress bar of the encoded samples on a terminal; elsewhere a line as each task begins."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         console = Console(stderr=True)
-        self._said = None if quiet or console.is_terminal else console
+        self._console = None if quiet or console.is_terminal else console
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False, table_column=Column(no_wrap=True)),
             BarColumn(),
             TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
-            Left(),
+            Remaining(),
             console=console,
             disable=quiet or not console.is_terminal,
             transient=True,
         )
-        self._counts: dict[int, int] = {}  # of samples that were read to their end
+        self._counts: dict[int, int] = {}  # by id of the samples: how many there were
         self._task_name = ""
         self._row = self._progress.add_task("", total=None, count="")
 
@@ -124,13 +124,13 @@ class Scoring:
 
     def doing(self, what: str) -> None:
         """Name the task that is scored."""
-        if self._said is not None:
-            self._said.print(f"scoring {what}", highlight=False, markup=False, soft_wrap=True)
+        if self._console is not None:
+            self._console.print(f"scoring {what}", highlight=False, markup=False, soft_wrap=True)
         self._task_name = what
         self._begin("", None)
 
     def watch(self, samples: Iterable[Any], what: str) -> Iterator[Any]:
-        """The samples (or the steps of other work), counted as they are taken."""
+        """The samples (or steps of other work), counted as they are consumed."""
         total = len(samples) if isinstance(samples, Sized) else self._counts.get(id(samples))
         self._begin(what, total)
         done = 0
@@ -195,9 +195,9 @@ def print_scores(
     file: str = "",
     full: bool = False,
 ) -> None:
-    """The summary on standard output: the means over sets, or `full`: every score of every set.
+    """Print the summary on standard output: the means over sets or, with `full`, every score of every set.
 
-    Below it the tasks' `notes`, `lines`, and the `file` that has every score, those of tasks without means as well.
+    Below it: the tasks' `notes`, `lines`, and the `file` that holds every score, including tasks without means.
     """
     console = Console()
     short = bool(means(scores)) and not full
@@ -207,7 +207,7 @@ def print_scores(
     with_means = {score.task for score in means(scores)}
     for task in dict.fromkeys(score.task for score in scores):
         missing = short and task not in with_means
-        caption = "no means over sets; scores in the file below" if missing else (notes or {}).get(task)
+        caption = "no means over sets; its scores are in the file below" if missing else (notes or {}).get(task)
         if caption:
             captions.setdefault(caption, []).append(task)
     for caption, tasks in captions.items():

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, device, state of the git repository. No variable of the environment is read."""
+"""The versions, device and git state that a run's report records. Environment variables are not recorded."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def environment(where: device | None, packages: Iterable[str] = ()) -> dict[str,
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
-    """Python, the machine's kind, and the installed ones of our own packages and those given."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Versions of Python and of those installed among this project, `PACKAGES` and `packages`; the machine type."""
+    result = {"python": platform.python_version(), "machine": platform.machine()}
     for name in dict.fromkeys([project(), *PACKAGES, *packages]):
-        if (known := installed(name)) is not None:
-            found[name] = known
-    return found
+        if (release := installed(name)) is not None:
+            result[name] = release
+    return result
 
 
 def installed(package: str) -> str | None:

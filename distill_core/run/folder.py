@@ -37,7 +37,7 @@ class RunFolder:
 
         `launch` names what starts the run, for `of_launch`.
         """
-        for path in _places(base, recipe):
+        for path in _candidates(base, recipe):
             try:
                 path.mkdir(parents=True)
             except FileExistsError:
@@ -59,7 +59,7 @@ class RunFolder:
     def of_launch(cls, base: Path, recipe: Recipe, launch: str) -> RunFolder | None:
         """The newest folder that this launch began with exactly this recipe."""
         last = None
-        for path in _places(base, recipe):
+        for path in _candidates(base, recipe):
             if not path.exists():
                 break
             mark = path / ".launch"
@@ -84,7 +84,7 @@ class RunFolder:
             raise UserError(cannot_write(path, error)) from error
 
     def lock(self) -> None:
-        """Keep other processes from training into this folder while this one lives, and remove the half-written files
+        """Prevent other processes from training in this folder while this one runs, and remove partly written files
         of killed ones. Raises `UserError`."""
         try:
             import fcntl
@@ -104,7 +104,7 @@ class RunFolder:
             remove_temporaries(folder)
 
     def unlock(self) -> None:
-        """Let others train into this folder again."""
+        """Let other processes train in this folder again."""
         if self._lock is not None:
             import fcntl
 
@@ -135,7 +135,7 @@ class RunFolder:
 
     def _append(self, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows that cannot be written wait for the next ones, so that none is missing once there is room again."""
-        none_waited, start, written = not self._waiting, 0, 0
+        is_first_failure, start, written = not self._waiting, 0, 0
         lines = self._waiting.pop(path, []) + [json.dumps(row) + "\n" for row in rows]
         if not lines:
             return
@@ -149,12 +149,14 @@ class RunFolder:
             with suppress(OSError):
                 if written and path.stat().st_size == start + written:
                     os.truncate(path, start)  # no half of a row
-            if none_waited:
-                self.warn(f"{cannot_write(path, error)}; training continues, and its rows wait until it can be")
+            if is_first_failure:
+                self.warn(
+                    f"{cannot_write(path, error)}; training continues, and its rows are kept in memory until it can be"
+                )
             self._waiting[path] = lines
 
     def write_waiting(self) -> list[str]:
-        """Try once more to write the rows that wait; a line for each file that lacks rows still."""
+        """Try once more to write the waiting rows; returns a line for each file that still lacks rows."""
         for path in list(self._waiting):
             self._append(path, [])
         return [f"{path}: {counted(len(lines), 'row')} could not be written" for path, lines in self._waiting.items()]
@@ -187,20 +189,20 @@ class RunFolder:
         return folder
 
     def rewind(self, step: int, steps: int) -> None:
-        """Drop what a run of `steps` steps that is resumed at `step` is going to write again. Raises `UserError`."""
+        """Delete the rows that a run of `steps` steps, resumed at `step`, will write again. Raises `UserError`."""
         for path in (self.metrics, self.skipped):
             if not path.exists():
                 continue
             # the evaluations after the last step are made again when the run ended among them
-            kept = [r for r in _jsonl(path) if r["step"] <= step and not ("scores" in r and r["step"] == steps)]
+            rows = [r for r in _jsonl(path) if r["step"] <= step and not ("scores" in r and r["step"] == steps)]
             try:
-                write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+                write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
 
 
-def _places(base: Path, recipe: Recipe) -> Iterator[Path]:
-    """Where runs of a name lie, in order."""
+def _candidates(base: Path, recipe: Recipe) -> Iterator[Path]:
+    """The folders that runs of this name may have, in order."""
     return (base / (recipe.name if i == 1 else f"{recipe.name}-{i}") for i in range(1, 10_000))
 
 
@@ -222,7 +224,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a run that came to its end, else None (a kill may have cut it off)."""
+    """The report of a finished run, else None (a kill may have truncated it)."""
     try:
         report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

@@ -38,11 +38,11 @@ def model_of(
     backbone: dict[str, Backbone] = {}
     for name, node in recipe.backbone.items():
         start = f"{prefix}{name}."
-        own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if not own and teacher:  # it may have fewer modalities than the student
+        weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if not weights and teacher:  # it may have fewer modalities than the student
             continue
         backbone[name] = node.build()
-        load_into(backbone[name], own, what)
+        load_into(backbone[name], weights, what)
         backbone[name].to(device).eval().requires_grad_(False)
     if not backbone:
         raise UserError(f"{what}: this run trained no teacher")
@@ -61,7 +61,7 @@ def model_of(
 
 
 def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] = ()) -> Recipe:
-    """The resolved recipe that a run folder keeps, with changes. Raises `UserError` when the folder is not a run."""
+    """The resolved recipe of a run folder, with overrides. Raises `UserError` when the folder is not a run."""
     if not (folder / "recipe.yaml").is_file():
         runs = (
             [p.name for p in folder.parent.glob("*") if (p / "recipe.yaml").is_file()] if folder.parent.is_dir() else []

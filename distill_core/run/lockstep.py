@@ -13,15 +13,15 @@ from distill_core.system import distributed
 from distill_core.system.process import Interrupt
 
 READY, WAITING, STOPPED, FAILED = range(4)
-"""What a rank says of its next batch; all ranks do what the highest of them says."""
+"""The state of a rank's next batch; all ranks act on the highest state among them."""
 SECONDS_TO_ANSWER = 30.0
-"""For the other ranks, when one has failed and would save what all have done."""
+"""How long a failed rank waits for the others, to save with them the steps that are complete."""
 
 
 class Lockstep:
     """The batches of a run, taken by all ranks at once.
 
-    A line is shown where a rank waits for `stall_warning` seconds, and each time the wait has doubled.
+    Warns when a rank has waited for `stall_warning` seconds, and each time the wait has doubled.
     """
 
     def __init__(self, loader: Loader, interrupt: Interrupt, display: Display, stall_warning: float) -> None:
@@ -31,10 +31,10 @@ class Lockstep:
     def next_batch(self) -> Batch | None:
         """This rank's next batch, once every rank has its own; None where one of them got a signal.
 
-        Ranks meet here at least once a second while one of them waits for its batch, so that none is out of reach of
-        a signal or another's error in the middle of a step. Raises `OtherRankFailed`, and `DataError` of the loader.
+        Ranks synchronise here at least once a second while one of them waits for its batch, so that each hears of
+        signals and of errors on other ranks between steps. Raises `OtherRankFailed`, and `DataError` of the loader.
         """
-        begun, warn_after = time.monotonic(), self.stall_warning
+        start, warn_after = time.monotonic(), self.stall_warning
         batch: Batch | None = None
         while True:
             stopped = self.interrupt.signal is not None
@@ -48,12 +48,12 @@ class Lockstep:
                 return None
             if state == FAILED:
                 raise OtherRankFailed("stopped because another rank failed; see that rank's message")
-            if batch is None and time.monotonic() - begun >= warn_after:
+            if batch is None and time.monotonic() - start >= warn_after:
                 rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
                 self.display.warn_here(f"{rank}no batch for {warn_after:g} s: {self.loader.waiting_for()}")
                 warn_after *= 2
 
 
 def announce_failure() -> None:
-    """Have the other ranks' `next_batch` raise `OtherRankFailed`. Raises `RanksApart` where they do not come there."""
+    """Make the other ranks' `next_batch` raise `OtherRankFailed`. Raises `RanksApart` if they do not call it."""
     distributed.highest(FAILED, SECONDS_TO_ANSWER)

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl that training writes, and the speed that they give."""
+"""The training rows of metrics.jsonl, and the speed computed from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MetricsLog:
         self._clock, self._step = time.perf_counter(), state.step  # of the last row
 
     def add(self, result: StepResult, progress: Progress) -> None:
-        """After each step, on every rank; `progress` is what the step was made with."""
+        """Call after each step, on every rank, with the `progress` that the step used."""
         state, length = self.state, self.state.length
         if state.step % self.every != 0 and state.step != length.steps:
             return
@@ -36,13 +36,13 @@ class MetricsLog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done here is no part of the training time."""
-        begun = time.perf_counter()
+        """Excludes the time spent inside this context from the training time."""
+        start = time.perf_counter()
         yield
-        self._clock += time.perf_counter() - begun
+        self._clock += time.perf_counter() - start
 
     def write(self, result: StepResult, progress: Progress, rate: float) -> None:
-        """A row. A rank's losses are those of its own samples: the means of all ranks are logged."""
+        """Write a row. Each rank's losses cover its own samples; the row has the means over ranks."""
         state = self.state
         metrics = {name: value.item() for name, value in result.losses.metrics.items()}
         means = iter(distributed.mean([result.loss, *result.terms.values(), *metrics.values()]))

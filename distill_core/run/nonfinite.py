@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient is not finite: it is skipped, or ends the run (`train.nonfinite`)."""
+"""Steps whose loss or gradient is not finite: they are skipped, or end the run (`train.nonfinite`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NonfiniteSteps:
         self.in_a_row = 0
 
     def check(self, batch: Batch, result: StepResult) -> None:
-        """After each step, before it is counted. Raises `TrainingStopped`, once the weights from before are saved."""
+        """Call after each step, before counting it. Raises `TrainingStopped`, with the weights from before it saved."""
         if result.finite:
             self.in_a_row = 0
             return
@@ -34,8 +34,8 @@ class NonfiniteSteps:
         if distributed.rank() == 0:
             self.folder.log({"step": state.step + 1, "not_finite": problem, "keys": keys})
         terms = ", ".join(f"{name} = {value:.6g}" for name, value in result.terms.items())
-        more = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
-        line = f"step {state.step + 1}: {problem}: {terms}; samples {', '.join(keys[:8])}{more}"
+        ellipsis = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
+        line = f"step {state.step + 1}: {problem}: {terms}; samples {', '.join(keys[:8])}{ellipsis}"
         if train.nonfinite == "skip" and self.in_a_row < train.max_nonfinite:
             self.display.warn(f"{line}; the step is skipped")
             return
@@ -48,7 +48,7 @@ class NonfiniteSteps:
         else:
             line += f".\nThat is {counted(self.in_a_row, 'step')} in a row (train.max_nonfinite)"
             weights = "The weights from before them are saved"
-            hint = f"It may only meet more of them: rather start again with a lower learning rate{in_fp32}."
+            hint = f"More of them are likely to follow: better start again with a lower learning rate{in_fp32}."
         saved = f"{weights}; distill resume {self.folder.path} continues after this batch"
         raise TrainingStopped(f"{line}.\n{saved if self.saver.save() else self.saver.unsaved}. {hint}")
 

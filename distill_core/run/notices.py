@@ -1,4 +1,4 @@
-"""What a run says of its recipe and its data: when it starts, and as batches come, each thing once."""
+"""Messages about a run's recipe and data: at its start, and as batches arrive, each once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from distill_core.system import distributed
 from distill_core.system.process import arithmetic, cores
 
 ENOUGH = 64
-"""Samples whose measures tell what the data holds."""
+"""Number of samples that the summary of the data is computed from."""
 SHOWN = 5
 """Skipped samples that are shown on each rank; skipped.jsonl names them all."""
 
 
 class Notices:
-    """Told of a run's start and of each batch."""
+    """Prints the messages; call `start` once and `batch` with each batch."""
 
     def __init__(self, state: RunState, folder: RunFolder, display: Display) -> None:
         self.state, self.folder, self.display = state, folder, display
         self._measures: list[Mapping[str, Mapping[str, float]]] | None = [] if state.resumed is None else None
-        """Of the first samples; None once they have been summed up."""
+        """Of the first samples; None once their summary is printed."""
         self._repeats_shown = False
 
     def start(self, reports: Sequence[LoadReport], shards: int) -> None:
-        """What is trained, on what, and what of it looks like a mistake."""
+        """Print what is trained and on what data, and warn of likely mistakes."""
         state, recipe, display = self.state, self.state.recipe, self.display
         for report in reports:
             display.say(f"weights: {report.line}")
@@ -42,13 +42,13 @@ class Notices:
             f"{counted(self.state.length.batch_size, 'sample')}, {count / 1e6:.1f} M trained parameters, {computed}"
         )
         if state.resumed is not None and state.resumed.changes:
-            parts = ", ".join(f"{path} {before} -> {now}" for path, (before, now) in state.resumed.changes.items())
-            display.warn(f"the recipe has changed since step {state.step} was saved, and applies as it is now: {parts}")
+            parts = ", ".join(f"{path} {old} -> {new}" for path, (old, new) in state.resumed.changes.items())
+            display.warn(f"the recipe has changed since step {state.step} was saved; the new values apply: {parts}")
         self._batch_size()
         self._workers(shards)
 
     def batch(self, batch: Batch) -> None:
-        """Before a batch's step: what was skipped on the way to it, and what it tells of the data."""
+        """Call before a batch's step: reports skipped samples, repeats, and a summary of the data."""
         self._skipped(batch)
         self._repeats(batch)
         self._measured(batch)
@@ -83,7 +83,7 @@ class Notices:
             self.folder.skip(self.state.step + 1, batch.skipped)
 
     def _repeats(self, batch: Batch) -> None:
-        """Where nobody says how many samples there are: a batch that is longer than a pass of the worker that made it.
+        """Where the number of samples is unknown: warns of a batch larger than a pass of the worker that made it.
 
         Each worker's first batch begins with a pass, so that a sample comes twice in it only then. A later one may hold
         a sample at the end of one pass and again at the beginning of the next, which is no mistake.
@@ -101,19 +101,19 @@ class Notices:
         )
 
     def _measured(self, batch: Batch) -> None:
-        """Once there are enough, or the last: what the data holds, by its augmentations' measures."""
+        """Print a summary of the data from the augmentations' measures, once there are enough of them."""
         if self._measures is None:
             return
         self._measures += batch.measures
         if len(self._measures) < ENOUGH and self.state.step + 1 < self.state.length.steps:
             return
         for modality, node in self.state.recipe.augment.items():
-            measured = [one[modality] for one in self._measures if modality in one]
-            if not measured:
+            measures = [sample[modality] for sample in self._measures if modality in sample]
+            if not measures:
                 continue
-            means = {name: sum(one[name] for one in measured) / len(measured) for name in measured[0]}
+            means = {name: sum(sample[name] for sample in measures) / len(measures) for name in measures[0]}
             line, warning = node.cls.remarks(node.config, means)
-            self.display.say(f"data: {modality}: {line} (of {counted(len(measured), 'sample')})")
+            self.display.say(f"data: {modality}: {line} (of {counted(len(measures), 'sample')})")
             if warning is not None:
                 self.display.warn(f"augment.{modality}: {warning}")
         self._measures = None

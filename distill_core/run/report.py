@@ -1,4 +1,4 @@
-"""report.json and report.png: how a run went, to read and to look at."""
+"""report.json and report.png: the results of a run, as data and as a picture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.errors import UserError
-from distill_core.evaluate.run import Evaluated
+from distill_core.evaluate.run import EvaluationResult
 from distill_core.evaluate.score import TaskScore, means
 from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
@@ -21,7 +21,7 @@ class Report:
     """The end of a run. `seconds` is the time of the training steps alone.
 
     `skipped_samples` counts different samples, `skipped_shards` different shards of which all or the rest could not be
-    read, `skipped_reads` how often, over all passes, one of either was passed over.
+    read, `skipped_reads` how often, over all passes, one of either was skipped.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Report:
 def report_run(
     state: RunState,
     folder: RunFolder,
-    evaluated: Evaluated,
+    evaluated: EvaluationResult,
     facts: Mapping[str, Any],
     skipped_reads: int,
     *,
     saved: bool,
 ) -> Path:
-    """Report a run that came to its end; returns the picture's path. `skipped_reads` are those of all ranks, `saved`
+    """Report a finished run; returns the picture's path. `skipped_reads` are those of all ranks, `saved`
     says whether its last step is in a checkpoint. Raises `UserError` where the report cannot be written."""
     skipped_samples, skipped_shards = folder.skipped_in_training()
     report = Report(

@@ -17,13 +17,13 @@ from distill_core.system import distributed
 FIXED = {
     "seed": "the order of the samples would change within a pass",
     "data.batch_size": "its steps, schedule and passes are counted in batches of that size",
-    "data.workers": "each has its own place in the data",
+    "data.workers": "each worker has its own position in the data",
     "train.optimizer.name": "its state is not the other's",
-    "train.lr_factors": "the optimiser's state is kept by groups of parameters",
-    "freeze": "the optimiser's state is of the parameters that are trained",
-    "weights": "weights to start from come too late",
+    "train.lr_factors": "the optimiser's state is grouped by factor",
+    "freeze": "the optimiser has state for the trained parameters only",
+    "weights": "the run has already started from other weights",
 }
-"""Options that a run which has begun cannot change, and why."""
+"""Options that cannot change once a run has begun, and why."""
 
 
 def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, which: str, display: Display) -> None:
@@ -43,7 +43,9 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
         changed = changes(saved["recipe"], state.recipe.to_dict())
         _refuse(changed, folder)
     else:
-        display.warn("the checkpoint does not tell its recipe: saved before distill kept it; changes are not noticed")
+        display.warn(
+            "the checkpoint holds no recipe (an older distill saved it), so changes to the recipe are not detected"
+        )
     state.load_state_dict(saved, str(folder.path))
     if "train.checkpoint.best" in changed:
         state.best = None  # it was another score's
@@ -58,10 +60,10 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
 
 
 def _refuse(changed: Mapping[str, tuple[Any, Any]], folder: RunFolder) -> None:
-    anew = f"Set it back, or start a new run: weights: [{{name: state_dict, source: {folder.path}}}]"
+    hint = f"Set it back, or start a new run: weights: [{{name: state_dict, source: {folder.path}}}]"
     errors = [
-        f"{folder.path / 'recipe.yaml'}: {path} is {now}, and was {before} in the checkpoint: {why}. {anew}"
-        for path, (before, now) in changed.items()
+        f"{folder.path / 'recipe.yaml'}: {path} is {new}, and was {old} in the checkpoint: {why}. {hint}"
+        for path, (old, new) in changed.items()
         for fixed, why in FIXED.items()
         if path == fixed or path.startswith(f"{fixed}.")
     ]
@@ -72,15 +74,17 @@ def _refuse(changed: Mapping[str, tuple[Any, Any]], folder: RunFolder) -> None:
 def _rewind(
     checkpoint: Checkpoint, state: RunState, folder: RunFolder, checkpoints: Checkpoints, display: Display
 ) -> dict[str, Any] | None:
-    """Leave no later checkpoint and no row in the way of those that are going to be written; returns the branch."""
+    """Set aside later checkpoints and delete later rows, which training will write again; returns the branch."""
     branch = None
     if later := checkpoints.later(state.step):
-        aside = folder.set_aside(later)
+        folder_aside = folder.set_aside(later)
         checkpoints.restart_from(checkpoint)
-        branch = {"step": state.step, "set_aside": str(aside)}
+        branch = {"step": state.step, "set_aside": str(folder_aside)}
         if checkpoints.best in later:
             state.best = None  # the next score is the best of this branch: its own was written over
         names = ", ".join(path.name for path in later)
-        display.warn(f"going back to step {state.step}: {names} and what belongs to them are set aside in {aside}")
+        display.warn(
+            f"going back to step {state.step}: {names} and their metrics and reports are set aside in {folder_aside}"
+        )
     folder.rewind(state.step, state.length.steps)
     return branch

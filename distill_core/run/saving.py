@@ -21,15 +21,15 @@ class Saver:
         self.state, self.folder, self.checkpoints = state, folder, checkpoints
         self.interrupt, self.display = interrupt, display
         self.saved = state.step if state.resumed is not None else None
-        """The step of the last checkpoint that this process wrote or began with."""
+        """The step of the last checkpoint that this process wrote or resumed from."""
         self.unsaved: str | None = None
         """Why the step of the last `save` is in no checkpoint."""
         self._best = state.best
 
     def save(self) -> bool:
-        """Write a checkpoint, as the best one where the step has the best score.
+        """Write a checkpoint, also as the best one if the step has the best score.
 
-        Returns whether it was written, alike on all ranks; where it was not, why is said, and the next may be.
+        Returns whether it was written, the same on all ranks. A failure is a warning; the next save may succeed.
         """
         state = self.state
         content, best = state.state_dict(), state.best_step == state.step
@@ -54,23 +54,23 @@ class Saver:
         return self.unsaved is None
 
     def save_before(self, error: Exception) -> None:
-        """Save the last complete step before an error ends the run, if there is anything new, and say so."""
+        """Save the last complete step before an error ends the run, if it is not saved yet, and report it."""
         step, display = self.state.step, self.display
         last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
         try:
             if not isinstance(error, OtherRankFailed):
                 announce_failure()
-        except distributed.RanksApart as apart:
-            display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {apart}; {last}")
+        except distributed.RanksApart as unreachable:
+            display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {unreachable}; {last}")
             return
-        places = distributed.gather_objects((step, self.state.train_step.whole))
+        positions = distributed.gather_objects((step, self.state.train_step.whole))
         if self.saved == step or (self.saved is None and step == 0):
             return
-        if places != [(step, True)] * distributed.world_size():
-            display.warn(f"not saved: step {step + 1} broke off while it changed the weights; {last}")
+        if positions != [(step, True)] * distributed.world_size():
+            display.warn(f"not saved: step {step + 1} was interrupted while it changed the weights; {last}")
             return
         try:
-            saved = self.save()  # which says why not
+            saved = self.save()  # warns if it fails
         except Exception as second:
             display.warn(f"step {step} could not be saved either: {type(second).__name__}: {second}; {last}")
             return

@@ -1,7 +1,6 @@
-"""What there is to look at beside numbers: pictures and distributions that components give and a tracker takes.
+"""Pictures for the tracker: the views of a few training samples, and sheets that lay out pictures and text.
 
-Nothing here knows a modality: an augmentation says what its views look like (`Augmentation.render`), an evaluation what
-it found (`Task.media`), and a sheet lays out pictures and words.
+No modality is known here: an augmentation renders its views (`Augmentation.render`), a task its results (`Task.media`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 class Showcase:
     """A few training samples, always the same ones, with the views that training makes of them in an epoch.
 
-    Views are a function of (seed, epoch, key), so they are made here again, away from the loader and its workers.
+    Views are a function of (seed, epoch, key), so they are computed again here, outside the loader and its workers.
     """
 
     def __init__(self, recipe: Recipe, shards: Sequence[str], count: int) -> None:
@@ -39,27 +38,27 @@ class Showcase:
         self._samples: list[Sample] | None = None
 
     def media(self, epoch: int) -> list[Picture]:
-        """A sheet for each sample that has anything to show."""
+        """A sheet for each sample whose views can be rendered."""
         if self._samples is None:
             self._samples = self._read()
-        made = []
+        pictures = []
         for sample in self._samples:
             rows: dict[str, list[Rendered]] = {}
             for name, views in self.views(sample, epoch).items():
                 for view in views:
-                    if (shown := self.augment[name].render(view)) is not None:
-                        rows.setdefault(f"{name}, {view.role}", []).append(shown)
+                    if (rendered := self.augment[name].render(view)) is not None:
+                        rows.setdefault(f"{name}, {view.role}", []).append(rendered)
             if rows:
                 key = str(sample["__key__"])
-                made.append(Picture("views", sheet(list(rows.items())), words(key, rows), {"sample": key}))
-        return made
+                pictures.append(Picture("views", sheet(list(rows.items())), words(key, rows), {"sample": key}))
+        return pictures
 
     def _read(self) -> list[Sample]:
-        """The first usable samples of shards that lie evenly among all."""
+        """The first usable samples of evenly spaced shards."""
         stride = max(1, len(self.shards) // self.count)
-        chosen = self.shards[::stride][: self.count]
-        each = math.ceil(self.count / len(chosen))
-        return [sample for shard in chosen for sample in islice(self._usable(shard), each)][: self.count]
+        shards = self.shards[::stride][: self.count]
+        per_shard = math.ceil(self.count / len(shards))
+        return [sample for shard in shards for sample in islice(self._usable(shard), per_shard)][: self.count]
 
     def _usable(self, shard: str, tries: int = 20) -> Iterator[Sample]:
         from distill_core.data.shards import Patience, read_shard
@@ -76,19 +75,19 @@ class Showcase:
 
 
 def words(head: str, rows: Mapping[str, Sequence[Rendered]]) -> str:
-    """The head and all texts of the rows, a line each: a picture's caption."""
-    lines = [f"{label}: {shown}" for label, items in rows.items() for shown in items if isinstance(shown, str)]
+    """A picture's caption: the head and all texts of the rows, a line each."""
+    lines = [f"{label}: {item}" for label, items in rows.items() for item in items if isinstance(item, str)]
     return "\n".join([head, *lines])
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Rendered]]], width: int = 640, side: int = 96) -> Image.Image:
-    """Rows of (label, pictures or texts), one below another, on white; a `width` of pixels, whatever height it takes.
+    """Rows of (label, pictures or texts), one below another, on white: `width` pixels wide, as high as needed.
 
     Pictures keep their sizes relative to one another; the largest is `side` pixels or a little less.
     """
     from PIL import Image, ImageDraw
 
-    sizes = [max(shown.size) for _, items in rows for shown in items if not isinstance(shown, str)]
+    sizes = [max(item.size) for _, items in rows for item in items if not isinstance(item, str)]
     largest = max(sizes, default=side)
     factor = side // largest if largest <= side else side / largest
     font, small, gap = font_of(13), font_of(11), 6
@@ -97,32 +96,32 @@ def sheet(rows: Sequence[tuple[str, Sequence[Rendered]]], width: int = 640, side
     for label, items in rows:
         placed.append((gap, y, label, small))
         y += 16
-        x, below = gap, 0
-        for shown in items:
-            if isinstance(shown, str):
-                for line in textwrap.wrap(shown, max(1, (width - 2 * gap) // 7)) or [""]:
+        x, row_height = gap, 0
+        for item in items:
+            if isinstance(item, str):
+                for line in textwrap.wrap(item, max(1, (width - 2 * gap) // 7)) or [""]:
                     placed.append((gap, y, line, font))
                     y += 17
                 continue
-            w, h = (max(1, round(length * factor)) for length in shown.size)
+            w, h = (max(1, round(length * factor)) for length in item.size)
             if x + w > width - gap and x > gap:
-                x, y, below = gap, y + below + gap, 0
-            scaled = shown.convert("RGB").resize((w, h), Image.Resampling.NEAREST if factor > 1 else None)
+                x, y, row_height = gap, y + row_height + gap, 0
+            scaled = item.convert("RGB").resize((w, h), Image.Resampling.NEAREST if factor > 1 else None)
             placed.append((x, y, scaled, None))
-            x, below = x + w + gap, max(below, h)
-        y += below + gap
+            x, row_height = x + w + gap, max(row_height, h)
+        y += row_height + gap
     page = Image.new("RGB", (width, y), "white")
     draw = ImageDraw.Draw(page)
-    for left, top, what, how in placed:
-        if isinstance(what, str):
-            draw.text((left, top), what, fill="black" if how is font else "grey", font=how)
+    for left, top, content, content_font in placed:
+        if isinstance(content, str):
+            draw.text((left, top), content, fill="black" if content_font is font else "grey", font=content_font)
         else:
-            page.paste(what, (left, top))
+            page.paste(content, (left, top))
     return page
 
 
 def font_of(size: int) -> Any:
-    """DejaVu, which matplotlib brings and which has most scripts' letters."""
+    """DejaVu, which comes with matplotlib and covers most scripts."""
     import matplotlib
     from PIL import ImageFont
 

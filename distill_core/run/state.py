@@ -1,4 +1,4 @@
-"""What a run has come to: the state that a checkpoint holds, and how far there is to go."""
+"""A run's state, which a checkpoint holds, and its length."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Resumed:
 
 
 class RunState:
-    """All that a resumed run takes up again: weights, optimiser, place in the data, random numbers and counts.
+    """All that a resumed run restores: weights, optimiser, position in the data, random numbers and counts.
 
-    A checkpoint stands between two steps. What a batch or a step changes before it is complete (this rank's place in
-    the data, its random numbers) is saved as it was at the last `mark`.
+    A checkpoint describes the state between two steps. What changes during a step (this rank's position in the data,
+    its random numbers) is saved as it was at the last `mark`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RunState:
         self.recipe, self.length, self.device = recipe, length, device
         self.objective, self.train_step, self.loader = objective, train_step, loader
         self.step = 0
-        """Steps that are done, those that were skipped included."""
+        """Steps done, including skipped ones."""
         self.seconds = 0.0
         """Of training steps alone."""
         self.skipped_steps = 0
@@ -88,7 +88,7 @@ class RunState:
         """The best validation score so far, and the step that has it where that is one of this process's."""
         self.best_step: int | None = None
         self.resumed: Resumed | None = None
-        """None for a run that begins."""
+        """None for a new run."""
         self._between_steps: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None
 
@@ -99,7 +99,7 @@ class RunState:
             set_random(self._random, self.device)
 
     def mark(self) -> None:
-        """Between two steps: the state that a checkpoint takes until the next call."""
+        """Call between two steps: records the state that a checkpoint holds until the next call."""
         self._between_steps = {
             "data": self.loader.state_dict(),
             "random": get_random(self.device),
@@ -107,7 +107,7 @@ class RunState:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint's content, `step` apart; every rank must call it."""
+        """The checkpoint's content, except for `step`; every rank must call it."""
         return {
             "recipe": self.recipe.to_dict(),
             "objective": self.objective.state_dict(),
@@ -119,12 +119,12 @@ class RunState:
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
-        """Before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
+        """Call before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
         load_into(self.objective, state["objective"], source)
         options = state.get("recipe", self.recipe.to_dict())["train"]["optimizer"]
         self.train_step.load_state_dict(state["optimizer"], options)
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
-        own = state["ranks"][distributed.rank()]
-        self.skipped_samples, self._random = own["skipped_samples"], own["random"]
-        self.loader.load_state_dict(own["data"])
+        of_rank = state["ranks"][distributed.rank()]
+        self.skipped_samples, self._random = of_rank["skipped_samples"], of_rank["random"]
+        self.loader.load_state_dict(of_rank["data"])

@@ -1,4 +1,4 @@
-"""What a run sends its recipe's tracker."""
+"""Sends a run's metrics and pictures to its recipe's tracker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from distill_core.contracts.media import Media, Picture
 from distill_core.contracts.tracker import Tracker, TrackerConfig
-from distill_core.evaluate.run import Evaluated
+from distill_core.evaluate.run import EvaluationResult
 from distill_core.recipe.sections import Recipe
 from distill_core.run.showcase import Showcase
 
@@ -48,7 +48,7 @@ class TrackedRun:
         self._tracker.call("describe", facts, list(dict.fromkeys(tags)))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """A training row of metrics.jsonl."""
+        """Send a training row of metrics.jsonl."""
         if self._tracker is None:
             return
         flat = {"loss": row["loss"], **{f"loss/{name}": value for name, value in row["terms"].items()}}
@@ -57,27 +57,27 @@ class TrackedRun:
         self._tracker.call("log", step, flat, self._context("train"))
 
     def views(self, step: int, epoch: int) -> None:
-        """Training views of a few samples, at the steps that are due, made and sent in the tracker's thread."""
+        """Send training views of a few samples at the steps that are due; the tracker's thread computes them."""
         showcase = self._showcase
         if self._tracker is not None and showcase is not None and (step == 1 or step % self.media_every == 0):
             self._tracker.show(step, lambda: showcase.media(epoch), self._context("train"))
 
-    def evaluated(self, step: int, split: str, found: Evaluated) -> None:
-        """Scores, and what there is to see of them."""
+    def evaluated(self, step: int, split: str, result: EvaluationResult) -> None:
+        """Send the scores of a split, and the tasks' pictures."""
         if self._tracker is None:
             return
-        self._tracker.call("log", step, found.values, self._context(split))
-        self._tracker.show(step, lambda: found.media, self._context(split))
-        if found.no_media is not None:
-            self._tracker.no_media(found.no_media)
+        self._tracker.call("log", step, result.values, self._context(split))
+        self._tracker.show(step, lambda: result.media, self._context(split))
+        if result.no_media is not None:
+            self._tracker.no_media(result.no_media)
 
     def report(self, step: int, picture: Path, name: str) -> None:
-        """The report's picture."""
+        """Send the report's picture."""
         if self._tracker is not None:
             self._tracker.call("image", step, "report", str(picture), name, {})
 
     def finish(self, complete: bool) -> None:
-        """Flush and close; quickly where the run is not complete, since somebody waits for the end."""
+        """Flush and close; with a short timeout where the run was interrupted, since somebody waits for it to end."""
         if self._tracker is not None:
             self._tracker.finish(*() if complete else (5,))
 
@@ -102,7 +102,7 @@ class TrackerThread:
         self._thread.start()
 
     def warn_once(self, message: str) -> None:
-        """Only the first warning is shown."""
+        """Warn, unless there was a warning before."""
         if not self._warned:
             self._warned = True
             self._warn(message)
@@ -129,16 +129,16 @@ class TrackerThread:
             if self._no_media:
                 return
             try:
-                made = list(make())
+                media = list(make())
             except Exception as error:
                 self.no_media(error)
                 return
-            for item in made:
-                whole = {**context, **item.context}
+            for item in media:
+                full_context = {**context, **item.context}
                 if isinstance(item, Picture):
-                    self.tracker.image(step, item.name, item.picture, item.caption, whole)
+                    self.tracker.image(step, item.name, item.picture, item.caption, full_context)
                 else:
-                    self.tracker.distribution(step, item.name, item.values, whole)
+                    self.tracker.distribution(step, item.name, item.values, full_context)
 
         self._put(job)
 
@@ -167,7 +167,7 @@ class TrackerThread:
     def finish(self, timeout: float = 60.0) -> None:
         """Flush and close; give up after `timeout` seconds."""
         end = time.monotonic() + timeout
-        with suppress(queue.Full):  # said below
+        with suppress(queue.Full):  # reported below
             for job in (self.tracker.finish, None):  # unlike rows, worth waiting for room in the queue
                 self._queue.put(job, timeout=max(0.0, end - time.monotonic()))
         self._thread.join(max(0.0, end - time.monotonic()))

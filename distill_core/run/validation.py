@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from distill_core.contracts.source import DataSource
 from distill_core.errors import counted, did_you_mean
-from distill_core.evaluate.run import Evaluated, evaluate
+from distill_core.evaluate.run import EvaluationResult, evaluate
 from distill_core.evaluate.score import by_address, headlines
 from distill_core.recipe.build import models_of
 from distill_core.run.display import Display, Scoring
@@ -26,7 +26,7 @@ class Validation:
         self.tracked, self.display = tracked, display
         self._warned: set[str] = set()
         self._failed: Sequence[str] = ()
-        """Tasks that failed the last time: what fails again and again is said once."""
+        """Tasks that failed the last time: a repeated failure is reported once."""
         self._first = True
 
     def validate(self) -> None:
@@ -45,7 +45,9 @@ class Validation:
                 f"{did_you_mean(best, list(scores))}"
             )
         elif self._first and best is not None and scores[best].higher_is_better is None:
-            self.display.warn(f"train.checkpoint.best: no value of {best!r} is better than another; no best is kept")
+            self.display.warn(
+                f"train.checkpoint.best: {best!r} is better neither higher nor lower, so no best checkpoint is kept"
+            )
         self._first = False
         if line := ", ".join(f"{score.address} {score.text}" for score in headlines(evaluated.scores)):
             self.display.say(f"step {state.step}, {split}: {line}")
@@ -56,12 +58,12 @@ class Validation:
         if score is not None and score.improves_on(state.best):
             state.best, state.best_step = score.value, state.step
 
-    def test(self) -> Evaluated:
-        """Score the split of the end, with a progress bar of its own: training's has closed."""
+    def test(self) -> EvaluationResult:
+        """Score the final split, with its own progress bar: that of training is closed."""
         scoring = Scoring(quiet=self.display.quiet)
         return self._evaluate(self.state.recipe.evaluate.split, scoring, scoring.doing)
 
-    def _evaluate(self, split: str, scoring: Scoring, doing: Callable[[str], None]) -> Evaluated:
+    def _evaluate(self, split: str, scoring: Scoring, doing: Callable[[str], None]) -> EvaluationResult:
         state, display = self.state, self.display
         models = models_of(state.recipe, state.objective, state.device)
         with scoring:
@@ -78,7 +80,7 @@ class Validation:
         if evaluated.skipped:
             first = evaluated.skipped[0]
             display.warn(
-                f"{split}: not scored, for it cannot be read: {counted(len(evaluated.skipped), 'item')}; the first: "
+                f"{split}: not scored, since unreadable: {counted(len(evaluated.skipped), 'item')}; the first: "
                 f"{first.key!r} of {first.url}: {first.reason}"
             )
             self.folder.skip(state.step, evaluated.skipped, split)

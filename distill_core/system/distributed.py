@@ -18,12 +18,12 @@ from distill_core.errors import UserError
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)
 """How long ranks wait for one another: the first may be writing a checkpoint."""
-_meeting: dist.ProcessGroup | None = None
-"""For `highest`, so that a rank that comes there out of turn is never paired with another collective."""
+_control_group: dist.ProcessGroup | None = None
+"""For `highest`, so that a rank that calls it out of turn is never paired with another collective."""
 
 
 class RanksApart(UserError):
-    """Another rank has ended, or does not come to where this one waits for it."""
+    """Another rank has ended, or did not reach the collective that this one waits in."""
 
 
 def rank() -> int:
@@ -50,15 +50,15 @@ def start(device: torch.device) -> torch.device:
         store, rank, _ = next(rendezvous("env://"))
         # a restarted launch may share its store with the attempt before, whose addresses and counts are stale
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=own, rank=rank, world_size=ranks, timeout=_PATIENCE)
-        global _meeting
-        _meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        attempt_store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=attempt_store, rank=rank, world_size=ranks, timeout=_PATIENCE)
+        global _control_group
+        _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
 
 
 def launch() -> str | None:
-    """What the processes of one `torchrun` have in common, the restarted ones too; None without it."""
+    """An id that the processes of one `torchrun` share, restarted ones included; None without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     # "none" is every launch without --rdzv-id: the agent that started this process tells them apart
     return f"{socket.gethostname()}:{os.getppid()}" if name == "none" else name
@@ -71,9 +71,9 @@ def restarted() -> bool:
 
 def stop() -> None:
     """Leave the process group."""
-    global _meeting
+    global _control_group
     if dist.is_initialized():
-        _meeting = None
+        _control_group = None
         dist.destroy_process_group()
 
 
@@ -131,7 +131,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 @torch.no_grad()
 def broadcast(module: torch.nn.Module) -> None:
-    """Give every rank the first one's tensors."""
+    """Copy rank 0's tensors to every rank."""
     if world_size() > 1:
         for value in module.state_dict().values():
             dist.broadcast(value, 0)
@@ -147,14 +147,14 @@ def any_rank(flag: bool) -> bool:
 
 
 def highest(number: int, seconds: float | None = None) -> int:
-    """The highest of the numbers that all ranks come with.
+    """The highest of the numbers that the ranks pass.
 
-    Raises `RanksApart` where another has ended, or has not come within `seconds`.
+    Raises `RanksApart` where another rank has ended, or has not called this within `seconds`.
     """
     if world_size() == 1:
         return number
     value = torch.tensor(number)
-    work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_meeting, async_op=True)
+    work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control_group, async_op=True)
     assert work is not None
     try:
         work.wait(_PATIENCE if seconds is None else timedelta(seconds=seconds))
@@ -164,7 +164,7 @@ def highest(number: int, seconds: float | None = None) -> int:
 
 
 def mean(values: Sequence[float]) -> list[float]:
-    """The mean over ranks of each value; every rank must come with as many."""
+    """The mean over ranks of each value; every rank must pass the same number of values."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -182,22 +182,22 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def raise_on_all_ranks(make: Callable[[], T]) -> T:
-    """What `make` returns on this rank, once it has returned on all. Every rank must ask, and so for what `make`
-    itself asks of the others.
+    """What `make` returns on this rank, once it has returned on all. Every rank must call this, and reach every
+    collective inside `make`.
 
-    Raises `UserError` on every rank where one rank's `make` raised it, with each different message: what is done on
-    each rank before a collective (a file that is read) must not leave the others waiting for it.
+    Raises `UserError` on every rank if one rank's `make` raised it, with each different message: a rank that fails
+    before a collective (a file that it cannot read) must not leave the others waiting in it.
     """
     if world_size() == 1:
         return make()
-    made, problem = [], None
+    results, problem = [], None
     try:
-        made.append(make())
+        results.append(make())
     except UserError as error:
         problem = str(error)
     if problems := [line for line in gather_objects(problem) if line is not None]:
         raise UserError("\n".join(dict.fromkeys(problems)))
-    return made[0]
+    return results[0]
 
 
 def barrier() -> None:

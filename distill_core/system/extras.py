@@ -1,4 +1,4 @@
-"""The package that this is installed as, and its extras: imported when used, one clear line where they are missing."""
+"""The name of this distribution, and its optional dependencies: imported when used, with a clear error if missing."""
 
 from __future__ import annotations
 

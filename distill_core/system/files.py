@@ -11,31 +11,31 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """`$DISTILL_CACHE`, else `$XDG_CACHE_HOME/distill`, else `~/.cache/distill`."""
-    if given := os.environ.get("DISTILL_CACHE"):
-        return Path(given).expanduser().absolute()
+    if override := os.environ.get("DISTILL_CACHE"):
+        return Path(override).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "distill"
 
 
 def temporary_for(path: Path) -> Path:
-    """Where this process writes a file that takes its name when it is whole."""
+    """The file that this process writes before renaming it to `path` once it is complete."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed processes have left of `temporary_for`, from a folder that no other process writes to."""
+    """Remove the `temporary_for` files of killed processes from a folder that no other process writes to."""
     for path in folder.glob(".*.*"):
         if path.suffix[1:].isdecimal():
-            with suppress(OSError):  # it takes room, and does no other harm
+            with suppress(OSError):  # it only takes space
                 path.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: it is there in full or not at all, whenever the process is killed."""
+    """Write a text file atomically: if the process is killed, the file is complete or absent."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """`write_whole` of bytes."""
+    """As `write_whole`, for bytes."""
     temporary = temporary_for(path)
     try:
         temporary.write_bytes(data)
@@ -56,20 +56,20 @@ def cannot_write(path: Path, error: OSError, size: int = 0) -> str:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder, a file of two names counted once; 0 where there is none."""
-    seen: dict[tuple[int, int], int] = {}
+    """Total bytes of the files in a folder, hard links counted once; 0 if there is no such folder."""
+    sizes: dict[tuple[int, int], int] = {}
     for root, _, names in os.walk(folder):
         for name in names:
             try:
-                found = os.lstat(os.path.join(root, name))
+                status = os.lstat(os.path.join(root, name))
             except FileNotFoundError:  # a running run has just removed it
                 continue
-            seen[found.st_dev, found.st_ino] = found.st_size
-    return sum(seen.values())
+            sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def free_at(folder: Path) -> int:
-    """Bytes that are free where a folder is, or would be made."""
+    """Free bytes on the file system of a folder, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Work that is done ahead by threads, while the caller does something else."""
+"""Work that threads do ahead of the caller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ B = TypeVar("B")
 
 
 def prefetch_map(function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """`map(function, items)`, computed by `threads` threads up to 4 items each ahead; without threads, as `map` does.
+    """`map(function, items)`, computed by `threads` threads, up to 4 items per thread ahead; as `map` with 0 threads.
 
     Results come in the items' order, an exception in its item's place. `items` is read by the caller's thread.
     """

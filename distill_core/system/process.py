@@ -1,4 +1,4 @@
-"""What belongs to the process: its device, threads, signals and random numbers."""
+"""The process: its device, threads, signals and random numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interrupt:
     """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless
     something is `finishing`.
 
-    `doing` is shown when the first one comes.
+    `doing` is shown at the first one.
     """
 
     def __init__(self, say: Callable[[str], None], doing: str = "saving after this step ...") -> None:
@@ -33,31 +33,31 @@ class Interrupt:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals inside this context; only in the main thread, which receives them."""
-        before = {}
+        handlers = {}
         try:
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # not every system has SIGHUP
                 if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
                     continue  # ignored: started by nohup, to outlive the terminal
-                before[number] = signal.signal(number, self._take)
+                handlers[number] = signal.signal(number, self._handle)
         except ValueError:
-            before = {}
+            handlers = {}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
-        """A second signal does not break off what is done here."""
+        """A second signal does not interrupt this context."""
         self._finishing = True
         try:
             yield
         finally:
             self._finishing = False
 
-    def _take(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if self.signal is None:
             self.signal = number
@@ -90,7 +90,7 @@ def resolve_device(name: str, option: str = "train.device") -> torch.device:
 
 
 def set_matmul_precision(precision: Literal["high", "highest"]) -> None:
-    """Of products of fp32 tensors on CUDA (`train.matmul_precision`); a CPU's stay as they are."""
+    """Set the precision of fp32 matrix products on CUDA (`train.matmul_precision`); a CPU's are unaffected."""
     # by the older of torch's two interfaces: after the newer one, reading the older is an error
     torch.backends.cuda.matmul.allow_tf32 = precision == "high"
 

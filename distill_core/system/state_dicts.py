@@ -1,4 +1,4 @@
-"""State dicts and configs in files that a user names: tensors and JSON alone, nobody's code."""
+"""Reads state dicts and configs from files that a user names: tensors and JSON only, never code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from distill_core.errors import UserError
 
 StateDict = dict[str, Tensor]
-USUAL = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
-"""Where training scripts put a state dict in their checkpoints; of several the first, as timm takes them."""
+USUAL_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "module")
+"""Keys of a state dict in the checkpoints of common training scripts; the first one present is used, as in timm."""
 
 
 def read_state_dict(path: Path, key: str | None = None) -> tuple[StateDict, list[str]]:
@@ -27,7 +27,7 @@ def read_state_dict(path: Path, key: str | None = None) -> tuple[StateDict, list
 
 
 def read_tensors(path: Path) -> Any:
-    """What a `.safetensors` or torch file holds. Raises `UserError`."""
+    """The content of a `.safetensors` or torch file. Raises `UserError`."""
     if not path.is_file():
         raise UserError(f"weights: {path}: no such file")
     if _is_torchscript(path):
@@ -35,8 +35,8 @@ def read_tensors(path: Path) -> Any:
         old_name, new_name = (json.dumps(str(name), ensure_ascii=False) for name in (path, new))  # no single quotes
         code = f'torch.save(torch.jit.load({old_name}, map_location="cpu").state_dict(), {new_name})'
         raise UserError(
-            f"weights: {path}: a TorchScript archive, which is code, and is not run here. Where you trust it, save its "
-            f"tensors, then name {new.name}:\n  python -c {shlex.quote(f'import torch; {code}')}"
+            f"weights: {path}: a TorchScript archive, which is code and is never run here. If you trust it, save its "
+            f"tensors as follows and name {new.name} instead:\n  python -c {shlex.quote(f'import torch; {code}')}"
         )
     try:
         if path.suffix == ".safetensors":
@@ -44,9 +44,9 @@ def read_tensors(path: Path) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words advise to load it unsafely
-        found = re.search(r"WeightsUnpickler error:\s*([^\n]*?)(?:\. Please use|\n|$)", str(error))
-        what = f" ({found[1]})" if found else ""
+    except pickle.UnpicklingError as error:  # torch's message advises to load it unsafely
+        match = re.search(r"WeightsUnpickler error:\s*([^\n]*?)(?:\. Please use|\n|$)", str(error))
+        what = f" ({match[1]})" if match else ""
         raise UserError(
             f"weights: {path}: cannot be loaded: no torch file of tensors alone{what}; write one with "
             "torch.save(model.state_dict(), ...), or a .safetensors file"
@@ -56,49 +56,49 @@ def read_tensors(path: Path) -> Any:
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> StateDict:
-    """The state dict without what torch.compile, DistributedDataParallel and AveragedModel put into its names.
+    """The state dict without the prefixes of torch.compile, DistributedDataParallel and AveragedModel.
 
     Raises `UserError` where two names become one.
     """
-    named = [(name.replace("_orig_mod.", ""), value) for name, value in state.items() if name != "n_averaged"]
-    while named and all(name.startswith("module.") for name, _ in named):
-        named = [(name.removeprefix("module."), value) for name, value in named]
-    bare = dict(named)
-    if len(bare) < len(named):
-        twice = next(name for name in bare if sum(other == name for other, _ in named) > 1)
-        raise UserError(f"init: the state dict holds {twice!r} twice, once with `_orig_mod.` in its name")
-    return bare
+    items = [(name.replace("_orig_mod.", ""), value) for name, value in state.items() if name != "n_averaged"]
+    while items and all(name.startswith("module.") for name, _ in items):
+        items = [(name.removeprefix("module."), value) for name, value in items]
+    state_dict = dict(items)
+    if len(state_dict) < len(items):
+        twice = next(name for name in state_dict if sum(other == name for other, _ in items) > 1)
+        raise UserError(f"weights: the state dict holds {twice!r} twice, once with `_orig_mod.` in its name")
+    return state_dict
 
 
-def choose(found: Any, path: Path, key: str | None) -> tuple[StateDict, list[str]]:
+def choose(content: Any, path: Path, key: str | None) -> tuple[StateDict, list[str]]:
     """The state dict of a file, and a line on the choice where it holds more than that; `key` names one of several.
 
     Raises `UserError` where there is none, or there are several under unusual names.
     """
-    if key is None and _is_state_dict(found):
-        return {str(name): value for name, value in found.items()}, []
-    inside = {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
-    there = [name for name, value in inside.items() if _is_state_dict(value)]
+    if key is None and _is_state_dict(content):
+        return {str(name): value for name, value in content.items()}, []
+    entries = {str(name): value for name, value in content.items()} if isinstance(content, dict) else {}
+    names = [name for name, value in entries.items() if _is_state_dict(value)]
     if key is not None:
-        if not isinstance(inside.get(key), dict):
-            names = ", ".join(there) or "none"
-            raise UserError(f"weights: {path}: holds no state dict {key!r} (there are: {names})")
-        return choose(inside[key], path, None)
-    usual = [name for name in USUAL if name in there]
-    if not there:
+        if not isinstance(entries.get(key), dict):
+            listed = ", ".join(names) or "none"
+            raise UserError(f"weights: {path}: holds no state dict {key!r} (there are: {listed})")
+        return choose(entries[key], path, None)
+    usual = [name for name in USUAL_KEYS if name in names]
+    if not names:
         raise UserError(f"weights: {path}: holds no state dict (a mapping of names to tensors)")
-    if not usual and len(there) > 1:
+    if not usual and len(names) > 1:
         raise UserError(
-            f"weights: {path}: holds {len(there)} state dicts: {', '.join(there)}; say which: key: {there[0]}"
+            f"weights: {path}: holds {len(names)} state dicts: {', '.join(names)}; say which: key: {names[0]}"
         )
-    taken = (usual or there)[0]
-    rest = ", ".join(name for name in there if name != taken)
-    state = {str(name): value for name, value in inside[taken].items()}
-    return state, [f"its {taken!r} was taken" + (f" (there too, for `key`: {rest})" if rest else "")]
+    chosen = (usual or names)[0]
+    others = ", ".join(name for name in names if name != chosen)
+    state = {str(name): value for name, value in entries[chosen].items()}
+    return state, [f"its {chosen!r} was used" + (f" (`key` may also be: {others})" if others else "")]
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(one, Tensor) for one in value.values())
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -107,7 +107,7 @@ def _is_torchscript(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/code/" in name for name in archive.namelist())
-    except (OSError, ValueError, zipfile.BadZipFile):  # damaged: whoever loads it says so
+    except (OSError, ValueError, zipfile.BadZipFile):  # damaged: loading it will report so
         return False
 
 
@@ -136,11 +136,11 @@ def read_folder(folder: Path, names: Sequence[str], key: str | None = None) -> t
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object. Raises `UserError`."""
+    """The JSON object in a file. Raises `UserError`."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"weights: {path}: cannot be read: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"weights: {path}: is no JSON object")
-    return found
+    return content

@@ -355,7 +355,7 @@ def test_which_way_is_better_chooses_the_best(
         "evaluate={every: 2, tasks: [{name: scripted, scores: [.nan, 9.0, 5.0, 1.0, .nan, 50.0]}]}",
     )
     if best is None:
-        assert "no value of 'student/scripted/M' is better than another" in capsys.readouterr().err
+        assert "'student/scripted/M' is better neither higher nor lower" in capsys.readouterr().err
         with pytest.raises(UserError, match="no checkpoint 'best'"):
             Checkpoints(folder.path).read("best")
     else:
@@ -463,7 +463,7 @@ def test_going_back_keeps_both_branches(
     said = capsys.readouterr().err
     aside = folder.path / "set-aside-1"
     names = "step-00000006.pt, step-00000007.pt, step-00000008.pt, best.pt"
-    assert f"going back to step 5: {names} and what belongs to them are set aside in {aside}" in said
+    assert f"going back to step 5: {names} and their metrics and reports are set aside in {aside}" in said
     assert checkpoints.steps() == [5, 6]
     assert checkpoints.load("6").digest != before[6], "of the new branch: other seconds, at least"
     assert [row["step"] for row in training(folder)] == [1, 2, 3, 4, 5, 6]
@@ -515,7 +515,7 @@ def test_a_damaged_checkpoint_is_gone_back_behind(run: Run, more: Registry, caps
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warned) == 2
     assert "step-00000004.pt: cannot be read (damaged" in warned[0]
-    assert "step-00000002.pt is taken in its place" in warned[0]
+    assert "using step-00000002.pt instead" in warned[0]
     assert "going back to step 2: step-00000004.pt and" in warned[1]
     assert (folder.path / "set-aside-1" / "checkpoints" / path.name).read_bytes() == bytes(data)
     assert [row["step"] for row in training(folder)] == [1, 2, 3, 4]

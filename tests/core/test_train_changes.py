@@ -73,7 +73,10 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("data.workers=1", "data.workers is 1, and was 0 in the checkpoint: each has its own place in the data"),
+        (
+            "data.workers=1",
+            "data.workers is 1, and was 0 in the checkpoint: each worker has its own position",
+        ),
         ("data.batch_size=2", "data.batch_size is 2, and was 4 in the checkpoint: its steps, schedule and passes"),
         ("freeze=[backbone.text]", "freeze is ['backbone.text'], and was [] in the checkpoint: the optimiser's state"),
         (

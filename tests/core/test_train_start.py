@@ -155,7 +155,7 @@ def test_weights_of_a_checkpoint(trainer: Make, other: Trainer, tmp_path: Path) 
     torch.save({"model": tower, "ema": raised, "epoch": 3}, tmp_path / "w.pt")
     options = {"to": "backbone.image", "prefix": "_orig_mod"}
     made = trainer(init(tmp_path / "w.pt", **options))
-    assert made.load_reports[0].line.endswith("; its 'model' was taken (there too, for `key`: ema)")
+    assert made.load_reports[0].line.endswith("; its 'model' was used (`key` may also be: ema)")
     for expected, built in ((tower, made), (raised, trainer(init(tmp_path / "w.pt", **options, key="ema")))):
         for key, value in built.objective.backbone["image"].state_dict().items():
             assert torch.equal(value, expected[f"_orig_mod.{key}"]), key

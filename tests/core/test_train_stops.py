@@ -221,7 +221,7 @@ def test_an_update_that_broke_off_is_not_saved(start: Start, capsys: pytest.Capt
         trainer.run()
     assert Checkpoints(trainer.folder.path).steps() == [2]
     said = capsys.readouterr().err
-    assert "not saved: step 4 broke off while it changed the weights; the last checkpoint is of step 2" in said
+    assert "not saved: step 4 was interrupted while it changed the weights; the last checkpoint is of step 2" in said
 
 
 def test_an_error_where_nothing_is_new(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

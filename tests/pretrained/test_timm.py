@@ -137,7 +137,7 @@ def test_weights_of_a_checkpoint(registry: Registry, tmp_path: Path) -> None:
         loaded = TimmWeights(TimmWeightsConfig(source=str(tmp_path / "w.pth"), key=key)).apply(built)
         image: Any = built.backbone["image"]
         assert torch.equal(image.model.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
-        told = "its 'state_dict_ema' was taken (there too, for `key`: state_dict)"
+        told = "its 'state_dict_ema' was used (`key` may also be: state_dict)"
         assert (told in loaded.line) == (key is None)
     told = (
         "were trained with other pixels: set augment.image.mean: [0.5, 0.5, 0.5] and augment.image.std: [0.5, 0.5, 0.5]"

@@ -176,7 +176,7 @@ def test_a_linear_probe_shows_its_fits() -> None:
 
     rows = samples(torch.eye(3)[[0, 1] * 6], ["x", "y"] * 6)
     learned = [EvaluationSet("train", rows)]
-    scored = EvaluationSet("t", rows[:4], others=lambda split: learned, watch=watch)
+    scored = EvaluationSet("t", rows[:4], open_split=lambda split: learned, watch=watch)
     probe = LinearProbe(LinearProbe.Config.model_validate_json('{"cs": [1.0, 10.0, 100.0]}'))
     probe.run(Look(), [scored])  # type: ignore[arg-type]
     assert shown["fits for t"] == 3
@@ -197,7 +197,7 @@ def test_c_is_chosen_on_what_is_held_out() -> None:
 def sets_of(train: list[dict[str, Any]], *tests: list[dict[str, Any]]) -> list[EvaluationSet]:
     learned = [EvaluationSet("a", train[::2]), EvaluationSet("b", train[1::2])]
     return [
-        EvaluationSet(f"t{i}", test, others=lambda split: learned if split == "train" else [])
+        EvaluationSet(f"t{i}", test, open_split=lambda split: learned if split == "train" else [])
         for i, test in enumerate(tests)
     ]
 
@@ -243,7 +243,7 @@ def test_a_sample_s_items_stay_together(learn: str | None) -> None:
 
     train = [EvaluationSet(name, data[:12]) for name in ("a", "b")]
     task = Seen(Knn.Config.model_validate_json(json.dumps(options)))
-    scores = values(task.run(model, [EvaluationSet("s", data, others=lambda split: train)]))  # type: ignore[arg-type]
+    scores = values(task.run(model, [EvaluationSet("s", data, open_split=lambda split: train)]))  # type: ignore[arg-type]
     assert scores["s/learned_from"] == 6, "three samples of each of two classes"
     for taught, classes, asked in seen:
         assert torch.bincount(classes).tolist() == [6, 6], "each with both of its items"
@@ -414,7 +414,7 @@ def test_what_is_learned_from_and_scored_is_told() -> None:
     for mine, of, both in (("u", "u", 3), ("u", "v", 0)):
         learned = EvaluationSet("l", [{**row, "__url__": of} for row in samples(x, y)])
         asked = [{**row, "__url__": mine} for row in samples(torch.cat([x, x[:1]]), [*y, "a"])]
-        here = EvaluationSet("s", asked, others=lambda split, learned=learned: [learned])  # type: ignore[misc]
+        here = EvaluationSet("s", asked, open_split=lambda split, learned=learned: [learned])  # type: ignore[misc]
         scores = values(Knn(Knn.Config()).run(Look(), [here]))  # type: ignore[arg-type]
         assert "top5" not in scores, "it would be 100 of three classes"
         lines = [line for line in here.warnings if f"{both} of 4 scored samples are in the split 'train' too" in line]

@@ -112,7 +112,7 @@ def test_deit3(registry: Registry, tmp_path: Path) -> None:
     assert state["pos_embed"].shape[1] == 16
     torch.save({"model": state}, tmp_path / "deit3.pth")
     built = objective(registry, *LIKE_TIMM)
-    assert "its 'model' was taken" in apply(registry, built, "timm_vit", source=str(tmp_path / "deit3.pth")).line
+    assert "its 'model' was used" in apply(registry, built, "timm_vit", source=str(tmp_path / "deit3.pth")).line
     same(built, model, torch.randn(3, 3, 16, 16))
 
 

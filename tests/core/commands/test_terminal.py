@@ -38,7 +38,7 @@ def complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registry: Registry
     """`complete("run", "rec")`: what the shell is offered for the last word, in an empty folder with a cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
-    completion.remember(registry)
+    completion.update_cache(registry)
 
     def offer(*words: str) -> list[str]:
         found = ShellComplete(cli, {}, "distill", "_DISTILL_COMPLETE").get_completions(list(words[:-1]), words[-1])
@@ -105,7 +105,7 @@ def test_without_a_cache_nothing_is_offered(complete: Complete, tmp_path: Path, 
     (file.parent / file.name).unlink()
     file.parent.rmdir()
     file.parent.write_text("")  # a cache that cannot be written to
-    completion.remember(registry)
+    completion.update_cache(registry)
     assert complete("plugins", "c") == []
 
 
@@ -147,7 +147,7 @@ def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert found["tracking", "aim"]
     assert ("data", "emoji packages") in found
     assert "1.5 kB" in found["disk", "runs"]
-    assert found["disk", "cache"].startswith(f"{tmp_path / 'cache'}: not there yet")
+    assert found["disk", "cache"].startswith(f"{tmp_path / 'cache'}: does not exist yet")
     main(["doctor", "--runs", str(tmp_path / "runs")])
     out = capsys.readouterr().out
     assert all(name in out for _, name in found)
@@ -165,7 +165,7 @@ def test_doctor_hears_a_plugin_and_survives_one_that_fails(monkeypatch: pytest.M
     plugins.add("good", SimpleNamespace(distill_diagnostics=hookimpl(lambda: [said])), "good-package")
     plugins.add("bad", SimpleNamespace(distill_diagnostics=hookimpl(lambda: fails())), "bad-package")
     monkeypatch.setattr(Plugins, "discover", lambda: plugins)
-    rows = list(doctor._plugins_and_theirs())
+    rows = list(doctor._plugins())
     assert said in rows
     (bad,) = [row for row in rows if row.warning and row != said]
     assert (bad.name, bad.warning) == ("bad", "OSError: no pulse. Repair or uninstall bad-package.")
@@ -213,7 +213,7 @@ def test_what_stands_below_the_table(capsys: pytest.CaptureFixture[str]) -> None
     lines = capsys.readouterr().out.splitlines()[-4:]
     assert lines == [
         "r, n: percent",
-        "maps: no means over sets; scores in the file below",
+        "maps: no means over sets; its scores are in the file below",
         "more",
         "every score: report.json",
     ]

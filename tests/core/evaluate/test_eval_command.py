@@ -239,7 +239,7 @@ def test_a_finished_run_is_not_scored_again(run: Path, tmp_path: Path, capsys: p
         (("RUN/checkpoints/step-7.pt",), "no checkpoint '7'; there are 1, 2"),
         (("elsewhere.pt",), "elsewhere.pt: a checkpoint is scored with its run's recipe"),
         (("RUN", "--checkpoint", "\u00b2"), "no checkpoint '\u00b2'; there are 1, 2"),
-        (("RUN/checkpoints/step-1.pt", "--checkpoint", "2"), "is a checkpoint already"),
+        (("RUN/checkpoints/step-1.pt", "--checkpoint", "2"), "is already a checkpoint"),
         (("RUN", "--pictures", "RUN/recipe.yaml"), "pictures cannot be written"),
         (
             ("RUN", "--task", "{name: knn, source: {name: urban1k, folder: x}}"),

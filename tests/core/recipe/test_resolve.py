@@ -459,6 +459,6 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(
         BASE, "r.yaml", registry=more, overrides=["backbone.image={name: reads}", "freeze=[backbone.image.body]"]
     )
     assert recipe.warnings == (
-        "freeze, train.lr_factors: their paths are checked only when training starts, for the model cannot be built "
-        "without weights: RuntimeError: no storage",
+        "freeze, train.lr_factors: their paths are checked only when training starts, since the model cannot be "
+        "built without memory: RuntimeError: no storage",
     )

@@ -88,7 +88,7 @@ def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
         path.write_bytes(good)
         flip(path, position, rng.randrange(8))
         for which in ("last", "1", "best"):
-            with pytest.raises(UserError, match=r"\.pt: cannot be read \(damaged: its digest is not the one"):
+            with pytest.raises(UserError, match=r"\.pt: cannot be read \(damaged: its digest differs"):
                 checkpoints.read(which)
     for length in (0, 10, size // 2, size - 1):
         path.write_bytes(good[:length])
@@ -108,7 +108,7 @@ def test_a_damaged_last_one_is_passed_over(tmp_path: Path) -> None:
     assert (found.state["step"], found.path) == (4, checkpoints.path(4))
     (line,) = warnings
     assert line.startswith(f"{checkpoints.path(6)}: cannot be read (damaged: ")
-    assert line.endswith("step-00000004.pt is taken in its place")
+    assert line.endswith("using step-00000004.pt instead")
     for which, hint in (("6", "4"), ("best", "4")):
         with pytest.raises(UserError, match=rf"damaged: .*\. Try --checkpoint {hint}\.$"):
             checkpoints.load(which, warnings.append)

@@ -1,5 +1,5 @@
-"""An evaluation whose pictures ask for what no score has made, one whose shards rank 1 lacks, and one whose second
-sample rank 1 cannot read; run by test_distributed:
+"""An evaluation whose pictures need embeddings that `run` did not compute, one whose shards rank 1 lacks, and one
+whose second sample rank 1 cannot read; run by test_distributed:
 `python -m torch.distributed.run --nproc-per-node 2 distributed_evaluation.py OUT`.
 """
 
@@ -76,7 +76,7 @@ def learned() -> dict[str, float]:
     samples = [{"__key__": "k" * (i + 1), "__url__": "u", "class": str(i % 2).encode()} for i in range(6)]
     train = [EvaluationSet("train", samples)]
     config = Knn.Config.model_validate_json('{"k": 1, "modality": "a"}')
-    scores = Knn(config).run(Model(), [EvaluationSet("set", samples[:5], others=lambda split: train)])  # type: ignore[arg-type]
+    scores = Knn(config).run(Model(), [EvaluationSet("set", samples[:5], open_split=lambda split: train)])  # type: ignore[arg-type]
     return {score.name: score.value for score in scores if score.set is None}
 
 
@@ -100,7 +100,7 @@ class Late:
         return []
 
 
-def unread(out: Path) -> run.Evaluated:
+def unread(out: Path) -> run.EvaluationResult:
     """Tasks of which each reads a cut source in another place (labels, prompts, samples), and one that is sound."""
     options = {"learn": None, "modality": "a"}
     tasks: list[Any] = [

@@ -79,7 +79,7 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank-{i}.json").read_text()) for i in range(2))
     assert first["scores"] == second["scores"] == {"student/one/n": 3.0, "student/two/n": 3.0}
-    assert "'b' that no score has made, which takes all ranks" in first["no_media"]
+    assert "'b' that `run` did not compute, which takes all ranks" in first["no_media"]
     assert second["no_media"] is None
     assert first["missing"] == second["missing"] == ["gone.tar: no such file"]
     directions = torch.nn.functional.normalize(torch.tensor([[float(i), 1.0] for i in range(5)]), dim=1)

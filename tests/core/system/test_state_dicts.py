@@ -20,13 +20,13 @@ OPTIMIZER: dict[str, Any] = {"state": {}, "param_groups": [{"lr": 0.1}]}
     ("found", "key", "value", "said"),
     [
         (A, None, 1, []),
-        ({"model": B, "optimizer": OPTIMIZER, "epoch": 3}, None, 2, ["its 'model' was taken"]),
-        ({"net": A, "optimizer": OPTIMIZER}, None, 1, ["its 'net' was taken"]),
-        ({"ema": A, "model": B}, None, 2, ["its 'model' was taken (there too, for `key`: ema)"]),
-        ({"model": A, "model_ema": B}, None, 2, ["its 'model_ema' was taken (there too, for `key`: model)"]),
+        ({"model": B, "optimizer": OPTIMIZER, "epoch": 3}, None, 2, ["its 'model' was used"]),
+        ({"net": A, "optimizer": OPTIMIZER}, None, 1, ["its 'net' was used"]),
+        ({"ema": A, "model": B}, None, 2, ["its 'model' was used (`key` may also be: ema)"]),
+        ({"model": A, "model_ema": B}, None, 2, ["its 'model_ema' was used (`key` may also be: model)"]),
         ({"student": A, "teacher": B}, "teacher", 2, []),
-        ({"teacher": {"model": B}, "student": A}, "teacher", 2, ["its 'model' was taken"]),
-        ({0: A}, None, 1, ["its '0' was taken"]),
+        ({"teacher": {"model": B}, "student": A}, "teacher", 2, ["its 'model' was used"]),
+        ({0: A}, None, 1, ["its '0' was used"]),
     ],
 )
 def test_which_is_taken(tmp_path: Path, found: Any, key: str | None, value: float, said: list[str]) -> None:

@@ -25,12 +25,11 @@ class View:
     """One view of one sample, before it is collated.
 
     `data` is whatever the modality's backbone collates (a tensor, a string). `role` is `global`, `local` or a
-    method's own word. `source` says what the view was cut from (which caption, which crop).
+    method's own word.
     """
 
     data: Any
     role: str = GLOBAL
-    source: int = 0
 
 
 @dataclass(slots=True)
@@ -38,20 +37,18 @@ class Group:
     """The views of one modality that share a shape and a role.
 
     x           [V, B, ...]    pixels [V, B, 3, S, S], token ids [V, B, L], or what the backbone takes
-    source      [V, B]         what each view was cut from
     token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
     targets     [V, B, L, ..]  what a masked token should be predicted as
     """
 
     x: Tensor
     role: str = GLOBAL
-    source: Tensor | None = None
     token_mask: Tensor | None = None
     targets: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""
-        others = {name: getattr(self, name) for name in ("source", "token_mask", "targets")}
+        others = {name: getattr(self, name) for name in ("token_mask", "targets")}
         return Group(function(self.x), self.role, **{k: None if v is None else function(v) for k, v in others.items()})
 
 

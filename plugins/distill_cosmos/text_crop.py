@@ -36,15 +36,15 @@ class TextCrop(CaptionAugmentation):
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the place in the pool of the (first) sentence."""
+        """Texts, globals first."""
         pool = self.pool(sample)
         views = self.global_views(pool, rng)
-        return views + [View(pool[i], LOCAL, i) for i in draw(len(pool), self.config.local, rng)]
+        return views + [View(pool[i], LOCAL) for i in draw(len(pool), self.config.local, rng)]
 
     def global_views(self, pool: Sequence[str], rng: np.random.Generator) -> list[View]:
         """The global texts alone."""
         views = []
         for _ in range(self.config.globals_):
             chosen = draw(len(pool), int(rng.integers(1, self.config.sentences + 1)), rng)
-            views.append(View(join([pool[i] for i in chosen]), GLOBAL, chosen[0]))
+            views.append(View(join([pool[i] for i in chosen]), GLOBAL))
         return views

@@ -39,10 +39,10 @@ class MaskedText(TextCrop):
     Config = MaskedTextConfig
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the place in the pool of the (first) sentence, also of a masked text."""
+        """Global texts, then what masking leaves of them."""
         views = self.global_views(self.pool(sample), rng)
         whole = [views[i % len(views)] for i in range(self.config.local)]
-        return views + [View(self.mask(view.data, rng), LOCAL, view.source) for view in whole]
+        return views + [View(self.mask(view.data, rng), LOCAL) for view in whole]
 
     def mask(self, text: str, rng: np.random.Generator) -> str:
         """The text with `ratio` of its words hidden."""
@@ -75,7 +75,7 @@ class WordDropout(TextCrop):
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """As `text_crop`'s, with fewer words."""
         return [
-            View(self.drop(view.data, rng), view.role, view.source) if view.role in self.config.roles else view
+            View(self.drop(view.data, rng), view.role) if view.role in self.config.roles else view
             for view in super().train_views(sample, rng)
         ]
 
@@ -118,7 +118,7 @@ class SentenceCrop(CaptionAugmentation):
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the place in the pool of the run's first sentence, shuffled or not."""
+        """Runs of sentences, globals first."""
         pool, config = self.pool(sample), self.config
         views = []
         for _ in range(config.globals_):
@@ -131,4 +131,4 @@ class SentenceCrop(CaptionAugmentation):
     def run(self, pool: list[str], start: int, length: int, role: str, rng: np.random.Generator) -> View:
         """The sentences start..start + length - 1 as one text."""
         order = rng.permutation(length) if self.config.shuffle else range(length)
-        return View(join([pool[start + int(i)] for i in order]), role, start)
+        return View(join([pool[start + int(i)] for i in order]), role)

@@ -32,6 +32,6 @@ class SubCaptions(CaptionAugmentation):
         return (GLOBAL,) * config.count
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the sentence's place in the pool."""
+        """A sentence each."""
         pool = self.pool(sample)
-        return [View(pool[i], source=i) for i in draw(len(pool), self.config.count, rng)]
+        return [View(pool[i]) for i in draw(len(pool), self.config.count, rng)]

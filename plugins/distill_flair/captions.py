@@ -33,7 +33,7 @@ class SampledCaptions(CaptionAugmentation):
         return (GLOBAL,) * config.captions
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the place in the pool of the first sentence. A pool that is too small is taken whole."""
+        """Texts of the sample's sentences. A pool that is too small is taken whole."""
         pool = self.pool(sample)
         views = []
         for _ in range(self.config.captions):
@@ -43,5 +43,5 @@ class SampledCaptions(CaptionAugmentation):
                 chosen = list(range(first, first + count))
             else:
                 chosen = [int(i) for i in rng.permutation(len(pool))[:count]]
-            views.append(View(join([pool[i] for i in chosen]), GLOBAL, chosen[0]))
+            views.append(View(join([pool[i] for i in chosen])))
         return views

@@ -53,6 +53,6 @@ class FlavaText(OneText):
         return (GLOBAL, MASKED)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the sentence's place in the pool; 0 for all."""
-        text, source = self.text(sample, rng)
-        return [View(text, GLOBAL, source), View(text, MASKED, source)]
+        """Both views hold the same text."""
+        text = self.text(sample, rng)
+        return [View(text, GLOBAL), View(text, MASKED)]

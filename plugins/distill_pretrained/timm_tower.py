@@ -150,8 +150,7 @@ class TimmTower(Backbone):
         """Two global crops of noise, and a local one of half their side."""
         sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size // 2))
         return [
-            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role, i)
-            for i, (role, side) in enumerate(sides)
+            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role) for role, side in sides
         ]
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:

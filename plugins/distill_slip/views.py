@@ -62,10 +62,10 @@ class SlipViews(PictureAugmentation):
         return ((3, config.size, config.size),) * len(cls.roles(config))
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """[3, S, S] each, normalised; View.source numbers them."""
+        """[3, S, S] each, normalised."""
         picture, config = self.decode(sample)[0], self.config
         views = [View(self.normalise(random_resized_crop(picture, config.size, config.clip_scale, rng)))]
-        return views + [View(self.normalise(self._strong(picture, rng)), SIMCLR, i) for i in (1, 2)]
+        return views + [View(self.normalise(self._strong(picture, rng)), SIMCLR) for _ in range(2)]
 
     def _strong(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
         config = self.config

@@ -47,7 +47,7 @@ class TwoCaptions(CaptionAugmentation):
         return {**sample, "txt": ". ".join(words).encode()} if config.layout == "txt" else sample
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is 0 of the web's caption, 1 + the number of its first sentence of the synthetic one."""
+        """The web's caption, then the synthetic one."""
         web = self.web(sample)
         # a data set may have the web's caption among the sentences as well, as the emoji's name is
         rest = [
@@ -62,7 +62,7 @@ class TwoCaptions(CaptionAugmentation):
         chosen = list(range(len(rest)))
         if self.config.sentences is not None:
             chosen = sorted(int(i) for i in rng.permutation(chosen)[: self.config.sentences])
-        return [View(web), View(join([rest[i] for i in chosen]), source=1 + chosen[0])]
+        return [View(web), View(join([rest[i] for i in chosen]))]
 
     def web(self, sample: Sample) -> str:
         """The web's caption. Raises `BadSample` when there is none."""

@@ -19,6 +19,5 @@ class WholeCaption(OneText):
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source is the sentence's place in the pool; 0 for all."""
-        text, source = self.text(sample, rng)
-        return [View(text, source=source)]
+        """The one text."""
+        return [View(self.text(sample, rng))]

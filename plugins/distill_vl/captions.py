@@ -197,13 +197,12 @@ class OneText(CaptionAugmentation):
 
     Config = TakeConfig
 
-    def text(self, sample: Sample, rng: np.random.Generator) -> tuple[str, int]:
-        """(the whole caption, 0), or (a sentence drawn at random, its place in the pool). Raises `BadSample`."""
+    def text(self, sample: Sample, rng: np.random.Generator) -> str:
+        """The whole caption, or a sentence drawn at random. Raises `BadSample`."""
         if self.config.take == "all":
-            return self.whole(sample), 0
+            return self.whole(sample)
         pool = self.pool(sample)
-        chosen = int(rng.integers(len(pool)))
-        return pool[chosen], chosen
+        return pool[int(rng.integers(len(pool)))]
 
 
 def _json(sample: Sample) -> Mapping[str, Any]:

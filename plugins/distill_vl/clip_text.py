@@ -197,7 +197,7 @@ def example_texts(rng: np.random.Generator) -> list[View]:
     """Two global texts of three to eight words, and a local one of two."""
     counts = ((GLOBAL, int(rng.integers(3, 9))), (GLOBAL, int(rng.integers(3, 9))), (LOCAL, 2))
     words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
-    return [View(" ".join(rng.choice(words, n)), role, i) for i, (role, n) in enumerate(counts)]
+    return [View(" ".join(rng.choice(words, n)), role) for role, n in counts]
 
 
 class RoleCollator(ABC):
@@ -215,8 +215,7 @@ class RoleCollator(ABC):
         result = []
         for role, members in groups.items():
             ids = self.padded([sample[i].data for i in members for sample in samples])
-            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-            result.append(Group(ids.reshape(len(members), len(samples), ids.shape[1]), role, source))
+            result.append(Group(ids.reshape(len(members), len(samples), ids.shape[1]), role))
         return Views(result)
 
 

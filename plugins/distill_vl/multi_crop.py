@@ -76,18 +76,18 @@ class MultiCrop(PictureAugmentation):
         return tuple((3, *[sides.get(role, config.size)] * 2) for role in cls.roles(config))
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """View.source numbers the crops."""
+        """Crops [3, S, S], normalised."""
         picture, config = self.decode(sample)[0], self.config
         views = []
         for i in range(config.globals_):
             crop = random_resized_crop(picture, config.size, config.global_scale, rng)
             crop = self._recolour(crop, config.blur[0 if i == 0 else 1], 0.0 if i == 0 else config.solarise, rng)
-            views.append(View(self.normalise(crop), GLOBAL, i))
-        for i in range(config.local):
+            views.append(View(self.normalise(crop), GLOBAL))
+        for _ in range(config.local):
             crop = random_resized_crop(picture, config.local_size, config.local_scale, rng)
             crop = self._recolour(crop, config.blur[2], 0.0, rng)
-            views.append(View(self.normalise(crop), LOCAL, config.globals_ + i))
-        views += [View(view.data, MASKED, view.source) for view in views[: config.masked]]
+            views.append(View(self.normalise(crop), LOCAL))
+        views += [View(view.data, MASKED) for view in views[: config.masked]]
         return views
 
     def _recolour(self, picture: Image.Image, blur: float, solarise: float, rng: np.random.Generator) -> Image.Image:

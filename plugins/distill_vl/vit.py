@@ -131,8 +131,7 @@ class VisionTransformer(Backbone):
         """Two global crops of noise, and a local one of one patch less."""
         sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size - config.patch))
         return [
-            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role, i)
-            for i, (role, side) in enumerate(sides)
+            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role) for role, side in sides
         ]
 
     def positions(self, rows: int, columns: int) -> Tensor:
@@ -248,8 +247,7 @@ class PictureCollator:
             if any(side % self.patch for side in shape[-2:]):
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-            source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-            result.append(self._masked(Group(x, role, source), generators))
+            result.append(self._masked(Group(x, role), generators))
         return Views(result)
 
     def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:

@@ -219,9 +219,7 @@ def test_hard_partners_are_alike_and_never_their_own(made: Objective, outputs: O
 def test_the_contrastive_loss_sees_whole_views_alone(made: Objective, batch: Batch) -> None:
     """Catches a masked view in the contrastive loss, and masks that the towers do not look at."""
     first = made.losses(made.represent(batch, Progress(0, 1))).terms
-    hidden = {
-        m: Views([v.groups[0], Group(v.groups[1].x, "masked", v.groups[1].source)]) for m, v in batch.views.items()
-    }
+    hidden = {m: Views([v.groups[0], Group(v.groups[1].x, "masked")]) for m, v in batch.views.items()}
     for m, views in hidden.items():
         group = batch.views[m].groups[1]
         assert group.token_mask is not None
@@ -246,7 +244,7 @@ def test_what_is_hidden_cannot_be_read(made: Objective, batch: Batch) -> None:
         else:
             for _, b, i in group.token_mask.nonzero().tolist():
                 x[0, b, :, i // 3 * 4 : i // 3 * 4 + 4, i % 3 * 4 : i % 3 * 4 + 4] = 5.0
-        views[m] = Views([v.groups[0], Group(x, "masked", None, group.token_mask, group.targets)])
+        views[m] = Views([v.groups[0], Group(x, "masked", group.token_mask, group.targets)])
     a = made.represent(batch, Progress(0, 1)).fused
     b = made.represent(Batch(views, batch.keys), Progress(0, 1)).fused
     for m in ("image", "text"):
@@ -258,9 +256,7 @@ def test_padding_never_matters(made: Objective, batch: Batch) -> None:
     """A longer text elsewhere in the batch changes nothing for the others."""
     groups = []
     for group in batch.views["text"].groups:
-        wider = group.map(lambda x: nn.functional.pad(x, (0, 3)))
-        wider.source = group.source
-        groups.append(wider)
+        groups.append(group.map(lambda x: nn.functional.pad(x, (0, 3))))
     longer = Batch({**batch.views, "text": Views(groups)}, batch.keys)
     a = made.losses(made.represent(batch, Progress(0, 1))).terms
     b = made.losses(made.represent(longer, Progress(0, 1))).terms
@@ -339,9 +335,8 @@ def test_views_are_the_same_twice() -> None:
     assert [v.data for v in text.train_views(sample, np.random.default_rng(0))] == ["one. two. three"] * 2
     one = FlavaText(TakeConfig(take="one"))
     drawn = [one.train_views(sample, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(a.data == b.data and a.source == b.source for a, b in drawn)
+    assert all(a.data == b.data for a, b in drawn)
     assert {a.data for a, _ in drawn} == {"one", "two", "three"}
-    assert all(("one", "two", "three")[a.source] == a.data for a, _ in drawn)
     with pytest.raises(BadSample):
         text.train_views({"txt": b""}, np.random.default_rng(0))
 

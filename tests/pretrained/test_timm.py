@@ -88,12 +88,12 @@ def test_a_step_of_cosmos_with_a_frozen_tower(registry: Registry) -> None:
     assert not any(name.startswith("backbone.image.model") for name in trained)
 
     def crops(side: int, role: str, count: int) -> Group:
-        return Group(torch.randn(count, 3, 3, side, side), role, torch.zeros(count, 3, dtype=torch.long))
+        return Group(torch.randn(count, 3, 3, side, side), role)
 
     def texts(role: str, count: int) -> Group:
         ids = torch.cat([torch.full((count, 3, 1), 49406), torch.randint(1, 99, (count, 3, 4)),
                          torch.full((count, 3, 1), 49407)], -1)  # fmt: skip
-        return Group(ids, role, torch.zeros(count, 3, dtype=torch.long))
+        return Group(ids, role)
 
     views = {
         "image": Views([crops(64, GLOBAL, 2), crops(32, LOCAL, 1)]),

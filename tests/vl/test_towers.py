@@ -249,14 +249,13 @@ def test_clean_repairs_encoding() -> None:
 
 def test_text_collator_groups_by_role_and_cuts_to_the_longest() -> None:
     samples = [
-        [View("a cat"), View("a dog runs far away"), View("sun", "local", 3)],
-        [View("!"), View("b"), View("the moon", "local", 1)],
+        [View("a cat"), View("a dog runs far away"), View("sun", "local")],
+        [View("!"), View("b"), View("the moon", "local")],
     ]
     views = TextCollator(77)(samples)
     assert views.roles == ("global", "global", "local")
     assert [tuple(group.x.shape) for group in views.groups] == [(2, 2, 7), (1, 2, 4)]
-    assert views.groups[1].source is not None
-    assert views.groups[1].source.tolist() == [[3, 1]]
+    assert views.groups[1].x[0, 1].tolist() == ClipTokenizer()(["the moon"])[0, :4].tolist()
     assert views.groups[0].x[1, 0].tolist() == ClipTokenizer()(["a dog runs far away"])[0, :7].tolist()
     # "!!" holds id 0 (a bare "!"), which is also the padding: it must not shorten the row
     exclamation = TextCollator(77)([[View("!!")]]).groups[0].x[0, 0]
@@ -266,8 +265,8 @@ def test_text_collator_groups_by_role_and_cuts_to_the_longest() -> None:
 def test_picture_collator_groups_by_size() -> None:
     def sample(seed: int) -> list[View]:
         generator = torch.Generator().manual_seed(seed)
-        big = [View(torch.randn(3, 8, 8, generator=generator), "global", i) for i in range(2)]
-        return [*big, View(torch.randn(3, 4, 4, generator=generator), "local", 2)]
+        big = [View(torch.randn(3, 8, 8, generator=generator), "global") for _ in range(2)]
+        return [*big, View(torch.randn(3, 4, 4, generator=generator), "local")]
 
     samples = [sample(i) for i in range(3)]
     views = PictureCollator(4)(samples)

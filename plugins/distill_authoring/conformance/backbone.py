@@ -64,7 +64,7 @@ def everything(case: Case, views: Views) -> tuple[int, ...]:
 
 def fields(group: Group) -> list[Tensor | None]:
     """The tensors of a group."""
-    return [group.x, group.source, group.token_mask, group.targets]
+    return [group.x, group.token_mask, group.targets]
 
 
 @checks(KIND)
@@ -78,9 +78,6 @@ def collator(case: Case) -> None:
     for group in views.groups:
         count, batch = group.x.shape[:2]
         require(batch == BATCH, f"a group's x is [V, B, ...]; B is {BATCH}, the second dimension {batch}")
-        require(
-            group.source is None or group.source.shape == (count, batch), "a group's source is [V, B], of View.source"
-        )
         if group.token_mask is not None:
             require(
                 group.token_mask.dtype == torch.bool and group.token_mask.shape[:2] == (count, batch),
@@ -291,7 +288,7 @@ def hidden_tokens(case: Case) -> None:
     if not any(bool(group.token_mask.any()) for group in views.groups if group.token_mask is not None):
         raise NotApplicable("its collator hides nothing of three samples with these options; add an example that does")
     nothing = [None if g.token_mask is None else torch.zeros_like(g.token_mask) for g in views.groups]
-    bare = Views([Group(g.x, g.role, g.source, mask) for g, mask in zip(views.groups, nothing, strict=True)])
+    bare = Views([Group(g.x, g.role, mask) for g, mask in zip(views.groups, nothing, strict=True)])
     with torch.no_grad():
         seen, hidden, none = module(views), module(views, masked=True), module(bare, masked=True)
     require(close([seen.pooled], [none.pooled]), "masked=True changes the embedding though no token is hidden")

@@ -292,7 +292,6 @@ def groups(
             shape = (len(modality.views(role)), batch, length(plan, name, role))
             x = torch.randint(1, 5, shape, generator=draw) if name in ids else torch.randn(shape, generator=draw)
             group = Group(x, role)
-            group.source = torch.arange(shape[0])[:, None].expand(shape[:2]).clone()
             if name in needs.masked:
                 mask = torch.rand(shape, generator=draw) < 0.4
                 mask[..., 0] = True

@@ -56,7 +56,7 @@ def sample_views(registry: Registry, seed: int = 0) -> SampleViews:
 def same_views(a: Mapping[str, list[View]], b: Mapping[str, list[View]]) -> bool:
     def flat(views: Mapping[str, list[View]]) -> list[Any]:
         return [
-            (name, v.role, v.source, v.data.tolist() if isinstance(v.data, torch.Tensor) else v.data)
+            (name, v.role, v.data.tolist() if isinstance(v.data, torch.Tensor) else v.data)
             for name in sorted(views)
             for v in views[name]
         ]

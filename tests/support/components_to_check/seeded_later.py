@@ -394,7 +394,7 @@ class HoldsALock(Waves):
 @held("non-picklable")
 class ViewsOfGenerators(Noisy):
     def train_views(self, sample, rng):
-        return [View((x for x in v.data.tolist()), v.role, v.source) for v in super().train_views(sample, rng)]
+        return [View((x for x in v.data.tolist()), v.role) for v in super().train_views(sample, rng)]
 
 
 @held("optimizer")

@@ -21,7 +21,7 @@ class CountsItsViews(Noisy):
     numbers = itertools.count()
 
     def train_views(self, sample, rng):
-        return [View(v.data + next(self.numbers) % 7, v.role, v.source) for v in super().train_views(sample, rng)]
+        return [View(v.data + next(self.numbers) % 7, v.role) for v in super().train_views(sample, rng)]
 
 
 @seeded("in-place change")
@@ -45,7 +45,7 @@ class OneBufferForAll(Noisy):
         made = super().train_views(sample, rng)
         for row, view in zip(self.buffer, made, strict=True):
             row.copy_(view.data)
-        return [View(row, v.role, v.source) for row, v in zip(self.buffer, made, strict=True)]
+        return [View(row, v.role) for row, v in zip(self.buffer, made, strict=True)]
 
 
 @seeded("roles not together")

@@ -79,6 +79,5 @@ def stack(samples, seeds=()):
     for role in dict.fromkeys(view.role for view in samples[0]):
         members = [i for i, view in enumerate(samples[0]) if view.role == role]
         x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-        source = torch.tensor([[sample[i].source for sample in samples] for i in members])
-        groups.append(Group(x, role, source))
+        groups.append(Group(x, role))
     return Views(groups)

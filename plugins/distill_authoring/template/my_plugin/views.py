@@ -40,10 +40,10 @@ class Noisy(Augmentation):
         """All randomness comes from `rng`: the same sample and seed give the same views."""
         signal = self.decode(sample)[0]
         views = []
-        for i, role in enumerate(self.roles(self.config)):
+        for role in self.roles(self.config):
             strength = self.config.noise * (2 if role == LOCAL else 1)
             noisy = signal + strength * rng.standard_normal(signal.shape, dtype=np.float32)
-            views.append(View(torch.from_numpy(noisy.astype(np.float32)), role, i))
+            views.append(View(torch.from_numpy(noisy.astype(np.float32)), role))
         return views
 
     def decode(self, sample, field=None):

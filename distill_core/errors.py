@@ -7,6 +7,9 @@ from difflib import get_close_matches
 
 import click
 
+KeyPath = tuple[str | int, ...]
+"""Where something stands in a document, as `("loss", 1, "weight")`: what is wrong is reported by it."""
+
 
 class UserError(Exception):
     """One clear line: what is wrong, where, and what to do next. Exit code 2."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.slot import NONE as NONE
     from distill_core.data.example import example_batch as example_batch
     from distill_core.data.opening import is_local as is_local
+    from distill_core.errors import KeyPath as KeyPath
     from distill_core.errors import RecipeErrors as RecipeErrors
     from distill_core.errors import TrainingStopped as TrainingStopped
     from distill_core.errors import warn as warn
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from distill_core.recipe.build import build_objective as build_objective
     from distill_core.recipe.checks import unmet as unmet
     from distill_core.recipe.document import Document as Document
-    from distill_core.recipe.document import Path as Path
     from distill_core.recipe.document import located as located
     from distill_core.recipe.document import read_document as read_document
     from distill_core.recipe.document import read_file as read_file
@@ -79,6 +79,7 @@ HOMES = {
     "NONE": "distill_core.contracts.slot",
     "example_batch": "distill_core.data.example",
     "is_local": "distill_core.data.opening",
+    "KeyPath": "distill_core.errors",
     "RecipeErrors": "distill_core.errors",
     "TrainingStopped": "distill_core.errors",
     "warn": "distill_core.errors",
@@ -93,7 +94,6 @@ HOMES = {
     "unmet": "distill_core.recipe.checks",
     "Document": "distill_core.recipe.document",
     "located": "distill_core.recipe.document",
-    "Path": "distill_core.recipe.document",
     "read_document": "distill_core.recipe.document",
     "read_file": "distill_core.recipe.document",
     "recipe_file": "distill_core.recipe.named",

@@ -25,9 +25,8 @@ from pydantic_core import (
 from torch import nn
 
 from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.errors import UserError
+from distill_core.errors import KeyPath, UserError
 
-Path = tuple[str | int, ...]
 C = TypeVar("C", bound=Component)
 PLACE = "@"
 """Key under which a recipe's reader writes a component's place in the document beside its options; a list's item that
@@ -61,7 +60,7 @@ class Context:
     """What slots are validated with, and by place those that were valid, whatever else was wrong around them."""
 
     registry: Components
-    slots: dict[Path, Slot[Any]] = field(default_factory=dict)
+    slots: dict[KeyPath, Slot[Any]] = field(default_factory=dict)
 
 
 class Slot(Generic[C]):
@@ -69,7 +68,7 @@ class Slot(Generic[C]):
 
     # not a dataclass: pydantic would validate its fields, in place of the component's options
 
-    def __init__(self, cls: type[C], config: Any, id: str = "", package: str = "", place: Path = ()) -> None:
+    def __init__(self, cls: type[C], config: Any, id: str = "", package: str = "", place: KeyPath = ()) -> None:
         self.cls, self.config = cls, config
         self.id = id or cls.name
         """What its terms, scores and paths are named after: its name, where the recipe gives none."""
@@ -197,6 +196,6 @@ def _options(
         return None
 
 
-def _error(kind: str, message: str, place: Path, value: Any) -> InitErrorDetails:
+def _error(kind: str, message: str, place: KeyPath, value: Any) -> InitErrorDetails:
     # without a context of its own, the template is taken as it is
     return InitErrorDetails(type=PydanticCustomError(kind, message), loc=place, input=value)

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from distill_core.contracts.component import ComponentConfig
-from distill_core.contracts.slot import Context, Path, Slot, is_word
-from distill_core.errors import UserError, did_you_mean
+from distill_core.contracts.slot import Context, Slot, is_word
+from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
 from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan
@@ -23,7 +23,7 @@ from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
 from distill_core.teacher import TeacherConfig
 
-Problem = tuple[Path, str]
+Problem = tuple[KeyPath, str]
 """(place in the recipe, message)"""
 Section = TypeVar("Section", bound=ComponentConfig)
 
@@ -34,23 +34,23 @@ class Draft:
 
     document: Document
     """The recipe as written."""
-    slots: Mapping[Path, Slot[Any]]
+    slots: Mapping[KeyPath, Slot[Any]]
     """The valid components, by path."""
     teacher: TeacherConfig | None
     train: TrainConfig
     evaluate: EvaluateConfig
     """In `teacher`, `train` and `evaluate`, invalid options have their defaults."""
-    wrong: Collection[Path] = ()
+    wrong: Collection[KeyPath] = ()
     """Paths of the parts that are invalid by themselves."""
 
     @classmethod
-    def of(cls, recipe: Recipe, document: Document, slots: Mapping[Path, Slot[Any]]) -> Draft:
+    def of(cls, recipe: Recipe, document: Document, slots: Mapping[KeyPath, Slot[Any]]) -> Draft:
         """The draft of a recipe whose parts are all valid."""
         return cls(document, slots, recipe.teacher, recipe.train, recipe.evaluate)
 
     @classmethod
     def without(
-        cls, wrong: Collection[Path], document: Document, slots: Mapping[Path, Slot[Any]], registry: Registry
+        cls, wrong: Collection[KeyPath], document: Document, slots: Mapping[KeyPath, Slot[Any]], registry: Registry
     ) -> Draft:
         """The draft of a recipe in which the parts `wrong` are invalid."""
 
@@ -185,7 +185,7 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
             yield at, f"{part!r} names no part of the model{did_you_mean(part, parts)}"
 
 
-def _listed_parts(freeze: Any, factors: Mapping[str, float]) -> Iterator[tuple[Path, str]]:
+def _listed_parts(freeze: Any, factors: Mapping[str, float]) -> Iterator[tuple[KeyPath, str]]:
     """(place in the recipe, path of a part of the model)."""
     for i, part in enumerate(freeze if isinstance(freeze, list) else ()):
         if isinstance(part, str):

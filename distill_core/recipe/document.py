@@ -10,14 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from distill_core.errors import RecipeErrors, did_you_mean
-
-Path = tuple[str | int, ...]
+from distill_core.errors import KeyPath, RecipeErrors, did_you_mean
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,29 +51,29 @@ class Document:
 
     data: Any
     name: str
-    origins: dict[Path, str] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
 
-    def origin(self, path: Path) -> str:
+    def origin(self, path: KeyPath) -> str:
         """Where the value at `path`, or the nearest thing above it, was written."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path, f"{self.name}:1")
 
-    def get(self, path: Path) -> Any:
+    def get(self, path: KeyPath) -> Any:
         """The value at `path`; None where there is none."""
         node = self.data
         for part in path:
             node = _child(node, part)
         return node
 
-    def has(self, path: Path) -> bool:
+    def has(self, path: KeyPath) -> bool:
         """Whether something is written at `path`, null included."""
         parent = self.get(path[:-1])
         if isinstance(parent, list):
             return isinstance(path[-1], int) and path[-1] < len(parent)
         return isinstance(parent, dict) and path[-1] in parent
 
-    def set(self, assignment: str, origin: str | None = None) -> tuple[Path, Any]:
+    def set(self, assignment: str, origin: str | None = None) -> tuple[KeyPath, Any]:
         """Apply `path=value`, written at `origin` (the command line, if not given). Raises `RecipeErrors`.
 
         Returns the path, and what it held. A bare name changes nothing if a component of that name is there already.
@@ -120,14 +118,14 @@ class Document:
         self.origins[path] = origin
         return path, previous
 
-    def expand(self) -> list[tuple[Path, str]]:
+    def expand(self) -> list[tuple[KeyPath, str]]:
         """Put environment variables into `${NAME}`; returns (path, name) of those that are not set.
 
         A value that is nothing but `${NAME}` is read as YAML again, so that a number stays a number.
         """
-        missing: list[tuple[Path, str]] = []
+        missing: list[tuple[KeyPath, str]] = []
 
-        def walk(node: Any, path: Path) -> Any:
+        def walk(node: Any, path: KeyPath) -> Any:
             if isinstance(node, dict):
                 return {key: walk(value, (*path, key)) for key, value in node.items()}
             if isinstance(node, list):
@@ -185,9 +183,9 @@ def located(origin: str, path: Sequence[str | int]) -> str:
     return origin if not dotted or origin == f"--set {dotted}" else f"{origin}: {dotted}"
 
 
-def read_file(file: str | FilePath, what: str) -> str:
+def read_file(file: str | Path, what: str) -> str:
     """The text of a YAML file that a user names; `what` it should be. Raises `RecipeErrors`."""
-    path = FilePath(file)
+    path = Path(file)
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -214,17 +212,17 @@ def read_document(text: str, name: str) -> Document:
 class _NotPlain(Exception):
     """YAML that is not a recipe's: (line, path, what is wrong) of each place."""
 
-    def __init__(self, problems: list[tuple[int, Path, str]]) -> None:
+    def __init__(self, problems: list[tuple[int, KeyPath, str]]) -> None:
         super().__init__(problems)
         self.problems = problems
 
 
-def _read(text: str) -> tuple[Any, dict[Path, int]]:
+def _read(text: str) -> tuple[Any, dict[KeyPath, int]]:
     """Plain data, and the line of each path. Raises `_NotPlain`."""
-    problems: list[tuple[int, Path, str]] = []
-    lines: dict[Path, int] = {}
+    problems: list[tuple[int, KeyPath, str]] = []
+    lines: dict[KeyPath, int] = {}
 
-    def build(node: yaml.Node, path: Path) -> Any:
+    def build(node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.CollectionNode) and node.tag not in (
             _Loader.DEFAULT_MAPPING_TAG,
             _Loader.DEFAULT_SEQUENCE_TAG,

@@ -7,28 +7,27 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill_core.contracts.slot import Path
-from distill_core.errors import did_you_mean
+from distill_core.errors import KeyPath, did_you_mean
 from distill_core.recipe.document import Document
 
 
 def messages(
     error: ValidationError,
     document: Document,
-    options: Callable[[Path], Sequence[str]],
-    unset: Mapping[Path, str],
-) -> Iterator[tuple[Path, str, Path]]:
+    options: Callable[[KeyPath], Sequence[str]],
+    unset: Mapping[KeyPath, str],
+) -> Iterator[tuple[KeyPath, str, KeyPath]]:
     """(path, message, the part to blame) of each thing that is wrong with the document.
 
     `options` has the names of options that may be written at a path, and `unset` a message for values that an unset
     variable left.
     """
-    lines: dict[Path, list[str]] = {}
-    endings: dict[Path, str] = {}
-    blamed: dict[Path, Path] = {}
+    lines: dict[KeyPath, list[str]] = {}
+    endings: dict[KeyPath, str] = {}
+    blamed: dict[KeyPath, KeyPath] = {}
     for item in error.errors(include_url=False):
         # union branches add their type's name to the location; only what is in the document is a path
-        path: Path = ()
+        path: KeyPath = ()
         for part in item["loc"]:
             if document.has((*path, part)) or item["type"] in ("missing", "extra_forbidden"):
                 path = (*path, part)
@@ -51,7 +50,7 @@ def messages(
 
 
 def _message(
-    kind: str, message: str, value: Any, path: Path, options: Callable[[Path], Sequence[str]]
+    kind: str, message: str, value: Any, path: KeyPath, options: Callable[[KeyPath], Sequence[str]]
 ) -> tuple[str, str]:
     """One error's message, and what follows where several errors of one place are joined."""
     if kind == "extra_forbidden":

@@ -13,7 +13,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill_core.contracts.component import Component
-from distill_core.contracts.slot import NullIsDefault, Path, Slot, interface_of
+from distill_core.contracts.slot import NullIsDefault, Slot, interface_of
+from distill_core.errors import KeyPath
 from distill_core.registry import Registry
 
 
@@ -21,7 +22,7 @@ from distill_core.registry import Registry
 class Place:
     """A part of a document that takes a component, a section's options, or something that null empties."""
 
-    path: Path
+    path: KeyPath
     interface: type[Component] | None = None
     """That of the components that may stand here; None for a section."""
     default: str | None = None
@@ -38,7 +39,7 @@ class Place:
         return [*(field.alias or name for name, field in fields.items()), *(["name", "id"] if self.interface else [])]
 
 
-def places(model: type[BaseModel], data: Any, registry: Registry, path: Path = ()) -> Iterator[Place]:
+def places(model: type[BaseModel], data: Any, registry: Registry, path: KeyPath = ()) -> Iterator[Place]:
     """Those of the data that is written for a model, outer ones first; and the slots that such a model has but that
     are not written."""
     yield Place(path, options=model)

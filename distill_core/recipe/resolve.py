@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from distill_core.contracts.slot import PLACE, Context, Path, Slot
-from distill_core.errors import RecipeErrors
+from distill_core.contracts.slot import PLACE, Context, Slot
+from distill_core.errors import KeyPath, RecipeErrors
 from distill_core.recipe.checks import Draft, part_problems, problems
 from distill_core.recipe.document import Document, located, read_document, read_file
 from distill_core.recipe.messages import messages
@@ -28,7 +28,7 @@ Override = str | tuple[str, str]
 
 
 def load_recipe(
-    file: str | FilePath,
+    file: str | Path,
     *,
     registry: Registry,
     overrides: Sequence[Override] = (),
@@ -85,7 +85,7 @@ class _Resolver:
         self.registry = registry
         self.allow_unset = allow_unset
         self.errors: list[tuple[str, str]] = []  # (where it was written, line)
-        self.replaced: dict[Path, dict[str, Any]] = {}  # components that a change replaced by another
+        self.replaced: dict[KeyPath, dict[str, Any]] = {}  # components that a change replaced by another
 
     def change(self, assignment: str, origin: str | None = None) -> None:
         """Apply one override. Raises `RecipeErrors`."""
@@ -124,7 +124,7 @@ class _Resolver:
                 self._error(path, unset[path])
         self.write_out()
         context = Context(self.registry)
-        wrong: set[Path] = set()
+        wrong: set[KeyPath] = set()
         recipe: Recipe | None = None
         try:
             recipe = Recipe.model_validate_json(json.dumps(self._written_out()), context=context)
@@ -164,11 +164,11 @@ class _Resolver:
                 parent[key] = {PLACE: None}
         return data
 
-    def _option_names(self, path: Path) -> list[str]:
+    def _option_names(self, path: KeyPath) -> list[str]:
         """What may be written at a path."""
         return [name for place in self._places() if place.path == path for name in place.option_names()]
 
-    def _error(self, path: Path, message: str, at: Path | None = None) -> None:
+    def _error(self, path: KeyPath, message: str, at: KeyPath | None = None) -> None:
         """`at`: the part that caused the error, if the message is about something above it."""
         origin = self.document.origin(at or path)
         if not origin.startswith("--set"):  # a change on the command line is the likely cause
@@ -184,10 +184,10 @@ class _Resolver:
             lines = sorted(set(self.errors), key=lambda error: (order.get(error[0], -1), error[1]))
             raise RecipeErrors([line for _, line in lines])
 
-    def _line(self, path: Path, message: str, at: Path | None = None) -> str:
+    def _line(self, path: KeyPath, message: str, at: KeyPath | None = None) -> str:
         return f"{located(self.document.origin(at or path), path)}: {message}"
 
-    def _own_defaults(self, slots: dict[Path, Slot[Any]]) -> Iterator[str]:
+    def _own_defaults(self, slots: dict[KeyPath, Slot[Any]]) -> Iterator[str]:
         """A line for each component that a bare name replaced, and that had options the new one has too.
 
         The new one has its own defaults: an option of the same name may mean another thing (a scale, a width).

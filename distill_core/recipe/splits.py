@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill_core.contracts.slot import Path, Slot
+from distill_core.contracts.slot import Slot
+from distill_core.errors import KeyPath
 from distill_core.recipe.sections import EvaluateConfig
 
 
-def split_problems(slots: Mapping[Path, Slot[Any]], evaluate: EvaluateConfig) -> Iterator[tuple[Path, str]]:
+def split_problems(slots: Mapping[KeyPath, Slot[Any]], evaluate: EvaluateConfig) -> Iterator[tuple[KeyPath, str]]:
     """(place in the recipe, message), where the sources can tell; `slots` are the recipe's components by place."""
 
-    def lacks(source: Path, split: str) -> str | None:
+    def lacks(source: KeyPath, split: str) -> str | None:
         slot = slots.get(source)
         have = slot.cls.splits(slot.config) if slot is not None else None
         if have is None or split in have:
@@ -20,7 +21,7 @@ def split_problems(slots: Mapping[Path, Slot[Any]], evaluate: EvaluateConfig) ->
         where = ".".join(str(part) for part in source)
         return f"{where} has no split {split!r} (it has {', '.join(have)}); name one that it has"
 
-    training: Path = ("data", "source")
+    training: KeyPath = ("data", "source")
     if (slot := slots.get(training)) is not None:
         if not slot.cls.trainable:
             yield (
@@ -30,7 +31,7 @@ def split_problems(slots: Mapping[Path, Slot[Any]], evaluate: EvaluateConfig) ->
             )
         elif message := lacks(training, "train"):
             yield training, f"{message.partition(';')[0]}; give it one to train on"
-    shared: Path = ("evaluate", "source") if ("evaluate", "source") in slots else ("data", "source")
+    shared: KeyPath = ("evaluate", "source") if ("evaluate", "source") in slots else ("data", "source")
     tasks = [path for path in slots if path[:-1] == ("evaluate", "tasks")]
     scored = [("split", evaluate.split)]
     if evaluate.every is not None:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
-from distill_core.tools import Path, Recipe, RecipeErrors, Registry, run_recipe
+from distill_core.tools import KeyPath, Recipe, RecipeErrors, Registry, run_recipe
 from distill_study.grammar import shown
 from distill_study.plan import method
 from distill_study.table import Group, RunResult, StudyTable, default_scores, unknown_scores
@@ -72,7 +72,7 @@ def _without_defaults(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     return short
 
 
-def _by_ids(place: Path, ids: Mapping[Path, str]) -> tuple[str, ...]:
+def _by_ids(place: KeyPath, ids: Mapping[KeyPath, str]) -> tuple[str, ...]:
     """A component's path, in which those of a list go by their id."""
     parts = enumerate(place, start=1)
     return tuple(ids.get(place[:end], "") if isinstance(part, int) else str(part) for end, part in parts)
@@ -88,7 +88,7 @@ class Comparison:
     unfinished: tuple[str, ...]
 
 
-def compare(folders: Sequence[FilePath], registry: Registry, scores: Sequence[str] = ()) -> Comparison:
+def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] = ()) -> Comparison:
     """Read run folders; the first one's group is the base.
 
     Raises `UserError` for what is no run folder, and for a score that no run has.

@@ -8,13 +8,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from distill_core import ComponentConfig, UserError, did_you_mean
-from distill_core.tools import Document, Path, RecipeErrors, read_document, read_file, recipe_file
+from distill_core.tools import Document, KeyPath, RecipeErrors, read_document, read_file, recipe_file
 
 Change = tuple[str, str]
 """`path=value`, and where it was written."""
@@ -92,7 +92,7 @@ class Study:
         return self.document.origin(path)
 
 
-def read_study_document(file: str | FilePath) -> Document:
+def read_study_document(file: str | Path) -> Document:
     """The YAML of a study file. Raises `RecipeErrors`."""
     return read_document(read_file(file, "file"), str(file))
 
@@ -111,7 +111,7 @@ def swaps_document(recipe: str, swaps: Sequence[str]) -> Document:
     return document
 
 
-def make_study(document: Document, folder: FilePath, default_name: str, overrides: Sequence[str] = ()) -> Study:
+def make_study(document: Document, folder: Path, default_name: str, overrides: Sequence[str] = ()) -> Study:
     """Check a study's document; recipes are relative to `folder`. `overrides` are the command line's `--set`.
 
     Raises `RecipeErrors` with all that is wrong.
@@ -120,13 +120,13 @@ def make_study(document: Document, folder: FilePath, default_name: str, override
 
 
 class _Reader:
-    def __init__(self, document: Document, folder: FilePath) -> None:
+    def __init__(self, document: Document, folder: Path) -> None:
         self.document = document
         self.folder = folder
         self.recipe = ""
         self.errors: list[str] = []
 
-    def error(self, path: Path, message: str) -> None:
+    def error(self, path: KeyPath, message: str) -> None:
         dotted = ".".join(str(part) for part in path)
         self.errors.append(f"{self.document.origin(path)}: {dotted}{': ' if dotted else ''}{message}")
 
@@ -176,7 +176,7 @@ class _Reader:
             frame = StudyFile.model_validate_json(json.dumps(self.document.data))
         except ValidationError as error:
             for item in error.errors(include_url=False):
-                path: Path = tuple(item["loc"])
+                path: KeyPath = tuple(item["loc"])
                 if item["type"] == "extra_forbidden":
                     model = Budget if path[0] == "budget" else StudyFile
                     known = [field.alias or name for name, field in model.model_fields.items()]
@@ -193,7 +193,7 @@ class _Reader:
             self.error(("budget",), "give one of `steps`, `samples` and `seconds`")
         return frame
 
-    def _changes(self, path: Path, value: Any, budget: Budget | None) -> Iterator[Change]:
+    def _changes(self, path: KeyPath, value: Any, budget: Budget | None) -> Iterator[Change]:
         if value is not None and not isinstance(value, dict | list):
             self.error(path, "changes are {path: value} or a list of path=value")
             return
@@ -211,7 +211,7 @@ class _Reader:
             yield change, self.document.origin(place)
 
     def _variant(self, frame: StudyFile, name: str, value: Any) -> Variant:
-        path: Path = ("variants", name)
+        path: KeyPath = ("variants", name)
         if not _WORD.fullmatch(name):
             self.error(path, "a variant's name is a word of letters, digits, - . and _")
         recipe = self.recipe
@@ -225,7 +225,7 @@ class _Reader:
         changes = tuple(self._changes(path, value, frame.budget))
         return Variant(name, name, recipe, changes, self.document.origin(path))
 
-    def _recipe_file(self, path: Path, recipe: str) -> str:
+    def _recipe_file(self, path: KeyPath, recipe: str) -> str:
         try:
             return str(recipe_file(recipe, self.folder))
         except RecipeErrors as error:
@@ -236,7 +236,7 @@ class _Reader:
     def _swapped(self, frame: StudyFile) -> list[Variant]:
         axes: list[list[tuple[str, Change]]] = []
         for path, values in (frame.swaps or {}).items():
-            place: Path = ("swaps", path)
+            place: KeyPath = ("swaps", path)
             if not isinstance(values, dict | list) or not values:
                 self.error(place, "needs the values to try: a list, or {name: value}")
                 continue
@@ -265,7 +265,7 @@ class _Reader:
             made.append(Variant(name, label, self.recipe, tuple(change for _, change in parts), origin))
         return made
 
-    def _allowed(self, place: Path, target: str, budget: Budget | None) -> None:
+    def _allowed(self, place: KeyPath, target: str, budget: Budget | None) -> None:
         if (problem := _reserved(target, budget)) is not None:
             self.error(place, problem)
 

@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from distill_core.evaluate.sets import encode_shared as encode_shared
     from distill_core.interfaces import Augmentation as Augmentation
     from distill_core.interfaces import Backbone as Backbone
-    from distill_core.interfaces import BackboneSpec as BackboneSpec
     from distill_core.interfaces import Collator as Collator
     from distill_core.interfaces import FusionHead as FusionHead
     from distill_core.interfaces import Loss as Loss
@@ -72,6 +71,7 @@ if TYPE_CHECKING:
     from distill_core.outputs import Progress as Progress
     from distill_core.outputs import Rows as Rows
     from distill_core.outputs import wide as wide
+    from distill_core.plan import BackboneSpec as BackboneSpec
     from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
@@ -146,7 +146,6 @@ HOMES = {
     "EvaluationSet": "distill_core.evaluate.sets",
     "Augmentation": "distill_core.interfaces",
     "Backbone": "distill_core.interfaces",
-    "BackboneSpec": "distill_core.interfaces",
     "Collator": "distill_core.interfaces",
     "FusionHead": "distill_core.interfaces",
     "Loss": "distill_core.interfaces",
@@ -164,6 +163,7 @@ HOMES = {
     "Progress": "distill_core.outputs",
     "Rows": "distill_core.outputs",
     "wide": "distill_core.outputs",
+    "BackboneSpec": "distill_core.plan",
     "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",

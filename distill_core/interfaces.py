@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -21,7 +20,7 @@ from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered, TokenLayout
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,19 +98,6 @@ class Augmentation(Component, ABC):
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]
 """The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """Tower width W of the tokens, embedding width D, whether there are tokens, whether some can be hidden, the number
-    C of `Features.class_tokens`, and the kinds of attention that `Backbone.dense` takes (none: not written)."""
-
-    width: int
-    dim: int
-    has_tokens: bool = True
-    can_mask: bool = False
-    class_tokens: int = 0
-    dense: tuple[str, ...] = ()
 
 
 class Backbone(nn.Module, Component, ABC):

@@ -12,6 +12,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class BackboneSpec:
+    """What a backbone says of itself before it is built."""
+
+    width: int
+    """Tower width W of the tokens."""
+    dim: int
+    """Embedding width D."""
+    has_tokens: bool = True
+    can_mask: bool = False
+    """Whether tokens can be hidden."""
+    class_tokens: int = 0
+    """Class tokens C that come with the embedding (`Features.class_tokens`)."""
+    dense: tuple[str, ...] = ()
+    """The kinds of attention that `dense` takes in its last layer; empty where there is no dense path."""
+
+
+@dataclass(frozen=True)
 class ModalityPlan:
     """What is known of one modality before anything is built."""
 
@@ -19,16 +36,8 @@ class ModalityPlan:
     """The role of each view, globals first."""
     teacher_views: tuple[int, ...]
     """The views that the teacher encodes; empty without a teacher for this modality."""
-    width: int
-    """Tower width W of the tokens."""
-    dim: int
-    """Embedding width D."""
-    has_tokens: bool
-    can_mask: bool = False
-    class_tokens: int = 0
-    """Class tokens C that come with the embedding; 0 where the backbone gives none."""
-    dense: tuple[str, ...] = ()
-    """The kinds of attention that `Backbone.dense` can take in its last layer; empty where it has no dense path."""
+    spec: BackboneSpec
+    """What its backbone says of itself: widths, tokens."""
     augment: BaseModel | None = None
     """The options of its augmentation; None where they are not known."""
     shapes: tuple[tuple[int, ...], ...] | None = None
@@ -97,7 +106,7 @@ class Needs:
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
     """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
-    dims = {m: plan.modalities[m].dim for m in modalities if m in plan.modalities}
+    dims = {m: plan.modalities[m].spec.dim for m in modalities if m in plan.modalities}
     if len(set(dims.values())) > 1:
         shown = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
         yield f"{name!r} compares embeddings of one width D; the backbones give {shown}"

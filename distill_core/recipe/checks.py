@@ -238,7 +238,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         yield f"{component} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
     for name in sorted(names & set(plan.modalities)):
         modality = plan.modalities[name]
-        if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.has_tokens:
+        if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.spec.has_tokens:
             yield f"{component} needs tokens of {name!r}; its backbone gives none"
         if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
             last = max(needs.tokens[name])
@@ -246,7 +246,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
         if unseen and plan.teacher:
             yield f"{component} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
-        if name in needs.masked and not modality.can_mask:
+        if name in needs.masked and not modality.spec.can_mask:
             yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
         if plan.teacher and name in needs.teacher and not modality.teacher_views:
             yield f"{component} needs a teacher of {name!r}; this recipe's teacher sees none of its views"

@@ -228,17 +228,11 @@ def modality_plan(
 ) -> ModalityPlan:
     """Raises `UserError` where the backbone cannot tell its widths."""
     roles = augment.cls.roles(augment.config)
-    spec = backbone.cls.spec(backbone.config)
     has_teacher = teacher is not None and (teacher.modalities is None or name in teacher.modalities)
     return ModalityPlan(
         roles=roles,
         teacher_views=tuple(i for i, role in enumerate(roles) if teacher and has_teacher and role in teacher.views),
-        width=spec.width,
-        dim=spec.dim,
-        has_tokens=spec.has_tokens,
-        can_mask=spec.can_mask,
-        class_tokens=spec.class_tokens,
-        dense=spec.dense,
+        spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
         shapes=augment.cls.shapes(augment.config),
     )

@@ -66,7 +66,7 @@ class PrototypeLoss(Loss):
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__(config, plan)
         self.head = DINOHead(
-            plan.modalities[config.modality].width,
+            plan.modalities[config.modality].spec.width,
             config.prototypes,
             hidden=config.hidden,
             bottleneck=config.bottleneck,
@@ -143,8 +143,8 @@ def views_of(modality: str, roles: Sequence[str], plan: Plan) -> tuple[int, ...]
 def class_problems(name: str, modality: str, token: int, roles: Sequence[str], plan: Plan) -> Iterable[str]:
     """What class tokens across views need that the recipe lacks."""
     m = plan.modalities[modality]
-    if token >= m.class_tokens:
-        have = f"gives {m.class_tokens}" if m.class_tokens else "gives none"
+    if token >= m.spec.class_tokens:
+        have = f"gives {m.spec.class_tokens or 'none'}"
         yield f"{name!r} needs class token {token} of {modality!r}; its backbone {have}"
     if m.teacher_views and not any(s != t for s in views_of(modality, roles, plan) for t in m.teacher_views):
         yield f"{name!r} needs a view of {modality!r} beside the teacher's own; its augmentation makes none"

@@ -52,7 +52,7 @@ class SubcaptionGrouping(ContrastiveLoss):
 
     def __init__(self, config: SubcaptionGroupingConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        tokens, texts = (plan.modalities[modality] for modality in config.modalities)
+        tokens, texts = (plan.modalities[modality].spec for modality in config.modalities)
         self.token_map = nn.Linear(tokens.width, texts.dim, bias=False)
 
     @classmethod

@@ -73,8 +73,8 @@ class TextConditionedPool(FusionHead):
         first, second = config.modalities
         self.other = {first: second, second: first}
         pooled = {self.other[m]: plan.modalities[self.other[m]] for m in config.queries}
-        self.token_map = nn.ModuleDict({m: nn.Linear(p.width, p.dim, bias=False) for m, p in pooled.items()})
-        self.pooler = nn.ModuleDict({m: ConditionedPooler(p.dim, config.heads) for m, p in pooled.items()})
+        self.token_map = nn.ModuleDict({m: nn.Linear(p.spec.width, p.spec.dim, bias=False) for m, p in pooled.items()})
+        self.pooler = nn.ModuleDict({m: ConditionedPooler(p.spec.dim, config.heads) for m, p in pooled.items()})
         for linear_map in self.token_map.values():
             assert isinstance(linear_map, nn.Linear)
             nn.init.normal_(linear_map.weight, std=linear_map.in_features**-0.5)
@@ -94,7 +94,7 @@ class TextConditionedPool(FusionHead):
         if not config.queries or not set(config.queries) <= set(config.modalities):
             yield f"{cls.name!r} lets {', '.join(config.modalities)} ask; `queries` must name one or both"
         yield from same_dim(cls.name, config.modalities, plan)
-        for dim in sorted({plan.modalities[m].dim for m in config.modalities if m in plan.modalities}):
+        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 

@@ -43,9 +43,9 @@ class MultimodalEncoder(FusionHead):
     def __init__(self, config: MultimodalEncoderConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         plans = {m: plan.modalities[m] for m in config.modalities}
-        dim = plans[config.modalities[0]].dim
+        dim = plans[config.modalities[0]].spec.dim
         self.view = {m: p.views(config.role)[0] for m, p in plans.items()}
-        self.token_map = nn.ModuleDict({m: nn.Linear(p.width, dim) for m, p in plans.items()})
+        self.token_map = nn.ModuleDict({m: nn.Linear(p.spec.width, dim) for m, p in plans.items()})
         self.class_token = nn.Parameter(0.02 * torch.randn(dim))
         self.transformer = Transformer(dim, config.layers, config.heads, config.mlp_ratio)
         self.ln_post = nn.LayerNorm(dim)
@@ -62,7 +62,7 @@ class MultimodalEncoder(FusionHead):
         if config.modalities[0] == config.modalities[1]:
             yield f"{cls.name!r} needs two different modalities"
         yield from same_dim(cls.name, config.modalities, plan)
-        for dim in sorted({plan.modalities[m].dim for m in config.modalities if m in plan.modalities}):
+        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 

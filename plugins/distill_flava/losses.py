@@ -114,7 +114,7 @@ class MaskedLanguage(Loss):
 
     def __init__(self, config: MaskedLanguageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        self.head = PredictionHead(plan.modalities[config.modality].width, config.vocabulary)
+        self.head = PredictionHead(plan.modalities[config.modality].spec.width, config.vocabulary)
 
     @classmethod
     def example_targets(cls, config: MaskedLanguageConfig, modality: str, token_mask: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class MaskedImage(Loss):
 
     def __init__(self, config: MaskedImageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        self.head = PredictionHead(plan.modalities[config.modality].width, 3 * config.patch**2)
+        self.head = PredictionHead(plan.modalities[config.modality].spec.width, 3 * config.patch**2)
 
     @classmethod
     def example_targets(cls, config: MaskedImageConfig, modality: str, token_mask: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class MaskedMultimodal(Loss):
 
     def __init__(self, config: MaskedMultimodalConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        dim = plan.modalities[config.modalities[0]].dim
+        dim = plan.modalities[config.modalities[0]].spec.dim
         self.image_head = PredictionHead(dim, 3 * config.patch**2)
         self.text_head = PredictionHead(dim, config.vocabulary)
 
@@ -263,7 +263,7 @@ class ImageTextMatching(Loss):
 
     def __init__(self, config: ImageTextMatchingConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        dim = plan.modalities[config.modalities[0]].dim
+        dim = plan.modalities[config.modalities[0]].spec.dim
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, 2))
 
     @classmethod

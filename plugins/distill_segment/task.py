@@ -95,7 +95,7 @@ class Segmentation(Task):
         """Two modalities that the recipe has, and a backbone that gives the dense embeddings asked for."""
         yield from two_modalities(cls.name, config.modalities, plan)
         for name in (config.modalities or tuple(plan.modalities))[:1]:
-            dense = plan.modalities[name].dense
+            dense = plan.modalities[name].spec.dense
             if not dense:
                 yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone gives none (Backbone.dense)"
             elif config.attention not in dense:

@@ -87,7 +87,7 @@ class SimClr(Loss):
         super().__init__(config, plan)
         modality = plan.modalities[config.modality]
         self.views = list(modality.views(config.role)[:2])
-        width = modality.width if config.source == "class_tokens" else modality.dim
+        width = modality.spec.width if config.source == "class_tokens" else modality.spec.dim
         self.head = Head(width, config.hidden, config.dim)
 
     @classmethod
@@ -99,7 +99,7 @@ class SimClr(Loss):
     @classmethod
     def problems(cls, config: SimClrConfig, plan: Plan) -> Iterable[str]:
         """A class token, where it is read."""
-        if config.source == "class_tokens" and plan.modalities[config.modality].class_tokens == 0:
+        if config.source == "class_tokens" and plan.modalities[config.modality].spec.class_tokens == 0:
             yield (
                 f"{cls.name!r} reads the class tokens of {config.modality!r}, whose backbone gives none; "
                 f"set its option source: pooled"

@@ -98,7 +98,7 @@ class Probe(Task):
         modality = config.modality or next(iter(plan.modalities), None)
         if modality is None:  # the plan is not complete
             return
-        class_tokens = plan.modalities[modality].class_tokens
+        class_tokens = plan.modalities[modality].spec.class_tokens
         if config.features == "class_token" and not class_tokens:
             yield f"'features: class_token': the backbone of {modality!r} gives none; use 'embedding'"
 

@@ -33,7 +33,8 @@ class TwoTokenContrastive(ContrastiveLoss):
         super().__init__(config, plan)
         image = plan.modalities[config.modalities[0]]
         self.views = list(image.views(GLOBAL))
-        self.projection = nn.Parameter(image.width**-0.5 * torch.randn(image.width, image.dim))
+        width, dim = image.spec.width, image.spec.dim
+        self.projection = nn.Parameter(width**-0.5 * torch.randn(width, dim))
 
     @classmethod
     def needs(cls, config: TwoTokenContrastiveConfig, plan: Plan) -> Needs:
@@ -44,7 +45,7 @@ class TwoTokenContrastive(ContrastiveLoss):
     @classmethod
     def problems(cls, config: TwoTokenContrastiveConfig, plan: Plan) -> Iterable[str]:
         """Two class tokens; one width D on both sides."""
-        have = plan.modalities[config.modalities[0]].class_tokens
+        have = plan.modalities[config.modalities[0]].spec.class_tokens
         if have < 2:
             yield f"{cls.name!r} needs 2 class tokens of {config.modalities[0]!r}; its backbone gives {have}"
         yield from super().problems(config, plan)

@@ -41,9 +41,9 @@ class TokenFusion(FusionHead):
 
     def __init__(self, config: TokenFusionConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        dims = {m: plan.modalities[m] for m in config.modalities}
-        self.dim = dims[config.modalities[0]].dim
-        self.token_map = nn.ModuleDict({m: nn.Linear(d.width, self.dim) for m, d in dims.items()})
+        specs = {m: plan.modalities[m].spec for m in config.modalities}
+        self.dim = specs[config.modalities[0]].dim
+        self.token_map = nn.ModuleDict({m: nn.Linear(spec.width, self.dim) for m, spec in specs.items()})
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
@@ -97,7 +97,7 @@ class AttentionFusion(TokenFusion):
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
         """One width D on both sides, divisible by the heads."""
         yield from super().problems(config, plan)
-        for dim in sorted({plan.modalities[m].dim for m in config.modalities if m in plan.modalities}):
+        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 

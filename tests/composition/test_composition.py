@@ -23,7 +23,7 @@ from distill_composition.task import Composition, CompositionConfig, accuracies,
 from distill_core.contracts.source import DataSource
 from distill_core.errors import DataError
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_vl.captions import CaptionConfig
 from distill_vl.example import Whole, Words
 from distill_vl.pictures import PictureConfig
@@ -300,7 +300,7 @@ def test_what_the_task_refuses() -> None:
     assert said(several) == "evaluation set 'set': 'caption_0' holds several items in one sample"
     blind = {"image_0": b"", "json": json.dumps({"caption_0": "red", "caption_1": "blue"}).encode()}
     assert said(blind) == "evaluation set 'set': no sample with all of image_0, caption_0, caption_1"
-    plan = Plan({"image": ModalityPlan(("global",), (), 8, 8, True)}, False, False)
+    plan = Plan({"image": ModalityPlan(("global",), (), BackboneSpec(8, 8))}, False, False)
     assert list(Composition.problems(CompositionConfig(), plan)) == [
         "'composition' compares two modalities; the recipe has 'image' alone"
     ]

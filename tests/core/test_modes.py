@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.interfaces import Backbone, BackboneSpec, Collator, Loss
+from distill_core.interfaces import Backbone, Collator, Loss
 from distill_core.outputs import Encoded, Outputs, Progress
-from distill_core.plan import Needs, Plan
+from distill_core.plan import BackboneSpec, Needs, Plan
 from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
-from distill_core.interfaces import Backbone, BackboneSpec, FusionHead, Loss, LossConfig
+from distill_core.interfaces import Backbone, FusionHead, Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
-from distill_core.plan import ModalityPlan, Needs, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Needs, Plan
 from distill_core.teacher import Teacher, TeacherConfig
 
 W, D, L, B = 3, 2, 4, 5
@@ -100,7 +100,7 @@ def objective_of(
     plan = Plan(
         {
             name: ModalityPlan(
-                ("global", "global", "local"), (0, 1) if teacher and name in taught else (), W, D, has_tokens=True
+                ("global", "global", "local"), (0, 1) if teacher and name in taught else (), BackboneSpec(W, D)
             )
             for name in ("a", "b")
         },

@@ -13,7 +13,7 @@ from distill_core.batch import Batch, Group, Views
 from distill_core.errors import RecipeErrors
 from distill_core.interfaces import FusionHead
 from distill_core.outputs import Features, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
@@ -26,7 +26,7 @@ WIDTH = {"image": 5, "text": 4}
 LENGTH = {"image": 7, "text": 9}
 OTHER = {"image": "text", "text": "image"}
 PLAN = Plan(
-    {name: ModalityPlan(("global",), (0,), width, D, has_tokens=True) for name, width in WIDTH.items()},
+    {name: ModalityPlan(("global",), (0,), BackboneSpec(width, D)) for name, width in WIDTH.items()},
     teacher=True,
     fusion=True,
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Features, Outputs, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_dreamlip.losses import MultiPositive, SubcaptionGrouping
@@ -23,8 +23,8 @@ BATCH, COUNT, PATCHES, WIDTH, DIM = 3, 4, 6, 7, 5
 
 
 def plan() -> Plan:
-    image = ModalityPlan(("global", "local"), (), WIDTH, DIM, True)
-    return Plan({"image": image, "text": ModalityPlan(("global",) * COUNT, (), 8, DIM, True)}, False, False)
+    image = ModalityPlan(("global", "local"), (), BackboneSpec(WIDTH, DIM))
+    return Plan({"image": image, "text": ModalityPlan(("global",) * COUNT, (), BackboneSpec(8, DIM))}, False, False)
 
 
 def outputs(mask: Tensor | None = None) -> Outputs:

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from distill_core.batch import View
 from distill_core.model import evaluating
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_cosmos.fusion import CrossAttention
 from distill_cosmos_variants.fusion import GatedCrossAttention
 from distill_cosmos_variants.q_former import QFormer
@@ -27,7 +27,7 @@ from distill_vl.vit import VisionTransformer
 
 D, HEADS, LENGTH = 12, 3, 9
 PLAN = Plan(
-    {name: ModalityPlan(("global",), (0,), width, D, has_tokens=True) for name, width in (("image", 10), ("text", 8))},
+    {name: ModalityPlan(("global",), (0,), BackboneSpec(width, D)) for name, width in (("image", 10), ("text", 8))},
     teacher=True,
     fusion=True,
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill_core.errors import BadSample, RecipeErrors, UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Features, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
@@ -27,7 +27,9 @@ from distill_flair.fusion import TextConditionedPool, TextConditionedPoolConfig
 from distill_flair.loss import Flair, FlairConfig
 
 PLAN = Plan(
-    {m: ModalityPlan(("global",) * 3, (), width, 6, True) for m, width in (("image", 8), ("text", 5))}, False, True
+    {m: ModalityPlan(("global",) * 3, (), BackboneSpec(width, 6)) for m, width in (("image", 8), ("text", 5))},
+    False,
+    True,
 )
 
 

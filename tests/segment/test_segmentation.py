@@ -21,7 +21,7 @@ from distill_authoring.conformance import assert_conforms
 from distill_core.batch import View
 from distill_core.errors import DataError, RecipeErrors, UserError
 from distill_core.evaluate.sets import EvaluationSet
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.system import distributed
@@ -288,6 +288,6 @@ def test_a_recipe_is_refused_before_data_are_touched(tiny_recipe: Path, registry
     )
     other_way = said("{name: segmentation, modalities: [text, image]}")
     assert "'segmentation' needs dense embeddings of 'text'; its backbone gives none (Backbone.dense)" in other_way
-    alone = Plan({"image": ModalityPlan(("global",), (), 8, 8, True, dense=("plain",))}, False, False)
+    alone = Plan({"image": ModalityPlan(("global",), (), BackboneSpec(8, 8, dense=("plain",)))}, False, False)
     (line,) = Segmentation.problems(SegmentationConfig(), alone)
     assert line == "'segmentation' compares two modalities; the recipe has 'image' alone"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Features, Outputs, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
 from distill_siglip.loss import SigLip
@@ -29,7 +29,7 @@ train: {steps: 1}
 
 
 def loss(**options: Any) -> SigLip:
-    modality = ModalityPlan(("global", "local"), (), 8, 6, True)
+    modality = ModalityPlan(("global", "local"), (), BackboneSpec(8, 6))
     return SigLip(SigLip.Config(**options), Plan({"image": modality, "text": modality}, False, False)).double()
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from distill_clip.components import Clip
 from distill_core.errors import RecipeErrors
-from distill_core.interfaces import BackboneSpec
 from distill_core.outputs import Features, Outputs, Progress
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_slip.simclr import SimClr
@@ -27,7 +26,7 @@ WIDTH, DIM = 7, 5
 
 def loss(**options: Any) -> SimClr:
     roles = ("global", "simclr", "simclr", "simclr")
-    plan = Plan({"image": ModalityPlan(roles, (), WIDTH, DIM, True)}, False, False)
+    plan = Plan({"image": ModalityPlan(roles, (), BackboneSpec(WIDTH, DIM))}, False, False)
     torch.manual_seed(1)
     made = SimClr(SimClr.Config(hidden=6, dim=4, **options), plan).double()
     for parameter in made.parameters():  # away from weights of 1 and biases of 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_core.batch import Group, Views
-from distill_core.plan import ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
 from distill_vl.clip_text import ClipText, ClipTextConfig
 from distill_vl.masked_text import BertText, BertTextConfig
@@ -37,7 +37,7 @@ def bert() -> BertText:
 
 
 def flava() -> MultimodalEncoder:
-    plans = {m: ModalityPlan(("global",), (), 8, 24, has_tokens=True) for m in ("image", "text")}
+    plans = {m: ModalityPlan(("global",), (), BackboneSpec(8, 24)) for m in ("image", "text")}
     return MultimodalEncoder(MultimodalEncoderConfig(layers=3, heads=3), Plan(plans, teacher=False, fusion=True))
 
 

@@ -201,6 +201,6 @@ def test_a_role_that_only_the_other_modality_has_is_refused(registry: Registry) 
 
 
 def test_masking_is_said_before_anything_is_built(registry: Registry) -> None:
-    assert parse_recipe(RECIPE, "r.yaml", registry=registry).plan.modalities["text"].can_mask
+    assert parse_recipe(RECIPE, "r.yaml", registry=registry).plan.modalities["text"].spec.can_mask
     plain = parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=["backbone.text.masking=null"])
-    assert not plain.plan.modalities["text"].can_mask
+    assert not plain.plan.modalities["text"].spec.can_mask

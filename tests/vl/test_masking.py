@@ -211,8 +211,8 @@ train: {steps: 1}
 
 def test_the_student_is_masked_and_the_teacher_is_not(registry: Registry) -> None:
     recipe = parse_recipe(RECIPE, "r.yaml", registry=registry)
-    assert recipe.plan.modalities["image"].can_mask
-    assert not recipe.plan.modalities["text"].can_mask
+    assert recipe.plan.modalities["image"].spec.can_mask
+    assert not recipe.plan.modalities["text"].spec.can_mask
     objective = build_objective(recipe).double()
     with torch.no_grad():
         objective.backbone["image"].mask_token.normal_()

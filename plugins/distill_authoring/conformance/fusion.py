@@ -72,7 +72,7 @@ def _shapes(case: Case, fit: Fit) -> None:
         )
         for name in fit.needs.student or fit.plan.modalities:
             require(name in fused, f"`forward` returns no {name!r}; give fused views of each modality")
-            wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].dim]
+            wanted = [len(fit.plan.modalities[name].roles), batch, fit.plan.modalities[name].spec.dim]
             shape = list(fused[name].pooled.shape)
             require(
                 shape in (wanted, [1, *wanted[1:]]),
@@ -130,10 +130,10 @@ def pool(case: Case) -> None:
     draw = torch.Generator().manual_seed(1)
     for name in fit.needs.student or fit.plan.modalities:
         modality = fit.plan.modalities[name]
-        tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
+        tokens = torch.randn(BATCH, 6, modality.spec.width, generator=draw)
         mask = torch.arange(6) < torch.tensor([[6], [3], [2]])
         for count in (1, 4):
-            queries = torch.randn(count, BATCH, modality.dim, generator=draw)
+            queries = torch.randn(count, BATCH, modality.spec.dim, generator=draw)
             try:
                 with untouched({"queries": queries, "tokens": tokens, "mask": mask}, "its arguments", "`pool`"):
                     found = [module.pool(name, queries, tokens, m) for m in (None, mask)]  # type: ignore[operator]
@@ -155,8 +155,8 @@ def attention(case: Case) -> None:
     draw = torch.Generator().manual_seed(1)
     for name in fit.needs.student or fit.plan.modalities:
         modality = fit.plan.modalities[name]
-        tokens = torch.randn(BATCH, 6, modality.width, generator=draw)
-        queries = torch.randn(4, BATCH, modality.dim, generator=draw)
+        tokens = torch.randn(BATCH, 6, modality.spec.width, generator=draw)
+        queries = torch.randn(4, BATCH, modality.spec.dim, generator=draw)
         for mask in (None, torch.arange(6) < torch.tensor([[6], [3], [2]])):
             weights = module.attention(name, queries, tokens, mask)  # type: ignore[operator]
             if weights is not None:

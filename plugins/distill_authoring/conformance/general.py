@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
-from distill_core import GLOBAL, ComponentConfig, LossConfig, MissingModality, ModalityPlan, Needs, Plan
+from distill_core import GLOBAL, BackboneSpec, ComponentConfig, LossConfig, MissingModality, ModalityPlan, Needs, Plan
 
 
 @checks(once=True)
@@ -61,7 +61,7 @@ def named(cls: Any) -> None:
 @checks()
 def needs_and_problems(case: Case) -> None:
     """`needs` and `problems` answer for recipes that lack things: with lines, or with MissingModality."""
-    bare = ModalityPlan((GLOBAL,), (), width=24, dim=16, has_tokens=False)
+    bare = ModalityPlan((GLOBAL,), (), BackboneSpec(24, 16, has_tokens=False))
     lacking = {
         "no modality": Plan({}, False, False),
         "one modality without tokens or teacher": Plan({"other": bare}, False, False),

@@ -18,6 +18,7 @@ from distill_core import (
     DEFAULT_TEACHER,
     GLOBAL,
     LOCAL,
+    BackboneSpec,
     ComponentConfig,
     Features,
     Fused,
@@ -171,7 +172,19 @@ def _third(fit: Fit) -> Plan:
 
 def _widths(width: int, dim: int) -> Change:
     """Each modality is wider than the one before, tokens by `width` and embeddings by `dim`."""
-    return lambda fit: _each(fit.plan, lambda i, _, m: replace(m, width=m.width + i * width, dim=m.dim + i * dim))
+
+    def wider(i: int, _: str, m: ModalityPlan) -> ModalityPlan:
+        return _respecified(m, width=m.spec.width + i * width, dim=m.spec.dim + i * dim)
+
+    return lambda fit: _each(fit.plan, wider)
+
+
+def _class_tokens(count: int) -> Change:
+    return lambda fit: _each(fit.plan, lambda _, __, m: _respecified(m, class_tokens=count))
+
+
+def _respecified(m: ModalityPlan, **changes: Any) -> ModalityPlan:
+    return replace(m, spec=replace(m.spec, **changes))
 
 
 def _one(fit: Fit) -> Plan:
@@ -187,8 +200,8 @@ def _unseen(fit: Fit) -> Plan:
 _CHANGES: dict[str, tuple[Change, ...]] = {
     "one modality more": (_third,),
     "widths W and D that differ between modalities": (_widths(24, 16), _widths(24, 0), _widths(0, 16)),
-    "no class tokens": (lambda fit: _each(fit.plan, lambda _, __, m: replace(m, class_tokens=0)),),
-    "one class token": (lambda fit: _each(fit.plan, lambda _, __, m: replace(m, class_tokens=1)),),
+    "no class tokens": (_class_tokens(0),),
+    "one class token": (_class_tokens(1),),
     "one modality": (_one,),
     "a teacher that sees only the modalities in Needs.teacher": (_unseen,),
 }
@@ -198,7 +211,7 @@ _CHANGES: dict[str, tuple[Change, ...]] = {
 def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
     """With tokens, and a teacher that sees the global views."""
     seen = tuple(i for i, role in enumerate(roles) if teacher and role == GLOBAL)
-    return ModalityPlan(tuple(roles), seen, WIDTH, DIM, has_tokens=True, class_tokens=CLASSES)
+    return ModalityPlan(tuple(roles), seen, BackboneSpec(WIDTH, DIM, class_tokens=CLASSES))
 
 
 def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
@@ -219,7 +232,7 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             old,
             roles=tuple(roles),
             teacher_views=tuple(sorted(seen)) if teacher else (),
-            can_mask=old.can_mask or name in needs.masked,
+            spec=replace(old.spec, can_mask=old.spec.can_mask or name in needs.masked),
         )
     return Plan(modalities, teacher, plan.fusion or bool(needs.fused))
 
@@ -254,12 +267,12 @@ def features(
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).requires_grad_(not teacher)
 
-        found = Features(leaf(len(views), batch, modality.dim))
-        if modality.class_tokens:
-            found.class_tokens = leaf(len(views), batch, modality.class_tokens, modality.width)
+        found = Features(leaf(len(views), batch, modality.spec.dim))
+        if modality.spec.class_tokens:
+            found.class_tokens = leaf(len(views), batch, modality.spec.class_tokens, modality.spec.width)
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
-            found.tokens[place] = leaf(batch, count, modality.width)
+            found.tokens[place] = leaf(batch, count, modality.spec.width)
             if number % 2 or padding == "all":
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
                 found.masks[place] = torch.arange(count) < ends
@@ -311,7 +324,7 @@ class MeanFusion(FusionHead):
 
     def __init__(self, config: ComponentConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        self.map = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
+        self.map = nn.ModuleDict({name: nn.Linear(m.spec.width, m.spec.dim) for name, m in plan.modalities.items()})
 
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """Each modality over its own first tokens, where there are any."""
@@ -358,8 +371,8 @@ def outputs(
     elif needs.fused:
         draw = torch.Generator().manual_seed(seed + 1)
         for name, m in plan.modalities.items():
-            pooled = normalize(torch.randn(len(m.roles), batch, m.dim, generator=draw), dim=-1).requires_grad_()
-            tokens = torch.randn(batch, length(plan, name, GLOBAL), m.dim, generator=draw).requires_grad_()
+            pooled = normalize(torch.randn(len(m.roles), batch, m.spec.dim, generator=draw), dim=-1).requires_grad_()
+            tokens = torch.randn(batch, length(plan, name, GLOBAL), m.spec.dim, generator=draw).requires_grad_()
             fused[name] = Fused(pooled, tokens)
     heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}

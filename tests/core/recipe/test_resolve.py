@@ -10,8 +10,8 @@ from base_recipe import BASE, Check, Errors
 from distill_core import hookimpl
 from distill_core.contracts.component import ComponentConfig
 from distill_core.errors import RecipeErrors
-from distill_core.interfaces import Backbone, BackboneSpec, Loss, LossConfig
-from distill_core.plan import Needs
+from distill_core.interfaces import Backbone, Loss, LossConfig
+from distill_core.plan import BackboneSpec, Needs
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
 

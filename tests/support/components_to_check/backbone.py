@@ -9,10 +9,8 @@ from my_plugin.tower import Tower, stack
 from torch import nn
 from torch.nn.functional import dropout
 
-from distill_core.interfaces import (
-    BackboneSpec,
-)
 from distill_core.outputs import Encoded
+from distill_core.plan import BackboneSpec
 
 
 @broken("collator", "pickle")

@@ -15,9 +15,9 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.interfaces import Backbone, BackboneSpec, Loss
+from distill_core.interfaces import Backbone, Loss
 from distill_core.outputs import Encoded
-from distill_core.plan import Needs
+from distill_core.plan import BackboneSpec, Needs
 from distill_core.system.distributed import all_gather, rank
 
 
@@ -104,8 +104,8 @@ class Fill(Loss):
     def __init__(self, config, plan):
         super().__init__(config, plan)
         modality = plan.modalities["signal"]
-        self.predict = nn.Linear(modality.width, 5)
-        self.head = nn.Linear(modality.dim, 6)
+        self.predict = nn.Linear(modality.spec.width, 5)
+        self.head = nn.Linear(modality.spec.dim, 6)
 
     @classmethod
     def needs(cls, config, plan):
@@ -216,7 +216,7 @@ class TokenMatch(Loss):
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.map = nn.ModuleDict({name: nn.Linear(m.width, 7) for name, m in plan.modalities.items()})
+        self.map = nn.ModuleDict({name: nn.Linear(m.spec.width, 7) for name, m in plan.modalities.items()})
 
     @classmethod
     def needs(cls, config, plan):
@@ -246,7 +246,7 @@ class Centred(Loss):
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.register_buffer("centre", torch.zeros(plan.modalities["left"].dim))
+        self.register_buffer("centre", torch.zeros(plan.modalities["left"].spec.dim))
 
     @classmethod
     def needs(cls, config, plan):
@@ -271,7 +271,7 @@ class ReadsIds(Loss):
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.predict = nn.Linear(plan.modalities["left"].width, 20)
+        self.predict = nn.Linear(plan.modalities["left"].spec.width, 20)
 
     @classmethod
     def needs(cls, config, plan):

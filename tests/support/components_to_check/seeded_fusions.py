@@ -30,7 +30,7 @@ class FirstTwoAlone(MeanFusion):
 class WidthOfTheFirst(MeanFusion):
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        first = next(iter(plan.modalities.values()))
+        first = next(iter(plan.modalities.values())).spec
         self.map = nn.ModuleDict({name: nn.Linear(first.width, first.dim) for name in plan.modalities})
 
 

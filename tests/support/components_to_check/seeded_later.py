@@ -20,9 +20,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from distill_core.batch import View
-from distill_core.interfaces import BackboneSpec
 from distill_core.outputs import Encoded, Fused
-from distill_core.plan import Needs
+from distill_core.plan import BackboneSpec, Needs
 from distill_core.system.distributed import rank, world_size
 
 
@@ -117,7 +116,7 @@ class ReadsTheSecondClassToken(Match):
     @classmethod
     def problems(cls, config, plan):
         yield from super().problems(config, plan)
-        if not plan.modalities["left"].class_tokens:
+        if not plan.modalities["left"].spec.class_tokens:
             yield "needs a class token"
 
     def forward(self, outputs):
@@ -232,14 +231,14 @@ class WrongBackward(MeanFusion):
 class SwapsWidthAndDim(MeanFusion):
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.map = nn.ModuleDict({name: nn.Linear(m.dim, m.width) for name, m in plan.modalities.items()})
+        self.map = nn.ModuleDict({name: nn.Linear(m.spec.dim, m.spec.width) for name, m in plan.modalities.items()})
 
 
 @held("no class tokens")
 class QueriesOfClassTokens(MeanFusion):
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.ask = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
+        self.ask = nn.ModuleDict({name: nn.Linear(m.spec.width, m.spec.dim) for name, m in plan.modalities.items()})
 
     def forward(self, features):
         found = super().forward(features)
@@ -251,7 +250,7 @@ class QueriesOfClassTokens(MeanFusion):
 class HiddenProjection(MeanFusion):
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        dim = next(iter(plan.modalities.values())).dim
+        dim = next(iter(plan.modalities.values())).spec.dim
         self.register_buffer("turn", torch.randn(dim, dim), persistent=False)
 
     def pool(self, modality, queries, tokens, mask=None):

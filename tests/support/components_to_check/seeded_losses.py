@@ -226,7 +226,7 @@ class PythonCentre(Centred):
     def __init__(self, config, plan):
         super().__init__(config, plan)
         del self.centre
-        self.centre = torch.zeros(plan.modalities["left"].dim)
+        self.centre = torch.zeros(plan.modalities["left"].spec.dim)
 
 
 @seeded("gradient where it may not go")

@@ -13,7 +13,7 @@ class MeanFusion(FusionHead):
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.map = nn.ModuleDict({name: nn.Linear(m.width, m.dim) for name, m in plan.modalities.items()})
+        self.map = nn.ModuleDict({name: nn.Linear(m.spec.width, m.spec.dim) for name, m in plan.modalities.items()})
 
     @classmethod
     def needs(cls, config, plan):
@@ -23,7 +23,7 @@ class MeanFusion(FusionHead):
     @classmethod
     def problems(cls, config, plan):
         """Said before any data or weights are touched."""
-        if len({m.dim for m in plan.modalities.values()}) > 1:
+        if len({m.spec.dim for m in plan.modalities.values()}) > 1:
             yield "'my_plugin_mean' needs backbones of one embedding width D"
 
     def forward(self, features):

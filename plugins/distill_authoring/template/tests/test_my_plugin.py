@@ -10,7 +10,7 @@ import torch
 from my_plugin.loss import Match, MatchConfig
 
 from distill_authoring.conformance import assert_conforms
-from distill_core import Features, Fused, ModalityPlan, Outputs, Plan, Progress
+from distill_core import BackboneSpec, Features, Fused, ModalityPlan, Outputs, Plan, Progress
 from distill_core.tools import Registry, main
 
 COMPONENTS = [entry.cls for entry in Registry.of(my_plugin).entries.values()]
@@ -24,7 +24,7 @@ def test_conforms(component):
 
 def test_the_loss_is_its_formula():
     """Against loops over views and samples: would catch a wrong pairing, axis or scale."""
-    modality = ModalityPlan(("global", "global"), (0, 1), 8, 4, True)
+    modality = ModalityPlan(("global", "global"), (0, 1), BackboneSpec(8, 4))
     loss = Match(MatchConfig(temperature=0.5), Plan({"left": modality, "right": modality}, True, True))
     unit = {name: torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1) for name in ("left", "right")}
     teacher = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}

@@ -16,7 +16,7 @@ class TokenMean(FusionHead):
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
-        self.map = nn.ModuleDict({m: nn.Linear(p.width, p.dim) for m, p in plan.modalities.items()})
+        self.map = nn.ModuleDict({m: nn.Linear(p.spec.width, p.spec.dim) for m, p in plan.modalities.items()})
 
     @classmethod
     def needs(cls, config, plan):

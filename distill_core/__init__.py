@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from distill_core.contracts.media import Rendered as Rendered
     from distill_core.contracts.media import TokenLayout as TokenLayout
     from distill_core.contracts.optimizer import Optimizer as Optimizer
+    from distill_core.contracts.optional import ClassAttention as ClassAttention
+    from distill_core.contracts.optional import DenseEmbeddings as DenseEmbeddings
+    from distill_core.contracts.optional import LaidOutTokens as LaidOutTokens
+    from distill_core.contracts.optional import TokenAttention as TokenAttention
+    from distill_core.contracts.optional import TokenPooling as TokenPooling
+    from distill_core.contracts.optional import offers as offers
     from distill_core.contracts.schedule import Schedule as Schedule
     from distill_core.contracts.slot import Slot as Slot
     from distill_core.contracts.source import DataSource as DataSource
@@ -121,6 +127,12 @@ HOMES = {
     "Rendered": "distill_core.contracts.media",
     "TokenLayout": "distill_core.contracts.media",
     "Optimizer": "distill_core.contracts.optimizer",
+    "ClassAttention": "distill_core.contracts.optional",
+    "DenseEmbeddings": "distill_core.contracts.optional",
+    "LaidOutTokens": "distill_core.contracts.optional",
+    "TokenAttention": "distill_core.contracts.optional",
+    "TokenPooling": "distill_core.contracts.optional",
+    "offers": "distill_core.contracts.optional",
     "Schedule": "distill_core.contracts.schedule",
     "Slot": "distill_core.contracts.slot",
     "DataSource": "distill_core.contracts.source",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.contracts.media import Rendered, TokenLayout
+from distill_core.contracts.media import Rendered
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 
@@ -101,8 +101,9 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 
 
 class Backbone(nn.Module, Component, ABC):
-    """One modality: views -> features. `forward` is its only entry.
+    """One modality: views -> features. `forward` is a training step's only entry.
 
+    What it may offer besides, for figures and dense evaluations: `contracts/optional.py`.
     It may be built under `torch.device("meta")`, to learn the names of its parameters: it reads no weights then.
     """
 
@@ -145,30 +146,9 @@ class Backbone(nn.Module, Component, ABC):
         `token_mask` [N, L] is True where the input token must be hidden.
         """
 
-    def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
-        """N inputs of one shape -> (embeddings [N, D], dense embeddings [N, ..., D] of the tokens where they stand).
-
-        For evaluations that compare places with other modalities (segmentation), without gradients. Both are projected
-        as `pooled` is, not normalised; of a picture, dense ones are [N, rows, columns, D]. `attention` is one of
-        `BackboneSpec.dense`; `plain` changes nothing, so its embeddings are `pooled`.
-        """
-        raise NotImplementedError(f"{type(self).__name__} gives no dense embeddings")
-
     def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
         """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
         return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
-
-    def token_layout(self, view: View) -> TokenLayout | None:
-        """Where a view's tokens are in what `Augmentation.render` makes of it (`TokenLayout`); None: it cannot tell."""
-        return None
-
-    def class_attention(self, x: Tensor) -> Tensor | None:
-        """How the last block reads the tokens for `pooled`: weights [N, H, L] of N inputs, as `encode` takes them.
-
-        L as the tokens of `encode`, zero at padding. What a row lacks to one goes to tokens that are not handed on, as
-        the class token itself. For pictures: it need not be fast. None: it cannot tell.
-        """
-        return None
 
     def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
         """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`.
@@ -206,7 +186,7 @@ class Backbone(nn.Module, Component, ABC):
 
 
 class FusionHead(nn.Module, Component, ABC):
-    """Sees the student's features of every modality."""
+    """Sees the student's features of every modality. What it may offer besides: `contracts/optional.py`."""
 
     kind: ClassVar[str] = "fusion"
 
@@ -217,21 +197,6 @@ class FusionHead(nn.Module, Component, ABC):
     @abstractmethod
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """For each modality its fused embeddings, `pooled` [V, B, D], L2-normalised."""
-
-    @abstractmethod
-    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries [V, B, D] attend over one modality's tokens [B, L, W] (mask [B, L]) -> [V, B, D].
-
-        For losses that pair queries and tokens themselves.
-        """
-
-    def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """The weights with which `pool` of the same arguments reads the tokens: [V, B, H, L], zero at padding.
-
-        Of several layers, the last one's. For pictures: it need not be fast. None: it cannot tell, or does not read
-        this modality.
-        """
-        return None
 
 
 class LossConfig(ComponentConfig):

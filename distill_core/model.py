@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import View, Views
+from distill_core.contracts.optional import ClassAttention, offers
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead
 from distill_core.outputs import Features
@@ -126,7 +127,7 @@ class Model:
         """Embeddings of the tokens of N views of one shape, where they stand: [N, ..., D], L2-normalised, fp32, on the
         model's device.
 
-        See `Backbone.dense`. Raises `UserError` for a backbone that has none, or a shape that it does not take.
+        See `DenseEmbeddings`. Raises `UserError` for a backbone that has none, or a shape that it does not take.
         """
         offered = self.backbone[modality].spec(self.backbone[modality].config).dense
         if attention not in offered:
@@ -151,11 +152,16 @@ class Model:
             yield module
 
     @torch.no_grad()
-    def class_attention(self, modality: str, views: Sequence[View]) -> Tensor | None:
-        """`Backbone.class_attention` [B, H, L] of one view each of B samples; None where the backbone cannot tell."""
+    def class_attention(self, modality: str, views: Sequence[View]) -> Tensor:
+        """`ClassAttention.class_attention` [B, H, L] of one view each of B samples.
+
+        Raises `UserError` for a backbone that does not offer it.
+        """
         module = self.backbone[modality]
+        if not offers(module, ClassAttention):
+            raise UserError(f"the backbone {module.name!r} of {modality!r} has no `class_attention`")
         batch = self._batch(modality, [[view] for view in views])
-        with evaluating(module):
+        with evaluating(self.backbone[modality]):
             return module.class_attention(batch.groups[0].x[0])
 
 

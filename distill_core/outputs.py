@@ -128,14 +128,10 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Fusion(Protocol):
-    """What a loss may call of the recipe's fusion (`FusionHead`)."""
+    """What a loss may call of the recipe's fusion (`FusionHead`), and what that offers besides (`TokenPooling`)."""
 
     def __call__(self, features: dict[str, Features]) -> dict[str, Fused]:
         """Fused embeddings of other features than the step's."""
-        ...
-
-    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries [V, B, D] over one modality's tokens [B, L, W] -> [V, B, D]."""
         ...
 
 

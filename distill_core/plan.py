@@ -25,7 +25,7 @@ class BackboneSpec:
     class_tokens: int = 0
     """Class tokens C that come with the embedding (`Features.class_tokens`)."""
     dense: tuple[str, ...] = ()
-    """The kinds of attention that `dense` takes in its last layer; empty where there is no dense path."""
+    """The kinds of attention that its `dense` takes (`DenseEmbeddings`); empty where it does not offer it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Plan:
     modalities: Mapping[str, ModalityPlan]
     teacher: bool
     fusion: bool
+    fusion_pools: bool = True
+    """Whether the fusion, if there is one, offers `TokenPooling`."""
     complete: bool = True
     """False where a modality is left out because its own options are wrong: their number then says nothing."""
 

@@ -18,7 +18,7 @@ from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
-from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan
+from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan, pools
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
 from distill_core.teacher import TeacherConfig
@@ -135,7 +135,8 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
             continue
         modalities[name] = modality
     fusion = draft.document.get(("fusion",)) is not None
-    return Plan(modalities, draft.teacher is not None, fusion, set(modalities) == set(draft.modalities))
+    complete = set(modalities) == set(draft.modalities)
+    return Plan(modalities, draft.teacher is not None, fusion, pools(draft.slots.get(("fusion",))), complete)
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
+from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import Schedule
 from distill_core.contracts.slot import NullIsDefault, Slot, default_component
 from distill_core.contracts.source import DataSource
@@ -182,7 +183,7 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.teacher, self.fusion is not None)
+        return plan_of(self.augment, self.backbone, self.teacher, self.fusion)
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusion and each loss need."""
@@ -214,13 +215,17 @@ def plan_of(
     augment: Mapping[str, Slot[Augmentation]],
     backbone: Mapping[str, Slot[Backbone]],
     teacher: TeacherConfig | None,
-    fusion: bool,
-    complete: bool = True,
+    fusion: Slot[FusionHead] | None,
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
     modalities = {name: modality_plan(name, augment[name], backbone[name], teacher) for name in names}
-    return Plan(modalities, teacher is not None, fusion, complete)
+    return Plan(modalities, teacher is not None, fusion is not None, pools(fusion))
+
+
+def pools(fusion: Slot[FusionHead] | None) -> bool:
+    """Whether a loss may call `TokenPooling.pool` of the fusion; of none, nothing is wrong in that."""
+    return fusion is None or issubclass(fusion.cls, TokenPooling)
 
 
 def modality_plan(

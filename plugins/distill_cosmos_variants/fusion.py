@@ -22,10 +22,6 @@ class Identity(FusionHead):
         """No tokens are read."""
         return {m: Fused(unit(f.pooled)) for m, f in features.items()}
 
-    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """queries [V, B, D] as they are."""
-        return queries
-
 
 class MeanPooling(TokenFusion):
     """fused[m] = normalise(pooled[m] + mean of the other's mapped tokens): what attention adds, without attention."""

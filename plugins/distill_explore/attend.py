@@ -63,7 +63,9 @@ def attend(
     for line in _silent(model, seen, found, teacher):
         click.echo(f"note: {line}", err=True)
     if not rows:
-        raise UserError(f"{run}: nothing to draw: neither its fusion nor its backbones tell how they read tokens")
+        raise UserError(
+            f"{run}: nothing to draw: neither its fusion has an `attention` nor a backbone a `class_attention`"
+        )
     title = f"{Path(run).name}: what the {'teacher' if teacher else 'student'} looks at"
     note = (
         "Colour says how much a token is read, against an even reading of all. Words say their weights when pointed at."
@@ -111,14 +113,18 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[ViewedItem], l
 
 def _silent(model: Model, seen: list[ViewedItem], found: list[Reading], teacher: bool) -> list[str]:
     """Why something is not drawn, a line each."""
+    from distill_core import TokenAttention, offers
     from distill_explore.attention import joins
 
     lines = []
     modalities = {one.modality for one in seen}
     if len(modalities) > 1 and not any(one.asking for one in found):
         if model.fusion is not None:
-            why = f"the fusion {model.fusion.name!r} does not " + (
-                "tell its weights" if joins(model, *modalities) else f"join {' and '.join(sorted(modalities))}"
+            name, both = model.fusion.name, " and ".join(sorted(modalities))
+            why = (
+                f"the fusion {name!r} has no `attention`"
+                if not offers(model.fusion, TokenAttention)
+                else f"the fusion {name!r} does not {'read tokens of' if joins(model, *modalities) else 'join'} {both}"
             )
         else:
             why = "a teacher has no fusion" if teacher else "the run has no fusion"
@@ -126,7 +132,7 @@ def _silent(model: Model, seen: list[ViewedItem], found: list[Reading], teacher:
     for modality in sorted(modalities):
         if not any(one.asking is None and one.answer.modality == modality for one in found):
             name = model.backbone[modality].name
-            lines.append(f"no self-attention of the {modality}: the backbone {name!r} does not tell its weights")
+            lines.append(f"no self-attention of the {modality}: the backbone {name!r} has no `class_attention`")
     return lines
 
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill_core import Model, Rendered, TokenLayout, View
+from distill_core import (
+    ClassAttention,
+    LaidOutTokens,
+    Model,
+    Rendered,
+    TokenAttention,
+    TokenLayout,
+    View,
+    offers,
+)
 from distill_core.tools import evaluating
 
 
@@ -26,7 +35,7 @@ class ViewedItem:
     mask: Tensor
     """[L], True where a token is real."""
     own: Tensor | None
-    """[H, L], the class token's weights in the last block; None where the backbone cannot tell."""
+    """[H, L], the class token's weights in the last block; None where the backbone does not offer `ClassAttention`."""
 
     @property
     def places(self) -> TokenLayout | None:
@@ -66,14 +75,14 @@ def see(model: Model, modality: str, views: Sequence[View]) -> list[ViewedItem]:
     tokens_of = (0,) if module.spec(module.config).has_tokens else ()
     features = model.features(modality, [[view] for view in views], tokens_of=tokens_of)
     tokens, mask = features.tokens.get(0), features.masks.get(0)
-    weights = model.class_attention(modality, views)
+    weights = model.class_attention(modality, views) if offers(module, ClassAttention) else None
     length = next((x.shape[-1 - i] for i, x in ((0, weights), (1, tokens)) if x is not None), 0)
     mask = torch.ones(len(views), length, dtype=torch.bool) if mask is None else mask.cpu()
     return [
         ViewedItem(
             modality,
             augmentation.render(view),
-            module.token_layout(view),
+            module.token_layout(view) if offers(module, LaidOutTokens) else None,
             features.pooled[0, i].float(),
             None if tokens is None else tokens[i].float(),
             mask[i],
@@ -91,17 +100,18 @@ def joins(model: Model, *modalities: str) -> bool:
 
 @torch.no_grad()
 def cross(model: Model, asking: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
-    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion cannot tell, or
-    does not join the two modalities."""
+    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion does not offer
+    `TokenAttention`, or does not join the two modalities."""
     if asking and answers and not joins(model, asking[0].modality, answers[0].modality):
         return []
     tokens = [one.tokens for one in answers if one.tokens is not None]
-    if model.fusion is None or not answers or len(tokens) < len(answers):
+    fusion = model.fusion
+    if model.fusion is None or not answers or len(tokens) < len(answers) or not offers(fusion, TokenAttention):
         return []
     queries = torch.stack([one.pooled for one in asking])[None]  # [1, B, D]
     mask = torch.stack([one.mask for one in answers]).to(model.device)
     with evaluating(model.fusion):
-        weights = model.fusion.attention(answers[0].modality, queries, torch.stack(tokens), mask)
+        weights = fusion.attention(answers[0].modality, queries, torch.stack(tokens), mask)
     if weights is None:
         return []
     rows = weights[0].float().cpu()  # [B, H, L]

@@ -74,12 +74,14 @@ class AttentionMaps(Task):
                 if values:
                     scores.append(Score(samples.name, name, sum(values) / len(values), "nats", None))
         if not scores and not model.teacher:  # a teacher has no fusion, so the student may have more to tell
-            has = (
-                "neither the fusion nor a backbone"
-                if model.fusion is not None
-                else "no backbone (and there is no fusion)"
+            raise UserError(
+                "no attention to score: no backbone has a `class_attention`, and "
+                + (
+                    "there is no fusion"
+                    if model.fusion is None
+                    else f"the fusion {model.fusion.name!r} no `attention` of them"
+                )
             )
-            raise UserError(f"{has} tells how it reads tokens")
         return scores
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:

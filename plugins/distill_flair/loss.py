@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core import Fusion, Needs, Outputs, Plan, Rows, all_gather, rank, wide
+from distill_core import Needs, Outputs, Plan, Rows, TokenPooling, all_gather, rank, wide
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
@@ -52,12 +52,14 @@ class Flair(Sigmoid):
         """A fusion to pool with, and one width D."""
         if not plan.fusion:
             yield f"{cls.name!r} pools with the fusion; this recipe has none: add `fusion: text_conditioned_pool`"
+        elif not plan.fusion_pools:
+            yield f"{cls.name!r} pools with the fusion, and this recipe's has no `pool`: take text_conditioned_pool"
         yield from super().problems(config, plan)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms. Over several ranks, texts are those of all ranks, pictures this rank's."""
         fusion = outputs.fusion
-        assert fusion is not None
+        assert isinstance(fusion, TokenPooling)
         picture, text = self.config.modalities
         captions, features = outputs.student[text], outputs.student[picture]
         texts = all_gather(wide(captions.pooled), dim=1)  # [K, M, D], of their own lengths
@@ -90,7 +92,9 @@ class Flair(Sigmoid):
         every = torch.arange(k, device=device)[:, None] * m + others[:, None]  # [b, k, m - 1]
         return torch.cat([own, every.flatten(1)], 1)
 
-    def conditioned(self, fusion: Fusion, texts: Tensor, tokens: Tensor, mask: Tensor | None, chosen: Tensor) -> Tensor:
+    def conditioned(
+        self, fusion: TokenPooling, texts: Tensor, tokens: Tensor, mask: Tensor | None, chosen: Tensor
+    ) -> Tensor:
         """Sum over pictures and their texts: texts [K, M, D], tokens [b, L, W], chosen [b, T]."""
         queries = texts.flatten(0, 1)[chosen.T]  # [T, b, D]
         found = fusion.pool(self.config.modalities[0], queries, tokens, mask)

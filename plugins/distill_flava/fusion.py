@@ -82,17 +82,6 @@ class MultimodalEncoder(FusionHead):
             pooled = normalize(sequence[:, 0].to(torch.promote_types(sequence.dtype, torch.float32)), dim=-1)[None]
         return {first: Fused(pooled, sequence[:, 1:middle]), second: Fused(pooled, sequence[:, middle:])}
 
-    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Each query [V, B, D] in the class token's place before `modality`'s tokens [B, L, W]: its output, [V, B, D].
-
-        V sequences a sample: queries do not see one another. Not normalised.
-        """
-        mapped, count = self.token_map[modality](tokens), len(queries)
-        sequence = torch.cat([queries.flatten(0, 1)[:, None], mapped.repeat(count, 1, 1)], 1)  # [V * B, 1 + L, D]
-        real = _real(tokens, mask).repeat(count, 1)
-        out = self._encode(sequence, torch.cat([real.new_ones(len(real), 1), real], 1))
-        return out[:, 0].view(queries.shape)
-
     def _encode(self, sequence: Tensor, real: Tensor) -> Tensor:
         """sequence [N, S, D], real [N, S] -> [N, S, D]; what is not real is neither seen nor computed."""
         starts = torch.zeros(len(real) + 1, dtype=torch.long, device=real.device)

@@ -97,7 +97,7 @@ class Segmentation(Task):
         for name in (config.modalities or tuple(plan.modalities))[:1]:
             dense = plan.modalities[name].spec.dense
             if not dense:
-                yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone gives none (Backbone.dense)"
+                yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone has no `dense`"
             elif config.attention not in dense:
                 known = f"the backbone of {name!r} has {', '.join(dense)}"
                 yield f"{cls.name!r}: no attention {config.attention!r}: {known}"

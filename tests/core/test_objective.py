@@ -58,9 +58,6 @@ class SumFusion(FusionHead):
         self.forwards += 1
         return {m: Fused(nn.functional.normalize(f.pooled, dim=-1)) for m, f in features.items()}
 
-    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        return queries
-
 
 class Pull(Loss):
     """Mean squared distance between the student and a number, or the teacher."""

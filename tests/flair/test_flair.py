@@ -198,6 +198,10 @@ def test_the_fusion_as_a_fusion(transcription: ModuleType) -> None:
     ("change", "message"),
     [
         ("fusion=none", "'flair' pools with the fusion; this recipe has none: add `fusion: text_conditioned_pool`"),
+        (
+            "fusion=identity",
+            "'flair' pools with the fusion, and this recipe's has no `pool`: take text_conditioned_pool",
+        ),
         ("fusion.heads=4", "4 heads, which do not divide the embedding width 6"),
         ("fusion.queries=[sound]", "lets image, text ask; `queries` must name one or both"),
         ("backbone.text.dim=4", "compares embeddings of one width D; the backbones give image 6, text 4"),

@@ -123,19 +123,6 @@ def test_the_encoder_against_pytorchs(made: Objective, outputs: Outputs) -> None
     assert (fused["text"].tokens[~real] == 0).all()
 
 
-def test_pool_puts_a_query_in_the_class_tokens_place(made: Objective) -> None:
-    """Catches queries that see one another, and padding that a query sees."""
-    fusion: Any = made.fusion
-    queries, tokens = torch.randn(3, 2, 6).double(), torch.randn(2, 5, 10).double()
-    mask = torch.arange(5) < torch.tensor([[3], [5]])
-    found = fusion.pool("text", queries, tokens, mask)
-    assert found.shape == (3, 2, 6)
-    for v in range(3):
-        close(fusion.pool("text", queries[v : v + 1], tokens, mask)[0], found[v])
-    close(fusion.pool("text", queries, torch.where(mask[..., None], tokens, 9.0), mask), found)
-    close(fusion.pool("text", queries[:, :1], tokens[:1, :3]), found[:, :1])
-
-
 def test_masked_language_and_gradients(made: Objective, outputs: Outputs, transcription: ModuleType) -> None:
     group = outputs.views["text"].groups[1]
     head = weights(made, "loss.flava_mlm.head")

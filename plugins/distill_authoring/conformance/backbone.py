@@ -27,7 +27,17 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core import BackboneSpec, Collator, Features, Group, View, Views
+from distill_core import (
+    BackboneSpec,
+    ClassAttention,
+    Collator,
+    DenseEmbeddings,
+    Features,
+    Group,
+    LaidOutTokens,
+    View,
+    Views,
+)
 
 KIND = "backbone"
 BATCH = 3
@@ -255,10 +265,14 @@ def independence(case: Case) -> None:
 @checks(KIND)
 def dense(case: Case) -> None:
     """With each attention of the spec, `dense` gives finite [N, D] and [N, ..., D]; that of `plain` is `pooled`."""
-    module, views = generic(build(case)), collated(case)
     spec = case.cls.spec(case.config)
     if not spec.dense:
         raise NotApplicable("`spec` says that it has no dense embeddings")
+    require(
+        issubclass(case.cls, DenseEmbeddings),
+        f"`spec` says dense={spec.dense}, and there is no method `dense`: write it, as in DenseEmbeddings",
+    )
+    module, views = generic(build(case)), collated(case)
     with torch.no_grad():
         pooled = module(views).pooled
         for start, group in views.numbered():
@@ -298,27 +312,24 @@ def hidden_tokens(case: Case) -> None:
 
 @checks(KIND)
 def attention(case: Case) -> None:
-    """`class_attention` and `token_layout`, where it tells: weights [N, H, L] and a place for each real token."""
-    module, raw, views, told = generic(build(case)), raw_views(case), collated(case), False
+    """`class_attention` and `token_layout`, where it has them: weights [N, H, L] and a place for each real token."""
+    weighs, lays_out = issubclass(case.cls, ClassAttention), issubclass(case.cls, LaidOutTokens)
+    if not weighs and not lays_out:
+        raise NotApplicable("it has neither `class_attention` nor `token_layout`")
+    module, raw, views = generic(build(case)), raw_views(case), collated(case)
     with torch.no_grad():
         found = module(views, tokens_of=everything(case, views))
     for start, group in views.numbered():
         for view, x in enumerate(group.x, start):
-            weights, tokens = module.class_attention(x), found.tokens.get(view)  # type: ignore[operator]
-            length, mask = (0 if tokens is None else tokens.shape[1]), found.masks.get(view)
-            if weights is not None:
-                told = True
-                require_weights(weights.detach(), [BATCH, 0, length], mask)
-            for i, sample in enumerate(raw):
+            tokens, mask = found.tokens.get(view), found.masks.get(view)
+            length = 0 if tokens is None else tokens.shape[1]
+            if weighs:
+                require_weights(module.class_attention(x).detach(), [BATCH, 0, length], mask)  # type: ignore[operator]
+            for i, sample in enumerate(raw if lays_out else []):
                 layout = module.token_layout(sample[view])  # type: ignore[operator]
-                if layout is None:
-                    continue
-                told = True
                 places = len(layout) if isinstance(layout, list) else layout[0] * layout[1]
                 real = length if mask is None else int(mask[i].sum())
                 require(places == real, f"`token_layout` of view {view} has {places} places for {real} real tokens")
-    if not told:
-        raise NotApplicable("it does not tell its attention")
 
 
 def _scalar(module: nn.Module, views: Views, tokens_of: tuple[int, ...]) -> Tensor:

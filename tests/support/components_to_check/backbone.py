@@ -166,6 +166,13 @@ class ShortLayout(Telling):
         return ["a ", "b ", "c "]
 
 
+@broken("dense", r"`spec` says dense=\('plain',\), and there is no method `dense`")
+class DenseInWordsAlone(MaskingTower):
+    @classmethod
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim, dense=("plain",))
+
+
 @broken("dense", "with plain attention `dense` must give what `encode` gives")
 class OtherDense(Telling):
     def dense(self, x, *, attention):

@@ -25,10 +25,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.results import PATH, Result, measure, save
-from distill_kernels.dispatch import choose
-from distill_kernels.pairwise.info_nce import OP, InfoNCEInputs, multi_view_info_nce
+from distill_kernels.dispatch import Op, choose
+from distill_kernels.pairwise.info_nce import OP as INFO_NCE
+from distill_kernels.pairwise.info_nce import multi_view_info_nce
+from distill_kernels.pairwise.pairs import Pairs
 from distill_kernels.pairwise.sigmoid_loss import OP as SIGMOID
-from distill_kernels.pairwise.sigmoid_loss import SigmoidInputs, multi_view_sigmoid
+from distill_kernels.pairwise.sigmoid_loss import multi_view_sigmoid
 
 # Va x Vb x B x D: the tiny default recipe, one GPU's share of a batch, the large case of the kernels issue.
 SHAPES = ("2x8x16x128", "8x8x128x128", "8x2x128x128", "2x8x1024x512", "8x2x1024x512", "8x2x4096x512")
@@ -63,17 +65,11 @@ def sigmoid_pairs(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return torch.stack(losses).view(len(a), len(b))
 
 
-def implementations(kind: str, inputs: tuple[Tensor, ...]) -> dict[str, Loss]:
-    """Baselines first, then every backend that can run."""
-    a, b, scale, *rest = inputs
-    if kind == "sigmoid":
-        losses: dict[str, Loss] = {"pairs": sigmoid_pairs}
-        (bias,) = rest
-        runnable = [x.name for x in SIGMOID.backends if x.why_not(SigmoidInputs(a, b, scale, bias, 0)) is None]
-        return losses | {name: functools.partial(multi_view_sigmoid, backend=name) for name in runnable}
-    losses = {"pairs": pairs, "directions": directions}
-    runnable = [x.name for x in OP.backends if x.why_not(InfoNCEInputs(a, b, scale, None, None, 0)) is None]
-    return losses | {name: functools.partial(multi_view_info_nce, backend=name) for name in runnable}
+# Of each loss: its op, the function, its baselines.
+KINDS: dict[str, tuple[Op, Loss, dict[str, Loss]]] = {
+    "info_nce": (INFO_NCE, multi_view_info_nce, {"pairs": pairs, "directions": directions}),
+    "sigmoid": (SIGMOID, multi_view_sigmoid, {"pairs": sigmoid_pairs}),
+}
 
 
 def step(loss: Loss, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -95,25 +91,25 @@ def case(kind: str, shape: str, dtype: torch.dtype, device: torch.device, rounds
     a, b = (F.normalize(torch.randn(v, n, d, device=device), dim=-1).to(dtype).requires_grad_() for v in (va, vb))
     scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (1 / 0.07, -10.0))
     inputs = (a, b, scale, bias) if kind == "sigmoid" else (a, b, scale)
-    losses = implementations(kind, inputs)
+    op, loss, baselines = KINDS[kind]
+    compared = Pairs(a, b, inputs[2:])
+    runnable = [backend.name for backend in op.backends if backend.why_not(compared) is None]
+    losses = baselines | {name: functools.partial(loss, backend=name) for name in runnable}
     true = step(losses["pairs"], inputs)
     for name, loss in losses.items():
         if name != "pairs":
             agree(step(loss, inputs), true, name)
     del true
     calls = {name: functools.partial(step, loss, inputs) for name, loss in losses.items()}
-    if kind == "sigmoid":
-        op, auto = SIGMOID, choose(SIGMOID, "auto", SigmoidInputs(a, b, scale, bias, 0)).name
-    else:
-        op, auto = OP, choose(OP, "auto", InfoNCEInputs(a, b, scale, None, None, 0)).name
     sizes = f"Va={va} Vb={vb} B={n} D={d}"
+    auto = choose(op, "auto", compared).name
     return measure(op.name, sizes, dtype, calls, "pairs", device=device, rounds=rounds, auto=auto)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--losses", nargs="+", choices=("info_nce", "sigmoid"), default=["info_nce", "sigmoid"])
+    parser.add_argument("--losses", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="VaxVbxBxD")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from distill_kernels import dispatch, machine
-from distill_kernels.dispatch import Backend, Op, choose_here, order_of
+from distill_kernels.dispatch import Backend, Inputs, Op, choose_here, order_of
 
 
 class Choice(NamedTuple):
@@ -48,7 +48,7 @@ def recorded(device: torch.device | None = None, capability: tuple[int, int] = (
         choices.append(_choice(op, backend, chosen, shown))
         if not elsewhere or chosen.why_not(inputs) is None:
             return chosen
-        return Backend(chosen.name, chosen.why_not, lambda x: _unobserved(op, x))
+        return Backend(chosen.name, lambda x: _unobserved(op, x))
 
     before = dispatch.observer, machine.assumed_capability
     dispatch.observer = observe
@@ -86,6 +86,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         with FakeTensorMode(allow_non_fake_inputs=True):
             moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
         return moved.requires_grad_(value.requires_grad)
+    if isinstance(value, Inputs):
+        return type(value)(*(_moved(item, device) for item in vars(value).values()))
     if isinstance(value, tuple):
         items = [_moved(item, device) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

@@ -1,12 +1,13 @@
-"""Which backends `auto` tries, as data: the rows of `defaults.csv`, and before them those that `tune` measured here.
+"""What depends on the device, as data: the rows of `defaults.csv`, and before them those that `tune` measured here.
 
 A row is a rule: for calls of `op` on `device` (a kind, or "any") that meet every condition of `when`, try `backends` in
-this order. Or it gives `cost`, the coefficients of the op's own cost model, by which the op then orders its backends.
-The first row that holds decides. `model` limits a row to devices of that name. `source` says whether the order was
-measured (`evidence`: on what), estimated (from bytes, products and launches), or is a matter of correctness.
+this order. Or it gives `numbers`: of an op, the coefficients of its own cost model, by which it then orders its
+backends; of a part of one (`numbers_for`), sizes that it works with. The first row that holds decides. `model` limits a
+row to devices of that name. `source` says whether it was measured (`evidence`: on what), estimated (from bytes,
+products and launches), or is a matter of correctness.
 
 A condition is `name=value`, `name=low..high`, `name=low..` or `name=..high`, bounds included; a name is an attribute of
-the op's inputs.
+the op's inputs, or of the tensor that a part works on.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from distill_kernels.machine import device_name, once
 
 SHIPPED = Path(__file__).with_name("defaults.csv")
-COLUMNS = ("op", "device", "model", "when", "backends", "cost", "source", "evidence", "why")
+COLUMNS = ("op", "device", "model", "when", "backends", "numbers", "source", "evidence", "why")
 
 
 class Condition(NamedTuple):
@@ -38,8 +40,8 @@ class Rule(NamedTuple):
     """A row that applies to an op on a device."""
 
     conditions: tuple[Condition, ...]
-    backends: tuple[str, ...]  # best first; empty where `cost` orders them
-    cost: tuple[tuple[str, float], ...]
+    backends: tuple[str, ...]  # best first; empty where there are `numbers`
+    numbers: dict[str, float]
     why: str
 
     def holds(self, inputs: Any) -> bool:
@@ -64,6 +66,11 @@ def parse_conditions(text: str) -> tuple[Condition, ...]:
             exact = int(value) if value.isdigit() else value
             conditions.append(Condition(name, exact, exact))
     return tuple(conditions)
+
+
+def parse_numbers(text: str) -> dict[str, float]:
+    """Of a `numbers`: name=number, separated by spaces."""
+    return {name: float(number) for name, number in (part.split("=") for part in text.split())}
 
 
 def shape_class(names: str, inputs: Any) -> str:
@@ -97,18 +104,30 @@ def measured_here(op: str, device: str) -> tuple[Rule, ...]:
     return _rules(path, op, device) if path.exists() else ()
 
 
+def numbers_for(part: str, tensor: Tensor) -> dict[str, float]:
+    """The sizes that a part of an op works with on tensors like this one. Raises ValueError where no rule holds."""
+    device = str(tensor.device)
+    for rules in (measured_here(part, device), shipped(part, device)):
+        for rule in rules:
+            if rule.holds(tensor):
+                return rule.numbers
+    raise ValueError(f"no row of {SHIPPED.name} has numbers for {part} on {device}")
+
+
 def _rules(path: Path, op: str, device: str) -> tuple[Rule, ...]:
     kind = torch.device(device).type
     rules = []
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}: run `distill kernels --tune` again")
+        for row in table:
             if row["op"] == op and row["device"] in (kind, "any") and row["model"] in ("", _model(device)):
-                cost = (part.split("=") for part in row["cost"].split())
                 rules.append(
                     Rule(
                         parse_conditions(row["when"]),
                         tuple(row["backends"].split()),
-                        tuple((name, float(value)) for name, value in cost),
+                        parse_numbers(row["numbers"]),
                         f"{row['source']}: {row['why']}",
                     )
                 )

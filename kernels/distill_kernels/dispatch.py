@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from distill_kernels.defaults import measured_here, shape_class, shipped
 
@@ -32,18 +33,53 @@ class BackendError(ValueError):
     """A backend was asked for by name and cannot run: the message says why."""
 
 
+class Inputs:
+    """The arguments of one call, as backends see them: the base of each op's own dataclass.
+
+    The conditions of `defaults.csv` and the shape classes name attributes of it.
+    """
+
+    @property
+    def leading(self) -> Tensor:
+        """The tensor that stands for the others: where the call runs, and in what dtype."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.leading.device
+
+    @property
+    def products(self) -> torch.dtype:
+        """Of the products."""
+        return self.leading.dtype
+
+    @property
+    def dtype(self) -> str:
+        """Of the products, "bfloat16" say."""
+        return str(self.products).removeprefix("torch.")
+
+    @property
+    def bytes(self) -> int:
+        """Of an element of the products."""
+        return self.products.itemsize
+
+
+def anywhere(inputs: Any) -> None:
+    """`why_not` of a backend that runs on all inputs, on any machine."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute an op.
 
-    `why_not(inputs)` is None when the backend can run, else the reason in words. `why_not(None)` asks
-    only whether this machine has it. `run(inputs)` computes the op. `inputs` is the op's own record (a
-    NamedTuple of arguments).
+    `run(inputs)` computes it. `why_not(inputs)` is None when the backend can run, else the reason in words;
+    `why_not(None)` asks only whether this machine has it.
     """
 
     name: str
-    why_not: Callable[[Any], str | None]
     run: Callable[[Any], Any]
+    why_not: Callable[[Any], str | None] = anywhere
 
 
 class Order(NamedTuple):
@@ -57,9 +93,9 @@ class Order(NamedTuple):
 class Op:
     """An op: its backends, and how its inputs are looked at.
 
-    Inputs have a `device`, and attributes for the conditions of `defaults.csv`. `shape` names those that make their
-    shape class (`defaults.shape_class`); `cases(device)` makes the inputs that `tune.tune` times; `cheapest(inputs,
-    **coefficients)` orders backends by the op's cost model, where it has one.
+    `shape` names the attributes of inputs that make their shape class (`defaults.shape_class`); `cases(device)` makes
+    the inputs that `tune.tune` times; `cheapest(inputs, **coefficients)` orders backends by the op's cost model, where
+    it has one.
     """
 
     name: str
@@ -120,7 +156,7 @@ def order_of(op: Op, inputs: Any) -> Order:
     for rules in (measured_here(op.name, device), shipped(op.name, device)):
         for rule in rules:
             if rule.holds(inputs):
-                names += op.cheapest(inputs, **dict(rule.cost)) if op.cheapest and rule.cost else rule.backends
+                names += op.cheapest(inputs, **rule.numbers) if op.cheapest and rule.numbers else rule.backends
                 whys.append(rule.why)
                 break
     if not whys:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distill_kernels.defaults import COLUMNS, table_path
-from distill_kernels.dispatch import OPS, Backend, BackendError, load_op
+from distill_kernels.dispatch import OPS, Backend, BackendError, Inputs, load_op
 from distill_kernels.machine import device_name, forget, interpreting
 from distill_kernels.measure import interleaved
 
@@ -59,7 +59,7 @@ def _forward_backward(backend: Backend, inputs: Any) -> Callable[[], None]:
     def call() -> None:
         outputs = [t for t in _tensors(backend.run(inputs)) if t.requires_grad]
         if outputs:
-            leaves = [t for t in _tensors(tuple(inputs)) if t.requires_grad]
+            leaves = [t for t in _tensors(inputs) if t.requires_grad]
             ones = [torch.ones_like(t) for t in outputs]
             torch.autograd.grad(outputs, leaves, ones, allow_unused=True)
 
@@ -69,6 +69,6 @@ def _forward_backward(backend: Backend, inputs: Any) -> Callable[[], None]:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
+    elif isinstance(value, (tuple, list, Inputs)):
+        for item in vars(value).values() if isinstance(value, Inputs) else value:
             yield from _tensors(item)

@@ -6,26 +6,47 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from distill_kernels import defaults, machine
-from distill_kernels.defaults import COLUMNS, SHIPPED, Rule, parse_conditions, shape_class, table_path
-from distill_kernels.dispatch import OPS, Backend, BackendError, Op, choose, listing, load_op, order_of
+from distill_kernels.defaults import (
+    COLUMNS,
+    SHIPPED,
+    Rule,
+    numbers_for,
+    parse_conditions,
+    parse_numbers,
+    shape_class,
+    table_path,
+)
+from distill_kernels.dispatch import OPS, Backend, BackendError, Inputs, Op, choose, listing, load_op, order_of
 from distill_kernels.machine import device_name, forget
 from distill_kernels.measure import interleaved, peak_bytes
 
 CPU = torch.device("cpu")
+# What has numbers in defaults.csv without being an op, and which.
+PARTS = {
+    "absorbed_attention": {"chunk_bytes"},
+    "packed_groups": {"multiple"},
+    "pairwise_chunks": {"rows", "columns"},
+}
 
 
-class Number(NamedTuple):
+@dataclass(frozen=True)
+class Number(Inputs):
     """The inputs of `make_op`."""
 
     value: int
-    device: torch.device = CPU
+
+    @property
+    def leading(self) -> Tensor:
+        return torch.empty(0)
 
     @property
     def small(self) -> bool:
@@ -37,9 +58,9 @@ def make_op(name: str = "double") -> Op:
     return Op(
         name=name,
         backends=(
-            Backend("picky", lambda x: "odd" if x is not None and x.value % 2 else None, lambda x: 2 * x.value),
-            Backend("plain", lambda x: None, lambda x: x.value + x.value),
-            Backend("missing", lambda x: "not here", lambda x: None),
+            Backend("picky", lambda x: 2 * x.value, lambda x: "odd" if x is not None and x.value % 2 else None),
+            Backend("plain", lambda x: x.value + x.value),
+            Backend("missing", lambda x: None, lambda x: "not here"),
         ),
         shape="small",
         cases=lambda device: [Number(1), Number(2), Number(20)],
@@ -49,6 +70,12 @@ def make_op(name: str = "double") -> Op:
 def write_rules(path: Path, *rules: str) -> None:
     """Each `op,device,model,when,backends`; as `tune` measured them."""
     path.write_text("\n".join([",".join(COLUMNS), *(f"{rule},,measured,a test,here" for rule in rules)]))
+
+
+def write_numbers(path: Path, *rules: str) -> None:
+    """Each `part,device,model,when,numbers`."""
+    rows = (",".join([*rule.split(",")[:4], "", rule.split(",")[4]]) for rule in rules)
+    path.write_text("\n".join([",".join(COLUMNS), *(f"{row},measured,a test,here" for row in rows)]))
 
 
 @pytest.fixture
@@ -130,7 +157,7 @@ def test_shape_class_holds_for_its_inputs() -> None:
 
     for n in (0, 1, 2, 3, 4, 5, 77, 128):
         text = shape_class("dtype n<= train", Sizes("bfloat16", n, True))
-        rule = Rule(parse_conditions(text), (), (), "")
+        rule = Rule(parse_conditions(text), (), {}, "")
         assert rule.holds(Sizes("bfloat16", n, True))
         assert not rule.holds(Sizes("bfloat16", n, False))
         assert not rule.holds(Sizes("float16", n, True))
@@ -139,29 +166,54 @@ def test_shape_class_holds_for_its_inputs() -> None:
 
 
 def test_shipped_defaults_are_complete() -> None:
-    """Each op has an order for any call on any device; names exist; what was measured says on what."""
+    """Each op has an order, and each part numbers, for any call on any device; names exist; what was measured says on
+    what."""
     with SHIPPED.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["op"] for row in rows} == set(OPS)
+    assert {row["op"] for row in rows} == {*OPS, *PARTS}
     for row in rows:
-        op = load_op(row["op"])
         assert tuple(row) == COLUMNS
         assert row["device"] in ("cpu", "cuda", "any")
-        assert {*row["backends"].split()} <= {b.name for b in op.backends}
-        assert bool(row["backends"]) != bool(row["cost"])
+        assert bool(row["backends"]) != bool(row["numbers"])
         assert row["source"] in ("measured", "estimated", "correctness")
         assert bool(row["evidence"]) == (row["source"] == "measured")
-        inputs = next(iter(op.cases(CPU)))
+        op = load_op(row["op"]) if row["op"] in OPS else None
+        inputs = next(iter(op.cases(CPU))) if op else torch.zeros(())
         for name, low, high in parse_conditions(row["when"]):
             assert isinstance(getattr(inputs, name), int), row
             assert low <= high
-        if row["cost"]:
+        if op is None:
+            assert {*parse_numbers(row["numbers"])} == PARTS[row["op"]]
+            continue
+        order = row["backends"].split()
+        if row["numbers"]:
             assert op.cheapest is not None
-            order = op.cheapest(inputs, **{k: float(v) for k, v in (part.split("=") for part in row["cost"].split())})
-            assert set(order) <= {b.name for b in op.backends}
-    for name in OPS:
+            order = op.cheapest(inputs, **parse_numbers(row["numbers"]))
+        assert {*order} <= {b.name for b in op.backends}
+    for name in (*OPS, *PARTS):
         last = [row for row in rows if row["op"] == name][-1]
         assert (last["device"], last["model"], last["when"]) == ("any", "", "")
+
+
+def test_numbers_are_of_the_device_and_the_element(tables: Path) -> None:
+    """The first row that holds, and what was measured here before what the package says."""
+    write_numbers(tables / "defaults.csv", "size,cuda,,,n=1", "size,cpu,,itemsize=..2,n=2 m=3", "size,any,,,n=4")
+    assert numbers_for("size", torch.zeros(1, dtype=torch.bfloat16)) == {"n": 2, "m": 3}
+    assert numbers_for("size", torch.zeros(1)) == {"n": 4}
+    assert numbers_for("size", torch.zeros(1, device="meta", dtype=torch.bfloat16)) == {"n": 4}
+    write_numbers(table_path(CPU), "size,cpu,,itemsize=4,n=5")
+    forget()
+    assert numbers_for("size", torch.zeros(1)) == {"n": 5}
+    assert numbers_for("size", torch.zeros(1, dtype=torch.float64)) == {"n": 4}
+    with pytest.raises(ValueError, match=r"no row of defaults.csv has numbers for nothing on cpu"):
+        numbers_for("nothing", torch.zeros(1))
+
+
+def test_a_table_of_other_columns_is_refused(tables: Path) -> None:
+    """As one that an earlier version wrote: it would be misread."""
+    table_path(CPU).write_text("op,device,model,when,backends,cost,source,evidence,why\n")
+    with pytest.raises(ValueError, match=r"has other columns than op, .*: run `distill kernels --tune` again"):
+        choose(make_op(), "auto", Number(2))
 
 
 def test_tune_writes_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +299,7 @@ def test_every_op_can_be_tuned_here() -> None:
         cases = list(op.cases(CPU))
         assert cases, name
         for inputs in cases:
-            assert Rule(parse_conditions(op.shape_class(inputs)), (), (), "").holds(inputs)
+            assert Rule(parse_conditions(op.shape_class(inputs)), (), {}, "").holds(inputs)
             assert inputs.device.type == "cpu"
             assert choose(op, "auto", inputs).why_not(inputs) is None
 

@@ -29,11 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bytes of one chunk's tokens and rows, by device and element size: large enough that a product's fixed costs, which
-# weigh more where products are fast, are small; on CPU not much more, for caches (measured: steps with a third of
-# this cost 10 to 20 % more, with twice as much up to 10 %).
-CHUNK_BYTES = {("cpu", 2): 7 << 20, ("cpu", 4): 5 << 20, ("cpu", 8): 5 << 20}
-DEVICE_CHUNK_BYTES = 1 << 28
+from distill_kernels.defaults import numbers_for
 
 
 def absorbed_attention(
@@ -271,10 +267,9 @@ def of_reached(of_samples: Tensor, tokens: Tensor, valid: Tensor | None) -> Tens
 
 
 def _chunks(q: Tensor, tokens: Tensor, heads: int) -> Iterator[slice]:
-    """Chunks of samples, of equal size but for the last."""
+    """Chunks of samples, of equal size but for the last: the more tokens and rows at once, the fewer fixed costs."""
     (b, n, d), rows = tokens.shape, 2 * heads * q.shape[0]
-    size = CHUNK_BYTES.get((q.device.type, q.element_size()), DEVICE_CHUNK_BYTES)
-    fitting = size // max((n + rows) * d * q.element_size(), 1)
+    fitting = int(numbers_for("absorbed_attention", q)["chunk_bytes"]) // max((n + rows) * d * q.element_size(), 1)
     step = math.ceil(b / math.ceil(b / max(fitting, 1))) if b else 1
     return (slice(i, i + step) for i in range(0, b, step))
 

@@ -8,42 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.attention import memory_efficient
-from distill_kernels.attention.self_attention import without_cudnn
+from distill_kernels.attention.self_attention import QKV, autocast, without_cudnn
 from distill_kernels.dispatch import Backend, Op, choose
 from distill_kernels.machine import interpreting, why_not_triton
 
 
-class CrossAttentionInputs(NamedTuple):
-    """The arguments of one call, as a backend sees them (already cast for autocast)."""
+@dataclass
+class CrossAttentionInputs(QKV):
+    """The arguments of `cross_attention`, cast for autocast; N is B."""
 
-    q: Tensor  # [B, H, V, K]
-    k: Tensor  # [B, H, L, K]
-    v: Tensor  # [B, H, L, K]
     lengths: Tensor | None  # [B] int
     mask: Tensor | None  # [B, L] bool
     scale: float
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.q.device
-
-    @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.q.dtype).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element."""
-        return self.q.dtype.itemsize
 
     @property
     def V(self) -> int:
@@ -51,19 +34,14 @@ class CrossAttentionInputs(NamedTuple):
         return self.q.shape[2]
 
     @property
-    def L(self) -> int:
-        """Tokens a sample."""
-        return self.k.shape[2]
-
-    @property
-    def K(self) -> int:
-        """Head width."""
-        return self.q.shape[3]
-
-    @property
     def masked(self) -> bool:
         """Whether some tokens are hidden."""
         return self.lengths is not None or self.mask is not None
+
+    @property
+    def valid(self) -> Tensor | None:
+        """[B, L] bool, True where a token is valid, or None when all are."""
+        return key_mask(self.lengths, self.mask, self.L)
 
 
 def cross_attention(
@@ -97,9 +75,7 @@ def cross_attention(
         BackendError: a backend that is unknown, or that cannot run these inputs.
     """
     _check(q, k, v, lengths, mask)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    q, k, v = autocast(q, k, v)
     inputs = CrossAttentionInputs(q, k, v, lengths, mask, q.shape[-1] ** -0.5 if scale is None else scale)
     chosen = choose(OP, backend, inputs)
     with torch.autocast(q.device.type, enabled=False):
@@ -141,21 +117,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor
     check_valid_tokens(lengths, mask, k)
 
 
-def reference(inputs: CrossAttentionInputs) -> Tensor:
+def _reference(x: CrossAttentionInputs) -> Tensor:
     """The plain formula, in fp32 or wider."""
-    q, k, v, lengths, mask, scale = inputs
-    wide = torch.promote_types(q.dtype, torch.float32)
-    valid = key_mask(lengths, mask, k.shape[2])
-    return _explicit(q.to(wide), k.to(wide), v.to(wide), valid, scale).to(q.dtype)
+    wide = torch.promote_types(x.q.dtype, torch.float32)
+    return _explicit(x.q.to(wide), x.k.to(wide), x.v.to(wide), x.valid, x.scale).to(x.q.dtype)
 
 
-def matmul(inputs: CrossAttentionInputs) -> Tensor:
+def _matmul(x: CrossAttentionInputs) -> Tensor:
     """The plain formula with products in q's own dtype and the softmax in fp32.
 
     With so few queries the scores are small, and two batched products beat a flash kernel on CPU.
     """
-    q, k, v, lengths, mask, scale = inputs
-    return _explicit(q, k, v, key_mask(lengths, mask, k.shape[2]), scale)
+    return _explicit(x.q, x.k, x.v, x.valid, x.scale)
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
@@ -172,78 +145,58 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: floa
     return p.to(v.dtype) @ v
 
 
-def sdpa(inputs: CrossAttentionInputs) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention."""
-    q, k, v, lengths, mask, scale = inputs
-    valid = key_mask(lengths, mask, k.shape[2])
-    with without_cudnn(q.device):
-        return _sdpa(q, k, v, valid, scale)
+def _sdpa(x: CrossAttentionInputs) -> Tensor:
+    valid = x.valid
+    with without_cudnn(x.device):
+        if valid is None:
+            return F.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale)
+        # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
+        some = valid.any(-1, keepdim=True)  # [B, 1]
+        allowed = (valid | ~some)[:, None, None, :].expand(-1, 1, x.V, -1)
+        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=allowed, scale=x.scale)
+        return out.masked_fill(~some[:, :, None, None], 0.0)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    if valid is None:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
-    some = valid.any(-1, keepdim=True)  # [B, 1]
-    allowed = (valid | ~some)[:, None, None, :].expand(-1, 1, q.shape[2], -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)
-    return out.masked_fill(~some[:, :, None, None], 0.0)
-
-
-def _xformers_call(inputs: CrossAttentionInputs) -> memory_efficient.Call:
-    q, k, v, lengths, mask, scale = inputs
-    b, h, queries, tokens = *q.shape[:3], k.shape[2]
-    valid = key_mask(lengths, mask, tokens)
-    bias = None
+def _xformers_call(x: CrossAttentionInputs) -> memory_efficient.Call:
+    valid, bias = x.valid, None
     if valid is not None:
         # xformers wants rows aligned to 8 elements: allocate wider and slice.
-        padded = q.new_zeros(b, 1, 1, -(-tokens // 8) * 8)
-        padded[..., :tokens].masked_fill_(~(valid | ~valid.any(-1, keepdim=True))[:, None, None, :], float("-inf"))
-        bias = padded.expand(b, h, queries, -1)[..., :tokens]
-    return memory_efficient.Call(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), bias, scale)
+        padded = x.q.new_zeros(len(valid), 1, 1, -(-x.L // 8) * 8)
+        padded[..., : x.L].masked_fill_(~(valid | ~valid.any(-1, keepdim=True))[:, None, None, :], float("-inf"))
+        bias = padded.expand(*x.q.shape[:3], -1)[..., : x.L]
+    return memory_efficient.Call(x.q.transpose(1, 2), x.k.transpose(1, 2), x.v.transpose(1, 2), bias, x.scale)
 
 
-def xformers(inputs: CrossAttentionInputs) -> Tensor:
-    """xformers.ops.memory_efficient_attention."""
-    out = memory_efficient.run(_xformers_call(inputs)).transpose(1, 2)
-    valid = key_mask(inputs.lengths, inputs.mask, inputs.k.shape[2])
+def _xformers(x: CrossAttentionInputs) -> Tensor:
+    out, valid = memory_efficient.run(_xformers_call(x)).transpose(1, 2), x.valid
     return out if valid is None else out.masked_fill(~valid.any(-1)[:, None, None, None], 0.0)
 
 
-def _triton(inputs: CrossAttentionInputs) -> Tensor:
+def _triton(x: CrossAttentionInputs) -> Tensor:
     from distill_kernels.triton.cross_attention import triton_cross_attention
 
-    return triton_cross_attention(*inputs)
+    return triton_cross_attention(x.q, x.k, x.v, x.lengths, x.mask, x.scale)
 
 
-def _always(inputs: CrossAttentionInputs | None) -> str | None:
-    return None
+def _why_not_sdpa(x: CrossAttentionInputs | None) -> str | None:
+    return "there are no tokens (L = 0)" if x is not None and x.L == 0 else None
 
 
-def _why_not_sdpa(inputs: CrossAttentionInputs | None) -> str | None:
-    if inputs is not None and inputs.k.shape[2] == 0:
-        return "there are no tokens (L = 0)"
-    return None
-
-
-def _why_not_xformers(inputs: CrossAttentionInputs | None) -> str | None:
-    if inputs is None:
+def _why_not_xformers(x: CrossAttentionInputs | None) -> str | None:
+    if x is None:
         return memory_efficient.why_not_here(None)
-    if inputs.k.shape[2] == 0:
-        return "there are no tokens (L = 0)"
-    return memory_efficient.why_not_here(inputs.q) or memory_efficient.why_not_kernel(_xformers_call(inputs))
+    return _why_not_sdpa(x) or memory_efficient.why_not_here(x.q) or memory_efficient.why_not_kernel(_xformers_call(x))
 
 
-def _why_not_triton(inputs: CrossAttentionInputs | None) -> str | None:
-    reason = why_not_triton(None if inputs is None else inputs.q.device)
-    if reason is not None or inputs is None:
+def _why_not_triton(x: CrossAttentionInputs | None) -> str | None:
+    reason = why_not_triton(None if x is None else x.device)
+    if reason is not None or x is None:
         return reason
-    q = inputs.q
-    wide = interpreting() and q.dtype == torch.float64
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32) and not wide:
-        return f"takes float16, bfloat16 or float32, got {q.dtype}"
-    if not 1 <= q.shape[3] <= 128:
-        return f"takes head widths up to 128, got {q.shape[3]}"
+    wide = interpreting() and x.products == torch.float64
+    if x.products not in (torch.float16, torch.bfloat16, torch.float32) and not wide:
+        return f"takes float16, bfloat16 or float32, got {x.products}"
+    if not 1 <= x.K <= 128:
+        return f"takes head widths up to 128, got {x.K}"
     return None
 
 
@@ -261,11 +214,11 @@ def _cases(device: torch.device) -> Iterable[CrossAttentionInputs]:
 OP = Op(
     name="cross_attention",
     backends=(
-        Backend("reference", _always, reference),
-        Backend("matmul", _always, matmul),
-        Backend("sdpa", _why_not_sdpa, sdpa),
-        Backend("xformers", _why_not_xformers, xformers),
-        Backend("triton", _why_not_triton, _triton),
+        Backend("reference", _reference),
+        Backend("matmul", _matmul),
+        Backend("sdpa", _sdpa, _why_not_sdpa),
+        Backend("xformers", _xformers, _why_not_xformers),
+        Backend("triton", _triton, _why_not_triton),
     ),
     shape="dtype V<= L<= K masked",
     cases=_cases,

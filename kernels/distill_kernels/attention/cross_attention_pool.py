@@ -22,8 +22,8 @@ The cost model counts, for a sample's forward pass, multiplications and the elem
                 queries and sums again
 
 An element costs as much as so many multiplications: this number, m and w are a device's, by element size of the
-products (`cost` in defaults.csv; on a CPU fitted to the 332 timings of the two in kernels/bench/results.csv, widths of
-64 to 768, batches of 1 to 256: the form that it picks costs .2 % more than the better one on average, and never more
+products (`numbers` in defaults.csv; on a CPU fitted to the 332 timings of the two in kernels/bench/results.csv, widths
+of 64 to 768, batches of 1 to 256: the form that it picks costs .2 % more than the better one on average, and never more
 than 10 %). With free memory, absorbed is cheaper when V (7 H / 6 - 1) / D + 7 V / (6 L) < 1; with fast matrix units
 memory decides, and it is when m H V < 5 L.
 
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ from torch import Tensor
 from distill_kernels.attention.absorbed_attention import absorbed_attention, of_reached, unit_norm
 from distill_kernels.attention.cross_attention import check_valid_tokens, cross_attention, key_mask
 from distill_kernels.attention.self_attention import split_heads, tracing
-from distill_kernels.dispatch import Backend, BackendError, Op, choose
+from distill_kernels.dispatch import Backend, BackendError, Inputs, Op, choose
 
 
 class _Attention(NamedTuple):
@@ -61,7 +62,8 @@ class _Keys(NamedTuple):
     eps: float  # of the LayerNorm
 
 
-class PoolInputs(NamedTuple):
+@dataclass
+class PoolInputs(Inputs):
     """What a form computes from: attention of x over LN(tokens), before the output projection."""
 
     x: Tensor  # [V, B, D], normalised queries
@@ -72,19 +74,14 @@ class PoolInputs(NamedTuple):
     attention: str  # the backend of `cross_attention`, in the projected form
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.x.device
+    def leading(self) -> Tensor:
+        """The queries, in the dtype of norms."""
+        return self.x
 
     @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.compute).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element of the products."""
-        return self.compute.itemsize
+    def products(self) -> torch.dtype:
+        """`compute`."""
+        return self.compute
 
     @property
     def V(self) -> int:
@@ -277,8 +274,8 @@ def cheapest(inputs: PoolInputs, *, multiplications: float, moved: float, weight
 
 def _projected(inputs: PoolInputs) -> Tensor:
     """`_attend` with keys and values made once a sample."""
-    x, keys, w, heads, compute, attention = inputs
-    x = x.to(compute)
+    keys, w, heads = inputs.keys, inputs.w, inputs.heads
+    x = inputs.x.to(inputs.compute)
     views, b, d = x.shape
     n = keys.tokens.shape[1]
     w_q, w_kv = torch.split(w.in_proj_weight, [d, 2 * d])
@@ -296,16 +293,16 @@ def _projected(inputs: PoolInputs) -> Tensor:
     else:
         (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
-    out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=attention)
+    out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=inputs.attention)
     valid = key_mask(keys.lengths, keys.mask, n)
     return out.permute(2, 0, 1, 3).reshape(views, b, d) + of_reached(b_v, keys.tokens, valid).to(out.dtype)
 
 
 def _absorbed(inputs: PoolInputs) -> Tensor:
     """`_attend` without keys and values."""
-    x, keys, w, heads, compute, _ = inputs
+    x, keys, w = inputs.x.to(inputs.compute), inputs.keys, inputs.w._asdict()
     valid = key_mask(keys.lengths, keys.mask, keys.tokens.shape[1])
-    return absorbed_attention(x.to(compute), keys.tokens, **w._asdict(), heads=heads, valid=valid, eps=keys.eps)
+    return absorbed_attention(x, keys.tokens, **w, heads=inputs.heads, valid=valid, eps=keys.eps)
 
 
 def _reference(inputs: PoolInputs) -> Tensor:
@@ -335,10 +332,6 @@ def _reference(inputs: PoolInputs) -> Tensor:
     return out.masked_fill(~some[:, None], 0.0)
 
 
-def _runs(inputs: PoolInputs | None) -> str | None:
-    return None
-
-
 def _cases(device: torch.device) -> Iterable[PoolInputs]:
     """COSMOS's fusion, and the class token of a ViT-B's last block."""
     for views, batch, n, d, heads in ((8, 16, 77, 512, 8), (8, 16, 196, 512, 8), (1, 16, 197, 768, 12)):
@@ -352,9 +345,9 @@ def _cases(device: torch.device) -> Iterable[PoolInputs]:
 OP = Op(
     name="cross_attention_pool",
     backends=(
-        Backend("reference", _runs, _reference),
-        Backend("projected", _runs, _projected),
-        Backend("absorbed", _runs, _absorbed),
+        Backend("reference", _reference),
+        Backend("projected", _projected),
+        Backend("absorbed", _absorbed),
     ),
     shape="dtype V B<= L<= D H",
     cases=_cases,

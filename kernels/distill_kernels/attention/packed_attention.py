@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,15 +18,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distill_kernels.attention import memory_efficient
 from distill_kernels.attention.self_attention import autocast, self_attention, split_heads
-from distill_kernels.dispatch import Backend, Op, choose
+from distill_kernels.defaults import numbers_for
+from distill_kernels.dispatch import Backend, Inputs, Op, choose
 from distill_kernels.machine import why_not_gpu, why_not_new
 
-# Lengths are grouped by multiples of this: fewer calls against less padding (measured from 1 to all at once).
-_GROUP = 8
 
-
-class PackedInputs(NamedTuple):
-    """The arguments of `packed_attention`, with the lengths read."""
+@dataclass
+class PackedInputs(Inputs):
+    """The arguments of `packed_attention`, cast for autocast, with the lengths read."""
 
     qkv: Tensor  # [T, 3, H, K]
     cu_lengths: Tensor  # [N + 1]
@@ -33,19 +33,9 @@ class PackedInputs(NamedTuple):
     causal: bool
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.qkv.device
-
-    @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.qkv.dtype).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element."""
-        return self.qkv.dtype.itemsize
+    def leading(self) -> Tensor:
+        """All rows."""
+        return self.qkv
 
     @property
     def N(self) -> int:
@@ -65,7 +55,7 @@ class PackedInputs(NamedTuple):
     @property
     def copies(self) -> bool:
         """Whether `grouped` must copy: sequences of a group differ in length, or do not stand together."""
-        return _layout(self.lengths, self.device).source is not None
+        return _layout_of(self).source is not None
 
     @property
     def train(self) -> bool:
@@ -171,14 +161,18 @@ class _Layout(NamedTuple):
     place: Tensor  # [T] padded row of each packed row
 
 
+def _layout_of(x: PackedInputs) -> _Layout:
+    return _layout(x.lengths, x.device, int(numbers_for("packed_groups", x.qkv)["multiple"]))
+
+
 # Kept tensors are made outside of inference mode, in which they could not take part in training later.
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
-    """Group sequences whose lengths round up to the same multiple of _GROUP."""
+def _layout(lengths: tuple[int, ...], device: torch.device, multiple: int) -> _Layout:
+    """Group sequences whose lengths round up to the same one of `multiple`'s."""
     length = torch.tensor(lengths)
     start = length.cumsum(0) - length
-    rounded = (length + _GROUP - 1) // _GROUP
+    rounded = (length + multiple - 1) // multiple
     groups, sources, base = [], [], 0
     place = torch.empty(int(length.sum()), dtype=torch.long)
     for size in sorted({*rounded.tolist()} - {0}):
@@ -228,7 +222,7 @@ class _Unpad(torch.autograd.Function):
 
 
 def _grouped(x: PackedInputs) -> Tensor:
-    layout = _layout(x.lengths, x.qkv.device)
+    layout = _layout_of(x)
     rows = x.qkv
     if layout.source is not None:
         rows = _Pad.apply(rows, layout.source, layout.place)  # type: ignore[no-untyped-call]
@@ -276,10 +270,6 @@ def _xformers(x: PackedInputs) -> Tensor:
     return memory_efficient.run(_xformers_call(x))[0]
 
 
-def _runs(x: PackedInputs | None) -> str | None:
-    return None
-
-
 def _why_not_varlen(x: PackedInputs | None) -> str | None:
     device = None if x is None else x.qkv.device
     reason = why_not_gpu("torch.nn.attention.varlen", device) or why_not_new(device)
@@ -316,11 +306,11 @@ def _cases(device: torch.device) -> Iterable[PackedInputs]:
 OP = Op(
     name="packed_attention",
     backends=(
-        Backend("reference", _runs, _reference),
-        Backend("loop", _runs, _loop),
-        Backend("grouped", _runs, _grouped),
-        Backend("varlen", _why_not_varlen, _varlen),
-        Backend("xformers", _why_not_xformers, _xformers),
+        Backend("reference", _reference),
+        Backend("loop", _loop),
+        Backend("grouped", _grouped),
+        Backend("varlen", _varlen, _why_not_varlen),
+        Backend("xformers", _xformers, _why_not_xformers),
     ),
     shape="dtype N<= mean<= K causal train",
     cases=_cases,

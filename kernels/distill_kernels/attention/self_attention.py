@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,37 +17,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill_kernels.attention import memory_efficient
-from distill_kernels.dispatch import Backend, Op, choose
+from distill_kernels.dispatch import Backend, Inputs, Op, choose
 
 
-class SelfAttention(NamedTuple):
-    """The arguments of `self_attention`, with the mask broadcastable to [N, H, L, L]."""
+@dataclass
+class QKV(Inputs):
+    """What dense and cross-attention are asked of their arguments."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    causal: bool
-    mask: Tensor | None
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.q.device
+    q: Tensor  # [N, H, queries, K]
+    k: Tensor  # [N, H, L, K]
+    v: Tensor  # [N, H, L, K]
 
     @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.q.dtype).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element."""
-        return self.q.dtype.itemsize
+    def leading(self) -> Tensor:
+        """The queries."""
+        return self.q
 
     @property
     def L(self) -> int:
-        """Tokens a sequence."""
-        return self.q.shape[2]
+        """Tokens that are attended to."""
+        return self.k.shape[2]
 
     @property
     def K(self) -> int:
@@ -54,14 +44,22 @@ class SelfAttention(NamedTuple):
         return self.q.shape[3]
 
     @property
-    def masked(self) -> bool:
-        """Whether there is a mask."""
-        return self.mask is not None
-
-    @property
     def train(self) -> bool:
         """Whether a gradient is asked for."""
         return torch.is_grad_enabled() and (self.q.requires_grad or self.k.requires_grad or self.v.requires_grad)
+
+
+@dataclass
+class SelfAttention(QKV):
+    """The arguments of `self_attention`, cast for autocast, with the mask broadcastable to [N, H, L, L]."""
+
+    causal: bool
+    mask: Tensor | None
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask."""
+        return self.mask is not None
 
 
 def self_attention(
@@ -290,10 +288,6 @@ def _why_not_xformers(x: SelfAttention | None) -> str | None:
     return memory_efficient.why_not_here(x.q) or memory_efficient.why_not_kernel(_xformers_call(x))
 
 
-def _runs(x: SelfAttention | None) -> str | None:
-    return None
-
-
 def _cases(device: torch.device) -> Iterable[SelfAttention]:
     for n, length, h, width, causal in (
         (256, 37, 4, 32, False),
@@ -313,10 +307,10 @@ def _cases(device: torch.device) -> Iterable[SelfAttention]:
 OP = Op(
     name="self_attention",
     backends=(
-        Backend("reference", _runs, _reference),
-        Backend("explicit", _runs, _explicit),
-        Backend("sdpa", _runs, _sdpa),
-        Backend("xformers", _why_not_xformers, _xformers),
+        Backend("reference", _reference),
+        Backend("explicit", _explicit),
+        Backend("sdpa", _sdpa),
+        Backend("xformers", _xformers, _why_not_xformers),
     ),
     shape="dtype L<= K causal masked train",
     cases=_cases,

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows and columns of a chunk: 2 MiB of fp32 logits stay in a core's second-level cache on a CPU; a GPU wants
-# larger matmuls. Measured with bench_info_nce.py.
-CHUNK = {"cpu": (1024, 512), "cuda": (4096, 4096)}
+from distill_kernels.defaults import numbers_for
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,23 @@ class Chunk:
     spare: Tensor  # as z4, free for the caller
 
 
-def blocks(views: int, rows: int, limit: int) -> Iterator[tuple[slice, slice]]:
+Block = tuple[slice, slice]  # of views and rows
+
+
+def chunk_blocks(x: Tensor, y: Tensor) -> tuple[list[Block], list[Block], int]:
+    """The blocks of x's rows and of y's whose products are the chunks, and the elements of the largest chunk."""
+    limits = numbers_for("pairwise_chunks", x)
+    rows = list(_blocks(x.shape[0], x.shape[1], int(limits["rows"])))
+    columns = list(_blocks(y.shape[0], y.shape[1], int(limits["columns"])))
+    return rows, columns, max(map(_size, rows), default=0) * max(map(_size, columns), default=0)
+
+
+def _size(block: Block) -> int:
+    views, rows = block
+    return int((views.stop - views.start) * (rows.stop - rows.start))
+
+
+def _blocks(views: int, rows: int, limit: int) -> Iterator[Block]:
     """Cut [views, rows] in blocks of about `limit` rows.
 
     Short views go several to a block, whole; a long view is cut in runs. Either way a block of a
@@ -64,14 +78,9 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def sweep(x: Tensor, y: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[Chunk]:
     """Every chunk of scale * x[u] @ y[v].T, in row-major order; each overwrites the one before."""
-    limit_rows, limit_columns = CHUNK.get(x.device.type, CHUNK["cuda"])
     d = x.shape[2]
-    row_blocks = list(blocks(x.shape[0], x.shape[1], limit_rows))
-    column_blocks = list(blocks(y.shape[0], y.shape[1], limit_columns))
-    if not row_blocks or not column_blocks:
-        return
-    height, width = (max(block_size(b) for b in some) for some in (row_blocks, column_blocks))
-    memory = x.new_empty((2, height * width), dtype=dtype)
+    row_blocks, column_blocks, largest = chunk_blocks(x, y)
+    memory = x.new_empty((2, largest), dtype=dtype)
     for us, rows in row_blocks:
         xs = (x[us, rows].to(dtype) * scale.to(dtype)).reshape(-1, d)
         for vs, columns in column_blocks:
@@ -113,9 +122,3 @@ def chunked_gradients(
             dy[chunk.vs, chunk.columns].view(-1, d).addmm_(of_logits.T, chunk.x)
         d_scale = torch.dot(x.to(dtype).reshape(-1), dx.view(-1))
         return dx.mul_(s).to(x.dtype), dy.to(y.dtype), d_scale.to(scale.dtype)
-
-
-def block_size(block: tuple[slice, slice]) -> int:
-    """Rows in a block, over its views."""
-    views, rows = block
-    return int((views.stop - views.start) * (rows.stop - rows.start))

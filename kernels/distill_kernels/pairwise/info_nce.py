@@ -5,84 +5,14 @@ Shape letters: Va, Vb views of the two sides, B rows of this rank, M rows of all
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from distill_kernels.dispatch import Backend, Op, choose
-from distill_kernels.machine import interpreting, why_not_triton
 from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked
 from distill_kernels.pairwise.chunks import compute_dtype
-from distill_kernels.triton.launches import dot_precision
-
-
-class InfoNCEInputs(NamedTuple):
-    """The arguments of `multi_view_info_nce`."""
-
-    a: Tensor  # [Va, B, D]
-    b: Tensor  # [Vb, B, D]
-    scale: Tensor
-    a_all: Tensor | None  # [Va, M, D]
-    b_all: Tensor | None  # [Vb, M, D]
-    offset: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.a.device
-
-    @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.a.dtype).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element."""
-        return self.a.dtype.itemsize
-
-    @property
-    def Va(self) -> int:
-        """Views of a."""
-        return self.a.shape[0]
-
-    @property
-    def Vb(self) -> int:
-        """Views of b."""
-        return self.b.shape[0]
-
-    @property
-    def B(self) -> int:
-        """This rank's rows."""
-        return self.a.shape[1]
-
-    @property
-    def M(self) -> int:
-        """The rows of all ranks."""
-        return (self.a if self.a_all is None else self.a_all).shape[1]
-
-    @property
-    def D(self) -> int:
-        """Embedding width."""
-        return self.a.shape[2]
-
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether a GPU's products are on tensor cores: in half precision, or fp32 as three TF32 products."""
-        return self.bytes < 4 or dot_precision() != "ieee"
-
-    @property
-    def logits(self) -> int:
-        """Of one direction, over all pairs of views."""
-        return self.Va * self.Vb * self.B * self.M
-
-    @property
-    def autocast(self) -> bool:
-        """Whether it is on; a compiled backward pass would then lower the reference's matmuls."""
-        return torch.is_autocast_enabled(self.device.type)
+from distill_kernels.pairwise.pairs import Pairs, cases, why_not_kernels
 
 
 def multi_view_info_nce(
@@ -116,37 +46,16 @@ def multi_view_info_nce(
     Raises:
         ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
     """
-    check_inputs(a, b, scale, a_all, b_all, offset)
-    inputs = InfoNCEInputs(a, b, scale, a_all, b_all, offset)
+    inputs = Pairs(a, b, (scale,), a_all, b_all, offset)
+    inputs.check()
     out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out
 
 
-def check_inputs(a: Tensor, b: Tensor, scale: Tensor, a_all: Tensor | None, b_all: Tensor | None, offset: int) -> None:
-    """Raise ValueError with what is wrong, in terms of the caller's arguments."""
-    if a.ndim != 3 or b.ndim != 3 or a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"a and b must be [Va, B, D] and [Vb, B, D], got {[*a.shape]} and {[*b.shape]}")
-    if scale.ndim != 0:
-        raise ValueError(f"scale must be a 0-dim tensor, got shape {[*scale.shape]}")
-    if (a_all is None) != (b_all is None):
-        raise ValueError("give both a_all and b_all, or neither")
-    if a_all is None or b_all is None:
-        if offset:
-            raise ValueError(f"offset {offset} needs a_all and b_all")
-        return
-    m = a_all.shape[1] if a_all.ndim == 3 else b_all.shape[1] if b_all.ndim == 3 else a.shape[1]
-    for name, own, every in (("a", a, a_all), ("b", b, b_all)):
-        expected = (own.shape[0], m, own.shape[2])
-        if every.shape != expected:
-            raise ValueError(f"{name}_all must be {[*expected]} to fit {name}, got {[*every.shape]}")
-    if not 0 <= offset <= m - a.shape[1]:
-        raise ValueError(f"rows {offset}..{offset + a.shape[1]} are not among the {m} gathered rows")
-
-
-def _reference(x: InfoNCEInputs) -> Tensor:
+def _reference(x: Pairs) -> Tensor:
     """Plain maths; holds all Va x Vb logits matrices."""
     dtype = compute_dtype(x.a, x.b)
-    a, b, scale = x.a.to(dtype), x.b.to(dtype), x.scale.to(dtype)
+    a, b, scale = x.a.to(dtype), x.b.to(dtype), x.scalars[0].to(dtype)
     with torch.autocast(a.device.type, enabled=False):
         if x.a_all is None or x.b_all is None:
             z = scale * torch.einsum("uid,vjd->uvij", a, b)
@@ -161,66 +70,34 @@ def _reference(x: InfoNCEInputs) -> Tensor:
         return 0.5 * (lse_ab - target_ab + lse_ba - target_ba).mean(-1)
 
 
-def _chunked(x: InfoNCEInputs) -> Tensor:
+def _directions(x: Pairs, of_one: CustomOpDef) -> Tensor:
+    """The mean of both, by an operator that takes one direction's rows and columns, or one side's for both."""
+    (scale,) = x.scalars
     if x.a_all is None or x.b_all is None:
-        loss: Tensor = info_nce_chunked(x.a, x.b, x.scale, 0, True)[0]
+        loss: Tensor = of_one(x.a, x.b, scale, 0, True)[0]
         return loss
-    ab: Tensor = info_nce_chunked(x.a, x.b_all, x.scale, x.offset, False)[0]
-    ba: Tensor = info_nce_chunked(x.b, x.a_all, x.scale, x.offset, False)[0]
+    ab: Tensor = of_one(x.a, x.b_all, scale, x.offset, False)[0]
+    ba: Tensor = of_one(x.b, x.a_all, scale, x.offset, False)[0]
     return 0.5 * (ab + ba.T)
 
 
-def _triton(x: InfoNCEInputs) -> Tensor:
+def _chunked(x: Pairs) -> Tensor:
+    return _directions(x, info_nce_chunked)
+
+
+def _triton(x: Pairs) -> Tensor:
     from distill_kernels.triton.info_nce import info_nce_triton
 
-    if x.a_all is None or x.b_all is None:
-        loss: Tensor = info_nce_triton(x.a, x.b, x.scale, 0, True)[0]
-        return loss
-    ab: Tensor = info_nce_triton(x.a, x.b_all, x.scale, x.offset, False)[0]
-    ba: Tensor = info_nce_triton(x.b, x.a_all, x.scale, x.offset, False)[0]
-    return 0.5 * (ab + ba.T)
-
-
-def _runs(x: InfoNCEInputs | None) -> str | None:
-    return None
-
-
-def why_not_pairwise(embeddings: Sequence[Tensor] = (), scalars: Sequence[Tensor] = ()) -> str | None:
-    """Why the Triton kernels of pairs cannot take these, or, without any, why this machine cannot run them."""
-    device = embeddings[0].device if embeddings else None
-    reason = why_not_triton(device)
-    if reason is not None:
-        return reason
-    dtypes = {t.dtype for t in embeddings}
-    known = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if interpreting() else set())
-    if embeddings and (len(dtypes) != 1 or not dtypes <= known):
-        return f"needs one dtype among float32, float16 and bfloat16, got {sorted(map(str, dtypes))}"
-    for scalar in scalars:
-        if scalar.device != device:
-            return f"scale or bias is on {scalar.device}, the embeddings on {device}"
-    return None
-
-
-def _why_not_triton(x: InfoNCEInputs | None) -> str | None:
-    if x is None:
-        return why_not_pairwise()
-    return why_not_pairwise([t for t in (x.a, x.b, x.a_all, x.b_all) if t is not None], (x.scale,))
-
-
-def _cases(device: torch.device) -> Iterable[InfoNCEInputs]:
-    scale = torch.tensor(1 / 0.07, device=device)
-    for va, vb, n, d in ((2, 8, 128, 128), (8, 2, 512, 512)):
-        a, b = (F.normalize(torch.randn(v, n, d, device=device), dim=-1).requires_grad_() for v in (va, vb))
-        yield InfoNCEInputs(a, b, scale, None, None, 0)
+    return _directions(x, info_nce_triton)
 
 
 OP = Op(
     name="multi_view_info_nce",
     backends=(
-        Backend("reference", _runs, _reference),
-        Backend("chunked", _runs, _chunked),
-        Backend("triton", _why_not_triton, _triton),
+        Backend("reference", _reference),
+        Backend("chunked", _chunked),
+        Backend("triton", _triton, why_not_kernels),
     ),
     shape="dtype Va Vb B M D",
-    cases=_cases,
+    cases=lambda device: cases(device, 1 / 0.07),
 )

@@ -5,73 +5,14 @@ Shape letters: Va, Vb views of the two sides, B rows of this rank, M rows of all
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.dispatch import Backend, Op, choose
 from distill_kernels.pairwise.chunks import Chunk, chunked_gradients, compute_dtype, sweep, target_mean
-from distill_kernels.pairwise.info_nce import check_inputs, why_not_pairwise
 from distill_kernels.pairwise.operators import register_gradients
-from distill_kernels.triton.launches import dot_precision
-
-
-class SigmoidInputs(NamedTuple):
-    """The arguments of `multi_view_sigmoid`; `b` are the rows of all ranks."""
-
-    a: Tensor  # [Va, B, D]
-    b: Tensor  # [Vb, M, D]
-    scale: Tensor
-    bias: Tensor
-    offset: int
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.a.device
-
-    @property
-    def dtype(self) -> str:
-        """Of the products."""
-        return str(self.a.dtype).removeprefix("torch.")
-
-    @property
-    def bytes(self) -> int:
-        """Of an element."""
-        return self.a.dtype.itemsize
-
-    @property
-    def Va(self) -> int:
-        """Views of a."""
-        return self.a.shape[0]
-
-    @property
-    def Vb(self) -> int:
-        """Views of b."""
-        return self.b.shape[0]
-
-    @property
-    def B(self) -> int:
-        """This rank's rows."""
-        return self.a.shape[1]
-
-    @property
-    def M(self) -> int:
-        """The rows of all ranks."""
-        return self.b.shape[1]
-
-    @property
-    def D(self) -> int:
-        """Embedding width."""
-        return self.a.shape[2]
-
-    @property
-    def tensor_cores(self) -> bool:
-        """Whether a GPU's products are on tensor cores: in half precision, or fp32 as three TF32 products."""
-        return self.bytes < 4 or dot_precision() != "ieee"
+from distill_kernels.pairwise.pairs import Pairs, cases, why_not_kernels
 
 
 def multi_view_sigmoid(
@@ -107,23 +48,28 @@ def multi_view_sigmoid(
     Raises:
         ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
     """
-    check_inputs(a, b, scale, a_all, b_all, offset)
-    if bias.ndim != 0:
-        raise ValueError(f"bias must be a 0-dim tensor, got shape {[*bias.shape]}")
-    inputs = SigmoidInputs(a, b if b_all is None else b_all, scale, bias, offset)
+    inputs = Pairs(a, b, (scale, bias), a_all, b_all, offset)
+    inputs.check()
     out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out
 
 
-def _reference(x: SigmoidInputs) -> Tensor:
+def _reference(x: Pairs) -> Tensor:
     """Plain maths; holds all Va x Vb logits matrices."""
-    dtype = compute_dtype(x.a, x.b)
-    with torch.autocast(x.a.device.type, enabled=False):
-        z = x.scale.to(dtype) * torch.einsum("uid,vjd->uvij", x.a.to(dtype), x.b.to(dtype)) + x.bias.to(dtype)
-        rows = torch.arange(x.a.shape[1], device=z.device)
+    a, b, scale, bias, offset = _one_direction(x)
+    dtype = compute_dtype(a, b)
+    with torch.autocast(a.device.type, enabled=False):
+        z = scale.to(dtype) * torch.einsum("uid,vjd->uvij", a.to(dtype), b.to(dtype)) + bias.to(dtype)
+        rows = torch.arange(a.shape[1], device=z.device)
         sign = -torch.ones(z.shape[2:], dtype=dtype, device=z.device)
-        sign[rows, x.offset + rows] = 1
+        sign[rows, offset + rows] = 1
         return -F.logsigmoid(sign * z).sum(3).mean(2)
+
+
+def _one_direction(x: Pairs) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Rows, columns, scale, bias, offset: the other direction has the same logits."""
+    scale, bias = x.scalars
+    return x.a, x.b if x.b_all is None else x.b_all, scale, bias, x.offset
 
 
 @torch.library.custom_op("distill::sigmoid_chunked", mutates_args=())
@@ -170,40 +116,25 @@ def sigmoid_chunked_backward(
 register_gradients(sigmoid_chunked, sigmoid_chunked_backward)
 
 
-def _chunked(x: SigmoidInputs) -> Tensor:
-    out: Tensor = sigmoid_chunked(*x)
+def _chunked(x: Pairs) -> Tensor:
+    out: Tensor = sigmoid_chunked(*_one_direction(x))
     return out
 
 
-def _triton(x: SigmoidInputs) -> Tensor:
+def _triton(x: Pairs) -> Tensor:
     from distill_kernels.triton.sigmoid_loss import sigmoid_triton
 
-    out: Tensor = sigmoid_triton(*x)
+    out: Tensor = sigmoid_triton(*_one_direction(x))
     return out
-
-
-def _why_not_triton(x: SigmoidInputs | None) -> str | None:
-    return why_not_pairwise() if x is None else why_not_pairwise((x.a, x.b), (x.scale, x.bias))
-
-
-def _runs(x: SigmoidInputs | None) -> str | None:
-    return None
-
-
-def _cases(device: torch.device) -> Iterable[SigmoidInputs]:
-    scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
-    for va, vb, n, d in ((2, 8, 128, 128), (8, 2, 512, 512)):
-        a, b = (F.normalize(torch.randn(v, n, d, device=device), dim=-1).requires_grad_() for v in (va, vb))
-        yield SigmoidInputs(a, b, scale, bias, 0)
 
 
 OP = Op(
     name="multi_view_sigmoid",
     backends=(
-        Backend("reference", _runs, _reference),
-        Backend("chunked", _runs, _chunked),
-        Backend("triton", _why_not_triton, _triton),
+        Backend("reference", _reference),
+        Backend("chunked", _chunked),
+        Backend("triton", _triton, why_not_kernels),
     ),
     shape="dtype Va Vb B M D",
-    cases=_cases,
+    cases=lambda device: cases(device, 10.0, -10.0),
 )

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_kernels.pairwise.chunks import CHUNK, block_size, blocks, compute_dtype
+from distill_kernels.pairwise.chunks import chunk_blocks, compute_dtype
 from distill_kernels.triton.compile_specs import precisions
 from distill_kernels.triton.launches import dot_precision, launch
 
@@ -185,10 +185,8 @@ def pairwise_gradients(
 
 def _parts(x: Tensor, y: Tensor, weight: Tensor, offset: int) -> Iterator[Part]:
     """The chunks in row-major order; each overwrites the dz of the one before."""
-    limit_i, limit_j = CHUNK["cuda"]
-    row_blocks = list(blocks(x.shape[0], x.shape[1], limit_i))
-    column_blocks = list(blocks(y.shape[0], y.shape[1], limit_j))
-    memory = x.new_empty(math.prod(max(map(block_size, some), default=0) for some in (row_blocks, column_blocks)))
+    row_blocks, column_blocks, largest = chunk_blocks(x, y)
+    memory = x.new_empty(largest)
     for us, rows in row_blocks:
         for vs, columns in column_blocks:
             xs, ys = x[us, rows], y[vs, columns]

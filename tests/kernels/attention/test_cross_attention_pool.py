@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_kernels import cross_attention_pool
+from distill_kernels.attention import absorbed_attention
 from distill_kernels.attention import cross_attention_pool as pool
-from distill_kernels.attention.absorbed_attention import CHUNK_BYTES
 from distill_kernels.dispatch import BackendError
 from distill_kernels.measure import peak_bytes
 
@@ -339,7 +339,7 @@ def test_compile_and_checkpoint(form: str) -> None:
 def test_absorbed_forward_makes_nothing_as_large_as_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that is alive at once is smaller than the tokens; keys and values alone are twice as large."""
     b, n, d = 16, 256, 64
-    monkeypatch.setitem(CHUNK_BYTES, ("cpu", 4), n * d * 4)
+    monkeypatch.setattr(absorbed_attention, "numbers_for", lambda part, tensor: {"chunk_bytes": n * d * 4})
     modules = make(d, 2, torch.float32, device="cpu")
     queries, tokens = torch.randn(2, b, d), torch.randn(b, n, d)
 

@@ -50,8 +50,7 @@ def check(loss: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many chunks":
-        for device in chunks.CHUNK:
-            monkeypatch.setitem(chunks.CHUNK, device, (7, 4))
+        monkeypatch.setattr(chunks, "numbers_for", lambda part, tensor: {"rows": 7, "columns": 4})
 
 
 @pytest.mark.usefixtures("chunk", "poisoned_memory")

@@ -1,4 +1,4 @@
-"""Commands for who writes plugins or recipes. Nothing heavy is imported until one runs."""
+"""Commands for authors of plugins and recipes. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from distill_core.tools import without_option
 
 @click.command("new-plugin")
 @click.argument("name")
-@click.option("--into", default=".", show_default=True, help="Folder that the package's folder is made in.")
+@click.option("--into", default=".", show_default=True, help="Folder in which the package's folder is created.")
 def new_plugin(name: str, into: str) -> None:
-    """Write a package with a component of each kind, its tests and a recipe, to change into your own."""
+    """Write a package with a component of each kind, tests and a recipe, as a start for your own."""
     from pathlib import Path
 
     from distill_authoring.new_plugin import write
@@ -33,7 +33,7 @@ def new_plugin(name: str, into: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @without_option
 def check_plugin(package: str, as_json: bool) -> None:
-    """Check all components of a plugin (or of a package): shapes, masks, gradients, state, ... and say what to fix.
+    """Check all components of a plugin or package (shapes, masks, gradients, state, ...) and say what to fix.
 
     Exit code 1 when a check fails.
     """
@@ -51,9 +51,9 @@ def check_plugin(package: str, as_json: bool) -> None:
 @click.command()
 @without_option
 def schema() -> None:
-    """Print the JSON schema of recipes, with all installed components: editors complete and check YAML by it.
+    """Print the JSON schema of recipes, with all installed components, for editors that complete and check YAML.
 
-    distill schema > recipe.schema.json, and at the head of a recipe:
+    distill schema > recipe.schema.json, then at the top of a recipe:
 
     # yaml-language-server: $schema=recipe.schema.json
     """

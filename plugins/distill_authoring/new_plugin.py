@@ -1,6 +1,6 @@
 """`distill new-plugin`: copies `template`, a working plugin named my-plugin, under another name.
 
-DISTRIBUTION stands in it for the package that we are installed as.
+In the template, DISTRIBUTION stands for the name of this distribution.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write(name: str, into: Path) -> Path:
     package = name.lower().replace("_", "-")
     module = package.replace("-", "_")
     if keyword.iskeyword(module) or module in sys.stdlib_module_names:
-        raise UserError(f"{module!r} is a word of Python's own; choose another name")
+        raise UserError(f"{module!r} is a module or keyword of Python; choose another name")
     if importlib.util.find_spec(module) is not None:
         raise UserError(f"a module {module!r} is installed already; choose another name")
     folder = into / package
@@ -43,10 +43,10 @@ def write(name: str, into: Path) -> Path:
     return folder
 
 
-def _template(folder: Traversable, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Traversable]]:
+def _template(folder: Traversable, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Traversable]]:
     """(path, file) of every file of the template."""
     for item in folder.iterdir():
         if item.is_dir() and item.name != "__pycache__":
-            yield from _template(item, (*above, item.name))
+            yield from _template(item, (*parents, item.name))
         elif item.is_file():
-            yield (*above, item.name), item
+            yield (*parents, item.name), item

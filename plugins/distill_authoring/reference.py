@@ -1,4 +1,4 @@
-"""Reference pages in Markdown, made from the docstrings and options of what is installed."""
+"""Reference pages in Markdown, generated from the docstrings and options of the installed components."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from distill_core.tools import INTERFACES, Entry, Plugins, Recipe, Registry, cat
 
 
 def write(out: Path, plugin: str | None = None) -> list[Path]:
-    """Writes the pages into the folder `out`; those of one plugin or package where one is named. Raises `UserError`."""
+    """Writes the pages into the folder `out`, or only those of one plugin or package. Raises `UserError`."""
     plugins = Plugins.discover()
     registry = Registry.discover(plugins)
-    made = pages(registry, plugins) if plugin is None else component_pages(_only(registry, plugin))
-    written = []
-    for name, text in made.items():
+    texts = pages(registry, plugins) if plugin is None else component_pages(_only(registry, plugin))
+    paths = []
+    for name, text in texts.items():
         path = out / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-        written.append(path)
-    return written
+        paths.append(path)
+    return paths
 
 
 def pages(registry: Registry, plugins: Plugins) -> dict[str, str]:
@@ -55,18 +55,18 @@ def component_pages(entries: Iterable[Entry]) -> dict[str, str]:
         )
         for entry in entries
     ]
-    made = {"index.md": "# Components\n\n" + _table(("kind", "name", "package", ""), rows)}
+    texts = {"index.md": "# Components\n\n" + _table(("kind", "name", "package", ""), rows)}
     for entry in entries:
-        made[f"{entry.cls.kind}/{entry.cls.name}.md"] = _component(entry)
-    return made
+        texts[f"{entry.cls.kind}/{entry.cls.name}.md"] = _component(entry)
+    return texts
 
 
 def _only(registry: Registry, plugin: str) -> list[Entry]:
-    chosen = [entry for entry in registry.entries.values() if plugin in (entry.plugin, entry.package)]
-    if not chosen:
-        known = sorted({name for entry in registry.entries.values() for name in (entry.plugin, entry.package)})
-        raise UserError(f"no plugin or package {plugin!r} with components{did_you_mean(plugin, known)}")
-    return chosen
+    entries = [entry for entry in registry.entries.values() if plugin in (entry.plugin, entry.package)]
+    if not entries:
+        names = sorted({name for entry in registry.entries.values() for name in (entry.plugin, entry.package)})
+        raise UserError(f"no plugin or package {plugin!r} with components{did_you_mean(plugin, names)}")
+    return entries
 
 
 def _component(entry: Entry) -> str:
@@ -78,14 +78,17 @@ def _component(entry: Entry) -> str:
         _doc(cls),
         "## Options",
     ]
-    own = cls.Config not in (ComponentConfig, INTERFACES[cls.kind].Config)
-    about = vars(cls.Config).get("__doc__") if own else None
+    has_config = cls.Config not in (ComponentConfig, INTERFACES[cls.kind].Config)
+    about = vars(cls.Config).get("__doc__") if has_config else None
     parts += [inspect.cleandoc(about)] if about else []
     parts += list(_options(cls.Config)) or ["It has no options."]
-    written = [example for example in cls.examples if example]
-    if written:
-        shown = "\n".join(json.dumps({"name": cls.name, **example}) for example in written)
-        parts += ["## Example options", f"Small ones, that `distill check-plugin` builds:\n\n```yaml\n{shown}\n```"]
+    examples = [example for example in cls.examples if example]
+    if examples:
+        lines = "\n".join(json.dumps({"name": cls.name, **example}) for example in examples)
+        parts += [
+            "## Example options",
+            f"Small configurations that `distill check-plugin` builds:\n\n```yaml\n{lines}\n```",
+        ]
     if isinstance(cls, type) and issubclass(cls, Loss) and cls.teacher_modules:
         parts.append(f"The teacher keeps an average of: {', '.join(cls.teacher_modules)}.")
     methods = [
@@ -99,7 +102,7 @@ def _component(entry: Entry) -> str:
 
 
 def _recipe() -> str:
-    parts = ["# Recipe", _doc(Recipe), "What each section holds. A place of a component takes `{name: NAME, ...}`."]
+    parts = ["# Recipe", _doc(Recipe), "The sections and their options. A component is written as `{name: NAME, ...}`."]
     return _joined([*parts, *_options(Recipe)])
 
 
@@ -137,9 +140,9 @@ def _commands(plugins: Plugins) -> str:
     return _joined(parts)
 
 
-def _walk(commands: Iterable[click.Command], above: str = "") -> Iterator[tuple[str, click.Command]]:
+def _walk(commands: Iterable[click.Command], prefix: str = "") -> Iterator[tuple[str, click.Command]]:
     for command in commands:
-        name = f"{above}{command.name}"
+        name = f"{prefix}{command.name}"
         yield name, command
         if isinstance(command, click.Group):
             yield from _walk(command.commands.values(), f"{name} ")
@@ -150,11 +153,11 @@ def _usage(argument: click.Argument) -> str:
     return f"{name}..." if argument.nargs == -1 else name
 
 
-def _options(config: type[BaseModel], above: str = "") -> Iterator[str]:
+def _options(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """A table of a config's options, and one for each config that they nest."""
     rows = [
         (
-            f"`{above}{row['name']}`",
+            f"`{prefix}{row['name']}`",
             f"`{row['type']}`",
             "required" if row["required"] else f"`{json.dumps(row['default'], default=_plain)}`",
             row["doc"],
@@ -165,7 +168,7 @@ def _options(config: type[BaseModel], above: str = "") -> Iterator[str]:
         yield _table(("option", "type", "default", ""), rows)
     for name, field in config.model_fields.items():
         for inner in configs(field.annotation):
-            title = f"{above}{field.alias or name}"
+            title = f"{prefix}{field.alias or name}"
             yield from (f"### {title}", _doc(inner), *_options(inner, f"{title}."))
 
 

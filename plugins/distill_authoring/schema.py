@@ -1,6 +1,6 @@
 """The JSON schema of a recipe, with the components of all installed plugins, so that editors complete and check YAML.
 
-It holds what one value can be checked for; what components need of one another `distill validate` says.
+It checks single values; what components need of one another is checked by `distill validate`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DEFINITIONS: dict[str, Schema] = {
     "id": {
         "type": "string",
         "pattern": "^[A-Za-z0-9_][A-Za-z0-9_-]*$",
-        "description": "What its terms, scores and paths are named after, where the name is not enough.",
+        "description": "Names its terms, scores and paths, where the component's name is ambiguous.",
     },
 }
 
@@ -32,57 +32,57 @@ def recipe_schema(registry: Registry) -> Schema:
     """JSON schema (draft 7, which editors know best) of a recipe as it is written, before `${NAME}` and `--set`."""
     root = Recipe.model_json_schema()
     definitions: dict[str, Schema] = root.pop("$defs")
-    root["properties"]["name"].pop("pattern", None)  # ${NAME} may stand in it; the file's name is the default
+    root["properties"]["name"].pop("pattern", None)  # it may contain ${NAME}; the file's name is the default
     root["required"] = [name for name in root["required"] if name != "name"]
     for kind in INTERFACES:
         definitions[kind] = _any_of_kind(registry, kind)
     for entry in registry.entries.values():
         definitions |= _component(entry)
-    whole = {
+    document = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of distill",
         **{key: value for key, value in root.items() if key != "title"},
         "$defs": definitions,
     }
-    written: Schema = _as_written(whole)
-    written["$defs"] |= _DEFINITIONS
-    return written
+    result: Schema = _as_written(document)
+    result["$defs"] |= _DEFINITIONS
+    return result
 
 
 def _any_of_kind(registry: Registry, kind: str) -> Schema:
     """Options with a name, or a bare name."""
     names = sorted(name for k, name in registry.entries if k == kind)
     variants: list[Schema] = [{"allOf": [{"$ref": f"#/$defs/{kind}.{name}"}], "required": ["name"]} for name in names]
-    # a name from the environment: its options are anybody's
+    # a name from the environment: its options are unknown
     variants.append({"type": "object", "required": ["name"], "properties": {"name": VARIABLE}})
     return {"anyOf": [{"oneOf": variants}, {"enum": names}]}
 
 
 def _slot(schema: Schema) -> Schema:
-    """A place of a component: any of its kind; options without a name are its default's."""
-    kind, others = schema[JSON_KEY], {key: value for key, value in schema.items() if key != JSON_KEY}
+    """A slot: any component of its kind; options without a name are those of its default component."""
+    kind, rest = schema[JSON_KEY], {key: value for key, value in schema.items() if key != JSON_KEY}
     choices: list[Schema] = [{"$ref": f"#/$defs/{kind}"}]
     if isinstance(default := schema.get("default"), dict):
         unnamed = {"not": {"required": ["name"]}}
         choices.append({"allOf": [{"$ref": f"#/$defs/{kind}.{default['name']}"}, unnamed]})
-    return {"anyOf": choices, **others}
+    return {"anyOf": choices, **rest}
 
 
 def _component(entry: Entry) -> dict[str, Schema]:
     """The definitions of a component and of what its options nest."""
     kind, name = entry.cls.kind, entry.cls.name
     config: type[BaseModel] = entry.cls.Config
-    own = config.model_json_schema(ref_template=f"#/$defs/{kind}.{name}.{{model}}")
-    nested = {f"{kind}.{name}.{model}": schema for model, schema in own.pop("$defs", {}).items()}
+    definition = config.model_json_schema(ref_template=f"#/$defs/{kind}.{name}.{{model}}")
+    nested = {f"{kind}.{name}.{model}": schema for model, schema in definition.pop("$defs", {}).items()}
     about = summary(entry.cls)
-    own["title"] = f"{name} ({kind} of {entry.package})"
-    own["description"] = about
-    own["properties"] = {
+    definition["title"] = f"{name} ({kind} of {entry.package})"
+    definition["description"] = about
+    definition["properties"] = {
         "name": {"const": name, "description": f"{kind}: {about}"},
         "id": {"$ref": "#/$defs/id", "description": _DEFINITIONS["id"]["description"]},
-        **own.get("properties", {}),
+        **definition.get("properties", {}),
     }
-    return {f"{kind}.{name}": own, **nested}
+    return {f"{kind}.{name}": definition, **nested}
 
 
 def _as_written(schema: Any) -> Any:
@@ -111,7 +111,7 @@ def _as_written(schema: Any) -> Any:
             result["additionalItems"] = False
         elif key in ("items", "additionalProperties") and isinstance(value, dict):
             if JSON_KEY in value:
-                value = {"anyOf": [value, {"type": "null"}]}  # which takes the item out
+                value = {"anyOf": [value, {"type": "null"}]}  # null removes the item
             result[key] = _value(_as_written(value))
         else:
             result[key] = _as_written(value)
@@ -122,8 +122,8 @@ def _value(schema: Schema, name: str = "") -> Schema:
     """The schema of a value, or a variable in its place."""
     if schema == VARIABLE or (name == "name" and "const" in schema) or _takes_any_string(schema):
         return schema
-    kept: Schema = {key: schema[key] for key in ("description", "default", "title") if key in schema}
-    return {"anyOf": [schema, VARIABLE], **kept}
+    annotations: Schema = {key: schema[key] for key in ("description", "default", "title") if key in schema}
+    return {"anyOf": [schema, VARIABLE], **annotations}
 
 
 def _takes_any_string(schema: Schema) -> bool:

@@ -100,7 +100,7 @@ def test_a_component_that_no_plan_suits_is_told_so():
 
     (result,) = check(Picky, only=["terms"])
     assert result.status == "failed"
-    assert "no plan suits it: needs a width of 7" in result.message
+    assert "it accepts no plan: needs a width of 7" in result.message
     assert "`examples`" in result.message
 
 

@@ -124,8 +124,8 @@ def test_its_recipe_has_the_package_s_name(project: Path) -> None:
         ("9lives", "is no package name"),
         ("two words", "is no package name"),
         ("../up", "is no package name"),
-        ("class", "a word of Python's own"),
-        ("json", "a word of Python's own"),
+        ("class", "a module or keyword of Python"),
+        ("json", "a module or keyword of Python"),
         ("distill-core", "a module 'distill_core' is installed already"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_authoring.conformance.inputs import fits, outputs
+from distill_authoring.conformance.inputs import example_outputs, fits
 from distill_core.interfaces import Loss
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
@@ -28,7 +28,7 @@ def test_a_gradient_reaches_the_embeddings_that_a_loss_says_it_trains(cls: type[
         config = cls.Config.model_validate(dict(options), strict=False)
         fit = fits(cls, config)[0]
         loss = cls(config, fit.plan).train()
-        given = outputs(fit, cls, config, loss)
+        given = example_outputs(fit, cls, config, loss)
         torch.stack(list(loss(given)[0].values())).sum().backward()
         reached = {name for name, f in given.student.items() if f.pooled.grad is not None and f.pooled.grad.any()}
         if fit.needs.embeddings is not None:

@@ -1,4 +1,4 @@
-"""What every component has to keep, as checks that say what to fix. `distill check-plugin` runs them; in a test:
+"""Checks that every component must pass; a failure says what to fix. `distill check-plugin` runs them; in a test:
 
 from distill_authoring.conformance import assert_conforms
 
@@ -6,7 +6,7 @@ from distill_authoring.conformance import assert_conforms
 def test_conforms(component):
     assert_conforms(component)
 
-A component is built with each of its `examples` and given small inputs made from what its `needs` asks for.
+A component is built with each of its `examples`, and called with small inputs that hold what its `needs` names.
 """
 
 from __future__ import annotations

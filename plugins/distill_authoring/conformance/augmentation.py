@@ -1,4 +1,4 @@
-"""Checks of augmentations."""
+"""Checks of augmentations: roles, determinism, pickling, and samples that cannot be used."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from distill_core import GLOBAL, BadSample, View
 KIND = "augmentation"
 
 
-def same(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
     """Whether two views' data are equal."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return bool(np.array_equal(a, b))
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
 
 
-def same_views(a: list[View], b: list[View]) -> bool:
+def equal_views(a: list[View], b: list[View]) -> bool:
     """Whether two lists of views are equal, data and roles."""
-    return len(a) == len(b) and all(x.role == y.role and same(x.data, y.data) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(x.role == y.role and equal(x.data, y.data) for x, y in zip(a, b, strict=True))
 
 
 def sample(case: Case, seed: int = 0) -> dict[str, Any]:
-    """A raw sample as a shard gives it."""
+    """A raw sample, as read from a shard."""
     fields = case.cls.example_sample(case.config, np.random.default_rng(seed))
     require(
         all(isinstance(value, bytes) for key, value in fields.items() if not key.startswith("__")),
-        "`example_sample` must give bytes by field: augmentations read raw samples",
+        "`example_sample` must return bytes by field: augmentations read raw samples",
     )
     return {"__key__": f"sample-{seed}", "__url__": "shard.tar", **fields}
 
 
 def draw(augmentation: Any, raw: Mapping[str, Any], seed: int) -> list[View]:
-    """The views of a sample, with a fresh generator."""
+    """The training views of a sample, from a new generator with this seed."""
     views: list[View] = augmentation.train_views(raw, np.random.default_rng(seed))
     return views
 
@@ -59,94 +59,95 @@ def roles(case: Case) -> None:
     declared = case.cls.roles(case.config)
     require(isinstance(declared, tuple) and declared, "`roles` must return a tuple with a role for each view")
     changes = [role for i, role in enumerate(declared) if i == 0 or role != declared[i - 1]]
-    require(len(changes) == len(set(changes)), f"the views of a role must stand together; `roles` gives {declared}")
-    require(GLOBAL not in declared or declared[0] == GLOBAL, f"global views come first; `roles` gives {declared}")
+    require(len(changes) == len(set(changes)), f"the views of a role must be adjacent; `roles` returns {declared}")
+    require(GLOBAL not in declared or declared[0] == GLOBAL, f"global views come first; `roles` returns {declared}")
     augmentation = case.cls(case.config)
     for seed in range(3):
-        made = draw(augmentation, sample(case, seed), seed)
-        require(all(isinstance(view, View) for view in made), "`train_views` must return a list of View")
-        found = tuple(view.role for view in made)
-        require(found == declared, f"`train_views` makes {found}, `roles` says {declared}")
+        views = draw(augmentation, sample(case, seed), seed)
+        require(all(isinstance(view, View) for view in views), "`train_views` must return a list of View")
+        roles_of_views = tuple(view.role for view in views)
+        require(roles_of_views == declared, f"`train_views` makes {roles_of_views}, `roles` says {declared}")
         if (shapes := case.cls.shapes(case.config)) is not None:
-            sizes = tuple(tuple(view.data.shape) for view in made)
+            sizes = tuple(tuple(view.data.shape) for view in views)
             require(sizes == shapes, f"`train_views` makes data of {sizes}, `shapes` says {shapes}")
 
 
 @checks(KIND)
 def determinism(case: Case) -> None:
-    """The same seed gives the same views, whatever was drawn or seen before; views that were made stay as they are."""
+    """The same seed gives the same views, whatever was drawn or seen before; earlier views do not change."""
     augmentation, raw = case.cls(case.config), sample(case)
-    made = draw(augmentation, raw, 5)
-    first = copy.deepcopy(made)
+    views = draw(augmentation, raw, 5)
+    original = copy.deepcopy(views)
     state = random.getstate(), np.random.get_state()
     try:
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
         draw(augmentation, sample(case, 1), 6)
-        whole = same_views(first, made)
-        again = draw(augmentation, raw, 5)
+        intact = equal_views(original, views)
+        repeated = draw(augmentation, raw, 5)
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
     require(
-        same_views(first, again),
-        "the same sample and seed give other views: draw from `rng` alone, and keep nothing between samples",
+        equal_views(original, repeated),
+        "the same sample and seed give different views: draw only from `rng`, and keep no state between samples",
     )
-    require(whole, "views change when the next are made: they share a buffer; give each its own data")
+    require(intact, "views change when the next ones are computed: they share a buffer; give each its own data")
 
 
 @checks(KIND)
 def pickling(case: Case) -> None:
-    """It goes to the loader's workers and makes the same views there."""
+    """A pickled copy, as loader workers get it, makes the same views."""
     augmentation, raw = case.cls(case.config), sample(case)
     expected = draw(augmentation, raw, 3)
     copied = pickle.loads(pickle.dumps(augmentation))
-    require(same_views(draw(copied, raw, 3), expected), "a pickled copy makes other views from the same seed")
+    require(equal_views(draw(copied, raw, 3), expected), "a pickled copy makes different views from the same seed")
     require(
-        same_views(pickle.loads(pickle.dumps(expected)), expected), "its views do not survive pickling: give plain data"
+        equal_views(pickle.loads(pickle.dumps(expected)), expected),
+        "its views do not survive pickling: give plain data",
     )
 
 
 @checks(KIND)
 def processes(case: Case) -> None:
-    """It makes the same views in another process, as a resumed run's workers are: `hash` of a str differs there."""
+    """It makes the same views in another process, such as a resumed run's workers, where `hash` of a str differs."""
     augmentation, raw = case.cls(case.config), sample(case)
-    here = draw(augmentation, raw, 3)
-    for there in on_two_ranks(draw, [(augmentation, raw, 3)] * 2):
+    expected = draw(augmentation, raw, 3)
+    for views in on_two_ranks(draw, [(augmentation, raw, 3)] * 2):
         require(
-            same_views(here, there),
-            "another process makes other views of the same sample and seed: draw from `rng` alone",
+            equal_views(expected, views),
+            "another process makes different views of the same sample and seed: draw only from `rng`",
         )
 
 
 @checks(KIND)
 def sample_untouched(case: Case) -> None:
-    """Other modalities read the same sample: nothing of it is changed."""
+    """The sample is not changed: other modalities read it too."""
     raw = sample(case)
-    before = dict(raw)
+    original = dict(raw)
     draw(case.cls(case.config), raw, 0)
-    require(raw == before, "`train_views` changes the sample; copy what you change")
+    require(raw == original, "`train_views` changes the sample; copy what you change")
 
 
 @checks(KIND)
 def evaluation_view(case: Case) -> None:
-    """`decode` gives the items as they are, `eval_view` one deterministic global view of each."""
+    """`decode` returns the unaugmented items, `eval_view` one deterministic global view of each."""
     augmentation, raw = case.cls(case.config), sample(case)
     items = augmentation.decode(raw)
     require(isinstance(items, list) and items, "`decode` must return a list with at least one item")
     require(raw == sample(case), "`decode` changes the sample; copy what you change")
     for item in items:
-        before = copy.deepcopy(item)
-        one, other = augmentation.eval_view(item), augmentation.eval_view(item)
-        require(same(before, item), "`eval_view` changes the item, which others read: copy what you change")
-        require(isinstance(one, View) and one.role == GLOBAL, "`eval_view` must return a View of role `global`")
-        require(same_views([one], [other]), "`eval_view` must give the same view each time")
+        original = copy.deepcopy(item)
+        view, repeated = augmentation.eval_view(item), augmentation.eval_view(item)
+        require(equal(original, item), "`eval_view` changes the item, which others read: copy what you change")
+        require(isinstance(view, View) and view.role == GLOBAL, "`eval_view` must return a View of role `global`")
+        require(equal_views([view], [repeated]), "`eval_view` must return the same view each time")
 
 
 @checks(KIND)
 def bad_samples(case: Case) -> None:
-    """A sample that cannot be used (no field, empty or broken bytes) raises BadSample, so that a run goes on."""
+    """A sample that cannot be used (no field, empty or broken bytes) raises BadSample, so that the run continues."""
     augmentation, good = case.cls(case.config), sample(case)
     head = {key: value for key, value in good.items() if key.startswith("__")}
     fields = [key for key in good if key not in head]
@@ -156,15 +157,15 @@ def bad_samples(case: Case) -> None:
         "broken bytes": head | dict.fromkeys(fields, b"\xff\x00\xfe not what it says"),
     }
     for what, raw in broken.items():
-        for name, ask in (("train_views", lambda raw: draw(augmentation, raw, 0)), ("decode", augmentation.decode)):
+        for name, method in (("train_views", lambda raw: draw(augmentation, raw, 0)), ("decode", augmentation.decode)):
             try:
-                ask(raw)
+                method(raw)
             except BadSample:
                 continue
             except Exception as error:
                 raise CheckFailed(
                     f"`{name}` of a sample with {what} raises {type(error).__name__}: {error}; raise BadSample, which "
-                    "skips the sample and counts it"
+                    "skips and counts the sample"
                 ) from error
             require(what != "no field", f"`{name}` of a sample with no field must raise BadSample")
     try:
@@ -175,4 +176,4 @@ def bad_samples(case: Case) -> None:
         raise CheckFailed(
             f"`eval_view` of an item that it cannot read raises {type(error).__name__}; raise BadSample"
         ) from error
-    raise CheckFailed("`eval_view` takes any object for an item; raise BadSample for what it cannot read")
+    raise CheckFailed("`eval_view` accepts any object as an item; raise BadSample for what it cannot read")

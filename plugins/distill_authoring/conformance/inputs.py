@@ -1,4 +1,4 @@
-"""Small inputs made from what a component needs: plans, features, a step's outputs."""
+"""Small inputs that hold what a component needs: plans, features, a step's outputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_authoring.conformance.modules import generic
-from distill_authoring.conformance.suite import CheckFailed
+from distill_authoring.conformance.suite import Case, CheckFailed
 from distill_core import (
     DEFAULT_TEACHER,
     GLOBAL,
@@ -36,7 +36,7 @@ from distill_core import (
 from distill_core.tools import unmet
 
 WIDTH, DIM = 48, 32
-"""W and D: different, and both divided by the usual numbers of heads."""
+"""W and D: different, and both divisible by common numbers of heads."""
 
 BATCH = 3
 CLASSES = 2
@@ -49,7 +49,7 @@ _ROLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ((GLOBAL, GLOBAL), (GLOBAL, GLOBAL)),
     ((GLOBAL,), (GLOBAL,)),
 )
-"""The views that are tried, of every other modality, in this order."""
+"""Roles of views that are tried in this order, alternating between modalities."""
 
 
 Padding = Literal["some", "all"]
@@ -57,18 +57,18 @@ Padding = Literal["some", "all"]
 
 @dataclass(frozen=True)
 class Fit:
-    """A plan that a component accepts, what it needs of it, and what is special about it."""
+    """A plan that a component accepts, its needs on that plan, and what is special about the plan."""
 
     plan: Plan
     needs: Needs
     about: str = ""
     padding: Padding = "some"
-    """Whether the tokens of every other modality are padded, or those of all."""
+    """Whether the tokens of every second modality are padded, or those of all modalities."""
 
 
 @contextmanager
 def on(fit: Fit) -> Iterator[None]:
-    """What goes wrong inside says what is special about the plan."""
+    """Adds to errors inside the context what is special about the plan."""
     try:
         yield
     except Exception as error:
@@ -78,59 +78,66 @@ def on(fit: Fit) -> Iterator[None]:
 
 
 def fits(cls: Any, config: Any) -> list[Fit]:
-    """The richest plan that the component accepts, the barest, and what it accepts of `_CHANGES` to the richest.
+    """The richest and the barest plan that the component accepts, and the `_CHANGES` of the richest that it accepts.
 
     Raises `CheckFailed` where it accepts none.
     """
-    found: list[Fit] = []
-    refused = ""
+    accepted: list[Fit] = []
+    first_problem = ""
     for roles in _ROLES:
         for teacher, fusion in ((False, False), (False, True), (True, True)):
             fit, problems = _fit(cls, config, roles, teacher, fusion)
             if not problems:
-                found.append(fit)
+                accepted.append(fit)
                 break
-            refused = refused or problems[0]
-    if not found:
+            first_problem = first_problem or problems[0]
+    if not accepted:
         raise CheckFailed(
-            f"no plan suits it: {refused}. Plans have W = {WIDTH}, D = {DIM}, tokens, one or several views, and what "
-            "`needs` asks for; give `examples` with options that fit them, or ask in `needs` for what is missing"
+            f"it accepts no plan: {first_problem}. Plans have W = {WIDTH}, D = {DIM}, tokens, one or several views, "
+            "and what `needs` names; give `examples` with options that fit, or name in `needs` what is missing"
         )
-    chosen = found[:1] if len(found) == 1 else [found[0], found[-1]]
+    result = accepted[:1] if len(accepted) == 1 else [accepted[0], accepted[-1]]
     for about, changes in _CHANGES.items():
-        changed = (_settled(cls, config, change(found[0]), about) for change in changes)
-        chosen += [fit for fit in changed if fit is not None and fit.plan != found[0].plan][:1]
-    return chosen
+        changed = (_fit_changed(cls, config, change(accepted[0]), about) for change in changes)
+        result += [fit for fit in changed if fit is not None and fit.plan != accepted[0].plan][:1]
+    return result
+
+
+def richest(case: Case) -> Fit:
+    """The richest plan that the component accepts."""
+    return fits(case.cls, case.config)[0]
 
 
 def _fit(
     cls: Any, config: Any, roles: tuple[tuple[str, ...], tuple[str, ...]], teacher: bool, fusion: bool
 ) -> tuple[Fit, list[str]]:
-    """Grow a plan until it has what `needs` asks for; and what is still wrong then."""
+    """Extend a plan until it has what `needs` names; returns also the remaining problems."""
     plan = Plan({}, teacher, fusion)
     names: list[str] = []
     for _ in range(20):
-        here = names or ["first", "second"]
-        if tuple(plan.modalities) != tuple(here):
-            made = {name: plan.modalities.get(name) or modality(roles[i % 2], teacher) for i, name in enumerate(here)}
-            plan = replace(plan, modalities=made)
+        current = names or ["first", "second"]
+        if tuple(plan.modalities) != tuple(current):
+            modalities = {
+                name: plan.modalities.get(name) or modality(roles[i % 2], teacher) for i, name in enumerate(current)
+            }
+            plan = replace(plan, modalities=modalities)
         try:
             needs = cls.needs(config, plan)
             problems = list(cls.problems(config, plan))
         except MissingModality as error:
             names.append(error.name)
             continue
-        more = [name for name in _named(needs) if name not in plan.modalities]
-        names += more
+        missing = [name for name in _modalities_of(needs) if name not in plan.modalities]
+        names += missing
         grown = _grow(plan, needs)
-        if grown == plan and not more:
+        if grown == plan and not missing:
             return Fit(plan, needs), [*unmet(cls.name, needs, plan, set(plan.modalities)), *problems]
         plan = grown
-    raise CheckFailed("`needs` asks for more each time the plan has what it asked for")
+    raise CheckFailed("`needs` names more each time the plan has what it named before")
 
 
-def _settled(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
-    """The plan, grown by what is needed of it; None where the component refuses it."""
+def _fit_changed(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
+    """The plan, extended by what `needs` names on it; None if the component refuses it."""
     for _ in range(20):
         try:
             needs = cls.needs(config, plan)
@@ -144,9 +151,9 @@ def _settled(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
     return None
 
 
-def _named(needs: Needs) -> list[str]:
-    """The modalities that it names."""
-    wanted = [
+def _modalities_of(needs: Needs) -> list[str]:
+    """The modalities that `needs` names, without duplicates."""
+    names = [
         *needs.student,
         *needs.teacher,
         *needs.fused,
@@ -155,67 +162,67 @@ def _named(needs: Needs) -> list[str]:
         *needs.views,
         *needs.masked,
     ]
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(names))
 
 
 Change = Callable[[Fit], Plan]
 
 
-def _each(plan: Plan, change: Callable[[int, str, ModalityPlan], ModalityPlan]) -> Plan:
+def _map_modalities(plan: Plan, change: Callable[[int, str, ModalityPlan], ModalityPlan]) -> Plan:
     """The plan with each modality (number, name, modality) changed."""
     return replace(plan, modalities={n: change(i, n, m) for i, (n, m) in enumerate(plan.modalities.items())})
 
 
-def _third(fit: Fit) -> Plan:
+def _with_third_modality(fit: Fit) -> Plan:
     return replace(fit.plan, modalities={**fit.plan.modalities, "third": modality((GLOBAL, LOCAL), fit.plan.teacher)})
 
 
 def _widths(width: int, dim: int) -> Change:
-    """Each modality is wider than the one before, tokens by `width` and embeddings by `dim`."""
+    """Each modality is wider than the previous one, tokens by `width` and embeddings by `dim`."""
 
     def wider(i: int, _: str, m: ModalityPlan) -> ModalityPlan:
         return _respecified(m, width=m.spec.width + i * width, dim=m.spec.dim + i * dim)
 
-    return lambda fit: _each(fit.plan, wider)
+    return lambda fit: _map_modalities(fit.plan, wider)
 
 
 def _class_tokens(count: int) -> Change:
-    return lambda fit: _each(fit.plan, lambda _, __, m: _respecified(m, class_tokens=count))
+    return lambda fit: _map_modalities(fit.plan, lambda _, __, m: _respecified(m, class_tokens=count))
 
 
 def _respecified(m: ModalityPlan, **changes: Any) -> ModalityPlan:
     return replace(m, spec=replace(m.spec, **changes))
 
 
-def _one(fit: Fit) -> Plan:
+def _first_modality(fit: Fit) -> Plan:
     return replace(fit.plan, modalities=dict(list(fit.plan.modalities.items())[:1]))
 
 
-def _unseen(fit: Fit) -> Plan:
-    """The teacher sees what is named alone."""
-    seen = {*fit.needs.teacher, *fit.needs.teacher_tokens}
-    return _each(fit.plan, lambda _, name, m: m if name in seen else replace(m, teacher_views=()))
+def _with_blind_teacher(fit: Fit) -> Plan:
+    """The teacher sees only the modalities that `needs` names for it."""
+    named = {*fit.needs.teacher, *fit.needs.teacher_tokens}
+    return _map_modalities(fit.plan, lambda _, name, m: m if name in named else replace(m, teacher_views=()))
 
 
 _CHANGES: dict[str, tuple[Change, ...]] = {
-    "one modality more": (_third,),
+    "one modality more": (_with_third_modality,),
     "widths W and D that differ between modalities": (_widths(24, 16), _widths(24, 0), _widths(0, 16)),
     "no class tokens": (_class_tokens(0),),
     "one class token": (_class_tokens(1),),
-    "one modality": (_one,),
-    "a teacher that sees only the modalities in Needs.teacher": (_unseen,),
+    "one modality": (_first_modality,),
+    "a teacher that sees only the modalities in Needs.teacher": (_with_blind_teacher,),
 }
-"""What is special about a plan -> changes to the richest, of which the first that is accepted is tried."""
+"""What is special about a plan -> changes to the richest plan; the first accepted one is used."""
 
 
 def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
-    """With tokens, and a teacher that sees the global views."""
+    """A modality with tokens, whose global views the teacher sees."""
     seen = tuple(i for i, role in enumerate(roles) if teacher and role == GLOBAL)
     return ModalityPlan(tuple(roles), seen, BackboneSpec(WIDTH, DIM, class_tokens=CLASSES))
 
 
 def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
-    """With the views that are needed; `sees_more`: the teacher sees all global ones."""
+    """The plan with the views that are needed; with `sees_more` the teacher sees all global ones."""
     teacher = plan.teacher or bool(needs.teacher) or any(needs.teacher_tokens.values())
     modalities = {}
     for name, old in plan.modalities.items():
@@ -238,11 +245,11 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
 
 
 def length(plan: Plan, name: str, role: str) -> int:
-    """Tokens L of a view: they differ by modality and role."""
+    """The number of tokens L of a view, which differs by modality and role."""
     return 5 + 2 * list(plan.modalities).index(name) - (1 if role == LOCAL else 0)
 
 
-def features(
+def example_features(
     plan: Plan,
     tokens: Mapping[str, Sequence[int]],
     *,
@@ -254,11 +261,11 @@ def features(
 ) -> dict[str, Features]:
     """Random features of every modality, with the tokens of the views in `tokens` alone; leaves of the graph.
 
-    `fill` is what stands in padded tokens; None is noise, as elsewhere. A teacher's features count its own views, as in
-    `Outputs`.
+    `fill` is the value of padded tokens; None fills them with noise, as elsewhere. A teacher's features number its own
+    views, as in `Outputs`.
     """
     draw = torch.Generator().manual_seed(seed)
-    made = {}
+    by_modality = {}
     for number, (name, modality) in enumerate(plan.modalities.items()):
         views = modality.teacher_views if teacher else tuple(range(len(modality.roles)))
         if teacher and not views:
@@ -267,19 +274,19 @@ def features(
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).requires_grad_(not teacher)
 
-        found = Features(leaf(len(views), batch, modality.spec.dim))
+        current = Features(leaf(len(views), batch, modality.spec.dim))
         if modality.spec.class_tokens:
-            found.class_tokens = leaf(len(views), batch, modality.spec.class_tokens, modality.spec.width)
+            current.class_tokens = leaf(len(views), batch, modality.spec.class_tokens, modality.spec.width)
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
-            found.tokens[place] = leaf(batch, count, modality.spec.width)
+            current.tokens[place] = leaf(batch, count, modality.spec.width)
             if number % 2 or padding == "all":
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
-                found.masks[place] = torch.arange(count) < ends
+                current.masks[place] = torch.arange(count) < ends
                 if fill is not None:
-                    found.tokens[place].data.masked_fill_(~found.masks[place][..., None], fill)
-        made[name] = found
-    return made
+                    current.tokens[place].data.masked_fill_(~current.masks[place][..., None], fill)
+        by_modality[name] = current
+    return by_modality
 
 
 def groups(
@@ -298,7 +305,7 @@ def groups(
     `x` is [V, B, L]: integers in the modalities `ids`, as token ids are, floats elsewhere.
     """
     draw = torch.Generator().manual_seed(seed)
-    plan, needs, made = fit.plan, fit.needs, {}
+    plan, needs, by_modality = fit.plan, fit.needs, {}
     for name, modality in plan.modalities.items():
         parts, batch = [], student[name].pooled.shape[1]
         for role in dict.fromkeys(modality.roles):
@@ -313,12 +320,12 @@ def groups(
                 group.token_mask = mask if hidden else torch.zeros_like(mask)
                 group.targets = cls.example_targets(config, name, group.token_mask)
             parts.append(group)
-        made[name] = Views(parts)
-    return made
+        by_modality[name] = Views(parts)
+    return by_modality
 
 
 class MeanFusion(FusionHead):
-    """The fusion that losses are given: queries plus a map of the mean token."""
+    """The fusion for losses: queries plus a linear map of the mean token."""
 
     name = "mean"
 
@@ -327,7 +334,7 @@ class MeanFusion(FusionHead):
         self.map = nn.ModuleDict({name: nn.Linear(m.spec.width, m.spec.dim) for name, m in plan.modalities.items()})
 
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
-        """Each modality over its own first tokens, where there are any."""
+        """Pools each modality over the tokens of its first view, if it has any."""
         pooled = {name: self.pool(name, f.pooled, f.tokens[0], f.masks.get(0)) if 0 in f.tokens else f.pooled
                   for name, f in features.items()}  # fmt: skip
         return {name: Fused(normalize(x.float(), dim=-1)) for name, x in pooled.items()}
@@ -340,7 +347,7 @@ class MeanFusion(FusionHead):
         return queries + mapped
 
 
-def outputs(
+def example_outputs(
     fit: Fit,
     cls: Any,
     config: Any,
@@ -352,18 +359,20 @@ def outputs(
     ids: Collection[str] = (),
     fill: float | None = None,
 ) -> Outputs:
-    """What a loss reads of one step: only what it needs, so that reading more is an error. The same, asked again.
+    """The outputs of one step, deterministic: only what the loss needs, so that reading more is an error.
 
-    Fused features are leaves, or what the loss's own `example_fusion` makes of the student's.
+    Fused features are leaves, or computed from the student's by the loss's `example_fusion`.
     """
     plan, needs, padding = fit.plan, fit.needs, fit.padding
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
         fusion: FusionHead | None = cls.example_fusion(config, plan)
         any_fusion = MeanFusion(ComponentConfig(), plan) if plan.fusion and fusion is None else fusion
-    wanted = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
-    tokens_of = {name: (*needs.tokens.get(name, ()), *wanted.get(name, ())) for name in {**needs.tokens, **wanted}}
-    student = features(plan, tokens_of, batch=batch, seed=seed + 3, padding=padding, fill=fill)
+    fusion_tokens = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
+    tokens_of = {
+        name: (*needs.tokens.get(name, ()), *fusion_tokens.get(name, ())) for name in {**needs.tokens, **fusion_tokens}
+    }
+    student = example_features(plan, tokens_of, batch=batch, seed=seed + 3, padding=padding, fill=fill)
     fused: dict[str, Fused] = {}
     if needs.fused and fusion is not None:
         with torch.enable_grad():
@@ -380,7 +389,7 @@ def outputs(
         groups(fit, cls, config, student, seed=seed + 2, hidden=hidden, ids=ids),
         student,
         {
-            DEFAULT_TEACHER: features(
+            DEFAULT_TEACHER: example_features(
                 plan, needs.teacher_tokens, batch=batch, seed=seed + 4, teacher=True, padding=padding, fill=fill
             )
         }
@@ -393,10 +402,10 @@ def outputs(
     )
 
 
-def part(given: Outputs, start: int, end: int, fusion: Fusion | None) -> Outputs:
-    """The rows start..end of a batch, as the rank that holds them has them; leaves of a graph of its own.
+def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outputs:
+    """The rows start..end of a batch, as on the rank that holds them; they are leaves of a separate graph.
 
-    `fusion` makes the fused features; None cuts them, too.
+    `fusion` computes the fused features; with None they are sliced too.
     """
 
     def cut(x: Tensor, dim: int) -> Tensor:
@@ -404,29 +413,31 @@ def part(given: Outputs, start: int, end: int, fusion: Fusion | None) -> Outputs
 
     def of(f: Features) -> Features:
         classes = None if f.class_tokens is None else cut(f.class_tokens, 1)
-        tokens, masks = ({view: cut(x, 0) for view, x in each.items()} for each in (f.tokens, f.masks))
+        tokens, masks = ({view: cut(x, 0) for view, x in values.items()} for values in (f.tokens, f.masks))
         return Features(cut(f.pooled, 1), tokens, masks, classes)
 
-    student = {name: of(f) for name, f in given.student.items()}
-    teacher = {who: {name: of(f) for name, f in seen.items()} for who, seen in given.teacher.items()}
-    fused = given.fused
+    student = {name: of(f) for name, f in outputs.student.items()}
+    teacher = {
+        teacher_name: {name: of(f) for name, f in side.items()} for teacher_name, side in outputs.teacher.items()
+    }
+    fused = outputs.fused
     if fused and fusion is not None:
         fused = fusion(student)
     else:
         fused = {
             name: Fused(cut(x.pooled, 1), None if x.tokens is None else cut(x.tokens, 0)) for name, x in fused.items()
         }
-    views = {name: each.map(lambda x: cut(x, 1)) for name, each in given.views.items()}
-    return Outputs(views, student, teacher, fused, given.fusion, given.progress, given.ema)
+    views = {name: group.map(lambda x: cut(x, 1)) for name, group in outputs.views.items()}
+    return Outputs(views, student, teacher, fused, outputs.fusion, outputs.progress, outputs.ema)
 
 
-def leaves(given: Outputs, modality: str | None = None) -> list[Tensor]:
-    """What the student made (of one modality): a loss's gradient must reach some of it."""
-    names = list(given.student) if modality is None else [modality]
-    found: list[Tensor | None] = []
+def leaves(outputs: Outputs, modality: str | None = None) -> list[Tensor]:
+    """The student's tensors (of one modality): a loss's gradient must reach some of them."""
+    names = list(outputs.student) if modality is None else [modality]
+    tensors: list[Tensor | None] = []
     for name in names:
-        f = given.student[name]
-        fused = given.fused.get(name)
-        found += [f.pooled, f.class_tokens, *f.tokens.values()]
-        found += [fused.pooled, fused.tokens] if fused is not None else []
-    return [x for x in found if x is not None and x.is_leaf]
+        f = outputs.student[name]
+        fused = outputs.fused.get(name)
+        tensors += [f.pooled, f.class_tokens, *f.tokens.values()]
+        tensors += [fused.pooled, fused.tokens] if fused is not None else []
+    return [x for x in tensors if x is not None and x.is_leaf]

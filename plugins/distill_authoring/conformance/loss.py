@@ -1,4 +1,4 @@
-"""Checks of losses."""
+"""Checks of losses: terms, gradients, padding, state, and equality over ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distill_authoring.conformance.inputs import BATCH, PROGRESS, Fit, fits, leaves, on, outputs, part
+from distill_authoring.conformance.inputs import BATCH, PROGRESS, Fit, example_outputs, fits, leaves, on, part, richest
 from distill_authoring.conformance.modules import (
     close,
     finite,
@@ -28,52 +28,61 @@ from distill_core import Features, Fused, Outputs
 KIND = "loss"
 
 
-def first(case: Case) -> Fit:
-    """The richest plan that it accepts."""
-    return fits(case.cls, case.config)[0]
+def ready(case: Case, **options: Any) -> tuple[Fit, Any, Outputs]:
+    """The richest plan, a loss on it whose weights have left their initial values, and the outputs of a step."""
+    fit = richest(case)
+    module = generic(case.cls(case.config, fit.plan))
+    return fit, module, outputs_for(case, fit, module, **options)
 
 
-def call(module: Any, given: Outputs, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(terms, metrics), with what it may draw fixed."""
+def call(module: Any, outputs: Outputs, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(terms, metrics), with torch's random numbers fixed by `seed`."""
     torch.manual_seed(seed)
-    found = module(given)
+    result = module(outputs)
     require(
-        isinstance(found, tuple) and len(found) == 2 and all(isinstance(part, dict) for part in found),
+        isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, dict) for part in result),
         "`forward` must return ({term: tensor}, {metric: tensor})",
     )
-    return found[0], found[1]
+    return result[0], result[1]
 
 
-def total(module: Any, given: Outputs, seed: int = 0) -> Tensor:
+def total(module: Any, outputs: Outputs, seed: int = 0) -> Tensor:
     """The sum of the terms."""
-    return torch.stack([term.float() for term in call(module, given, seed)[0].values()]).sum()
+    return torch.stack([term.float() for term in call(module, outputs, seed)[0].values()]).sum()
 
 
-def inputs(case: Case, fit: Fit, module: Any, **options: Any) -> Outputs:
-    """What a step gives this loss."""
-    return outputs(fit, case.cls, case.config, module, ids=ids(case), **options)
+def outputs_for(case: Case, fit: Fit, module: Any, **options: Any) -> Outputs:
+    """The outputs of a step, as far as this loss needs them."""
+    return example_outputs(fit, case.cls, case.config, module, ids=ids(case), **options)
 
 
 def ids(case: Case) -> tuple[str, ...]:
-    """The modalities whose views are integer ids: none, where the loss takes floats (or does not look)."""
+    """The modalities whose views must be integer ids: none where the loss accepts floats or does not read views.
+
+    Nothing declares it, so each choice is tried; torch refuses a wrong dtype with any of the errors caught here. If
+    every choice fails, the first error is raised: it is then the finding of each check.
+    """
     if "ids" not in case.memo:
-        fit = first(case)
+        fit = richest(case)
         names = tuple(fit.plan.modalities)
-        case.memo["ids"] = ()
-        for chosen in ((), *((name,) for name in names), names):
+        errors: list[Exception] = []
+        for choice in ((), *((name,) for name in names), names):
             module = case.cls(case.config, fit.plan)
             try:
-                call(module, outputs(fit, case.cls, case.config, module, ids=chosen))
-            except Exception:
-                continue
-            case.memo["ids"] = chosen
-            break
+                call(module, example_outputs(fit, case.cls, case.config, module, ids=choice))
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                errors.append(error)
+            else:
+                case.memo["ids"] = choice
+                break
+        else:
+            raise errors[0]
     return cast(tuple[str, ...], case.memo["ids"])
 
 
 @checks(KIND)
 def terms(case: Case) -> None:
-    """Terms and metrics are finite 0-dim tensors, metrics detached; on several plans, and for one sample."""
+    """Terms and metrics are finite 0-dim tensors, metrics detached; on several plans, also for a single sample."""
     for fit in fits(case.cls, case.config):
         with on(fit):
             _terms(case, fit)
@@ -82,16 +91,16 @@ def terms(case: Case) -> None:
 def _terms(case: Case, fit: Fit) -> None:
     module = case.cls(case.config, fit.plan)
     for batch in (BATCH, 1):
-        found, metrics = call(module, inputs(case, fit, module, batch=batch))
-        require(found, "`forward` gives no term")
-        for what, group in (("term", found), ("metric", metrics)):
-            for name, value in group.items():
+        terms, metrics = call(module, outputs_for(case, fit, module, batch=batch))
+        require(terms, "`forward` returns no term")
+        for what, values in (("term", terms), ("metric", metrics)):
+            for name, value in values.items():
                 require(isinstance(value, Tensor) and value.ndim == 0, f"the {what} {name!r} must be a 0-dim tensor")
                 require(finite([value]), f"the {what} {name!r} is {float(value)} for a batch of {batch}")
-        for name, value in found.items():
+        for name, value in terms.items():
             require(_wide(value), f"the term {name!r} is {value.dtype}: compute it in fp32 or wider")
-        kept = [name for name, value in metrics.items() if value.requires_grad]
-        require(not kept, f"the metric(s) {', '.join(kept)} hold on to the graph: .detach() them")
+        attached = [name for name, value in metrics.items() if value.requires_grad]
+        require(not attached, f"the metric(s) {', '.join(attached)} keep the graph: .detach() them")
 
 
 def _wide(value: Tensor) -> bool:
@@ -100,288 +109,296 @@ def _wide(value: Tensor) -> bool:
 
 @checks(KIND)
 def inputs_untouched(case: Case) -> None:
-    """Other losses read the same outputs: `forward` and `after_step` change nothing of them, and seed no generator."""
-    fit = replace(first(case), padding="all")
+    """`forward` and `after_step` do not change the outputs, which other losses read, and seed no global generator."""
+    fit = replace(richest(case), padding="all")
     module: Any = generic(case.cls(case.config, fit.plan)).train()
-    given = inputs(case, fit, module)
-    heads = {name: given.ema(getattr(module, name)) for name in case.cls.teacher_modules}
+    outputs = outputs_for(case, fit, module)
+    heads = {name: outputs.ema(getattr(module, name)) for name in case.cls.teacher_modules}
     with ExitStack() as stack:
         for name, head in heads.items():
             stack.enter_context(unmoved(head, f"the loss, in the teacher's copy of {name!r},"))
-        with untouched(given, "outputs", "`forward`"), unmoved(module, "`forward`"):
-            call(module, given)
-        _require_memo(given, "`forward`")
-        value = total(module, given)
+        with untouched(outputs, "outputs", "`forward`"), unmoved(module, "`forward`"):
+            call(module, outputs)
+        _require_memo(outputs, "`forward`")
+        value = total(module, outputs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
-        with untouched(given, "outputs", "`after_step`"):
-            module.after_step(given, PROGRESS)
-        _require_memo(given, "`after_step`")
-    with torch.no_grad(), untouched(given, "outputs", "`forward`"):
-        call(module, given)
-    require_lets_draw(lambda: module(inputs(case, fit, module)))
+        with untouched(outputs, "outputs", "`after_step`"):
+            module.after_step(outputs, PROGRESS)
+        _require_memo(outputs, "`after_step`")
+    with torch.no_grad(), untouched(outputs, "outputs", "`forward`"):
+        call(module, outputs)
+    require_lets_draw(lambda: module(outputs_for(case, fit, module)))
 
 
-def _require_memo(given: Outputs, who: str) -> None:
-    """The `rows` that were made, which other losses read, are what they would be anew."""
+def _require_memo(outputs: Outputs, who: str) -> None:
+    """The cached `rows`, which other losses read, equal newly computed ones."""
     parts: list[tuple[str, Features | Fused]] = [
-        *((f"student[{name!r}]", f) for name, f in given.student.items()),
+        *((f"student[{name!r}]", f) for name, f in outputs.student.items()),
         *(
             (f"teacher[{teacher!r}][{name!r}]", f)
-            for teacher, side in given.teacher.items()
+            for teacher, side in outputs.teacher.items()
             for name, f in side.items()
         ),
-        *((f"fused[{name!r}]", f) for name, f in given.fused.items()),
+        *((f"fused[{name!r}]", f) for name, f in outputs.fused.items()),
     ]
-    for where, made in parts:
-        if "rows" in vars(made):
-            fresh = replace(made)
+    for where, computed in parts:
+        if "rows" in vars(computed):
+            fresh = replace(computed)
             for what in ("embedding", "gathered"):
                 require(
-                    torch.equal(getattr(made, what), getattr(fresh, what)),
-                    f"{who} changes outputs.{where}.{what} in place: other losses are given the same",
+                    torch.equal(getattr(computed, what), getattr(fresh, what)),
+                    f"{who} changes outputs.{where}.{what} in place: other losses read it too",
                 )
 
 
 @checks(KIND)
 def padding(case: Case) -> None:
-    """What stands in padded tokens, the student's and the teacher's, changes no term."""
-    read = False
-    for fit in (replace(first(case), padding="all"), *fits(case.cls, case.config)):
+    """The values of padded tokens, the student's and the teacher's, have no effect on any term."""
+    applicable = False
+    for fit in (replace(richest(case), padding="all"), *fits(case.cls, case.config)):
         with on(fit), torch.no_grad():
             module = generic(case.cls(case.config, fit.plan))
-            given = inputs(case, fit, module)
-            if any(f.masks for side in (given.student, *given.teacher.values()) for f in side.values()):
-                read = True
-                whole = call(module, given)[0]
-                spoilt = call(module, inputs(case, fit, module, fill=9.0))[0]
-                changed = [name for name in whole if not close([whole[name]], [spoilt[name]])]
+            outputs = outputs_for(case, fit, module)
+            if any(f.masks for side in (outputs.student, *outputs.teacher.values()) for f in side.values()):
+                applicable = True
+                expected = call(module, outputs)[0]
+                altered = call(module, outputs_for(case, fit, module, fill=9.0))[0]
+                changed = [name for name in expected if not close([expected[name]], [altered[name]])]
                 require(
                     not changed,
                     f"padded tokens change the term(s) {', '.join(changed)}: use features.masks, True where a token is "
                     "real",
                 )
-    if not read:
-        raise NotApplicable("it reads no tokens of a modality with padding")
+    if not applicable:
+        raise NotApplicable("it reads no padded tokens")
 
 
 @checks(KIND)
 def gradients(case: Case) -> None:
-    """A finite gradient reaches every parameter, and what the student made."""
-    fit = first(case)
-    module = generic(case.cls(case.config, fit.plan)).train()
-    given = inputs(case, fit, module)
-    found = call(module, given)[0]
-    dead = [name for name, term in found.items() if not term.requires_grad]
-    require(not dead, f"the term(s) {', '.join(dead)} carry no gradient: something detaches them")
-    value = torch.stack([term.float() for term in found.values()]).sum()
+    """A finite gradient reaches every parameter, and the student's features."""
+    fit, module, outputs = ready(case)
+    terms = call(module, outputs)[0]
+    detached = [name for name, term in terms.items() if not term.requires_grad]
+    require(not detached, f"the term(s) {', '.join(detached)} carry no gradient: something detaches them")
+    value = torch.stack([term.float() for term in terms.values()]).sum()
     require_gradients(module, value, "the terms")
-    got = [x.grad for x in leaves(given) if x.grad is not None]
-    require(got and any(bool((x != 0).any()) for x in got), "no gradient reaches the student: something detaches it")
-    require(finite(got), "the student's gradient is not finite")
+    gradients_of_student = [x.grad for x in leaves(outputs) if x.grad is not None]
+    require(
+        gradients_of_student and any(bool((x != 0).any()) for x in gradients_of_student),
+        "no gradient reaches the student: something detaches it",
+    )
+    require(finite(gradients_of_student), "the student's gradient is not finite")
     with torch.no_grad():
         for name in fit.plan.modalities:
-            other = inputs(case, fit, module)
-            for x in leaves(other, name):
+            altered = outputs_for(case, fit, module)
+            for x in leaves(altered, name):
                 x += 0.3 * torch.randn_like(x)
-            reached = any(x.grad is not None and bool((x.grad != 0).any()) for x in leaves(given, name))
+            reached = any(x.grad is not None and bool((x.grad != 0).any()) for x in leaves(outputs, name))
             require(
-                reached or close([total(module, other)], [value], 1e-5),
-                f"the terms move with the student of {name!r}, and no gradient reaches it: something detaches it "
-                "(what must not learn, a recipe freezes)",
+                reached or close([total(module, altered)], [value], 1e-5),
+                f"the terms depend on the student's {name!r}, and no gradient reaches it: something detaches it "
+                "(to keep a part from learning, a recipe freezes it)",
             )
 
 
 @checks(KIND)
 def embeddings(case: Case) -> None:
-    """`Needs.embeddings` names the modalities whose embedding (`pooled`) the loss trains: others are not scored."""
-    fit = first(case)
-    if fit.needs.fused:
+    """`Needs.embeddings` names the modalities whose embedding (`pooled`) the loss trains; others are not scored."""
+    if richest(case).needs.fused:
         raise NotApplicable("it reads fused views: which embeddings it trains depends on the fusion")
-    module = generic(case.cls(case.config, fit.plan)).train()
-    given = inputs(case, fit, module)
-    pooled = {name: features.pooled for name, features in given.student.items()}
-    found = torch.autograd.grad(total(module, given), list(pooled.values()), allow_unused=True)
-    learns = {name for name, x in zip(pooled, found, strict=True) if x is not None and bool((x != 0).any())}
-    said = fit.needs.named if fit.needs.embeddings is None else set(fit.needs.embeddings)
-    idle, unsaid = sorted(said - learns), sorted(learns - said if said or fit.needs.named else ())
+    fit, module, outputs = ready(case)
+    pooled = {name: features.pooled for name, features in outputs.student.items()}
+    gradients = torch.autograd.grad(total(module, outputs), list(pooled.values()), allow_unused=True)
+    trained = {name for name, x in zip(pooled, gradients, strict=True) if x is not None and bool((x != 0).any())}
+    declared = fit.needs.named if fit.needs.embeddings is None else set(fit.needs.embeddings)
+    idle, undeclared = sorted(declared - trained), sorted(trained - declared if declared or fit.needs.named else ())
     require(
         not idle,
-        f"no gradient reaches the embedding of {', '.join(idle)}: leave it out of Needs.embeddings (None: all that "
-        "are named)",
+        f"no gradient reaches the embedding of {', '.join(idle)}: leave it out of Needs.embeddings (None means all "
+        "modalities that are named)",
     )
-    require(not unsaid, f"it trains the embedding of {', '.join(unsaid)}: name it in Needs.embeddings")
+    require(not undeclared, f"it trains the embedding of {', '.join(undeclared)}: name it in Needs.embeddings")
 
 
 @checks(KIND)
 def purity(case: Case) -> None:
-    """`forward` twice on the same outputs gives the same, and moves no state; `after_step` does."""
-    fit = first(case)
+    """`forward` called twice on the same outputs returns the same, and changes no state; only `after_step` may."""
+    fit = richest(case)
     module = case.cls(case.config, fit.plan)
-    given = inputs(case, fit, module)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    one, other = (call(module, given)[0] for _ in range(2))
-    require(one.keys() == other.keys(), "the same outputs give other terms the second time")
-    changed = [name for name in one if not torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5)]
+    outputs = outputs_for(case, fit, module)
+    original = {name: value.clone() for name, value in module.state_dict().items()}
+    first_terms, second_terms = (call(module, outputs)[0] for _ in range(2))
+    require(first_terms.keys() == second_terms.keys(), "the same outputs give different terms the second time")
+    changed = [
+        name for name in first_terms if not torch.allclose(first_terms[name], second_terms[name], rtol=1e-4, atol=1e-5)
+    ]
     require(not changed, f"{', '.join(changed)} changes when `forward` is called again: keep no state in it")
-    moved = [name for name, value in module.state_dict().items() if not torch.equal(value, before[name])]
-    require(not moved, f"`forward` moves {', '.join(moved)}; move state in `after_step`")
+    moved = [name for name, value in module.state_dict().items() if not torch.equal(value, original[name])]
+    require(not moved, f"`forward` changes {', '.join(moved)}; change state in `after_step`")
 
 
 @checks(KIND)
 def after_step(case: Case) -> None:
-    """`after_step` runs, leaves finite state, and the loss goes on from it; a state dict carries all of it."""
-    fit = first(case)
+    """`after_step` runs and leaves finite state, from which the loss continues; its state dict holds all of it."""
+    fit = richest(case)
 
     def build() -> nn.Module:
         module: nn.Module = case.cls(case.config, fit.plan)
         return module
 
     module: Any = build()
-    given = inputs(case, fit, module)
-    value = total(module, given)
+    outputs = outputs_for(case, fit, module)
+    value = total(module, outputs)
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
-    module.after_step(given, PROGRESS)  # with gradients recorded, as the trainer calls it
-    kept = [name for name, x in module.state_dict(keep_vars=True).items() if x.grad_fn is not None]
-    require(not kept, f"`after_step` leaves {', '.join(kept)} in the step's graph: decorate it with @torch.no_grad()")
-    require(finite(x for x in module.state_dict().values() if x.is_floating_point()), "its state is not finite then")
-    require(finite(call(module, inputs(case, fit, module, seed=20))[0].values()), "the next terms are not finite")
+    module.after_step(outputs, PROGRESS)  # with gradients enabled, as the trainer calls it
+    attached = [name for name, x in module.state_dict(keep_vars=True).items() if x.grad_fn is not None]
+    require(
+        not attached,
+        f"`after_step` leaves {', '.join(attached)} in the step's graph: decorate it with @torch.no_grad()",
+    )
+    require(
+        finite(x for x in module.state_dict().values() if x.is_floating_point()),
+        "its state is not finite after `after_step`",
+    )
+    require(
+        finite(call(module, outputs_for(case, fit, module, seed=20))[0].values()),
+        "the terms after `after_step` are not finite",
+    )
 
-    def run(one: nn.Module) -> list[Tensor]:
-        return list(call(one, inputs(case, fit, one))[0].values())
+    def run(loss: nn.Module) -> list[Tensor]:
+        return list(call(loss, outputs_for(case, fit, loss))[0].values())
 
-    def stepped() -> nn.Module:
-        one: Any = build()
-        step = inputs(case, fit, one, seed=torch.initial_seed())
-        call(one, step)
-        one.after_step(step, PROGRESS)
-        return one  # type: ignore[no-any-return]
+    def build_stepped() -> nn.Module:
+        loss: Any = build()
+        step = outputs_for(case, fit, loss, seed=torch.initial_seed())
+        call(loss, step)
+        loss.after_step(step, PROGRESS)
+        return loss  # type: ignore[no-any-return]
 
-    require_state_dict(stepped, run, build)
+    require_state_dict(build_stepped, run, build)
 
 
 @checks(KIND)
 def teacher_modules(case: Case) -> None:
-    """Each name in `teacher_modules` is a module of its own with parameters."""
+    """Each name in `teacher_modules` is a module of the loss, with parameters."""
     if not case.cls.teacher_modules:
         raise NotApplicable("it has no teacher_modules")
-    fit = first(case)
+    fit = richest(case)
     module = case.cls(case.config, fit.plan)
     for name in case.cls.teacher_modules:
         head: Any = getattr(module, name, None)
         require(isinstance(head, nn.Module), f"teacher_modules names {name!r}, and the loss has no module of that name")
         require(list(head.parameters()), f"teacher_modules names {name!r}, which has no parameters to average")
-    require(fit.needs.teacher, "it has teacher_modules and does not need a teacher: say Needs(teacher=(...))")
+    require(fit.needs.teacher, "it has teacher_modules and needs no teacher: return Needs(teacher=(...))")
 
 
 @checks(KIND)
 def teacher_targets(case: Case) -> None:
-    """What `teacher_modules` names is read by `outputs.ema`; the loss's own learns nothing of what the teacher saw."""
+    """Modules in `teacher_modules` are read through `outputs.ema`; no gradient goes through them to the teacher."""
     if not case.cls.teacher_modules:
         raise NotApplicable("it has no teacher_modules")
-    fit = first(case)
-    module = generic(case.cls(case.config, fit.plan))
-    given = inputs(case, fit, module)
-    whole = total(module, given)
+    fit, module, outputs = ready(case)
+    expected = total(module, outputs)
     for name in case.cls.teacher_modules:
-        other = inputs(case, fit, module)
+        altered = outputs_for(case, fit, module)
         with torch.no_grad():
-            for parameter in other.ema(getattr(module, name)).parameters():
+            for parameter in altered.ema(getattr(module, name)).parameters():
                 parameter.add_(torch.randn_like(parameter))
         require(
-            not close([whole], [total(module, other)], 1e-6),
-            f"the terms do not depend on the teacher's copy of {name!r}: read it by outputs.ema(self.{name})",
+            not close([expected], [total(module, altered)], 1e-6),
+            f"the terms do not depend on the teacher's copy of {name!r}: read it as outputs.ema(self.{name})",
         )
-        _require_no_targets(module, name, inputs(case, fit, module))
+        _require_no_targets(module, name, outputs_for(case, fit, module))
 
 
-def _require_no_targets(module: Any, name: str, given: Outputs) -> None:
-    """Whatever the module itself makes of the teacher's features takes no gradient."""
-    made: list[Tensor] = []
+def _require_no_targets(module: Any, name: str, outputs: Outputs) -> None:
+    """No gradient flows through the module's own outputs for the teacher's features."""
+    results: list[Tensor] = []
 
     def remember(_: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
         if any(isinstance(x, Tensor) and x.requires_grad for x in arguments) and isinstance(result, Tensor):
-            made.append(result)
+            results.append(result)
 
-    for side, learns in ((given.student, False), *((side, True) for side in given.teacher.values())):
+    for side, learns in ((outputs.student, False), *((side, True) for side in outputs.teacher.values())):
         for _, x in tensors(side, ""):
             if x.is_leaf and x.is_floating_point():
                 x.requires_grad_(learns)
-    for _, x in tensors(given.fused, ""):
+    for _, x in tensors(outputs.fused, ""):
         if x.is_leaf:
             x.requires_grad_(False)
     handle = getattr(module, name).register_forward_hook(remember)
     try:
-        value = total(module, given)
+        value = total(module, outputs)
     finally:
         handle.remove()
-    made = [x for x in made if x.requires_grad]
-    gradients = torch.autograd.grad(value, made, allow_unused=True) if made and value.requires_grad else ()
+    results = [x for x in results if x.requires_grad]
+    gradients = torch.autograd.grad(value, results, allow_unused=True) if results and value.requires_grad else ()
     require(
         not any(x is not None and bool((x != 0).any()) for x in gradients),
-        f"a gradient goes through {name!r} to the teacher's features: make targets by outputs.ema(self.{name})",
+        f"a gradient goes through {name!r} to the teacher's features: compute targets with outputs.ema(self.{name})",
     )
 
 
 @checks(KIND)
 def ranks(case: Case) -> None:
-    """On two ranks, the mean of the terms and of the gradients is that of both ranks' rows in one process, and state
-    stays equal. Where `across_ranks` is False, a rank's terms still do not depend on its number."""  # fmt: skip
-    fit = first(case)
-    module = generic(case.cls(case.config, fit.plan))
-    given = inputs(case, fit, module, batch=2 * BATCH)
-    if not close([total(module, given)], [total(module, given, seed=1)], 1e-5):
-        raise NotApplicable("it draws random numbers: ranks draw others than one process")
+    """On two ranks, the mean of terms and of gradients equals that of all rows in one process, and state stays equal.
+    Where `across_ranks` is False, a rank's terms still do not depend on its number."""  # fmt: skip
+    fit, module, outputs = ready(case, batch=2 * BATCH)
+    if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
+        raise NotApplicable("it draws random numbers, which differ between ranks and one process")
     step = (case.cls, case.config, fit, ids(case), module.state_dict())
     rows = [(0, BATCH), (BATCH, 2 * BATCH)]
-    same, turned = (on_two_ranks(rank_step, [(*step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
+    results, swapped = (on_two_ranks(rank_step, [(*step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
     for rank in (0, 1):
         require(
-            close(same[rank].terms, turned[1 - rank].terms),
-            "the same rows give other terms on another rank: rank r's rows begin at r * B of what is gathered",
+            close(results[rank].terms, swapped[1 - rank].terms),
+            "the same rows give different terms on another rank: rank r's rows start at r * B of the gathered rows",
         )
     require(
-        close(same[0].state, same[1].state, 1e-6),
+        close(results[0].state, results[1].state, 1e-6),
         "after `after_step` two ranks hold different states: take the mean over ranks (distributed.all_gather)",
     )
     if not case.cls.across_ranks:
         return
-    whole = rank_step(*step, 0, 2 * BATCH)
+    expected = rank_step(*step, 0, 2 * BATCH)
     require(
-        close([(a + b) / 2 for a, b in zip(same[0].terms, same[1].terms, strict=True)], whole.terms),
+        close([(a + b) / 2 for a, b in zip(results[0].terms, results[1].terms, strict=True)], expected.terms),
         "the mean of the terms of two ranks is not the term of all their rows: compare with `gathered` (a loss "
-        "of each rank's own rows says across_ranks = False)",
+        "over each rank's own rows sets across_ranks = False)",
     )
-    about = "gradient is another on two ranks than in one process: gather with gradients (distributed.all_gather)"
-    mean = [(a + b) / 2 for a, b in zip(same[0].parameters, same[1].parameters, strict=True)]
-    require(close(mean, whole.parameters, 1e-3), f"a parameter's {about}")
-    joined = [torch.cat([a, b], dim) / 2 for a, b, dim in zip(same[0].rows, same[1].rows, same[0].dims, strict=True)]
-    require(close(joined, whole.rows, 1e-3), f"the student's {about}")
+    message = "gradient differs between two ranks and one process: gather with gradients (distributed.all_gather)"
+    mean = [(a + b) / 2 for a, b in zip(results[0].parameters, results[1].parameters, strict=True)]
+    require(close(mean, expected.parameters, 1e-3), f"a parameter's {message}")
+    joined = [
+        torch.cat([a, b], dim) / 2 for a, b, dim in zip(results[0].rows, results[1].rows, results[0].dims, strict=True)
+    ]
+    require(close(joined, expected.rows, 1e-3), f"the student's {message}")
 
 
 def rank_step(
-    cls: Any, config: Any, fit: Fit, chosen: tuple[str, ...], state: dict[str, Tensor], start: int, end: int
+    cls: Any, config: Any, fit: Fit, integer_modalities: tuple[str, ...], state: dict[str, Tensor], start: int, end: int
 ) -> RankStep:
     """Forward, backward and `after_step` on rows start..end of a batch of two ranks."""
     module = cls(config, fit.plan)
     module.load_state_dict(state)
     torch.manual_seed(0)
-    joint = outputs(fit, cls, config, module, batch=2 * BATCH, ids=chosen)
-    own_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
-    given = part(joint, start, end, joint.fusion if own_fusion else None)
-    found = call(module, given)[0]
-    value = torch.stack([term.float() for term in found.values()]).sum()
+    joint = example_outputs(fit, cls, config, module, batch=2 * BATCH, ids=integer_modalities)
+    has_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
+    outputs = part(joint, start, end, joint.fusion if has_fusion else None)
+    terms = call(module, outputs)[0]
+    value = torch.stack([term.float() for term in terms.values()]).sum()
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
-    moved = [p for p in module.parameters() if p.requires_grad]
-    rows = leaves(given)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    rows = leaves(outputs)
     sizes = [(a.shape, b.shape) for a, b in zip(leaves(joint), rows, strict=True)]
     dims = [next((i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n), 0) for a, b in sizes]
-    module.after_step(given, PROGRESS)
+    module.after_step(outputs, PROGRESS)
     return RankStep(
-        [term.detach() for term in found.values()],
-        [torch.zeros_like(x) if x.grad is None else x.grad for x in moved],
+        [term.detach() for term in terms.values()],
+        [torch.zeros_like(x) if x.grad is None else x.grad for x in parameters],
         [torch.zeros_like(x) if x.grad is None else x.grad for x in rows],
         dims,
         [x.detach().float() for x in module.state_dict().values()],
@@ -401,20 +418,23 @@ class RankStep:
 
 @checks(KIND)
 def masked_tokens(case: Case) -> None:
-    """A batch in which no token happens to be masked gives finite terms and gradients."""
-    fit = first(case)
+    """A batch without any masked token gives finite terms and gradients."""
+    fit = richest(case)
     if not fit.needs.masked:
         raise NotApplicable("it needs no masked views")
     module = case.cls(case.config, fit.plan)
-    given = inputs(case, fit, module, hidden=False)
-    value = total(module, given)
+    outputs = outputs_for(case, fit, module, hidden=False)
+    value = total(module, outputs)
     require(finite([value]), f"the loss is {float(value)} where no token is masked: divide by at least 1")
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
-        require(finite(x.grad for x in leaves(given) if x.grad is not None), "a gradient is not finite then")
+        require(
+            finite(x.grad for x in leaves(outputs) if x.grad is not None),
+            "a gradient is not finite where no token is masked",
+        )
 
 
-def _half(given: dict[str, Features]) -> dict[str, Features]:
+def _half(outputs: dict[str, Features]) -> dict[str, Features]:
     return {
         name: Features(
             f.pooled.bfloat16(),
@@ -422,19 +442,17 @@ def _half(given: dict[str, Features]) -> dict[str, Features]:
             f.masks,
             f.class_tokens.bfloat16() if f.class_tokens is not None else None,
         )
-        for name, f in given.items()
+        for name, f in outputs.items()
     }
 
 
 @checks(KIND)
 def autocast(case: Case) -> None:
     """bf16 features under autocast give finite terms near those of fp32, and gradients."""
-    fit = first(case)
-    module = generic(case.cls(case.config, fit.plan))
-    given = inputs(case, fit, module)
+    fit, module, outputs = ready(case)
     with torch.no_grad():
-        full = float(total(module, given))
-    half = inputs(case, fit, module)
+        full = float(total(module, outputs))
+    half = outputs_for(case, fit, module)
     half.student = _half(half.student)
     half.teacher = {name: _half(side) for name, side in half.teacher.items()}
     with torch.autocast("cpu", torch.bfloat16):

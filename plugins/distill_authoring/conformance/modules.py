@@ -1,4 +1,4 @@
-"""What the checks of all torch modules share."""
+"""Helpers for the checks of torch modules: gradients, state, copies, and inputs that must not change."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[nn.Module], list[Tensor]]
 
 
 def close(a: Iterable[Tensor], b: Iterable[Tensor], tolerance: float = 1e-4) -> bool:
-    """Whether lists of tensors agree, relative to their size."""
+    """Whether lists of tensors agree in shape and, relative to their size, in value."""
     pairs = list(zip(a, b, strict=True))
     return all(
         x.shape == y.shape and torch.allclose(x.float(), y.float(), rtol=tolerance, atol=tolerance) for x, y in pairs
@@ -33,7 +33,7 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def generic(module: nn.Module) -> nn.Module:
-    """Move the trained parameters off what they were started at: a gate of zero hides the gradient of all behind it."""
+    """Perturb the trained parameters: a gate that is initially zero hides the gradient of everything after it."""
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -43,19 +43,21 @@ def generic(module: nn.Module) -> nn.Module:
 
 
 def require_weights(weights: Tensor, shape: list[int], mask: Tensor | None) -> None:
-    """Attention weights [..., B, H, L] of this shape (0 for any H): not negative, one or less in sum, zero where the
-    mask [B, L] is False."""  # fmt: skip
-    wanted = [size or weights.shape[i] for i, size in enumerate(shape)] if weights.ndim == len(shape) else shape
-    require(list(weights.shape) == wanted, f"attention is {list(weights.shape)}, not [..., B, H, L] = {shape} (0: any)")
+    """Require attention weights [..., B, H, L] of this shape (0 for any H): not negative, sum at most 1, zero where
+    the mask [B, L] is False."""  # fmt: skip
+    expected = [size or weights.shape[i] for i, size in enumerate(shape)] if weights.ndim == len(shape) else shape
+    require(
+        list(weights.shape) == expected, f"attention is {list(weights.shape)}, not [..., B, H, L] = {shape} (0: any)"
+    )
     require(finite([weights]) and bool((weights >= 0).all()), "attention weights must be finite and not negative")
-    require(bool((weights.sum(-1) < 1 + 1e-3).all()), "attention weights of a query are more than one in sum")
+    require(bool((weights.sum(-1) < 1 + 1e-3).all()), "the attention weights of a query sum to more than 1")
     hidden = 0.0 if mask is None else float(weights.masked_fill(mask[:, None], 0.0).abs().max())
     require(not hidden, "padded tokens have attention weights: they must be zero where the mask is False")
 
 
 @contextmanager
 def of_samples(batch: int) -> Iterator[None]:
-    """An error of a batch of none says so."""
+    """Explains an error that occurs with a batch of no sample."""
     try:
         yield
     except Exception as error:
@@ -79,17 +81,17 @@ def require_gradients(module: nn.Module, scalar: Tensor, what: str) -> None:
     require(
         not unreached,
         f"no gradient reaches {', '.join(unreached[:5])}: use it in {what}, or set requires_grad to False "
-        "(a buffer, where it is never trained)",
+        "(or make it a buffer, if it is never trained)",
     )
     broken = [name for name, p in trained if p.grad is not None and not finite([p.grad])]
     require(not broken, f"the gradient of {', '.join(broken[:5])} is not finite")
 
 
 def require_true_gradients(module: nn.Module, run: Run, leaves: Sequence[Tensor], what: str) -> None:
-    """Each output's gradient is that of finite differences, for every leaf, and for the trained parameters.
+    """Each output's gradient equals that of finite differences, for every leaf and the trained parameters.
 
-    Each moves in a direction drawn for it; parameters move a few at a time. A detached branch, and a backward pass of
-    one's own that is wrong, are found; the module must be smooth, and in evaluation mode.
+    Each tensor moves in a random direction, parameters a few at a time. This finds a detached branch, and a wrong
+    custom backward pass; the module must be smooth, and in evaluation mode.
     """
     trained: list[tuple[str, Tensor]] = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     size = -(-len(trained) // _PARTS) or 1
@@ -98,12 +100,12 @@ def require_true_gradients(module: nn.Module, run: Run, leaves: Sequence[Tensor]
     draw = torch.Generator().manual_seed(11)
     outputs = run(module)
     weights = [torch.randn(x.shape, generator=draw) for x in outputs]
-    moved = [x for part in parts for _, x in part]
+    tensors_moved = [x for part in parts for _, x in part]
     expected = []
     for x, weight in zip(outputs, weights, strict=True):
         require(x.requires_grad, f"an output of shape {list(x.shape)} carries no gradient: something detaches it")
-        found = torch.autograd.grad((x.float() * weight).sum(), moved, retain_graph=True, allow_unused=True)
-        expected.append(dict(zip(map(id, moved), found, strict=True)))
+        of_output = torch.autograd.grad((x.float() * weight).sum(), tensors_moved, retain_graph=True, allow_unused=True)
+        expected.append(dict(zip(map(id, tensors_moved), of_output, strict=True)))
     rounding = [3e-7 * float((x.detach().float() * w).norm()) for x, w in zip(outputs, weights, strict=True)]
     for part in parts:
         directions = [(x, torch.randn(x.shape, generator=draw) * _size(x)) for _, x in part]
@@ -122,9 +124,9 @@ def require_true_gradients(module: nn.Module, run: Run, leaves: Sequence[Tensor]
 
 
 _STEP = 2e-3
-"""Of finite differences, in units of a tensor's own size: fp32 leaves three digits."""
+"""Step of finite differences, relative to a tensor's scale: fp32 leaves three digits."""
 _PARTS = 12
-"""Into which parameters are divided, each moved by itself."""
+"""Number of groups of parameters, each moved separately."""
 
 
 def _size(x: Tensor) -> float:
@@ -133,28 +135,28 @@ def _size(x: Tensor) -> float:
 
 @torch.no_grad()
 def _moved(module: nn.Module, run: Run, directions: Sequence[tuple[Tensor, Tensor]], step: float) -> list[Tensor]:
-    """The outputs with tensors moved along their directions, which are put back."""
-    before = [x.clone() for x, _ in directions]
+    """The outputs with tensors moved along their directions; the tensors are restored."""
+    originals = [x.clone() for x, _ in directions]
     for x, direction in directions:
         x.add_(direction, alpha=step)
-    found = [y.float().clone() for y in run(module)]
-    for (x, _), old in zip(directions, before, strict=True):
+    outputs = [y.float().clone() for y in run(module)]
+    for (x, _), old in zip(directions, originals, strict=True):
         x.copy_(old)
-    return found
+    return outputs
 
 
 def tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested mappings, sequences and dataclasses, and where it is; private fields are left out."""
+    """(path, tensor) of every tensor in nested mappings, sequences and dataclasses, without private fields."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, np.ndarray):
         yield path, torch.from_numpy(value)
     elif isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from tensors(one, f"{path}[{key!r}]")
+        for key, item in value.items():
+            yield from tensors(item, f"{path}[{key!r}]")
     elif isinstance(value, list | tuple):
-        for i, one in enumerate(value):
-            yield from tensors(one, f"{path}[{i}]")
+        for i, item in enumerate(value):
+            yield from tensors(item, f"{path}[{i}]")
     elif is_dataclass(value):
         for part in fields(value):
             if not part.name.startswith("_"):
@@ -163,98 +165,122 @@ def tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def untouched(value: Any, path: str, who: str) -> Iterator[None]:
-    """Raises `CheckFailed` where the block changes a tensor of `value`, where it is, or whether it takes a gradient."""
-    before = {where: (x, x.detach().clone(), x.requires_grad, x.grad) for where, x in tensors(value, path)}
+    """Raises `CheckFailed` if the block changes or replaces a tensor of `value`, or changes its `requires_grad`."""
+    originals = {where: (x, x.detach().clone(), x.requires_grad, x.grad) for where, x in tensors(value, path)}
     yield
     after = dict(tensors(value, path))
     require(
-        not (odd := before.keys() ^ after.keys()), f"{who} adds or takes away {min(odd, default='')}: leave it alone"
+        not (odd := originals.keys() ^ after.keys()),
+        f"{who} adds or removes {min(odd, default='')}: leave it unchanged",
     )
-    for where, (same, copied, needed, gradient) in before.items():
+    for where, (original, snapshot, requires_grad, gradient) in originals.items():
         x = after[where]
-        kept = x is same or isinstance(value, np.ndarray) or x.data_ptr() == same.data_ptr()
+        in_place = x is original or isinstance(value, np.ndarray) or x.data_ptr() == original.data_ptr()
         require(
-            kept and x.shape == copied.shape and torch.equal(x.detach(), copied),
-            f"{who} changes {where} in place, which others read: copy what you change",
+            in_place and x.shape == snapshot.shape and torch.equal(x.detach(), snapshot),
+            f"{who} changes {where} in place, which others read: copy before you change",
         )
-        require(x.requires_grad == needed, f"{who} changes whether {where} takes a gradient: leave it alone")
-        require(x.grad is gradient, f"{who} leaves a gradient on {where}: call no backward pass")
+        require(x.requires_grad == requires_grad, f"{who} changes requires_grad of {where}: leave it unchanged")
+        require(x.grad is gradient, f"{who} leaves a gradient on {where}: do not call backward")
 
 
 def state_of(module: nn.Module) -> dict[str, tuple[Tensor, bool, bool]]:
-    """Every parameter and buffer by name: a copy, whether it takes a gradient, and whether it has one."""
-    found = [*module.named_parameters(), *module.named_buffers()]
-    return {name: (x.detach().clone(), x.requires_grad, x.grad is not None) for name, x in found}
+    """Every parameter and buffer by name: a copy, its `requires_grad`, and whether it has a gradient."""
+    tensors_by_name = [*module.named_parameters(), *module.named_buffers()]
+    return {name: (x.detach().clone(), x.requires_grad, x.grad is not None) for name, x in tensors_by_name}
 
 
 @contextmanager
 def unmoved(module: nn.Module, who: str, *, values: bool = True) -> Iterator[None]:
-    """Raises `CheckFailed` where the block changes a module's tensors (`values`), their `requires_grad` or its mode."""
-    before, modes = state_of(module), [part.training for part in module.modules()]
+    """Raises `CheckFailed` if the block changes a module's tensors (`values`), their `requires_grad` or its mode."""
+    original, modes = state_of(module), [part.training for part in module.modules()]
     yield
     after = state_of(module)
-    require(not (odd := before.keys() ^ after.keys()), f"{who} adds or takes away {min(odd, default='')} of the model")
-    for name, (value, needed, has) in before.items():
-        now, needed_now, has_now = after[name]
-        require(not values or torch.equal(value, now), f"{who} changes {name} of the model")
-        require(needed == needed_now, f"{who} changes whether {name} takes a gradient")
-        require(has == has_now, f"{who} leaves a gradient on {name}")
-    require(modes == [part.training for part in module.modules()], f"{who} changes the mode (train, eval): put it back")
+    require(not (odd := original.keys() ^ after.keys()), f"{who} adds or removes {min(odd, default='')} of the model")
+    for name, (value, requires_grad, has_gradient) in original.items():
+        value_after, requires_grad_after, has_gradient_after = after[name]
+        require(not values or torch.equal(value, value_after), f"{who} changes {name} of the model")
+        require(requires_grad == requires_grad_after, f"{who} changes requires_grad of {name}")
+        require(has_gradient == has_gradient_after, f"{who} leaves a gradient on {name}")
+    require(modes == [part.training for part in module.modules()], f"{who} changes the mode (train, eval): restore it")
 
 
 def require_lets_draw(run: Callable[[], Any]) -> None:
-    """Whatever is drawn after a call goes on from where the generator was: nobody seeds it in a call."""
-    drawn = []
+    """A call does not seed torch's global generator: draws after it continue from its state before."""
+    draws = []
     for seed in (1, 2):
         torch.manual_seed(seed)
         run()
-        drawn.append(torch.rand(4))
-    require(not torch.equal(*drawn), "it seeds torch's global generator: draw from a generator of its own instead")
+        draws.append(torch.rand(4))
+    require(not torch.equal(*draws), "it seeds torch's global generator: draw from a separate generator instead")
+
+
+def weighted_sum(outputs: Iterable[Tensor]) -> Tensor:
+    """A number that depends on every value of the outputs, with fixed random weights."""
+    draw = torch.Generator().manual_seed(5)
+    return torch.stack([(x.float() * torch.randn(x.shape, generator=draw)).mean() for x in outputs]).sum()
+
+
+def require_autocast(run: Callable[[], list[Tensor]]) -> None:
+    """bf16 autocast runs forward and backward, and each output stays near that of fp32, by the cosine of its values."""
+    with torch.no_grad():
+        full = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = run()
+    torch.stack([x.float().mean() for x in half]).sum().backward()  # type: ignore[no-untyped-call]
+    require(finite(half), "an output is not finite under bf16 autocast")
+    for a, b in zip(half, full, strict=True):
+        require(a.shape == b.shape, "an output has another shape under bf16 autocast")
+        cosine = float(nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0))
+        require(cosine > 0.98, f"bf16 autocast is far from fp32 (cosine {cosine:.3f})")
 
 
 def require_single(outputs: Iterable[Tensor], what: str) -> None:
-    """fp32 in, fp32 out."""
+    """Outputs are fp32 for fp32 inputs and weights."""
     wrong = next((x.dtype for x in outputs if x.dtype != torch.float32), None)
     require(wrong is None, f"{what} is {wrong}, with weights and inputs in float32 and no autocast")
 
 
 def require_state_dict(build: Callable[[], Any], run: Run, fresh: Callable[[], Any] | None = None) -> None:
-    """A state dict that goes through a file makes another instance compute the same, after two calls in training.
+    """Another instance that loads the state dict from a file computes the same, after two calls in training mode.
 
-    `fresh` builds the other instance, where `build` does more.
+    `fresh` builds the other instance, if `build` does more than construct it.
     """
     torch.manual_seed(1)
-    one = generic(build()).train()
+    module = generic(build()).train()
     for _ in range(2):
-        run(one)
-    one.eval()
+        run(module)
+    module.eval()
     torch.manual_seed(2)
-    other = (fresh or build)().eval()
+    loaded = (fresh or build)().eval()
     file = io.BytesIO()
-    torch.save(one.state_dict(), file)
+    torch.save(module.state_dict(), file)
     file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    loaded.load_state_dict(torch.load(file, weights_only=True))
     require(
-        close(run(one), run(other)),
-        "another instance with the same state dict computes something else: state outside of parameters and buffers",
+        close(run(module), run(loaded)),
+        "another instance with the same state dict computes different outputs: it has state outside of parameters and "
+        "buffers",
     )
 
 
 def require_copy(module: nn.Module, run: Run) -> None:
-    """A deep copy after a step (which the teacher is) computes the same, shares nothing, and needs no gradient."""
-    before = run(module)
-    copied = copy.deepcopy(module).requires_grad_(False)
-    require(close(before, run(copied)), "a deep copy computes something else; the teacher is such a copy")
-    own = {p.data_ptr() for p in module.parameters() if p.numel()}
-    shared = [name for name, p in copied.named_parameters() if p.numel() and p.data_ptr() in own]
+    """A deep copy (such as the teacher) computes the same, shares nothing, and needs no gradient."""
+    expected = run(module)
+    duplicate = copy.deepcopy(module).requires_grad_(False)
+    require(close(expected, run(duplicate)), "a deep copy computes different outputs; the teacher is such a copy")
+    addresses = {p.data_ptr() for p in module.parameters() if p.numel()}
+    shared = [name for name, p in duplicate.named_parameters() if p.numel() and p.data_ptr() in addresses]
     require(not shared, f"a deep copy shares {', '.join(shared[:3])} with the original")
-    with torch.no_grad(), unmoved(copied, "a call without gradients, as the teacher's,"):
-        found = run(copied)
-        require(not any(x.requires_grad for x in found), "the teacher's outputs carry a gradient: turn none on")
+    with torch.no_grad(), unmoved(duplicate, "a call without gradients, as the teacher's,"):
+        outputs = run(duplicate)
+        require(
+            not any(x.requires_grad for x in outputs), "the teacher's outputs carry a gradient: do not enable gradients"
+        )
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
         require(
-            close(found, run(copied)),
+            close(outputs, run(duplicate)),
             "a deep copy changes with the original: it still calls the original's modules (a closure, a bound method)",
         )

@@ -1,4 +1,4 @@
-"""Checks of schedules, optimisers, sources, evaluations, trackers and initializers."""
+"""Checks of schedules, optimisers, sources, tasks, trackers and weight loaders."""
 
 from __future__ import annotations
 
@@ -40,46 +40,47 @@ from distill_core.tools import is_local
 
 @contextmanager
 def cache() -> Iterator[Path]:
-    """A folder that is the cache while a check runs, and is taken away afterwards."""
-    before = os.environ.get("DISTILL_CACHE")
+    """A temporary cache folder for the time of a check."""
+    previous = os.environ.get("DISTILL_CACHE")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DISTILL_CACHE"] = folder
         try:
             yield Path(folder)
         finally:
-            if before is None:
+            if previous is None:
                 del os.environ["DISTILL_CACHE"]
             else:
-                os.environ["DISTILL_CACHE"] = before
+                os.environ["DISTILL_CACHE"] = previous
 
 
 @checks("schedule")
 def factors(case: Case) -> None:
-    """The factor is from 0 to 1 at every step, and a function of (step, steps) alone, for short and long runs."""
+    """The factor is between 0 and 1 at every step, and depends on (step, steps) alone, for short and long runs."""
     schedule = case.cls(case.config)
     for steps in (1, 2, 10, 5000):
-        found = [schedule.factor(step, steps) for step in range(steps)]
-        for step, x in enumerate(found):
+        values = [schedule.factor(step, steps) for step in range(steps)]
+        for step, x in enumerate(values):
             require(
                 isinstance(x, int | float) and math.isfinite(x) and 0 <= x <= 1 + 1e-6,
-                f"at step {step} of {steps} the factor is {x!r}; it must be finite and from 0 to 1: `lr` is the peak",
+                f"at step {step} of {steps} the factor is {x!r}; it must be finite, from 0 to 1: `lr` is the peak",
             )
-        again = [case.cls(case.config).factor(step, steps) for step in reversed(range(steps))]
-        require(found == again[::-1], "the factor depends on the steps asked before: a resumed run would differ")
-        require(max(found) > 0, f"of {steps} steps, all factors are 0: nothing would be learned")
+        repeated = [case.cls(case.config).factor(step, steps) for step in reversed(range(steps))]
+        require(values == repeated[::-1], "the factor depends on earlier calls: a resumed run would differ")
+        require(max(values) > 0, f"of {steps} steps, all factors are 0: nothing would be learned")
 
 
 def _optimizer(case: Case, factor: float = 1.0) -> tuple[torch.nn.Module, Any]:
-    """A module with matrices and vectors, and an optimiser of it; the later half of it has the learning-rate factor."""
+    """A module with matrices and vectors, and its optimiser; all layers but the first have the learning-rate factor."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4))
-    named = [(name, p, 1.0 if name.startswith("0") else factor) for name, p in module.named_parameters()]
+    parameters = [(name, p, 1.0 if name.startswith("0") else factor) for name, p in module.named_parameters()]
     component = case.cls(case.config)
     with unmoved(module, "`groups`"):
-        groups = component.groups(named)
-    held = [id(p) for group in groups for p in group["params"]]
+        groups = component.groups(parameters)
+    ids = [id(p) for group in groups for p in group["params"]]
     require(
-        sorted(held) == sorted(id(p) for _, p, _ in named), "`groups` must hold each parameter it is given exactly once"
+        sorted(ids) == sorted(id(p) for _, p, _ in parameters),
+        "`groups` must contain each parameter exactly once",
     )
     return module, component.build(groups)
 
@@ -96,94 +97,92 @@ def _rates(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """The learning rate of each parameter."""
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if id(p) not in rates]
-    require(not missing, f"the optimiser has no group with {', '.join(missing)}: `build` must take all groups")
+    require(not missing, f"the optimiser has no group with {', '.join(missing)}: `build` must use all groups")
     return {name: rates[id(p)] for name, p in module.named_parameters()}
 
 
 @checks("optimizer")
 def steps(case: Case) -> None:
-    """Every parameter is in one group, its `lr` goes with its factor, and a step moves each one downhill."""
+    """Every parameter is in one group, whose `lr` follows its factor, and a step moves each parameter downhill."""
     module, optimizer = _optimizer(case)
     whole, half = _rates(module, optimizer), _rates(*_optimizer(case, 0.5))
     for name, rate in whole.items():
-        wanted = rate * (1.0 if name.startswith("0") else 0.5)
-        require(math.isclose(half[name], wanted), "a group's lr must be the option times the parameter's factor")
-    before = [p.detach().clone() for p in module.parameters()]
+        expected = rate * (1.0 if name.startswith("0") else 0.5)
+        require(math.isclose(half[name], expected), "a group's lr must be the option times the parameter's factor")
+    originals = [p.detach().clone() for p in module.parameters()]
     (module(torch.randn(8, 4)) - torch.randn(8, 4)).square().sum().backward()
     gradients = [cast(Tensor, p.grad).clone() for p in module.parameters()]
     optimizer.step()
     downhill = 0.0
-    for (name, p), old, gradient in zip(module.named_parameters(), before, gradients, strict=True):
-        require(
-            not torch.equal(p, old), f"a step moves nothing of a parameter [{', '.join(map(str, p.shape))}] ({name})"
-        )
+    for (name, p), old, gradient in zip(module.named_parameters(), originals, gradients, strict=True):
+        require(not torch.equal(p, old), f"a step does not move a parameter [{', '.join(map(str, p.shape))}] ({name})")
         downhill += float(((p.detach() - old) * gradient).sum())
     require(downhill < 0, "a step goes uphill: it adds the gradient")
 
 
 @checks("optimizer")
 def scheduled(case: Case) -> None:
-    """The schedule sets each group's `lr`: a step of lr 0 moves nothing, nor does one move what has no gradient."""
+    """The schedule sets each group's `lr`: a step with lr 0 moves nothing, and no step moves what has no gradient."""
     module, optimizer = _optimizer(case)
     for group in optimizer.param_groups:
         group["lr"] = 0.0 * group["lr"]
-    before = [p.detach().clone() for p in module.parameters()]
+    originals = [p.detach().clone() for p in module.parameters()]
     _step(module, optimizer, 0)
     require(
-        close(before, module.parameters(), 0.0),
+        close(originals, module.parameters(), 0.0),
         "a step moves parameters though every group's lr is 0: read group['lr'] at each step, the schedule sets it",
     )
     module, optimizer = _optimizer(case)
     unused = module[0].weight  # type: ignore[index]
-    first = unused.detach().clone()
+    original = unused.detach().clone()
     (module[2](module[1](torch.randn(8, 4))) - 1).square().sum().backward()  # type: ignore[index]
     optimizer.step()
-    require(torch.equal(first, unused), "a step moves a parameter that has no gradient (`p.grad` is None)")
+    require(torch.equal(original, unused), "a step moves a parameter that has no gradient (`p.grad` is None)")
 
 
 @checks("optimizer")
 def weight_decay(case: Case) -> None:
-    """Weight decay is for matrices: without a gradient, norms, biases and scales (ndim < 2) stay as they are."""
+    """Weight decay is for matrices: without a gradient, norms, biases and scales (ndim < 2) do not change."""
     module, optimizer = _optimizer(case)
-    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    originals = {name: p.detach().clone() for name, p in module.named_parameters()}
     for p in module.parameters():
         p.grad = torch.zeros_like(p)
     for _ in range(2):
         optimizer.step()
-    decayed = [name for name, p in module.named_parameters() if p.ndim < 2 and not torch.equal(p, before[name])]
+    decayed = [name for name, p in module.named_parameters() if p.ndim < 2 and not torch.equal(p, originals[name])]
     require(not decayed, f"{', '.join(decayed)} decay: in `groups`, give parameters with ndim < 2 weight_decay 0")
 
 
 @checks("optimizer")
 def optimizer_state(case: Case) -> None:
-    """Its state dict carries all its state: a resumed run continues the same."""
+    """Its state dict holds all its state: a resumed run continues identically."""
     module, optimizer = _optimizer(case)
     for seed in range(3):
         _step(module, optimizer, seed)
     state, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(module.state_dict())
-    other, again = _optimizer(case)
-    other.load_state_dict(weights)
-    again.load_state_dict(state)
+    loaded, loaded_optimizer = _optimizer(case)
+    loaded.load_state_dict(weights)
+    loaded_optimizer.load_state_dict(state)
     for seed in range(3, 9):
         _step(module, optimizer, seed)
-        _step(other, again, seed)
-    require(close(module.parameters(), other.parameters(), 1e-6), "after load_state_dict the next step is another one")
+        _step(loaded, loaded_optimizer, seed)
+    require(close(module.parameters(), loaded.parameters(), 1e-6), "after load_state_dict the next step differs")
 
 
 @checks("source")
 def splits(case: Case) -> None:
-    """`splits` names splits, or None, without touching data; of another split `sets` gives {}."""
-    named = case.cls.splits(case.config)
+    """`splits` returns names, or None, without reading data; `sets` of any other split is {}."""
+    names = case.cls.splits(case.config)
     require(
-        named is None or (isinstance(named, tuple) and all(isinstance(split, str) for split in named)),
-        "`splits` must return a tuple of names, or None where the options do not tell",
+        names is None or (isinstance(names, tuple) and all(isinstance(split, str) for split in names)),
+        "`splits` must return a tuple of names, or None if the options do not determine them",
     )
     with cache():
         source = case.cls(case.config)
         try:
             source.prepare()
             for split in {"no such split", "train", "validation", "test"} - set(
-                named or ("train", "validation", "test")
+                names or ("train", "validation", "test")
             ):
                 require(source.sets(split) == {}, f"`sets` of {split!r}, which `splits` does not name, must be {{}}")
                 require(not source.size(split), f"`size` of {split!r}, which `splits` does not name, must be None")
@@ -193,21 +192,21 @@ def splits(case: Case) -> None:
 
 @checks("source")
 def shards(case: Case) -> None:
-    """After `prepare` each split has samples, and `size` is their number; or a DataError says why not."""
+    """After `prepare` each split has samples, and `size` is their number; else it raises DataError with the reason."""
     with cache():
         source = case.cls(case.config)
         try:
             source.prepare()
-            found = {split: source.sets(split) for split in case.cls.splits(case.config) or ("train",)}
-            samples = {split: source.samples(split) for split in found}
+            sets_by_split = {split: source.sets(split) for split in case.cls.splits(case.config) or ("train",)}
+            samples = {split: source.samples(split) for split in sets_by_split}
         except DataError as error:
             raise NotApplicable(f"the example has no data here: {error}") from error
-        for split, sets in found.items():
+        for split, sets in sets_by_split.items():
             require(
                 isinstance(sets, dict) and all(isinstance(names, list) for names in sets.values()),
                 "`sets` must return {set: [shards]}",
             )
-            require(samples[split] and all(sets.values()), f"the split {split!r} has nothing in it")
+            require(samples[split] and all(sets.values()), f"the split {split!r} is empty")
             require(
                 bool(sets) == case.cls.trainable,
                 f"`sets` of {split!r} names {'no ' if not sets else ''}shards, and `trainable` is {case.cls.trainable}",
@@ -222,50 +221,60 @@ def shards(case: Case) -> None:
             size = source.size(split)
             require(keys, f"the shards of {split!r} hold no sample")
             require(size is None or size == len(keys), f"`size` of {split!r} is {size}; its shards hold {len(keys)}")
-            again = [sample["__key__"] for part in samples[split].values() for sample in part]
-            require(again == keys, f"the samples of {split!r} are others when they are read again")
-        other = case.cls(case.config)
-        other.prepare()
-        require({split: other.sets(split) for split in found} == found, "asked again, the shards are others")
+            repeated = [sample["__key__"] for part in samples[split].values() for sample in part]
+            require(repeated == keys, f"the samples of {split!r} differ when they are read again")
+        second = case.cls(case.config)
+        second.prepare()
+        require(
+            {split: second.sets(split) for split in sets_by_split} == sets_by_split,
+            "a second source lists different shards",
+        )
 
 
 @checks("source")
 def pickling(case: Case) -> None:
-    """A source goes to other processes."""
-    require(pickle.loads(pickle.dumps(case.cls(case.config))).config == case.config, "its options do not survive")
+    """A source can be pickled, for other processes."""
+    require(
+        pickle.loads(pickle.dumps(case.cls(case.config))).config == case.config, "its options change when it is pickled"
+    )
 
 
 @checks("task")
 def scores(case: Case) -> None:
-    """Scores are finite numbers, each of another name, the same each time, of one set and of two; what is a headline
-    has a mean over sets."""
+    """Scores are finite numbers with distinct names, the same each time, on one set and on two; a headline has a mean
+    over sets."""
     with tempfile.TemporaryDirectory() as folder:
-        model, one, other = _scorable(case, Path(folder))
-        whole = nn.ModuleList(model.backbone.values())
-        for sets in ({"one": one}, {"one": one, "other": other}):
-            found = []
+        model, first, second = _scorable(case, Path(folder))
+        backbones = nn.ModuleList(model.backbone.values())
+        for sets in ({"one": first}, {"one": first, "other": second}):
+            results = []
             for training in (True, False):
-                whole.train(training)  # a run that trains scores its own model
-                given = [_Watched(name, samples) for name, samples in sets.items()]
-                before = _settings(model)
-                with unmoved(whole, "`run`"):
-                    found.append(case.cls(case.config).run(model, given))
-                require(_settings(model) == before, "`run` changes the model, which training and other tasks use")
-                for each in given:
-                    require(each.whole(), "`run` changes embeddings in place, which other tasks read: copy them")
-            require(found[0] and all(isinstance(score, Score) for score in found[0]), "`run` must return `Score`s")
-            for score in found[0]:
+                backbones.train(training)  # a run that trains scores its own model
+                watched = [_Watched(name, samples) for name, samples in sets.items()]
+                settings = _settings(model)
+                with unmoved(backbones, "`run`"):
+                    results.append(case.cls(case.config).run(model, watched))
+                require(_settings(model) == settings, "`run` changes the model, which training and other tasks use")
+                for evaluation_set in watched:
+                    require(
+                        evaluation_set.unchanged(),
+                        "`run` changes embeddings in place, which other tasks read: copy them",
+                    )
+            require(results[0] and all(isinstance(score, Score) for score in results[0]), "`run` must return `Score`s")
+            for score in results[0]:
                 finite = isinstance(score.value, float) and math.isfinite(score.value)
                 require(finite, f"the score {score.name!r} is {score.value!r}")
-            counts = Counter((score.set, score.name) for score in found[0])
-            require(max(counts.values()) == 1, f"two scores of one set have one name: {counts.most_common(1)[0][0]}")
-            unknown = {score.set for score in found[0]} - {None, *sets}
+            counts = Counter((score.set, score.name) for score in results[0])
+            require(
+                max(counts.values()) == 1, f"two scores of one set have the same name: {counts.most_common(1)[0][0]}"
+            )
+            unknown = {score.set for score in results[0]} - {None, *sets}
             require(not unknown, f"scores are of sets that `run` was not given: {unknown}")
-            hidden = {score.name for score in found[0] if score.headline} - {
-                score.name for score in found[0] if score.headline and score.set is None
+            hidden = {score.name for score in results[0] if score.headline} - {
+                score.name for score in results[0] if score.headline and score.set is None
             }
             require(not hidden, f"the headline {hidden} has no mean over sets, and is not shown: use `mean_over_sets`")
-            require(found[0] == found[1], "the same model and sets give other scores the second time")
+            require(results[0] == results[1], "the same model and sets give different scores the second time")
 
 
 def _settings(model: Model) -> dict[str, Any]:
@@ -273,31 +282,31 @@ def _settings(model: Model) -> dict[str, Any]:
 
 
 class _Watched(EvaluationSet):
-    """A set that remembers what embeddings it gave."""
+    """A set that remembers the embeddings that it returned."""
 
     def __init__(self, name: str, source: Iterable[Sample]) -> None:
         super().__init__(name, source)
-        self.given: list[tuple[Tensor, Tensor]] = []
+        self.embedded: list[tuple[Tensor, Tensor]] = []
 
     def embeddings(
         self, model: Model, modality: str, field: str | None = None, *, features: FeatureKind = "embedding"
     ) -> tuple[Tensor, Tensor]:
-        """As its base's."""
-        found = super().embeddings(model, modality, field, features=features)
-        self.given += [(x, x.clone()) for x in found]
-        return found
+        """Those of the base class; remembers a copy of each."""
+        pair = super().embeddings(model, modality, field, features=features)
+        self.embedded += [(x, x.clone()) for x in pair]
+        return pair
 
-    def whole(self) -> bool:
-        """Whether all of it is as it was given."""
-        return all(torch.equal(x, copied) for x, copied in self.given)
+    def unchanged(self) -> bool:
+        """Whether all embeddings are as they were returned."""
+        return all(torch.equal(x, copied) for x, copied in self.embedded)
 
 
 def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterable[Sample]]:
     """A model and two sets: those of the task's `example`, or of numbered samples."""
     example = case.cls.example(case.config)
     if example is None:
-        one, other = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
-        return surroundings.model(), one, other
+        first, second = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+        return surroundings.model(), first, second
     model, samples = example
     require(len(samples) > 1, "`example` needs two samples or more")
     return model, samples, samples[: len(samples) - 1]
@@ -322,42 +331,42 @@ PATIENCE = 5.0
 
 @checks("tracker")
 def tracked(case: Case) -> None:
-    """A run is started, described, logged and finished in its folder, and continues when it is resumed; `log` does not
-    block, and nothing that the tracker is given is changed.
+    """A run is started, described, logged and finished in its folder, and continued when resumed; no call blocks, and
+    arguments are not changed.
 
-    A tracker that is given media (its `Config` extends TrackerConfig) takes all kinds of pictures, and distributions.
+    A tracker of media (its `Config` extends TrackerConfig) accepts all kinds of pictures, and distributions.
     """  # fmt: skip
     problems: list[Exception] = []
 
     def work() -> None:
         try:
-            _track(case, entered)
+            _track(case, calls)
         except Exception as error:
             problems.append(error)
 
-    entered: list[str] = []
+    calls: list[str] = []
     thread = threading.Thread(target=work, daemon=True)  # as in training: a thread of its own
     thread.start()
     thread.join(PATIENCE)
     while thread.is_alive():
-        before = list(entered)
+        known_calls = list(calls)
         thread.join(PATIENCE)
         require(
-            before != entered or not thread.is_alive(),
-            f"`{entered[-1]}` does not return in {PATIENCE:g} s: hand over to a thread or a queue of its own",
+            known_calls != calls or not thread.is_alive(),
+            f"`{calls[-1]}` does not return in {PATIENCE:g} s: hand over to a thread or a queue",
         )
     if problems:
         raise problems[0]
 
 
-def _track(case: Case, entered: list[str]) -> None:
+def _track(case: Case, calls: list[str]) -> None:
     recipe, values, context = {"name": "run", "seed": 0}, {"loss": 1.0, "scale": math.nan}, {"subset": "train"}
     facts, tags = {"versions": {"python": "3"}, "device": "cpu"}, ["other", "mine"]
-    given = (recipe, values, context, facts, tags)
-    before = repr(given)
+    received = (recipe, values, context, facts, tags)
+    original = repr(received)
 
     def call(run: Callable[..., None], *arguments: Any) -> None:
-        entered.append(run.__name__)
+        calls.append(run.__name__)
         run(*arguments)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -374,27 +383,27 @@ def _track(case: Case, entered: list[str]) -> None:
                 picture, path = Image.fromarray(array), run / "picture.png"
                 picture.save(path)
                 with untouched([array, numbers], "media", "the tracker"):
-                    for shown in (array, picture, str(path)):
-                        call(tracker.image, 1, "picture", shown, "a caption", context)
+                    for picture_form in (array, picture, str(path)):
+                        call(tracker.image, 1, "picture", picture_form, "a caption", context)
                     call(tracker.distribution, 1, "similarity", numbers, context)
             call(tracker.finish)
-            require(repr(given) == before, "the tracker changes what it is given, which others read: copy it")
+            require(repr(received) == original, "the tracker changes its arguments, which others read: copy them")
             del tracker
-            gc.collect()  # what it still holds open would otherwise look for its folder when that is gone
+            gc.collect()  # else files that it still holds open would look for the deleted folder later
 
 
 @checks("weights")
 def refusal(case: Case) -> None:
-    """What cannot be loaded raises UserError and leaves the model as it was; else it names what it loaded."""
+    """If weights cannot be loaded, it raises UserError and changes nothing; else the report names what was loaded."""
     objective = surroundings.objective()
-    before = {name: value.clone() for name, value in objective.state_dict().items()}
+    original = {name: value.clone() for name, value in objective.state_dict().items()}
     try:
         with unmoved(objective, "`apply`", values=False):
-            loaded = case.cls(case.config).apply(objective)
+            report = case.cls(case.config).apply(objective)
     except UserError:
         after = objective.state_dict()
-        moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
-        require(not moved, f"it raises UserError after it has changed {', '.join(moved[:3])}")
+        changed = [name for name, value in original.items() if not torch.equal(value, after[name])]
+        require(not changed, f"it raises UserError after changing {', '.join(changed[:3])}")
         return
     except CheckFailed:
         raise
@@ -402,9 +411,9 @@ def refusal(case: Case) -> None:
         raise CheckFailed(
             f"weights that cannot be loaded raise {type(error).__name__}: {error}; raise UserError"
         ) from error
-    require(isinstance(loaded, LoadReport), "`apply` must return LoadReport(line, names)")
+    require(isinstance(report, LoadReport), "`apply` must return LoadReport(line, names)")
     after = objective.state_dict()
-    silent = [name for name, x in before.items() if name not in loaded.names and not torch.equal(x, after[name])]
-    require(not silent, f"it changes {', '.join(silent[:3])}, and LoadReport.names does not say so")
-    unknown = sorted(loaded.names - set(after))
-    require(not unknown, f"it says that it loaded {', '.join(unknown[:3])}, which the model has not")
+    silent = [name for name, x in original.items() if name not in report.names and not torch.equal(x, after[name])]
+    require(not silent, f"it changes {', '.join(silent[:3])}, and LoadReport.names does not list them")
+    unknown = sorted(report.names - set(after))
+    require(not unknown, f"it reports {', '.join(unknown[:3])} as loaded, which the model does not have")

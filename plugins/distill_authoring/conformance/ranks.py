@@ -1,4 +1,4 @@
-"""Other processes: two ranks of one machine, that functions are run on."""
+"""Runs functions in two other processes, the ranks of a gloo group on this machine."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _RANK = "import sys; from distill_authoring.conformance.ranks import serve; serv
 
 
 class _Ranks:
-    """Two processes of a gloo group. They import torch once, and run function after function.
+    """Two processes of a gloo group. They import torch once, and run one function after another.
 
-    They hash strings as no other process does, so that what depends on it is found.
+    Their string hashes differ from each other and this process's, to find components that depend on them.
     """
 
     def __init__(self) -> None:
@@ -42,42 +42,42 @@ class _Ranks:
                 [sys.executable, "-c", _RANK, str(rank), store, str(PATIENCE)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # gloo reports what is raised here, too
+                stderr=subprocess.DEVNULL,  # gloo also reports here what is raised
                 env=os.environ | {"PYTHONPATH": path, "PYTHONHASHSEED": str(rank + 1)},
             )
             for rank in (0, 1)
         ]
 
     def run(self, jobs: list[bytes]) -> list[Any]:
-        """The answers of both."""
+        """The results of both ranks. Raises what a rank raised."""
         for process, job in zip(self.processes, jobs, strict=True):
             assert process.stdin is not None
             pickle.dump(job, process.stdin)
             process.stdin.flush()
-        waiting: dict[BinaryIO, int] = {_out(process): rank for rank, process in enumerate(self.processes)}
-        found: dict[int, Any] = {}
+        pending: dict[BinaryIO, int] = {_out(process): rank for rank, process in enumerate(self.processes)}
+        results: dict[int, Any] = {}
         problems: list[Exception] = []
-        while waiting:
-            ready = select(list(waiting), [], [], _GRACE if problems else PATIENCE)[0]
+        while pending:
+            ready = select(list(pending), [], [], _GRACE if problems else PATIENCE)[0]
             if not ready:
                 self.stop()
-                hang = CheckFailed("two ranks wait for each other: every rank must make the same collectives")
+                hang = CheckFailed("two ranks wait for each other: every rank must call the same collectives")
                 raise problems[0] if problems else hang
             for end in ready:
-                rank = waiting.pop(end)
+                rank = pending.pop(end)
                 try:
-                    problem, found[rank] = pickle.load(end)
+                    problem, results[rank] = pickle.load(end)
                 except EOFError:
                     self.stop()
-                    raise CheckFailed(f"the process of rank {rank} of two ends") from None
+                    raise CheckFailed(f"the process of rank {rank} (of two) has ended") from None
                 if problem is not None:
                     problems.append(problem)
         if problems:
             raise problems[0]
-        return [found[0], found[1]]
+        return [results[0], results[1]]
 
     def stop(self) -> None:
-        """End both: one of them may be in a collective for good."""
+        """Kill both: one of them may wait in a collective forever."""
         self.stopped = True
         for process in self.processes:
             process.kill()
@@ -102,13 +102,13 @@ def stop() -> None:
 
 
 def on_two_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
-    """What a function of a module returns for the arguments of rank 0 and of rank 1.
+    """The results of a module-level function for the arguments of rank 0 and of rank 1.
 
-    Raises `CheckFailed` where it raises on a rank, or the ranks wait for each other in vain, and `NotApplicable` where
-    the other processes cannot import what is in the arguments.
+    Raises `CheckFailed` if it raises on a rank, or the ranks wait for each other forever, and `NotApplicable` if the
+    other processes cannot import what is in the arguments.
     """
     try:
-        jobs = [pickle.dumps((function, given)) for given in arguments]
+        jobs = [pickle.dumps((function, values)) for values in arguments]
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise NotApplicable(f"other processes cannot import it by its name: {error}") from error
     if not _started or _started[0].stopped:
@@ -117,10 +117,10 @@ def on_two_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]])
 
 
 def serve(number: str, store: str, patience: str) -> None:
-    """One rank: runs what comes in, until nothing more does."""
+    """The main loop of a rank: runs functions from stdin until it closes."""
     rank = int(number)
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a component prints is no answer
+    os.dup2(2, 1)  # a component's prints are no results
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo",

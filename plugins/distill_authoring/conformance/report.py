@@ -1,4 +1,4 @@
-"""What `distill check-plugin` does: all checks of one package, as a table or JSON."""
+"""`distill check-plugin`: runs all checks of one package, and prints a table or JSON."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ print([name for name in ("torch", "torchvision", "pydantic", "numpy") if name in
 def check_package(package: str) -> list[Result]:
     """The checks of an entry point, or of all entry points of a package. Raises `UserError` where there is none."""
     plugins = Plugins.discover()
-    chosen = [name for name, owner in plugins.packages.items() if package in (name, owner)]
-    if not chosen:
-        known = sorted({*plugins.packages, *plugins.packages.values()})
-        hint = did_you_mean(package, known) or "."
+    names = [name for name, owner in plugins.packages.items() if package in (name, owner)]
+    if not names:
+        installed = sorted({*plugins.packages, *plugins.packages.values()})
+        hint = did_you_mean(package, installed) or "."
         raise UserError(f"no plugin or package {package!r}{hint} Is it installed in this environment? pip install -e .")
-    entries = [entry for entry in Registry.discover(plugins).entries.values() if entry.plugin in chosen]
-    results = [result for name in chosen for result in _plugin(plugins, name)]
+    entries = [entry for entry in Registry.discover(plugins).entries.values() if entry.plugin in names]
+    results = [result for name in names for result in _plugin(plugins, name)]
     if not entries:
-        results.append(
-            Result("plugin", package, "components", "It brings components.", "skipped", "it brings commands alone")
-        )
+        results.append(Result("plugin", package, "components", "It has components.", "skipped", "it has only commands"))
     return results + [result for entry in entries for result in check(entry.cls)]
 
 
@@ -43,34 +41,34 @@ def _plugin(plugins: Plugins, name: str) -> list[Result]:
     module = plugins.manager.get_plugin(name)
     where = str(getattr(module, "__name__", name))
 
-    def found(check: str, about: str, problem: str) -> Result:
+    def result(check: str, about: str, problem: str) -> Result:
         status: Status = "failed" if problem else "ok"
         return Result("plugin", name, check, about, status, problem)
 
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", _LIGHT, where]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    heavy = done.stdout.strip().strip("[]").replace("'", "")
+    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    heavy = process.stdout.strip().strip("[]").replace("'", "")
     slow = f"importing {where} (or its commands) imports {heavy}: import inside the hook and inside commands"
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and nothing is said"]
-        slow = f"importing {where} fails in a fresh process: {said[-1]}"
-    helpless = [command.name for _, _, command in plugins.call("distill_commands") if not command.help]
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit code {process.returncode}, with no output"]
+        slow = f"importing {where} fails in a fresh process: {lines[-1]}"
+    undocumented = [command.name for _, _, command in plugins.call("distill_commands") if not command.help]
     return [
-        found(
+        result(
             "version",
-            "The plugin says which version of the hooks it was written for.",
+            "The plugin declares the API version that it was written for.",
             "" if hasattr(module, "distill_api") else f"write `distill_api = 1` in {where}",
         ),
-        found(
+        result(
             "light",
             "Importing the plugin imports nothing heavy: `distill --help` loads every plugin.",
-            slow if heavy or done.returncode else "",
+            slow if heavy or process.returncode else "",
         ),
-        found(
+        result(
             "commands",
             "Commands have a help text.",
-            f"write a docstring for the command(s) {', '.join(map(str, helpless))}" if helpless else "",
+            f"write a docstring for the command(s) {', '.join(map(str, undocumented))}" if undocumented else "",
         ),
     ]
 
@@ -79,24 +77,24 @@ _SIGNS = {"ok": ("ok", "green"), "failed": ("FAILED", "red"), "skipped": ("-", N
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """A row a check, what to fix below those that failed, and a line of counts."""
+    """Print a row for each check, what to fix below failed ones, and a line of counts."""
     names = [f"{result.kind} {result.name}" for result in results]
-    wide = max(map(len, names)), max(len(result.check) for result in results)
-    before = ""
+    widths = max(map(len, names)), max(len(result.check) for result in results)
+    previous = ""
     for name, result in zip(names, results, strict=True):
         sign, colour = _SIGNS[result.status]
-        shown = "" if name == before else name
-        before = name
-        row = f"{shown:<{wide[0]}}  {result.check:<{wide[1]}}  {click.style(sign, fg=colour)}"
+        label = "" if name == previous else name
+        previous = name
+        row = f"{label:<{widths[0]}}  {result.check:<{widths[1]}}  {click.style(sign, fg=colour)}"
         if result.status == "skipped":
             row += f"  {result.message}"
         click.echo(row)
         if result.status == "failed":
-            click.echo(f"    held to:  {result.about}\n    to fix:   {result.message}")
+            click.echo(f"    requires: {result.about}\n    to fix:   {result.message}")
     counts = {status: sum(result.status == status for result in results) for status in _SIGNS}
     components = len({name for name in names if not name.startswith("plugin ")})
     click.echo(
-        f"{components} component(s): {counts['ok']} checks passed, {counts['skipped']} did not fit, "
+        f"{components} component(s): {counts['ok']} checks passed, {counts['skipped']} not applicable, "
         f"{counts['failed']} failed"
     )
 

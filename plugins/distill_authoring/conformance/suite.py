@@ -1,4 +1,4 @@
-"""Runs the checks of a component and gathers what they find."""
+"""Runs the checks of a component and collects their results."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Status = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Result:
-    """What one check found on one component."""
+    """The result of one check of one component."""
 
     kind: str
     name: str
     check: str
     about: str
-    """What the check holds the component to."""
+    """What the check requires of the component."""
     status: Status
     message: str = ""
-    """What to fix, or why the check does not fit."""
+    """What to fix, or why the check is not applicable."""
 
     def to_dict(self) -> dict[str, str]:
-        """As plain data."""
+        """The result as plain data, for JSON."""
         return asdict(self)
 
 
@@ -62,12 +62,12 @@ class Case:
     config: Any
     options: dict[str, Any]
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
-    """What its checks share: by whoever made it."""
+    """Values that its checks share."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A function that raises `CheckFailed`; `once` where it looks at the class and not at an example."""
+    """A function that raises `CheckFailed`; with `once` it takes the class instead of a case for each example."""
 
     name: str
     about: str
@@ -81,7 +81,7 @@ _MODULES = ("general", "augmentation", "backbone", "fusion", "loss", "others")
 
 
 def checks(*kinds: str, once: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Registers a check for these kinds (all where none is named); its docstring says what it holds."""
+    """Registers a check for these kinds (all kinds if none is named); its docstring states the requirement."""
 
     def add(run: Callable[[Any], None]) -> Callable[[Any], None]:
         about = " ".join(inspect.cleandoc(run.__doc__ or "").split())
@@ -105,19 +105,20 @@ def check(component: type[Component], only: Collection[str] = ()) -> list[Result
     """
     cases, broken = _cases(component)
     results = []
-    for one in checks_of(component.kind):
-        if only and one.name not in only:
+    for entry in checks_of(component.kind):
+        if only and entry.name not in only:
             continue
-        if one.once:
-            found = [_outcome(one, component, component)]
+        if entry.once:
+            outcomes = [_outcome(entry, component, component)]
         elif broken:
-            found = [("skipped", "the check `options` failed")]
+            outcomes = [("skipped", "the check `options` failed")]
         else:
-            found = [_outcome(one, case, component) for case in cases]
+            outcomes = [_outcome(entry, case, component) for case in cases]
         status, message = next(
-            (item for wanted in ("failed", "ok", "skipped") for item in found if item[0] == wanted), ("skipped", "")
+            (item for preferred in ("failed", "ok", "skipped") for item in outcomes if item[0] == preferred),
+            ("skipped", ""),
         )
-        results.append(Result(component.kind, component.name, one.name, one.about, status, message))
+        results.append(Result(component.kind, component.name, entry.name, entry.about, status, message))
     return results
 
 
@@ -138,23 +139,23 @@ def _cases(cls: type[Component]) -> tuple[list[Case], bool]:
     return cases, not cases
 
 
-def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, str]:
+def _outcome(entry: Check, subject: Any, cls: type[Component]) -> tuple[Status, str]:
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _process_untouched():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            one.run(subject)
+            entry.run(subject)
     except CheckFailed as error:
-        return "failed", f"{error}{_notes(error)}{_shown(subject, cls)}"
+        return "failed", f"{error}{_notes_of(error)}{_example_note(subject, cls)}"
     except NotApplicable as error:
         return "skipped", str(error)
     except NotImplementedError as error:
-        return "failed", f"{error or 'NotImplementedError'}: write it{_shown(subject, cls)}"
+        return "failed", f"{error or 'NotImplementedError'}: write it{_example_note(subject, cls)}"
     except Exception as error:
         where = _blame(traceback.extract_tb(error.__traceback__), cls)
-        said = f"{type(error).__name__}: {error}{where}{_notes(error)}{_hint(error, cls)}"
-        return "failed", f"{said}{_shown(subject, cls)}"
+        text = f"{type(error).__name__}: {error}{where}{_notes_of(error)}{_hint(error, cls)}"
+        return "failed", f"{text}{_example_note(subject, cls)}"
     finally:
         torch.set_num_threads(threads)
     return "ok", ""
@@ -162,7 +163,7 @@ def _outcome(one: Check, subject: Any, cls: type[Component]) -> tuple[Status, st
 
 @contextmanager
 def _process_untouched() -> Iterator[None]:
-    """What belongs to the process is put back, and raises `CheckFailed` where a component has changed it."""
+    """Restores state of the process, and raises `CheckFailed` if a component has changed it."""
 
     def state() -> dict[str, Any]:
         return {
@@ -172,36 +173,36 @@ def _process_untouched() -> Iterator[None]:
             "the working directory": os.getcwd(),
         }
 
-    before = state()
+    original = state()
     try:
         yield
-        changed = [what for what, value in state().items() if value != before[what]]
-        require(not changed, f"it changes {', '.join(changed)} of the whole process: put it back")
+        changed = [what for what, value in state().items() if value != original[what]]
+        require(not changed, f"it changes {', '.join(changed)} of the whole process: restore it")
     finally:
-        torch.set_grad_enabled(before["whether gradients are recorded"])
-        torch.set_default_dtype(before["torch's default dtype"])
-        torch.use_deterministic_algorithms(before["whether torch must be deterministic"])
-        os.chdir(before["the working directory"])
+        torch.set_grad_enabled(original["whether gradients are recorded"])
+        torch.set_default_dtype(original["torch's default dtype"])
+        torch.use_deterministic_algorithms(original["whether torch must be deterministic"])
+        os.chdir(original["the working directory"])
 
 
-def _notes(error: Exception) -> str:
+def _notes_of(error: Exception) -> str:
     notes = getattr(error, "__notes__", ())
     return f" ({'; '.join(notes)})" if notes else ""
 
 
-def _shown(subject: Any, cls: type[Component]) -> str:
+def _example_note(subject: Any, cls: type[Component]) -> str:
     several = isinstance(subject, Case) and len(cls.examples) > 1
     return f" (with the example {json.dumps(subject.options)})" if several else ""
 
 
 def _blame(frames: Iterable[traceback.FrameSummary], cls: type[Component]) -> str:
-    """The last line of the component's own package that the error came through."""
-    own = Path(inspect.getfile(cls)).parent
-    mine = [frame for frame in frames if Path(frame.filename).is_relative_to(own)]
-    return f" ({Path(mine[-1].filename).name}:{mine[-1].lineno})" if mine else ""
+    """The last line of the component's package in the traceback."""
+    package = Path(inspect.getfile(cls)).parent
+    frames_of_package = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
+    return f" ({Path(frames_of_package[-1].filename).name}:{frames_of_package[-1].lineno})" if frames_of_package else ""
 
 
 def _hint(error: Exception, cls: type[Component]) -> str:
     if cls.kind in ("fusion", "loss") and isinstance(error, KeyError | IndexError | AttributeError | TypeError):
-        return ". The inputs hold only what `needs` asks for: name what is read there"
+        return ". The inputs hold only what `needs` names: add what the component reads"
     return ""

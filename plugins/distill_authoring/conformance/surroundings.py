@@ -1,4 +1,4 @@
-"""A small recipe's worth of parts around a component: two modalities of hashed items, a model, a shard."""
+"""The other parts that a check needs: two modalities of hashed items, a model, an objective, a shard."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ class Items(Augmentation):
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The plain view."""
+        """The evaluation view."""
         return [self.eval_view(self.decode(sample)[0])]
 
     def decode(self, sample: Sample, field: str | None = None) -> list[Any]:
-        """One item."""
+        """The sample's number, or a word in place of another `field`."""
         if "number" not in sample:
             raise BadSample("no number")
         return [sample["number"].decode() if field is None else f"word {int(sample['number']) % 2}"]
 
     def eval_view(self, item: Any) -> View:
-        """[W]."""
+        """A vector [W] that is a hash of the item."""
         return View(torch.from_numpy(np.random.default_rng(stable_hash(item)).standard_normal(WIDTH, dtype=np.float32)))
 
 
 class Linear(Backbone):
-    """One linear map."""
+    """A backbone of one linear map, whose input is its only token."""
 
     name = "linear"
 
@@ -79,7 +79,7 @@ class Linear(Backbone):
 
     @classmethod
     def collator(cls, config: ComponentConfig) -> Collator:
-        """[1, B, W]."""
+        """`stack`, which returns one group [1, B, W]."""
         return stack
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
@@ -102,7 +102,7 @@ class Sum(Loss):
     name = "sum"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
+        """The sum of both embeddings, as a term."""
         return {"sum": torch.stack([outputs.student[name].embedding.sum() for name in NAMES]).sum()}, {}
 
 
@@ -112,7 +112,7 @@ def plan() -> Plan:
 
 
 def backbones() -> dict[str, Backbone]:
-    """A backbone each."""
+    """A `Linear` for each modality, always with the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {name: Linear(ComponentConfig()) for name in NAMES}

@@ -24,13 +24,13 @@ class LocalsFirst(Noisy):
         return ("local", "global")
 
 
-@broken("determinism", "draw from `rng` alone")
+@broken("determinism", "draw only from `rng`")
 class GlobalRandom(Noisy):
     def train_views(self, sample, rng):
         return super().train_views(sample, np.random.default_rng(np.random.randint(1 << 30)))
 
 
-@broken("determinism", "keep nothing between samples")
+@broken("determinism", "keep no state between samples")
 class Remembers(Noisy):
     seen = 0
 
@@ -54,7 +54,7 @@ class Consumes(Noisy):
         return made
 
 
-@broken("evaluation_view", "`eval_view` must give the same view each time")
+@broken("evaluation_view", "`eval_view` must return the same view each time")
 class NoisyPlain(Noisy):
     def eval_view(self, item):
         view = super().eval_view(item)
@@ -68,4 +68,4 @@ class KeyErrors(Noisy):
         return [np.frombuffer(sample[field or self.config.field], dtype=np.float32)]
 
 
-broken("processes", "another process makes other views of the same sample and seed")(HashOfTheKey)
+broken("processes", "another process makes different views of the same sample and seed")(HashOfTheKey)

@@ -42,7 +42,7 @@ def random_masks(samples, seeds=()):
     return views
 
 
-@broken("collator", "draw from generators of the seeds alone")
+@broken("collator", "draw only from generators of the seeds")
 class RandomMasks(MaskingTower):
     @classmethod
     def collator(cls, config):
@@ -71,7 +71,7 @@ class NeedsASample(Tower):
         return encoded
 
 
-@broken("tokens_of", "give those asked for")
+@broken("tokens_of", "return these alone")
 class AllTokens(Tower):
     def forward(self, views, *, tokens_of=(), masked=False):
         return super().forward(views, tokens_of=range(len(views)), masked=masked)
@@ -85,7 +85,7 @@ class NeedChanges(Tower):
         return encoded
 
 
-@broken("independence", "depends on the others of its batch")
+@broken("independence", "depends on the rest of its batch")
 class Centred(Tower):
     def encode(self, x, *, tokens, token_mask):
         encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
@@ -133,13 +133,13 @@ class Caches(Tower):
         return encoded
 
 
-@broken("determinism", "the same weights give other features")
+@broken("determinism", "the same weights give different features")
 class AlwaysDrops(Tower):
     def encode(self, x, *, tokens, token_mask):
         return super().encode(dropout(x, 0.5, training=True), tokens=tokens, token_mask=token_mask)
 
 
-@broken("determinism", "the same seed gives other weights")
+@broken("determinism", "the same seed gives different weights")
 class OwnSeed(Tower):
     def __init__(self, config):
         super().__init__(config)
@@ -154,13 +154,13 @@ class FixedType(Tower):
         return encoded
 
 
-@broken("attention", "more than one in sum")
+@broken("attention", "sum to more than 1")
 class Logits(Telling):
     def class_attention(self, x):
         return super().class_attention(x) * 7
 
 
-@broken("attention", r"has 3 places for 4 real tokens")
+@broken("attention", r"has 3 positions for 4 real tokens")
 class ShortLayout(Telling):
     def token_layout(self, view):
         return ["a ", "b ", "c "]
@@ -173,7 +173,7 @@ class DenseInWordsAlone(MaskingTower):
         return BackboneSpec(config.width, config.dim, dense=("plain",))
 
 
-@broken("dense", "with plain attention `dense` must give what `encode` gives")
+@broken("dense", "with plain attention `dense` must return the embedding of `encode`")
 class OtherDense(Telling):
     def dense(self, x, *, attention):
         pooled, tokens = super().dense(x, attention=attention)
@@ -199,7 +199,7 @@ def hashing_stack(samples, seeds=()):
     return views
 
 
-@broken("processes", "makes other views in another process")
+@broken("processes", "returns different views in another process")
 class HashesSeeds(MaskingTower):
     @classmethod
     def collator(cls, config):

@@ -30,7 +30,7 @@ class OneSided(MeanFusion):
         return fused
 
 
-@broken("shapes", r"KeyError: 1.*name what is read there")
+@broken("shapes", r"KeyError: 1.*add what the component reads")
 class ReadsMore(MeanFusion):
     def forward(self, features):
         return {name: Fused(normalize(f.tokens[1].mean(1), dim=-1)[None]) for name, f in features.items()}
@@ -59,7 +59,7 @@ class PoolIgnoresPadding(IgnoresPadding):
     pass
 
 
-@broken("pool", r"`pool` gives \[3, 32\], not \[1, 3, 32\]")
+@broken("pool", r"`pool` returns \[3, 32\], not \[1, 3, 32\]")
 class PoolSums(MeanFusion):
     def pool(self, modality, queries, tokens, mask=None):
         return super().pool(modality, queries, tokens, mask).sum(0)

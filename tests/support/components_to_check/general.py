@@ -43,7 +43,7 @@ class Weightless(Match):
         """Two."""
 
 
-@broken("options", "load as something else|are refused")
+@broken("options", "load as different options|are refused")
 class Lossy(Linear):
     class Config(ComponentConfig):
         final: float = Field(0.0, exclude=True)

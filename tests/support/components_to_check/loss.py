@@ -24,7 +24,7 @@ class FloatTerm(Match):
         return {"match": super().forward(outputs)[0]["match"].item()}, {}
 
 
-@broken("terms", r"the metric\(s\) scale hold on to the graph")
+@broken("terms", r"the metric\(s\) scale keep the graph")
 class AttachedMetric(Match):
     def forward(self, outputs):
         return super().forward(outputs)[0], {"scale": self.log_scale.exp()}
@@ -35,6 +35,24 @@ class OneSample(Match):
     def forward(self, outputs):
         spread = outputs.fused["left"].embedding.std(1, unbiased=True).mean()
         return {"match": super().forward(outputs)[0]["match"] + spread}, {}
+
+
+@broken("terms", r"ValueError: rows must come in fours \(loss.py:")
+class NeedsFourRows(Match):
+    """Refuses floats and integer ids alike: its own error is the finding, with the line that raised it."""
+
+    def forward(self, outputs):
+        if next(iter(outputs.student.values())).pooled.shape[1] % 4:
+            raise ValueError("rows must come in fours")
+        return super().forward(outputs)
+
+
+@broken("terms", "KeyError: 'third'")
+class ReadsAMissingModality(Match):
+    """An error that no dtype of the inputs explains is not taken for a wrong one."""
+
+    def forward(self, outputs):
+        return {"match": outputs.student["third"].pooled.sum()}, {}
 
 
 @broken("gradients", "no gradient reaches the student")
@@ -58,7 +76,7 @@ class TrainsAnother(Centred):
         return Needs(teacher=("left",), embeddings=())
 
 
-@broken("purity", "`forward` moves calls|changes when `forward` is called again")
+@broken("purity", "`forward` changes calls|changes when `forward` is called again")
 class Counts(Match):
     def __init__(self, config, plan):
         super().__init__(config, plan)
@@ -69,7 +87,7 @@ class Counts(Match):
         return super().forward(outputs)
 
 
-@broken("after_step", "its state is not finite then")
+@broken("after_step", "its state is not finite after")
 class Explodes(Match):
     @torch.no_grad()
     def after_step(self, outputs, progress):
@@ -96,7 +114,7 @@ class NamesNothing(Fill):
         self.heads = None
 
 
-@broken("teacher_modules", "say Needs")
+@broken("teacher_modules", "return Needs")
 class Teacherless(Match):
     teacher_modules = ("head",)
 
@@ -133,8 +151,8 @@ for component, check, message in (
     (CentresTheTeacher, "inputs_untouched", r"changes outputs.teacher\['default'\]\['left'\].pooled in place"),
     (MeanOverPadding, "padding", "padded tokens change the term"),
     (OwnHeadForTargets, "teacher_targets", "do not depend on the teacher's copy of 'head'"),
-    (LabelsOfRankZero, "ranks", "the same rows give other terms on another rank"),
+    (LabelsOfRankZero, "ranks", "the same rows give different terms on another rank"),
     (OwnRowsAlone, "ranks", "is not the term of all their rows: compare with `gathered`"),
-    (GathersWithoutGradient, "ranks", "gradient is another on two ranks than in one process"),
+    (GathersWithoutGradient, "ranks", "gradient differs between two ranks and one process"),
 ):
     broken(check, message)(component)

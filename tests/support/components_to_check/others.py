@@ -15,13 +15,13 @@ from distill_core.errors import UserError
 from distill_core.evaluate.score import Score
 
 
-@broken("factors", "at step 6 of 10 the factor is -0.*; it must be finite and from 0 to 1")
+@broken("factors", "at step 6 of 10 the factor is -0.*; it must be finite, from 0 to 1")
 class Negative(Linear):
     def factor(self, step, steps):
         return 0.5 - step / steps
 
 
-@broken("factors", "depends on the steps asked before")
+@broken("factors", "depends on earlier calls")
 class Stateful(Linear):
     calls = 0
 
@@ -30,7 +30,7 @@ class Stateful(Linear):
         return 1 / self.calls
 
 
-@broken("steps", "each parameter it is given exactly once")
+@broken("steps", "each parameter exactly once")
 class Forgets(Sgd):
     def groups(self, parameters):
         return [{"params": [p], "lr": 0.1} for _, p, _ in parameters if p.ndim > 1]
@@ -52,7 +52,7 @@ class Slowing(torch.optim.SGD):
                 parameter.data.sub_(group["lr"] / self.done * parameter.grad)
 
 
-@broken("optimizer_state", "after load_state_dict the next step is another one")
+@broken("optimizer_state", "after load_state_dict the next step differs")
 class UnsavedSteps(Sgd):
     def build(self, groups):
         return Slowing(groups)
@@ -86,7 +86,7 @@ class TensorScore(Agreement):
         return [replace(score, value=torch.tensor(score.value)) for score in super().run(model, sets)]
 
 
-@broken("scores", "other scores the second time")
+@broken("scores", "different scores the second time")
 class RandomScore(Agreement):
     def run(self, model, sets):
         return [Score(None, "cosine", torch.rand(()).item())]
@@ -98,7 +98,7 @@ class Numbers(Agreement):
         return {score.name: score.value for score in super().run(model, sets)}
 
 
-@broken("scores", "two scores of one set have one name: .*cosine")
+@broken("scores", "two scores of one set have the same name: .*cosine")
 class OneName(Agreement):
     def run(self, model, sets):
         return 2 * super().run(model, sets)
@@ -130,14 +130,14 @@ class NeverStarted(Silent):
             self.folder = folder
 
 
-@broken("refusal", "raises UserError after it has changed backbone")
+@broken("refusal", "raises UserError after changing backbone")
 class HalfLoaded(Zeros):
     def apply(self, objective):
         super().apply(objective)
         raise UserError("no such file")
 
 
-@broken("refusal", "names what it loaded|which the model has not")
+@broken("refusal", "which the model does not have")
 class Invents(Zeros):
     def apply(self, objective):
         return LoadReport("all", frozenset({"backbone.third.weight"}))

@@ -30,9 +30,9 @@ class MeanFusion(FusionHead):
         """pooled [V, B, D] of each modality, L2-normalised."""
         names = list(features)
         fused = {}
-        for mine, other in zip(names, names[1:] + names[:1], strict=True):
-            theirs = features[other]
-            fused[mine] = self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))
+        for name, other in zip(names, names[1:] + names[:1], strict=True):
+            tokens_of = features[other]
+            fused[name] = self.pool(other, features[name].pooled, tokens_of.tokens[0], tokens_of.masks.get(0))
         return {name: Fused(normalize(x.float(), dim=-1)) for name, x in fused.items()}
 
     def pool(self, modality, queries, tokens, mask=None):

@@ -44,13 +44,13 @@ class Match(Loss):
         """One term; the framework multiplies it by `weight`. M samples of all ranks."""
         a, b = self.config.modalities
         terms = []
-        for mine, other in ((a, b), (b, a)):
-            queries = outputs.fused[mine].embedding  # [V, B, D]
+        for modality, other in ((a, b), (b, a)):
+            queries = outputs.fused[modality].embedding  # [V, B, D]
             keys = outputs.teacher["default"][other].gathered[0]  # [M, D]
             with torch.autocast(queries.device.type, enabled=False):
                 logits = self.log_scale.exp() * queries @ keys.T  # [V, B, M]
-            own = rank() * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device)
-            terms.append(cross_entropy(logits.flatten(0, 1), own.repeat(len(queries))))
+            labels = rank() * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device)
+            terms.append(cross_entropy(logits.flatten(0, 1), labels.repeat(len(queries))))
         return {"match": torch.stack(terms).mean()}, {"scale": self.log_scale.detach().exp()}
 
     @torch.no_grad()

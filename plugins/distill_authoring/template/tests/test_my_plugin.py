@@ -30,15 +30,15 @@ def test_the_loss_is_its_formula():
     teacher = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}
     fused = {name: Fused(x) for name, x in unit.items()}
     outputs = Outputs({}, {}, {"default": teacher}, fused, None, Progress(0, 1), lambda module: module)
-    found = loss(outputs)[0]["match"].item()
+    term = loss(outputs)[0]["match"].item()
     expected = []
-    for mine, other in (("left", "right"), ("right", "left")):
+    for name, other in (("left", "right"), ("right", "left")):
         for view in range(2):
             for i in range(3):
                 keys = [k / k.norm() for k in teacher[other].pooled[0]]
-                logits = [2.0 * float(unit[mine][view, i] @ key) for key in keys]
+                logits = [2.0 * float(unit[name][view, i] @ key) for key in keys]
                 expected.append(math.log(sum(math.exp(x) for x in logits)) - logits[i])
-    assert found == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert term == pytest.approx(sum(expected) / len(expected), rel=1e-5)
 
 
 def test_the_recipe_trains(tmp_path, monkeypatch):

@@ -26,19 +26,19 @@ def parse_classes(text: str, where: str) -> list[tuple[str, ...]]:
 
     Raises `DataError` for a line without a word, a name that comes twice, or more classes than a mask can tell apart.
     """
-    found: list[tuple[str, ...]] = []
+    classes: list[tuple[str, ...]] = []
     for number, line in enumerate(text.rstrip().splitlines(), 1):
         words = tuple(word.strip() for word in line.split(",") if word.strip())
         if not words:
             raise DataError(f"{where}:{number}: no class in this line; write one a line, its words separated by commas")
-        found.append(words)
-    names = names_of(found)
+        classes.append(words)
+    names = names_of(classes)
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"{where}: two classes are called {name!r}; put another word first in one of their lines")
     if not 0 < len(names) <= IGNORE:
         raise DataError(f"{where}: {len(names)} classes; there must be 1 to {IGNORE}")
-    return found
+    return classes
 
 
 def read_classes(file: str) -> bytes:
@@ -57,7 +57,7 @@ def names_of(classes: Classes) -> list[str]:
 
 
 def read_mask(data: bytes, ignore: int = IGNORE) -> np.ndarray:
-    """A picture of one channel, or with a palette -> class numbers [H, W] int64.
+    """Decode a mask image (one channel or a palette) -> class numbers [H, W] int64.
 
     Raises `BadSample`, also for values below 0, and above 255 but for `ignore`.
     """

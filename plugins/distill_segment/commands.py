@@ -13,10 +13,12 @@ from distill_core.tools import completion
 @click.command()
 @click.argument("run", shell_complete=completion.run_folders)
 @click.argument("pictures", nargs=-1, type=click.Path())
-@click.option("--out", required=True, help="Folder that the overlays are written to, as NAME-classes.png.")
-@click.option("--task", default="{name: segmentation}", show_default=True, help="The task, as in a recipe.")
-@click.option("--split", default="test", show_default=True, help="Split, where the task has a source.")
-@click.option("--limit", default=8, show_default=True, type=click.IntRange(1), help="Samples of the source, at most.")
+@click.option("--out", required=True, help="Folder for the overlays, NAME-classes.png.")
+@click.option("--task", default="{name: segmentation}", show_default=True, help="The task, written as in a recipe.")
+@click.option("--split", default="test", show_default=True, help="Split to read, if the task has a source.")
+@click.option(
+    "--limit", default=8, show_default=True, type=click.IntRange(1), help="Maximum number of samples from the source."
+)
 @click.option("--teacher", is_flag=True, help="Use the teacher.")
 @click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
 def segment(
@@ -29,9 +31,9 @@ def segment(
     teacher: bool,
     checkpoint: str,
 ) -> None:
-    """Paint what a run's model finds over PICTURES (any classes you name), or over samples of the task's source.
+    """Segment PICTURES, or samples of the task's source, with a run's model, and write the classes as overlays.
 
-    --task '{name: segmentation, classes: FILE}' names the classes, one a line; with a `source` it shows the truth, too.
+    --task '{name: segmentation, classes: FILE}' names the classes, one a line; with a `source`, the truth is drawn too.
     """
     from distill_core import BadSample, EvaluationSet, UserError
     from distill_core.tools import Registry, load_model, run_recipe
@@ -42,7 +44,7 @@ def segment(
     (node,) = run_recipe(Path(run), Registry.discover(), changes).evaluate.tasks
     tool = node.build()
     if not isinstance(tool, Segmentation):
-        raise UserError(f"--task: {node.id!r} is no segmentation")
+        raise UserError(f"--task: {node.id!r} is not a segmentation task")
     if bool(pictures) == (node.config.source is not None):
         raise UserError("give either PICTURES or a --task with a `source`")
     sets: list[EvaluationSet] = []
@@ -55,17 +57,17 @@ def segment(
         sets, limit = [EvaluationSet("pictures", samples)], len(samples)
     folder = Path(out).expanduser()
     inputs = {Path(picture).resolve() for picture in pictures}
-    taken: set[str] = set()
+    used: set[str] = set()
     model = load_model(run, teacher=teacher, checkpoint=checkpoint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for i, here in enumerate(sets):
-            segmenter = Segmenter(model, tool.config, tool.classes(here))
-            for sample in islice(here, limit // len(sets) + (i < limit % len(sets))):
-                path = _free(folder, str(sample["__key__"]), taken)
+        for i, evaluation_set in enumerate(sets):
+            segmenter = Segmenter(model, tool.config, tool.classes(evaluation_set))
+            for sample in islice(evaluation_set, limit // len(sets) + (i < limit % len(sets))):
+                path = _free(folder, str(sample["__key__"]), used)
                 if path.resolve() in inputs | {Path(str(sample["__url__"])).resolve()}:
                     raise UserError(f"{path}: is one of the pictures to paint; give another folder as --out")
-                tool.overlay(segmenter, sample, here.name).picture.save(path)
+                tool.overlay(segmenter, sample, evaluation_set.name).picture.save(path)
                 click.echo(str(path))
     except BadSample as error:
         raise UserError(f"{sample['__url__']}: {sample['__key__']!r}: {error}") from error
@@ -73,14 +75,14 @@ def segment(
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _free(folder: Path, key: str, taken: set[str]) -> Path:
-    """Where a sample's overlay goes, KEY-classes.png; numbered where another of this call has the name."""
-    name = wanted = f"{key.replace('/', '_')}-classes"
+def _free(folder: Path, key: str, used: set[str]) -> Path:
+    """The file of a sample's overlay, KEY-classes.png; numbered if this call has used the name."""
+    name = base = f"{key.replace('/', '_')}-classes"
     for number in count(2):
-        if name not in taken:
+        if name not in used:
             break
-        name = f"{wanted}-{number}"
-    taken.add(name)
+        name = f"{base}-{number}"
+    used.add(name)
     return folder / f"{name}.png"
 
 

@@ -1,4 +1,4 @@
-"""What `distill check-plugin` tries the task on: pictures of noise."""
+"""Images of noise, on which `distill check-plugin` runs the task."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CLASSES = b"background\nsquare, box\ndisc\n"
 def samples(count: int, seed: int = 0) -> list[Sample]:
     """Pictures of noise, 24 x 32 px, with masks of three classes and a strip that is not scored."""
     rng = np.random.default_rng(seed)
-    made: list[Sample] = []
+    result: list[Sample] = []
     for i in range(count):
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).save(file, "PNG")
         mask = rng.integers(0, 3, (24, 32))
         mask[:2] = 255
         fields = {"png": file.getvalue(), "mask.png": write_mask(mask), "classes.txt": CLASSES}
-        made.append({"__key__": f"noise-{i}", "__url__": "noise", **fields})
-    return made
+        result.append({"__key__": f"noise-{i}", "__url__": "noise", **fields})
+    return result

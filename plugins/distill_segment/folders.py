@@ -19,7 +19,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Masks:
-    """What a folder's masks mean, and how files of one sample are named: NAME + a suffix each."""
+    """How to read a folder's masks, and how the files of a sample are named: NAME + suffix."""
 
     mask_suffix: str = ".png"
     image_suffixes: tuple[str, ...] = PICTURES
@@ -43,7 +43,7 @@ class Masks:
 
 
 class Pairs:
-    """The samples of pairs of files, read anew each time."""
+    """The samples of pairs of files, read again in each iteration."""
 
     def __init__(self, pairs: Sequence[tuple[str, Path, Path]], masks: Masks, classes: bytes) -> None:
         """`pairs` are (key, picture, mask)."""
@@ -62,38 +62,38 @@ class Pairs:
 
 
 def pairs_of(
-    images: Path, masks: Path, how: Masks, listed: Path | None, expected: str = ""
+    images: Path, masks: Path, rules: Masks, list_file: Path | None, expected: str = ""
 ) -> list[tuple[str, Path, Path]]:
     """(name, picture, mask) of each name in the list, or of each mask.
 
-    Raises `DataError` for what is not there; `expected` ends what it says of a folder.
+    Raises `DataError` for missing files; `expected` is appended to the message about a folder.
     """
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder{expected}")
-    if listed is not None:
+    if list_file is not None:
         try:
-            keys = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+            keys = [line.strip() for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{listed}: the list of names cannot be read: {error}") from error
+            raise DataError(f"{list_file}: the list of names cannot be read: {error}") from error
     else:
-        found = sorted(masks.rglob(f"*{how.mask_suffix}"))
-        keys = [path.relative_to(masks).as_posix().removesuffix(how.mask_suffix) for path in found]
+        mask_files = sorted(masks.rglob(f"*{rules.mask_suffix}"))
+        keys = [path.relative_to(masks).as_posix().removesuffix(rules.mask_suffix) for path in mask_files]
     if not keys:
-        raise DataError(f"{listed or masks}: no mask NAME{how.mask_suffix}")
+        raise DataError(f"{list_file or masks}: no mask NAME{rules.mask_suffix}")
     pairs, missing = [], []
     for key in keys:
-        mask = masks / f"{key}{how.mask_suffix}"
-        image = next((path for suffix in how.image_suffixes if (path := images / f"{key}{suffix}").is_file()), None)
+        mask = masks / f"{key}{rules.mask_suffix}"
+        image = next((path for suffix in rules.image_suffixes if (path := images / f"{key}{suffix}").is_file()), None)
         if image is None:
-            missing.append(str(images / f"{key}{how.image_suffixes[0]}"))
+            missing.append(str(images / f"{key}{rules.image_suffixes[0]}"))
         elif not mask.is_file():
             missing.append(str(mask))
         else:
             pairs.append((key, image, mask))
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(f"{len(missing)} of {len(keys)} samples lack a file: {', '.join(missing[:3])}{more}")
+        ellipsis = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(f"{len(missing)} of {len(keys)} samples lack a file: {', '.join(missing[:3])}{ellipsis}")
     return pairs
 
 
@@ -104,11 +104,11 @@ class _Folders(DataSource):
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
-        """The one of the option."""
+        """The split of the option `split`."""
         return (config.split,)
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """No shards."""
+        """None: it has no shards."""
         return {}
 
 
@@ -124,11 +124,11 @@ class ImageMaskConfig(ComponentConfig):
     list: str | None = None
     """File of the names to take, one a line, without suffix; null takes all masks."""
     mask_suffix: str = ".png"
-    """What a mask's file name has behind the NAME that it shares with its picture."""
+    """Suffix of a mask's file name, after the NAME that it shares with its picture."""
     image_suffixes: tuple[str, ...] = Field(PICTURES, min_length=1)
-    """What a picture's may have behind it; the first that is there is taken."""
+    """Possible suffixes of a picture's file name; the first that exists is used."""
     ignore: int = Field(IGNORE, ge=0, le=65535)
-    """The masks' value where nothing is scored, beside 255."""
+    """The masks' value for pixels that are not scored, in addition to 255."""
     reduce_zero_label: bool = False
     """Whether 0 is not scored either and classes start at 1, as in ADE20K."""
     split: str = "test"
@@ -151,10 +151,10 @@ class ImageMaskFolder(_Folders):
         if split != self.config.split:
             return {}
         options = self.config
-        how = Masks(options.mask_suffix, options.image_suffixes, options.ignore, options.reduce_zero_label)
+        rules = Masks(options.mask_suffix, options.image_suffixes, options.ignore, options.reduce_zero_label)
         images, masks = (Path(folder).expanduser() for folder in (options.images, options.masks))
-        pairs = pairs_of(images, masks, how, Path(options.list).expanduser() if options.list else None)
-        return {"data": Pairs(pairs, how, read_classes(options.classes))}
+        pairs = pairs_of(images, masks, rules, Path(options.list).expanduser() if options.list else None)
+        return {"data": Pairs(pairs, rules, read_classes(options.classes))}
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class Layout:
     images: str
     masks: str
     classes: tuple[str, ...]
-    how: Masks = Masks(image_suffixes=(".jpg",))
-    listed: str | None = None
+    rules: Masks = Masks(image_suffixes=(".jpg",))
+    list_file: str | None = None
 
 
 _BACKGROUND = ("background",)
@@ -178,9 +178,9 @@ _FROM_ONE = Masks(image_suffixes=(".jpg",), reduce_zero_label=True)
 
 LAYOUTS = {
     "voc20": Layout(*_VOC, names.VOC, _FROM_ONE, _VOC_LIST),
-    "voc21": Layout(*_VOC, _BACKGROUND + names.VOC, listed=_VOC_LIST),
+    "voc21": Layout(*_VOC, _BACKGROUND + names.VOC, list_file=_VOC_LIST),
     "context59": Layout(*_CONTEXT, names.CONTEXT, _FROM_ONE, _CONTEXT_LIST),
-    "context60": Layout(*_CONTEXT, _BACKGROUND + names.CONTEXT, listed=_CONTEXT_LIST),
+    "context60": Layout(*_CONTEXT, _BACKGROUND + names.CONTEXT, list_file=_CONTEXT_LIST),
     "coco_stuff": Layout(*_COCO, names.COCO_STUFF, Masks("_labelTrainIds.png", (".jpg",))),
     "coco_object": Layout(*_COCO, _BACKGROUND + names.COCO_OBJECT, Masks("_instanceTrainIds.png", (".jpg",))),
     "cityscapes": Layout(
@@ -220,15 +220,14 @@ class SegmentationSet(_Folders):
         if split != self.config.split:
             return {}
         layout, root = LAYOUTS[self.config.layout], Path(self.config.root).expanduser()
-        listed = root / layout.listed if layout.listed else None
+        list_file = root / layout.list_file if layout.list_file else None
         expected = f"; {self.config.layout} has {layout.images} and {layout.masks} in `root`"
-        pairs = pairs_of(root / layout.images, root / layout.masks, layout.how, listed, expected)
+        pairs = pairs_of(root / layout.images, root / layout.masks, layout.rules, list_file, expected)
         classes = "\n".join(layout.classes).encode()
         if self.config.classes is not None:
             classes = read_classes(self.config.classes)
-            given = parse_classes(classes.decode(), self.config.classes)
-            if len(given) != len(layout.classes):
-                raise DataError(
-                    f"{self.config.classes}: {len(given)} classes; {self.config.layout} has {len(layout.classes)}"
-                )
-        return {self.config.layout: Pairs(pairs, layout.how, classes)}
+            classes_of_file = parse_classes(classes.decode(), self.config.classes)
+            if len(classes_of_file) != len(layout.classes):
+                counts = f"{len(classes_of_file)} classes; {self.config.layout} has {len(layout.classes)}"
+                raise DataError(f"{self.config.classes}: {counts}")
+        return {self.config.layout: Pairs(pairs, layout.rules, classes)}

@@ -1,4 +1,4 @@
-"""What a segmentation looks like: picture, truth and what was found side by side, and a legend."""
+"""Pictures of a segmentation: image, truth and prediction side by side, with a legend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BACKGROUND = "background"
 """The class of this name is left unpainted."""
 SIDE, GAP, LINE, ALPHA = 240, 8, 20, 0.75
 FEW = 8
-"""So many classes of what was found are told apart, the largest, beside all of the truth."""
+"""Number of predicted classes, the largest, that get a colour, in addition to all classes of the truth."""
 HUES = ["#e6194b", "#0a64e6", "#ffdd00", "#2ca02c", "#f032e6", "#2bc8e8", "#ff6f00", "#7a28c8"]
 REST = (60, 60, 60)
 
@@ -28,18 +28,20 @@ def colour(place: int) -> Colour:
     return round(r + (toward - r) * much), round(g + (toward - g) * much), round(b + (toward - b) * much)
 
 
-def told_apart(found: np.ndarray, truth: np.ndarray | None, names: Sequence[str]) -> tuple[dict[int, Colour], int]:
-    """Colours of the truth's classes and of the largest found, the largest class first; the number of other classes.
+def choose_colours(
+    predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str]
+) -> tuple[dict[int, Colour], int]:
+    """Colours of the truth's classes and of the largest predicted ones, the largest first; the number of other classes.
 
-    Masks are class numbers; neither the background nor what is no class has a colour.
+    Masks are class numbers; the background and pixels without a class have no colour.
     """
     classes = [i for i, name in enumerate(names) if name != BACKGROUND]
-    size = np.bincount(found.ravel(), minlength=IGNORE + 1)
-    own = np.zeros_like(size) if truth is None else np.bincount(truth.ravel(), minlength=IGNORE + 1)
+    size = np.bincount(predicted.ravel(), minlength=IGNORE + 1)
+    true_size = np.zeros_like(size) if truth is None else np.bincount(truth.ravel(), minlength=IGNORE + 1)
     largest = sorted((i for i in classes if size[i]), key=lambda i: -size[i])
-    listed = {i for i in classes if own[i]} | set(largest[:FEW])
-    order = sorted(listed, key=lambda i: (-(own[i] + size[i]), i))
-    return {i: colour(place) for place, i in enumerate(order)}, len(set(largest) - listed)
+    coloured = {i for i in classes if true_size[i]} | set(largest[:FEW])
+    order = sorted(coloured, key=lambda i: (-(true_size[i] + size[i]), i))
+    return {i: colour(place) for place, i in enumerate(order)}, len(set(largest) - coloured)
 
 
 def overlay(picture: Image.Image, mask: np.ndarray, names: Sequence[str], colours: Mapping[int, Colour]) -> Image.Image:
@@ -55,29 +57,30 @@ def overlay(picture: Image.Image, mask: np.ndarray, names: Sequence[str], colour
     return Image.fromarray((grey * (1 - alpha) + table[mask] * alpha).round().astype(np.uint8))
 
 
-def panel(picture: Image.Image, found: np.ndarray, truth: np.ndarray | None, names: Sequence[str]) -> Image.Image:
-    """The picture, the truth where there is one, what was found; below them the classes of the truth and the largest
-    found, by size.
+def panel(picture: Image.Image, predicted: np.ndarray, truth: np.ndarray | None, names: Sequence[str]) -> Image.Image:
+    """The picture, the truth if there is one, and the prediction; below them a legend of the classes, by size.
 
     Masks are class numbers [H, W] of the picture's size; the picture's longer side becomes 240 pixels.
     """
-    colours, others = told_apart(found, truth, names)
+    colours, other_count = choose_colours(predicted, truth, names)
     columns = {"picture": picture}
     if truth is not None:
         columns["truth"] = overlay(picture, truth, names, colours)
-    columns["found"] = overlay(picture, found, names, colours)
+    columns["predicted"] = overlay(picture, predicted, names, colours)
     scale = SIDE / max(picture.size)
     width, height = (max(1, round(length * scale)) for length in picture.size)
     font = font_of(12)
     total = GAP + len(columns) * (width + GAP)
-    entries = [(paint, names[i]) for i, paint in colours.items()] + ([(REST, f"and {others} more")] if others else [])
+    entries = [(paint, names[i]) for i, paint in colours.items()] + (
+        [(REST, f"and {other_count} more")] if other_count else []
+    )
     places, bottom = _flow([font.getlength(name) + LINE + GAP for _, name in entries], total, LINE + height + GAP)
     page = Image.new("RGB", (total, bottom + GAP), "white")
     draw = ImageDraw.Draw(page)
-    for i, (label, shown) in enumerate(columns.items()):
+    for i, (label, image) in enumerate(columns.items()):
         left = GAP + i * (width + GAP)
         draw.text((left, 3), label, fill="grey", font=font)
-        page.paste(shown.resize((width, height), Image.Resampling.BICUBIC), (left, LINE))
+        page.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, LINE))
     for (paint, name), (x, y) in zip(entries, places, strict=True):
         draw.rectangle((x, y + 3, x + 12, y + 15), fill=on_grey(paint))
         draw.text((x + LINE - 2, y + 1), name, fill="black", font=font)

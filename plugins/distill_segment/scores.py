@@ -10,23 +10,25 @@ from torch import Tensor
 from distill_segment.classes import IGNORE
 
 
-def confusion(truth: Tensor, found: Tensor, classes: int) -> Tensor:
-    """Pixels by (true class, found class): int64 [C, C + 1], of int64 maps of one shape; `IGNORE` is left out.
+def confusion(truth: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """Pixels by (true class, predicted class): int64 [C, C + 1], from int64 maps of one shape, without `IGNORE`.
 
-    Found class C is none of them, and never right.
+    A predicted class C means no class, and is never correct.
     """
-    kept = truth != IGNORE
+    scored = truth != IGNORE
     columns = classes + 1
-    return torch.bincount(truth[kept] * columns + found[kept], minlength=classes * columns).view(classes, columns)
+    return torch.bincount(truth[scored] * columns + predicted[scored], minlength=classes * columns).view(
+        classes, columns
+    )
 
 
 def scores_of(matrix: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Of `confusion`, in percent: `mIoU`, the mean over classes that are in the truth or were found, of their
+    """From `confusion`, in percent: `mIoU`, the mean over classes that occur in truth or prediction of their
     `IoU/NAME`; `pixel_accuracy`; and `mean_accuracy`, over classes in the truth (Long et al. 2015, section 5).
     """
     pixels = matrix.double()
-    right, true, found = pixels.diag(), pixels.sum(1), pixels[:, :-1].sum(0)
-    union = true + found - right
+    right, true, predicted = pixels.diag(), pixels.sum(1), pixels[:, :-1].sum(0)
+    union = true + predicted - right
     scores = {f"IoU/{name}": 100 * (right[i] / union[i]).item() for i, name in enumerate(names) if union[i] > 0}
     return {
         "mIoU": sum(scores.values()) / len(scores),

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from distill_segment.task import SegmentationConfig
 
 ASPECT = 8
-"""Pictures longer than so many times their shorter side are refused: the resized one would be as long."""
+"""Larger ratios of a picture's sides are refused: the resized picture would be too large."""
 BAND = 1 << 24
-"""Probabilities that are held at once."""
+"""Maximum number of probabilities in memory."""
 
 
 class Segmenter:
@@ -47,10 +47,12 @@ class Segmenter:
             raise UserError(
                 f"segmentation: stride {self.stride}, window {self.window}, side {self.side}: each is at most the next"
             )
-        prompted = [each if i or config.prompt_background else () for i, each in enumerate(classes)]
-        self.sizes = [len(each) for each in prompted]
+        prompt_words = [
+            words_of_class if i or config.prompt_background else () for i, words_of_class in enumerate(classes)
+        ]
+        self.sizes = [len(words_of_class) for words_of_class in prompt_words]
         templates = templates_of(config.templates)
-        prompts = prompts_of([word for each in prompted for word in each], templates)
+        prompts = prompts_of([word for words_of_class in prompt_words for word in words_of_class], templates)
         if not prompts:
             raise UserError("segmentation: no class has a prompt: there is the background alone")
         embedded = model.encode(words, prompts).view(sum(self.sizes), len(templates), -1)
@@ -59,18 +61,18 @@ class Segmenter:
     def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:
         """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU.
 
-        `count`, which is no class, where the best class is no number or not better than all others. Raises `BadSample`
+        `count`, which is no class, where the best class is NaN or tied. Raises `BadSample`
         for a picture longer than `ASPECT` times its shorter side.
         """
         parts = []
         for probabilities in self.probabilities(picture, height, width):
-            best, found = probabilities.max(0)
-            found[(probabilities == best).sum(0) != 1] = self.count
-            parts.append(found.masked_fill_(best < self.config.threshold, 0).cpu())
+            best, classes = probabilities.max(0)
+            classes[(probabilities == best).sum(0) != 1] = self.count
+            parts.append(classes.masked_fill_(best < self.config.threshold, 0).cpu())
         return torch.cat(parts)
 
     def probabilities(self, picture: Image.Image, height: int, width: int) -> Iterator[Tensor]:
-        """Of each class at each pixel, [C, rows, width] for bands of rows, so that all are never held at once."""
+        """The probability of each class at each pixel, [C, rows, width], in bands of rows to save memory."""
         cosines = self._cosines(picture)
         rows = max(1, BAND // (len(cosines) * width))
         for start in range(0, height, rows):
@@ -83,7 +85,7 @@ class Segmenter:
             yield probabilities
 
     def _cosines(self, picture: Image.Image) -> Tensor:
-        """Of each word at each pixel of the resized picture, the mean over the windows that hold it: [Q, H, W]."""
+        """The cosine of each word at each pixel of the resized picture, averaged over its windows: [Q, H, W]."""
         if max(picture.size) > ASPECT * min(picture.size):
             size = f"{picture.width} x {picture.height} pixels"
             raise BadSample(f"{size}: the longer side is more than {ASPECT} times the shorter")
@@ -93,12 +95,12 @@ class Segmenter:
         window = self.window
         places = list(product(starts(height, window, self.stride), starts(width, window, self.stride)))
         total = torch.zeros(len(self.texts), height, width, device=self.model.device)
-        seen = torch.zeros(height, width, device=self.model.device)
+        counts = torch.zeros(height, width, device=self.model.device)
         for (top, left), cosines in self._of_windows(resized, places):
             enlarged = interpolate(cosines[None], size=(window, window), mode="bilinear")[0]
             total[:, top : top + window, left : left + window] += enlarged
-            seen[top : top + window, left : left + window] += 1
-        return total.div_(seen)
+            counts[top : top + window, left : left + window] += 1
+        return total.div_(counts)
 
     def _of_windows(
         self, picture: Image.Image, places: Sequence[tuple[int, int]]
@@ -106,11 +108,11 @@ class Segmenter:
         """Each window (top, left), and its words' cosines [Q, rows, columns] with the patches."""
         window = self.window
         for start in range(0, len(places), self.model.batch_size):
-            some = places[start : start + self.model.batch_size]
-            crops = [picture.crop((left, top, left + window, top + window)) for top, left in some]
+            chunk = places[start : start + self.model.batch_size]
+            crops = [picture.crop((left, top, left + window, top + window)) for top, left in chunk]
             views = [View(self.augmentation.normalise(crop)) for crop in crops]
             dense = self.model.dense(self.of, views, attention=self.config.attention)  # [N, rows, columns, D]
-            yield from zip(some, (dense @ self.texts.T).permute(0, 3, 1, 2), strict=True)
+            yield from zip(chunk, (dense @ self.texts.T).permute(0, 3, 1, 2), strict=True)
 
 
 def _enlarge(x: Tensor, rows: range, height: int, width: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The task `segmentation`."""
+"""Zero-shot semantic segmentation as an evaluation task."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ class SegmentationConfig(TaskConfig):
     """What the picture's shorter side is resized to before windows are cut; null takes one and a half windows, as SCLIP
     does (336 for 224). Masks are scored at their own size."""
     scale: Annotated[float, Field(gt=0)] = 40.0
-    """Factor of cosines before the softmax over words; only `threshold` and classes of several words feel it."""
+    """Factor of cosines before the softmax over words; affects only `threshold` and classes of several words."""
     threshold: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Pixels whose best probability is lower are class 0, for sets whose class 0 is the background."""
     prompt_background: bool = True
-    """Whether class 0 has prompts, as any other; without, it is found by `threshold` alone (GroupViT, TCL)."""
+    """Whether class 0 has prompts, like the others; if not, only `threshold` predicts it (GroupViT, TCL)."""
 
     @model_validator(mode="after")
     def _finds_the_background(self) -> SegmentationConfig:
         if not self.prompt_background and not self.threshold:
-            raise ValueError("prompt_background: false needs a `threshold`, or class 0 is never found")
+            raise ValueError("prompt_background: false needs a `threshold`, or class 0 is never predicted")
         return self
 
 
 class Segmentation(Task):
     """Zero-shot semantic segmentation: mIoU in percent of sliding windows' dense embeddings against prompts.
-    A pixel whose best class is tied, or no number, is none's.
+    A pixel whose best class is tied or NaN belongs to no class.
 
     Samples hold a picture, `mask.png` (a class number a pixel, 255 where nothing is scored) and `classes.txt`.
     """
@@ -92,15 +92,15 @@ class Segmentation(Task):
 
     @classmethod
     def problems(cls, config: SegmentationConfig, plan: Plan) -> Iterator[str]:
-        """Two modalities that the recipe has, and a backbone that gives the dense embeddings asked for."""
+        """The recipe lacks a modality, or its backbone the dense embeddings."""
         yield from two_modalities(cls.name, config.modalities, plan)
         for name in (config.modalities or tuple(plan.modalities))[:1]:
             dense = plan.modalities[name].spec.dense
             if not dense:
                 yield f"{cls.name!r} needs dense embeddings of {name!r}; its backbone has no `dense`"
             elif config.attention not in dense:
-                known = f"the backbone of {name!r} has {', '.join(dense)}"
-                yield f"{cls.name!r}: no attention {config.attention!r}: {known}"
+                available = f"the backbone of {name!r} has {', '.join(dense)}"
+                yield f"{cls.name!r}: no attention {config.attention!r}: {available}"
 
     @classmethod
     def example(cls, config: SegmentationConfig) -> tuple[Model, list[Sample]]:
@@ -128,30 +128,30 @@ class Segmentation(Task):
         return "percent; mIoU: mean over classes of intersection over union"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Picture]:
-        """Picture, truth and what was found, side by side, of the first samples."""
-        for i, here in enumerate(sets):
-            segmenter = self._segmenter(model, here)
-            for sample in islice(here, samples // len(sets) + (i < samples % len(sets))):
+        """Image, truth and prediction of the first samples, side by side."""
+        for i, evaluation_set in enumerate(sets):
+            segmenter = self._segmenter(model, evaluation_set)
+            for sample in islice(evaluation_set, samples // len(sets) + (i < samples % len(sets))):
                 try:
-                    yield self.overlay(segmenter, sample, here.name)
-                except BadSample:  # `run` has named it
+                    yield self.overlay(segmenter, sample, evaluation_set.name)
+                except BadSample:  # `run` has reported it
                     continue
 
     def overlay(self, segmenter: Segmenter, sample: Sample, of: str) -> Picture:
         """The sheet of one sample of the set `of`; without a truth where it has no mask. Raises `BadSample`."""
         (picture,) = segmenter.augmentation.decode(sample)
         truth = self._truth(sample, picture, segmenter).numpy() if "mask.png" in sample else None
-        found = segmenter(picture, picture.height, picture.width).numpy()
+        predicted = segmenter(picture, picture.height, picture.width).numpy()
         key = str(sample["__key__"])
-        return Picture("overlay", panel(picture, found, truth, segmenter.names), key, {"set": of, "sample": key})
+        return Picture("overlay", panel(picture, predicted, truth, segmenter.names), key, {"set": of, "sample": key})
 
     def classes(self, samples: EvaluationSet) -> Classes:
         """Those of the option, or of the set's samples. Raises `DataError`."""
         if self.config.classes is not None:
             return parse_classes(read_classes(self.config.classes).decode(), self.config.classes)
         first = next(iter(samples), {})
-        if (found := _classes_of(first, f"evaluation set {samples.name!r}")) is not None:
-            return found
+        if (classes := _classes_of(first, f"evaluation set {samples.name!r}")) is not None:
+            return classes
         raise DataError(
             f"evaluation set {samples.name!r}: no sample, or none with `classes.txt`; give the task `classes: FILE`"
         )
@@ -160,7 +160,7 @@ class Segmentation(Task):
         return Segmenter(model, self.config, self.classes(samples))
 
     def _confusion(self, segmenter: Segmenter, samples: EvaluationSet) -> tuple[Tensor, int]:
-        """Of all ranks, each of which has segmented its share; and the number of pictures."""
+        """The confusion matrix over all ranks, each of which segments its share; and the number of pictures."""
         parts = gather_objects(raise_on_all_ranks(lambda: self._share(segmenter, samples)))
         for part in parts:
             samples.skipped |= part[2]
@@ -176,12 +176,12 @@ class Segmentation(Task):
             try:
                 (picture,) = segmenter.augmentation.decode(sample)
                 truth = self._truth(sample, picture, segmenter)
-                found = segmenter(picture, *truth.shape)
+                predicted = segmenter(picture, *truth.shape)
             except BadSample as error:
                 key = str(sample["__key__"])
                 skipped[key, segmenter.of] = Skipped(key, str(sample["__url__"]), f"{segmenter.of}: {error}")
                 continue
-            matrix += confusion(truth, found, segmenter.count)
+            matrix += confusion(truth, predicted, segmenter.count)
             pictures += 1
         return matrix, pictures, skipped
 

@@ -1,8 +1,8 @@
-"""A budget of seconds: time each variant for a few steps, and give it the steps that fit.
+"""A budget of seconds: time each variant for a few steps, then give it the number of steps that fits.
 
-So every run knows its number of steps before it starts: its schedules go to their end, and it can be resumed and
-repeated exactly. A clock in the trainer could promise neither. The price is that runs are as long as the budget only
-as far as the machine is as fast as it was while they were timed; the table has the seconds that they took.
+So every run knows its number of steps before it starts: its schedules complete, and it can be resumed and repeated
+exactly, which a time limit in the trainer could not guarantee. The price is that a run takes as long as the budget only
+if the machine is as fast as during the timing; the table has the seconds that the runs took.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from distill_study.launch import in_use, read_memory, state
 from distill_study.plan import Run, StudyPlan, method, with_steps
 
 
-def _memory(folder: Path) -> Path:
+def _times_file(folder: Path) -> Path:
     return folder / "calibration.json"
 
 
-def _mark(recipe: Recipe) -> str:
-    """What a time belongs to: the recipe, whatever its length."""
+def _fingerprint(recipe: Recipe) -> str:
+    """Identifies the recipe that a time was measured with, apart from its length."""
     return hashlib.sha256(json.dumps(method(with_steps(recipe, 1)), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def calibration_runs(plan: StudyPlan, folder: Path) -> list[Run]:
-    """A short run, with the first seed, of each variant that was not timed yet: nothing evaluated, nothing tracked."""
+    """A short run, with the first seed, of each variant that is not timed yet, without evaluation and tracking."""
     assert plan.study.budget is not None
-    known = read_memory(_memory(folder))
+    times = read_memory(_times_file(folder))
     runs = []
     for variant in plan.variants:
         recipe = plan.recipes[variant.name]
-        if known.get(variant.name, {}).get("recipe") == _mark(recipe):
+        if times.get(variant.name, {}).get("recipe") == _fingerprint(recipe):
             continue
         short = with_steps(recipe, plan.study.budget.calibrate)
         checkpoint = short.train.checkpoint.model_copy(update={"every": None, "best": None})
@@ -54,30 +54,30 @@ def calibration_runs(plan: StudyPlan, folder: Path) -> list[Run]:
 
 
 def drop_changed(runs: Sequence[Run], folder: Path, registry: Registry) -> None:
-    """Remove calibrations in `folder` that were interrupted and are of another recipe than is to be timed now."""
+    """Remove interrupted calibrations in `folder` whose recipe differs from the one to be timed now."""
     for run in runs:
         place = folder / run.name
         if state(place) == "new" or in_use(place):
             continue
         try:
-            same = not differences([run_recipe(place, registry), run.recipe])
-        except UserError:  # it has what is not there any more
-            same = False
-        if not same:
+            is_unchanged = not differences([run_recipe(place, registry), run.recipe])
+        except UserError:  # it names a component that no longer exists
+            is_unchanged = False
+        if not is_unchanged:
             shutil.rmtree(place)
 
 
 def keep_times(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> None:
-    """Write down the seconds a step took in the later half of each calibration, and drop the calibration's runs."""
-    known = read_memory(_memory(folder))
+    """Store the seconds per step in the second half of each calibration, and delete the calibration's runs."""
+    times = read_memory(_times_file(folder))
     for run in runs:
         rows = [row for row in RunFolder(folder / "calibration" / run.name).rows() if "terms" in row]
-        half, end = rows[len(rows) // 2 - 1], rows[-1]
-        steps = end["step"] - half["step"]
-        per_step = (end["seconds"] - half["seconds"]) / steps
-        known[run.name] = {"seconds_per_step": per_step, "steps": steps, "recipe": _mark(plan.recipes[run.name])}
+        middle, end = rows[len(rows) // 2 - 1], rows[-1]
+        steps = end["step"] - middle["step"]
+        per_step = (end["seconds"] - middle["seconds"]) / steps
+        times[run.name] = {"seconds_per_step": per_step, "steps": steps, "recipe": _fingerprint(plan.recipes[run.name])}
         shutil.rmtree(folder / "calibration" / run.name)
-    write_whole(_memory(folder), json.dumps(known, indent=1))
+    write_whole(_times_file(folder), json.dumps(times, indent=1))
 
 
 def calibrated_steps(plan: StudyPlan, folder: Path) -> dict[str, int]:
@@ -85,10 +85,10 @@ def calibrated_steps(plan: StudyPlan, folder: Path) -> dict[str, int]:
     budget = plan.study.budget
     assert budget is not None
     assert budget.seconds is not None
-    known = read_memory(_memory(folder))
+    times = read_memory(_times_file(folder))
     steps = {}
     for variant in plan.variants:
-        per_step = known[variant.name]["seconds_per_step"]
+        per_step = times[variant.name]["seconds_per_step"]
         steps[variant.name] = int(budget.seconds / per_step)
         if steps[variant.name] < 1:
             raise UserError(

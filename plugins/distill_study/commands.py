@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", metavar="STUDY.yaml|RECIPE", shell_complete=completion.recipes)
 @click.option(
-    "--swap", "swaps", multiple=True, metavar="PATH=A,B", help="Of a recipe: values to try, as fusion=none,x."
+    "--swap",
+    "swaps",
+    multiple=True,
+    metavar="PATH=A,B",
+    help="With a RECIPE: values to try, as fusion=none,x. Repeatable.",
 )
 @click.option("--design", type=click.Choice(["grid", "one_at_a_time"]), help="How swaps are combined.")
 @click.option(
@@ -37,17 +41,21 @@ if TYPE_CHECKING:
 )
 @click.option("--seeds", metavar="0,1,2", help="Train each variant once with each seed.")
 @click.option("--budget", metavar="KIND=N", help="steps=N, samples=N or seconds=N: the length of all runs.")
-@click.option("--base", help="The variant that differences are taken to.")
+@click.option("--base", help="The variant that others are compared with.")
 @click.option("--score", "scores", multiple=True, help="A score for the table, as student/retrieval/M. Repeatable.")
 @click.option("--name", help="The study's folder in --runs.")
-@click.option("--runs", default="runs", show_default=True, help="Folder that the study's folder is made in.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Runs at once; 1 here, all with --slurm.")
+@click.option("--runs", default="runs", show_default=True, help="Folder in which the study's folder is created.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at the same time; by default 1, with --slurm all.")
 @click.option(
-    "--slurm", "slurm", multiple=True, metavar="KEY=VALUE", help="Submit runs; options of submitit. Repeatable."
+    "--slurm",
+    "slurm",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Submit runs to SLURM; options of submitit. Repeatable.",
 )
-@click.option("--retry", is_flag=True, help="Try runs again that failed before.")
-@click.option("--check", is_flag=True, help="Only check all variants and list them.")
-@click.option("--quiet", is_flag=True, help="Only warnings and the table at the end.")
+@click.option("--retry", is_flag=True, help="Retry runs that failed before.")
+@click.option("--check", is_flag=True, help="Check and list all variants; train nothing.")
+@click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON; with --check the variants.")
 @without_option
 def ablate(
@@ -70,16 +78,16 @@ def ablate(
 ) -> None:
     """Train variants of a recipe with several seeds, and print a table of what they change.
 
-    All variants are checked before the first starts. The same command again goes on where it stopped.
+    All variants are checked before the first starts. Running the same command again continues a stopped study.
     """
     from distill_study.grammar import option_values
 
-    given: dict[str, Any] = {"design": design, "base": base, "name": name, "scores": list(scores) or None}
-    given["seeds"] = option_values(seeds, "--seeds") if seeds is not None else None
+    settings: dict[str, Any] = {"design": design, "base": base, "name": name, "scores": list(scores) or None}
+    settings["seeds"] = option_values(seeds, "--seeds") if seeds is not None else None
     if budget is not None:
         kind, _, amount = budget.partition("=")
-        given["budget"] = {kind.strip(): option_values(amount, "--budget")[0]}
-    study = _study(target, swaps, given, overrides)
+        settings["budget"] = {kind.strip(): option_values(amount, "--budget")[0]}
+    study = _study(target, swaps, settings, overrides)
     from distill_core.tools import Registry
     from distill_study.plan import check_study
 
@@ -88,14 +96,14 @@ def ablate(
     for warning in plan.warnings:
         click.echo(f"warning: {warning}", err=True)
     if check:
-        _list(plan, as_json)
+        _print_variants(plan, as_json)
         return
     folder = Path(runs) / study.name
     from distill_study.launch import Local, Slurm
     from distill_study.live import StudyDisplay
     from distill_study.run import StudyRunner
 
-    many = len(plan.variants) * len(study.seeds)
+    run_count = len(plan.variants) * len(study.seeds)
     launcher: Local | Slurm = Local()
     if slurm:
         parameters = {}
@@ -105,14 +113,14 @@ def ablate(
                 raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
             parameters[key.strip()] = option_values(value, "--slurm")[0]
         launcher = Slurm(folder / "slurm", parameters)
-    display = StudyDisplay(f"{study.name}: {counted(many, 'run')}", folder, study.scores, quiet=quiet or as_json)
-    at_once = jobs or (many if slurm else 1)
+    display = StudyDisplay(f"{study.name}: {counted(run_count, 'run')}", folder, study.scores, quiet=quiet or as_json)
+    at_once = jobs or (run_count if slurm else 1)
     runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)
-    _end(plan, folder, runner.run(), as_json)
+    _print_outcome(plan, folder, runner.run(), as_json)
 
 
-def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: Sequence[str]) -> Study:
-    """The study of a file, or of a recipe and its swaps; what the command line gives wins."""
+def _study(target: str, swaps: Sequence[str], settings: dict[str, Any], overrides: Sequence[str]) -> Study:
+    """The study of a file, or of a recipe and its swaps; options of the command line take precedence."""
     from distill_core.tools import recipe_file
     from distill_study.grammar import make_study, read_study_document, swaps_document
 
@@ -125,7 +133,7 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
         raise UserError(f"{target}: is a recipe; say what to try with --swap PATH=A,B, or write a study file")
     if swaps:
         document = swaps_document(target, swaps)
-    for key, value in given.items():
+    for key, value in settings.items():
         if value is not None:
             document.data[key] = value
             for path in [path for path in document.origins if path[0] == key]:
@@ -135,8 +143,8 @@ def _study(target: str, swaps: Sequence[str], given: dict[str, Any], overrides: 
     return make_study(document, folder, file.stem + ("-swaps" if swaps else ""), overrides)
 
 
-def _list(plan: StudyPlan, as_json: bool) -> None:
-    """What --check prints."""
+def _print_variants(plan: StudyPlan, as_json: bool) -> None:
+    """Print the variants, for --check."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -162,21 +170,21 @@ def _list(plan: StudyPlan, as_json: bool) -> None:
     for head in ("variant", "recipe", "steps", "changes"):
         table.add_column(head, overflow="fold")
     for row in rows:
-        written = "timed" if seconds else str(row["steps"]) if "steps" in row else f"{row['epochs']} epochs"
+        steps = "timed" if seconds else str(row["steps"]) if "steps" in row else f"{row['epochs']} epochs"
         label = row["label"] + (" (base)" if row["name"] == study.base else "")
-        table.add_row(*map(escape, (label, Path(row["recipe"]).name, written, "\n".join(row["changes"]))))
+        table.add_row(*map(escape, (label, Path(row["recipe"]).name, steps, "\n".join(row["changes"]))))
     Console().print(table)
 
 
-def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None:
-    """The table of what is there, the files, and how to go on."""
+def _print_outcome(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None:
+    """Print the table of finished runs, the files, and how to continue."""
     from rich.console import Console
 
     from distill_study.outcome import publish, study_table, write_files
 
     table = study_table(plan, folder, outcome.runs)
     finished = sum(len(group.runs) for group in table.groups)
-    on = shlex.join(["distill", *sys.argv[1:]])
+    command = shlex.join(["distill", *sys.argv[1:]])
     if finished and as_json:
         from distill_study.table import as_json as table_json
 
@@ -192,15 +200,17 @@ def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None
         files = write_files(table, folder)
         console.print(f"written: {', '.join(map(str, files))}", highlight=False, markup=False, soft_wrap=True)
     if outcome.signal is not None:
-        click.echo(f"stopped: {finished} of {len(outcome.runs)} runs are done. Continue with: {on}", err=True)
+        click.echo(f"stopped: {finished} of {len(outcome.runs)} runs are done. Continue with: {command}", err=True)
         sys.exit(128 + outcome.signal)
     if finished:
         publish(plan, table, folder)
     lines = [f"{name}: {why}" for name, why in outcome.failed.items()]
     if lines:
-        lines.append(f"{len(outcome.failed)} run(s) failed; try them again with: {on} --retry")
+        lines.append(f"{len(outcome.failed)} run(s) failed; retry them with: {command} --retry")
     if outcome.stopped:
-        lines.append(f"{len(outcome.stopped)} run(s) were stopped: {', '.join(outcome.stopped)}. Continue with: {on}")
+        lines.append(
+            f"{len(outcome.stopped)} run(s) were stopped: {', '.join(outcome.stopped)}. Continue with: {command}"
+        )
     if lines:
         raise TrainingStopped("\n".join(lines))
 
@@ -211,9 +221,9 @@ def _end(plan: StudyPlan, folder: Path, outcome: Outcome, as_json: bool) -> None
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @without_option
 def compare(runs: tuple[str, ...], scores: tuple[str, ...], as_json: bool) -> None:
-    """Show what runs' recipes differ in, and their scores, side by side.
+    """Show how the recipes of runs differ, and their scores, side by side.
 
-    Runs that differ in their seed alone are one column: mean, spread. Differences are to the first.
+    Runs that differ only in their seed share a column (mean, spread). Differences are relative to the first column.
     """
     from distill_core.tools import Registry
     from distill_study.compare import compare as compare_runs
@@ -221,23 +231,23 @@ def compare(runs: tuple[str, ...], scores: tuple[str, ...], as_json: bool) -> No
     repeated = sorted({run for run in runs if [Path(r).resolve() for r in runs].count(Path(run).resolve()) > 1})
     if repeated:
         raise RecipeErrors([f"{run}: given twice" for run in repeated])
-    found = compare_runs([Path(run) for run in runs], Registry.discover(), scores)
-    for folder in found.unfinished:
+    comparison = compare_runs([Path(run) for run in runs], Registry.discover(), scores)
+    for folder in comparison.unfinished:
         click.echo(f"warning: {folder}: not finished, so it has no scores (distill resume {folder})", err=True)
     if as_json:
         from distill_study.table import as_json as table_json
 
-        click.echo(json.dumps({"differences": found.differences, **table_json(found.table)}, indent=1))
+        click.echo(json.dumps({"differences": comparison.differences, **table_json(comparison.table)}, indent=1))
     else:
-        _print_comparison(found)
+        _print_comparison(comparison)
 
 
-def _print_comparison(found: Comparison) -> None:
+def _print_comparison(comparison: Comparison) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console, groups = Console(), found.table.groups
+    console, groups = Console(), comparison.table.groups
 
     def sheet(title: str, first: str, *, justify: Any) -> Table:
         table = Table(title=title, title_justify="left")
@@ -248,19 +258,19 @@ def _print_comparison(found: Comparison) -> None:
 
     if len(groups) > 1:
         table = sheet("recipes: what differs", "path", justify="left")
-        for path, values in found.differences.items():
+        for path, values in comparison.differences.items():
             table.add_row(path, *map(escape, values))
-        console.print(table if found.differences else "the recipes are the same")
+        console.print(table if comparison.differences else "the recipes are the same")
     table = sheet("runs", "", justify="right")
     seeds = [", ".join(str(run.seed) for run in group.runs) for group in groups]
     for word, values in (("seeds", seeds), *_lengths(groups)):
         table.add_row(word, *values)
     table.add_section()
-    for score in found.table.scores:
-        cells = [found.table.cells[group.name][score] for group in groups]
+    for score in comparison.table.scores:
+        cells = [comparison.table.cells[group.name][score] for group in groups]
         table.add_row(score, *(" ".join(filter(None, (cell.mean(), escape(cell.change())))) for cell in cells))
     console.print(table)
-    for line in found.table.notes():
+    for line in comparison.table.notes():
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""What two recipes differ in, and runs side by side."""
+"""Differences between recipes, and runs side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.tools import KeyPath, Recipe, RecipeErrors, Registry, run_recipe
-from distill_study.grammar import shown
+from distill_study.grammar import label_of
 from distill_study.plan import method
 from distill_study.table import Group, RunResult, StudyTable, default_scores, unknown_scores
 
@@ -18,7 +18,7 @@ ABSENT = "-"
 
 
 def differences(recipes: Sequence[Recipe]) -> dict[str, list[str]]:
-    """path -> how each recipe has it, of the paths in which they differ; name, seed and tags are left out.
+    """path -> its value in each recipe, for the paths in which they differ; name, seed and tags are ignored.
 
     Components of a list go by their id (`loss.contrastive.weight`). Where two names differ in one place, the place
     itself is named, with the options that are not its defaults.
@@ -27,7 +27,7 @@ def differences(recipes: Sequence[Recipe]) -> dict[str, list[str]]:
     return {".".join(path): values for path, values in _walk([method(recipe) for recipe in recipes], (), defaults)}
 
 
-_GONE = object()
+_MISSING = object()
 
 
 def _walk(
@@ -37,18 +37,18 @@ def _walk(
         return
     values = [_by_id(value) for value in values]
     names = [value.get("name") if isinstance(value, dict) else None for value in values]
-    alike = len(set(names)) == 1 and all(isinstance(value, dict) for value in values)
-    if not alike and not all(isinstance(value, dict) and "name" not in value for value in values):
+    same_kind = len(set(names)) == 1 and all(isinstance(value, dict) for value in values)
+    if not same_kind and not all(isinstance(value, dict) and "name" not in value for value in values):
         yield (
             path,
             [
-                ABSENT if value is _GONE else shown(found.get(path, value))
-                for value, found in zip(values, short, strict=True)
+                ABSENT if value is _MISSING else label_of(options.get(path, value))
+                for value, options in zip(values, short, strict=True)
             ],
         )
         return
     for key in dict.fromkeys(key for value in values for key in value):
-        yield from _walk([value.get(key, _GONE) for value in values], (*path, key), short)
+        yield from _walk([value.get(key, _MISSING) for value in values], (*path, key), short)
 
 
 def _by_id(value: Any) -> Any:
@@ -97,11 +97,11 @@ def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] =
     kinds: list[dict[str, Any]] = []
     members: list[list[int]] = []
     for i, recipe in enumerate(recipes):
-        own = method(recipe)
-        place = kinds.index(own) if own in kinds else -1
-        taken = place >= 0 and recipe.seed in [recipes[j].seed for j in members[place]]
-        if place < 0 or taken:  # the same seed again: a run of its own, not a second sample
-            kinds.append(own)
+        recipe_method = method(recipe)
+        place = kinds.index(recipe_method) if recipe_method in kinds else -1
+        has_seed = place >= 0 and recipe.seed in [recipes[j].seed for j in members[place]]
+        if place < 0 or has_seed:  # the same seed again: a separate run, not a second sample
+            kinds.append(recipe_method)
             members.append([i])
         else:
             members[place].append(i)
@@ -109,25 +109,25 @@ def compare(folders: Sequence[Path], registry: Registry, scores: Sequence[str] =
     groups: list[Group] = []
     for indices in members:
         name = _group_name([folders[i].name for i in indices])
-        known = [group.name for group in groups]
-        name = name if name not in known else str(folders[indices[0]])
-        found = tuple(result for i in indices if (result := results[i]) is not None)
-        groups.append(Group(name, name, found, len(indices)))
+        names = [group.name for group in groups]
+        name = name if name not in names else str(folders[indices[0]])
+        group_results = tuple(result for i in indices if (result := results[i]) is not None)
+        groups.append(Group(name, name, group_results, len(indices)))
     finished = [result for result in results.values() if result is not None]
-    chosen = list(scores) or default_scores(finished)
-    if finished and (unknown := unknown_scores(chosen, finished)):
+    chosen_scores = list(scores) or default_scores(finished)
+    if finished and (unknown := unknown_scores(chosen_scores, finished)):
         raise RecipeErrors([f"--score: {line}" for line in unknown.values()])
     return Comparison(
-        StudyTable.of("comparison", groups, groups[0].name, chosen),
+        StudyTable.of("comparison", groups, groups[0].name, chosen_scores),
         differences([recipes[indices[0]] for indices in members]),
         tuple(str(folders[i]) for i, result in results.items() if result is None),
     )
 
 
 def _group_name(names: Sequence[str]) -> str:
-    """What the folders' names share, without a seed's number."""
+    """The common prefix of the folders' names, without the seed."""
     if len(names) == 1:
         return names[0]
-    same = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-    shared = "".join(letters[0] for letters in same)
-    return re.sub(r"seed\d*$", "", shared).rstrip("-_.") or f"{names[0]}, ..."
+    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    prefix = "".join(letters[0] for letters in common)
+    return re.sub(r"seed\d*$", "", prefix).rstrip("-_.") or f"{names[0]}, ..."

@@ -33,32 +33,32 @@ class Budget(ComponentConfig):
     seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds of training. Each variant is timed first, and gets the steps that fit (see docs/studies.md)."""
     calibrate: Annotated[int, Field(ge=4)] = 24
-    """Steps that a variant is timed for; the later half counts."""
+    """Steps that a variant is timed for; only the second half counts."""
 
 
 class StudyFile(ComponentConfig):
     """What a study file holds."""
 
     recipe: str
-    """The base recipe: a path relative to the study file, or the name of a recipe that a plugin brings."""
+    """The base recipe: a path relative to the study file, or the name of a recipe that a plugin provides."""
     name: Annotated[str, Field(pattern=f"^{_WORD.pattern}$")] | None = None
-    """The study's folder; the file's name otherwise."""
+    """The study's folder; by default the file's name."""
     changes: Any = Field(None, alias="set")
     """Changes that all variants share: {path: value}, or a list of path=value."""
     variants: dict[str, Any] | None = None
     """Name -> its changes ({path: value}, or a list of path=value); `recipe:` among them names another base."""
     swaps: dict[str, Any] | None = None
-    """Instead of variants: path -> the values that are tried there, a list or {name: value}."""
+    """Instead of variants: path -> the values to try there, a list or {name: value}."""
     design: Literal["grid", "one_at_a_time"] = "grid"
-    """All combinations of the swaps, or the recipe as it is and each swap alone."""
+    """All combinations of the swaps, or the unchanged recipe and each swap alone."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]  # noqa: RUF012
     """Each variant is trained once with each seed."""
     budget: Budget | None = None
     """The length of all runs; without it each recipe keeps its own."""
     base: str | None = None
-    """The variant that differences are taken to; the first otherwise."""
+    """The variant that others are compared with; by default the first."""
     scores: list[str] = []  # noqa: RUF012
-    """Scores of report.json for the table, as student/retrieval/M; the student's headlines otherwise."""
+    """Scores of report.json for the table, as student/retrieval/M; by default the student's headlines."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def swaps_document(recipe: str, swaps: Sequence[str]) -> Document:
 def make_study(document: Document, folder: Path, default_name: str, overrides: Sequence[str] = ()) -> Study:
     """Check a study's document; recipes are relative to `folder`. `overrides` are the command line's `--set`.
 
-    Raises `RecipeErrors` with all that is wrong.
+    Raises `RecipeErrors` with all errors.
     """
     return _Reader(document, folder).study(default_name, overrides)
 
@@ -179,14 +179,14 @@ class _Reader:
                 path: KeyPath = tuple(item["loc"])
                 if item["type"] == "extra_forbidden":
                     model = Budget if path[0] == "budget" else StudyFile
-                    known = [field.alias or name for name, field in model.model_fields.items()]
-                    self.error(path, f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}")
+                    names = [field.alias or name for name, field in model.model_fields.items()]
+                    self.error(path, f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), names)}")
                 elif item["type"] == "missing":
                     self.error(path, "is required and not given")
                 else:
-                    got = item["input"]
-                    value = f", got {got!r}" if got is None or isinstance(got, str | int | float) else ""
-                    self.error(path, item["msg"] + value)
+                    value = item["input"]
+                    suffix = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
+                    self.error(path, item["msg"] + suffix)
             return None
         budget = frame.budget
         if budget is not None and sum(v is not None for v in (budget.steps, budget.samples, budget.seconds)) != 1:
@@ -216,10 +216,10 @@ class _Reader:
             self.error(path, "a variant's name is a word of letters, digits, - . and _")
         recipe = self.recipe
         if isinstance(value, dict) and "recipe" in value:
-            named = value["recipe"]
+            base = value["recipe"]
             value = {key: item for key, item in value.items() if key != "recipe"}
-            if isinstance(named, str):
-                recipe = self._recipe_file((*path, "recipe"), named)
+            if isinstance(base, str):
+                recipe = self._recipe_file((*path, "recipe"), base)
             else:
                 self.error((*path, "recipe"), "is the path or the name of a recipe")
         changes = tuple(self._changes(path, value, frame.budget))
@@ -241,10 +241,10 @@ class _Reader:
                 self.error(place, "needs the values to try: a list, or {name: value}")
                 continue
             self._allowed(place, path, frame.budget)
-            named = values.items() if isinstance(values, dict) else enumerate(values)
+            items = values.items() if isinstance(values, dict) else enumerate(values)
             axis = []
-            for key, value in named:
-                word = key if isinstance(values, dict) else shown(value)
+            for key, value in items:
+                word = key if isinstance(values, dict) else label_of(value)
                 axis.append((f"{path}={word}", (_assignment(path, value), self.document.origin((*place, key)))))
             axes.append(axis)
         if self.errors or not axes:
@@ -254,16 +254,16 @@ class _Reader:
             combinations = list(itertools.product(*axes))
         else:
             combinations = [(), *((swap,) for axis in axes for swap in axis)]
-        made: list[Variant] = []
+        variants: list[Variant] = []
         for parts in combinations:
             label = ", ".join(label for label, _ in parts) or "base"
             name = re.sub(r"[^A-Za-z0-9._]+", "-", label).strip("-._")[:80]
-            taken = [variant.name for variant in made]
-            if name in taken:
-                name = next(f"{name}-{i}" for i in itertools.count(2) if f"{name}-{i}" not in taken)
+            names = [variant.name for variant in variants]
+            if name in names:
+                name = next(f"{name}-{i}" for i in itertools.count(2) if f"{name}-{i}" not in names)
             origin = parts[-1][1][1] if parts else self.document.origin(("swaps",))
-            made.append(Variant(name, label, self.recipe, tuple(change for _, change in parts), origin))
-        return made
+            variants.append(Variant(name, label, self.recipe, tuple(change for _, change in parts), origin))
+        return variants
 
     def _allowed(self, place: KeyPath, target: str, budget: Budget | None) -> None:
         if (problem := _reserved(target, budget)) is not None:
@@ -273,28 +273,28 @@ class _Reader:
 def _reserved(target: str, budget: Budget | None) -> str | None:
     """Why a change of the path `target` would have no effect in a study."""
     if target in ("name", "seed"):
-        return f"{target!r} is the study's own to give; see `{target if target == 'name' else 'seeds'}`"
+        return f"{target!r} is set by the study; see `{target if target == 'name' else 'seeds'}`"
     if target in ("train", "train.steps", "train.epochs") and budget is not None:
-        return f"{target!r} is given, and a budget too; leave one out"
+        return f"{target!r} and `budget` are both given; remove one"
     return None
 
 
 def _assignment(path: str, value: Any) -> str:
-    """`path=value` of a value that was read already; JSON is YAML, but for numbers that are not finite."""
+    """`path=value` for a parsed value; JSON is valid YAML, except for numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"{path}={'.nan' if math.isnan(value) else '.inf' if value > 0 else '-.inf'}"
     return f"{path}={json.dumps(value, ensure_ascii=False)}"
 
 
-def shown(value: Any) -> str:
-    """A value as a label has it: `none`, `cross_attention`, `cross_attention(heads=2)`, `(momentum=0.9)`, `0.5`."""
+def label_of(value: Any) -> str:
+    """A value as a label: `none`, `cross_attention`, `cross_attention(heads=2)`, `(momentum=0.9)`, `0.5`."""
     if value is None:
         return "none"
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
         name = value["name"] if isinstance(value.get("name"), str) else ""
-        options = ", ".join(f"{key}={shown(item)}" for key, item in value.items() if not (name and key == "name"))
+        options = ", ".join(f"{key}={label_of(item)}" for key, item in value.items() if not (name and key == "name"))
         return name + (f"({options})" if options else "" if name else "(defaults)")
     return json.dumps(value, ensure_ascii=False)
 

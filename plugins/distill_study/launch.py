@@ -1,7 +1,7 @@
-"""Starts one run of a study in a process of its own, here or through SLURM.
+"""Starts one run of a study in a separate process, on this machine or through SLURM.
 
-A run is found by its place: STUDY/recipes/NAME.yaml is its recipe, STUDY/NAME its run folder, STUDY/logs/NAME.log
-what it printed. Whether it starts or goes on is decided where it starts, so that a job that was requeued goes on.
+A run is identified by its paths: STUDY/recipes/NAME.yaml is its recipe, STUDY/NAME its run folder, STUDY/logs/NAME.log
+its output. Whether it starts or continues is decided on the machine that runs it, so that a requeued job continues.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def not_scored(folder: Path) -> list[str]:
 
 
 def read_memory(path: Path) -> dict[str, Any]:
-    """What a study wrote down for its next start; {} where there is nothing. Raises `UserError`."""
+    """A JSON file that a study wrote for its next start; {} if there is none. Raises `UserError`."""
     try:
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: is no JSON ({error}); remove it") from error
-    return known
+    return content
 
 
 def state(folder: Path) -> State:
-    """Whether a run is finished, has a checkpoint to go on from, or neither."""
+    """Whether a run is finished (done), has a checkpoint to continue from (half), or neither (new)."""
     if read_report(folder) is not None:
         return "done"
     return "half" if Checkpoints(folder).steps() else "new"
@@ -67,7 +67,7 @@ class Job(Protocol):
     """A run that was started."""
 
     def poll(self) -> int | None:
-        """The exit code; None while it goes on."""
+        """The exit code; None while it runs."""
 
     def stop(self, number: int) -> None:
         """Ask it to save and stop, with a signal's number."""
@@ -77,14 +77,14 @@ class Launcher(Protocol):
     """A way to start runs."""
 
     def start(self, study: Path, name: str) -> Job:
-        """Begin, or go on with, the run `name` of the study folder."""
+        """Start or continue the run `name` of the study folder."""
 
 
 class Local:
-    """On this machine."""
+    """Starts runs on this machine."""
 
     def start(self, study: Path, name: str) -> LocalJob:
-        """In a session of its own: a Ctrl-C reaches the study alone, which passes it on once."""
+        """Start the run in a separate session: Ctrl-C reaches only the study, which forwards it once."""
         folder = study / name
         if state(folder) != "new":
             arguments = ["resume", str(folder)]
@@ -100,14 +100,14 @@ class Local:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # a run whose study is killed saves, rather than train on unseen (and the study has no threads yet)
+                # if the study is killed, its runs save and end instead of training on (the study has no threads yet)
                 preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
             )
         return LocalJob(process)
 
 
 def _clear(folder: Path) -> None:
-    """Remove a run that was stopped before its first checkpoint: there is nothing to go on from.
+    """Remove a run that was stopped before its first checkpoint: there is nothing to continue from.
 
     Raises `UserError` for what is no run, and for one that another process trains (a job that was submitted twice).
     """
@@ -129,7 +129,7 @@ def _clear(folder: Path) -> None:
 
 
 class LocalJob:
-    """A child process."""
+    """A run in a child process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
@@ -139,12 +139,12 @@ class LocalJob:
         return self.process.poll()
 
     def stop(self, number: int) -> None:
-        """As `Job.stop`."""
+        """Send the child the signal, on which it saves and stops."""
         self.process.send_signal(number)
 
 
 class Slurm:
-    """Through submitit. `parameters` are those of `submitit.AutoExecutor`, and `cluster` (slurm; local to try it)."""
+    """Starts runs through submitit. `parameters`: those of `submitit.AutoExecutor`, and `cluster` (slurm, or local)."""
 
     def __init__(self, folder: Path, parameters: Mapping[str, Any]) -> None:
         try:
@@ -154,7 +154,7 @@ class Slurm:
         options = dict(parameters)
         cluster = str(options.pop("cluster", "slurm"))
         if cluster == "slurm" and shutil.which("sbatch") is None:
-            raise UserError("--slurm: no sbatch on this machine; start the study where jobs are submitted")
+            raise UserError("--slurm: no sbatch on this machine; start the study on a machine that can submit jobs")
         try:
             self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
             self.executor.update_parameters(**options)
@@ -162,12 +162,12 @@ class Slurm:
             raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
 
     def start(self, study: Path, name: str) -> SlurmJob:
-        """Submit it."""
+        """Submit the run as a job."""
         return SlurmJob(self.executor.submit(SlurmRun(study.absolute(), name)), study / "logs" / f"{name}.log")
 
 
 class SlurmRun:
-    """What a job does: one run, and the same again, from its checkpoint, when the job is requeued."""
+    """The function of a job: one run, which continues from its checkpoint when the job is requeued."""
 
     def __init__(self, study: Path, name: str) -> None:
         self.study, self.name = study, name
@@ -208,7 +208,7 @@ class SlurmRun:
 
 
 class SlurmJob:
-    """A submitted job."""
+    """A run in a submitted SLURM job."""
 
     def __init__(self, job: Any, log: Path) -> None:
         self.job, self.log = job, log

@@ -1,4 +1,4 @@
-"""What a person sees while a study goes on: a table on a terminal, elsewhere a line for each run that ends."""
+"""Progress of a running study: a table on a terminal, elsewhere a line for each run that ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TAIL = 65_536
 class StudyDisplay:
     """Cells are `waiting`, a running run's step, a finished run's first score, `failed` or `stopped`.
 
-    It is drawn by whoever calls `update`: no thread, so that runs can be started safely.
+    `update` draws it in the caller's thread, so that processes can be started safely.
     """
 
     def __init__(self, title: str, folder: Path, scores: Sequence[str], *, quiet: bool = False) -> None:
@@ -44,29 +44,29 @@ class StudyDisplay:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """One line."""
+        """Print a line, unless `quiet`."""
         if not self.quiet:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        """One line that `quiet` does not hide."""
+        """Print a warning, which `quiet` does not hide."""
         self.console.print(f"warning: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def started(self, run: Run) -> None:
-        """A run begins, or goes on: a line where there is no table to see it in."""
+        """A run has started or continued: print a line if there is no table."""
         if self._live is None:
-            self.say(f"{run.name}: started; what it prints: {self.folder / 'logs' / run.name}.log")
+            self.say(f"{run.name}: started; its output: {self.folder / 'logs' / run.name}.log")
 
     def finished(self, run: Run, seconds: float | None = None) -> None:
-        """A run is complete; `seconds` since it was started, all told, None when it had been before."""
+        """A run is complete, `seconds` after it was started; None if it was complete before."""
         result = RunResult.read(self.folder / run.name, run.seed)
         assert result is not None
         scores = [score for score in self.scores or default_scores([result]) if score in result.scores]
         self.cells[run.name] = f"{result.scores[scores[0]].value:.2f}" if scores else "done"
         if seconds is not None:
-            shown = ", ".join(f"{score} {result.scores[score].value:.2f}" for score in scores)
+            text = ", ".join(f"{score} {result.scores[score].value:.2f}" for score in scores)
             steps = f"{counted(result.steps, 'step')} in {result.seconds:.0f} s of training"
-            self.say(f"{run.name}: {steps}, {seconds:.0f} s in all{': ' if shown else ''}{shown}")
+            self.say(f"{run.name}: {steps}, {seconds:.0f} s in all{': ' if text else ''}{text}")
 
     def update(self, running: Sequence[Run]) -> None:
         """Draw again, at most twice a second."""

@@ -1,4 +1,4 @@
-"""The end of a study: its table, its files, and what the tracker is told."""
+"""The end of a study: its table, its files, and its summary for the tracker."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from distill_study.table import (
 
 
 def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTable:
-    """Of the runs that are finished; warns of scores that none of them has."""
+    """The table of the finished runs; warns of scores that none of them has."""
     groups = []
     for variant in plan.variants:
-        own = [run for run in runs if run.variant is variant]
-        found = [RunResult.read(folder / run.name, run.seed) for run in own]
-        results = tuple(result for result in found if result is not None)
+        variant_runs = [run for run in runs if run.variant is variant]
+        variant_results = [RunResult.read(folder / run.name, run.seed) for run in variant_runs]
+        results = tuple(result for result in variant_results if result is not None)
         groups.append(Group(variant.name, variant.label, results, len(plan.study.seeds)))
-    every = [run for group in groups for run in group.runs]
-    scores = list(plan.study.scores) or default_scores(every)
-    if every:
-        for score, line in unknown_scores(scores, every).items():
+    all_results = [run for group in groups for run in group.runs]
+    scores = list(plan.study.scores) or default_scores(all_results)
+    if all_results:
+        for score, line in unknown_scores(scores, all_results).items():
             warn(f"scores: {line}")
             scores.remove(score)
     return StudyTable.of(plan.study.name, groups, plan.study.base, scores)
@@ -41,37 +41,37 @@ def study_table(plan: StudyPlan, folder: Path, runs: Sequence[Run]) -> StudyTabl
 
 def write_files(table: StudyTable, folder: Path) -> list[Path]:
     """table.md, table.tex, table.json and study.png in the study's folder."""
-    words = {
+    texts = {
         "table.md": as_markdown(table),
         "table.tex": as_latex(table),
         "table.json": json.dumps(as_json(table), indent=1),
     }
-    for name, text in words.items():
+    for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     draw(table, folder / "study.png")
-    return [folder / name for name in (*words, "study.png")]
+    return [folder / name for name in (*texts, "study.png")]
 
 
 def publish(plan: StudyPlan, table: StudyTable, folder: Path) -> None:
-    """Give the base recipe's tracker a run of its own: means and spreads, with the variant as context, and the picture.
+    """Send the base recipe's tracker a summary run: means and spreads, with the variant as context, and the picture.
 
-    The runs themselves carry study, variant and seed in their tags. What the run is said to be made with has no device:
-    the runs may have been trained on other machines.
+    The study's runs have study, variant and seed in their tags. The environment of the summary names no device: the
+    runs may have been trained on other machines.
     """
     recipe = plan.recipes[plan.study.base]
     if recipe.tracking is None:
         return
-    place = folder / "summary"
-    place.mkdir(exist_ok=True)
+    summary_folder = folder / "summary"
+    summary_folder.mkdir(exist_ok=True)
     tracker = TrackerThread(recipe.tracking.build(), warn)
     tags = {"study": plan.study.name}
     tracker.call(
-        "start", str(place), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True
+        "start", str(summary_folder), plan.study.name, {**recipe.to_dict(), "name": plan.study.name, "tags": tags}, True
     )
-    packages = [slot.package for used in plan.recipes.values() for slot in used.slots()]
+    packages = [slot.package for variant_recipe in plan.recipes.values() for slot in variant_recipe.slots()]
     options = recipe.tracking.config
-    words = options.tags if isinstance(options, TrackerConfig) else ()
-    tracker.call("describe", environment(None, packages), list(dict.fromkeys(["study", *words])))
+    tags_of_tracker = options.tags if isinstance(options, TrackerConfig) else ()
+    tracker.call("describe", environment(None, packages), list(dict.fromkeys(["study", *tags_of_tracker])))
     for group in table.groups:
         values = {}
         for score, cell in table.cells[group.name].items():

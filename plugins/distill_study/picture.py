@@ -14,14 +14,14 @@ COLUMNS = 3
 
 
 def draw(table: StudyTable, path: Path) -> None:
-    """Writes the picture."""
+    """Write the picture of a table to `path`."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    few = len(table.groups) <= 10
+    is_few = len(table.groups) <= 10
     places = range(len(table.groups))
-    colours = colormaps["tab10" if few else "turbo"]([i if few else i / (len(table.groups) - 1) for i in places])
+    colours = colormaps["tab10" if is_few else "turbo"]([i if is_few else i / (len(table.groups) - 1) for i in places])
     panels = len(table.scores) + 1
     columns = min(COLUMNS, panels)
     rows = math.ceil(panels / columns)
@@ -30,7 +30,7 @@ def draw(table: StudyTable, path: Path) -> None:
     grid = figure.add_gridspec(rows, columns)
     axes = [figure.add_subplot(grid[divmod(i, columns)]) for i in range(panels - 1)]
     axes.append(figure.add_subplot(grid[rows - 1, (panels - 1) % columns :]))  # the curves take what is left
-    several = "; interval over seeds; a dot a seed" if any(len(group.runs) > 1 for group in table.groups) else ""
+    dots_note = "; interval over seeds; a dot a seed" if any(len(group.runs) > 1 for group in table.groups) else ""
     for axis, score in zip(axes, table.scores, strict=False):
         for i, group in enumerate(table.groups):
             cell = table.cells[group.name][score]
@@ -43,11 +43,11 @@ def draw(table: StudyTable, path: Path) -> None:
                 # not below 0: where seeds tie, the rounding of the mean may lie outside of its interval
                 reach = [[max(0.0, cell.summary.mean - ends[0])], [max(0.0, ends[1] - cell.summary.mean)]]
                 axis.errorbar(cell.summary.mean, i, xerr=reach, color="0.15", capsize=3, linewidth=1.2)
-            if several:
+            if dots_note:
                 axis.plot(values, [i] * len(values), ".", color="0.15", markersize=5)
         axis.set_yticks(range(len(table.groups)), [group.label for group in table.groups], fontsize=8)
         axis.invert_yaxis()
-        axis.set(title=score, xlabel=axis_label(table, score) + several)
+        axis.set(title=score, xlabel=axis_label(table, score) + dots_note)
     curves = axes[len(table.scores)]
     for i, group in enumerate(table.groups):
         steps, low, mean, high = _loss(group)

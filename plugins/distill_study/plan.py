@@ -11,8 +11,8 @@ from distill_core import did_you_mean
 from distill_core.tools import Override, Recipe, RecipeErrors, Registry, load_recipe, parse_address
 from distill_study.grammar import Study, Variant
 
-OWN = ("name", "seed", "tags")
-"""What of a recipe says which run it is, and not how it trains."""
+RUN_OPTIONS = ("name", "seed", "tags")
+"""Options that identify a run, and do not affect how it trains."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Run:
 
 @dataclass
 class StudyPlan:
-    """A study whose recipes are good. Without a budget of seconds their steps are final."""
+    """A study whose recipes are valid. Without a budget of seconds their numbers of steps are final."""
 
     study: Study
     variants: tuple[Variant, ...]
@@ -35,8 +35,8 @@ class StudyPlan:
     warnings: list[str] = field(default_factory=list)
 
     def runs(self, steps: Mapping[str, int] | None = None) -> list[Run]:
-        """Seed by seed, so that all variants can be compared early. `steps` are those found by calibration."""
-        made = []
+        """Seed by seed, so that all variants can be compared early. `steps` come from the calibration."""
+        runs = []
         for seed in self.study.seeds:
             for variant in self.variants:
                 recipe = self.recipes[variant.name]
@@ -44,9 +44,9 @@ class StudyPlan:
                     recipe = with_steps(recipe, steps[variant.name])
                 name = f"{variant.name}-seed{seed}"
                 tags = {**recipe.tags, "study": self.study.name, "variant": variant.name, "seed": seed}
-                own = recipe.model_copy(update={"name": name, "seed": seed, "tags": tags})
-                made.append(Run(name, variant, seed, own))
-        return made
+                run_recipe = recipe.model_copy(update={"name": name, "seed": seed, "tags": tags})
+                runs.append(Run(name, variant, seed, run_recipe))
+        return runs
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
@@ -57,16 +57,16 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
 
 def method(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without its name, seed and tags."""
-    return {key: value for key, value in recipe.to_dict().items() if key not in OWN}
+    return {key: value for key, value in recipe.to_dict().items() if key not in RUN_OPTIONS}
 
 
 def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) -> StudyPlan:
-    """Read and check every variant's recipe. Raises `RecipeErrors` with all that is wrong in any of them.
+    """Read and check every variant's recipe. Raises `RecipeErrors` with the errors of all of them.
 
     `allow_unset` turns unset `${NAME}` into warnings.
     """
     recipes: dict[str, Recipe] = {}
-    wrong: dict[str, list[Variant]] = {}
+    variants_by_error: dict[str, list[Variant]] = {}
     warnings: dict[str, None] = {}
     for variant in study.variants:
         try:
@@ -78,14 +78,14 @@ def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) 
             )
         except RecipeErrors as error:
             for line in error.lines:
-                wrong.setdefault(line, []).append(variant)
+                variants_by_error.setdefault(line, []).append(variant)
             continue
         warnings |= dict.fromkeys(recipe.warnings)
         if study.budget is not None and study.budget.samples is not None:
             recipe = with_steps(recipe, max(1, round(study.budget.samples / recipe.data.batch_size)))
         recipes[variant.name] = recipe
-    errors = [_named(study, line, variants) for line, variants in wrong.items()]
-    errors += _unknown_scores(study, recipes) if not wrong else []
+    errors = [_with_variants(study, line, variants) for line, variants in variants_by_error.items()]
+    errors += _unknown_scores(study, recipes) if not variants_by_error else []
     variants, notes = _distinct(study, recipes, errors)
     if errors:
         raise RecipeErrors(errors)
@@ -96,18 +96,18 @@ def check_study(study: Study, registry: Registry, *, allow_unset: bool = False) 
 def _length(study: Study) -> list[Override]:
     if study.budget is None:
         return []
-    steps = study.budget.steps or 1  # a place to put the number that comes from samples or seconds
+    steps = study.budget.steps or 1  # replaced later by the number that samples or seconds give
     return [(f"train.steps={steps}", study.where("budget"))]
 
 
-def _named(study: Study, line: str, variants: Sequence[Variant]) -> str:
-    """The error with the names of the variants that have it, behind the place in the study where there is one."""
+def _with_variants(study: Study, line: str, variants: Sequence[Variant]) -> str:
+    """The error with the names of the variants that have it, after its place in the study file, if it has one."""
     names = [repr(variant.name) for variant in variants]
     if len(names) == len(study.variants) > 1:
         who = "all variants"
     else:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        who = f"variant{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{more}"
+        ellipsis = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        who = f"variant{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{ellipsis}"
     for variant in variants:
         for origin in (variant.origin, *(origin for _, origin in (*variant.changes, *study.shared))):
             if line.startswith(f"{origin}: "):
@@ -116,24 +116,24 @@ def _named(study: Study, line: str, variants: Sequence[Variant]) -> str:
 
 
 def _distinct(study: Study, recipes: Mapping[str, Recipe], errors: list[str]) -> tuple[tuple[Variant, ...], list[str]]:
-    """The variants without those that train what another does: an error, but where a swap is the recipe's own value."""
-    kept: dict[str, Variant] = {}
+    """The variants without duplicates. A duplicate is an error, unless a swap is the recipe's own value."""
+    distinct: dict[str, Variant] = {}
     notes = []
     for variant in study.variants:
         if variant.name not in recipes:
             continue
-        same = kept.setdefault(json.dumps(method(recipes[variant.name]), sort_keys=True), variant)
-        if same is variant:
+        first = distinct.setdefault(json.dumps(method(recipes[variant.name]), sort_keys=True), variant)
+        if first is variant:
             continue
-        if study.one_at_a_time and same is study.variants[0] and variant.name != study.base:
-            notes.append(f"{variant.label!r} is the recipe as it is; it is not run a second time")
+        if study.one_at_a_time and first is study.variants[0] and variant.name != study.base:
+            notes.append(f"{variant.label!r} is the unchanged recipe; it is not run a second time")
         else:
-            errors.append(f"{variant.origin}: variant {variant.name!r}: the same recipe as variant {same.name!r}")
-    return tuple(kept.values()), notes
+            errors.append(f"{variant.origin}: variant {variant.name!r}: the same recipe as variant {first.name!r}")
+    return tuple(distinct.values()), notes
 
 
 def _unknown_scores(study: Study, recipes: Mapping[str, Recipe]) -> list[str]:
-    """Scores that no variant's tasks can give, as far as their names tell."""
+    """Errors for scores that no variant's tasks have, judged by their names."""
     tasks = sorted({node.id for recipe in recipes.values() for node in recipe.evaluate.tasks})
     sides = ["student", "teacher"] if any(recipe.teacher for recipe in recipes.values()) else ["student"]
     errors = []

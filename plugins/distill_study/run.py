@@ -1,4 +1,4 @@
-"""Runs a study: each variant with each seed in a process of its own, going on where it stopped.
+"""Runs a study: each variant with each seed in a separate process; a stopped study continues.
 
 The study's folder holds the run folders (VARIANT-seedN), `recipes/`, `logs/`, `calibration.json` (a budget of
 seconds), `failed.json`, and at the end table.md, table.tex, table.json and study.png.
@@ -24,7 +24,7 @@ from distill_study.plan import Run, StudyPlan
 
 @dataclass
 class Outcome:
-    """How it went: the signal that stopped the study, runs that failed and why, runs that somebody else stopped."""
+    """The result: the signal that stopped the study, failed runs with reasons, and runs that others stopped."""
 
     runs: Sequence[Run] = ()
     signal: int | None = None
@@ -51,77 +51,77 @@ class StudyRunner:
         self.interrupt = Interrupt(display.warn, "stopping the runs; they are saved ...")
 
     def run(self) -> Outcome:
-        """Everything that is not done yet. Raises `UserError` when the folder holds other recipes than the study."""
+        """Run what is not done yet. Raises `UserError` when the folder holds runs of different recipes."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot be made: {error}. Choose another place with --runs.") from error
+            raise UserError(f"{self.folder}: cannot be created: {error}. Choose another folder with --runs.") from error
         try:
             lock = RunFolder(self.folder)  # held for as long as it lives
             lock.lock()
         except UserError:
-            raise UserError(f"{self.folder}: another `distill ablate` is at work on this study") from None
+            raise UserError(f"{self.folder}: another `distill ablate` is running this study") from None
         with self.interrupt.listening():
             steps = None
             if self.plan.study.budget is not None and self.plan.study.budget.seconds is not None:
-                waiting = calibration_runs(self.plan, self.folder)
-                if waiting:
-                    self.display.say(f"timing {counted(len(waiting), 'variant')} for a budget of seconds ...")
-                    drop_changed(waiting, self.folder / "calibration", self.registry)
+                pending = calibration_runs(self.plan, self.folder)
+                if pending:
+                    self.display.say(f"timing {counted(len(pending), 'variant')} for a budget of seconds ...")
+                    drop_changed(pending, self.folder / "calibration", self.registry)
                     # one at a time, so that they do not slow one another down
-                    outcome = self._go(waiting, self.folder / "calibration", 1)
+                    outcome = self._train(pending, self.folder / "calibration", 1)
                     if outcome.signal is not None:
                         return outcome
                     if outcome.failed or outcome.stopped:
                         lines = [f"{name}: {why}" for name, why in outcome.failed.items()]
                         lines += [f"{name}: stopped" for name in outcome.stopped]
                         raise UserError("\n".join(f"calibration of {line}" for line in lines))
-                    keep_times(self.plan, self.folder, waiting)
+                    keep_times(self.plan, self.folder, pending)
                 steps = calibrated_steps(self.plan, self.folder)
             runs = self.plan.runs(steps)
-            self._unchanged(runs)
+            self._require_unchanged(runs)
             self.display.runs = runs
             with self.display:
-                return self._go(runs, self.folder, self.jobs)
+                return self._train(runs, self.folder, self.jobs)
 
-    def _unchanged(self, runs: Sequence[Run]) -> None:
-        """Runs that exist must be those that the study asks for."""
+    def _require_unchanged(self, runs: Sequence[Run]) -> None:
+        """Existing runs must have the recipes of the study. Raises `RecipeErrors`."""
         errors = []
         for run in runs:
             folder = self.folder / run.name
             if state(folder) == "new":
                 continue
-            have = run_recipe(folder, self.registry)
-            paths = differences([have, run.recipe])
+            recipe = run_recipe(folder, self.registry)
+            paths = differences([recipe, run.recipe])
             if paths:
                 path, (old, new) = next(iter(paths.items()))
-                more = f", and {len(paths) - 1} more" if len(paths) > 1 else ""
-                errors.append(f"{folder}: was trained with {path} {old}; the study now says {new}{more}")
+                ellipsis = f", and {len(paths) - 1} more" if len(paths) > 1 else ""
+                errors.append(f"{folder}: was trained with {path} {old}; the study now says {new}{ellipsis}")
         if errors:
             raise RecipeErrors(
                 [*errors, f"Give the changed study another `name:` (or --name), or remove {self.folder}."]
             )
 
-    def _go(self, runs: Sequence[Run], folder: Path, jobs: int) -> Outcome:
+    def _train(self, runs: Sequence[Run], folder: Path, jobs: int) -> Outcome:
         outcome = Outcome(runs)
         memory = folder / "failed.json"
-        # a calibration that failed ended the study: it is tried again whenever the study is
-        known = read_memory(memory) if folder == self.folder else {}
-        waiting: list[Run] = []
+        # a failed calibration ends the study, and is repeated when the study is started again
+        earlier_failures = read_memory(memory) if folder == self.folder else {}
+        pending: list[Run] = []
         done = 0
         for run in runs:
-            place = folder / run.name
-            unscored = not_scored(place)
+            run_folder = folder / run.name
+            unscored = not_scored(run_folder)
             if unscored and self.retry:
-                (place / "report.json").unlink()  # so that it is evaluated again
-            if state(place) == "done" and not unscored:
+                (run_folder / "report.json").unlink()  # so that it is evaluated again
+            if state(run_folder) == "done" and not unscored:
                 done += 1
-                self._finished(run, folder)
-            elif (unscored or run.name in known) and not self.retry:
-                outcome.failed[run.name] = _unscored(unscored) if unscored else known[run.name]
+                self._show_finished(run, folder)
+            elif (unscored or run.name in earlier_failures) and not self.retry:
+                outcome.failed[run.name] = _unscored(unscored) if unscored else earlier_failures[run.name]
                 self.display.cells[run.name] = "failed"
             else:
-                waiting.append(run)
+                pending.append(run)
         if done or outcome.failed:
             self.display.say(
                 f"{folder}: {done} of {counted(len(runs), 'run')} done, {len(outcome.failed)} failed before"
@@ -129,14 +129,14 @@ class StudyRunner:
         (folder / "recipes").mkdir(parents=True, exist_ok=True)
         running: dict[str, tuple[Run, Job, float]] = {}
         try:
-            self._loop(waiting, running, folder, jobs, outcome)
+            self._loop(pending, running, folder, jobs, outcome)
         except BaseException:
             self._kill(running)
             raise
         finally:
             failed = {
                 name: why
-                for name, why in {**known, **outcome.failed}.items()
+                for name, why in {**earlier_failures, **outcome.failed}.items()
                 if state(folder / name) != "done" or not_scored(folder / name)
             }
             if failed or memory.exists():
@@ -146,53 +146,53 @@ class StudyRunner:
 
     def _loop(
         self,
-        waiting: list[Run],
+        pending: list[Run],
         running: dict[str, tuple[Run, Job, float]],
         folder: Path,
         jobs: int,
         outcome: Outcome,
     ) -> None:
-        told = False
-        elsewhere: set[str] = set()
-        while running or (waiting and self.interrupt.signal is None):
-            if self.interrupt.signal is not None and not told:
-                told = True
+        signalled = False
+        busy: set[str] = set()
+        while running or (pending and self.interrupt.signal is None):
+            if self.interrupt.signal is not None and not signalled:
+                signalled = True
                 for _, job, _ in running.values():
                     job.stop(self.interrupt.signal)
-            for run in list(waiting) if self.interrupt.signal is None else ():
+            for run in list(pending) if self.interrupt.signal is None else ():
                 if len(running) >= jobs:
                     break
                 if in_use(folder / run.name):
-                    if run.name not in elsewhere:
+                    if run.name not in busy:
                         self.display.say(f"{run.name}: another process trains in its folder; waiting for it to end")
-                    elsewhere.add(run.name)
+                    busy.add(run.name)
                     continue
-                waiting.remove(run)
+                pending.remove(run)
                 if state(folder / run.name) == "done":  # by that other process
-                    self._ended(run, 0, None, folder, outcome)
+                    self._record_end(run, 0, None, folder, outcome)
                     continue
                 path = folder / "recipes" / f"{run.name}.yaml"
                 path.write_text(run.recipe.to_yaml(), encoding="utf-8")
-                if folder == self.folder:  # and no calibration
+                if folder == self.folder:  # not a calibration
                     self.display.started(run)
                 running[run.name] = (run, self.launcher.start(folder, run.name), time.monotonic())
-            for name, (run, job, since) in list(running.items()):
+            for name, (run, job, start) in list(running.items()):
                 code = job.poll()
                 if code is not None:
                     del running[name]
-                    self._ended(run, code, time.monotonic() - since, folder, outcome)
+                    self._record_end(run, code, time.monotonic() - start, folder, outcome)
             self.display.update([run for run, _, _ in running.values()])
             time.sleep(0.1)
 
-    def _ended(self, run: Run, code: int, seconds: float | None, folder: Path, outcome: Outcome) -> None:
+    def _record_end(self, run: Run, code: int, seconds: float | None, folder: Path, outcome: Outcome) -> None:
         log = folder / "logs" / f"{run.name}.log"
         if unscored := not_scored(folder / run.name):
             outcome.failed[run.name] = _unscored(unscored)
             self.display.cells[run.name] = "failed"
-            self.display.warn(f"{run.name}: {outcome.failed[run.name]} (see {log}); the others go on")
+            self.display.warn(f"{run.name}: {outcome.failed[run.name]} (see {log}); the other runs continue")
         elif state(folder / run.name) == "done":
-            self._finished(run, folder, seconds)
-            if code != 0:  # behind its report
+            self._show_finished(run, folder, seconds)
+            if code != 0:  # after writing its report
                 self.display.warn(f"{run.name}: {_last_lines(log)}")
         elif code < 0 or code > 128:
             outcome.stopped.append(run.name)
@@ -204,14 +204,16 @@ class StudyRunner:
         else:
             outcome.failed[run.name] = f"exit code {code}: {_last_lines(log)}"
             self.display.cells[run.name] = "failed"
-            self.display.warn(f"{run.name}: failed with {outcome.failed[run.name]} (see {log}); the others go on")
+            self.display.warn(
+                f"{run.name}: failed with {outcome.failed[run.name]} (see {log}); the other runs continue"
+            )
 
-    def _finished(self, run: Run, folder: Path, seconds: float | None = None) -> None:
-        if folder == self.folder:  # and no calibration
+    def _show_finished(self, run: Run, folder: Path, seconds: float | None = None) -> None:
+        if folder == self.folder:  # not a calibration
             self.display.finished(run, seconds)
 
     def _kill(self, running: dict[str, tuple[Run, Job, float]]) -> None:
-        """A second signal, or an error: the runs are told once more, which ends them at once."""
+        """On a second signal or an error: signal the runs once more, which ends them at once."""
         for _, job, _ in running.values():
             if job.poll() is None:
                 job.stop(signal.SIGTERM)
@@ -222,7 +224,7 @@ def _unscored(lines: Sequence[str]) -> str:
 
 
 def _last_lines(log: Path) -> str:
-    """The end of what a run printed, in one line."""
+    """The last lines of a run's output, in one line."""
     try:
         text = log.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

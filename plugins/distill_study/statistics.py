@@ -1,4 +1,4 @@
-"""What a few seeds can say: mean, spread, and paired differences with a bootstrap interval."""
+"""Statistics over seeds: mean, spread, and paired differences with a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 LEVEL = 0.95
 EXACT = 6
-"""Up to so many seeds all n^n resamples are taken; above, `DRAWS` of them."""
+"""Up to this many seeds all n^n resamples are used; above, `DRAWS` random ones."""
 DRAWS = 20_000
 
 
@@ -24,7 +24,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of pairs by seed: the mean of variant - base, its interval (None for one pair), pairs where it is above 0."""
+    """Over pairs of the same seed: the mean of variant - base, its interval (None for one pair), pairs above 0."""
 
     seeds: tuple[int, ...]
     mean: float
@@ -50,11 +50,11 @@ def interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, floa
     if n < 2:
         return None
     if n <= EXACT:
-        picks = np.indices((n,) * n).reshape(n, -1)
+        indices = np.indices((n,) * n).reshape(n, -1)
     else:
-        picks = np.random.default_rng(0).integers(0, n, (n, DRAWS))
-    means = np.asarray(values, dtype=float)[picks].mean(axis=0)
-    # rounding must not tear apart resamples that are the same multiset in another order
+        indices = np.random.default_rng(0).integers(0, n, (n, DRAWS))
+    means = np.asarray(values, dtype=float)[indices].mean(axis=0)
+    # rounding must not separate resamples that are the same multiset in a different order
     low, high = np.quantile(np.round(means, 12), [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
 

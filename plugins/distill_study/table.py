@@ -43,18 +43,18 @@ class RunResult:
         return cls(folder=str(folder), seed=seed, scores=by_address(read_scores(report["scores"])), **facts)
 
     def values(self) -> dict[str, float]:
-        """address -> value."""
+        """The value of each score by its address."""
         return {address: score.value for address, score in self.scores.items()}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `wanted` of them should be there."""
+    """Runs that differ only in their seed; `expected` is their number when all are finished."""
 
     name: str
     label: str
     runs: tuple[RunResult, ...]
-    wanted: int
+    expected: int
 
     def values(self, score: str) -> dict[int, float]:
         """The score by seed, of the runs that have it."""
@@ -70,14 +70,14 @@ class Cell:
     difference: Difference | None
 
     def mean(self) -> str:
-        """`17.6 ± 0.4`; the number of seeds is said where some are missing (by `StudyTable.rows`)."""
+        """`17.6 ± 0.4`. Where seeds are missing, `StudyTable.rows` adds their number."""
         if self.summary is None:
             return ""
         spread = f" ± {self.summary.std:.2f}" if self.summary.std is not None else ""
         return f"{self.summary.mean:.2f}{spread}"
 
     def change(self) -> str:
-        """`+2.30 [1.50, 2.90]`."""
+        """The difference with its interval, as `+2.30 [1.50, 2.90]`."""
         if self.difference is None:
             return ""
         d = self.difference
@@ -97,7 +97,7 @@ class StudyTable:
 
     @classmethod
     def of(cls, title: str, groups: Sequence[Group], base: str, scores: Sequence[str]) -> StudyTable:
-        """Differences are of each group to the group named `base`, paired by seed."""
+        """Differences are those between each group and the group named `base`, paired by seed."""
         root = next(group for group in groups if group.name == base)
         cells = {
             group.name: {
@@ -113,7 +113,7 @@ class StudyTable:
         return cls(title, tuple(scores), base, tuple(groups), cells)
 
     def score(self, address: str) -> TaskScore | None:
-        """That of the first run which has it: its unit, and which way is better."""
+        """The score of the first run that has it, for its unit and direction."""
         runs = (run for group in self.groups for run in group.runs)
         return next((run.scores[address] for run in runs if address in run.scores), None)
 
@@ -128,16 +128,19 @@ class StudyTable:
             row = [group.label]
             for score in self.scores:
                 cell = self.cells[group.name][score]
-                few = f" (n={len(cell.values)})" if 0 < len(cell.values) < group.wanted else ""
-                row += [cell.mean() + few or "missing", "base" if group.name == self.base else cell.change()]
-            row += [f"{len(group.runs)}/{group.wanted}"]
-            row += [_same([run.steps for run in group.runs]), _same([run.samples for run in group.runs])]
+                count_note = f" (n={len(cell.values)})" if 0 < len(cell.values) < group.expected else ""
+                row += [cell.mean() + count_note or "missing", "base" if group.name == self.base else cell.change()]
+            row += [f"{len(group.runs)}/{group.expected}"]
+            row += [
+                _distinct_values([run.steps for run in group.runs]),
+                _distinct_values([run.samples for run in group.runs]),
+            ]
             row += [f"{sum(r.seconds for r in group.runs) / len(group.runs):.0f}" if group.runs else ""]
             rows.append(row)
         return heads, rows
 
     def notes(self) -> list[str]:
-        """What the numbers are, and how far few seeds carry."""
+        """What the numbers are, and how reliable they are with few seeds."""
         seeds = sorted({run.seed for group in self.groups for run in group.runs})
         splits = sorted({run.split for group in self.groups for run in group.runs})
         lines = [f"Scores on {', '.join(splits) or 'nothing'}; s is the mean training time of a run in seconds."]
@@ -149,60 +152,60 @@ class StudyTable:
         if len(seeds) < 2:
             return [*lines, "One seed: no spread and no interval; a difference may be chance."]
         pairs = [len(cell.difference.seeds) for row in self.cells.values() for cell in row.values() if cell.difference]
-        few = min((count for count in pairs if count > 1), default=None)
+        fewest = min((count for count in pairs if count > 1), default=None)
         lines.append(
             f"Mean ± sample standard deviation over seeds {', '.join(map(str, seeds))}. Difference to "
             f"{next(g.label for g in self.groups if g.name == self.base)!r}, paired by seed, with a {LEVEL:.0%} "
             "percentile bootstrap interval over seeds."
         )
-        if few is not None and few < 6:
+        if fewest is not None and fewest < 6:
             lines.append(
-                f"With {few} seeds the interval {'is the range of the differences' if few <= 3 else 'is rough'}: "
-                f"were they independent draws around a symmetric truth, the range of {few} would cover it in "
-                f"{1 - 2 * 0.5**few:.0%} of studies, whatever level is written beside it."
+                f"With {fewest} seeds the interval {'is the range of the differences' if fewest <= 3 else 'is rough'}: "
+                f"were they independent draws around a symmetric truth, the range of {fewest} would cover it in "
+                f"{1 - 2 * 0.5**fewest:.0%} of studies, whatever level is written beside it."
             )
         if 1 in pairs:
             lines.append("A difference without an interval is of one pair of runs: it may be chance.")
         return lines
 
 
-def _same(values: Sequence[int]) -> str:
+def _distinct_values(values: Sequence[int]) -> str:
     return ", ".join(str(value) for value in sorted(set(values)))
 
 
 def default_scores(results: Sequence[RunResult]) -> list[str]:
     """The student's headlines; all means over sets where there are none."""
     scores = [score for run in results for score in run.scores.values()]
-    chosen = [score for score in headlines(scores) if score.side == "student"] or means(scores)
-    return list(dict.fromkeys(score.address for score in chosen))
+    shown_scores = [score for score in headlines(scores) if score.side == "student"] or means(scores)
+    return list(dict.fromkeys(score.address for score in shown_scores))
 
 
 def unknown_scores(scores: Sequence[str], results: Sequence[RunResult]) -> dict[str, str]:
-    """score -> what to say of it, of the scores that none of the results has."""
-    known = list(dict.fromkeys(score for run in results for score in run.scores))
+    """score -> message, for the scores that none of the results has."""
+    names = list(dict.fromkeys(score for run in results for score in run.scores))
     return {
-        score: f"no run has a score {score!r}{did_you_mean(score, known)}" for score in scores if score not in known
+        score: f"no run has a score {score!r}{did_you_mean(score, names)}" for score in scores if score not in names
     }
 
 
 def as_rich(table: StudyTable) -> RichTable:
-    """For the terminal, whose width is dear: a difference stands below its mean, what all rows share in the title."""
+    """For the terminal, which is narrow: differences are below their means, values that all rows share in the title."""
     heads, rows = table.rows()
     scores = range(1, 2 * len(table.scores), 2)
-    others = list(range(1 + 2 * len(table.scores), len(heads)))
-    same = [i for i in others if heads[i] != "s" and len({row[i] for row in rows}) == 1]
-    shared = ", ".join(f"{heads[i]} {rows[0][i]}" for i in same)
-    shown = RichTable(title=f"{table.title} ({shared})" if shared else table.title, title_justify="left")
-    others = [i for i in others if i not in same]
-    shown.add_column(heads[0], no_wrap=True)
+    columns = list(range(1 + 2 * len(table.scores), len(heads)))
+    constant = [i for i in columns if heads[i] != "s" and len({row[i] for row in rows}) == 1]
+    shared = ", ".join(f"{heads[i]} {rows[0][i]}" for i in constant)
+    rich_table = RichTable(title=f"{table.title} ({shared})" if shared else table.title, title_justify="left")
+    columns = [i for i in columns if i not in constant]
+    rich_table.add_column(heads[0], no_wrap=True)
     for i in scores:
-        shown.add_column(heads[i].replace("/", "/\n"), justify="right", overflow="fold")
-    for i in others:
-        shown.add_column(heads[i], justify="right", no_wrap=True)
+        rich_table.add_column(heads[i].replace("/", "/\n"), justify="right", overflow="fold")
+    for i in columns:
+        rich_table.add_column(heads[i], justify="right", no_wrap=True)
     for row in rows:
         cells = [escape(f"{row[i]}\n{row[i + 1]}".strip()) for i in scores]
-        shown.add_row(escape(_folded(row[0])), *cells, *(row[i] for i in others), end_section=row is not rows[-1])
-    return shown
+        rich_table.add_row(escape(_folded(row[0])), *cells, *(row[i] for i in columns), end_section=row is not rows[-1])
+    return rich_table
 
 
 def _folded(label: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation tasks that any two modalities, or any labelled set, can be scored by."""
+"""Evaluation tasks for any two modalities, or any labelled set."""
 
 from distill_core import hookimpl
 

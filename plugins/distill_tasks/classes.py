@@ -1,4 +1,4 @@
-"""What tasks that choose among classes share: accuracies, and a picture of what is taken for what."""
+"""Shared by tasks that choose among classes: accuracies, and a picture of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from distill_core import Media, Picture, Score, counted
 
 WHOLE = 30
-"""The most classes whose whole confusion matrix can be read; of more, the pairs that are confused most are shown."""
+"""The largest number of classes whose whole confusion matrix is drawn; above, the most confused pairs are."""
 PAIRS = 25
 
 
@@ -31,7 +31,7 @@ ACCURACIES = ("top1", "top5", "mean_per_class")
 def accuracies(ranks: Tensor, truth: Tensor, classes: int) -> dict[str, float]:
     """`top1`, `top5` and `mean_per_class` (of top-1, over the classes that occur) in percent, of ranks [N].
 
-    No `top5` among five `classes` or fewer: it would be 100 whatever the model.
+    There is no `top5` for five `classes` or fewer: it would be 100 for any model.
     """
     hit = (ranks == 0).double()
     per_class = torch.stack([hit[truth == c].mean() for c in torch.unique(truth)])
@@ -55,20 +55,20 @@ def confusion(truth: Tensor, chosen: Tensor, classes: int) -> np.ndarray[Any, np
 
 
 def confusion_picture(
-    matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], name: str, whose: str
+    matrix: np.ndarray[Any, np.dtype[np.int64]], classes: Sequence[str], name: str, subject: str
 ) -> Iterator[Media]:
     """The matrix of the set `name`, each row in percent of its class; of many classes the most confused pairs.
 
-    More than `WHOLE` are many. `whose` tells the task and the model in the title.
+    More than `WHOLE` are many. `subject` names the task and the model in the title.
     """
-    title = f"{whose} on {name}"
-    shown = [i for i in range(len(classes)) if matrix[i].any() or matrix[:, i].any()]
+    title = f"{subject} on {name}"
+    present = [i for i in range(len(classes)) if matrix[i].any() or matrix[:, i].any()]
     share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    if len(shown) <= WHOLE:
-        picture = _matrix(share[np.ix_(shown, shown)], [classes[i] for i in shown], title)
+    if len(present) <= WHOLE:
+        picture = _matrix(share[np.ix_(present, present)], [classes[i] for i in present], title)
     else:
-        off = share - np.diag(np.diag(share))
-        order = np.argsort(-(matrix - np.diag(np.diag(matrix))) - off / 1e3, axis=None, kind="stable")
+        errors = share - np.diag(np.diag(share))
+        order = np.argsort(-(matrix - np.diag(np.diag(matrix))) - errors / 1e3, axis=None, kind="stable")
         pairs = [divmod(int(i), len(classes)) for i in order[:PAIRS]]
         pairs = [(i, j) for i, j in pairs if i != j and matrix[i, j]]
         if not pairs:
@@ -83,15 +83,15 @@ def _matrix(share: np.ndarray[Any, Any], names: Sequence[str], title: str) -> An
     side = max(3.6, 0.34 * len(names) + 2.0)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
+    image = axes.imshow(share, vmin=0, vmax=100, cmap="Blues")
     short = [_short(name) for name in names]
     axes.set_xticks(range(len(names)), short, rotation=90, fontsize=8)
     axes.set_yticks(range(len(names)), short, fontsize=8)
     for i, j in np.argwhere(share >= 0.5):
-        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=_on(share[i, j]))
+        axes.text(j, i, f"{share[i, j]:.0f}", ha="center", va="center", fontsize=7, color=_text_colour(share[i, j]))
     axes.set(xlabel="taken for", ylabel="class", title=f"{title}\npercent of each class")
-    figure.colorbar(drawn, ax=axes, shrink=0.7, label="percent")
-    return _drawn(figure)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="percent")
+    return _to_image(figure)
 
 
 def _pairs(rows: Sequence[tuple[str, str, int, float]], title: str) -> Any:
@@ -107,10 +107,10 @@ def _pairs(rows: Sequence[tuple[str, str, int, float]], title: str) -> Any:
     axes.margins(x=0.15)
     axes.set(xlabel="items (percent of the class)", title=f"{title}\nthe most confused of the classes")
     axes.spines[["top", "right"]].set_visible(False)
-    return _drawn(figure)
+    return _to_image(figure)
 
 
-def _on(value: float) -> str:
+def _text_colour(value: float) -> str:
     return "white" if value > 60 else "black"
 
 
@@ -118,7 +118,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 28 else name[:27] + "\u2026"
 
 
-def _drawn(figure: Any) -> Any:
+def _to_image(figure: Any) -> Any:
     """A figure as a PIL image."""
     from io import BytesIO
 

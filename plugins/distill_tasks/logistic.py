@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 LOG_SMALLEST = -69.0
-"""Of a probability that is told from 0, about 1e-30: products are far from fp32's subnormal numbers (1e-38), too."""
+"""Log of the smallest probability that is not treated as 0, about 1e-30, so that products stay above fp32's subnormal
+numbers (1e-38)."""
 
 
 def fit(x: Tensor, y: Tensor, c: float, iterations: int = 300, start: Tensor | None = None) -> Tensor:
@@ -32,7 +33,7 @@ def fit(x: Tensor, y: Tensor, c: float, iterations: int = 300, start: Tensor | N
     def loss() -> Tensor:
         """Divided by c * N, so that tolerances mean the same for any; sets the gradient."""
         log_p = (x @ weights).log_softmax(1)
-        # not a softmax's own gradient: its subnormal numbers cost some processors a hundred times what others cost
+        # without softmax's subnormal numbers, with which some processors are a hundred times slower
         residual = torch.where(log_p > LOG_SMALLEST, log_p.exp(), 0)
         residual[rows, y] -= 1
         weights.grad = torch.addmm(weights, x.T, residual, beta=penalty, alpha=1 / len(x))
@@ -52,22 +53,22 @@ def logits(x: Tensor, weights: Tensor) -> Tensor:
 def choose_c(
     x: Tensor,
     y: Tensor,
-    held: Tensor,
+    held_out: Tensor,
     cs: Sequence[float],
     iterations: int,
     watch: Callable[[Sequence[float]], Iterable[float]] = iter,
 ) -> float:
-    """The c of best accuracy on the `held` [N] rows after a fit on the others; the smallest of equals.
+    """The c with the best accuracy on the `held_out` [N] rows after a fit on the others; the smallest of equals.
 
-    The middle one where none are held. Each fit starts where the one of the next smaller c has ended.
+    The middle one if no row is held out. Each fit starts from the weights of the next smaller c.
     `watch` sees the cs as they are fitted.
     """
     order = sorted(cs)
-    if not held.any() or len(order) == 1:
+    if not held_out.any() or len(order) == 1:
         return order[len(order) // 2]
-    best, right, weights = order[0], -1.0, None
+    best, best_accuracy, weights = order[0], -1.0, None
     for c in watch(order):
-        weights = fit(x[~held], y[~held], c, iterations, weights)
-        if (accuracy := (logits(x[held], weights).argmax(1) == y[held]).float().mean().item()) > right:
-            best, right = c, accuracy
+        weights = fit(x[~held_out], y[~held_out], c, iterations, weights)
+        if (accuracy := (logits(x[held_out], weights).argmax(1) == y[held_out]).float().mean().item()) > best_accuracy:
+            best, best_accuracy = c, accuracy
     return best

@@ -1,4 +1,4 @@
-"""Prompt templates: ensembles by name, lists of a user's, and files of them."""
+"""Prompt templates: named ensembles, a user's list, or a file."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pydantic import AfterValidator, Field
 from distill_core import DataError, did_you_mean
 
 FOLDER = Path(__file__).with_name("templates")
-PLACES = ("{}", "{c}")
-"""What stands for the class: ours, and that of published template files."""
+PLACEHOLDERS = ("{}", "{c}")
+"""What stands for the class: `{}`, and `{c}` in published template files."""
 
 
 def ensembles() -> list[str]:
@@ -20,7 +20,7 @@ def ensembles() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.txt"))
 
 
-def _have_a_place(templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
+def _require_placeholder(templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
     if isinstance(templates, str):
         if templates.isidentifier() and templates not in ensembles():
             raise ValueError(f"no templates named {templates!r}{did_you_mean(templates, ensembles())}")
@@ -31,7 +31,7 @@ def _have_a_place(templates: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return templates
 
 
-Templates = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_have_a_place)]
+Templates = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)], AfterValidator(_require_placeholder)]
 """An option for what `templates_of` takes; one template is a list of one."""
 
 
@@ -48,22 +48,22 @@ def plain_lines(path: Path, what: str) -> list[str]:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """As `plain_lines`, without those that are empty or begin with #."""
-    if not (found := [line for line in plain_lines(path, what) if line and not line.startswith("#")]):
+    """As `plain_lines`, without empty lines and comments (#)."""
+    if not (lines := [line for line in plain_lines(path, what) if line and not line.startswith("#")]):
         raise DataError(f"{path}: is empty; it should hold {what}")
-    return found
+    return lines
 
 
-def templates_of(given: str | Sequence[str]) -> list[str]:
+def templates_of(source: str | Sequence[str]) -> list[str]:
     """The templates, with {} for the class: of an ensemble, of a file, or the list itself. Raises `DataError`."""
-    if not isinstance(given, str):
-        return list(given)
-    path = FOLDER / f"{given}.txt" if given in ensembles() else Path(given).expanduser()
-    found = read_lines(path, "a template a line, with {} for the class")
-    for template in found:
-        if not any(place in template for place in PLACES):
+    if not isinstance(source, str):
+        return list(source)
+    path = FOLDER / f"{source}.txt" if source in ensembles() else Path(source).expanduser()
+    lines = read_lines(path, "a template a line, with {} for the class")
+    for template in lines:
+        if not any(place in template for place in PLACEHOLDERS):
             raise DataError(f"{path}: the template {template!r} has no {{}} for the class")
-    return [template.replace("{c}", "{}") for template in found]
+    return [template.replace("{c}", "{}") for template in lines]
 
 
 def prompts_of(classes: Sequence[str], templates: Sequence[str]) -> list[str]:

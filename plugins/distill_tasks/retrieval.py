@@ -26,7 +26,7 @@ from distill_tasks import matches
 
 
 class RetrievalConfig(TaskConfig):
-    """What is retrieved."""
+    """Options of `retrieval`."""
 
     modalities: tuple[str, str] | None = None
     """The two sides; null takes the recipe's two."""
@@ -37,9 +37,9 @@ class RetrievalConfig(TaskConfig):
 
 
 class Retrieval(Task):
-    """R@k in percent: a query counts when one of its own is among the k nearest; `M` is the mean of R@1 and R@5, both
-    directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a side
-    (several captions a picture).
+    """R@k in percent: a query counts if a target of its sample is among the k nearest; `M` is the mean of R@1 and R@5,
+    both directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a
+    side (several captions of an image).
     """
 
     name = "retrieval"
@@ -47,7 +47,7 @@ class Retrieval(Task):
 
     @classmethod
     def problems(cls, config: RetrievalConfig, plan: Plan) -> Iterator[str]:
-        """Two modalities that the recipe has."""
+        """The recipe lacks a modality, or has too many to choose from."""
         yield from two_modalities(cls.name, config.modalities, plan)
         for name in config.fields:
             if name not in plan.modalities:
@@ -62,20 +62,22 @@ class Retrieval(Task):
         self._candidates: set[int] = set()
         for samples in sets:
             name = samples.name
-            embedded, of = {}, {}
+            embedded, owners = {}, {}
             for modality in (a, b):
-                embedded[modality], of[modality] = samples.embeddings(model, modality, self.config.fields.get(modality))
-            for mine, other in ((a, b), (b, a)):
-                paired = torch.isin(of[mine], of[other])
-                embedded[mine], of[mine] = embedded[mine][paired], of[mine][paired]
-            if not len(of[a]):
+                embedded[modality], owners[modality] = samples.embeddings(
+                    model, modality, self.config.fields.get(modality)
+                )
+            for modality, other in ((a, b), (b, a)):
+                paired = torch.isin(owners[modality], owners[other])
+                embedded[modality], owners[modality] = embedded[modality][paired], owners[modality][paired]
+            if not len(owners[a]):
                 raise DataError(f"evaluation set {name!r}: no sample with both {a} and {b}")
             recalls = []
             for query, target in ((a, b), (b, a)):
-                ranks = ranks_of(embedded[query], embedded[target], of[query], of[target])
-                own = torch.bincount(of[target])[of[query]].double().mean().item()
-                chances.append(100 * own / len(of[target]))
-                self._candidates.add(len(of[target]))
+                ranks = ranks_of(embedded[query], embedded[target], owners[query], owners[target])
+                matches_per_query = torch.bincount(owners[target])[owners[query]].double().mean().item()
+                chances.append(100 * matches_per_query / len(owners[target]))
+                self._candidates.add(len(owners[target]))
                 for k in sorted({*self.config.ks, 1, 5}):
                     recall = 100 * (ranks < k).double().mean().item()
                     if k in (1, 5):
@@ -85,7 +87,7 @@ class Retrieval(Task):
                         scores.append(Score(name, f"{query}_to_{target}/R@{k}", recall))
                 median = 1 + ranks.double().quantile(0.5).item()
                 scores.append(Score(name, f"{query}_to_{target}/median_rank", median, "rank", higher_is_better=False))
-            scores.append(Score(name, "candidates", float(len(of[b])), "candidates", None))
+            scores.append(Score(name, "candidates", float(len(owners[b])), "candidates", None))
             scores.append(Score(name, "M", sum(recalls) / len(recalls), headline=True))
         self._chance = sum(chances) / len(chances)
         over_sets = [Score(None, f"R@{k}", sum(recalls) / len(recalls)) for k, recalls in of_k.items()]
@@ -98,19 +100,20 @@ class Retrieval(Task):
         return f"percent, both directions; {chance}; M: mean of R@1 and R@5"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
-        """The nearest five of a few queries, and the similarities of pairs that belong together and of others."""
+        """The five nearest targets of a few queries, and the similarities of matching and other pairs."""
         pair = self.config.modalities or model.modalities
-        for i, here in enumerate(sets):
+        for i, evaluation_set in enumerate(sets):
             share = samples // len(sets) + (i < samples % len(sets))
-            yield from matches.similarities(model, here, pair, self.config.fields)
+            yield from matches.similarities(model, evaluation_set, pair, self.config.fields)
             for query, target in (pair, pair[::-1]):
-                yield from matches.nearest(model, here, query, target, self.config.fields, share)
+                yield from matches.nearest(model, evaluation_set, query, target, self.config.fields, share)
 
 
 def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
     """The rank (0 is best) of each query's best own target: queries [N, D], targets [M, D], owners [N] and [M] -> [N].
 
-    A foreign target as near as the best own one ranks before it; so does every one where a similarity is NaN.
+    Another sample's target that is as near as the best own one ranks before it, and so does every target if a
+    similarity is NaN.
     """
     by_owner = torch.argsort(target_of)
     owners = target_of[by_owner]
@@ -120,7 +123,7 @@ def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tens
     for start in range(0, len(queries), chunk):
         similarity = queries[start : start + chunk] @ targets.T
         count = counts[start : start + chunk]
-        # the own targets of the chunk's queries, one behind the other: the query of each, and its similarity
+        # the own targets of the chunk's queries, concatenated: the query of each, and its similarity
         row = torch.arange(len(similarity)).repeat_interleave(count)
         nth = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
         own = similarity[row, by_owner[first[start : start + chunk][row] + nth]]
@@ -131,14 +134,14 @@ def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tens
     return torch.cat(ranks)
 
 
-def two_modalities(name: str, given: tuple[str, str] | None, plan: Plan) -> Iterator[str]:
-    """What is wrong with a task's choice of modalities."""
-    for modality in given or ():
+def two_modalities(name: str, modalities: tuple[str, str] | None, plan: Plan) -> Iterator[str]:
+    """Problems with a task's choice of two modalities."""
+    for modality in modalities or ():
         if modality not in plan.modalities:
             raise MissingModality(modality)
-    if given is None and len(plan.modalities) > 2:
+    if modalities is None and len(plan.modalities) > 2:
         yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"
-    if given is None and len(plan.modalities) == 1 and plan.complete:
+    if modalities is None and len(plan.modalities) == 1 and plan.complete:
         yield f"{name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
-    if given is not None and given[0] == given[1]:
-        yield f"{name!r} compares two modalities; `modalities` names {given[0]!r} twice"
+    if modalities is not None and modalities[0] == modalities[1]:
+        yield f"{name!r} compares two modalities; `modalities` names {modalities[0]!r} twice"

@@ -36,7 +36,7 @@ from distill_tasks.retrieval import two_modalities
 
 
 class ZeroShotConfig(TaskConfig):
-    """What is classified, and how classes are put into words."""
+    """Options of `zero_shot`."""
 
     modalities: tuple[str, str] | None = None
     """The classified modality, and that of the prompts; null takes the recipe's first and second."""
@@ -46,7 +46,7 @@ class ZeroShotConfig(TaskConfig):
     """Prompts with {} for the class; a class's embedding is the normalised mean of its prompts'. A list; `openai` (the
     80 for ImageNet) or `openai_simple` (7 of them); or a file, a template a line, with {} or {c} for the class."""
     classes: str | None = None
-    """A file that names every class there is to choose from, one a line; null takes those that occur in the sets."""
+    """A file with the names of all classes to choose from, one a line; null takes those that occur in the sets."""
 
 
 class ZeroShot(Task):
@@ -59,7 +59,7 @@ class ZeroShot(Task):
 
     @classmethod
     def problems(cls, config: ZeroShotConfig, plan: Plan) -> Iterator[str]:
-        """Two modalities that the recipe has."""
+        """The recipe lacks a modality, or has too many to choose from."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
@@ -70,19 +70,19 @@ class ZeroShot(Task):
         embedded = encode_shared(model, words_of, prompts)
         centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]
         scores: list[Score] = []
-        self._chosen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._predictions: dict[str, tuple[Tensor, Tensor]] = {}
         for samples in sets:
             name, labels = samples.name, labels_of[samples.name]
             embedded, owners = samples.embeddings(model, items_of)
-            known = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
-            if not known.any():
+            is_labelled = torch.isin(owners, torch.tensor(list(labels), dtype=torch.long))
+            if not is_labelled.any():
                 raise DataError(f"evaluation set {name!r}: no sample with {items_of} and {self.config.label!r}")
-            truth = torch.tensor([place[labels[i]] for i in owners[known].tolist()])
-            similarity = embedded[known] @ centres.T
-            found = accuracies(ranks_of_class(similarity, truth), truth, len(self._classes))
-            scores += accuracy_scores(name, found)
+            truth = torch.tensor([place[labels[i]] for i in owners[is_labelled].tolist()])
+            similarity = embedded[is_labelled] @ centres.T
+            values = accuracies(ranks_of_class(similarity, truth), truth, len(self._classes))
+            scores += accuracy_scores(name, values)
             scores.append(Score(name, "classes", float(len(self._classes)), "classes", None))
-            self._chosen[name] = truth, similarity.argmax(1)
+            self._predictions[name] = truth, similarity.argmax(1)
         return [*scores, *mean_over_sets(scores, ACCURACIES)]
 
     def note(self) -> str:
@@ -90,10 +90,12 @@ class ZeroShot(Task):
         return f"percent; {chance(len(self._classes))}"
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
-        """What is taken for what, in each set."""
-        whose = f"{self.name} of the {model.side}"
-        for name, (truth, chosen) in self._chosen.items():
-            yield from confusion_picture(confusion(truth, chosen, len(self._classes)), self._classes, name, whose)
+        """The confusion matrix of each set."""
+        subject = f"{self.name} of the {model.side}"
+        for name, (truth, predictions) in self._predictions.items():
+            yield from confusion_picture(
+                confusion(truth, predictions, len(self._classes)), self._classes, name, subject
+            )
 
     def _read(
         self, model: Model, words_of: str, sets: Sequence[EvaluationSet]
@@ -103,14 +105,14 @@ class ZeroShot(Task):
         classes = self._names({label for labels in labels_of.values() for label in labels.values()})
         return labels_of, classes, prompts_of(classes, templates_of(self.config.templates))
 
-    def _names(self, occur: set[str]) -> list[str]:
-        if not occur:
+    def _names(self, present: set[str]) -> list[str]:
+        if not present:
             raise DataError(f"no sample has a field {self.config.label!r} that names its class")
         if self.config.classes is None:
-            return sorted(occur)
-        given = sorted({*plain_lines(Path(self.config.classes), "the name of a class a line")} - {""})
-        if unknown := sorted(occur - set(given)):
+            return sorted(present)
+        listed = sorted({*plain_lines(Path(self.config.classes), "the name of a class a line")} - {""})
+        if unknown := sorted(present - set(listed)):
             raise DataError(
                 f"{self.config.classes}: does not name {len(unknown)} of the classes that occur, as {unknown[0]!r}"
             )
-        return given
+        return listed

@@ -290,7 +290,7 @@ features: embedding}]"
     assert model.encode("image", items).shape == (3, 16)
     assert model.encode("image", items, features="embedding").shape == (3, 8)
     found = evaluate(recipe, models, recipe.data.source.build(), "test")
-    assert "of class tokens, for no loss trains the embedding" in found.notes["knn"]
+    assert "on class tokens, since no loss trains the embedding" in found.notes["knn"]
     assert "class tokens" not in found.notes["asked"]
     trained = load_recipe(tiny_recipe, registry=registry)
     assert trained.untrained_embeddings() == frozenset()

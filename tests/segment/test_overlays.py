@@ -37,21 +37,21 @@ def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
     assert made.picture.getpixel((GAP + SIDE // 2, LINE + SIDE // 2)) == COLOURS["blue"]
 
 
-def test_colours_are_those_of_the_legend_and_can_be_told_apart() -> None:
+def test_colours_are_those_of_the_legend_and_can_be_choose_colours() -> None:
     """Of 40 classes: the truth's and the largest found have colours, the others are one grey, the background none.
 
     Would catch hues that the picture shifts into another's, and a legend of all that was found.
     """
-    from distill_segment.overlays import FEW, on_grey, overlay, told_apart
+    from distill_segment.overlays import FEW, choose_colours, on_grey, overlay
 
     names = ["background", *(f"c{i}" for i in range(1, 40))]
     found = np.repeat(np.arange(40), np.arange(40) + 1).reshape(20, 41)  # class i has i + 1 pixels
     truth = np.full_like(found, 255)
     truth[0], truth[1, :2] = 0, 3
-    colours, others = told_apart(found, truth, names)
+    colours, others = choose_colours(found, truth, names)
     assert list(colours) == [*range(39, 39 - FEW, -1), 3], "by size"
     assert others == 40 - 1 - FEW - 1
-    assert told_apart(found, None, names)[1] == 40 - 1 - FEW
+    assert choose_colours(found, None, names)[1] == 40 - 1 - FEW
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (20, 41, 3), dtype=np.uint8))
     drawn = np.asarray(overlay(picture, found, names, colours)).astype(int)

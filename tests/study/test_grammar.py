@@ -6,7 +6,7 @@ import pytest
 
 from distill_core.errors import RecipeErrors
 from distill_core.recipe.document import read_document
-from distill_study.grammar import Study, make_study, shown, swaps_document
+from distill_study.grammar import Study, label_of, make_study, swaps_document
 
 
 def read(text: str) -> Study:
@@ -87,7 +87,7 @@ def test_names_that_fall_together_are_told_apart() -> None:
 )
 def test_values_as_labels(value: object, words: str) -> None:
     """Would catch a mapping without a name as JSON, beside components that read as calls."""
-    assert shown(value) == words
+    assert label_of(value) == words
 
 
 def test_swaps_of_the_command_line() -> None:
@@ -129,9 +129,9 @@ def test_all_that_is_wrong_at_once_with_its_line() -> None:
         "  worst: [3]\n"
     ) == [
         "s.yaml:4: budget: give one of `steps`, `samples` and `seconds`",
-        "s.yaml:8: variants.plain.seed: 'seed' is the study's own to give; see `seeds`",
+        "s.yaml:8: variants.plain.seed: 'seed' is set by the study; see `seeds`",
         "s.yaml:9: variants.a b: a variant's name is a word of letters, digits, - . and _",
-        "s.yaml:11: variants.long.train.steps: 'train.steps' is given, and a budget too; leave one out",
+        "s.yaml:11: variants.long.train.steps: 'train.steps' and `budget` are both given; remove one",
         "s.yaml:12: variants.worse: changes are {path: value} or a list of path=value",
         "s.yaml:13: variants.worst.0: write it as path=value, for example loss.1.weight=0.5",
         "s.yaml:3: base: no variant 'plian', did you mean 'plain'?",
@@ -160,7 +160,7 @@ def test_all_that_is_wrong_at_once_with_its_line() -> None:
         ),
         (
             "recipe: a.yaml\nswaps: {seed: [1, 2]}\n",
-            ["s.yaml:2: swaps.seed: 'seed' is the study's own to give; see `seeds`"],
+            ["s.yaml:2: swaps.seed: 'seed' is set by the study; see `seeds`"],
         ),
     ],
 )

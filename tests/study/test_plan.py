@@ -76,7 +76,7 @@ def test_the_same_recipe_twice_is_an_error(tiny_recipe: Path, tmp_path: Path, re
 def test_a_swap_that_the_recipe_has_is_not_run_twice(tiny_recipe: Path, tmp_path: Path, registry: Registry) -> None:
     made = plan("swaps: {fusion.heads: [1, 2, 4]}\ndesign: one_at_a_time\n", tmp_path, registry)
     assert [variant.name for variant in made.variants] == ["base", "fusion.heads-1", "fusion.heads-4"]
-    assert made.warnings == ["'fusion.heads=2' is the recipe as it is; it is not run a second time"]
+    assert made.warnings == ["'fusion.heads=2' is the unchanged recipe; it is not run a second time"]
 
 
 def test_a_swap_to_the_recipes_own_component_keeps_its_options(

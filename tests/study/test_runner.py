@@ -112,7 +112,7 @@ def test_runs_once_each_and_no_more_at_a_time_than_asked(make: Make, capfd: pyte
     assert (outcome.failed, outcome.stopped, outcome.signal) == ({}, [], None)
     # no terminal: a line for each run that ends
     err = capfd.readouterr().err
-    assert err.count(": started; what it prints: ") == 4, "nothing to see for as long as a run takes"
+    assert err.count(": started; its output: ") == 4, "nothing to see for as long as a run takes"
     assert "a-seed0: 4 steps in 1 s of training, 0 s in all: student/retrieval/M 1.00\n" in err
     lines = [line for line in err.splitlines() if "student/retrieval/M 1.00" in line]
     assert sorted(line.split(":")[0] for line in lines) == sorted(ALL)
@@ -226,7 +226,7 @@ def test_one_study_at_a_time_in_a_folder(make: Make, tmp_path: Path) -> None:
     (tmp_path / "runs" / "s").mkdir(parents=True)
     other = RunFolder(tmp_path / "runs" / "s")
     other.lock()
-    with pytest.raises(UserError, match="another `distill ablate` is at work on this study"):
+    with pytest.raises(UserError, match="another `distill ablate` is running this study"):
         make(Fake()).run()
 
 

@@ -49,7 +49,7 @@ def test_a_study_with_a_variant_that_fails(
     )
     assert ablate(study, "--runs", tmp_path / "runs", "--jobs", 2) == 3
     out, err = capfd.readouterr()
-    assert "2 run(s) failed; try them again with:" in err
+    assert "2 run(s) failed; retry them with:" in err
     assert "broken-seed0: exit code 2:" in err
     assert "Traceback" not in err
     folder = tmp_path / "runs" / "small"
@@ -227,11 +227,11 @@ def test_checking_trains_nothing(
         (["s.yaml", "--budget", "step=3"], "--budget: budget.step: unknown option 'step', did you mean 'steps'?"),
         (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
         (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': Input should be a"),
-        (["s.yaml", "--set", "seed=9"], "--set seed: 'seed' is the study's own to give; see `seeds`"),
-        (["s.yaml", "--set", "name=x"], "--set name: 'name' is the study's own to give; see `name`"),
+        (["s.yaml", "--set", "seed=9"], "--set seed: 'seed' is set by the study; see `seeds`"),
+        (["s.yaml", "--set", "name=x"], "--set name: 'name' is set by the study; see `name`"),
         (
             ["s.yaml", "--budget", "steps=3", "--set", "train.steps=7"],
-            "--set train.steps: 'train.steps' is given, and a budget too; leave one out",
+            "--set train.steps: 'train.steps' and `budget` are both given; remove one",
         ),
         (["s.yaml", "--slurm", "fast"], "--slurm fast: write it as key=value"),
         (["s.yaml", "--slurm", "a=1"], "--slurm: no sbatch on this machine"),

@@ -20,7 +20,7 @@ from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_tasks.classes import accuracies, confusion, confusion_picture, ranks_of_class
 from distill_tasks.logistic import choose_c, fit, logits
-from distill_tasks.probes import Knn, LinearProbe, TrainSet, turns
+from distill_tasks.probes import Knn, LinearProbe, TrainSet, ranks_within_class
 from distill_tasks.prompts import ensembles, prompts_of, templates_of
 from distill_tasks.zero_shot import ZeroShot
 
@@ -187,7 +187,7 @@ def test_c_is_chosen_on_what_is_held_out() -> None:
     linear = pytest.importorskip("sklearn.linear_model")
     torch.manual_seed(3)
     x, y = clusters(25, 4, spread=1.5)
-    held = turns(y, 0) % 5 == 4
+    held = ranks_within_class(y, 0) % 5 == 4
     cs = (0.01, 1.0, 1000.0)
     right = [linear.LogisticRegression(C=c, max_iter=5000).fit(x[~held], y[~held]).score(x[held], y[held]) for c in cs]
     assert choose_c(x, y, held, cs, 1000) == cs[int(np.argmax(right))]
@@ -279,7 +279,7 @@ def test_features_that_are_no_numbers() -> None:
     options = json.dumps({"learn": None, "folds": 2})
     scores = values(Knn(Knn.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)]))  # type: ignore[arg-type]
     assert scores["top1"] <= 90.0
-    with pytest.raises(DataError, match=r"'linear_probe': features to learn from are no numbers \(NaN or infinite\)"):
+    with pytest.raises(DataError, match=r"'linear_probe': training features are not finite \(NaN or infinite\)"):
         LinearProbe(LinearProbe.Config.model_validate_json(options)).run(model, [EvaluationSet("s", rows)])  # type: ignore[arg-type]
 
 
@@ -308,7 +308,7 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
     assert scores["t0/top1_std"] > 0
     each = []
     for draw in range(4):
-        chosen = turns(y, draw) < 2
+        chosen = ranks_within_class(y, draw) < 2
         assert torch.bincount(y[chosen]).tolist() == [2, 2, 2]
         taught = TrainSet(x[chosen], y[chosen], chosen.nonzero()[:, 0])
         votes = Knn(config).predict(taught, 3, asked, torch.device("cpu"))
@@ -317,14 +317,14 @@ def test_few_shot_learns_from_so_many_a_class() -> None:
     assert scores["t0/top1_std"] == pytest.approx(np.std(each, ddof=1))
 
 
-def test_turns() -> None:
+def test_ranks_within_class() -> None:
     """Within each class every number once, whatever the seed."""
     y = torch.randint(0, 5, (100,))
     for seed in (0, 1):
-        found = turns(y, seed)
+        found = ranks_within_class(y, seed)
         for c in range(5):
             assert sorted(found[y == c].tolist()) == list(range(int((y == c).sum())))
-    assert (turns(y, 0) != turns(y, 1)).any()
+    assert (ranks_within_class(y, 0) != ranks_within_class(y, 1)).any()
 
 
 def test_what_a_probe_cannot_do() -> None:

@@ -1,4 +1,4 @@
-"""What a person does with a trained run: embed a collection, search it, and see what the model looks at."""
+"""Exploring a trained run: embed a collection, search it, and see what the model attends to."""
 
 import click
 

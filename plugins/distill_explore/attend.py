@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("run", shell_complete=completion.run_folders)
-@click.option("--image", type=click.Path(), help="A picture.")
-@click.option("--text", "texts", multiple=True, help="A text; may be given several times.")
+@click.option("--image", type=click.Path(), help="Image file.")
+@click.option("--text", "texts", multiple=True, help="A text. Repeatable.")
 @click.option("--out", default="attention", show_default=True, help="Writes OUT.png and OUT.html.")
-@click.option("--heads", is_flag=True, help="Show each head of the fusion, beside their mean.")
+@click.option("--heads", is_flag=True, help="Draw each head of the fusion as well as their mean.")
 @click.option("--json", "as_json", is_flag=True, help="Print the weights as JSON.")
 @TEACHER
 @CHECKPOINT
@@ -34,10 +34,10 @@ def attend(
     teacher: bool,
     checkpoint: str,
 ) -> None:
-    """Draw what the model RUN looks at in a picture and in texts, as a PNG and as a page for the browser.
+    """Draw what the model of RUN attends to in an image and in texts, as a PNG and an HTML page.
 
-    Cross-attention: each text, and each sentence of one, over the picture; the picture over each text's words.
-    Self-attention of the class token in the last block, head by head. The patches' principal components.
+    Cross-attention: each text, and each of its sentences, over the image; the image over each text's words.
+    Self-attention of the class token in the last block, by head. The principal components of the patches.
     """
     import json
 
@@ -53,14 +53,14 @@ def attend(
     for file in files:
         check_out(file, (".png", ".html"))
         if image is not None and file.resolve() == Path(image).resolve():
-            raise UserError(f"--out {out}: {file} is the picture itself; name another")
+            raise UserError(f"--out {out}: {file} is the image itself; choose another name")
     if image is None and not texts:
-        raise UserError("nothing to look at: give --image FILE, --text WORDS, or both")
+        raise UserError("nothing to draw: give --image FILE, --text WORDS, or both")
     model = load_model(run, teacher=teacher, checkpoint=checkpoint)
-    seen, parts = _see(model, {"image": [image] if image is not None else [], "text": list(texts)})
-    found = readings(model, seen, parts)
-    rows = rows_of(found, seen, heads)
-    for line in _silent(model, seen, found, teacher):
+    items, sentences = _view_inputs(model, {"image": [image] if image is not None else [], "text": list(texts)})
+    item_readings = readings(model, items, sentences)
+    rows = rows_of(item_readings, items, heads)
+    for line in _missing_parts(model, items, item_readings, teacher):
         click.echo(f"note: {line}", err=True)
     if not rows:
         raise UserError(
@@ -68,32 +68,34 @@ def attend(
         )
     title = f"{Path(run).name}: what the {'teacher' if teacher else 'student'} looks at"
     note = (
-        "Colour says how much a token is read, against an even reading of all. Words say their weights when pointed at."
+        "Colour shows how much a token is read, relative to uniform attention. Hover over words to see their weights."
     )
-    page = figure(rows, seen)
-    written = [
+    page = figure(rows, items)
+    files_written = [
         write_whole(files[0], lambda file: page.save(file, "PNG", optimize=True)),
-        write_whole(files[1], lambda file: file.write(html(title, note, rows, seen).encode())),
+        write_whole(files[1], lambda file: file.write(html(title, note, rows, items).encode())),
     ]
     if as_json:
-        click.echo(json.dumps({"readings": [_numbers(one) for one in found], "files": list(map(str, files))}))
+        click.echo(
+            json.dumps({"readings": [_numbers(reading) for reading in item_readings], "files": list(map(str, files))})
+        )
         return
     for row in rows:
         click.echo(row.label)
-        for one in row.maps:
-            click.echo(f"    {one.told}")
-    click.echo(", ".join(written))
+        for reading in row.maps:
+            click.echo(f"    {reading.told}")
+    click.echo(", ".join(files_written))
 
 
-def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[ViewedItem], list[ViewedItem]]:
-    """What the user named, and the sentences of texts of several. Raises `UserError`."""
+def _view_inputs(model: Model, inputs: dict[str, list[Any]]) -> tuple[list[ViewedItem], list[ViewedItem]]:
+    """The user's items, and the sentences of texts that have several. Raises `UserError`."""
     from distill_core import BadSample, UserError
     from distill_explore.attention import see
     from distill_vl.captions import CaptionAugmentation
 
-    found: list[ViewedItem] = []
-    more: list[ViewedItem] = []
-    for modality, items in given.items():
+    items_seen: list[ViewedItem] = []
+    sentences_seen: list[ViewedItem] = []
+    for modality, items in inputs.items():
         if items and modality not in model.modalities:
             raise UserError(f"--{modality}: the run has no modality {modality!r}, but {', '.join(model.modalities)}")
         for item in items:
@@ -102,23 +104,23 @@ def _see(model: Model, given: dict[str, list[Any]]) -> tuple[list[ViewedItem], l
                 augment.sentences(item) if isinstance(augment, CaptionAugmentation) else []
             )  # as a text crop cuts it
             try:
-                views = [augment.eval_view(one) for one in [item, *(parts if len(parts) > 1 else ())]]
+                views = [augment.eval_view(view_item) for view_item in [item, *(parts if len(parts) > 1 else ())]]
             except BadSample as error:
                 raise UserError(f"--{modality} {item}: {error}") from error
             whole, *rest = see(model, modality, views)
-            found.append(whole)
-            more += rest
-    return found, more
+            items_seen.append(whole)
+            sentences_seen += rest
+    return items_seen, sentences_seen
 
 
-def _silent(model: Model, seen: list[ViewedItem], found: list[Reading], teacher: bool) -> list[str]:
+def _missing_parts(model: Model, items: list[ViewedItem], item_readings: list[Reading], teacher: bool) -> list[str]:
     """Why something is not drawn, a line each."""
     from distill_core import TokenAttention, offers
     from distill_explore.attention import joins
 
     lines = []
-    modalities = {one.modality for one in seen}
-    if len(modalities) > 1 and not any(one.asking for one in found):
+    modalities = {entry.modality for entry in items}
+    if len(modalities) > 1 and not any(entry.asking for entry in item_readings):
         if model.fusion is not None:
             name, both = model.fusion.name, " and ".join(sorted(modalities))
             why = (
@@ -130,18 +132,18 @@ def _silent(model: Model, seen: list[ViewedItem], found: list[Reading], teacher:
             why = "a teacher has no fusion" if teacher else "the run has no fusion"
         lines.append(f"no cross-attention: {why}")
     for modality in sorted(modalities):
-        if not any(one.asking is None and one.answer.modality == modality for one in found):
+        if not any(entry.asking is None and entry.answer.modality == modality for entry in item_readings):
             name = model.backbone[modality].name
             lines.append(f"no self-attention of the {modality}: the backbone {name!r} has no `class_attention`")
     return lines
 
 
 def _numbers(reading: Reading) -> dict[str, Any]:
-    """Weights [H, L], with where the L tokens are."""
-    asking, answer = reading.asking, reading.answer
+    """A reading as plain data: weights [H, L], with the positions of the L tokens."""
+    reader, answer = reading.asking, reading.answer
     return {
-        "asking": asking.modality if asking else None,
-        "query": asking.shown if asking and isinstance(asking.shown, str) else None,
+        "asking": reader.modality if reader else None,
+        "query": reader.shown if reader and isinstance(reader.shown, str) else None,
         "answer": answer.modality,
         "item": answer.shown if isinstance(answer.shown, str) else None,
         "tokens": answer.places,

@@ -23,7 +23,7 @@ from distill_core.tools import evaluating
 
 @dataclass(frozen=True)
 class ViewedItem:
-    """An item, as a person sees it and as the model does."""
+    """An item, as rendered for people and as the model encodes it."""
 
     modality: str
     shown: Rendered
@@ -39,7 +39,7 @@ class ViewedItem:
 
     @property
     def places(self) -> TokenLayout | None:
-        """Where the tokens are, if they can be drawn there: words in a text, a grid on a picture."""
+        """The positions of the tokens, if they can be drawn: words of a text, or a grid on an image."""
         fits = isinstance(self.layout, list) if isinstance(self.shown, str) else isinstance(self.layout, tuple)
         return self.layout if fits and self.shown is not None else None
 
@@ -51,11 +51,11 @@ class Reading:
     asking: ViewedItem | None
     answer: ViewedItem
     weights: Tensor
-    """[H, L] of the real tokens; what a row lacks to one goes elsewhere (padding, a class token)."""
+    """[H, L] of the real tokens; a row sums to less than 1 if other tokens (padding, a class token) get the rest."""
 
     @property
     def entropy(self) -> float:
-        """In nats, the mean over heads."""
+        """Entropy of the weights in nats, the mean over heads."""
         return float(entropy(self.weights).mean())
 
 
@@ -63,8 +63,8 @@ def entropy(weights: Tensor) -> Tensor:
     """Of weights [..., L] in nats, each row divided by its sum: from 0 (one token) to ln L (all alike); [...]."""
     share = weights.double()
     share = share / share.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    found: Tensor = torch.special.entr(share).sum(-1)
-    return found
+    result: Tensor = torch.special.entr(share).sum(-1)
+    return result
 
 
 def see(model: Model, modality: str, views: Sequence[View]) -> list[ViewedItem]:
@@ -94,8 +94,8 @@ def see(model: Model, modality: str, views: Sequence[View]) -> list[ViewedItem]:
 
 def joins(model: Model, *modalities: str) -> bool:
     """Whether the fusion reads across these; one without an option `modalities` reads across all."""
-    own = getattr(getattr(model.fusion, "config", None), "modalities", None)
-    return model.fusion is not None and (own is None or set(modalities) <= set(own))
+    joined = getattr(getattr(model.fusion, "config", None), "modalities", None)
+    return model.fusion is not None and (joined is None or set(modalities) <= set(joined))
 
 
 @torch.no_grad()
@@ -125,13 +125,13 @@ def class_readings(seen: Sequence[ViewedItem]) -> list[Reading]:
 
 def readings(model: Model, seen: Sequence[ViewedItem], more: Sequence[ViewedItem] = ()) -> list[Reading]:
     """How items read one another across modalities, and each its own tokens; those of `more` only ask."""
-    found = []
+    result = []
     for answer in seen:
         for modality in model.modalities:
             if modality != answer.modality:
                 asking = [one for one in (*seen, *more) if one.modality == modality]
-                found += cross(model, asking, [answer] * len(asking))
-    return found + class_readings(seen)
+                result += cross(model, asking, [answer] * len(asking))
+    return result + class_readings(seen)
 
 
 def principal(tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is embedded and searched: a folder of pictures, WebDataset shards, or a data source as a recipe names it."""
+"""Collections to embed and search: a folder of images, WebDataset shards, or a data source as in a recipe."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ Place = tuple[str, int]
 
 def places(keys: Sequence[str]) -> list[Place]:
     """The places of items from their keys, in the order of `Collection.embed`."""
-    seen: Counter[str] = Counter()
-    found = []
+    counts: Counter[str] = Counter()
+    result = []
     for key in keys:
-        found.append((key, seen[key]))
-        seen[key] += 1
-    return found
+        result.append((key, counts[key]))
+        counts[key] += 1
+    return result
 
 
 class Collection(ABC):
-    """Items with keys."""
+    """Items with keys, which can be embedded and read again."""
 
     name: str
-    """What it is called, the same when its files change."""
+    """Identifies the collection, also after its files have changed."""
     title: str
-    """What it is called to a person."""
+    """Its name in messages."""
 
     @abstractmethod
     def embed(
@@ -61,8 +61,8 @@ class Collection(ABC):
         """Embeddings [N, D], the key of each, and a line for each item that cannot be read. Raises `DataError`."""
 
     @abstractmethod
-    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
-        """The items at these places, as they are; places without one are left out."""
+    def read(self, model: Model, modality: str, requested: Sequence[Place]) -> dict[Place, Any]:
+        """The decoded items at these places; places without an item are left out."""
 
     def holds(self, path: Path) -> bool:
         """Whether this file is one of its items."""
@@ -79,8 +79,8 @@ class Folder(Collection):
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
         self.name, self.title = str(self.folder), str(folder)
-        found = (path for path in self.folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-        self.keys = sorted(path.relative_to(self.folder).as_posix() for path in found)
+        pictures = (path for path in self.folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+        self.keys = sorted(path.relative_to(self.folder).as_posix() for path in pictures)
         if not self.keys:
             raise DataError(f"{folder}: holds no picture ({', '.join(PICTURES)}); for shards, name the tar files")
 
@@ -91,32 +91,32 @@ class Folder(Collection):
         if field is not None:
             raise UserError(f"{self.folder}: the files of a folder have no field {field!r}")
         keys: list[str] = []
-        bad: list[str] = []
+        problems: list[str] = []
 
         def items() -> Iterator[Any]:
             for key in self.keys:
                 try:
                     item = self._read(model, modality, key)
                 except BadSample as error:
-                    bad.append(f"{self.folder / key}: {error}")
+                    problems.append(f"{self.folder / key}: {error}")
                     continue
                 keys.append(key)
                 yield item
 
-        return model.encode(modality, items(), features=features), keys, bad
+        return model.encode(modality, items(), features=features), keys, problems
 
-    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
-        """The pictures; nothing for another modality."""
-        found = {}
-        for key, number in wanted:
+    def read(self, model: Model, modality: str, requested: Sequence[Place]) -> dict[Place, Any]:
+        """The images; nothing for another modality."""
+        items = {}
+        for key, number in requested:
             try:
-                found[key, number] = self._read(model, modality, key)
+                items[key, number] = self._read(model, modality, key)
             except BadSample:
                 continue
-        return found
+        return items
 
     def _read(self, model: Model, modality: str, key: str) -> Any:
-        """Raises `BadSample`."""
+        """The decoded image of a key. Raises `BadSample`."""
         path = self.folder / key
         try:
             data = path.read_bytes()
@@ -130,7 +130,7 @@ class Folder(Collection):
         return path.resolve() in {(self.folder / key).resolve() for key in self.keys}
 
     def fingerprint(self) -> str:
-        """Names, sizes and times of change."""
+        """Names, sizes and modification times of the files."""
         return stamps(self.folder / key for key in self.keys)
 
 
@@ -144,17 +144,19 @@ class Samples(Collection):
     def embed(
         self, model: Model, modality: str, field: str | None, features: FeatureKind
     ) -> tuple[Tensor, list[str], list[str]]:
-        """One embedding an item."""
+        """One embedding per item of a sample."""
         embedded, owners = self.samples.embeddings(model, modality, field, features=features)
         names = [str(sample["__key__"]) for sample in self.samples]
-        bad = [f"{skipped.url}: sample {skipped.key!r}: {skipped.reason}" for skipped in self.samples.skipped.values()]
-        return embedded, [names[owner] for owner in owners.tolist()], bad
+        problems = [
+            f"{skipped.url}: sample {skipped.key!r}: {skipped.reason}" for skipped in self.samples.skipped.values()
+        ]
+        return embedded, [names[owner] for owner in owners.tolist()], problems
 
-    def read(self, model: Model, modality: str, wanted: Sequence[Place]) -> dict[Place, Any]:
+    def read(self, model: Model, modality: str, requested: Sequence[Place]) -> dict[Place, Any]:
         """Reads the shards again, up to the last of the places."""
-        missing, keys = set(wanted), {key for key, _ in wanted}
-        seen: Counter[str] = Counter()
-        found: dict[Place, Any] = {}
+        remaining, keys = set(requested), {key for key, _ in requested}
+        counts: Counter[str] = Counter()
+        items_by_place: dict[Place, Any] = {}
         for sample in self.samples:
             if (key := str(sample["__key__"])) not in keys:
                 continue
@@ -163,22 +165,22 @@ class Samples(Collection):
             except BadSample:
                 continue
             for item in items:
-                place = (key, seen[key])
-                seen[key] += 1
-                if place in missing:
-                    missing.discard(place)
-                    found[place] = item
-            if not missing:
+                place = (key, counts[key])
+                counts[key] += 1
+                if place in remaining:
+                    remaining.discard(place)
+                    items_by_place[place] = item
+            if not remaining:
                 break
-        return found
+        return items_by_place
 
     def fingerprint(self) -> str:
-        """Of shards their names, and sizes and times of change of the local ones; of others what they say, or hold."""
+        """`distill_core.fingerprint` of the samples' source."""
         return fingerprint(self.samples.source)
 
 
-class _All:
-    """The samples of several sets, one behind the other."""
+class _Concatenation:
+    """The samples of several sets, one after another."""
 
     def __init__(self, parts: Iterable[Iterable[Sample]]) -> None:
         self.parts = list(parts)
@@ -187,36 +189,36 @@ class _All:
         return chain.from_iterable(self.parts)
 
     def fingerprint(self) -> str:
-        """Those of the parts."""
+        """The fingerprints of the parts, a line each or more."""
         return "\n".join(fingerprint(part) for part in self.parts)
 
 
 def collect(source: str, split: str, registry: Registry) -> Collection:
     """A collection from what a user names: a folder, shards (wildcards and braces), a source's name (`emoji`), or a
-    source with options as in a recipe (`{name: webdataset, test: x.tar}`), of which `split` is taken.
+    source with options as in a recipe (`{name: webdataset, test: x.tar}`), with its split `split`.
 
-    Raises `UserError` with what to write instead.
+    Raises `UserError`, which says what to write instead.
     """  # fmt: skip
     if Path(source).is_dir():
         return Folder(Path(source))
-    called = source
-    known = [name for kind, name in registry.entries if kind == "source"]
-    if source in known:
+    title = source
+    names = [name for kind, name in registry.entries if kind == "source"]
+    if source in names:
         source = f"{{name: {source}}}"
     if not _is_node(source):
         if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
             shards = expand(source)
             return Samples("\n".join(shards), Shards(shards), source)
         raise UserError(
-            f"{source!r} is no folder of pictures, no shard (*.tar), and no data source ({', '.join(known)})"
+            f"{source!r} is neither a folder of images, nor a shard (*.tar), nor a data source ({', '.join(names)})"
         )
-    made = _source(read_document(source, "SOURCE"), registry)
-    made.prepare()
-    if shards := [shard for found in made.sets(split).values() for shard in found]:
-        return Samples("\n".join(shards), Shards(shards), f"{called}, split {split}")
-    if not (found := made.samples(split)):
+    data_source = _source(read_document(source, "SOURCE"), registry)
+    data_source.prepare()
+    if shards := [shard for sets in data_source.sets(split).values() for shard in sets]:
+        return Samples("\n".join(shards), Shards(shards), f"{title}, split {split}")
+    if not (sets := data_source.samples(split)):
         raise DataError(f"{source!r} has no split {split!r}")
-    return Samples(f"{source} {split}", _All(found.values()), f"{called}, split {split}")
+    return Samples(f"{source} {split}", _Concatenation(sets.values()), f"{title}, split {split}")
 
 
 def _is_node(source: str) -> bool:
@@ -242,14 +244,14 @@ def _source(document: Document, registry: Registry) -> DataSource:
     except KeyError as error:
         raise RecipeErrors([f"{document.name}: {error.args[0]}"]) from error
     try:
-        made: DataSource = cls(cls.Config.model_validate_json(json.dumps(options)))
+        data_source: DataSource = cls(cls.Config.model_validate_json(json.dumps(options)))
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):
             path, what = item["loc"], item["msg"]
             if item["type"] == "extra_forbidden":
-                known = [field.alias or option for option, field in cls.Config.model_fields.items()]
-                what = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), known)}"
+                options_known = [field.alias or option for option, field in cls.Config.model_fields.items()]
+                what = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), options_known)}"
             lines.append(f"{located(document.origin(path), path)}: {what}")
         raise RecipeErrors(lines) from error
-    return made
+    return data_source

@@ -1,4 +1,4 @@
-"""A contact sheet: what was found, as a grid of equal cells."""
+"""A contact sheet: search results in a grid of equal cells."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ GAP, LINE, PALE = 12, 15, "#f3f3f3"
 
 
 @dataclass(frozen=True)
-class Found:
-    """One cell: similarity, key, and a picture or words where there are any."""
+class SearchResult:
+    """One cell: similarity, key, and an image or a text, if there is one."""
 
     similarity: float
     key: str
@@ -27,40 +27,42 @@ class Found:
     picture: Image.Image | None = None
 
 
-def contact_sheet(query: Rendered, told: str, found: Sequence[Found]) -> Image.Image:
-    """What was asked (None where it cannot be shown) and `told` above a grid of at least one found, best first."""
-    pictures = any(one.picture for one in found)
-    rows = math.ceil(len(found) / max(4, round(math.sqrt(len(found)))))
-    columns = math.ceil(len(found) / rows) if pictures else 1
+def contact_sheet(query: Rendered, summary: str, results: Sequence[SearchResult]) -> Image.Image:
+    """The query (None if it cannot be shown) and `summary` above a grid of one or more results, best first."""
+    pictures = any(result.picture for result in results)
+    rows = math.ceil(len(results) / max(4, round(math.sqrt(len(results)))))
+    columns = math.ceil(len(results) / rows) if pictures else 1
     side = SIDE if pictures and columns > 1 else 2 * SIDE if pictures else 4 * SIDE
-    scaled = [one.picture and ImageOps.contain(one.picture.convert("RGB"), (side, side)) for one in found]
+    scaled = [result.picture and ImageOps.contain(result.picture.convert("RGB"), (side, side)) for result in results]
     box = max((picture.height for picture in scaled if picture), default=0)
     font, small = font_of(12), font_of(11)
-    captions = [wrap(one.text, small, side, 2) for one in found]
+    captions = [wrap(result.text, small, side, 2) for result in results]
     cell = LINE + 3 + box + 3 + LINE * (1 + max(map(len, captions))) + GAP
     width = GAP + columns * (side + GAP)
 
-    asked = ImageOps.contain(query.convert("RGB"), (SIDE, SIDE // 2)) if isinstance(query, Image.Image) else None
-    left = GAP + asked.width + GAP if asked else GAP
+    query_picture = (
+        ImageOps.contain(query.convert("RGB"), (SIDE, SIDE // 2)) if isinstance(query, Image.Image) else None
+    )
+    left = GAP + query_picture.width + GAP if query_picture else GAP
     words = wrap(f"“{query}”", font, width - left - GAP, 3) if isinstance(query, str) else []
-    words += wrap(told, font, width - left - GAP, 3)
-    top = GAP + max(asked.height if asked else 0, len(words) * LINE) + GAP
-    page = Image.new("RGB", (width, top + rows * cell if pictures else top + len(found) * cell), "white")
+    words += wrap(summary, font, width - left - GAP, 3)
+    top = GAP + max(query_picture.height if query_picture else 0, len(words) * LINE) + GAP
+    page = Image.new("RGB", (width, top + rows * cell if pictures else top + len(results) * cell), "white")
     draw = ImageDraw.Draw(page)
-    if asked:
-        page.paste(asked, (GAP, GAP))
+    if query_picture:
+        page.paste(query_picture, (GAP, GAP))
     draw.multiline_text((left, GAP), "\n".join(words), fill="black", font=font)
-    for i, (one, picture, caption) in enumerate(zip(found, scaled, captions, strict=True)):
+    for i, (result, picture, caption) in enumerate(zip(results, scaled, captions, strict=True)):
         x, y = GAP + i % columns * (side + GAP), top + i // columns * cell
         draw.text((x, y), str(i + 1), fill="black", font=font)
-        draw.text((x + side, y), f"{one.similarity:.3f}", fill="black", font=font, anchor="ra")
+        draw.text((x + side, y), f"{result.similarity:.3f}", fill="black", font=font, anchor="ra")
         y += LINE + 3
         if pictures:
             draw.rectangle((x, y, x + side - 1, y + box - 1), fill=PALE)
         if picture:
             page.paste(picture, (x + (side - picture.width) // 2, y + (box - picture.height) // 2))
         y += box + 3
-        draw.text((x, y), _end(one.key, small, side), fill="grey", font=small)
+        draw.text((x, y), _end(result.key, small, side), fill="grey", font=small)
         for number, line in enumerate(caption, 1):
             draw.text((x, y + number * LINE), line, fill="black", font=small)
     return page
@@ -90,9 +92,9 @@ def wrap(text: str, font: Any, width: int, most: int) -> list[str]:
 
 
 def _end(key: str, font: Any, width: int) -> str:
-    """A key, or the end of it that fits: of a path the file's name tells most."""
-    shown = key
-    while len(shown) > 1 and font.getlength(shown) > width:
+    """A key, or as much of its end as fits: of a path, the file name matters most."""
+    text = key
+    while len(text) > 1 and font.getlength(text) > width:
         key = key[1:]
-        shown = f"…{key}"
-    return shown
+        text = f"…{key}"
+    return text

@@ -1,7 +1,7 @@
-"""Attention as pictures: a picture under its weights, the words of a text on colours, patches by principal component.
+"""Attention as pictures: an image under its weights, a text's words on colours, patches by principal component.
 
-Colour says how much more a token is read than if all were read alike: weight * L, from 0 to the map's largest value,
-but at least 2. So weights that are all alike look alike, and nothing is stretched to look sharp.
+Colour shows how much a token is read relative to uniform attention: weight * L, from 0 to the map's largest value, or
+to 2 if that is larger. So uniform weights look uniform, and small differences are not exaggerated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Map:
 
     @property
     def ratios(self) -> np.ndarray:
-        """[L], weights divided by those of an even reading."""
+        """[L], weights relative to uniform ones."""
         return self.weights.numpy() * len(self.weights)
 
     @property
@@ -51,12 +51,12 @@ class Map:
 
     @property
     def caption(self) -> str:
-        """Its name, its entropy, and how much the most read token is read; its row's facts say in what units."""
+        """Its name, its entropy, and the largest ratio; the row's facts explain the units."""
         return f"{self.name}: entropy {float(entropy(self.weights)):.2f}, top {self.ratios.max(initial=0):.1f}x"
 
     @property
     def told(self) -> str:
-        """The same in words that stand alone, the name last."""
+        """The caption as a complete line, the name last."""
         spread = f"entropy {float(entropy(self.weights)):.2f} of {math.log(max(1, len(self.weights))):.2f} nats"
         return f"{spread}, top token {self.ratios.max(initial=0):.1f}x an even share  {self.name}"
 
@@ -72,51 +72,53 @@ class Row:
 
 
 def rows_of(readings: Sequence[Reading], seen: Sequence[ViewedItem], heads: bool = False) -> list[Row]:
-    """All there is to draw of some items: the fusion's attention, the class tokens', the patches' components.
+    """Everything to draw of some items: the fusion's attention, the class tokens', the patches' components.
 
-    Who reads the same item stands in one row; with `heads` each has its own, with a map for each head. The class token
-    of a picture always has one for each head.
+    Readings of the same item share a row; with `heads` each has its own row, with a map for each head. The class token
+    of an image always has a map for each head.
     """
     rows = []
     groups: dict[tuple[int, str | None], list[Reading]] = {}
-    for one in readings:
-        if one.answer.places is not None:
-            groups.setdefault((id(one.answer), one.asking.modality if one.asking else None), []).append(one)
+    for reading in readings:
+        if reading.answer.places is not None:
+            groups.setdefault((id(reading.answer), reading.asking.modality if reading.asking else None), []).append(
+                reading
+            )
     for group in groups.values():
-        apart = heads or (group[0].asking is None and isinstance(group[0].answer.places, tuple))
-        rows += [_row([one], True) for one in group] if apart else [_row(group, False)]
+        by_head = heads or (group[0].asking is None and isinstance(group[0].answer.places, tuple))
+        rows += [_row([reading], True) for reading in group] if by_head else [_row(group, False)]
     for item in seen:
         if isinstance(item.places, tuple) and item.tokens is not None:
             grid = principal(item.tokens[item.mask.to(item.tokens.device)]).reshape(*item.places, 3).numpy()
             picture, squares = plain(item.shown), Image.fromarray((255 * grid).round().astype(np.uint8))
             patches = squares.resize(picture.size, Image.Resampling.NEAREST)
-            shown = {"what the model sees": picture, "components 1 to 3 as red, green, blue": patches}
-            rows.append(Row(f"{item.modality}: principal components of the patches' features", pictures=shown))
+            panels = {"what the model sees": picture, "components 1 to 3 as red, green, blue": patches}
+            rows.append(Row(f"{item.modality}: principal components of the patches' features", pictures=panels))
     return rows
 
 
 def _row(group: Sequence[Reading], heads: bool) -> Row:
-    """Readings of one item: the mean over heads of each, or of the only one each head as well."""
+    """A row of readings of one item: each one's mean over heads, and of a single reading also each head."""
     asking, answer, (count, length) = group[0].asking, group[0].answer, group[0].weights.shape
     mean = f"mean of {count} heads" if count > 1 else "one head"
-    several = len(group) > 1
-    drawn = [(_words(one.asking, 60) if several else mean, one.weights.mean(0)) for one in group]
+    has_several = len(group) > 1
+    maps = [(_words(reading.asking, 60) if has_several else mean, reading.weights.mean(0)) for reading in group]
     if heads and count > 1:
-        drawn += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
-    facts = f"{mean}; " if several else ""
+        maps += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
+    facts = f"{mean}; " if has_several else ""
     facts += (
         f"colour: times an even share (1/{length}) of the attention; entropy in nats, {math.log(length):.2f} if even"
     )
     if asking is None:
         label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
     else:
-        words = "" if several else f" {_words(asking, 70)}".rstrip()
+        words = "" if has_several else f" {_words(asking, 70)}".rstrip()
         label = f"{asking.modality}{words} reads {answer.modality}"
-    return Row(label, facts, [Map(name, answer, weights) for name, weights in drawn])
+    return Row(label, facts, [Map(name, answer, weights) for name, weights in maps])
 
 
 def _words(asking: ViewedItem | None, most: int) -> str:
-    """A text in quotation marks; nothing for what is none."""
+    """A text in quotation marks; empty for other items."""
     if asking is None or not isinstance(asking.shown, str):
         return ""
     return f'"{textwrap.shorten(asking.shown, most, placeholder=" ...")}"'
@@ -134,14 +136,14 @@ def _size(picture: Image.Image, side: int) -> tuple[int, int]:
     return width, height
 
 
-def overlay(one: Map, side: int = SIDE) -> Image.Image:
+def overlay(map_: Map, side: int = SIDE) -> Image.Image:
     """The picture in pale grey under the weights, smoothed between patches' middles; its longer side is `side` px."""
-    picture, size, places = one.seen.shown, _size(one.seen.shown, side), one.seen.places
+    picture, size, places = map_.seen.shown, _size(map_.seen.shown, side), map_.seen.places
     assert isinstance(places, tuple)
-    grid = Image.fromarray(one.levels.astype(np.float32).reshape(places))
+    grid = Image.fromarray(map_.levels.astype(np.float32).reshape(places))
     level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None]
-    grey = 95 + grey * (160 / 255)  # colours read alike on dark pictures
+    grey = 95 + grey * (160 / 255)  # so that colours look the same on dark pictures
     return Image.fromarray(_painted(level, grey))
 
 
@@ -152,15 +154,15 @@ def _painted(level: np.ndarray, grey: np.ndarray | float) -> np.ndarray:
     return np.asarray(mixed.round().astype(np.uint8))
 
 
-def scale(one: Map, width: int = SIDE) -> Image.Image:
+def scale(map_: Map, width: int = SIDE) -> Image.Image:
     """The colours of a map, as they are over white, from 0 to their end, with a mark at an even share (1x)."""
     level, font, bar = np.linspace(0, 1, width, dtype=np.float32), font_of(9), 6
     page = Image.new("RGB", (width, bar + 14), "white")
-    line = shade(level) if isinstance(one.seen.places, list) else _painted(level, 255)
+    line = shade(level) if isinstance(map_.seen.places, list) else _painted(level, 255)
     page.paste(Image.fromarray(np.repeat(line[None], bar, 0)), (0, 2))
     draw = ImageDraw.Draw(page)
     draw.text((0, bar + 3), "0", fill="grey", font=font)
-    end, even = f"{one.most:.1f}x", round(width / one.most)
+    end, even = f"{map_.most:.1f}x", round(width / map_.most)
     draw.text((width, bar + 3), end, fill="grey", font=font, anchor="ra")
     draw.line((even, 0, even, bar + 3), fill="grey")
     if 14 < even < width - font.getlength(end) - 10:
@@ -168,13 +170,13 @@ def scale(one: Map, width: int = SIDE) -> Image.Image:
     return page
 
 
-def scaled(one: Map, side: int = SIDE) -> Image.Image:
+def with_scale(map_: Map, side: int = SIDE) -> Image.Image:
     """A map with its scale below: the overlay of a picture, or the words of a text."""
-    drawn = strip(one) if isinstance(one.seen.places, list) else overlay(one, side)
-    below = scale(one, min(side, drawn.width))
-    page = Image.new("RGB", (drawn.width, drawn.height + 2 + below.height), "white")
-    page.paste(drawn, (0, 0))
-    page.paste(below, (0, drawn.height + 2))
+    image = strip(map_) if isinstance(map_.seen.places, list) else overlay(map_, side)
+    scale_image = scale(map_, min(side, image.width))
+    page = Image.new("RGB", (image.width, image.height + 2 + scale_image.height), "white")
+    page.paste(image, (0, 0))
+    page.paste(scale_image, (0, image.height + 2))
     return page
 
 
@@ -188,13 +190,13 @@ def shade(levels: np.ndarray) -> np.ndarray:
     return colours(0.65 * levels, "YlOrRd") if len(levels) else np.empty((0, 3), np.uint8)
 
 
-def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
+def strip(map_: Map, width: int = WIDTH - 12) -> Image.Image:
     """The words of a text, each token on its colour; a word's tokens touch."""
     font, line, pad, gap = font_of(14), 24, 3, 5
     placed: list[tuple[int, int, int, str, tuple[int, ...]]] = []
-    places: Any = one.seen.places
+    places: Any = map_.seen.places
     x = y = 0
-    for piece, colour in zip(places, shade(one.levels).tolist(), strict=True):
+    for piece, colour in zip(places, shade(map_.levels).tolist(), strict=True):
         word = piece.rstrip(" ")
         long = round(font.getlength(word)) + 2 * pad
         if x + long > width and x:
@@ -209,7 +211,7 @@ def strip(one: Map, width: int = WIDTH - 12) -> Image.Image:
     return page
 
 
-def named(name: str, picture: Image.Image) -> Image.Image:
+def with_name(name: str, picture: Image.Image) -> Image.Image:
     """A picture with its name below it."""
     font = font_of(10)
     lines = wrap(name, font, picture.width, 6)
@@ -222,18 +224,18 @@ def named(name: str, picture: Image.Image) -> Image.Image:
 def figure(rows: Sequence[Row], seen: Sequence[ViewedItem]) -> Image.Image:
     """All rows on one page, below the items themselves."""
     lines: list[tuple[str, list[Any]]] = [
-        (one.modality, [one.shown if isinstance(one.shown, str) else plain(one.shown)])
-        for one in seen
-        if one.shown is not None
+        (item.modality, [item.shown if isinstance(item.shown, str) else plain(item.shown)])
+        for item in seen
+        if item.shown is not None
     ]
     for row in rows:
-        lines += [("", [row.label]), (row.facts, list(_drawn(row)))]
+        lines += [("", [row.label]), (row.facts, list(_images_of(row)))]
     sides = [max(item.size) for _, items in lines for item in items if not isinstance(item, str)]
     return sheet(lines, width=WIDTH, side=max(sides, default=SIDE))  # as large as they are
 
 
-def _drawn(row: Row) -> Iterator[Image.Image]:
-    for one in row.maps:
-        yield named(one.caption, scaled(one))
+def _images_of(row: Row) -> Iterator[Image.Image]:
+    for map_ in row.maps:
+        yield with_name(map_.caption, with_scale(map_))
     for name, picture in row.pictures.items():
-        yield named(name, picture)
+        yield with_name(name, picture)

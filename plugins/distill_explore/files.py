@@ -16,24 +16,24 @@ from distill_core import UserError, install
 
 
 def check_out(path: Path, suffixes: Sequence[str]) -> None:
-    """Raises `UserError` where `--out` cannot be written, before anything is computed for it."""
+    """Raises `UserError` if `--out` cannot be written; call it before computing anything."""
     if path.suffix not in suffixes:
         raise UserError(f"--out {path}: ends in none of {', '.join(suffixes)}")
     if path.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--out {path}: parquet needs pyarrow: {install('parquet')}, or write .npy")
-    above = path.absolute().parent
-    while not above.exists() and above != above.parent:
-        above = above.parent
-    if not above.is_dir():
-        raise UserError(f"--out {path}: {above} is no folder")
-    if path.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {path}: {'is a folder' if path.is_dir() else f'{above} cannot be written to'}")
+    parent = path.absolute().parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"--out {path}: {parent} is no folder")
+    if path.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out {path}: {'is a folder' if path.is_dir() else f'{parent} cannot be written to'}")
 
 
 def write(path: Path, embedded: Tensor, keys: list[str]) -> list[str]:
-    """Embeddings [N, D] and N keys, whole or not at all; parquet has columns `key`, `embedding`.
+    """Embeddings [N, D] and N keys, atomically; parquet has columns `key`, `embedding`.
 
-    Returns what `write_whole` says of each file, that of the embeddings first. Raises `UserError`.
+    Returns the line of `write_whole` for each file, that of the embeddings first. Raises `UserError`.
     """
     if path.suffix == ".parquet":
         import pyarrow
@@ -42,12 +42,12 @@ def write(path: Path, embedded: Tensor, keys: list[str]) -> list[str]:
         values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embedded.numpy().ravel()), embedded.shape[1])
         table = pyarrow.table({"key": pyarrow.array(keys), "embedding": values})
         return [write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))]
-    beside = write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
-    return [write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False)), beside]
+    keys_line = write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
+    return [write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False)), keys_line]
 
 
 def read(path: Path) -> tuple[Tensor, list[str]] | None:
-    """What `write` wrote as npy; None where there is none."""
+    """The npy file and keys that `write` wrote; None if there are none."""
     if not path.is_file() or not _keys(path).is_file():
         return None
     keys = _keys(path).read_text(encoding="utf-8").splitlines()
@@ -60,17 +60,17 @@ def _keys(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """What `write` wrote as npy."""
+    """Delete the npy file and keys that `write` wrote."""
     path.unlink(missing_ok=True)
     _keys(path).unlink(missing_ok=True)
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> str:
-    """A file, whole or not at all, and its folder. Returns its name as it is told, `FILE` or `FILE (replaced)`.
+    """Write a file atomically, and create its folder. Returns its name for messages, `FILE` or `FILE (replaced)`.
 
     Raises `UserError`.
     """
-    told = f"{path} (replaced)" if path.exists() else str(path)
+    line = f"{path} (replaced)" if path.exists() else str(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,4 +82,4 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> str:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return told
+    return line

@@ -1,4 +1,4 @@
-"""Attention while training: how sharply tokens are read, as scores, and maps of a few samples, for a tracker."""
+"""Attention during training: its entropy as scores, and maps of a few samples, for a tracker."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from distill_explore.drawing import figure, rows_of
 
 
 class AttentionMapsConfig(TaskConfig):
-    """What is looked at."""
+    """Options of `attention_maps`."""
 
     modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """Those that read each other; null takes all."""
+    """The modalities that read each other; null takes all."""
     samples: Annotated[int, Field(gt=0)] = 32
-    """Samples of each set that the scores are means over, its first."""
+    """Number of samples of each set, its first, that scores are averaged over."""
 
 
 class AttentionMaps(Task):
-    """Entropy of attention weights in nats: 0 where one token is read, ln L where all are read alike. No better or
-    worse: it tells when attention begins to choose, and when it collapses. Its media are the maps of a few samples.
+    """Entropy of attention weights in nats: 0 if one token is read, ln L if all are read equally. Neither direction is
+    better: it shows when attention becomes selective, and when it collapses. Its media are maps of a few samples.
 
     Of the fusion (`text_to_image`: texts read pictures; the student's alone, a teacher has none) and of the class token
     in each backbone's last block, of those that tell their weights.
@@ -52,7 +52,7 @@ class AttentionMaps(Task):
 
     @classmethod
     def problems(cls, config: AttentionMapsConfig, plan: Plan) -> Iterator[str]:
-        """Modalities that the recipe has."""
+        """The recipe lacks a modality."""
         for name in config.modalities or ():
             if name not in plan.modalities:
                 yield f"{cls.name!r}: modalities: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
@@ -64,13 +64,13 @@ class AttentionMaps(Task):
         """
         scores: list[Score] = []
         for samples in sets:
-            found: dict[str, list[float]] = defaultdict(list)
+            entropies: dict[str, list[float]] = defaultdict(list)
             for _, seen in self._batches(model, samples, self.config.samples):
                 for a, b in permutations(seen, 2):
-                    found[f"{a}_to_{b}/entropy"] += [one.entropy for one in cross(model, seen[a], seen[b])]
-                for name, own in seen.items():
-                    found[f"{name}/class_entropy"] += [one.entropy for one in class_readings(own)]
-            for name, values in found.items():
+                    entropies[f"{a}_to_{b}/entropy"] += [reading.entropy for reading in cross(model, seen[a], seen[b])]
+                for name, items in seen.items():
+                    entropies[f"{name}/class_entropy"] += [reading.entropy for reading in class_readings(items)]
+            for name, values in entropies.items():
                 if values:
                     scores.append(Score(samples.name, name, sum(values) / len(values), "nats", None))
         if not scores and not model.teacher:  # a teacher has no fusion, so the student may have more to tell
@@ -86,15 +86,15 @@ class AttentionMaps(Task):
 
     def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """The maps of a few samples, a page each."""
-        for i, here in enumerate(sets):
+        for i, evaluation_set in enumerate(sets):
             share = samples // len(sets) + (i < samples % len(sets))
             if not share:
                 continue
-            for keys, seen in self._batches(model, here, share):
+            for keys, seen in self._batches(model, evaluation_set, share):
                 for key, *items in zip(keys, *seen.values(), strict=True):
                     if rows := rows_of(readings(model, items), items):
-                        texts = {one.modality: [one.shown] for one in items}
-                        context = {"set": here.name, "sample": key}
+                        texts = {item.modality: [item.shown] for item in items}
+                        context = {"set": evaluation_set.name, "sample": key}
                         yield Picture("maps", figure(rows, items), words(key, texts), context)
 
     def _batches(
@@ -104,9 +104,9 @@ class AttentionMaps(Task):
         names = self.config.modalities or model.modalities
         keys: list[str] = []
         views: list[list[View]] = []
-        for key, found in islice(_usable(model, samples, names), count):
+        for key, sample_views in islice(_usable(model, samples, names), count):
             keys.append(key)
-            views.append(found)
+            views.append(sample_views)
         if not keys:
             raise DataError(f"evaluation set {samples.name!r}: no sample with {' and '.join(names)} to look at")
         for start in range(0, len(keys), model.batch_size):
@@ -120,6 +120,6 @@ def _usable(model: Model, samples: Iterable[Sample], modalities: Sequence[str]) 
     for sample in samples:
         try:
             items = [(model.augment[m], model.augment[m].decode(sample)) for m in modalities]
-            yield str(sample["__key__"]), [augmentation.eval_view(found[0]) for augmentation, found in items]
-        except BadSample:  # whoever scores it says so
+            yield str(sample["__key__"]), [augmentation.eval_view(decoded[0]) for augmentation, decoded in items]
+        except BadSample:  # scoring reports it
             continue

@@ -1,4 +1,4 @@
-"""Attention as one HTML page that needs nothing beside itself: pictures are inside it, and there are no scripts."""
+"""Attention as a self-contained HTML page: images are embedded, and there are no scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from distill_explore.attention import ViewedItem
-from distill_explore.drawing import Map, Row, plain, scale, scaled, shade
+from distill_explore.drawing import Map, Row, plain, scale, shade, with_scale
 
 SIDE = 176
 """Pixels of a picture's longer side."""
@@ -27,37 +27,37 @@ figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }}
 
 
 def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[ViewedItem]) -> str:
-    """The page. All words that come from outside are escaped."""
+    """The page. All text from outside is escaped."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(note)}</p>"]
-    given = [
-        figure(one.modality, escape(one.shown) if isinstance(one.shown, str) else plain(one.shown, SIDE))
-        for one in seen
-        if one.shown is not None
+    figures = [
+        figure(item.modality, escape(item.shown) if isinstance(item.shown, str) else plain(item.shown, SIDE))
+        for item in seen
+        if item.shown is not None
     ]
-    parts += ['<div class="row">', *given, "</div>"]
+    parts += ['<div class="row">', *figures, "</div>"]
     for row in rows:
-        drawn = [
+        row_figures = [
             figure(
-                one.caption,
-                text(one) + image(scale(one, SIDE), "its colours")
-                if isinstance(one.seen.places, list)
-                else scaled(one, SIDE),
+                item.caption,
+                text(item) + image(scale(item, SIDE), "its colours")
+                if isinstance(item.seen.places, list)
+                else with_scale(item, SIDE),
             )
-            for one in row.maps
+            for item in row.maps
         ]
-        drawn += [figure(name, picture) for name, picture in row.pictures.items()]
+        row_figures += [figure(name, picture) for name, picture in row.pictures.items()]
         facts = [f"<p>{escape(row.facts)}</p>"] if row.facts else []
-        parts += [f"<h2>{escape(row.label)}</h2>", *facts, '<div class="row">', *drawn, "</div>"]
+        parts += [f"<h2>{escape(row.label)}</h2>", *facts, '<div class="row">', *row_figures, "</div>"]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
-def figure(caption: str, shown: Image.Image | str) -> str:
+def figure(caption: str, content: Image.Image | str) -> str:
     """A picture, or HTML, with its caption."""
-    drawn, kind = (shown, "words") if isinstance(shown, str) else (image(shown, caption), "picture")
-    return f'<figure class="{kind}">{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
+    body, kind = (content, "words") if isinstance(content, str) else (image(content, caption), "picture")
+    return f'<figure class="{kind}">{body}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def image(picture: Image.Image, words: str) -> str:
@@ -68,12 +68,12 @@ def image(picture: Image.Image, words: str) -> str:
     return f'<img alt="{escape(words)}" width="{picture.width}" src="data:image/png;base64,{data}">'
 
 
-def text(one: Map) -> str:
-    """The words on their colours; a token says its weight when pointed at."""
-    made = []
-    places: Any = one.seen.places
-    for piece, weight, colour in zip(places, one.weights.tolist(), shade(one.levels).tolist(), strict=True):
+def text(map_: Map) -> str:
+    """The words on their colours; hovering over a token shows its weight."""
+    spans = []
+    places: Any = map_.seen.places
+    for piece, weight, colour in zip(places, map_.weights.tolist(), shade(map_.levels).tolist(), strict=True):
         ratio = weight * len(places)
-        told = f'title="{weight:.4f}, {ratio:.2f}x" style="background: rgb({", ".join(map(str, colour))})"'
-        made.append(f"<span {told}>{escape(piece.rstrip(' '))}</span>{' ' if piece.endswith(' ') else ''}")
-    return f'<div class="text">{"".join(made)}</div>'
+        attributes = f'title="{weight:.4f}, {ratio:.2f}x" style="background: rgb({", ".join(map(str, colour))})"'
+        spans.append(f"<span {attributes}>{escape(piece.rstrip(' '))}</span>{' ' if piece.endswith(' ') else ''}")
+    return f'<div class="text">{"".join(spans)}</div>'

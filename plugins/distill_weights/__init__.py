@@ -1,4 +1,4 @@
-"""Weights in (open_clip, OpenAI, Hugging Face CLIP, timm's ViTs) and out (open_clip, Hugging Face, ONNX)."""
+"""Loads weights (open_clip, OpenAI, Hugging Face CLIP, timm's ViTs) and exports them (open_clip, HF, ONNX)."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""The model card (README.md) beside exported weights: recipe, data, scores, licence, and how they are loaded."""
+"""The model card (README.md) of exported weights: how to load them, recipe, data, scores, licence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from distill_core.tools import means, read_scores
 
 if TYPE_CHECKING:
-    from distill_weights.export import Checked
+    from distill_weights.export import CheckResult
     from distill_weights.subject import Subject
 
 _USE = {
@@ -42,13 +42,13 @@ _TEXTS = {
     "open_clip": "open_clip's tokenizer does the same.",
     "hf": (
         "CLIPTokenizer does neither: where texts hold typographic quotes or entities (it’s “fine”, Tom &amp; Jerry), "
-        "do this yourself first, `html.unescape(html.unescape(ftfy.fix_text(text)))`; else the ids are others."
+        "first apply `html.unescape(html.unescape(ftfy.fix_text(text)))`; else the ids differ."
     ),
 }
 _LIBRARY = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
-def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[str], licence: str) -> str:
+def card(subject: Subject, to: str, checks: Sequence[CheckResult], notes: Sequence[str], licence: str) -> str:
     """Markdown with the front matter that model hubs read."""
     recipe, run = public(subject.recipe), subject.run
     report = _report(subject)
@@ -59,8 +59,11 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
         "tags": ["distill", to, *dict.fromkeys(_names(recipe))],
         "datasets": [recipe["data"]["source"]["name"]],
     }
-    differences = [f"| {one.modality} | {one.samples} | {one.difference:.1e} | {one.own or '-'} |" for one in found]
-    use = _USE[to].replace("NAME", found[0].modality)
+    differences = [
+        f"| {check.modality} | {check.samples} | {check.difference:.1e} | {check.comparison or '-'} |"
+        for check in checks
+    ]
+    use = _USE[to].replace("NAME", checks[0].modality)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {run.name}",
@@ -73,8 +76,7 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
         "| modality | samples | maximum difference | preprocessing |\n|---|---|---|---|\n" + "\n".join(differences),
         *(f"- {line}" for line in [*(f"Left out: {part}." for part in subject.left_out), *notes]),
         "## Data",
-        f"Source: `{recipe['data']['source']['name']}`. "
-        "The data's own licence: to be filled in by whoever publishes this.",
+        f"Source: `{recipe['data']['source']['name']}`. The licence of the data: to be filled in by the publisher.",
         "## Scores",
         _scores(subject, report),
         "## Licence",
@@ -90,9 +92,11 @@ def card(subject: Subject, to: str, found: Sequence[Checked], notes: Sequence[st
 def public(recipe: Any) -> Any:
     """A resolved recipe without what may be private: trackers, options of sources and `weights`, paths of files."""
     if isinstance(recipe, dict):
-        named = {key: _name_alone(value) for key, value in recipe.items() if key in ("source", "weights")}
+        names_only = {key: _name_alone(value) for key, value in recipe.items() if key in ("source", "weights")}
         return {
-            key: named[key] if key in named else public(value) for key, value in recipe.items() if key != "tracking"
+            key: names_only[key] if key in names_only else public(value)
+            for key, value in recipe.items()
+            if key != "tracking"
         }
     if isinstance(recipe, list | tuple):
         return [public(value) for value in recipe]
@@ -100,9 +104,9 @@ def public(recipe: Any) -> Any:
 
 
 def _name_alone(node: Any) -> Any:
-    """The name of a component, of several, or of none; of a bare string nothing, as it is a path or an address."""
+    """The name of each component in a node; None for a bare string, which is a path or an address."""
     if isinstance(node, list | tuple):
-        return [_name_alone(one) for one in node]
+        return [_name_alone(item) for item in node]
     return {"name": node["name"]} if isinstance(node, dict) and "name" in node else None
 
 
@@ -134,8 +138,8 @@ def _report(subject: Subject) -> dict[str, Any] | None:
     path = subject.run / "report.json"
     if not path.is_file():
         return None
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def _scores(subject: Subject, report: dict[str, Any] | None) -> str:

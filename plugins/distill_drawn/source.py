@@ -131,17 +131,17 @@ class DrawnSource(DataSource):
         self._report([entries[name] for name in names], folder, time.perf_counter() - begun)
 
     def _report(self, entries: list[Entry], folder: Path, seconds: float) -> None:
-        """One line of what was written, another of what has no picture."""
+        """One line of what was written, another of what was left out."""
         samples = sum(entry.samples for entry in entries)
         print(f"{self.name}: {samples} pictures in {len(entries)} shards, {seconds:.1f} s: {folder}", file=sys.stderr)
         left = [(entry.style, *item) for entry in entries for item in entry.left_out.items()]
-        odd = {f"{name} ({style})" for style, name, why in left if not why.startswith(SAME)}
+        others = sorted({f"{name} ({style})" for style, name, why in left if not why.startswith(SAME)})
         same = sum(why.startswith(SAME) for _, _, why in left)
-        if odd or same:
-            named = ", ".join(sorted(odd)[:10]) + (", ..." if len(odd) > 10 else "")
+        if left:
+            named = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
             print(
-                f"{self.name}: left out {same} with the picture of a like concept, {len(odd)} without a picture"
-                f"{': ' + named if odd else ''} (all in {shards.MANIFEST})",
+                f"{self.name}: left out {same} with the picture of a like concept, {len(others)} more"
+                f"{': ' + named if others else ''} (why is in {shards.MANIFEST})",
                 file=sys.stderr,
             )
 

@@ -301,7 +301,7 @@ def test_a_drawing_that_is_refused_is_counted_and_named(
     assert sum(one.size(split) for split in source.SPLITS) == 20 - len(left)
     name, why = next(item for item in left if "not well-formed" in item[1])
     assert ".svg: not well-formed" in why
-    assert f"1 without a picture: {name} (twemoji)" in capsys.readouterr().err
+    assert f"1 more: {name} (twemoji)" in capsys.readouterr().err
 
 
 @needs_noto

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -89,7 +89,7 @@ class IconsSource(DrawnSource):
         found: dict[tuple[str, str], list[tuple[float, Item]]] = {}
         for concept in chosen:
             icon = concept.icon
-            draw = partial(_drawn, concept, self.config.size)
+            draw: Callable[[], Drawn] = partial(_drawn, concept, self.config.size)
             if concept.key in twins:
                 draw = partial(_refuse, f"{SAME} {twins[concept.key]}")
             place = split_of(concept.group), icon.set

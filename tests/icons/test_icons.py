@@ -261,11 +261,17 @@ def test_other_options_and_versions_have_another_folder(made: Make, npm: Path, t
 
 @pytest.mark.slow
 def test_it_trains_and_is_evaluated(npm: Path, tmp_path: Path) -> None:
-    """Retrieval, zero-shot classification and nearest neighbours on a few steps of CLIP."""
+    """Two steps of CLIP, then retrieval, zero-shot classification, nearest neighbours, and composition on scenes."""
     from distill_core.cli import main
 
     options = f"{{name: icons, folder: {npm}, cache: {tmp_path}, size: 24, shards: 1, sets: [game_icons, tabler]}}"
-    tasks = "[{name: retrieval}, {name: zero_shot, label: colour}, {name: knn, label: colour}]"
+    scenes = f"{{name: icon_scenes, scenes: 5, held_out: 20, cache: {tmp_path}, icons: {options}}}"
+    scenes = scenes.replace("icons: {name: icons, ", "icons: {")
+    fields = "images: [png], captions: [caption_0, caption_1, caption_2]"
+    tasks = (
+        "[{name: retrieval}, {name: zero_shot, label: colour}, {name: knn, label: colour},"
+        f" {{name: composition, {fields}, source: {scenes}}}]"
+    )
     sets = {
         "data.source": options,
         "data.batch_size": 16,
@@ -279,4 +285,17 @@ def test_it_trains_and_is_evaluated(npm: Path, tmp_path: Path) -> None:
     (report,) = (tmp_path / "runs").glob("*/report.json")
     scores = json.loads(report.read_text())["scores"]
     names = {(row["task"], row["set"]) for row in scores}
-    assert {("retrieval", "game_icons"), ("zero_shot", "game_icons"), ("knn", "game_icons")} <= names
+    assert {(task, "game_icons") for task in ("retrieval", "zero_shot", "knn")} | {("composition", "scenes")} <= names
+
+
+@pytest.mark.slow
+def test_both_sources_conform(npm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `distill check-plugin icons` does where the packages are."""
+    from distill_authoring.conformance import assert_conforms
+    from distill_icons.scenes import IconScenes
+
+    icons = {"folder": str(npm), "cache": str(tmp_path), "size": 16, "shards": 1, "sets": ("game_icons",)}
+    monkeypatch.setattr(IconsSource, "examples", (icons,))
+    assert_conforms(IconsSource)
+    monkeypatch.setattr(IconScenes, "examples", ({"scenes": 4, "held_out": 2, "cache": str(tmp_path), "icons": icons},))
+    assert_conforms(IconScenes)

@@ -34,8 +34,7 @@ from distill_kernels.triton.compile_specs import Spec
 
 MODULES = (
     "distill_kernels.triton.cross_attention_kernels",
-    "distill_kernels.triton.info_nce",
-    "distill_kernels.triton.sigmoid_loss",
+    "distill_kernels.triton.pairwise",
 )
 
 
@@ -73,11 +72,11 @@ def specs() -> list[Spec]:
 
 def measure(spec: Spec, name: str) -> Row:
     target = TARGETS[name].gpu
-    # As a launch finds them: aligned pointers, and strides that are multiples of the width.
+    # As a launch finds them: aligned pointers, and strides that are multiples of the width, itself one of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (argument, kind) in enumerate(spec.signature.items())
-        if kind.startswith("*") or (spec.aligned and kind == "i32" and re.search(r"_s[a-z]$", argument))
+        if kind.startswith("*") or (kind == "i32" and re.search(r"_s[a-z]$", argument))
     }
     source = ASTSource(spec.kernel, spec.signature, spec.constants, aligned)
     options: dict[str, Any] = {

@@ -25,3 +25,8 @@ def skip_float64_on_gpu(backend: str) -> None:
     """Triton's kernels take float64 in the interpreter alone."""
     if backend == "triton" and DEVICE == "cuda":
         pytest.skip("Triton's kernels take no float64 on a GPU")
+
+
+def width_for(backend: str, width: int) -> int:
+    """An embedding width, or what Triton's kernels of pairs take near it: multiples of 32 from 64 on."""
+    return max(64, -(-width // 32) * 32) if backend == "triton" else width

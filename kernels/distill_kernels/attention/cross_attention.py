@@ -195,8 +195,8 @@ def _why_not_triton(x: CrossAttentionInputs | None) -> str | None:
     wide = interpreting() and x.products == torch.float64
     if x.products not in (torch.float16, torch.bfloat16, torch.float32) and not wide:
         return f"takes float16, bfloat16 or float32, got {x.products}"
-    if not 1 <= x.K <= 128:
-        return f"takes head widths up to 128, got {x.K}"
+    if x.K % 16 or not 16 <= x.K <= 128:
+        return f"takes head widths that are multiples of 16 up to 128, got {x.K}"
     return None
 
 

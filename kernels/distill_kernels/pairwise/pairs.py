@@ -105,6 +105,8 @@ def why_not_kernels(x: Pairs | None) -> str | None:
     known = {torch.float32, torch.float16, torch.bfloat16} | ({torch.float64} if interpreting() else set())
     if len(dtypes) != 1 or not dtypes <= known:
         return f"needs one dtype among float32, float16 and bfloat16, got {sorted(map(str, dtypes))}"
+    if x.D % 32 or x.D < 64:
+        return f"needs an embedding width that is a multiple of 32, 64 or more, got {x.D}"
     for scalar in x.scalars:
         if scalar.device != x.device:
             return f"scale or bias is on {scalar.device}, the embeddings on {x.device}"

@@ -19,7 +19,6 @@ class Spec(NamedTuple):
     warps: int
     stages: int
     registers: int | None  # NVIDIA: the most that a thread may use, None for the compiler's choice
-    aligned: bool  # all strides are multiples of 16 elements
 
     @property
     def nvidia_only(self) -> bool:
@@ -41,7 +40,6 @@ def make_spec(
     warps: int,
     stages: int = 3,
     registers: int | None = None,
-    aligned: bool = True,
 ) -> Spec:
     """A `Spec` from the types of the run-time arguments and the values of the constant ones.
 
@@ -53,4 +51,4 @@ def make_spec(
     if unknown:
         raise ValueError(f"{kernel.__name__} takes no argument {', '.join(sorted(unknown))}")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    return Spec(kernel.__name__, variant, kernel, signature, constants, warps, stages, registers, aligned)
+    return Spec(kernel.__name__, variant, kernel, signature, constants, warps, stages, registers)

@@ -212,7 +212,8 @@ class Blocks(NamedTuple):
 
 
 def blocks(queries: int, width: int, itemsize: int, precision: str = "ieee") -> Blocks:
-    """The shipped block sizes: no spills on the targets of `kernels/bench/resources.csv`.
+    """The shipped block sizes, of widths that are multiples of 16: no spills on the targets of
+    `kernels/bench/resources.csv`.
 
     16 is the smallest side of a matrix product. Exact fp32 products run outside the matrix units and hold
     their operands in registers: fewer queries, more warps.
@@ -220,17 +221,16 @@ def blocks(queries: int, width: int, itemsize: int, precision: str = "ieee") -> 
     Without a bound on the registers, even the largest, NVIDIA's compiler may spill some bytes to fit one more
     program on a multiprocessor. The recipes' sizes do not spill, and keep that program.
     """
-    aligned = width % 16 == 0  # else the addresses of every element take registers, too
-    v = min(max(triton.next_power_of_2(queries), 16), 64 if aligned else 32)
+    v = min(max(triton.next_power_of_2(queries), 16), 64)
+    k = triton.next_power_of_2(width)
     split = precision == "tf32x3"  # both halves of every fp32 operand are held at once
-    k = max(triton.next_power_of_2(width), 16)
     if itemsize <= 2:
-        bound = None if v == 16 and k <= 64 and aligned else 255
-        if v * k <= 16 * 128 and aligned:
+        bound = None if v == 16 and k <= 64 else 255
+        if v * k <= 16 * 128:
             return Blocks(v, k, 64, 32, 4, bound)
         return Blocks(v, k, 32, 16, 4 if k <= 64 else 8, bound)
-    if k > 64 or not aligned:
-        return Blocks(16, k, 32 if aligned else 16, 16, 8, 255, stages=2)
+    if k > 64:
+        return Blocks(16, k, 32, 16, 8, 255, stages=2)
     if split:
         return Blocks(16, k, 64, 16, 4, 255)
     if v == 16:
@@ -241,12 +241,12 @@ def blocks(queries: int, width: int, itemsize: int, precision: str = "ieee") -> 
 def compile_specs() -> list[Spec]:
     """Variants for `kernels/bench/resources.py`: every `blocks` with every kind of valid tokens.
 
-    Widths that do not fill their block, aligned or not, come with one kind. fp16 takes bf16's blocks and, on
-    NVIDIA, exactly its registers: once.
+    Widths that do not fill their block come with one kind. fp16 takes bf16's blocks and, on NVIDIA, exactly its
+    registers: once.
     """
     specs = _specs("fp16", 8, 64, "lengths")
     for dtype in ("bf16", "fp32"):
-        for width in (8, 16, 24, 32, 40, 64, 72, 80, 128):
+        for width in (16, 32, 64, 80, 128):
             kinds = ("all", "lengths", "mask") if width == blocks(1, width, 4).width else ("lengths",)
             specs += [
                 s
@@ -295,7 +295,6 @@ def _specs(dtype: str, queries: int, width: int, valid: str, precision: str = "i
             warps=size.warps,
             stages=size.stages,
             registers=size.registers,
-            aligned=width % 16 == 0,
         )
 
     sums, more = ("dk", "dv"), ("do", "q", "k", "v", "out", "dq")

@@ -1,9 +1,9 @@
-"""What the Triton kernels of the pairwise losses share: a tile of products, block sizes, and the backward sweep.
+"""The Triton kernels of the losses of all pairs of rows: InfoNCE and, where there is a bias, the sigmoid loss.
 
-Forward: a program owns a block of rows of one view pair and walks all columns. Backward: a kernel turns tiles
-of logits into their gradient, one chunk of it is stored, and two library matmuls take that to the embeddings.
-A kernel that kept a [rows, D] sum itself would need D = 512 fp32 numbers a row in registers, or compute each
-logit once for every slice of D.
+Forward: a program owns a block of rows of one view pair and walks all columns, for each row's log-sum-exp or its sum
+of softplus. Backward: tiles of logits are turned into their gradient, one chunk of it is stored, and two library
+matmuls take that to the embeddings. A kernel that kept a [rows, D] sum itself would need D = 512 fp32 numbers a row in
+registers, or compute each logit once for every slice of D.
 
 Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i rows, j columns.
 """
@@ -13,7 +13,7 @@ Shape letters: Va, Vb views, B rows, M columns, D embedding; u, v count views, i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill_kernels.pairwise.chunks import chunk_blocks, compute_dtype
-from distill_kernels.triton.compile_specs import precisions
+from distill_kernels.triton.compile_specs import Spec, make_spec, precisions
 from distill_kernels.triton.launches import dot_precision, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -40,19 +40,14 @@ def tile(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x rows offs_i times y rows offs_j: [BLOCK_I, BLOCK_J], zero outside."""
+    """x rows offs_i times y rows offs_j: [BLOCK_I, BLOCK_J], zero outside; BLOCK_D divides D."""
     offs_d = tl.arange(0, BLOCK_D)
     x_at = x_ptr + offs_i.to(tl.int64)[:, None] * x_si + offs_d[None, :] * x_sd
     y_at = y_ptr + offs_j.to(tl.int64)[None, :] * y_sj + offs_d[:, None] * y_sd
     acc = tl.zeros([BLOCK_I, BLOCK_J], ACC)
-    for start in range(0, D, BLOCK_D):
-        if D % BLOCK_D == 0:
-            x = tl.load(x_at, mask=(offs_i < n)[:, None], other=0.0)
-            y = tl.load(y_at, mask=(offs_j < m)[None, :], other=0.0)
-        else:
-            in_d = offs_d < D - start
-            x = tl.load(x_at, mask=(offs_i < n)[:, None] & in_d[None, :], other=0.0)
-            y = tl.load(y_at, mask=(offs_j < m)[None, :] & in_d[:, None], other=0.0)
+    for _ in range(0, D, BLOCK_D):
+        x = tl.load(x_at, mask=(offs_i < n)[:, None], other=0.0)
+        y = tl.load(y_at, mask=(offs_j < m)[None, :], other=0.0)
         if UPCAST:
             x = x.to(tl.float32)
             y = y.to(tl.float32)
@@ -62,46 +57,137 @@ def tile(
     return acc
 
 
+@triton.jit
+def row_kernel(
+    x_ptr, y_ptr, scale_ptr, bias_ptr, out_ptr,
+    x_su, x_si, x_sd,
+    y_sv, y_sj, y_sd,
+    views, n, m,
+    D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [u, v, i], of the logits of x[u, i] with all rows of y[v]: their log-sum-exp, or with a bias the sum of their
+    softplus. views is v's count.
+    """
+    u = (tl.program_id(1) // views).to(tl.int64)
+    v = (tl.program_id(1) % views).to(tl.int64)
+    offs_i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    scale = tl.load(scale_ptr).to(ACC) * LOG2_E  # logits are in units of log2
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr).to(ACC) * LOG2_E
+    else:
+        largest = tl.full([BLOCK_I], float("-inf"), ACC)  # of the logits so far
+    total = tl.zeros([BLOCK_I], ACC)
+    for start in range(0, m, BLOCK_J):
+        offs_j = start + tl.arange(0, BLOCK_J)
+        z = scale * tile(
+            x_ptr + u * x_su, y_ptr + v * y_sv, offs_i, offs_j, n, m, x_si, x_sd, y_sj, y_sd,
+            D, BLOCK_I, BLOCK_J, BLOCK_D, ACC, PRECISION, UPCAST,
+        )  # fmt: skip
+        inside = (offs_j < m)[None, :]
+        if bias_ptr is not None:
+            z = bias + z
+            # softplus = max(z, 0) + log1p(e). 1 + e loses the low digits of a small e, which is most of this loss:
+            # log1p(e) = log(1 + e) e / ((1 + e) - 1), exact to rounding (Kahan).
+            e = tl.exp2(-tl.abs(z))
+            one = 1.0 + e
+            rounded = one - 1.0
+            log1p = tl.where(rounded == 0.0, e, tl.log(one) * (e / tl.where(rounded == 0.0, 1.0, rounded)))
+            total += tl.sum(tl.where(inside, tl.maximum(z, 0.0) / LOG2_E + log1p, 0.0), 1)
+        else:
+            z = tl.where(inside, z, float("-inf"))
+            new = tl.maximum(largest, tl.max(z, 1))
+            shift = tl.where(new == float("-inf"), 0.0, new)
+            total = total * tl.exp2(largest - shift) + tl.sum(tl.exp2(z - shift[:, None]), 1)
+            largest = new
+    if bias_ptr is None:
+        total = (largest + tl.log2(total)) / LOG2_E
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * n + offs_i, total, mask=offs_i < n)
+
+
+@triton.jit
+def gradient_kernel(
+    x_ptr, y_ptr, scale_ptr, bias_ptr, weight_ptr, row_ptr, column_ptr, dz_ptr, sums_ptr,
+    x_su, x_si, x_sd,
+    y_sv, y_sj, y_sd,
+    weight_su, weight_sv,
+    row_su, row_sv,
+    column_sv, column_su,
+    views, n, m, shift,
+    D: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """dz [u, i, v, j], the gradient of logits: weight (row softmax (+ column softmax) - 1 (2) on the target), or with a
+    bias weight (sigmoid - 1 on the target). Row i's target is column i + shift of this chunk.
+
+    sums [programs, 1 or 2]: of dz times the logit without scale and bias, and with a bias of dz, taken here because the
+    stored dz may be bf16.
+    """
+    u = (tl.program_id(2) // views).to(tl.int64)
+    v = (tl.program_id(2) % views).to(tl.int64)
+    offs_i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    dot = tile(
+        x_ptr + u * x_su, y_ptr + v * y_sv, offs_i, offs_j, n, m, x_si, x_sd, y_sj, y_sd,
+        D, BLOCK_I, BLOCK_J, BLOCK_D, ACC, PRECISION, UPCAST,
+    )  # fmt: skip
+    target = 1.0
+    if bias_ptr is not None:
+        z = (tl.load(scale_ptr).to(ACC) * dot + tl.load(bias_ptr).to(ACC)) * LOG2_E
+        dz = 1.0 / (1.0 + tl.exp2(-z))
+    else:
+        z = tl.load(scale_ptr).to(ACC) * LOG2_E * dot
+        row = tl.load(row_ptr + u * row_su + v * row_sv + offs_i, mask=offs_i < n, other=0.0) * LOG2_E
+        dz = tl.exp2(z - row[:, None])
+        if column_ptr is not None:
+            column = tl.load(column_ptr + v * column_sv + u * column_su + offs_j, mask=offs_j < m, other=0.0) * LOG2_E
+            dz += tl.exp2(z - column[None, :])
+            target = 2.0
+    dz = tl.where(offs_i[:, None] + shift == offs_j[None, :], dz - target, dz)
+    dz *= tl.load(weight_ptr + u * weight_su + v * weight_sv)
+    # Outside, dz may be infinite. (Masking z instead takes 50 more registers.)
+    inside = (offs_i < n)[:, None] & (offs_j < m)[None, :]
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    if bias_ptr is not None:
+        dz = tl.where(inside, dz, 0.0)
+        tl.store(sums_ptr + 2 * program, tl.sum(tl.sum(dz * dot, 1), 0))
+        tl.store(sums_ptr + 2 * program + 1, tl.sum(tl.sum(dz, 1), 0))
+    else:
+        tl.store(sums_ptr + program, tl.sum(tl.sum(tl.where(inside, dz * dot, 0.0), 1), 0))
+    # 32-bit offsets: a chunk is small, and 64-bit ones of a whole tile spill.
+    at = ((tl.program_id(2) // views * n + offs_i) * views + tl.program_id(2) % views) * m
+    tl.store(dz_ptr + at[:, None] + offs_j[None, :], dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
 class Blocks(NamedTuple):
-    """Block sizes for a (D, element size); `kernels/bench/resources.py` holds their resources."""
+    """Block sizes of the kernels; `kernels/bench/resources.csv` holds their resources."""
 
     i: int
     j: int
     d: int
     warps: int
-    stages: int
-    registers: int | None  # NVIDIA: the most that a thread may use; None leaves it to the compiler
+    stages: int = 3
 
 
-def block_sizes(width: int, itemsize: int) -> Blocks:
+def block_sizes(itemsize: int, *, softplus: bool = False) -> Blocks:
     """The shipped block sizes: what tensor cores like in half precision, what registers hold in fp32.
 
-    Rows whose width is no multiple of 16 are not aligned: their many addresses take the registers of half the
-    columns. Widths of one block need the bound, without which NVIDIA's compiler spills some bytes to fit one more
-    program on a multiprocessor.
+    They divide the widths that the kernels take (`pairs.why_not_kernels`) into several steps each. `softplus`: of the
+    forward kernel with a bias, whose logarithm spills on sm_80 with 128 columns.
     """
-    i, j, d, warps = (128, 128, 32, 8) if itemsize <= 2 else (64, 64, 16, 4)
-    aligned = width % 16 == 0
-    return Blocks(i, j if aligned else j // 2, d, warps, 3, None if aligned and width > d else 255)
-
-
-def launch_constants(x: Tensor) -> dict[str, Any]:
-    """The constants of a launch on embeddings like x [.., .., D]."""
-    size = block_sizes(x.shape[2], x.element_size())
-    constants = {
-        "D": x.shape[2],
-        "BLOCK_I": size.i,
-        "BLOCK_J": size.j,
-        "BLOCK_D": size.d,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "PRECISION": dot_precision(),
-        # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
-        "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        "num_warps": size.warps,
-        "num_stages": 2 if torch.version.hip else size.stages,
-        "enable_fp_fusion": True,
-    }
-    return constants if torch.version.hip else constants | {"maxnreg": size.registers}
+    if itemsize <= 2:
+        return Blocks(128, 64 if softplus else 128, 32, 8)
+    return Blocks(64, 64, 16, 4)
 
 
 class Part(NamedTuple):
@@ -118,45 +204,72 @@ class Part(NamedTuple):
     dz: Tensor  # [nu * ni, nv * nj], to be filled with weight times the loss's gradient for the logits
 
 
-def launch_rows(kernel: Any, x: Tensor, y: Tensor, scalars: Sequence[Tensor], out: Tensor, **changed: int) -> None:
-    """A forward kernel: fill out [Va, Vb, B] from x [Va, B, D] against all of y [Vb, M, D]."""
+def reduce_rows(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Fill out [Va, Vb, B] from the logits scale * x [Va, B, D] @ y [Vb, M, D].T (+ bias).
+
+    With their log-sum-exp over columns, in the presence of a bias with the sum of their softplus.
+    """
     if out.numel() == 0:
         return
     (va, n, _), (vb, m, _) = x.shape, y.shape
-    constants = launch_constants(x) | changed
-    grid = (triton.cdiv(n, constants["BLOCK_I"]), va * vb)
-    launch(kernel, grid, x, y, *scalars, out, *x.stride(), *y.stride(), vb, n, m, **constants)
+    size = block_sizes(x.element_size(), softplus=bias is not None)
+    grid = (triton.cdiv(n, size.i), va * vb)
+    launch(row_kernel, grid, x, y, scale, bias, out, *x.stride(), *y.stride(), vb, n, m, **_constants(x, size))
 
 
-def tiles_of(part: Part) -> tuple[int, int, int]:
-    """The grid of a backward kernel."""
+def fill_gradient(
+    part: Part, scale: Tensor, *, bias: Tensor | None = None, row: Tensor | None = None, column: Tensor | None = None
+) -> Tensor:
+    """Fill part.dz, contiguous, with the logits' gradient. Returns its sums with and, where there is a bias, without
+    the logit, [1] or [2].
+
+    With a bias of the sigmoid loss. Else of InfoNCE, whose log-sum-exps are row [nu, nv, ni] and column [nv, nu, nj],
+    or None for one direction.
+    """
     (nu, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
-    size = block_sizes(part.x.shape[2], part.x.element_size())
-    return triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv
-
-
-def launch_tiles(
-    kernel: Any, part: Part, tensors: Sequence[Tensor | None], strides: Sequence[int], **more: Any
-) -> None:
-    """A backward kernel over a part's tiles; `strides` are of tensors between x, y and the weight."""
-    (_, ni, _), (nv, nj, _) = part.x.shape, part.y.shape
+    size = block_sizes(part.x.element_size())
+    grid = (triton.cdiv(nj, size.j), triton.cdiv(ni, size.i), nu * nv)
+    sums = part.weight.new_empty((math.prod(grid), 1 if bias is None else 2))
     launch(
-        kernel,
-        tiles_of(part),
+        gradient_kernel,
+        grid,
         part.x,
         part.y,
-        *tensors,
+        scale,
+        bias,
+        part.weight,
+        row,
+        column,
+        part.dz,
+        sums,
         *part.x.stride(),
         *part.y.stride(),
-        *strides,
         *part.weight.stride(),
+        *((0, 0) if row is None else row.stride()[:2]),
+        *((0, 0) if column is None else column.stride()[:2]),
         nv,
         ni,
         nj,
         part.shift,
-        **more,
-        **launch_constants(part.x),
+        **_constants(part.x, size),
     )
+    return sums.sum(0)
+
+
+def _constants(x: Tensor, size: Blocks) -> dict[str, Any]:
+    return {
+        "D": x.shape[2],
+        "BLOCK_I": size.i,
+        "BLOCK_J": size.j,
+        "BLOCK_D": size.d,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "PRECISION": dot_precision(),
+        # The interpreter multiplies bf16 operands of a dot as raw bits (Triton 3.9).
+        "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
+        "num_warps": size.warps,
+        "num_stages": 2 if torch.version.hip else size.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def pairwise_gradients(
@@ -165,7 +278,7 @@ def pairwise_gradients(
     """Gradients for x, y (of their dtypes) and what `fill` returns, summed over the chunks, [2].
 
     grad is [Va, Vb], a pair's loss being the mean over rows of `terms` terms. `fill(part)` writes `part.dz` and
-    returns [2]: the sums of dz times the logit without its scale, and of dz.
+    returns the sums of dz times the logit without its scale, and of dz where they are asked for.
     """
     n, d = x.shape[1:]
     dtype = compute_dtype(x, y)
@@ -176,7 +289,8 @@ def pairwise_gradients(
     dx, dy = x.new_zeros(x.shape, dtype=dtype), y.new_zeros(y.shape, dtype=dtype)
     sums = x.new_zeros(2, dtype=dtype)
     for part in _parts(x, y, weight, offset):
-        sums += fill(part)
+        of_part = fill(part)
+        sums[: len(of_part)] += of_part
         _add_product(dx[part.us, part.rows].view(-1, d), part.dz, part.y.reshape(-1, d))
         _add_product(dy[part.vs, part.columns].view(-1, d), part.dz.T, part.x.reshape(-1, d))
     factor_scale = factor * scale.to(dtype)
@@ -205,46 +319,43 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
             total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
-class Variant(NamedTuple):
-    """A dtype, an embedding width and a precision of fp32 products, as `kernels/bench/resources.py` compiles them."""
+def compile_specs() -> list[Spec]:
+    """The variants that `kernels/bench/resources.py` compiles: dtypes x D x what is computed.
 
-    name: str
-    dtype: str
-    types: dict[str, str]
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-
-def variants() -> Iterator[Variant]:
-    """The variants that each kernel is compiled for ahead of time.
-
-    Widths of one block and of several, that fill their blocks or not, aligned or not. fp16 takes bf16's blocks and,
-    on NVIDIA, exactly its registers: once.
+    The recipes' widths, and the least. fp16 takes bf16's blocks and, on NVIDIA, exactly its registers: once.
     """
-    widths = (512, 100, 80, 32, 16, 8)
-    for dtype, itemsize, of in (("bf16", 2, widths), ("fp16", 2, (512,)), ("fp32", 4, widths)):
-        for width in of:
-            size = block_sizes(width, itemsize)
+    specs = []
+    for dtype, itemsize, widths in (("bf16", 2, (512, 128, 64)), ("fp16", 2, (512,)), ("fp32", 4, (512, 128, 64))):
+        for width in widths:
             for precision in precisions(dtype):
-                yield Variant(
-                    f"{dtype} D={width}{'' if precision == 'ieee' else f' {precision}'}",
-                    dtype,
-                    {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "scale_ptr": "*fp32"},
-                    {
-                        "x_sd": 1,
-                        "y_sd": 1,
-                        "D": width,
-                        "BLOCK_I": size.i,
-                        "BLOCK_J": size.j,
-                        "BLOCK_D": size.d,
-                        "ACC": tl.float32,
-                        "PRECISION": precision,
-                        "UPCAST": False,
-                    },
-                    {
-                        "warps": size.warps,
-                        "stages": size.stages,
-                        "registers": size.registers,
-                        "aligned": width % 16 == 0,
-                    },
-                )
+                for what in ("lse", "softplus"):
+                    size = block_sizes(itemsize, softplus=what == "softplus")
+                    specs.append(_spec(row_kernel, what, dtype, width, precision, size))
+                for what in ("one direction", "both directions", "sigmoid"):
+                    specs.append(_spec(gradient_kernel, what, dtype, width, precision, block_sizes(itemsize)))
+    return specs
+
+
+def _spec(kernel: Any, what: str, dtype: str, width: int, precision: str, size: Blocks) -> Spec:
+    absent = {
+        "lse": ("bias",),
+        "softplus": (),
+        "one direction": ("bias", "column"),
+        "both directions": ("bias",),
+        "sigmoid": ("row", "column"),
+    }[what]
+    pointers = {name for name in kernel.arg_names if name.endswith("_ptr")}
+    types = {name: f"*{dtype}" if name in ("x_ptr", "y_ptr", "dz_ptr") else "*fp32" for name in pointers}
+    constants = {f"{name}_ptr": None for name in absent} | {
+        "x_sd": 1,
+        "y_sd": 1,
+        "D": width,
+        "BLOCK_I": size.i,
+        "BLOCK_J": size.j,
+        "BLOCK_D": size.d,
+        "ACC": tl.float32,
+        "PRECISION": precision,
+        "UPCAST": False,
+    }
+    words = (dtype, f"D={width}", *([] if precision == "ieee" else [precision]), what)
+    return make_spec(kernel, " ".join(words), types, constants, warps=size.warps, stages=size.stages)

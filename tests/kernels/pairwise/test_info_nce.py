@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_device import DEVICE, here, skip_float64_on_gpu
+from kernel_device import DEVICE, here, skip_float64_on_gpu, width_for
 from torch import Tensor
 
 from distill_kernels import multi_view_info_nce
@@ -54,6 +54,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
     # fp32 rounding of logits up to 14 and sums of 67 terms.
+    d = width_for(backend, d)
     a, b = embeddings(va, n, d), embeddings(vb, n, d)
     scale = here.tensor(1 / 0.07, requires_grad=True)
     weight = here.randn(va, vb, dtype=torch.float64)
@@ -71,7 +72,8 @@ def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_rows_against_gathered(backend: str) -> None:
     # Rows 3..8 of 11, every tensor a leaf of its own: a gradient sent to the wrong one shows.
-    tensors = [embeddings(*s, 6) for s in ((3, 5), (2, 5), (3, 11), (2, 11))]
+    d = width_for(backend, 6)
+    tensors = [embeddings(*s, d) for s in ((3, 5), (2, 5), (3, 11), (2, 11))]
     a, b, a_all, b_all = tensors
     scale = here.tensor(5.0, requires_grad=True)
     weight = here.randn(3, 2, dtype=torch.float64)
@@ -88,8 +90,9 @@ def test_own_rows_against_gathered(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_average_to_one_batch(backend: str, ranks: int) -> None:
     # The mean over ranks of the loss, and of its gradients summed over ranks, is the whole batch's.
+    d = width_for(backend, 8)
     n = 4
-    a, b = embeddings(2, ranks * n, 8), embeddings(3, ranks * n, 8)
+    a, b = embeddings(2, ranks * n, d), embeddings(3, ranks * n, d)
     scale = here.tensor(7.0, requires_grad=True)
     weight = here.randn(2, 3, dtype=torch.float64)
     loss = torch.stack(
@@ -116,8 +119,9 @@ def test_ranks_average_to_one_batch(backend: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64(backend: str) -> None:
+    d = width_for(backend, 5)
     skip_float64_on_gpu(backend)
-    a, b = embeddings(2, 9, 5, dtype=torch.float64), embeddings(2, 9, 5, dtype=torch.float64)
+    a, b = embeddings(2, 9, d, dtype=torch.float64), embeddings(2, 9, d, dtype=torch.float64)
     scale = here.tensor(9.0, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     torch.testing.assert_close(loss, pair_by_pair(a, b, scale, a, b, 0), rtol=1e-12, atol=1e-12)
@@ -128,7 +132,8 @@ def test_float64(backend: str) -> None:
 def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
     # Logits near 100 are good to .5 in bf16 and .06 in fp16; the loss is within 1e-4 of the exact one. Gradients
     # have the inputs' precision.
-    a, b = embeddings(2, 40, 16, dtype=dtype), embeddings(2, 40, 16, dtype=dtype)
+    d = width_for(backend, 16)
+    a, b = embeddings(2, 40, d, dtype=dtype), embeddings(2, 40, d, dtype=dtype)
     scale = here.tensor(100.0, requires_grad=True)
     weight = here.randn(2, 2, dtype=torch.float64)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
@@ -146,7 +151,7 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logits_at_both_ends(backend: str) -> None:
     # Row and column sums differ by exp(200): a shift shared by a whole chunk would lose the smaller ones.
-    a = here.zeros(1, 6, 2)
+    a = here.zeros(1, 6, width_for(backend, 2))
     a[..., 0] = 1
     b = a * here.tensor([1.0, -1, 1, -1, -1, 1])[:, None]
     a, b = a.requires_grad_(), b.requires_grad_()
@@ -162,14 +167,16 @@ def test_logits_at_both_ends(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_gradcheck(backend: str, gathered: bool) -> None:
+    d = width_for(backend, 3)
     skip_float64_on_gpu(backend)
-    a, b = embeddings(2, 2, 3, dtype=torch.float64), embeddings(1, 2, 3, dtype=torch.float64)
+    a, b = embeddings(2, 2, d, dtype=torch.float64), embeddings(1, 2, d, dtype=torch.float64)
     scale = here.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    check = functools.partial(torch.autograd.gradcheck, fast_mode=backend == "triton")  # of many inputs, one by one
     if not gathered:
-        assert torch.autograd.gradcheck(lambda a, b, s: multi_view_info_nce(a, b, s, backend=backend), (a, b, scale))
+        assert check(lambda a, b, s: multi_view_info_nce(a, b, s, backend=backend), (a, b, scale))
         return
-    a_all, b_all = embeddings(2, 3, 3, dtype=torch.float64), embeddings(1, 3, 3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
+    a_all, b_all = embeddings(2, 3, d, dtype=torch.float64), embeddings(1, 3, d, dtype=torch.float64)
+    assert check(
         lambda a, b, s, x, y: multi_view_info_nce(a, b, s, a_all=x, b_all=y, offset=1, backend=backend),
         (a, b, scale, a_all, b_all),
     )
@@ -179,13 +186,14 @@ def test_gradcheck(backend: str, gathered: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str, symmetric: bool) -> None:
+    d = width_for(backend, 6)
     from distill_kernels.triton.info_nce import info_nce_triton, info_nce_triton_backward
 
     forward, backward = {
         "chunked": (info_nce_chunked, info_nce_chunked_backward),
         "triton": (info_nce_triton, info_nce_triton_backward),
     }[backend]
-    x, y = embeddings(2, 4, 6), embeddings(3, 4 if symmetric else 7, 6)
+    x, y = embeddings(2, 4, d), embeddings(3, 4 if symmetric else 7, d)
     scale = here.tensor(2.0, requires_grad=True)
     offset = 0 if symmetric else 2
     torch.library.opcheck(forward, (x, y, scale, offset, symmetric))
@@ -196,7 +204,8 @@ def test_opcheck(backend: str, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_in_one_graph(backend: str) -> None:
-    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    d = width_for(backend, 6)
+    a, b = embeddings(2, 5, d), embeddings(3, 5, d)
     scale = here.tensor(4.0, requires_grad=True)
     compiled = torch.compile(
         lambda a, b, s: multi_view_info_nce(a * 2, b, s, backend=backend), fullgraph=True, backend="aot_eager"
@@ -213,7 +222,8 @@ def test_compile_in_one_graph(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_does_not_lower_the_logits(backend: str) -> None:
     # fp32 rounding of logits near 100 is 4e-6, and the scale multiplies it again in the gradients.
-    a, b = embeddings(2, 9, 16), embeddings(2, 9, 16)
+    d = width_for(backend, 16)
+    a, b = embeddings(2, 9, d), embeddings(2, 9, d)
     scale = here.tensor(100.0, requires_grad=True)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = multi_view_info_nce(a, b, scale, backend=backend)
@@ -229,7 +239,8 @@ def test_autocast_does_not_lower_the_logits(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpointing(backend: str) -> None:
-    a, b = embeddings(2, 5, 6), embeddings(1, 5, 6)
+    d = width_for(backend, 6)
+    a, b = embeddings(2, 5, d), embeddings(1, 5, d)
     scale = here.tensor(4.0, requires_grad=True)
     loss = torch.utils.checkpoint.checkpoint(
         lambda a, b, s: multi_view_info_nce(a.tanh(), b, s, backend=backend), a, b, scale, use_reentrant=False
@@ -247,7 +258,8 @@ def test_checkpointing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float) -> None:
     """And there to what the reference has."""
-    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    d = width_for(backend, 6)
+    a, b = embeddings(2, 5, d), embeddings(3, 5, d)
     scale = here.tensor(4.0, requires_grad=True)
     with torch.no_grad():
         a[1, 2, 3] = bad
@@ -272,8 +284,9 @@ def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend: str, gathered: bool) -> None:
     # The mean of nothing is NaN; the gathered rows of other ranks get zeros, not NaN.
-    a, b = here.randn(2, 0, 4, requires_grad=True), here.randn(3, 0, 4, requires_grad=True)
-    a_all, b_all = (embeddings(2, 5, 4), embeddings(3, 5, 4)) if gathered else (None, None)
+    d = width_for(backend, 4)
+    a, b = here.randn(2, 0, d, requires_grad=True), here.randn(3, 0, d, requires_grad=True)
+    a_all, b_all = (embeddings(2, 5, d), embeddings(3, 5, d)) if gathered else (None, None)
     scale = here.tensor(4.0, requires_grad=True)
     loss = multi_view_info_nce(a, b, scale, a_all=a_all, b_all=b_all, offset=2 * gathered, backend=backend)
     assert loss.shape == (2, 3)
@@ -288,8 +301,9 @@ def test_empty_batch(backend: str, gathered: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous(backend: str) -> None:
-    a = here.randn(5, 7, 4, 2)[..., 0].permute(2, 0, 1)  # [4, 5, 7]
-    b = here.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
+    d = width_for(backend, 7)
+    a = here.randn(5, d, 4, 2)[..., 0].permute(2, 0, 1)  # [4, 5, D]
+    b = here.randn(1, d, 5).transpose(1, 2).expand(3, 5, d)
     scale = here.tensor(0.7)
     loss = multi_view_info_nce(a, b, scale, backend=backend)
     torch.testing.assert_close(loss.double(), pair_by_pair(a, b, scale, a, b, 0), rtol=1e-5, atol=1e-5)
@@ -311,15 +325,14 @@ def test_chunked_memory_grows_as_rows() -> None:
 
 @pytest.mark.slow
 def test_triton_writes_every_element_and_no_other() -> None:
-    from distill_kernels.triton.info_nce import launch_gradient, launch_lse
-    from distill_kernels.triton.pairwise import Part
+    from distill_kernels.triton.pairwise import Part, fill_gradient, reduce_rows
 
-    x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
+    x, y = embeddings(2, 67, 96).detach(), embeddings(3, 131, 96).detach()
     scale = here.tensor(3.0)
     z = 3.0 * torch.einsum("uid,vjd->uvij", x.double(), y.double())
     guarded = here.full((2 * 3 * 67 + 64,), 777.0)
     guarded[: 2 * 3 * 67] = float("nan")
-    launch_lse(x, y, scale, guarded[: 2 * 3 * 67].view(2, 3, 67))
+    reduce_rows(x, y, scale, None, guarded[: 2 * 3 * 67].view(2, 3, 67))
     assert (guarded[2 * 3 * 67 :] == 777.0).all()
     torch.testing.assert_close(guarded[: 2 * 3 * 67].view(2, 3, 67).double(), z.logsumexp(3), rtol=1e-5, atol=1e-5)
     row, column, weight = z.logsumexp(3).float(), z.logsumexp(2).transpose(0, 1).float(), here.randn(2, 3)
@@ -328,7 +341,8 @@ def test_triton_writes_every_element_and_no_other() -> None:
     guarded[:size] = float("nan")
     dz = guarded[:size].view(2 * 67, 3 * 131)
     whole = slice(None)
-    d_scale = launch_gradient(Part(whole, whole, whole, whole, x, y, weight, 5, dz), scale, row, column.contiguous())
+    part = Part(whole, whole, whole, whole, x, y, weight, 5, dz)
+    (d_scale,) = fill_gradient(part, scale, row=row, column=column.contiguous())
     target = here.zeros(67, 131, dtype=torch.float64)
     target[here.arange(67), here.arange(67) + 5] = 2
     expected = weight[..., None, None] * (z.softmax(3) + z.softmax(2) - target)
@@ -355,6 +369,11 @@ def test_errors_say_what_is_wrong(change: dict[str, object], message: str) -> No
         multi_view_info_nce(**arguments)  # type: ignore[arg-type]
 
 
-def test_triton_refuses_mixed_dtypes() -> None:
+def test_triton_refuses_what_it_was_not_compiled_for() -> None:
+    """Its tiles take whole blocks of D: of other widths they would read beyond a row."""
+    a, scale = here.zeros(1, 2, 64), here.tensor(1.0)
     with pytest.raises(BackendError, match="needs one dtype"):
-        multi_view_info_nce(here.zeros(1, 2, 3), here.zeros(1, 2, 3).bfloat16(), here.tensor(1.0), backend="triton")
+        multi_view_info_nce(a, a.bfloat16(), scale, backend="triton")
+    for d in (32, 80):
+        with pytest.raises(BackendError, match=f"width that is a multiple of 32, 64 or more, got {d}"):
+            multi_view_info_nce(here.zeros(1, 2, d), here.zeros(1, 2, d), scale, backend="triton")

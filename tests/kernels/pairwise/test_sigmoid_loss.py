@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_device import DEVICE, here, skip_float64_on_gpu
+from kernel_device import DEVICE, here, skip_float64_on_gpu, width_for
 from torch import Tensor
 
 from distill_kernels import multi_view_sigmoid
@@ -57,6 +57,7 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("va", "vb", "n", "d"), [(1, 1, 1, 1), (2, 3, 5, 7), (3, 1, 13, 6)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) -> None:
+    d = width_for(backend, d)
     a, b = embeddings(va, n, d), embeddings(vb, n, d)
     scale, bias = here.tensor(10.0, requires_grad=True), here.tensor(-10.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
@@ -66,7 +67,8 @@ def test_losses_and_gradients(backend: str, va: int, vb: int, n: int, d: int) ->
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_average_to_one_batch(backend: str) -> None:
-    a, b = embeddings(2, 12, 5), embeddings(3, 12, 5)
+    d = width_for(backend, 5)
+    a, b = embeddings(2, 12, d), embeddings(3, 12, d)
     scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
     loss = torch.stack(
@@ -80,7 +82,8 @@ def test_ranks_average_to_one_batch(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_rows_against_gathered(backend: str) -> None:
-    a, b, a_all, b_all = (embeddings(*s, 6) for s in ((3, 5), (2, 5), (3, 11), (2, 11)))
+    d = width_for(backend, 6)
+    a, b, a_all, b_all = (embeddings(*s, d) for s in ((3, 5), (2, 5), (3, 11), (2, 11)))
     scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=3, backend=backend)
     check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
@@ -89,22 +92,27 @@ def test_own_rows_against_gathered(backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_gradcheck(backend: str) -> None:
+    d = width_for(backend, 4)
     skip_float64_on_gpu(backend)
-    a, b = embeddings(2, 3, 4, dtype=torch.float64), embeddings(1, 3, 4, dtype=torch.float64)
+    a, b = embeddings(2, 3, d, dtype=torch.float64), embeddings(1, 3, d, dtype=torch.float64)
     scale, bias = (here.tensor(x, dtype=torch.float64, requires_grad=True) for x in (3.0, -1.0))
-    assert torch.autograd.gradcheck(lambda *x: multi_view_sigmoid(*x, backend=backend), (a, b, scale, bias))
+    fast = backend == "triton"  # of many inputs, one by one
+    assert torch.autograd.gradcheck(
+        lambda *x: multi_view_sigmoid(*x, backend=backend), (a, b, scale, bias), fast_mode=fast
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_opcheck(backend: str) -> None:
+    d = width_for(backend, 6)
     from distill_kernels.triton.sigmoid_loss import sigmoid_triton, sigmoid_triton_backward
 
     forward, backward = {
         "chunked": (sigmoid_chunked, sigmoid_chunked_backward),
         "triton": (sigmoid_triton, sigmoid_triton_backward),
     }[backend]
-    x, y = embeddings(2, 4, 6), embeddings(3, 7, 6)
+    x, y = embeddings(2, 4, d), embeddings(3, 7, d)
     scale, bias = here.tensor(2.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     torch.library.opcheck(forward, (x, y, scale, bias, 2))
     with torch.no_grad():
@@ -113,8 +121,9 @@ def test_opcheck(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64(backend: str) -> None:
+    d = width_for(backend, 5)
     skip_float64_on_gpu(backend)
-    a, b = embeddings(2, 9, 5, dtype=torch.float64), embeddings(2, 9, 5, dtype=torch.float64)
+    a, b = embeddings(2, 9, d, dtype=torch.float64), embeddings(2, 9, d, dtype=torch.float64)
     scale, bias = here.tensor(9.0, dtype=torch.float64), here.tensor(-10.0, dtype=torch.float64)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     torch.testing.assert_close(loss, term_by_term(a, b, scale, bias, 0), rtol=1e-12, atol=1e-12)
@@ -123,10 +132,11 @@ def test_float64(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_small_terms_keep_their_digits(backend: str) -> None:
     # At bias -10 the negatives cost e^-10 each: log(1 + e) in fp32 would be off by .1 %, one by one.
-    a, b = embeddings(1, 3, 8), embeddings(1, 300, 8)
+    d = width_for(backend, 8)
+    a, b = embeddings(1, 3, d), embeddings(1, 300, d)
     scale, bias = here.tensor(1.0), here.tensor(-10.0)
     loss = multi_view_sigmoid(
-        a, b[:, :3], scale, bias, a_all=embeddings(1, 300, 8), b_all=b, backend=backend
+        a, b[:, :3], scale, bias, a_all=embeddings(1, 300, d), b_all=b, backend=backend
     ).double() + (a * b[:, :3]).sum(-1).mean().double() + bias.double()  # fmt: skip
     z = a.double()[0] @ b.double()[0].T + bias.double()
     torch.testing.assert_close(loss[0, 0], z.exp().log1p().sum(1).mean(), rtol=2e-4, atol=0)
@@ -134,10 +144,9 @@ def test_many_small_terms_keep_their_digits(backend: str) -> None:
 
 @pytest.mark.slow
 def test_triton_writes_every_element_and_no_other() -> None:
-    from distill_kernels.triton.pairwise import Part
-    from distill_kernels.triton.sigmoid_loss import launch_sigmoid_gradient, launch_softplus
+    from distill_kernels.triton.pairwise import Part, fill_gradient, reduce_rows
 
-    x, y = embeddings(2, 67, 12).detach(), embeddings(3, 131, 12).detach()
+    x, y = embeddings(2, 67, 96).detach(), embeddings(3, 131, 96).detach()
     scale, bias, weight = here.tensor(3.0), here.tensor(-2.0), here.randn(2, 3)
     z = 3.0 * torch.einsum("uid,vjd->uvij", x.double(), y.double()) - 2.0
 
@@ -147,11 +156,11 @@ def test_triton_writes_every_element_and_no_other() -> None:
         return memory
 
     costs, size = guarded(2 * 3 * 67), 2 * 67 * 3 * 131
-    launch_softplus(x, y, scale, bias, costs[:-64].view(2, 3, 67))
+    reduce_rows(x, y, scale, bias, costs[:-64].view(2, 3, 67))
     torch.testing.assert_close(costs[:-64].view(2, 3, 67).double(), F.softplus(z).sum(3), rtol=1e-5, atol=1e-5)
     memory, whole = guarded(size), slice(None)
     part = Part(whole, whole, whole, whole, x, y, weight, 5, memory[:size].view(2 * 67, 3 * 131))
-    sums = launch_sigmoid_gradient(part, scale, bias)
+    sums = fill_gradient(part, scale, bias=bias)
     target = here.zeros(67, 131, dtype=torch.float64)
     target[here.arange(67), here.arange(67) + 5] = 1
     expected = weight[..., None, None] * (z.sigmoid() - target)
@@ -166,7 +175,8 @@ def test_triton_writes_every_element_and_no_other() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_autocast_checkpoint(backend: str) -> None:
     # The logits stay fp32 under bf16 autocast: at scale 100 bf16 ones would be off by .5.
-    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    d = width_for(backend, 6)
+    a, b = embeddings(2, 5, d), embeddings(3, 5, d)
     scale, bias = here.tensor(100.0, requires_grad=True), here.tensor(-60.0, requires_grad=True)
 
     def loss(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -194,7 +204,8 @@ def test_compile_autocast_checkpoint(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
     # Gradients have the inputs' precision, those of scale and bias fp32's.
-    a, b = embeddings(2, 9, 16, dtype=dtype), embeddings(2, 9, 16, dtype=dtype)
+    d = width_for(backend, 16)
+    a, b = embeddings(2, 9, d, dtype=dtype), embeddings(2, 9, d, dtype=dtype)
     scale, bias = here.tensor(100.0, requires_grad=True), here.tensor(-60.0, requires_grad=True)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     expected = term_by_term(a, b, scale, bias, 0)
@@ -211,7 +222,8 @@ def test_half_inputs_keep_fp32_logits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float) -> None:
     """And there to what the reference has: the sigmoid of an infinite logit is 0 or 1, and so finite."""
-    a, b = embeddings(2, 5, 6), embeddings(3, 5, 6)
+    d = width_for(backend, 6)
+    a, b = embeddings(2, 5, d), embeddings(3, 5, d)
     scale, bias = here.tensor(4.0, requires_grad=True), here.tensor(-1.0, requires_grad=True)
     with torch.no_grad():
         a[1, 2, 3] = bad
@@ -234,12 +246,13 @@ def test_nan_and_infinity_propagate_to_their_view_only(backend: str, bad: float)
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_and_strides(backend: str) -> None:
+    d = width_for(backend, 4)
     scale, bias = here.tensor(4.0), here.tensor(-1.0)
-    a, b = here.randn(5, 7, 2).permute(2, 0, 1), here.randn(1, 7, 5).transpose(1, 2).expand(3, 5, 7)
+    a, b = here.randn(5, d, 2).permute(2, 0, 1), here.randn(1, d, 5).transpose(1, 2).expand(3, 5, d)
     loss = multi_view_sigmoid(a, b, scale, bias, backend=backend)
     torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-5)
-    empty = here.randn(2, 0, 4, requires_grad=True)
-    every = embeddings(2, 5, 4)
+    empty = here.randn(2, 0, d, requires_grad=True)
+    every = embeddings(2, 5, d)
     loss = multi_view_sigmoid(empty, empty, scale, bias, a_all=every, b_all=every, offset=1, backend=backend)
     assert loss.isnan().all()
     assert (torch.autograd.grad(loss.sum(), every)[0] == 0).all()

@@ -34,10 +34,8 @@ def read(path: Path) -> list[dict[str, str]]:
 KERNELS = {
     "cross_attention_forward": "bf16 V=8 K=64 lengths",
     "cross_attention_backward": "bf16 V=8 K=64 lengths",
-    "_lse_kernel": "bf16 D=512",
-    "_gradient_kernel": "bf16 D=512 both directions",
-    "_softplus_kernel": "bf16 D=512",
-    "_sigmoid_gradient_kernel": "bf16 D=512",
+    "row_kernel": "bf16 D=512",
+    "gradient_kernel": "bf16 D=512",  # of every loss
 }
 
 
@@ -79,21 +77,22 @@ LAUNCHES = """
 import itertools, sys, torch
 sys.path.insert(0, sys.argv[1])
 import resources
-from distill_kernels.triton import cross_attention, info_nce, pairwise, sigmoid_loss
+from distill_kernels.triton import cross_attention, pairwise
 
 launched = set()
 
 
-def key(kernel, dtype, aligned, constants):
-    # Widths that are not aligned are compiled with one kind of valid tokens.
-    which = ("BLO", "ADD", "SYM", "PRE", "num", "max", *["HAS"] * aligned)
-    kept = {k: v for k, v in constants.items() if k[:3] in which}
-    return kernel, dtype, aligned, *sorted(kept.items())
+def key(kernel, dtype, constants):
+    absent = {k: v for k, v in constants.items() if k in ("bias_ptr", "row_ptr", "column_ptr")}
+    kept = {k: v for k, v in constants.items() if k[:3] in ("BLO", "ADD", "HAS", "PRE", "num", "max") and v is not None}
+    return kernel, dtype, *sorted(absent), *sorted(kept.items())
 
 
-def record(kernel, grid, x, *_, **constants):
-    width = x.shape[-1]  # an fp16 launch must be the bf16 one
-    launched.add(key(kernel.__name__, "fp32" if x.dtype == torch.float32 else "bf16", width % 16 == 0, constants))
+def record(kernel, grid, *arguments, **constants):
+    # an fp16 launch must be the bf16 one
+    dtype = "fp32" if arguments[0].dtype == torch.float32 else "bf16"
+    absent = {name: None for name, value in zip(kernel.arg_names, arguments) if value is None}
+    launched.add(key(kernel.__name__, dtype, constants | absent))
 
 
 for module in (cross_attention, pairwise):
@@ -102,25 +101,23 @@ dtypes = (torch.float32, torch.bfloat16, torch.float16)
 for dtype, tf32 in [*itertools.product(dtypes, (False,)), (torch.float32, True)]:
     torch.backends.cuda.matmul.allow_tf32 = tf32
     new = lambda *shape: torch.empty(shape, dtype=dtype, device="meta")
-    for width, queries in itertools.product(range(1, 129), (1, 17, 33, 65, 300)):
+    for width, queries in itertools.product(range(16, 129, 16), (1, 17, 33, 65, 300)):
         q, k = new(1, 1, queries, width), new(1, 1, 5, width)
         lengths, mask = torch.empty(1, dtype=torch.int64), torch.empty(1, 5, dtype=torch.bool)
         for valid in ((None, None), (lengths, None), (None, mask)):
             cross_attention.launch_forward(q, k, k, *valid, 1.0, q, q[..., 0])
             cross_attention._backward._init_fn(q, q, k, k, q, q[..., 0], *valid, 1.0)
-    for width in range(1, 257):
-        x, scale = new(1, 2, width), new()
-        info_nce.launch_lse(x, x, scale, x)
-        sigmoid_loss.launch_softplus(x, x, scale, scale, x)
-        part = pairwise.Part(*[slice(None)] * 4, x, x, new(1, 1), 0, x)
-        for column in (None, new(1, 1, 2)):
-            info_nce.launch_gradient(part, scale, new(1, 1, 2), column)
-        sigmoid_loss.launch_sigmoid_gradient(part, scale, scale)
+    x, scale, lse = new(1, 2, 64), new(), new(1, 1, 2)
+    part = pairwise.Part(*[slice(None)] * 4, x, x, new(1, 1), 0, x)
+    for bias in (None, scale):
+        pairwise.reduce_rows(x, x, scale, bias, x)
+    for losses in ({"row": lse}, {"row": lse, "column": lse}, {"bias": scale}):
+        pairwise.fill_gradient(part, scale, **losses)
 compiled = set()
 for s in resources.specs():
     dtype = (s.signature.get("q_ptr") or s.signature["x_ptr"]).strip("*")
     options = {"num_warps": s.warps, "num_stages": s.stages, "maxnreg": s.registers}
-    compiled.add(key(s.name, dtype, s.aligned, s.constants | options))
+    compiled.add(key(s.name, dtype, s.constants | options))
 missing = sorted(map(str, launched - compiled))
 print(len(launched), *missing, sep="\\n")
 """
@@ -133,7 +130,7 @@ def test_every_launch_is_compiled(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     count, *missing = done.stdout.splitlines()
-    assert int(count) > 100
+    assert int(count) > 60
     assert missing == []
 
 

@@ -30,6 +30,9 @@ class View:
 
     data: Any
     role: str = GLOBAL
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Small arrays, tensors or numbers that belong to the view (a crop's box), by name. All views of a role have the
+    same names and shapes."""
 
 
 @dataclass(slots=True)
@@ -39,17 +42,22 @@ class Group:
     x           [V, B, ...]    pixels [V, B, 3, S, S], token ids [V, B, L], or what the backbone takes
     token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
     targets     [V, B, L, ..]  what a masked token should be predicted as
+    extra       name -> [V, B, ...], each view's `View.extra`
     """
 
     x: Tensor
     role: str = GLOBAL
     token_mask: Tensor | None = None
     targets: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""
         others = {name: getattr(self, name) for name in ("token_mask", "targets")}
-        return Group(function(self.x), self.role, **{k: None if v is None else function(v) for k, v in others.items()})
+        changed = {name: None if x is None else function(x) for name, x in others.items()}
+        return Group(
+            function(self.x), self.role, **changed, extra={name: function(x) for name, x in self.extra.items()}
+        )
 
 
 @dataclass(slots=True)
@@ -80,6 +88,18 @@ class Views:
     def map(self, function: Callable[[Tensor], Tensor]) -> Views:
         """The same views with every tensor replaced."""
         return Views([group.map(function) for group in self.groups])
+
+
+def stack_extra(samples: Sequence[Sequence[View]], members: Sequence[int]) -> dict[str, Tensor]:
+    """`Group.extra` [V, B, ...] of the views numbered `members` of B samples, for collators."""
+    import numpy as np
+    import torch
+
+    names = samples[0][members[0]].extra
+    return {
+        name: torch.from_numpy(np.array([[np.asarray(sample[i].extra[name]) for sample in samples] for i in members]))
+        for name in names
+    }
 
 
 WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"

@@ -53,6 +53,15 @@ class Augmentation(Component, ABC):
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The sample's training views. Raises `BadSample` when it cannot be used."""
 
+    def on_device(self, views: Views) -> Views:
+        """The collated training views as the backbone takes them, made on the device that trains.
+
+        For work that suits a batch on a GPU better than a sample in a worker, as pixels of 8 bits to normalised floats.
+        It draws nothing: what a sample's generator decides comes in `View.extra`. It changes no tensor in place, and
+        leaves alone what it made itself. The default changes nothing.
+        """
+        return views
+
     @abstractmethod
     def decode(self, sample: Sample, field: str | None = None) -> list[Any]:
         """The sample's items of this modality as they are (one picture; each caption), for evaluation.
@@ -138,6 +147,10 @@ class Backbone(nn.Module, Component, ABC):
         Roles and shapes are the same for every sample; a local view beside global ones checks more.
         """
         raise NotImplementedError(f"{cls.__name__}.example_views(config, rng) is not written")
+
+    def on_device(self, views: Views) -> Views:
+        """After `Augmentation.on_device`, by the same rules: for targets that are made of what `encode` takes."""
+        return views
 
     @abstractmethod
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:

@@ -8,7 +8,7 @@ losses.total.backward(); ...; objective.after_step(outputs, progress)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distill_core.batch import Batch
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone, FusionHead, Loss
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Features, Outputs, Progress
 from distill_core.plan import Needs, Plan
 from distill_core.teacher import Teacher, TeacherConfig
@@ -48,8 +48,11 @@ class Objective(nn.Module):
         teacher: TeacherConfig | None,
         plan: Plan,
         needs: Sequence[Needs],
+        augment: Mapping[str, Augmentation] | None = None,
     ) -> None:
+        """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`)."""
         super().__init__()
+        self.augment = dict(augment or {})
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
@@ -85,9 +88,20 @@ class Objective(nn.Module):
 
     def represent(self, batch: Batch, progress: Progress) -> Outputs:
         """Encode the batch with student and teacher, and fuse the student's features."""
+        batch = self.on_device(batch)
         teacher = self.represent_teachers(batch)
         student = {name: self.represent_student(batch, name) for name in self.backbone}
         return self.fuse(batch, student, teacher, progress)
+
+    @torch.no_grad()
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch as the towers take it: what augmentations and backbones do on the device that trains."""
+        views = dict(batch.views)
+        for name, augmentation in self.augment.items():
+            views[name] = augmentation.on_device(views[name])
+        for name, module in self.backbone.items():
+            views[name] = cast(Backbone, module).on_device(views[name])
+        return replace(batch, views=views)
 
     @torch.no_grad()
     def represent_teachers(self, batch: Batch) -> dict[str, dict[str, Features]]:

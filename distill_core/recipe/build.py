@@ -18,7 +18,8 @@ def build_objective(recipe: Recipe) -> Objective:
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
-    return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs)
+    augment = {name: node.build() for name, node in recipe.augment.items()}
+    return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs, augment)
 
 
 def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
 from pydantic import Field, model_validator
 
 from distill_core import GLOBAL, LOCAL, Sample, View
 from distill_vl.masking import MASKED
-from distill_vl.pictures import (
-    Area,
-    Jitter,
-    PictureAugmentation,
-    PictureConfig,
-    Probability,
-    colour_jitter,
-    flip,
-    random_resized_crop,
-)
+from distill_vl.pictures import Area, Crop, PictureAugmentation, Probability, RecolourConfig, crop_box, draw_colours
 
 
-class MultiCropConfig(PictureConfig):
+class MultiCropConfig(RecolourConfig):
     """Defaults are the paper's: 2 global crops of 224 px and 6 local crops of 96 px."""
 
     globals_: Annotated[int, Field(alias="global", gt=0)] = 2
@@ -37,16 +27,8 @@ class MultiCropConfig(PictureConfig):
     """Share of the picture's area that a global crop covers, uniform between the two."""
     local_scale: tuple[Area, Area] = (0.05, 0.4)
     """Share of the picture's area that a local crop covers."""
-    flip: Probability = 0.5
-    """Probability of a horizontal flip."""
-    jitter: Jitter = (0.4, 0.4, 0.2, 0.1)
-    """Strengths of brightness, contrast, saturation and hue, in random order."""
-    jitter_p: Probability = 0.8
-    """Probability of the colour jitter."""
-    grey: Probability = 0.2
-    """Probability of a grey picture."""
     blur: tuple[Probability, Probability, Probability] = (1.0, 0.1, 0.5)
-    """Probability of Gaussian blur (radius 0.1 to 2 px) on the first global crop, further globals, and locals."""
+    """Probability of Gaussian blur on the first global crop, further globals, and locals."""
     solarise: Probability = 0.2
     """Probability of solarising (at 128) a global crop after the first."""
 
@@ -58,11 +40,11 @@ class MultiCropConfig(PictureConfig):
 
 
 class MultiCrop(PictureAugmentation):
-    """One picture -> global and local crops [3, S, S], normalised."""
+    """One picture -> global and local crops [3, S, S]."""
 
     name = "multi_crop"
     Config = MultiCropConfig
-    examples = ({"size": 16, "local_size": 8},)
+    examples = ({"size": 16, "local_size": 8}, {"size": 16, "local_size": 8, "masked": 1, "device": "model"})
 
     @classmethod
     def roles(cls, config: MultiCropConfig) -> tuple[str, ...]:
@@ -76,29 +58,21 @@ class MultiCrop(PictureAugmentation):
         return tuple((3, *[sides.get(role, config.size)] * 2) for role in cls.roles(config))
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """Crops [3, S, S], normalised."""
-        picture, config = self.decode(sample)[0], self.config
-        views = []
-        for i in range(config.globals_):
-            crop = random_resized_crop(picture, config.size, config.global_scale, rng)
-            crop = self._recolour(crop, config.blur[0 if i == 0 else 1], 0.0 if i == 0 else config.solarise, rng)
-            views.append(View(self.normalise(crop), GLOBAL))
-        for _ in range(config.local):
-            crop = random_resized_crop(picture, config.local_size, config.local_scale, rng)
-            crop = self._recolour(crop, config.blur[2], 0.0, rng)
-            views.append(View(self.normalise(crop), LOCAL))
-        views += [View(view.data, MASKED) for view in views[: config.masked]]
-        return views
-
-    def _recolour(self, picture: Image.Image, blur: float, solarise: float, rng: np.random.Generator) -> Image.Image:
+        """uint8; `PictureAugmentation.on_device` normalises them."""
         config = self.config
-        picture = flip(picture, config.flip, rng)
-        if rng.random() < config.jitter_p:
-            picture = colour_jitter(picture, config.jitter, rng)
-        if rng.random() < config.grey:
-            picture = picture.convert("L").convert("RGB")
-        if rng.random() < blur:
-            picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
-        if rng.random() < solarise:
-            picture = ImageOps.solarize(picture, 128)
-        return picture
+
+        def crop(number: int, width: int, height: int) -> Crop:
+            first, large = number == 0, number < config.globals_
+            blur = config.blur[0 if first else 1 if large else 2]
+            solarise = config.solarise if large and not first else 0.0
+            return Crop(
+                crop_box(width, height, config.global_scale if large else config.local_scale, rng),
+                config.size if large else config.local_size,
+                rng.random() < config.flip,
+                GLOBAL if large else LOCAL,
+                draw_colours(config, rng, blur=blur, solarise=solarise),
+            )
+
+        count = config.globals_ + config.local
+        views = self.train_crops(sample, lambda width, height: [crop(i, width, height) for i in range(count)])
+        return views + [View(view.data, MASKED, extra=view.extra) for view in views[: config.masked]]

@@ -5,25 +5,33 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
+from simplejpeg import decode_jpeg
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from distill_core import Augmentation, BadSample, ComponentConfig, Plan, Sample, View
+from distill_core import GLOBAL, Augmentation, BadSample, ComponentConfig, Group, Plan, Sample, View, Views, stack_extra
+from distill_vl.recolouring import Jitter, Recolouring, radius_of, recolour
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
-Strength = Annotated[float, Field(ge=0)]
-Jitter = tuple[Strength, Strength, Strength, Annotated[float, Field(ge=0, le=0.5)]]
-"""Strengths of brightness, contrast, saturation and hue."""
+Radius = Annotated[float, Field(ge=0)]
 Format = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "ppm", "tiff", "webp"]
 """What Pillow decodes by itself; others may start a program, as EPS does Ghostscript."""
+LOG_ASPECT = math.log(4 / 3)
+"""Aspects of crops are log-uniform in 3/4..4/3."""
+SPARE = 1.5
+"""How many pixels of a picture that is decoded at a reduced scale there are to a pixel of a crop, at least."""
 
 
 class PictureConfig(ComponentConfig):
@@ -44,6 +52,58 @@ class PictureConfig(ComponentConfig):
     exif_orientation: bool = False
     """Turn and mirror a picture as its EXIF orientation says, as a viewer does. The public codes of CLIP, COSMOS and
     the others leave it as it is stored, which for photographs of a phone may be on its side."""
+
+
+class RecolourConfig(PictureConfig):
+    """Options of image augmentations that change colours."""
+
+    flip: Probability = 0.5
+    """Probability of a horizontal flip."""
+    jitter: Jitter = (0.4, 0.4, 0.2, 0.1)
+    """Strengths of brightness, contrast, saturation and hue, in random order."""
+    jitter_p: Probability = 0.8
+    """Probability of the colour jitter."""
+    grey: Probability = 0.2
+    """Probability of a grey picture."""
+    blur_radius: tuple[Radius, Radius] = (0.1, 2.0)
+    """Standard deviation of the Gaussian blur in pixels, uniform between the two."""
+    device: Literal["cpu", "model"] = "cpu"
+    """Where colours are jittered, and crops blurred and solarised: `cpu`, in the loader's workers, or `model`, on the
+    device that trains, a batch at once. The draws are the same, and so are the pixels (but for rounding)."""
+
+
+def draw_colours(config: RecolourConfig, rng: np.random.Generator, *, blur: float, solarise: float = 0) -> Recolouring:
+    """What is done to one crop; `blur` and `solarise` are the probabilities of its role."""
+    colours = Recolouring()
+    if rng.random() < config.jitter_p:
+        colours.jitter(config.jitter, rng)
+    if rng.random() < config.grey:
+        colours.grey()
+    if rng.random() < blur:
+        colours.blur = rng.uniform(*config.blur_radius)
+    colours.solarise = rng.random() < solarise
+    return colours
+
+
+@dataclass(slots=True)
+class Crop:
+    """What is drawn for one view of a picture."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, width and height in pixels."""
+    side: int
+    """Pixels of the view's side."""
+    flip: bool = False
+    """Whether left and right are exchanged."""
+    role: str = GLOBAL
+    colours: Recolouring | None = None
+    """None where the view's role keeps its colours."""
+
+    def extra(self, width: int, height: int) -> dict[str, Any]:
+        """Of the view: `box` [4], its left, top, right and bottom edge as shares of the picture, and `flip` []."""
+        left, top, w, h = self.box
+        box = [left / width, top / height, (left + w) / width, (top + h) / height]
+        return {"box": np.array(box, np.float32), "flip": self.flip}
 
 
 def other_pixels(plan: Plan, name: str, mean: Sequence[float], std: Sequence[float], why: str) -> list[str]:
@@ -73,10 +133,14 @@ class PictureAugmentation(Augmentation):
 
     def decode(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
         """The sample's picture, RGB."""
+        return [self.open(self.item(sample, field))]
+
+    def item(self, sample: Sample, field: str | None = None) -> Any:
+        """The sample's picture as it is stored. Raises `BadSample` where there is none."""
         names = (field,) if field is not None else self.config.fields
         for name in names:
             if name in sample:
-                return [self.open(sample[name])]
+                return sample[name]
         raise BadSample(f"no picture: none of the fields {', '.join(names)}")
 
     def open(self, item: Any) -> Image.Image:
@@ -84,27 +148,108 @@ class PictureAugmentation(Augmentation):
 
         Grey of 16 bits is scaled to 8; transparent pixels take the background's colour.
         """
+        with self._bad_samples():
+            return self._rgb(self._undecoded(item))
+
+    def train_crops(self, sample: Sample, draw: Callable[[int, int], list[Crop]]) -> list[View]:
+        """Views uint8 [3, S, S] of the sample's picture, by what `draw` makes of its width and height.
+
+        Extras are `Crop.extra`, and where the training device recolours, `Recolouring.arrays`. Raises `BadSample`.
+        """
+        item = self.item(sample)
+        with self._bad_samples():
+            picture = self._undecoded(item)
+            width, height = self._size(picture)
+        crops = draw(width, height)
+        with self._bad_samples():
+            pixels = torch.from_numpy(self._pixels(picture, item, reduction(crops))).permute(2, 0, 1)
+        views = []
+        for crop in crops:
+            x, extra = cut(pixels, crop, (width, height)), crop.extra(width, height)
+            if crop.colours is not None and self._on_model:
+                extra |= crop.colours.arrays()
+            elif crop.colours is not None:
+                x = crop.colours(x)
+            views.append(View(x, crop.role, extra=extra))
+        return views
+
+    @property
+    def _on_model(self) -> bool:
+        return isinstance(self.config, RecolourConfig) and self.config.device == "model"
+
+    def on_device(self, views: Views) -> Views:
+        """uint8 crops -> float32, recoloured where their extras say how, normalised. Others are left as they are."""
+        return Views([self._finished(group) for group in views.groups])
+
+    def _finished(self, group: Group) -> Group:
+        if group.x.dtype != torch.uint8:
+            return group
+        x, extra = group.x.to(torch.float32), dict(group.extra)
+        if "stages" in extra:
+            stages, blur, solarise = (extra.pop(name).flatten(0, 1) for name in ("stages", "blur", "solarise"))
+            radius = radius_of(self.config.blur_radius[1])
+            with torch.autocast(x.device.type, enabled=False):
+                x = recolour(x.flatten(0, 1), stages, blur, solarise, radius=radius).view(x.shape)
+        elif self._on_model and "box" not in extra:
+            raise ValueError(f"{self.name}: the backbone's collator drops `View.extra`; see `stack_extra`")
+        mean, std = self._mean_std(x.device)
+        return replace(group, x=x.sub_(mean).div_(std), extra=extra)
+
+    def _mean_std(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """[3, 1, 1] each, for pixels of 0..255."""
+        mean, std = (torch.tensor(values, device=device) * 255 for values in (self.config.mean, self.config.std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+    def _undecoded(self, item: Any) -> Image.Image:
+        """As `open` takes it; of bytes or a path the head alone is read."""
+        if isinstance(item, Image.Image):
+            return item
+        if isinstance(item, bytes):
+            return Image.open(io.BytesIO(item), formats=self.config.formats)
+        if isinstance(item, str | os.PathLike):
+            return Image.open(item, formats=self.config.formats)
+        return Image.fromarray(np.asarray(item))
+
+    def _pixels(self, picture: Image.Image, item: Any, scale: int) -> NDArray[np.uint8]:
+        """[H, W, 3]; a JPEG at 1 / `scale` of its size (1, 2, 4, 8), which libjpeg decodes in less time."""
+        if picture.format != "JPEG":
+            return np.array(self._rgb(picture))
+        width, height = (-(-side // scale) for side in picture.size)
+        if picture.mode == "RGB" and isinstance(item, bytes) and not self.config.exif_orientation:
+            # Pillow makes the same pixels of it, but copies them twice
+            with suppress(ValueError):  # which it may yet read, or say what is wrong
+                decoded: NDArray[np.uint8] = decode_jpeg(item, min_width=width, min_height=height)
+                return decoded
+        if scale > 1:
+            picture.draft(None, (width, height))
+        return np.array(self._rgb(picture))
+
+    def _size(self, picture: Image.Image) -> tuple[int, int]:
+        """Width and height that it will have when it is decoded."""
+        width, height = picture.size
+        if self.config.exif_orientation and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+            return height, width
+        return width, height
+
+    def _rgb(self, picture: Image.Image) -> Image.Image:
+        picture.load()
+        if self.config.exif_orientation:
+            picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(("I", "F")):
+            picture = to_eight_bits(picture)
+        if picture.mode == "P" or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+        if picture.mode in ("RGBA", "LA", "PA"):
+            picture = picture.convert("RGBA")
+            behind = Image.new("RGBA", picture.size, (*self.config.background, 255))
+            picture = Image.alpha_composite(behind, picture)
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+    @contextmanager
+    def _bad_samples(self) -> Iterator[None]:
+        """Whatever a decoder raises becomes `BadSample`."""
         try:
-            if isinstance(item, Image.Image):
-                picture = item
-            elif isinstance(item, bytes):
-                picture = Image.open(io.BytesIO(item), formats=self.config.formats)
-            elif isinstance(item, str | os.PathLike):
-                picture = Image.open(item, formats=self.config.formats)
-            else:
-                picture = Image.fromarray(np.asarray(item))
-            picture.load()
-            if self.config.exif_orientation:
-                picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):
-                picture = to_eight_bits(picture)
-            if picture.mode == "P" or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-            if picture.mode in ("RGBA", "LA", "PA"):
-                picture = picture.convert("RGBA")
-                behind = Image.new("RGBA", picture.size, (*self.config.background, 255))
-                picture = Image.alpha_composite(behind, picture)
-            return picture.convert("RGB")
+            yield
         except UnidentifiedImageError as error:
             # PIL's own words name the buffer's address in memory
             known = ", ".join(self.config.formats)
@@ -122,19 +267,19 @@ class PictureAugmentation(Augmentation):
         return View(self.normalise(picture.crop((left, top, left + size, top + size))))
 
     def render(self, view: View) -> Image.Image | None:
-        """The picture that `normalise` was given."""
+        """The picture that the towers see, before it is normalised."""
         if not isinstance(view.data, Tensor):
             return None
-        mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (self.config.mean, self.config.std))
-        pixels = (view.data * std + mean).round().clamp(0, 255).to(torch.uint8)
+        group = Group(view.data[None, None], view.role, extra=stack_extra([[view]], [0]))
+        mean, std = self._mean_std()
+        pixels = (self._finished(group).x[0, 0] * std + mean).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std."""
-        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)
-        mean = torch.tensor(self.config.mean).view(3, 1, 1) * 255
-        std = torch.tensor(self.config.std).view(3, 1, 1) * 255
-        return (pixels - mean).div_(std)
+        mean, std = self._mean_std()
+        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 def to_eight_bits(picture: Image.Image) -> Image.Image:
@@ -159,49 +304,31 @@ def crop_box(
 
     After ten draws that do not fit, the largest centred box of an allowed aspect (as torchvision does).
     """
+    (low, high), draw = scale, rng.random  # several times as fast as `rng.uniform`
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        area = width * height * (low + (high - low) * draw())
+        aspect = math.exp(LOG_ASPECT * (2 * draw() - 1))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1)), w, h
+            return int(draw() * (width - w + 1)), int(draw() * (height - h + 1)), w, h
     aspect = min(max(width / height, 3 / 4), 4 / 3)
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def random_resized_crop(
-    picture: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> Image.Image:
-    """A random crop, resized to size x size px (bicubic)."""
-    left, top, width, height = crop_box(*picture.size, scale, rng)
-    crop = picture.crop((left, top, left + width, top + height))
-    return crop.resize((size, size), Image.Resampling.BICUBIC)
+def reduction(crops: Sequence[Crop]) -> int:
+    """The largest of 8, 4, 2 and 1 by which a picture may be reduced so that every crop still has `SPARE` times the
+    pixels of its view along each side."""
+    least = min((min(crop.box[2:]) / crop.side for crop in crops), default=1.0)
+    return next((scale for scale in (8, 4, 2) if least >= scale * SPARE), 1)
 
 
-def flip(picture: Image.Image, probability: float, rng: np.random.Generator) -> Image.Image:
-    """Left and right exchanged, with a probability."""
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else picture
-
-
-def colour_jitter(
-    picture: Image.Image, strengths: tuple[float, float, float, float], rng: np.random.Generator
-) -> Image.Image:
-    """Brightness, contrast, saturation (factors uniform in 1 -+ strength) and hue (shift of the colour circle)."""
-    for step in rng.permutation(4):
-        strength = strengths[step]
-        if strength == 0:
-            continue
-        if step == 3:
-            picture = shift_hue(picture, rng.uniform(-strength, strength))
-        else:
-            enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
-            picture = enhancer(picture).enhance(rng.uniform(max(0.0, 1 - strength), 1 + strength))
-    return picture
-
-
-def shift_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """Hues moved by `turn` of the colour circle, -0.5 to 0.5."""
-    hue, saturation, value = picture.convert("HSV").split()
-    moved = np.array(hue, dtype=np.uint8) + np.uint8(int(turn * 255) % 256)
-    return Image.merge("HSV", (Image.fromarray(moved), saturation, value)).convert("RGB")
+def cut(pixels: Tensor, crop: Crop, size: tuple[int, int]) -> Tensor:
+    """uint8 [3, H, W] of a picture that had `size` (width, height) before it was reduced -> the crop [3, S, S], resized
+    (bicubic, antialiased) and flipped."""
+    left, top, width, height = crop.box
+    columns, rows = pixels.shape[2] / size[0], pixels.shape[1] / size[1]
+    x, y = round(left * columns), round(top * rows)
+    region = pixels[:, y : max(y + 1, round((top + height) * rows)), x : max(x + 1, round((left + width) * columns))]
+    made = interpolate(region[None], (crop.side, crop.side), mode="bicubic", antialias=True)[0]
+    return made.flip(2) if crop.flip else made.contiguous()

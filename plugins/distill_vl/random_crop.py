@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill_core import GLOBAL, Sample, View
-from distill_vl.pictures import Area, PictureAugmentation, PictureConfig, Probability, flip, random_resized_crop
+from distill_vl.pictures import Area, Crop, PictureAugmentation, PictureConfig, Probability, crop_box
 
 
 class RandomCropConfig(PictureConfig):
@@ -34,6 +34,11 @@ class RandomCrop(PictureAugmentation):
         return ((3, config.size, config.size),) * len(cls.roles(config))
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """[3, S, S], normalised."""
-        picture = random_resized_crop(self.decode(sample)[0], self.config.size, self.config.scale, rng)
-        return [View(self.normalise(flip(picture, self.config.flip, rng)))]
+        """uint8; `PictureAugmentation.on_device` normalises it."""
+        config = self.config
+        return self.train_crops(
+            sample,
+            lambda width, height: [
+                Crop(crop_box(width, height, config.scale, rng), config.size, rng.random() < config.flip)
+            ],
+        )

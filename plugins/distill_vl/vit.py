@@ -25,6 +25,7 @@ from distill_core import (
     ModalityPlan,
     View,
     Views,
+    stack_extra,
 )
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
@@ -134,6 +135,18 @@ class VisionTransformer(Backbone):
             View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role) for role, side in sides
         ]
 
+    def on_device(self, views: Views) -> Views:
+        """Makes the pixels that hidden patches are predicted as."""
+        masking, patch = self.config.masking, self.config.patch
+        if masking is None or masking.targets != "pixels":
+            return views
+        return Views(
+            [
+                group if group.token_mask is None else replace(group, targets=patch_pixels(group.x, patch))
+                for group in views.groups
+            ]
+        )
+
     def positions(self, rows: int, columns: int) -> Tensor:
         """Position embeddings [1 + rows * columns, W] for a grid of patches."""
         table = self.positional_embedding
@@ -230,7 +243,7 @@ def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
 
 
 class PictureCollator:
-    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks (and targets) of patches."""
+    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks of patches."""
 
     def __init__(self, patch: int, masking: MaskingConfig | None = None) -> None:
         self.patch = patch
@@ -247,7 +260,8 @@ class PictureCollator:
             if any(side % self.patch for side in shape[-2:]):
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-            result.append(self._masked(Group(x, role), generators))
+            group = Group(x, role, extra=stack_extra(samples, members))
+            result.append(self._masked(group, generators))
         return Views(result)
 
     def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
@@ -263,6 +277,4 @@ class PictureCollator:
                 for _ in range(group.x.shape[0])
             ]
         )
-        if masking.targets == "pixels":
-            group.targets = patch_pixels(group.x, self.patch)
         return group

@@ -154,7 +154,7 @@ def test_masked_copies_are_the_global_crops() -> None:
     def views(**more: int) -> list[torch.Tensor]:
         config = MultiCropConfig(size=16, local_size=8, local=2, **{"global": 2}, **more)  # type: ignore[arg-type]
         augment = MultiCrop(config)
-        augment.decode = lambda sample, field=None: [Image.fromarray(picture)]  # type: ignore[method-assign]
+        augment.item = lambda sample, field=None: Image.fromarray(picture)  # type: ignore[method-assign]
         found = augment.train_views({}, np.random.default_rng(7))
         assert tuple(view.role for view in found) == MultiCrop.roles(config)
         return [view.data for view in found]

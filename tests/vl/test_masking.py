@@ -107,7 +107,10 @@ def test_pixel_targets_are_each_patchs_normalised_pixels() -> None:
     """Against loops, in the order in which the patch embedding reads a patch."""
     masking = MASKING.model_copy(update={"targets": "pixels"})
     made = samples(3)
-    groups = PictureCollator(4, masking)(made, [1, 2, 3]).groups
+    tower = VisionTransformer(
+        VisionTransformerConfig(image_size=24, patch=4, width=8, layers=1, heads=1, masking=masking)
+    )
+    groups = tower.on_device(PictureCollator(4, masking)(made, [1, 2, 3])).groups
     assert groups[1].targets is None
     targets = groups[0].targets
     assert targets is not None

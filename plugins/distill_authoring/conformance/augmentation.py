@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
-from distill_core import GLOBAL, BadSample, View
+from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, require
+from distill_core import GLOBAL, BadSample, Group, View, Views, stack_extra
 
 KIND = "augmentation"
 
@@ -33,8 +33,10 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def equal_views(a: list[View], b: list[View]) -> bool:
-    """Whether two lists of views are equal, data and roles."""
-    return len(a) == len(b) and all(x.role == y.role and equal(x.data, y.data) for x, y in zip(a, b, strict=True))
+    """Whether two lists of views are equal: data, roles and extras."""
+    return len(a) == len(b) and all(
+        x.role == y.role and equal(x.data, y.data) and equal(x.extra, y.extra) for x, y in zip(a, b, strict=True)
+    )
 
 
 def sample(case: Case, seed: int = 0) -> dict[str, Any]:
@@ -70,6 +72,57 @@ def roles(case: Case) -> None:
         if (shapes := case.cls.shapes(case.config)) is not None:
             sizes = tuple(tuple(view.data.shape) for view in views)
             require(sizes == shapes, f"`train_views` makes data of {sizes}, `shapes` says {shapes}")
+
+
+@checks(KIND)
+def extras(case: Case) -> None:
+    """The views of a role have the same extras, of the same shapes in all samples: a collator stacks them."""
+    augmentation = case.cls(case.config)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for seed in range(3):
+        for view in draw(augmentation, sample(case, seed), seed):
+            own = {name: np.shape(value) for name, value in view.extra.items()}
+            first = shapes.setdefault(view.role, own)
+            require(own == first, f"the extras of {view.role} views differ, in names or shapes: {first} and {own}")
+
+
+@checks(KIND)
+def device_work(case: Case) -> None:
+    """`on_device` draws nothing, changes no tensor in place, keeps roles, and leaves alone what it made."""
+    augmentation = case.cls(case.config)
+    made = [draw(augmentation, sample(case, seed), seed) for seed in range(2)]
+    if not all(isinstance(view.data, Tensor) for views in made for view in views):
+        raise NotApplicable("the data of its views are no tensors; its backbone's collator makes them")
+    members: dict[tuple[str, torch.Size], list[int]] = {}
+    for i, view in enumerate(made[0]):
+        members.setdefault((view.role, view.data.shape), []).append(i)
+    collated = Views(
+        [
+            Group(
+                torch.stack([torch.stack([views[i].data for views in made]) for i in numbers]),
+                role,
+                extra=stack_extra(made, numbers),
+            )
+            for (role, _), numbers in members.items()
+        ]
+    )
+    before = copy.deepcopy(collated)
+    torch.manual_seed(1)
+    once = augmentation.on_device(collated)
+    torch.manual_seed(2)
+    again, twice = augmentation.on_device(collated), augmentation.on_device(once)
+
+    def alike(a: Views, b: Views) -> bool:
+        pairs = zip(a.groups, b.groups, strict=True)
+        return all(x.role == y.role and equal(x.x, y.x) and equal(x.extra, y.extra) for x, y in pairs)
+
+    require(alike(before, collated), "`on_device` changes the views that it is handed; make new ones")
+    require(
+        [group.role for group in once.groups] == [role for role, _ in members],
+        "`on_device` must keep the groups and their roles",
+    )
+    require(alike(once, again), "`on_device` makes other views of the same batch: draw in `train_views`")
+    require(alike(once, twice), "`on_device` must leave alone what it made: a batch may come there twice")
 
 
 @checks(KIND)

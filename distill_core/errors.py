@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import click
 
@@ -72,3 +73,38 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     if near:
         return f", did you mean {near[0]!r}?"
     return f" (there are: {', '.join(sorted(known))})" if known else ""
+
+
+_OPTION_MESSAGES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping",
+    "finite_number": "must be finite",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be an integer",
+    "int_type": "must be an integer",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
+    "literal_error": "must be {expected}",
+    "missing": "is required and not given",
+    "model_type": "must be a mapping",
+    "string_pattern_mismatch": "must match the pattern {pattern!r}",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} item(s), not {actual_length}",
+    "too_short": "must have at least {min_length} item(s), not {actual_length}",
+    "tuple_type": "must be a list",
+}
+
+
+def option_message(error: Mapping[str, Any]) -> str:
+    """What is wrong with an option's value, from an item of pydantic's `ValidationError.errors()`."""
+    context = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in (error.get("ctx") or {}).items()
+    }
+    message = _OPTION_MESSAGES.get(error["type"])
+    if message is None or ("{" in message and not context):  # our own error, or one that is translated already
+        return str(error["msg"]).removeprefix("Value error, ")
+    return message.format(**context)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distill_core.errors import KeyPath as KeyPath
     from distill_core.errors import RecipeErrors as RecipeErrors
     from distill_core.errors import TrainingStopped as TrainingStopped
+    from distill_core.errors import option_message as option_message
     from distill_core.errors import warn as warn
     from distill_core.evaluate.score import TaskScore as TaskScore
     from distill_core.evaluate.score import by_address as by_address
@@ -81,6 +82,7 @@ HOMES = {
     "is_local": "distill_core.data.opening",
     "KeyPath": "distill_core.errors",
     "RecipeErrors": "distill_core.errors",
+    "option_message": "distill_core.errors",
     "TrainingStopped": "distill_core.errors",
     "warn": "distill_core.errors",
     "by_address": "distill_core.evaluate.score",

@@ -25,7 +25,7 @@ from pydantic_core import (
 from torch import nn
 
 from distill_core.contracts.component import Component, ComponentConfig
-from distill_core.errors import KeyPath, UserError
+from distill_core.errors import KeyPath, UserError, option_message
 
 C = TypeVar("C", bound=Component)
 PLACE = "@"
@@ -156,7 +156,7 @@ def _resolve(interface: type[Component], value: Any, context: Any) -> Slot[Any]:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "Input should be an object")
+        raise PydanticCustomError("dict_type", "must be a mapping")
     options = dict(value)
     place = options.pop(PLACE, ())
     if place is None:
@@ -192,7 +192,7 @@ def _options(
         return model.model_validate_json(json.dumps(options), context=context)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            errors.append(_error(item["type"], item["msg"], item["loc"], item["input"]))
+            errors.append(_error(item["type"], option_message(item), item["loc"], item["input"]))
         return None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill_core.errors import KeyPath, did_you_mean
+from distill_core.errors import KeyPath, did_you_mean, option_message
 from distill_core.recipe.document import Document
 
 
@@ -34,7 +34,7 @@ def messages(
         at = path
         if item["type"] == "unknown_component":
             path = path[:-1] if path[-1:] == ("name",) else path
-        message, ending = _message(item["type"], item["msg"], item["input"], path, options)
+        message, ending = _message(item["type"], option_message(item), item["input"], path, options)
         blamed[path] = at
         if path in unset or at in unset:
             lines[path], endings[path] = [unset.get(path) or unset[at]], ""
@@ -45,7 +45,7 @@ def messages(
         # of a union's branches, the one that fits most of what is written fails deepest
         if not any(other[: len(path)] == path for other in lines if other != path):
             first, *rest = texts
-            alternatives = "".join(f" or {line.removeprefix('Input should be ')}" for line in rest)
+            alternatives = "".join(f" or {line.removeprefix('must be ')}" for line in rest)
             yield path, first + alternatives + endings.get(path, ""), blamed[path]
 
 
@@ -56,10 +56,9 @@ def _message(
     if kind == "extra_forbidden":
         return f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), options(path[:-1]))}", ""
     if kind == "missing":
-        return "is required and not given", ""
+        return message, ""
     if kind == "too_short" and value and not isinstance(value, str) and len(path) == 1:
         return f"no {path[0]} is left", ""  # null removed each of them
-    message = message.removeprefix("Value error, ")
     in_message = isinstance(value, str) and repr(value) in message
     shows_value = value is None or (isinstance(value, str | int | float) and not in_message)
     return message, f", got {value!r}" if shows_value else ""

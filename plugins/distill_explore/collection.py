@@ -28,7 +28,7 @@ from distill_core import (
     fingerprint,
     stamps,
 )
-from distill_core.tools import Document, RecipeErrors, Registry, located, read_document
+from distill_core.tools import Document, RecipeErrors, Registry, located, option_message, read_document
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -248,7 +248,7 @@ def _source(document: Document, registry: Registry) -> DataSource:
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):
-            path, what = item["loc"], item["msg"]
+            path, what = item["loc"], option_message(item)
             if item["type"] == "extra_forbidden":
                 options_known = [field.alias or option for option, field in cls.Config.model_fields.items()]
                 what = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), options_known)}"

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from distill_core import ComponentConfig, UserError, did_you_mean
-from distill_core.tools import Document, KeyPath, RecipeErrors, read_document, read_file, recipe_file
+from distill_core.tools import Document, KeyPath, RecipeErrors, option_message, read_document, read_file, recipe_file
 
 Change = tuple[str, str]
 """`path=value`, and where it was written."""
@@ -181,12 +181,10 @@ class _Reader:
                     model = Budget if path[0] == "budget" else StudyFile
                     names = [field.alias or name for name, field in model.model_fields.items()]
                     self.error(path, f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), names)}")
-                elif item["type"] == "missing":
-                    self.error(path, "is required and not given")
                 else:
                     value = item["input"]
                     suffix = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
-                    self.error(path, item["msg"] + suffix)
+                    self.error(path, option_message(item) + suffix)
             return None
         budget = frame.budget
         if budget is not None and sum(v is not None for v in (budget.steps, budget.samples, budget.seconds)) != 1:

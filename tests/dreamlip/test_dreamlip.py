@@ -165,7 +165,7 @@ def test_sub_captions() -> None:
             ["augment.text.count=1", "loss.1.negatives=sample"],
             "'subcaption_grouping' with negatives: sample needs 2 views of 'text'; it has 1",
         ),
-        (["loss.1.threshold=2.0"], "Input should be less than or equal to 1, got 2.0"),
+        (["loss.1.threshold=2.0"], "must be at most 1, got 2.0"),
     ],
 )
 def test_what_cannot_work_is_refused(registry: Registry, overrides: list[str], message: str) -> None:

@@ -73,7 +73,7 @@ def one_line(ended: Ended) -> str:
         ),
         (
             ["tiny.yaml", "--set", "train.steps=off"],
-            "--set train.steps: Input should be a valid integer, got 'off'",
+            "--set train.steps: must be an integer, got 'off'",
         ),
         (
             ["tiny.yaml", "--set", "loss.0=contrastve"],
@@ -209,8 +209,8 @@ def test_every_error_of_a_file_is_a_line(distill: Distill, tmp_path: Path) -> No
     assert ended.code == 2
     assert ended.err.splitlines() == [
         "broken.yaml:7: fusion.heds: unknown option 'heds', did you mean 'heads'?",
-        "broken.yaml:11: teacher.momentum: Input should be less than or equal to 1, got 9",
-        "broken.yaml:18: train.steps: Input should be a valid integer, got 'x'",
+        "broken.yaml:11: teacher.momentum: must be at most 1, got 9",
+        "broken.yaml:18: train.steps: must be an integer, got 'x'",
     ]
 
 
@@ -251,7 +251,7 @@ def test_validate_and_show_as_json(distill: Distill, tmp_path: Path) -> None:
     assert (ended.code, ended.err) == (2, "")
     good, bad = json.loads(ended.out)
     assert good == {"recipe": "tiny.yaml", "ok": True, "errors": [], "warnings": []}
-    assert bad["errors"] == ["broken.yaml:18: train.steps: Input should be a valid integer, got 'x'"]
+    assert bad["errors"] == ["broken.yaml:18: train.steps: must be an integer, got 'x'"]
     assert distill("validate", "tiny.yaml", "--quiet") == Ended(0, "", "")
     assert json.loads(distill("show", "tiny.yaml", "--set", "seed=3", "--json").out)["seed"] == 3
 

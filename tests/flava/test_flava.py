@@ -275,7 +275,7 @@ def test_small_batches(made: Objective) -> None:
         ("fusion=none", "'flava_mmm' needs fused views; this recipe has no fusion"),
         ("fusion.heads=4", "4 heads, which do not divide the embedding width 6"),
         ("fusion.role=local", "'multimodal_encoder' needs 1 local view(s) of 'image'"),
-        ("loss.flava_mlm.vocabulary=9", "greater than or equal to 49408"),
+        ("loss.flava_mlm.vocabulary=9", "at least 49408"),
         ("loss.flava_itm.modalities=[image, image]", "'flava_itm' needs two different modalities"),
     ],
 )

@@ -92,7 +92,7 @@ def test_it_starts_and_stays_where_the_paper_says() -> None:
     [
         ("loss.0.modalities=[image, txt]", "'siglip' needs a modality 'txt', did you mean 'text'?"),
         ("backbone.text.dim=4", "'siglip' compares embeddings of one width D; the backbones give image 6, text 4"),
-        ("loss.0.exchange=tree", "Input should be 'gather' or 'ring', got 'tree'"),
+        ("loss.0.exchange=tree", "must be 'gather' or 'ring', got 'tree'"),
     ],
 )
 def test_what_cannot_work_is_refused(registry: Registry, override: str, message: str) -> None:

@@ -154,7 +154,7 @@ def test_all_that_is_wrong_at_once_with_its_line() -> None:
         (
             "recipe: a.yaml\nvariants: {a: {}}\nseeds: [0, x]\nbudget: {step: 3}\n",
             [
-                "s.yaml:3: seeds.1: Input should be a valid integer, got 'x'",
+                "s.yaml:3: seeds.1: must be an integer, got 'x'",
                 "s.yaml:4: budget.step: unknown option 'step', did you mean 'steps'?",
             ],
         ),

@@ -54,7 +54,7 @@ def test_errors_of_all_variants_name_them(tiny_recipe: Path, tmp_path: Path, reg
         registry,
     )
     assert len(found) == 4
-    assert "s.yaml:3: variants 'good', 'unfused', 'typo': train.clip_grad: Input should be greater than 0" in found[0]
+    assert "s.yaml:3: variants 'good', 'unfused', 'typo': train.clip_grad: must be greater than 0" in found[0]
     assert found[1].startswith(f"s.yaml:6: variant 'unfused': {tiny_recipe}:")
     assert found[1].endswith("loss.1: 'cross_modal_distillation' needs fused views; this recipe has no fusion")
     assert found[2] == "s.yaml:8: variant 'typo': loss.1.wieght: unknown option 'wieght', did you mean 'weight'?"
@@ -65,7 +65,7 @@ def test_errors_of_all_variants_name_them(tiny_recipe: Path, tmp_path: Path, reg
 def test_an_error_that_all_have_is_said_once(tiny_recipe: Path, tmp_path: Path, registry: Registry) -> None:
     found = errors("set: {fusion.heads: x}\nvariants: {a: {}, b: {loss.1.weight: 2}}\n", tmp_path, registry)
     heads = [line for line in found if "heads" in line]
-    assert heads == ["s.yaml:2: all variants: fusion.heads: Input should be a valid integer, got 'x'"]
+    assert heads == ["s.yaml:2: all variants: fusion.heads: must be an integer, got 'x'"]
 
 
 def test_the_same_recipe_twice_is_an_error(tiny_recipe: Path, tmp_path: Path, registry: Registry) -> None:

@@ -223,10 +223,10 @@ def test_checking_trains_nothing(
         (["nowhere.yaml"], "nowhere.yaml: no such file"),
         (["tiny.yaml"], "tiny.yaml: is a recipe; say what to try with --swap PATH=A,B, or write a study file"),
         (["s.yaml", "--swap", "a=1"], "s.yaml: is a study; --swap is for recipes. Write the swap in its `swaps`."),
-        (["s.yaml", "--seeds", "0,x"], "--seeds: seeds.1: Input should be a valid integer, got 'x'"),
+        (["s.yaml", "--seeds", "0,x"], "--seeds: seeds.1: must be an integer, got 'x'"),
         (["s.yaml", "--budget", "step=3"], "--budget: budget.step: unknown option 'step', did you mean 'steps'?"),
         (["s.yaml", "--base", "b"], "--base: base: no variant 'b' (there are: a)"),
-        (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': Input should be a"),
+        (["s.yaml", "--set", "fusion.heads=x"], "--set fusion.heads: variant 'a': must be a"),
         (["s.yaml", "--set", "seed=9"], "--set seed: 'seed' is set by the study; see `seeds`"),
         (["s.yaml", "--set", "name=x"], "--set name: 'name' is set by the study; see `name`"),
         (

@@ -178,7 +178,7 @@ def test_every_token_is_hidden_as_often() -> None:
         ("backbone.text.masking.roles=[maskd]", "masking.roles: no view has the role 'maskd'"),
         ("backbone.text.vocabulary=100", "vocabulary 100 is too small: CLIP's tokenizer has 49408 ids"),
         ("backbone.text.heads=3", "width 8 is not a multiple of heads 3"),
-        ("backbone.text.masking.share=1.5", "less than or equal to 1"),
+        ("backbone.text.masking.share=1.5", "at most 1"),
     ],
 )
 def test_what_is_refused(registry: Registry, change: str, message: str) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
 from distill_core import GLOBAL, BackboneSpec, ComponentConfig, LossConfig, MissingModality, ModalityPlan, Needs, Plan
+from distill_core.tools import option_message
 
 
 @checks(once=True)
@@ -36,7 +37,9 @@ def options(cls: Any) -> None:
         try:
             config = cls.Config.model_validate_json(json.dumps(example))
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors(include_url=False)]
+            lines = [
+                f"{'.'.join(map(str, item['loc']))}: {option_message(item)}" for item in error.errors(include_url=False)
+            ]
             raise CheckFailed(
                 f"the example {json.dumps(example)} is refused: {'; '.join(lines)}. Give valid options in the class "
                 f"attribute `examples = ({{...}},)` of {cls.__name__}"

@@ -72,7 +72,7 @@ def test_what_is_wrong_with_a_task_s_own_source(tiny_recipe: Path, registry: Reg
     for source, said in (
         ("{name: lsted, urls: x}", r"evaluate.tasks.0.source: no source named 'lsted', did you mean 'listed'\?"),
         ("{name: listed, url: x}", r"evaluate.tasks.0.source.url: unknown option 'url', did you mean 'urls'\?"),
-        ("3", r"evaluate.tasks.0.source: Input should be an object, got 3"),
+        ("3", r"evaluate.tasks.0.source: must be a mapping, got 3"),
     ):
         with pytest.raises(RecipeErrors, match=said):
             load_recipe(

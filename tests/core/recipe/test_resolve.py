@@ -30,7 +30,7 @@ loss: [contrastive,
   cross_modal_distillation]
 """
     assert errors(text=text) == [
-        "r.yaml:6: fusion.heads: Input should be a valid integer, got 'many'",
+        "r.yaml:6: fusion.heads: must be an integer, got 'many'",
         "r.yaml:8: loss.1: no loss named 'cross_modal_distilation', did you mean 'cross_modal_distillation'?",
         "r.yaml:9: loss.2: 'cross_modal_distillation' needs a teacher; this recipe has none",
     ]
@@ -79,27 +79,27 @@ def test_did_you_mean_for_files(registry: Registry, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.clip_grad=off", "Input should be a valid number, got 'off'"),  # lax pydantic over YAML 1.1: 0.0
-        ("train.clip_grad=true", "Input should be a valid number, got True"),
-        ("fusion.heads=true", "Input should be a valid integer, got True"),
-        ('fusion.heads="12"', "Input should be a valid integer, got '12'"),
-        ("fusion.heads=2.0", "Input should be a valid integer, got 2.0"),
-        ("fusion.heads=null", "Input should be a valid integer, got None"),
-        ("fusion.form=fast", "Input should be 'auto', 'projected', 'absorbed' or 'reference', got 'fast'"),
-        ("fusion.mask_padding=1", "Input should be a valid boolean, got 1"),
-        ("fusion.modalities=image", "Input should be a valid array, got 'image'"),
-        ("teacher.momentum=1.5", "Input should be less than or equal to 1, got 1.5"),
-        ("loss.0.weight=.nan", "Input should be greater than or equal to 0, got nan"),
-        ("train.steps=0", "Input should be greater than 0, got 0"),
-        ("name=a/b", "String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a/b'"),
-        ("train=null", "Input should be an object, got None"),
-        ("data.source=null", "Input should be an object, got None"),
-        ("train.optimizer=null", "Input should be an object, got None"),
-        ("teacher=3", "Input should be an object, got 3"),
-        ("loss=contrastive", "Input should be a valid array, got 'contrastive'"),
+        ("train.clip_grad=off", "must be a number, got 'off'"),  # lax pydantic over YAML 1.1: 0.0
+        ("train.clip_grad=true", "must be a number, got True"),
+        ("fusion.heads=true", "must be an integer, got True"),
+        ('fusion.heads="12"', "must be an integer, got '12'"),
+        ("fusion.heads=2.0", "must be an integer, got 2.0"),
+        ("fusion.heads=null", "must be an integer, got None"),
+        ("fusion.form=fast", "must be 'auto', 'projected', 'absorbed' or 'reference', got 'fast'"),
+        ("fusion.mask_padding=1", "must be true or false, got 1"),
+        ("fusion.modalities=image", "must be a list, got 'image'"),
+        ("teacher.momentum=1.5", "must be at most 1, got 1.5"),
+        ("loss.0.weight=.nan", "must be at least 0, got nan"),
+        ("train.steps=0", "must be greater than 0, got 0"),
+        ("name=a/b", "must match the pattern '^[A-Za-z0-9][A-Za-z0-9._-]*$', got 'a/b'"),
+        ("train=null", "must be a mapping, got None"),
+        ("data.source=null", "must be a mapping, got None"),
+        ("train.optimizer=null", "must be a mapping, got None"),
+        ("teacher=3", "must be a mapping, got 3"),
+        ("loss=contrastive", "must be a list, got 'contrastive'"),
         # unions: one line, and of its branches the one that fits best
-        ("data.source.urls=3", "Input should be a valid string or a valid array or an object, got 3"),
-        ("train.schedule.warmup=1.5", "Input should be a valid integer or less than 1, got 1.5"),
+        ("data.source.urls=3", "must be a string or a list or a mapping, got 3"),
+        ("train.schedule.warmup=1.5", "must be an integer or less than 1, got 1.5"),
     ],
 )
 def test_strict_types(errors: Errors, override: str, message: str) -> None:
@@ -218,8 +218,8 @@ def test_numbers_in_any_spelling_and_lists_for_tuples(check: Check) -> None:
         (
             ["evaluate.tasks=[{name: knn}]", "backbone.image.width=x", "backbone.text.width=x"],
             [
-                "--set backbone.image.width: Input should be a valid integer, got 'x'",
-                "--set backbone.text.width: Input should be a valid integer, got 'x'",
+                "--set backbone.image.width: must be an integer, got 'x'",
+                "--set backbone.text.width: must be an integer, got 'x'",
             ],
         ),
         (
@@ -300,7 +300,7 @@ def test_needs_of_tokens_and_local_views(registry: Registry) -> None:
 def test_a_broken_component_does_not_hide_or_double_other_errors(errors: Errors) -> None:
     """Would catch follow-on errors ("needs a modality") for a backbone whose options alone are wrong."""
     assert errors("backbone.text.width=x", "loss.1.wieght=2") == [
-        "--set backbone.text.width: Input should be a valid integer, got 'x'",
+        "--set backbone.text.width: must be an integer, got 'x'",
         "--set loss.1.wieght: unknown option 'wieght', did you mean 'weight'?",
     ]
 
@@ -415,14 +415,14 @@ def test_options_of_a_wrong_type_hide_no_other_error(errors: Errors) -> None:
         "train.steps=many", "evaluate.every=often", "evaluate.split=tset", "evaluate.batch_size=x", "freeze=[fussion]",
         "train.checkpoint.best=student/retrieval/M", "teacher.modalities=[image, text, audio]", "teacher.momentum=2",
     ) == [
-        "--set train.steps: Input should be a valid integer, got 'many'",
-        "--set evaluate.every: Input should be a valid integer, got 'often'",
+        "--set train.steps: must be an integer, got 'many'",
+        "--set evaluate.every: must be an integer, got 'often'",
         "--set evaluate.split: data.source has no split 'tset' (it has train, test); name one that it has, give it "
         "one, or leave out evaluate.tasks",
-        "--set evaluate.batch_size: Input should be a valid integer, got 'x'",
+        "--set evaluate.batch_size: must be an integer, got 'x'",
         "--set freeze: freeze.0: 'fussion' names no part of the model, did you mean 'fusion'?",
         "--set teacher.modalities: no modality 'audio'",
-        "--set teacher.momentum: Input should be less than or equal to 1, got 2",
+        "--set teacher.momentum: must be at most 1, got 2",
     ]  # fmt: skip
 
 

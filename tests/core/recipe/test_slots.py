@@ -85,11 +85,11 @@ def test_errors_inside_nested_components_come_with_the_others(more: Registry) ->
         parse(more, f"loss.0={{name: sum, parts: [{wrong}]}}", "fusion.heads=x")
     unknown = [line for line in caught.value.lines if "'nope'" in line]
     assert caught.value.lines == [
-        "--set loss.0: loss.0.parts.0.weight: Input should be a valid number, got 'x'",
+        "--set loss.0: loss.0.parts.0.weight: must be a number, got 'x'",
         "--set loss.0: loss.0.parts.0.wieght: unknown option 'wieght', did you mean 'weight'?",
         *unknown,
         "--set loss.0: loss.0.parts.2: 'contrastive' needs a modality 'sound' (there are: image, text)",
-        "--set fusion.heads: Input should be a valid integer, got 'x'",
+        "--set fusion.heads: must be an integer, got 'x'",
     ]
     assert len(unknown) == 1
     assert unknown[0].startswith("--set loss.0: loss.0.parts.1: no loss named 'nope'")

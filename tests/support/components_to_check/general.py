@@ -23,7 +23,7 @@ class BareOption(Linear):
         bare: int = 1
 
 
-@broken("options", r"the example \{\} is refused: urls: Field required.*`examples = ")
+@broken("options", r"the example \{\} is refused: urls: is required and not given.*`examples = ")
 class Required(Linear):
     class Config(ComponentConfig):
         urls: str

@@ -85,5 +85,4 @@ class AimTracker(Tracker):
         self.run.track(histogram, name=name, step=step, context=dict(context))
 
     def finish(self) -> None:
-        """Flushes and closes."""
         self.run.close()

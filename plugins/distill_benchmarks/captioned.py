@@ -56,7 +56,6 @@ class Karpathy(FileSource):
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
-        """All three."""
         return tuple(cls.parts)
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
@@ -103,7 +102,6 @@ class Urban1k(FileSource):
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
-        """The only one."""
         return ("test",)
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:

@@ -103,7 +103,6 @@ class FileSource(DataSource):
     trainable = False
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """No shards."""
         return {}
 
 

@@ -75,7 +75,6 @@ class TuxPaint(FileSource):
 
     @classmethod
     def splits(cls, config: Any) -> tuple[str, ...]:
-        """The only one."""
         return ("test",)
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:

@@ -14,7 +14,6 @@ class Clip(ContrastiveLoss):
     name = "clip"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
         a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
         pairs = self.pairs(a, b)
         return {"clip": pairs.mean()}, self.metrics()

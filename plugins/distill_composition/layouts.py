@@ -80,7 +80,6 @@ class _Copy(DataSource):
         return (config.split,)
 
     def sets(self, split: str) -> dict[str, list[str]]:
-        """No shards."""
         return {}
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
@@ -239,7 +238,6 @@ class MmvpVlm(_Copy):
     examples = ({"root": "no such folder"},)
 
     def items(self) -> dict[str, list[Item]]:
-        """By visual pattern."""
         expected = "mmvp_vlm has Questions.csv and MLLM_VLM Images in `root`"
         root = _folder(self.config.root, expected)
         file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images", expected)

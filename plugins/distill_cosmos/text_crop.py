@@ -32,11 +32,9 @@ class TextCrop(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: TextCropConfig) -> tuple[str, ...]:
-        """Globals, then locals."""
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """Texts, globals first."""
         pool = self.pool(sample)
         views = self.global_views(pool, rng)
         return views + [View(pool[i], LOCAL) for i in draw(len(pool), self.config.local, rng)]

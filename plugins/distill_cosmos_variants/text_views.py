@@ -114,7 +114,6 @@ class SentenceCrop(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: SentenceCropConfig) -> tuple[str, ...]:
-        """Globals, then locals."""
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:

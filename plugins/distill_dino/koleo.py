@@ -44,7 +44,6 @@ class KoLeo(Loss):
 
     @classmethod
     def problems(cls, config: KoLeoConfig, plan: Plan) -> Iterable[str]:
-        """A class token."""
         if plan.modalities[config.modality].spec.class_tokens == 0:
             yield f"{cls.name!r} needs a class token of {config.modality!r}; its backbone gives none"
 

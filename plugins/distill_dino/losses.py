@@ -54,7 +54,6 @@ class Dino(PrototypeLoss):
         return {"dino": term}, metrics | {"teacher_temperature": torch.tensor(self.temperature(outputs.progress))}
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Move the centre."""
         self.targets.move()
 
 
@@ -153,7 +152,6 @@ class Ibot(PrototypeLoss):
         return masks
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Move the centres."""
         self.targets.move()
         if self.config.shared_head:
             self.class_targets.move()

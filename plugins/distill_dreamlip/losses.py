@@ -23,7 +23,6 @@ class MultiPositive(ContrastiveLoss):
     name = "multi_positive"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
         a, b = (outputs.student[modality].rows for modality in self.config.modalities)
         pairs = self.pairs(a[:1], b)  # [1, K]
         return {"multi_positive": pairs.mean()}, self.metrics()

@@ -28,10 +28,8 @@ class SubCaptions(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: SubCaptionsConfig) -> tuple[str, ...]:
-        """K global views."""
         return (GLOBAL,) * config.count
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """A sentence each."""
         pool = self.pool(sample)
         return [View(pool[i]) for i in draw(len(pool), self.config.count, rng)]

@@ -29,7 +29,6 @@ class SampledCaptions(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: SampledCaptionsConfig) -> tuple[str, ...]:
-        """K global views."""
         return (GLOBAL,) * config.captions
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:

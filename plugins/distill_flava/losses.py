@@ -118,7 +118,6 @@ class MaskedLanguage(Loss):
 
     @classmethod
     def example_targets(cls, config: MaskedLanguageConfig, modality: str, token_mask: Tensor) -> Tensor:
-        """Ids."""
         return example_ids(token_mask)
 
     @classmethod
@@ -163,7 +162,6 @@ class MaskedImage(Loss):
 
     @classmethod
     def example_targets(cls, config: MaskedImageConfig, modality: str, token_mask: Tensor) -> Tensor:
-        """Pixels."""
         return example_pixels(token_mask, config.patch)
 
     @classmethod
@@ -268,12 +266,10 @@ class ImageTextMatching(Loss):
 
     @classmethod
     def needs(cls, config: ImageTextMatchingConfig, plan: Plan) -> Needs:
-        """Fused views."""
         return Needs(fused=config.modalities)
 
     @classmethod
     def problems(cls, config: ImageTextMatchingConfig, plan: Plan) -> Iterable[str]:
-        """Two modalities."""
         if config.modalities[0] == config.modalities[1]:
             yield f"{cls.name!r} needs two different modalities"
 

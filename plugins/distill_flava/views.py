@@ -26,7 +26,6 @@ class FlavaImage(RandomCrop):
 
     @classmethod
     def roles(cls, config: RandomCropConfig) -> tuple[str, ...]:
-        """Global, masked."""
         return (GLOBAL, MASKED)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
@@ -42,7 +41,6 @@ class FlavaText(OneText):
 
     @classmethod
     def roles(cls, config: TakeConfig) -> tuple[str, ...]:
-        """Global, masked."""
         return (GLOBAL, MASKED)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:

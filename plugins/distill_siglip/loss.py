@@ -31,7 +31,6 @@ class SigLip(Sigmoid):
     Config = SigLipConfig
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
         a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
         if self.config.exchange == "ring" and world_size() > 1:
             with torch.autocast(a.embedding.device.type, enabled=False):

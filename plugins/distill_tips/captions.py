@@ -34,7 +34,6 @@ class TwoCaptions(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: TwoCaptionsConfig) -> tuple[str, ...]:
-        """Two global views."""
         return (GLOBAL, GLOBAL)
 
     @classmethod

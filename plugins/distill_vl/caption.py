@@ -15,9 +15,7 @@ class WholeCaption(OneText):
 
     @classmethod
     def roles(cls, config: TakeConfig) -> tuple[str, ...]:
-        """One global view."""
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The one text."""
         return [View(self.text(sample, rng))]

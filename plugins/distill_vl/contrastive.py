@@ -48,7 +48,6 @@ class ContrastiveLoss(Loss):
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
-        """Both modalities."""
         return Needs(student=config.modalities)
 
     @classmethod
@@ -130,7 +129,6 @@ class Contrastive(ContrastiveLoss):
         self.global_views = list(plan.modalities[config.modalities[0]].views("global"))
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term."""
         a, b = self.config.modalities
         pairs = self.pairs(outputs.student[a].rows[self.global_views], outputs.student[b].rows)
         return {"contrastive": pairs.mean()}, self.metrics()

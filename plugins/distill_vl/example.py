@@ -22,11 +22,9 @@ class Whole(PictureAugmentation):
 
     @classmethod
     def roles(cls, config: ComponentConfig) -> tuple[str, ...]:
-        """One view."""
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The plain view."""
         return [self.eval_view(self.decode(sample)[0])]
 
 
@@ -37,11 +35,9 @@ class Words(CaptionAugmentation):
 
     @classmethod
     def roles(cls, config: ComponentConfig) -> tuple[str, ...]:
-        """One view."""
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The plain view."""
         return [self.eval_view(self.decode(sample)[0])]
 
 

@@ -78,7 +78,6 @@ class OpenClipFormat(Format):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Pictures, texts."""
         return self.clip.image, self.clip.text
 
     def write(self, folder: Path) -> None:
@@ -145,7 +144,6 @@ class HfFormat(Format):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Pictures, texts."""
         return self.clip.image, self.clip.text
 
     def write(self, folder: Path) -> None:

@@ -45,11 +45,9 @@ class Items(Augmentation):
 
     @classmethod
     def roles(cls, config: ComponentConfig) -> tuple[str, ...]:
-        """One global view."""
         return (GLOBAL,)
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The evaluation view."""
         return [self.eval_view(self.decode(sample)[0])]
 
     def decode(self, sample: Sample, field: str | None = None) -> list[Any]:

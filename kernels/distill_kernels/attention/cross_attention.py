@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distill_kernels.attention import memory_efficient
-from distill_kernels.attention.self_attention import QKV, autocast, without_cudnn
+from distill_kernels.attention.self_attention import QKV, autocast, sdpa
 from distill_kernels.dispatch import Backend, Op, choose
 from distill_kernels.machine import interpreting, why_not_triton
 
@@ -147,14 +146,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: floa
 
 def _sdpa(x: CrossAttentionInputs) -> Tensor:
     valid = x.valid
-    with without_cudnn(x.device):
-        if valid is None:
-            return F.scaled_dot_product_attention(x.q, x.k, x.v, scale=x.scale)
-        # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
-        some = valid.any(-1, keepdim=True)  # [B, 1]
-        allowed = (valid | ~some)[:, None, None, :].expand(-1, 1, x.V, -1)
-        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=allowed, scale=x.scale)
-        return out.masked_fill(~some[:, :, None, None], 0.0)
+    return sdpa(x, None if valid is None else valid[:, None, None, :], scale=x.scale)
 
 
 def _xformers_call(x: CrossAttentionInputs) -> memory_efficient.Call:

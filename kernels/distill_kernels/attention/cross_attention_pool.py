@@ -61,6 +61,11 @@ class _Keys(NamedTuple):
     mask: Tensor | None  # [B, L] bool
     eps: float  # of the LayerNorm
 
+    @property
+    def valid(self) -> Tensor | None:
+        """[B, L] bool, True where a token is valid, or None when all are."""
+        return key_mask(self.lengths, self.mask, self.tokens.shape[1])
+
 
 @dataclass
 class PoolInputs(Inputs):
@@ -294,15 +299,13 @@ def _projected(inputs: PoolInputs) -> Tensor:
         (k,), (v,) = split_heads(kv.view(b * n, 2, heads, d // heads), [(b, n)])
     q = q.view(views, b, heads, d // heads).permute(1, 2, 0, 3)
     out = cross_attention(q, k, v, keys.lengths, keys.mask, backend=inputs.attention)
-    valid = key_mask(keys.lengths, keys.mask, n)
-    return out.permute(2, 0, 1, 3).reshape(views, b, d) + of_reached(b_v, keys.tokens, valid).to(out.dtype)
+    return out.permute(2, 0, 1, 3).reshape(views, b, d) + of_reached(b_v, keys.tokens, keys.valid).to(out.dtype)
 
 
 def _absorbed(inputs: PoolInputs) -> Tensor:
     """`_attend` without keys and values."""
     x, keys, w = inputs.x.to(inputs.compute), inputs.keys, inputs.w._asdict()
-    valid = key_mask(keys.lengths, keys.mask, keys.tokens.shape[1])
-    return absorbed_attention(x, keys.tokens, **w, heads=inputs.heads, valid=valid, eps=keys.eps)
+    return absorbed_attention(x, keys.tokens, **w, heads=inputs.heads, valid=keys.valid, eps=keys.eps)
 
 
 def _reference(inputs: PoolInputs) -> Tensor:
@@ -310,7 +313,7 @@ def _reference(inputs: PoolInputs) -> Tensor:
     (_, b, d), keys, w = inputs.x.shape, inputs.keys, inputs.w
     x, tokens = inputs.x.to(w.in_proj_weight.dtype), keys.tokens.to(w.in_proj_weight.dtype)
     y = F.layer_norm(tokens, (d,), w.ln_weight, w.ln_bias, keys.eps).transpose(0, 1)  # [L, B, D]
-    valid = key_mask(keys.lengths, keys.mask, tokens.shape[1])
+    valid = keys.valid
     some = y.new_ones(b, dtype=torch.bool) if valid is None else valid.any(-1)
     out, _ = F.multi_head_attention_forward(
         x,

@@ -257,16 +257,19 @@ def without_cudnn(device: torch.device) -> AbstractContextManager[object]:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def _sdpa(x: SelfAttention) -> Tensor:
-    with without_cudnn(x.q.device):
-        if x.mask is None:
-            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=x.causal)
-        allowed = _allowed(x)
-        assert allowed is not None
+def sdpa(x: QKV, allowed: Tensor | None, *, causal: bool = False, scale: float | None = None) -> Tensor:
+    """torch's scaled_dot_product_attention; `allowed`, without `causal`, broadcasts to [N, H, queries, L]."""
+    with without_cudnn(x.device):
+        if allowed is None:
+            return F.scaled_dot_product_attention(x.q, x.k, x.v, is_causal=causal, scale=scale)
         # Kernels disagree about rows without keys, so such a row attends to everything and is then zeroed.
         some = allowed.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=allowed | ~some)
+        out = F.scaled_dot_product_attention(x.q, x.k, x.v, attn_mask=allowed | ~some, scale=scale)
         return out.masked_fill(~some, 0.0)
+
+
+def _sdpa(x: SelfAttention) -> Tensor:
+    return sdpa(x, None, causal=x.causal) if x.mask is None else sdpa(x, _allowed(x))
 
 
 def _xformers_call(x: SelfAttention) -> memory_efficient.Call:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import click
 
+    from distill_core.contracts.cases import ConformanceCase
     from distill_core.contracts.component import Component
     from distill_core.contracts.diagnostic import Diagnostic
 
@@ -33,6 +34,13 @@ hookspec = pluggy.HookspecMarker("distill")
 @hookspec
 def distill_components() -> list[type[Component]]:  # type: ignore[empty-body]
     """The component classes of this plugin; each states its `kind` (by its base class), `name` and `Config`."""
+
+
+@hookspec
+def distill_conformance_cases() -> list[ConformanceCase]:  # type: ignore[empty-body]
+    """Inputs that `distill check-plugin` feeds the components: a raw sample of each augmentation, the views of each
+    backbone, ... A case serves subclasses, too.
+    """
 
 
 @hookspec

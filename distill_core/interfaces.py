@@ -99,11 +99,6 @@ class Augmentation(Component, ABC):
 
         return view.data if isinstance(view.data, str | Image.Image) else None
 
-    @classmethod
-    def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
-        """A raw sample drawn from `rng` that these options can use, for `distill check-plugin`: bytes by field."""
-        raise NotImplementedError(f"{cls.__name__}.example_sample(config, rng) is not written")
-
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]
 """The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
@@ -139,14 +134,6 @@ class Backbone(nn.Module, Component, ABC):
 
         Whatever it draws (masks, targets) it draws from generators of those seeds, one a sample.
         """
-
-    @classmethod
-    def example_views(cls, config: Any, rng: np.random.Generator) -> list[View]:
-        """One sample's views drawn from `rng`, as an augmentation hands them over, for `distill check-plugin`.
-
-        Roles and shapes are the same for every sample; a local view beside global ones checks more.
-        """
-        raise NotImplementedError(f"{cls.__name__}.example_views(config, rng) is not written")
 
     def on_device(self, views: Views) -> Views:
         """After `Augmentation.on_device`, by the same rules: for targets that are made of what `encode` takes."""
@@ -232,16 +219,6 @@ class Loss(nn.Module, Component, ABC):
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
         self.config = config
-
-    @classmethod
-    def example_targets(cls, config: Any, modality: str, token_mask: Tensor) -> Tensor | None:
-        """`Group.targets` [V, B, L, ...] of a modality that `needs` calls masked, for `distill check-plugin`."""
-        return None
-
-    @classmethod
-    def example_fusion(cls, config: Any, plan: Plan) -> FusionHead | None:
-        """The fusion that this loss works with, for `distill check-plugin`; None where any will do."""
-        return None
 
     @abstractmethod
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

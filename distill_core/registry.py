@@ -15,6 +15,7 @@ from distill_core import API_VERSION, hookspecs
 from distill_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
+    from distill_core.contracts.cases import ConformanceCases
     from distill_core.contracts.component import Component
 
 ENTRY_POINTS = "distill"
@@ -92,6 +93,12 @@ class Plugins:
                 )
             plugins.add(point.name, module, package)
         return plugins
+
+    def conformance_cases(self) -> ConformanceCases:
+        """What the plugins' components are checked with. Raises `PluginError` with the package's name."""
+        from distill_core.contracts.cases import ConformanceCases
+
+        return ConformanceCases(case for _, _, case in self.call("distill_conformance_cases"))
 
     def commands(self) -> list[Any]:
         """Further click commands. Raises `PluginError` with the package's name."""

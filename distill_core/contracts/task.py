@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from distill_core.batch import Sample
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Media
 from distill_core.contracts.slot import Slot
@@ -38,14 +37,6 @@ class Task(Component, ABC):
     def reads(cls, config: Any) -> tuple[str, ...]:
         """Further splits of the same data that it asks its sets for (`EvaluationSet.of_split`), to learn from."""
         return ()
-
-    @classmethod
-    def example(cls, config: Any) -> tuple[Model, list[Sample]] | None:
-        """A small model, and samples that it can be scored on, for `distill check-plugin`.
-
-        None for the checks' own, whose samples have a number alone; a task that reads pictures, say, needs others.
-        """
-        return None
 
     @abstractmethod
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:

@@ -6,22 +6,31 @@ import numpy as np
 
 from distill_core.batch import Batch
 from distill_core.data.stream import SampleViews
+from distill_core.errors import UserError
 from distill_core.recipe.sections import Recipe
+from distill_core.registry import Plugins
 
 _DISTINCT = 4
 
 
 def example_batch(recipe: Recipe, size: int) -> Batch:
-    """`size` samples as training's workers make them, of a few example samples (`Augmentation.example_sample`) in turn.
+    """`size` samples as training's workers make them, of a few of the conformance cases' samples in turn.
 
-    The number of views, their sizes and roles are the recipe's; how long texts are is the examples' own.
+    The number of views, their sizes and roles are the recipe's; how long texts are is the samples' own. Raises
+    `UserError` for an augmentation without such a sample.
     """
+    cases = Plugins.discover().conformance_cases()
     draw = SampleViews({name: node.build() for name, node in recipe.augment.items()}, recipe.seed)
     views = []
     for i in range(min(size, _DISTINCT)):
         sample = {"__key__": str(i), "__url__": "example"}
         for node in recipe.augment.values():
-            sample |= node.cls.example_sample(node.config, np.random.default_rng(i))
+            make = cases.of(node.cls).sample
+            if make is None:
+                raise UserError(
+                    f"{node.path}: its plugin gives no sample of {node.cls.name!r} (hook distill_conformance_cases)"
+                )
+            sample |= make(node.config, np.random.default_rng(i))
         views.append(draw(sample, 0))
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     turns, seeds = [views[i % len(views)] for i in range(size)], list(range(size))

@@ -94,7 +94,7 @@ def _component(entry: Entry) -> str:
     methods = [
         f"`{name}`: {' '.join(inspect.cleandoc(method.__doc__).split())}"
         for name, method in _methods(cls)
-        if method.__doc__ and not name.startswith("example_")
+        if method.__doc__
     ]
     parts += ["## Notes", "\n".join(f"- {line}" for line in methods)] if methods else []
     parts.append(f"Source: `{cls.__module__}.{cls.__qualname__}`.")

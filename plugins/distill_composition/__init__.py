@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core import Component
+    from distill_core import Component, ConformanceCase
 
 distill_api = 1
 
@@ -19,3 +19,11 @@ def distill_components() -> list[type[Component]]:
     from distill_composition.task import Composition
 
     return [Composition, SugarCrepe, Winoground, SvoProbes, MmvpVlm]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_composition.cases import CASES
+
+    return CASES

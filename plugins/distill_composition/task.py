@@ -67,14 +67,6 @@ class Composition(Task):
         """Two modalities that the recipe has."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
-    @classmethod
-    def example(cls, config: CompositionConfig) -> tuple[Model, list[Sample]]:
-        """A small ViT and text tower, and pairs of pictures of noise and of captions."""
-        from distill_composition.example import samples
-        from distill_vl.example import model
-
-        return model(), samples(4)
-
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`text`, `image`, `group` and `match`, where they are defined, with their means over sets; `samples`.
 

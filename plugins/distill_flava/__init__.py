@@ -1,6 +1,13 @@
 """FLAVA: a foundational language and vision alignment model (Singh et al., arXiv 2112.04482, CVPR 2022)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core import ConformanceCase
 
 distill_api = 1
 
@@ -16,3 +23,11 @@ def distill_components() -> list[type]:
         FlavaImage, FlavaText, MultimodalEncoder,
         MaskedLanguage, MaskedImage, MaskedMultimodal, ImageTextMatching,
     ]  # fmt: skip
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_flava.cases import CASES
+
+    return CASES

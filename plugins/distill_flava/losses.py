@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
 from distill_core import Features, Fused, Group, Loss, LossConfig, Needs, Outputs, Plan, UserError
-from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
+from distill_flava.fusion import MultimodalEncoder
 from distill_vl.masking import MASKED
 from distill_vl.tokenizer import VOCABULARY
 
@@ -84,16 +84,6 @@ def masked_needs(config: MaskedLanguageConfig | MaskedImageConfig, plan: Plan) -
     )  # fmt: skip
 
 
-def example_ids(token_mask: Tensor) -> Tensor:
-    """An id for each token."""
-    return torch.arange(token_mask.numel(), device=token_mask.device).view_as(token_mask)
-
-
-def example_pixels(token_mask: Tensor, patch: int) -> Tensor:
-    """The pixels of each patch."""
-    return torch.randn(*token_mask.shape, 3 * patch**2, generator=torch.Generator().manual_seed(0))
-
-
 class MaskedLanguageConfig(LossConfig):
     """Which views are read."""
 
@@ -115,10 +105,6 @@ class MaskedLanguage(Loss):
     def __init__(self, config: MaskedLanguageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         self.head = PredictionHead(plan.modalities[config.modality].spec.width, config.vocabulary)
-
-    @classmethod
-    def example_targets(cls, config: MaskedLanguageConfig, modality: str, token_mask: Tensor) -> Tensor:
-        return example_ids(token_mask)
 
     @classmethod
     def needs(cls, config: MaskedLanguageConfig, plan: Plan) -> Needs:
@@ -161,10 +147,6 @@ class MaskedImage(Loss):
         self.head = PredictionHead(plan.modalities[config.modality].spec.width, 3 * config.patch**2)
 
     @classmethod
-    def example_targets(cls, config: MaskedImageConfig, modality: str, token_mask: Tensor) -> Tensor:
-        return example_pixels(token_mask, config.patch)
-
-    @classmethod
     def needs(cls, config: MaskedImageConfig, plan: Plan) -> Needs:
         """Masked views and their tokens."""
         return masked_needs(config, plan)
@@ -203,18 +185,6 @@ class MaskedMultimodal(Loss):
         dim = plan.modalities[config.modalities[0]].spec.dim
         self.image_head = PredictionHead(dim, 3 * config.patch**2)
         self.text_head = PredictionHead(dim, config.vocabulary)
-
-    @classmethod
-    def example_targets(cls, config: MaskedMultimodalConfig, modality: str, token_mask: Tensor) -> Tensor:
-        """Pixels of the first modality, ids of the second."""
-        first = modality == config.modalities[0]
-        return example_pixels(token_mask, config.patch) if first else example_ids(token_mask)
-
-    @classmethod
-    def example_fusion(cls, config: MaskedMultimodalConfig, plan: Plan) -> MultimodalEncoder:
-        """The encoder, over the masked views."""
-        small = MultimodalEncoderConfig(modalities=config.modalities, role=config.role, layers=1, heads=2)
-        return MultimodalEncoder(small, plan)
 
     @classmethod
     def needs(cls, config: MaskedMultimodalConfig, plan: Plan) -> Needs:

@@ -1,6 +1,13 @@
 """Towers of timm and of Hugging Face transformers, frozen or tuned."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core import ConformanceCase
 
 distill_api = 1
 
@@ -13,3 +20,11 @@ def distill_components() -> list[type]:
     from distill_pretrained.timm_weights import TimmWeights
 
     return [TimmTower, HfText, TimmWeights]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_pretrained.cases import CASES
+
+    return CASES

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -20,11 +19,10 @@ from distill_core import (
     Encoded,
     Plan,
     UserError,
-    View,
     require_extra,
 )
 from distill_pretrained.folders import locate, read_config
-from distill_vl.clip_text import RoleCollator, example_texts
+from distill_vl.clip_text import RoleCollator
 
 PAD = -1
 """Of ids: no tokenizer has it, whatever it pads with itself."""
@@ -148,11 +146,6 @@ class HfText(Backbone):
     def collator(cls, config: HfTextConfig) -> Collator:
         """Tokenises; ids [V, B, L] by role, -1 behind the end, cut to the longest text of the group."""
         return HfTextCollator(config.folder, config.package, config.context)
-
-    @classmethod
-    def example_views(cls, config: HfTextConfig, rng: np.random.Generator) -> list[View]:
-        """Global and local texts."""
-        return example_texts(rng)
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """ids x [N, L], -1 behind the end -> pooled [N, D], tokens [N, L, W] and mask, class tokens [N, 1, W]."""

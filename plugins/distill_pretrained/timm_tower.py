@@ -6,14 +6,11 @@ import functools
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core import (
-    GLOBAL,
-    LOCAL,
     Backbone,
     BackboneSpec,
     Collator,
@@ -21,7 +18,6 @@ from distill_core import (
     Encoded,
     ModalityPlan,
     UserError,
-    View,
     did_you_mean,
     require_extra,
 )
@@ -144,14 +140,6 @@ class TimmTower(Backbone):
     def collator(cls, config: TimmTowerConfig) -> Collator:
         """Stacks pictures [3, S, S] of one size and role."""
         return PictureCollator(1)
-
-    @classmethod
-    def example_views(cls, config: TimmTowerConfig, rng: np.random.Generator) -> list[View]:
-        """Two global crops of noise, and a local one of half their side."""
-        sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size // 2))
-        return [
-            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role) for role, side in sides
-        ]
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """x [N, 3, S, S] -> pooled [N, D], tokens [N, L, W], class tokens [N, 1, W].

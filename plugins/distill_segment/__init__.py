@@ -9,7 +9,7 @@ import click
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core import Component
+    from distill_core import Component, ConformanceCase
 
 distill_api = 1
 
@@ -21,6 +21,14 @@ def distill_components() -> list[type[Component]]:
     from distill_segment.task import Segmentation
 
     return [Segmentation, ImageMaskFolder, SegmentationSet]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_segment.cases import CASES
+
+    return CASES
 
 
 @hookimpl

@@ -102,14 +102,6 @@ class Segmentation(Task):
                 available = f"the backbone of {name!r} has {', '.join(dense)}"
                 yield f"{cls.name!r}: no attention {config.attention!r}: {available}"
 
-    @classmethod
-    def example(cls, config: SegmentationConfig) -> tuple[Model, list[Sample]]:
-        """A small ViT and text tower, and two pictures of noise."""
-        from distill_segment.example import samples
-        from distill_vl.example import model
-
-        return model(), samples(2)
-
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`mIoU`, `pixel_accuracy` and `mean_accuracy`, with their means over sets; `IoU/CLASS`, `pictures`."""
         scores: list[Score] = []

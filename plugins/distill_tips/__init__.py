@@ -1,6 +1,13 @@
 """TIPS: text-image pre-training with spatial awareness (arXiv 2410.16512, ICLR 2025)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core import ConformanceCase
 
 distill_api = 1
 
@@ -12,3 +19,11 @@ def distill_components() -> list[type]:
     from distill_tips.losses import TwoTokenContrastive
 
     return [TwoCaptions, TwoTokenContrastive]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_tips.cases import CASES
+
+    return CASES

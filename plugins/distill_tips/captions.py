@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
 from distill_core import GLOBAL, BadSample, Sample, View
-from distill_vl.captions import LAYOUTS, CaptionAugmentation, CaptionConfig, example_sentences, join, lines
+from distill_vl.captions import CaptionAugmentation, CaptionConfig, join, lines
 
 WEB = ("raw_caption", "original_caption")
 """The web's caption in the layouts that have one, DreamLIP's and PixelProse's."""
@@ -35,15 +34,6 @@ class TwoCaptions(CaptionAugmentation):
     @classmethod
     def roles(cls, config: TwoCaptionsConfig) -> tuple[str, ...]:
         return (GLOBAL, GLOBAL)
-
-    @classmethod
-    def example_sample(cls, config: TwoCaptionsConfig, rng: np.random.Generator) -> Sample:
-        """Both captions, in the layout of the options; DreamLIP's for `auto`."""
-        fields = config.fields or LAYOUTS.get(config.layout, LAYOUTS["dreamlip"])
-        words = example_sentences(rng)
-        document = {**dict.fromkeys(fields, words), config.web or WEB[0]: "birds of the sea"}
-        sample = {"json": json.dumps(document).encode()}
-        return {**sample, "txt": ". ".join(words).encode()} if config.layout == "txt" else sample
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The web's caption, then the synthetic one."""

@@ -9,7 +9,7 @@ import click
 from distill_core import hookimpl
 
 if TYPE_CHECKING:
-    from distill_core import Diagnostic
+    from distill_core import ConformanceCase, Diagnostic
 
 distill_api = 1
 
@@ -26,6 +26,14 @@ def distill_components() -> list[type]:
     from distill_vl.vit import VisionTransformer
 
     return [MultiCrop, RandomCrop, WholeCaption, VisionTransformer, ClipText, BertText, Contrastive]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[ConformanceCase]:
+    """What `distill check-plugin` feeds them."""
+    from distill_vl.cases import CASES
+
+    return CASES
 
 
 @hookimpl

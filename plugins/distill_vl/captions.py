@@ -87,11 +87,6 @@ def join(parts: Sequence[str]) -> str:
     return " ".join([part if part.endswith(marks) else f"{part}." for part in parts[:-1]] + list(parts[-1:]))
 
 
-def example_sentences(rng: np.random.Generator) -> list[str]:
-    """Four of six words each."""
-    return [" ".join(rng.choice(["a", "red", "old", "bird", "boat", "by", "the", "sea"], 6)) for _ in range(4)]
-
-
 def draw(population: int, count: int, rng: np.random.Generator) -> Sequence[int]:
     """`count` of 0..population-1 without replacement; one that is too small is repeated whole, then topped up."""
     whole = list(range(population)) * (count // population)
@@ -104,15 +99,6 @@ class CaptionAugmentation(Augmentation):
     config: Any
     wants_several: ClassVar[bool] = False
     """Whether the views are cut out of several sentences, and are all alike where a sample has one."""
-
-    @classmethod
-    def example_sample(cls, config: Any, rng: np.random.Generator) -> Sample:
-        """Four sentences, in the layout of the options."""
-        words = example_sentences(rng)
-        fields = config.fields or LAYOUTS.get(config.layout)
-        if fields is None:
-            return {"txt": ". ".join(words).encode()}
-        return {"json": json.dumps(dict.fromkeys(fields, words)).encode()}
 
     def sentences(self, text: str) -> list[str]:
         """A text's sentences, cut as the option `split` says."""

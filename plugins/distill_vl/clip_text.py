@@ -6,15 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import embedding, pad
 
 from distill_core import (
-    GLOBAL,
-    LOCAL,
     Backbone,
     BackboneSpec,
     Collator,
@@ -110,11 +107,6 @@ class ClipText(Backbone):
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
 
-    @classmethod
-    def example_views(cls, config: ClipTextConfig, rng: np.random.Generator) -> list[View]:
-        """Global and local texts."""
-        return example_texts(rng)
-
     def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
         """All texts are one packed sequence.
 
@@ -191,13 +183,6 @@ class ClipText(Backbone):
 def _up_to_end(ids: Tensor) -> Tensor:
     """[N, L] bool of ids [N, L]; end-of-text is the largest id."""
     return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
-
-
-def example_texts(rng: np.random.Generator) -> list[View]:
-    """Two global texts of three to eight words, and a local one of two."""
-    counts = ((GLOBAL, int(rng.integers(3, 9))), (GLOBAL, int(rng.integers(3, 9))), (LOCAL, 2))
-    words = ["a", "red", "old", "bird", "boat", "by", "the", "sea"]
-    return [View(" ".join(rng.choice(words, n)), role) for role, n in counts]
 
 
 class RoleCollator(ABC):

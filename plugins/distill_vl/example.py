@@ -1,4 +1,4 @@
-"""A small model of pictures and captions that has learned nothing, for `Task.example` and tests."""
+"""A small model of pictures and captions that has learned nothing, for conformance cases and tests."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from distill_core import (
     View,
     Views,
 )
-from distill_vl.clip_text import Positive, TextCollator, example_texts
+from distill_vl.clip_text import Positive, TextCollator
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Sequences, Transformer
@@ -106,11 +106,6 @@ class BertText(Backbone):
     def view_problems(cls, config: BertTextConfig, views: ModalityPlan) -> Iterable[str]:
         """Roles to be masked that no view has."""
         return role_problems(config.masking.roles, views) if config.masking is not None else ()
-
-    @classmethod
-    def example_views(cls, config: BertTextConfig, rng: np.random.Generator) -> list[View]:
-        """Global and local texts."""
-        return example_texts(rng)
 
     @classmethod
     def collator(cls, config: BertTextConfig) -> Collator:

@@ -124,13 +124,6 @@ class PictureAugmentation(Augmentation):
 
     config: Any
 
-    @classmethod
-    def example_sample(cls, config: PictureConfig, rng: np.random.Generator) -> Sample:
-        """A PNG of noise, 40 x 50 px."""
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(file, "PNG")
-        return {config.fields[0]: file.getvalue()}
-
     def decode(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
         """The sample's picture, RGB."""
         return [self.open(self.item(sample, field))]

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from distill_core import (
-    GLOBAL,
-    LOCAL,
     Backbone,
     BackboneSpec,
     Collator,
@@ -126,14 +124,6 @@ class VisionTransformer(Backbone):
     def collator(cls, config: VisionTransformerConfig) -> Collator:
         """Stacks pictures [3, S, S] of one size and role; draws masks."""
         return PictureCollator(config.patch, config.masking)
-
-    @classmethod
-    def example_views(cls, config: VisionTransformerConfig, rng: np.random.Generator) -> list[View]:
-        """Two global crops of noise, and a local one of one patch less."""
-        sides = ((GLOBAL, config.image_size), (GLOBAL, config.image_size), (LOCAL, config.image_size - config.patch))
-        return [
-            View(torch.from_numpy(rng.standard_normal((3, side, side), dtype=np.float32)), role) for role, side in sides
-        ]
 
     def on_device(self, views: Views) -> Views:
         """Makes the pixels that hidden patches are predicted as."""

@@ -14,13 +14,15 @@ import components_to_check.loss
 import components_to_check.others  # noqa: F401
 import pytest
 from components_to_check.broken import BROKEN
-from components_to_check.good import GOOD
+from components_to_check.good import CASES, GOOD
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
 from my_plugin.loss import Match, MatchConfig
 from my_plugin.tower import Tower
+from my_plugin.views import Noisy
 
 from distill_authoring.conformance import assert_conforms, check, checks_of, report
+from distill_core.contracts.cases import ConformanceCase, ConformanceCases
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.kinds import INTERFACES
 from distill_core.errors import UserError
@@ -33,14 +35,16 @@ from distill_core.registry import Plugins
 @pytest.mark.parametrize("component", GOOD, ids=lambda component: component.name)
 def test_good_components_conform(component):
     """The control: what is broken below differs from these in one way. Would catch a check that is never content."""
-    assert_conforms(component)
+    assert_conforms(component, CASES)
 
 
 @pytest.mark.slow
 def test_every_kind_has_a_good_component_and_most_checks_fit():
     """Would catch a check that passes because it is skipped everywhere."""
     assert {component.kind for component in GOOD} == set(INTERFACES)
-    fitted = {(component.kind, r.check) for component in GOOD for r in check(component) if r.status == "ok"}
+    fitted = {
+        (component.kind, r.check) for component in GOOD for r in check(component, cases=CASES) if r.status == "ok"
+    }
     assert fitted == {(kind, one.name) for kind in INTERFACES for one in checks_of(kind)}
 
 
@@ -48,11 +52,11 @@ def test_every_kind_has_a_good_component_and_most_checks_fit():
 @pytest.mark.parametrize(("component", "name", "message"), BROKEN)
 def test_a_broken_component_fails_its_check(component, name, message):
     """Would catch a check that passes whatever it is given, or a message that does not say what is wrong."""
-    (result,) = check(component, only=[name])
+    (result,) = check(component, only=[name], cases=CASES)
     assert result.status == "failed", result
     assert re.search(message, result.message), result.message
     with pytest.raises(AssertionError, match=f"{component.kind} {re.escape(component.name)}: {name}: "):
-        assert_conforms(component)
+        assert_conforms(component, CASES)
 
 
 def test_each_check_has_a_broken_component():
@@ -65,7 +69,7 @@ def test_each_check_has_a_broken_component():
 
 
 def test_a_loss_may_bring_the_fusion_it_works_with():
-    """`example_fusion` makes the fused features, from the tokens that it needs. Would catch leaves in their place."""
+    """Its case's fusion makes the fused features, from the tokens that it needs. Would catch leaves in their place."""
 
     class Own(MeanFusion):
         """Known by its class."""
@@ -81,11 +85,21 @@ def test_a_loss_may_bring_the_fusion_it_works_with():
             assert outputs.fused["left"].pooled.grad_fn is not None
             return super().forward(outputs)
 
-    (result,) = check(NeedsOwn, only=["terms"])
+    (result,) = check(NeedsOwn, only=["terms"], cases=CASES)
     assert result.status == "failed"
     assert "needs the fusion 'own'" in result.message
-    NeedsOwn.example_fusion = classmethod(lambda cls, config, plan: Own(ComponentConfig(), plan))
-    assert {r.status for r in check(NeedsOwn)} == {"ok", "skipped"}
+    own = ConformanceCase(NeedsOwn, fusion=lambda config, plan: Own(ComponentConfig(), plan))
+    assert {r.status for r in check(NeedsOwn, cases=ConformanceCases([own]))} == {"ok", "skipped"}
+
+
+@pytest.mark.parametrize(("component", "name"), [(Noisy, "sample"), (Tower, "views")])
+def test_a_component_without_a_case_is_told_which_hook_to_write(component, name):
+    """Would catch a check that is skipped, or that ends in an error of Python."""
+    failed = [result for result in check(component, cases=ConformanceCases([])) if result.status == "failed"]
+    assert failed
+    for result in failed:
+        assert f"its plugin gives no `{name}` to check it with" in result.message
+        assert f"ConformanceCase({component.__name__}, {name}=...) from the hook" in result.message
 
 
 def test_a_component_that_no_plan_suits_is_told_so():
@@ -98,7 +112,7 @@ def test_a_component_that_no_plan_suits_is_told_so():
         def problems(cls, config, plan):
             yield "needs a width of 7"
 
-    (result,) = check(Picky, only=["terms"])
+    (result,) = check(Picky, only=["terms"], cases=CASES)
     assert result.status == "failed"
     assert "it accepts no plan: needs a width of 7" in result.message
     assert "`examples`" in result.message
@@ -114,7 +128,7 @@ def test_the_failing_example_is_named():
             encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
             return Encoded(encoded.pooled[..., :8], encoded.tokens)
 
-    (result,) = check(Two, only=["shapes"])
+    (result,) = check(Two, only=["shapes"], cases=CASES)
     assert result.status == "failed"
     assert '"dim": 9' in result.message
 

@@ -7,18 +7,22 @@ from pathlib import Path
 import pytest
 
 from distill_authoring.conformance import assert_conforms
-from distill_core.registry import Entry, Registry
+from distill_core.registry import Entry, Plugins, Registry
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-ENTRIES = sorted(Registry.discover().entries.values(), key=lambda entry: (entry.plugin, entry.cls.kind, entry.cls.name))
+PLUGINS = Plugins.discover()
+CASES = PLUGINS.conformance_cases()
+ENTRIES = sorted(
+    Registry.discover(PLUGINS).entries.values(), key=lambda entry: (entry.plugin, entry.cls.kind, entry.cls.name)
+)
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.plugin}-{entry.cls.kind}-{entry.cls.name}")
 def test_component_conforms(entry: Entry) -> None:
     """Whatever a third party's component is held to, the built-in ones keep; plugins that are installed beside, too."""
-    assert_conforms(entry.cls)
+    assert_conforms(entry.cls, CASES)
 
 
 def name_of(project: Path) -> str:

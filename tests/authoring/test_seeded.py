@@ -12,7 +12,7 @@ import components_to_check.seeded_later
 import components_to_check.seeded_losses
 import components_to_check.seeded_others  # noqa: F401
 import pytest
-from components_to_check.good import ReadsIds, TwoRates
+from components_to_check.good import CASES, ReadsIds, TwoRates
 from components_to_check.seeded import SEEDED
 
 from distill_authoring.conformance import assert_conforms, check, others, ranks
@@ -56,7 +56,7 @@ def short_waits(monkeypatch):
 @pytest.mark.parametrize("seed", SEEDED, ids=lambda seed: f"{seed.bug.replace(' ', '-')}-{seed.component.__name__}")
 def test_a_seeded_bug_is_found(seed):
     """Would catch a check that has become blind; the base without the bug conforms (test_checks.py)."""
-    FOUND[seed.component] = any(result.status == "failed" for result in check(seed.component))
+    FOUND[seed.component] = any(result.status == "failed" for result in check(seed.component, cases=CASES))
     assert FOUND[seed.component], f"{seed.component.__name__} ({seed.bug}) passes every check"
 
 
@@ -70,7 +70,7 @@ def test_there_are_bugs_of_every_class_and_most_are_found():
         assert len(seeds) >= 20
         missing = [seed for seed in seeds if seed.component not in FOUND]
         for seed in missing:  # run alone, or out of order
-            FOUND[seed.component] = any(result.status == "failed" for result in check(seed.component))
+            FOUND[seed.component] = any(result.status == "failed" for result in check(seed.component, cases=CASES))
         counts = Counter(FOUND[seed.component] for seed in seeds)
         assert counts[True] >= RATE * len(seeds), counts
 
@@ -78,4 +78,4 @@ def test_there_are_bugs_of_every_class_and_most_are_found():
 @pytest.mark.parametrize("component", [TwoRates, ReadsIds], ids=lambda component: component.name)
 def test_correct_components_that_were_refused(component):
     """Two learning rates in one optimiser; targets that are ids and no floating tensors."""
-    assert_conforms(component)
+    assert_conforms(component, CASES)

@@ -8,9 +8,10 @@ import torch
 from distill_authoring.conformance.inputs import example_outputs, fits
 from distill_core.interfaces import Loss
 from distill_core.recipe.resolve import load_recipe
-from distill_core.registry import Registry
+from distill_core.registry import Plugins, Registry
 
 RECIPES = sorted(Path(__file__).parents[2].joinpath("recipes").glob("*_tiny.yaml"))
+CASES = Plugins.discover().conformance_cases()
 ENTRIES = [entry for (kind, _), entry in Registry.discover().entries.items() if kind == "loss"]
 
 
@@ -28,7 +29,7 @@ def test_a_gradient_reaches_the_embeddings_that_a_loss_says_it_trains(cls: type[
         config = cls.Config.model_validate(dict(options), strict=False)
         fit = fits(cls, config)[0]
         loss = cls(config, fit.plan).train()
-        given = example_outputs(fit, cls, config, loss)
+        given = example_outputs(fit, CASES.of(cls), config, loss)
         torch.stack(list(loss(given)[0].values())).sum().backward()
         reached = {name for name, f in given.student.items() if f.pooled.grad is not None and f.pooled.grad.any()}
         if fit.needs.embeddings is not None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, require
+from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, input_of, require
 from distill_core import GLOBAL, BadSample, Group, View, Views, stack_extra
 
 KIND = "augmentation"
@@ -41,10 +41,10 @@ def equal_views(a: list[View], b: list[View]) -> bool:
 
 def sample(case: Case, seed: int = 0) -> dict[str, Any]:
     """A raw sample, as read from a shard."""
-    fields = case.cls.example_sample(case.config, np.random.default_rng(seed))
+    fields = input_of(case, "sample", case.inputs.sample)(case.config, np.random.default_rng(seed))
     require(
         all(isinstance(value, bytes) for key, value in fields.items() if not key.startswith("__")),
-        "`example_sample` must return bytes by field: augmentations read raw samples",
+        "`sample` of its ConformanceCase must return bytes by field: augmentations read raw samples",
     )
     return {"__key__": f"sample-{seed}", "__url__": "shard.tar", **fields}
 

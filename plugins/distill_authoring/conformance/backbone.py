@@ -27,7 +27,7 @@ from distill_authoring.conformance.modules import (
     weighted_sum,
 )
 from distill_authoring.conformance.ranks import on_two_ranks
-from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
+from distill_authoring.conformance.suite import Case, NotApplicable, checks, input_of, require
 from distill_core import (
     BackboneSpec,
     ClassAttention,
@@ -46,7 +46,8 @@ BATCH = 3
 
 def raw_views(case: Case, batch: int = BATCH) -> list[list[View]]:
     """The views of B samples."""
-    return [case.cls.example_views(case.config, np.random.default_rng(seed)) for seed in range(batch)]
+    make = input_of(case, "views", case.inputs.views)
+    return [make(case.config, np.random.default_rng(seed)) for seed in range(batch)]
 
 
 def collated(case: Case, batch: int = BATCH) -> Views:

@@ -20,6 +20,7 @@ from distill_core import (
     LOCAL,
     BackboneSpec,
     ComponentConfig,
+    ConformanceCase,
     Features,
     Fused,
     Fusion,
@@ -291,7 +292,7 @@ def example_features(
 
 def groups(
     fit: Fit,
-    cls: Any,
+    inputs: ConformanceCase,
     config: Any,
     student: Mapping[str, Features],
     *,
@@ -299,7 +300,7 @@ def groups(
     hidden: bool,
     ids: Collection[str],
 ) -> dict[str, Views]:
-    """The views of a batch: token masks (and a loss's `example_targets`) where `needs` asks for masked views.
+    """The views of a batch: token masks (and the targets of `inputs`) where `needs` asks for masked views.
 
     Padding is never hidden.
     `x` is [V, B, L]: integers in the modalities `ids`, as token ids are, floats elsewhere.
@@ -318,7 +319,7 @@ def groups(
                 for i, view in enumerate(modality.views(role)):
                     mask[i] &= student[name].masks.get(view, mask[i])
                 group.token_mask = mask if hidden else torch.zeros_like(mask)
-                group.targets = cls.example_targets(config, name, group.token_mask)
+                group.targets = inputs.targets(config, name, group.token_mask) if inputs.targets is not None else None
             parts.append(group)
         by_modality[name] = Views(parts)
     return by_modality
@@ -349,7 +350,7 @@ class MeanFusion(FusionHead):
 
 def example_outputs(
     fit: Fit,
-    cls: Any,
+    inputs: ConformanceCase,
     config: Any,
     loss: Any = None,
     *,
@@ -361,12 +362,12 @@ def example_outputs(
 ) -> Outputs:
     """The outputs of one step, deterministic: only what the loss needs, so that reading more is an error.
 
-    Fused features are leaves, or computed from the student's by the loss's `example_fusion`.
+    Fused features are leaves, or computed from the student's by the fusion of `inputs`.
     """
     plan, needs, padding = fit.plan, fit.needs, fit.padding
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(9)
-        fusion: FusionHead | None = cls.example_fusion(config, plan)
+        fusion = inputs.fusion(config, plan) if inputs.fusion is not None else None
         any_fusion = MeanFusion(ComponentConfig(), plan) if plan.fusion and fusion is None else fusion
     fusion_tokens = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
     tokens_of = {
@@ -386,7 +387,7 @@ def example_outputs(
     heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}
     return Outputs(
-        groups(fit, cls, config, student, seed=seed + 2, hidden=hidden, ids=ids),
+        groups(fit, inputs, config, student, seed=seed + 2, hidden=hidden, ids=ids),
         student,
         {
             DEFAULT_TEACHER: example_features(

@@ -23,7 +23,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core import Features, Fused, Outputs
+from distill_core import ConformanceCase, Features, Fused, Outputs
 
 KIND = "loss"
 
@@ -53,7 +53,7 @@ def total(module: Any, outputs: Outputs, seed: int = 0) -> Tensor:
 
 def outputs_for(case: Case, fit: Fit, module: Any, **options: Any) -> Outputs:
     """The outputs of a step, as far as this loss needs them."""
-    return example_outputs(fit, case.cls, case.config, module, ids=ids(case), **options)
+    return example_outputs(fit, case.inputs, case.config, module, ids=ids(case), **options)
 
 
 def ids(case: Case) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def ids(case: Case) -> tuple[str, ...]:
         for choice in ((), *((name,) for name in names), names):
             module = case.cls(case.config, fit.plan)
             try:
-                call(module, example_outputs(fit, case.cls, case.config, module, ids=choice))
+                call(module, example_outputs(fit, case.inputs, case.config, module, ids=choice))
             except (IndexError, RuntimeError, TypeError, ValueError) as error:
                 errors.append(error)
             else:
@@ -348,7 +348,7 @@ def ranks(case: Case) -> None:
     fit, module, outputs = ready(case, batch=2 * BATCH)
     if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
         raise NotApplicable("it draws random numbers, which differ between ranks and one process")
-    step = (case.cls, case.config, fit, ids(case), module.state_dict())
+    step = (case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
     rows = [(0, BATCH), (BATCH, 2 * BATCH)]
     results, swapped = (on_two_ranks(rank_step, [(*step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
     for rank in (0, 1):
@@ -378,13 +378,20 @@ def ranks(case: Case) -> None:
 
 
 def rank_step(
-    cls: Any, config: Any, fit: Fit, integer_modalities: tuple[str, ...], state: dict[str, Tensor], start: int, end: int
+    cls: Any,
+    config: Any,
+    inputs: ConformanceCase,
+    fit: Fit,
+    integer_modalities: tuple[str, ...],
+    state: dict[str, Tensor],
+    start: int,
+    end: int,
 ) -> RankStep:
     """Forward, backward and `after_step` on rows start..end of a batch of two ranks."""
     module = cls(config, fit.plan)
     module.load_state_dict(state)
     torch.manual_seed(0)
-    joint = example_outputs(fit, cls, config, module, batch=2 * BATCH, ids=integer_modalities)
+    joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
     has_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
     outputs = part(joint, start, end, joint.fusion if has_fusion else None)
     terms = call(module, outputs)[0]
@@ -407,7 +414,7 @@ def rank_step(
 
 @dataclass
 class RankStep:
-    """One rank's terms, gradients of parameters and of the student's rows (along `spec`), and state after the step."""
+    """One rank's terms, gradients of parameters and of the student's rows (along `dims`), and state after the step."""
 
     terms: list[Tensor]
     parameters: list[Tensor]

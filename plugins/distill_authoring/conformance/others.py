@@ -302,20 +302,20 @@ class _Watched(EvaluationSet):
 
 
 def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterable[Sample]]:
-    """A model and two sets: those of the task's `example`, or of numbered samples."""
-    example = case.cls.example(case.config)
-    if example is None:
+    """A model and two sets: those of the task's `scorable`, or of numbered samples."""
+    if case.inputs.scorable is None:
         first, second = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
         return surroundings.model(), first, second
-    model, samples = example
-    require(len(samples) > 1, "`example` needs two samples or more")
+    model, samples = case.inputs.scorable(case.config)
+    require(len(samples) > 1, "`scorable` needs two samples or more")
     return model, samples, samples[: len(samples) - 1]
 
 
 @checks("task")
 def nothing_to_score(case: Case) -> None:
     """A set without a sample raises DataError, not an error of torch."""
-    model = (case.cls.example(case.config) or (surroundings.model(),))[0]
+    scorable = case.inputs.scorable
+    model = scorable(case.config)[0] if scorable is not None else surroundings.model()
     try:
         case.cls(case.config).run(model, [EvaluationSet("empty", [])])
     except UserError:

@@ -31,10 +31,11 @@ def check_package(package: str) -> list[Result]:
         hint = did_you_mean(package, installed) or "."
         raise UserError(f"no plugin or package {package!r}{hint} Is it installed in this environment? pip install -e .")
     entries = [entry for entry in Registry.discover(plugins).entries.values() if entry.plugin in names]
+    cases = plugins.conformance_cases()
     results = [result for name in names for result in _plugin(plugins, name)]
     if not entries:
         results.append(Result("plugin", package, "components", "It has components.", "skipped", "it has only commands"))
-    return results + [result for entry in entries for result in check(entry.cls)]
+    return results + [result for entry in entries for result in check(entry.cls, cases=cases)]
 
 
 def _plugin(plugins: Plugins, name: str) -> list[Result]:

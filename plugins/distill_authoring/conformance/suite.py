@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
 
-from distill_core import Component
+from distill_core import Component, ConformanceCase
+from distill_core.tools import ConformanceCases, Plugins
 
 Status = Literal["ok", "failed", "skipped"]
 
@@ -61,8 +62,23 @@ class Case:
     cls: Any
     config: Any
     options: dict[str, Any]
+    inputs: ConformanceCase
+    """What its plugin gives for the checks."""
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
     """Values that its checks share."""
+
+
+Made = TypeVar("Made")
+
+
+def input_of(case: Case, name: str, make: Callable[..., Made] | None) -> Callable[..., Made]:
+    """The function that makes an input. Raises `CheckFailed` where the component's plugin gives none."""
+    if make is None:
+        raise CheckFailed(
+            f"its plugin gives no `{name}` to check it with: return ConformanceCase({case.cls.__name__}, {name}=...) "
+            "from the hook `distill_conformance_cases`"
+        )
+    return make
 
 
 @dataclass(frozen=True)
@@ -98,12 +114,16 @@ def checks_of(kind: str) -> list[Check]:
     return [check for check in _CHECKS if not check.kinds or kind in check.kinds]
 
 
-def check(component: type[Component], only: Collection[str] = ()) -> list[Result]:
+def check(
+    component: type[Component], only: Collection[str] = (), cases: ConformanceCases | None = None
+) -> list[Result]:
     """One result for each check of the component's kind; a check fails where it fails for one of the `examples`.
 
-    `only` names some of the checks.
+    `only` names some of the checks. `cases` are inputs for them; None takes those of the installed plugins.
     """
-    cases, broken = _cases(component)
+    if cases is None:
+        cases = Plugins.discover().conformance_cases()
+    tried, broken = _cases(component, cases.of(component))
     results = []
     for entry in checks_of(component.kind):
         if only and entry.name not in only:
@@ -113,7 +133,7 @@ def check(component: type[Component], only: Collection[str] = ()) -> list[Result
         elif broken:
             outcomes = [("skipped", "the check `options` failed")]
         else:
-            outcomes = [_outcome(entry, case, component) for case in cases]
+            outcomes = [_outcome(entry, case, component) for case in tried]
         status, message = next(
             (item for preferred in ("failed", "ok", "skipped") for item in outcomes if item[0] == preferred),
             ("skipped", ""),
@@ -122,20 +142,20 @@ def check(component: type[Component], only: Collection[str] = ()) -> list[Result
     return results
 
 
-def assert_conforms(component: type[Component]) -> None:
-    """Raises AssertionError with every check that failed and what to fix."""
-    failed = [result for result in check(component) if result.status == "failed"]
+def assert_conforms(component: type[Component], cases: ConformanceCases | None = None) -> None:
+    """Raises AssertionError with every check that failed and what to fix; `cases` as `check` takes them."""
+    failed = [result for result in check(component, cases=cases) if result.status == "failed"]
     assert not failed, "\n".join(f"{r.kind} {r.name}: {r.check}: {r.message}" for r in failed)
 
 
-def _cases(cls: type[Component]) -> tuple[list[Case], bool]:
+def _cases(cls: type[Component], inputs: ConformanceCase) -> tuple[list[Case], bool]:
     cases = []
     for options in cls.examples:
         try:
             config = cls.Config.model_validate_json(json.dumps(options))
         except (ValidationError, TypeError, ValueError):
             return [], True
-        cases.append(Case(cls, config, dict(options)))
+        cases.append(Case(cls, config, dict(options), inputs))
     return cases, not cases
 
 

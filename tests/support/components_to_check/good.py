@@ -1,5 +1,6 @@
 """Components that conform, one of each kind or more."""
 
+import my_plugin.cases
 import torch
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
@@ -11,6 +12,7 @@ from my_plugin.views import Noisy
 from torch import nn
 
 from distill_core.batch import Group, View, Views
+from distill_core.contracts.cases import ConformanceCase, ConformanceCases
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.tracker import Tracker, TrackerConfig
@@ -114,10 +116,6 @@ class Fill(Loss):
             views={"signal": {"global": 2}},
         )  # fmt: skip
 
-    @classmethod
-    def example_targets(cls, config, modality, token_mask):
-        return torch.arange(token_mask.numel()).reshape(token_mask.shape) % 5
-
     def forward(self, outputs):
         group = outputs.views["signal"].groups[0]
         mask, targets = group.token_mask[0], group.targets[0]
@@ -182,14 +180,6 @@ class Words(Backbone):
     @classmethod
     def collator(cls, config):
         return pad
-
-    @classmethod
-    def example_views(cls, config, rng):
-        lengths = rng.integers(2, 7, 2)
-        return [
-            View(torch.from_numpy(rng.permutation(19)[:n] + 1), r)
-            for n, r in zip(lengths, ("global", "local"), strict=True)
-        ]
 
     def encode(self, x, *, tokens, token_mask):
         real = x > 0
@@ -296,6 +286,24 @@ class TwoRates(Optimizer):
 
     def build(self, groups):
         return torch.optim.SGD(groups)
+
+
+def counted_targets(config, modality, token_mask):
+    return torch.arange(token_mask.numel()).reshape(token_mask.shape) % 5
+
+
+def ids(config, rng):
+    lengths = rng.integers(2, 7, 2)
+    return [
+        View(torch.from_numpy(rng.permutation(19)[:n] + 1), r)
+        for n, r in zip(lengths, ("global", "local"), strict=True)
+    ]
+
+
+CASES = ConformanceCases(
+    [*my_plugin.cases.CASES, ConformanceCase(Fill, targets=counted_targets), ConformanceCase(Words, views=ids)]
+)
+"""What the components here, and those that are broken in one way, are checked with."""
 
 
 GOOD = (

@@ -20,3 +20,11 @@ def distill_components():
     from my_plugin.weights import Zeros
 
     return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Sgd, Linear, Csv, Zeros]
+
+
+@hookimpl
+def distill_conformance_cases():
+    """What `distill check-plugin` feeds them."""
+    from my_plugin.cases import CASES
+
+    return CASES

@@ -2,12 +2,11 @@
 
 from typing import Annotated
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from distill_core import GLOBAL, LOCAL, Backbone, BackboneSpec, ComponentConfig, Encoded, Group, View, Views
+from distill_core import Backbone, BackboneSpec, ComponentConfig, Encoded, Group, Views
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -57,13 +56,6 @@ class Tower(Backbone):
     def collator(cls, config):
         """A function of this module: it goes to the loader's workers."""
         return stack
-
-    @classmethod
-    def example_views(cls, config, rng):
-        """What check-plugin feeds it."""
-        return [
-            View(torch.from_numpy(rng.standard_normal(config.length, dtype=np.float32)), r) for r in (GLOBAL, LOCAL)
-        ]
 
     def encode(self, x, *, tokens, token_mask):
         """x [N, length] -> pooled [N, D], tokens [N, L, W]."""

@@ -31,11 +31,6 @@ class Noisy(Augmentation):
         """Globals first."""
         return (GLOBAL, GLOBAL, LOCAL)
 
-    @classmethod
-    def example_sample(cls, config, rng):
-        """What check-plugin feeds it."""
-        return {config.field: rng.standard_normal(config.length, dtype=np.float32).tobytes()}
-
     def train_views(self, sample, rng):
         """All randomness comes from `rng`: the same sample and seed give the same views."""
         signal = self.decode(sample)[0]

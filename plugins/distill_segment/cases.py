@@ -7,8 +7,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from distill_core import Sample
+from distill_core import ConformanceCase, Model, Sample
 from distill_segment.classes import write_mask
+from distill_segment.task import Segmentation, SegmentationConfig
+from distill_vl.example import model
 
 CLASSES = b"background\nsquare, box\ndisc\n"
 
@@ -25,3 +27,11 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
         fields = {"png": file.getvalue(), "mask.png": write_mask(mask), "classes.txt": CLASSES}
         result.append({"__key__": f"noise-{i}", "__url__": "noise", **fields})
     return result
+
+
+def scorable(config: SegmentationConfig) -> tuple[Model, list[Sample]]:
+    """A small ViT and text tower, and two images."""
+    return model(), samples(2)
+
+
+CASES = [ConformanceCase(Segmentation, scorable=scorable)]

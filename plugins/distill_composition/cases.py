@@ -1,4 +1,4 @@
-"""What `distill check-plugin` tries the task on: pairs of pictures of noise, and of captions."""
+"""What `distill check-plugin` feeds the task: pairs of images of noise, and of captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from distill_core import Sample
+from distill_composition.task import Composition, CompositionConfig
+from distill_core import ConformanceCase, Model, Sample
+from distill_vl.example import model
 
 
 def samples(count: int, seed: int = 0) -> list[Sample]:
@@ -24,3 +26,11 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
         captions = {"caption_0": f"box {i} left of disc", "caption_1": f"disc left of box {i}"}
         made.append({"__key__": f"noise-{i}", "__url__": "noise", "json": json.dumps(captions).encode(), **fields})
     return made
+
+
+def scorable(config: CompositionConfig) -> tuple[Model, list[Sample]]:
+    """A small ViT and text tower, and four pairs."""
+    return model(), samples(4)
+
+
+CASES = [ConformanceCase(Composition, scorable=scorable)]

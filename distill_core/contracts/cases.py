@@ -1,0 +1,59 @@
+"""What the conformance checks cannot make themselves: inputs that a component's author gives for them.
+
+No other part of a run reads them, so they are no members of the interfaces; a plugin gives them by the hook
+`distill_conformance_cases`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from distill_core.batch import Sample, View
+    from distill_core.contracts.component import Component
+    from distill_core.interfaces import FusionHead
+    from distill_core.model import Model
+    from distill_core.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class ConformanceCase:
+    """Inputs for the checks of a component and of its subclasses: functions, each of the component's options."""
+
+    component: type[Component]
+    sample: Callable[[Any, np.random.Generator], Sample] | None = None
+    """Of every augmentation: (config, rng) -> a raw sample drawn from `rng`, bytes by field."""
+    views: Callable[[Any, np.random.Generator], list[View]] | None = None
+    """Of every backbone: (config, rng) -> one sample's views drawn from `rng`, as an augmentation hands them over.
+    Roles and shapes are the same for every sample; a local view beside global ones checks more."""
+    targets: Callable[[Any, str, Tensor], Tensor] | None = None
+    """Of a loss that reads `Group.targets`: (config, modality, token mask [V, B, L]) -> targets [V, B, L, ...]."""
+    fusion: Callable[[Any, Plan], FusionHead] | None = None
+    """Of a loss that works with one fusion alone: (config, plan) -> that fusion."""
+    scorable: Callable[[Any], tuple[Model, Sequence[Sample]]] | None = None
+    """Of a task that cannot score the checks' own samples, which have a number alone: (config) -> a small model, and
+    samples that it can be scored on."""
+
+
+class ConformanceCases:
+    """The cases of all plugins."""
+
+    def __init__(self, cases: Iterable[ConformanceCase]) -> None:
+        """Raises ValueError for two of one component."""
+        self._by_component: dict[type[Component], ConformanceCase] = {}
+        for case in cases:
+            if case.component in self._by_component:
+                raise ValueError(f"two conformance cases of {case.component.__qualname__}: give one")
+            self._by_component[case.component] = case
+
+    def of(self, component: type[Component]) -> ConformanceCase:
+        """A component's own case; what that lacks is its nearest base's."""
+        own = [self._by_component[base] for base in component.__mro__ if base in self._by_component]
+        names = [field.name for field in fields(ConformanceCase)][1:]
+        inputs = {name: next((x for case in own if (x := getattr(case, name)) is not None), None) for name in names}
+        return ConformanceCase(component, **inputs)

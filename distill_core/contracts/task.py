@@ -38,6 +38,12 @@ class Task(Component, ABC):
         """Further splits of the same data that it asks its sets for (`EvaluationSet.of_split`), to learn from."""
         return ()
 
+    @classmethod
+    def means(cls, config: Any) -> tuple[str, ...] | None:
+        """The names of the means over sets that it may give, if its options tell: a recipe whose best checkpoint is to
+        be kept by another is refused at once. None: they are known when it has run."""
+        return None
+
     @abstractmethod
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """Scores of each set, and those over sets (`mean_over_sets`) that summaries show. Raises `DataError`.

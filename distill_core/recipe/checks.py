@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
@@ -170,8 +171,33 @@ def _training(draft: Draft) -> Iterator[Problem]:
                 f"{source.cls.name!r} does not say how many samples it has to train on: give `data.source.samples` "
                 "where it has that option, or `train.steps`",
             )
-    if train.checkpoint.best is not None and draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):
+    if train.checkpoint.best is None:
+        return
+    if draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):
         yield ("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split"
+    elif problem := _unknown_score(draft, train.checkpoint.best):
+        yield ("train", "checkpoint", "best"), problem
+
+
+def _unknown_score(draft: Draft, best: str) -> str | None:
+    """What is wrong with the address SIDE/TASK/NAME of a mean, where the tasks tell theirs. A score of one set,
+    SIDE/TASK/SET/NAME, is known when it has been given."""
+    if draft.is_wrong("evaluate", "tasks"):
+        return None
+    known: list[str] = []
+    tasks = [slot for path, slot in draft.slots.items() if path[:-1] == ("evaluate", "tasks")]
+    for side in ("student", "teacher") if draft.teacher is not None else ("student",):
+        for task in tasks:
+            names, address = task.cls.means(task.config), f"{side}/{task.id}/"
+            if best.startswith(address) and (names is None or "/" in best.removeprefix(address)):
+                return None
+            known += [address + name for name in names] if names is not None else [address + "..."]
+    if best in known:
+        return None
+    near = get_close_matches(best, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    there = f"The means over sets: {', '.join(known)}" if known else "There is no task in evaluate.tasks"
+    return f"no score {best!r}{hint} {there}"
 
 
 def _part_names(draft: Draft) -> Iterator[Problem]:

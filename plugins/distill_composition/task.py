@@ -67,6 +67,11 @@ class Composition(Task):
         """Two modalities that the recipe has."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
+    @classmethod
+    def means(cls, config: CompositionConfig) -> tuple[str, ...]:
+        """Those that the samples' pairs may define; `match` with a threshold alone."""
+        return tuple(name for name in SCORES if name != "match" or config.threshold is not None)
+
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`text`, `image`, `group` and `match`, where they are defined, with their means over sets; `samples`.
 

@@ -57,6 +57,11 @@ class AttentionMaps(Task):
             if name not in plan.modalities:
                 yield f"{cls.name!r}: modalities: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
+    @classmethod
+    def means(cls, config: AttentionMapsConfig) -> tuple[str, ...]:
+        """No mean: entropies are of one set each."""
+        return ()
+
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`A_to_B/entropy` and `A/class_entropy` in nats, means over samples and heads; none over sets.
 

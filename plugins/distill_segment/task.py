@@ -102,6 +102,11 @@ class Segmentation(Task):
                 available = f"the backbone of {name!r} has {', '.join(dense)}"
                 yield f"{cls.name!r}: no attention {config.attention!r}: {available}"
 
+    @classmethod
+    def means(cls, config: SegmentationConfig) -> tuple[str, ...]:
+        """mIoU and the accuracies."""
+        return SCORES
+
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`mIoU`, `pixel_accuracy` and `mean_accuracy`, with their means over sets; `IoU/CLASS`, `pictures`."""
         scores: list[Score] = []

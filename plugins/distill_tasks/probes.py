@@ -107,6 +107,11 @@ class Probe(Task):
         """The split to learn from."""
         return (config.learn,) if config.learn is not None else ()
 
+    @classmethod
+    def means(cls, config: ProbeConfig) -> tuple[str, ...]:
+        """Accuracies; `top5` of more than 5 classes."""
+        return ACCURACIES
+
     watch: Callable[[Sequence[float]], Iterable[float]] = staticmethod(iter)
     """Reports the steps of `predict` to a progress bar."""
 

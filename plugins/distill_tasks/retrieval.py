@@ -53,6 +53,11 @@ class Retrieval(Task):
             if name not in plan.modalities:
                 yield f"{cls.name!r}: fields: no modality {name!r}{did_you_mean(name, list(plan.modalities))}"
 
+    @classmethod
+    def means(cls, config: RetrievalConfig) -> tuple[str, ...]:
+        """`R@k` of both directions, and `M`."""
+        return (*(f"R@{k}" for k in config.ks), "M")
+
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`A_to_B/R@k`, `A_to_B/median_rank`, `candidates` and `M`; over sets `R@k` (of both directions) and `M`."""
         a, b = self.config.modalities or model.modalities

@@ -62,6 +62,11 @@ class ZeroShot(Task):
         """The recipe lacks a modality, or has too many to choose from."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
+    @classmethod
+    def means(cls, config: ZeroShotConfig) -> tuple[str, ...]:
+        """Accuracies; `top5` of more than 5 classes."""
+        return ACCURACIES
+
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`top1`, `top5` (of more than 5 classes) and `mean_per_class`, with their means over sets; `classes`."""
         items_of, words_of = self.config.modalities or model.modalities

@@ -242,7 +242,7 @@ def pickling(case: Case) -> None:
 @checks("task")
 def scores(case: Case) -> None:
     """Scores are finite numbers with distinct names, the same each time, on one set and on two; a headline has a mean
-    over sets."""
+    over sets, and `means`, if written, names these."""
     with tempfile.TemporaryDirectory() as folder:
         model, first, second = _scorable(case, Path(folder))
         backbones = nn.ModuleList(model.backbone.values())
@@ -274,6 +274,9 @@ def scores(case: Case) -> None:
                 score.name for score in results[0] if score.headline and score.set is None
             }
             require(not hidden, f"the headline {hidden} has no mean over sets, and is not shown: use `mean_over_sets`")
+            declared = case.cls.means(case.config)
+            more = {score.name for score in results[0] if score.set is None} - set(declared or ())
+            require(declared is None or not more, f"it gives the mean(s) {more}, which `means` does not name")
             require(results[0] == results[1], "the same model and sets give different scores the second time")
 
 

@@ -14,6 +14,7 @@ from distill_core.interfaces import Backbone, Loss, LossConfig
 from distill_core.plan import BackboneSpec, Needs
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
+from distill_tasks.retrieval import Retrieval
 
 
 def test_all_errors_of_a_file_at_once_with_their_lines(errors: Errors) -> None:
@@ -406,6 +407,35 @@ def test_what_a_run_takes_is_not_refused(check: Check) -> None:
     check("train.device=cuda:3", "freeze=[backbone.image.transformer, loss]", "train.lr_factors={fusion: 0.5}")
     check("augment.image.local_size=24", "backbone.image.image_size=32")
     check("augment.image.local=0", "augment.image.local_size=12", "loss.1=null")
+
+
+def test_the_best_checkpoints_score_is_one_that_the_tasks_give(
+    check: Check, errors: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch a typing error that is noticed only after the first validation, and a score that is refused though
+    a task may give it: one of a single set, and one of a task that cannot tell."""
+
+    scored = ("data.source.validation=v.tar", "evaluate.every=5")
+
+    def refused(best: str, *more: str) -> str:
+        (line,) = errors(*scored, f"train.checkpoint.best={best}", *more)
+        return line.removeprefix("--set train.checkpoint.best: ")
+
+    of = [f"{side}/retrieval/{name}" for side in ("student", "teacher") for name in ("R@1", "R@5", "R@10", "M")]
+    there = f"The means over sets: {', '.join(of)}"
+    assert refused("student/retrieval/MM") == (
+        f"no score 'student/retrieval/MM', did you mean 'student/retrieval/M'? {there}"
+    )
+    assert refused("zzz") == f"no score 'zzz'. {there}"
+    assert refused("teacher/retrieval/M", "teacher=null", "loss.1=null").endswith("R@10, student/retrieval/M")
+    assert refused("student/retrieval/M", "evaluate.tasks=null").endswith("There is no task in evaluate.tasks")
+    assert refused("student/maps/x", "evaluate.tasks.1={name: attention_maps, id: maps}").endswith(there)
+    assert refused("student/retrieval/R@10", "evaluate.tasks.0.ks=[1]").endswith("teacher/retrieval/M")
+    for best in (*of, "student/retrieval/emoji/image_to_text/R@1"):
+        check(*scored, f"train.checkpoint.best={best}")
+    monkeypatch.setattr(Retrieval, "means", classmethod(lambda cls, config: None))
+    check(*scored, "train.checkpoint.best=student/retrieval/anything")
+    assert refused("student/x/M").endswith("The means over sets: student/retrieval/..., teacher/retrieval/...")
 
 
 def test_options_of_a_wrong_type_hide_no_other_error(errors: Errors) -> None:

@@ -92,6 +92,13 @@ class RandomScore(Agreement):
         return [Score(None, "cosine", torch.rand(()).item())]
 
 
+@broken("scores", r"it gives the mean\(s\) \{'cosine'\}, which `means` does not name")
+class NamesAnother(Agreement):
+    @classmethod
+    def means(cls, config):
+        return ("cosines",)
+
+
 @broken("scores", "must return `Score`s")
 class Numbers(Agreement):
     def run(self, model, sets):

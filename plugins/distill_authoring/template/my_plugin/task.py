@@ -24,6 +24,11 @@ class Agreement(Task):
         if config.modalities is None and len(plan.modalities) < 2:
             yield "'my_plugin_agreement' needs two modalities"
 
+    @classmethod
+    def means(cls, config):
+        """A recipe whose `train.checkpoint.best` names another mean is refused at once. Optional."""
+        return ("cosine",)
+
     def run(self, model, sets):
         """`cosine` of each set, and the mean over sets."""
         a, b = self.config.modalities or model.modalities[:2]

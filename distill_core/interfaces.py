@@ -162,11 +162,11 @@ class Backbone(nn.Module, Component, ABC):
         places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
-            wanted = [start + i in tokens_of for i in range(count)]
-            spans = [i for i in range(count) if i == 0 or wanted[i] != wanted[i - 1]] + [count]
+            requested = [start + i in tokens_of for i in range(count)]
+            spans = [i for i in range(count) if i == 0 or requested[i] != requested[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
-                inputs.append((group.x[first:last].flatten(0, 1), wanted[first], hidden))
+                inputs.append((group.x[first:last].flatten(0, 1), requested[first], hidden))
                 places.append((start + first, start + last, batch))
         for part, (first, last, batch), (_, tokens, _) in zip(
             self.encode_together(inputs), places, inputs, strict=True

@@ -93,8 +93,8 @@ class Model:
                 raise UserError(f"{modality} {numbered[0]}: {error}") from error
 
         parts, waiting = [], []
-        for made in prefetch_map(view, enumerate(items), reading_threads(self.device)):
-            waiting.append([made])
+        for view_of_item in prefetch_map(view, enumerate(items), reading_threads(self.device)):
+            waiting.append([view_of_item])
             if len(waiting) == self.batch_size:
                 parts.append(self._encode(modality, waiting, features))
                 waiting = []

@@ -64,11 +64,11 @@ class Objective(nn.Module):
         self.frozen: list[nn.Module] = []
         self.teacher: Teacher | None = None
         if teacher is not None:
-            taught = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
+            teachable = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
             heads = {
                 f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules
             }
-            self.teacher = Teacher(teacher, taught, heads)
+            self.teacher = Teacher(teacher, teachable, heads)
 
     def ema(self, module: nn.Module) -> nn.Module:
         """The teacher's copy of one of a loss's `teacher_modules`. Raises KeyError where there is none."""
@@ -109,10 +109,10 @@ class Objective(nn.Module):
         features: dict[str, Features] = {}
         if self.teacher is not None:
             for name, module in self.teacher.backbone.items():
-                seen = batch.views[name].only(self.teacher.config.views)
+                views = batch.views[name].only(self.teacher.config.views)
                 own = self.plan.modalities[name].teacher_views
                 tokens_of = [own.index(view) for view in self.teacher_tokens_of[name]]
-                features[name] = module(seen, tokens_of=tokens_of)
+                features[name] = module(views, tokens_of=tokens_of)
         return {DEFAULT_TEACHER: features} if self.teacher is not None else {}
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
@@ -199,4 +199,4 @@ class Objective(nn.Module):
 
 
 def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:
-    return tuple(sorted({view for wanted in tokens for view in wanted.get(name, ())}))
+    return tuple(sorted({view for of_component in tokens for view in of_component.get(name, ())}))

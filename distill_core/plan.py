@@ -110,5 +110,5 @@ def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
     """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
     dims = {m: plan.modalities[m].spec.dim for m in modalities if m in plan.modalities}
     if len(set(dims.values())) > 1:
-        shown = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
-        yield f"{name!r} compares embeddings of one width D; the backbones give {shown}"
+        listed = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
+        yield f"{name!r} compares embeddings of one width D; the backbones give {listed}"

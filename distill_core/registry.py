@@ -44,10 +44,10 @@ class Plugins:
 
     def add(self, name: str, module: Any, package: str) -> None:
         """Register one plugin module. Raises `PluginError` when it asks for another version of the hooks."""
-        wanted = getattr(module, "distill_api", API_VERSION)
-        if wanted != API_VERSION:
+        version = getattr(module, "distill_api", API_VERSION)
+        if version != API_VERSION:
             raise PluginError(
-                f"plugin {name!r} (package {package}) asks for hooks of version {wanted}; this distill has version "
+                f"plugin {name!r} (package {package}) asks for hooks of version {version}; this distill has version "
                 f"{API_VERSION}. Install a release of {package} for it, uninstall it, or add --without {name}."
             )
         self.manager.register(module, name=name)

@@ -58,10 +58,10 @@ class TrainStep:
         """Take the optimiser's state that was made with these options; those of the recipe that differ are applied."""
         plain = {key: value for key, value in options.items() if key not in ("name", "id")}
         config = self._slot.cls.Config.model_validate_json(json.dumps(plain))  # where lists serve for tuples
-        before = self._build(Slot(self._slot.cls, config)).param_groups
-        now = [dict(group) for group in self.optimizer.param_groups]
+        saved_groups = self._build(Slot(self._slot.cls, config)).param_groups
+        groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
-        for group, old, new in zip(self.optimizer.param_groups, before, now, strict=True):
+        for group, old, new in zip(self.optimizer.param_groups, saved_groups, groups, strict=True):
             group.update({key: new[key] for key in new if key != "params" and new[key] != old[key]})
 
     def __call__(self, batch: Batch, progress: Progress) -> StepResult:

@@ -42,9 +42,9 @@ def prepare(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".aim-new-", dir=folder) as new:
             from aim.sdk.repo import Repo
 
-            made = Repo(new, init=True)
-            assert made.structured_db is not None
-            made.structured_db.engine.dispose()
+            created = Repo(new, init=True)
+            assert created.structured_db is not None
+            created.structured_db.engine.dispose()
             os.rename(Path(new) / ".aim", repository)
 
 

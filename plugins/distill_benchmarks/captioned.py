@@ -64,18 +64,18 @@ class Karpathy(FileSource):
             return {}
         layout = '{"dataset": ..., "images": [{"filename": ..., "split": ..., "sentences": [{"raw": ...}]}]}'
         path = Path(self.config.annotations).expanduser()
-        found = document(path, layout)
+        content = document(path, layout)
         images = folder(self.config.images, "the pictures that the annotations name")
         samples = []
         try:
-            for row in found["images"]:
+            for row in content["images"]:
                 if row["split"] in self.parts[split]:
                     captions = [str(sentence["raw"]) for sentence in row["sentences"]][: self.config.captions]
                     file = inside(inside(images, row.get("filepath", "")), row["filename"])
                     if not is_there(file) and is_there(images / row["filename"]):
                         file = images / row["filename"]
                     samples.append(FileSample(row["filename"], file, {"references": captions}))
-            name = str(found.get("dataset", path.stem))
+            name = str(content.get("dataset", path.stem))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"{path}: not in Karpathy's layout ({error!r}); expected {layout}") from error
         some_are_there(samples, images, "the pictures as `filepath`/`filename` of the annotations, or `filename`")
@@ -124,8 +124,8 @@ class Urban1k(FileSource):
 
 
 def _natural(name: str) -> tuple[int, str]:
-    found = number(name)
-    return (-1 if found is None else found, name)
+    value = number(name)
+    return (-1 if value is None else value, name)
 
 
 def _first_line(path: Path) -> list[str]:
@@ -158,10 +158,10 @@ class DciSample(FileSample):
         if name not in ("json", "jpg"):
             return super().__getitem__(name)
         try:
-            found = json.loads(read(self.path))
+            annotation = json.loads(read(self.path))
             if name == "jpg":
-                return read(inside(self.photos, found["image"]))
-            both = [found[part].strip() for part in ("short_caption", "extra_caption")]
+                return read(inside(self.photos, annotation["image"]))
+            both = [annotation[part].strip() for part in ("short_caption", "extra_caption")]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadSample(f"not an annotation of DCI: {error!r}") from error
         return json.dumps({"references": ["\n".join(part for part in both if part)]}).encode()
@@ -186,13 +186,13 @@ class Dci(FileSource):
         if split not in self.splits(self.config):
             return {}
         base = folder(self.config.folder, self.layout)
-        found = document(base / "splits.json", self.layout)
-        kept = base / ("annotations" if (base / "annotations").is_dir() else "complete")
+        splits_of_file = document(base / "splits.json", self.layout)
+        annotation_folder = base / ("annotations" if (base / "annotations").is_dir() else "complete")
         photos = folder(base / "photos", self.layout)
         try:
-            chosen = list(found.values()) if self.config.whole else [found[self.parts[split]]]
+            chosen = list(splits_of_file.values()) if self.config.whole else [splits_of_file[self.parts[split]]]
             samples = [
-                DciSample(str(name), inside(folder(kept, self.layout), name), photos)
+                DciSample(str(name), inside(folder(annotation_folder, self.layout), name), photos)
                 for part in chosen
                 for name in part
             ]
@@ -236,20 +236,20 @@ class PairList(NamedSplits):
         files: dict[str, Path] = {}
         for line, row in _rows(path):
             try:
-                image, given = row[self.config.image], row[self.config.caption]
+                image, caption = row[self.config.image], row[self.config.caption]
             except KeyError as error:
                 raise DataError(
                     f"{path}:{line}: no column {error.args[0]!r} (there are: {', '.join(map(str, row))}); name them "
                     "with the options `image` and `caption`"
                 ) from error
-            several = given if isinstance(given, list) else [given]
-            if not isinstance(image, str) or not all(isinstance(text, str) for text in several):
-                raise DataError(f"{path}:{line}: should hold a path and a caption, got {image!r} and {given!r}")
+            texts = caption if isinstance(caption, list) else [caption]
+            if not isinstance(image, str) or not all(isinstance(text, str) for text in texts):
+                raise DataError(f"{path}:{line}: should hold a path and a caption, got {image!r} and {caption!r}")
             try:
                 files[image] = inside(base, image)
             except ValueError as error:
                 raise DataError(f"{path}:{line}: {error}; paths start from the folder `images`") from error
-            captions.setdefault(image, []).extend(several)
+            captions.setdefault(image, []).extend(texts)
         samples = [FileSample(image, files[image], {"references": texts}) for image, texts in captions.items()]
         some_are_there(samples, base, f"the pictures that {path} names")
         return {path.stem: FileSamples(str(path), samples)}
@@ -269,10 +269,10 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 return
             for line, text in enumerate(file, 1):
                 if text.strip():
-                    found = json.loads(text)
-                    if not isinstance(found, dict):
+                    row = json.loads(text)
+                    if not isinstance(row, dict):
                         raise DataError(f"{path}:{line}: not an object")
-                    yield line, found
+                    yield line, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); expected {layout}") from error
     except (ValueError, csv.Error, RecursionError) as error:

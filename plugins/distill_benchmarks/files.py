@@ -117,10 +117,10 @@ class NamedSplits(FileSource):
 
 def folder(path: str | Path, layout: str) -> Path:
     """A folder that is there. Raises `DataError`, with the layout that was expected."""
-    found = Path(path).expanduser()
-    if not found.is_dir():
+    expanded = Path(path).expanduser()
+    if not expanded.is_dir():
         raise DataError(f"{path}: no such folder; expected {layout}")
-    return found
+    return expanded
 
 
 def document(path: Path, layout: str) -> Any:

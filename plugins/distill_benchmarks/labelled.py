@@ -62,15 +62,15 @@ class ClassFolder(NamedSplits):
         return {base.name: FileSamples(str(base), samples)}
 
 
-def _names(given: str | None, classes: Sequence[str]) -> dict[str, str]:
+def _names(option: str | None, classes: Sequence[str]) -> dict[str, str]:
     """Folder -> name in words. Raises `DataError`."""
-    if given is None:
+    if option is None:
         return {name: name.replace("_", " ").strip() for name in classes}
-    path = Path(given).expanduser()
+    path = Path(option).expanduser()
     layout = "`FOLDER name in words` a line, a name a line in the folders' order, or json {FOLDER: name}"
     if path.suffix == ".json":
-        found = document(path, layout)
-        table = {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+        content = document(path, layout)
+        table = {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
     else:
         lines = read_lines(path, layout)
         table = {head: rest.strip() for head, _, rest in (line.replace("\t", " ").partition(" ") for line in lines)}
@@ -152,10 +152,10 @@ class Numbered:
         if self.names is None:
             lines = bytes(sample.get("txt", b"")).decode(errors="replace").splitlines()
             return {"references": [line for line in lines if line.strip()]}
-        given = number(bytes(sample.get("cls", b"")).decode(errors="replace").strip())
-        if given is None or given >= len(self.names):
+        label = number(bytes(sample.get("cls", b"")).decode(errors="replace").strip())
+        if label is None or label >= len(self.names):
             return {}  # without a class it is not scored, and said to be so
-        return {"class": self.names[given], "number": given}
+        return {"class": self.names[label], "number": label}
 
     def fingerprint(self) -> str:
         """That of the shards, and the names."""

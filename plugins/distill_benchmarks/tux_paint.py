@@ -83,25 +83,25 @@ class TuxPaint(FileSource):
             return {}
         base = folder(self.config.folder, self.layout)
         base = base / UNPACKED if (base / UNPACKED).is_dir() else base
-        found = _stamps(base)
-        if not found:
+        stamps = _stamps(base)
+        if not stamps:
             raise DataError(f"{base}: holds no stamp; expected {self.layout}")
-        chosen = self._chosen(base, found)
+        chosen = self._chosen(base, stamps)
         classes = sorted({about["class"] for about in chosen.values()})
         samples = [Stamp(name, base / f"{name}.png", about, classes) for name, about in chosen.items()]
         options = self.config.model_dump_json(exclude={"folder"})
         return {self.name: FileSamples(f"{base} {options}", samples)}
 
-    def _chosen(self, base: Path, found: Sequence[str]) -> dict[str, dict[str, Any]]:
+    def _chosen(self, base: Path, stamps: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Stamp -> what its json holds, of those that the options leave. Raises `DataError`."""
         config = self.config
-        for given in config.classes or ():
-            if not any(name.startswith(f"{given.strip('/')}/") for name in found):
-                raise DataError(f"{base}: classes: no stamp below {given!r}; name folders, as animals/birds")
+        for parent in config.classes or ():
+            if not any(name.startswith(f"{parent.strip('/')}/") for name in stamps):
+                raise DataError(f"{base}: classes: no stamp below {parent!r}; name folders, as animals/birds")
         if config.photographs is not None:
             known = set(read_lines(PHOTOGRAPHS, "a stamp a line"))
-            found = [name for name in found if (name in known) == config.photographs]
-        kinds = {name: _words(kind) for name in found if (kind := _kind(name, config.classes)) is not None}
+            stamps = [name for name in stamps if (name in known) == config.photographs]
+        kinds = {name: _words(kind) for name in stamps if (kind := _kind(name, config.classes)) is not None}
         large = self._large(kinds)
         chosen: dict[str, dict[str, Any]] = {}
         captions: set[str] = set()
@@ -152,15 +152,15 @@ def _stamps(base: Path) -> list[str]:
 
     None of what stands for a turned one.
     """
-    there = {path.relative_to(base).with_suffix("").as_posix() for path in base.glob("*/**/*.png")}
-    names = (name for name in there if (plain := TURNED.sub("", name)) == name or plain not in there)
+    images = {path.relative_to(base).with_suffix("").as_posix() for path in base.glob("*/**/*.png")}
+    names = (name for name in images if (plain := TURNED.sub("", name)) == name or plain not in images)
     return sorted(names, key=lambda name: name.rpartition("/"))
 
 
 def _kind(name: str, classes: Sequence[str] | None) -> str | None:
     """The folder that is a stamp's class, if it has one."""
     if classes is not None:
-        above = [given for given in (each.strip("/") for each in classes) if name.startswith(f"{given}/")]
+        above = [parent for parent in (option.strip("/") for option in classes) if name.startswith(f"{parent}/")]
         return max(above, key=len, default=None)
     parts = name.split("/")[:-1]
     while len(parts) > 1 and parts[-1] in MADE:

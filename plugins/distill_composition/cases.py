@@ -16,7 +16,7 @@ from distill_vl.example import model
 def samples(count: int, seed: int = 0) -> list[Sample]:
     """Two pictures and two captions a sample."""
     rng = np.random.default_rng(seed)
-    made: list[Sample] = []
+    result: list[Sample] = []
     for i in range(count):
         fields = {}
         for name in ("image_0", "image_1"):
@@ -24,8 +24,8 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
             fields[name] = file.getvalue()
         captions = {"caption_0": f"box {i} left of disc", "caption_1": f"disc left of box {i}"}
-        made.append({"__key__": f"noise-{i}", "__url__": "noise", "json": json.dumps(captions).encode(), **fields})
-    return made
+        result.append({"__key__": f"noise-{i}", "__url__": "noise", "json": json.dumps(captions).encode(), **fields})
+    return result
 
 
 def scorable(config: CompositionConfig) -> tuple[Model, list[Sample]]:

@@ -48,8 +48,8 @@ class Items:
             captions = {f"caption_{i}": caption for i, caption in enumerate(item.captions)}
             pictures = {f"image_{i}": _bytes(path) for i, path in enumerate(item.images)}
             fields = {field: data for field, data in pictures.items() if data is not None}
-            found = zip(item.images, pictures.values(), strict=True)
-            where = ", ".join(f"{path}{' (missing)' if data is None else ''}" for path, data in found)
+            contents = zip(item.images, pictures.values(), strict=True)
+            where = ", ".join(f"{path}{' (missing)' if data is None else ''}" for path, data in contents)
             yield {"__key__": item.key, "__url__": where, "json": json.dumps(captions).encode(), **fields}
 
 
@@ -114,20 +114,23 @@ class SugarCrepe(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """Each file is a set."""
-        given, images = _path(self.config.annotations), _folder(self.config.images, "`images` is that of the pictures")
+        annotations, images = (
+            _path(self.config.annotations),
+            _folder(self.config.images, "`images` is that of the pictures"),
+        )
         files = (
-            sorted(_folder(given, "`annotations` is a file, or that of the files").glob("*.json"))
-            if not given.is_file()
-            else [given]
+            sorted(_folder(annotations, "`annotations` is a file, or that of the files").glob("*.json"))
+            if not annotations.is_file()
+            else [annotations]
         )
         if not files:
-            raise DataError(f"{given}: no file *.json")
-        found = {}
+            raise DataError(f"{annotations}: no file *.json")
+        items_by_file = {}
         for file in files:
             document = _json(file.read_bytes(), str(file))
             if not isinstance(document, dict) or not document:
                 raise DataError(f"{file}: should be an object of entries by number")
-            found[file.stem] = [
+            items_by_file[file.stem] = [
                 Item(
                     f"{file.stem}-{number}",
                     (_present(images, _text(entry, "filename", f"{file}: {number!r}"), f"{file}: {number!r}"),),
@@ -135,7 +138,7 @@ class SugarCrepe(_Copy):
                 )
                 for number, entry in document.items()
             ]
-        return found
+        return items_by_file
 
 
 class WinogroundConfig(CopyConfig):
@@ -163,15 +166,15 @@ class Winoground(_Copy):
         expected = "winoground has examples.jsonl and images in `root`"
         root = _folder(self.config.root, expected)
         file, images = root / "examples.jsonl", _folder(root / "images", expected)
-        found: dict[str, list[Item]] = {}
+        items_by_type: dict[str, list[Item]] = {}
         for number, line in _lines(file):
             where = f"{file}:{number}"
             entry = _json(line, where)
             name = _text(entry, "collapsed_tag", where) if self.config.by_tag else "winoground"
             pictures = tuple(_named(images, _text(entry, field, where), where) for field in ("image_0", "image_1"))
             captions = tuple(_text(entry, field, where) for field in ("caption_0", "caption_1"))
-            found.setdefault(name, []).append(Item(f"winoground-{entry.get('id', number)}", pictures, captions))
-        return _not_empty(found, file)
+            items_by_type.setdefault(name, []).append(Item(f"winoground-{entry.get('id', number)}", pictures, captions))
+        return _not_empty(items_by_type, file)
 
 
 class SvoProbesConfig(CopyConfig):
@@ -198,8 +201,8 @@ class SvoProbes(_Copy):
         """By what the negative picture differs in."""
         file, images = _path(self.config.annotations), _folder(self.config.images, "`images` is that of the pictures")
         kinds = {"subj_neg": "subject", "verb_neg": "verb", "obj_neg": "object"}
-        there = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
-        found: dict[str, list[Item]] = {}
+        files = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
+        items_by_type: dict[str, list[Item]] = {}
         (_, head), *rows = _rows(file)
         lacking = {"sentence", "pos_image_id", "neg_image_id", *kinds} - set(head)
         if lacking:
@@ -209,12 +212,12 @@ class SvoProbes(_Copy):
             differs = [name for column, name in kinds.items() if row[column].strip().lower() in ("true", "1")]
             ids = [row[column].strip() for column in ("pos_image_id", "neg_image_id")]
             if len(differs) == 1:
-                pictures = tuple(there.get(i) or _inside(images, f"{i}.jpg", where) for i in ids)
+                pictures = tuple(files.get(i) or _inside(images, f"{i}.jpg", where) for i in ids)
                 item = Item(f"svo-{number}", pictures, (_text(row, "sentence", where),))
-                found.setdefault(differs[0], []).append(item)
-        if not any(_is_file(path) for items in found.values() for item in items for path in item.images):
+                items_by_type.setdefault(differs[0], []).append(item)
+        if not any(_is_file(path) for items in items_by_type.values() for item in items for path in item.images):
             raise DataError(f"{images}: no picture of {file}; each is named by its id, as 123.jpg")
-        return _not_empty(found, file)
+        return _not_empty(items_by_type, file)
 
 
 class MmvpVlmConfig(CopyConfig):
@@ -247,7 +250,7 @@ class MmvpVlm(_Copy):
                 raise DataError(f"{file}:{number}: should be ID,TYPE,STATEMENT, got {','.join(row)[:80]!r}")
         if len(rows) % 2:
             raise DataError(f"{file}: {len(rows)} statements; they come in pairs")
-        found: dict[str, list[Item]] = {}
+        items_by_type: dict[str, list[Item]] = {}
         for (line, (one, kind, first)), (_, (other, _, second)) in zip(rows[::2], rows[1::2], strict=True):
             where = f"{file}:{line}"
             if int(one) % 2 != 1 or int(other) != int(one) + 1:
@@ -255,17 +258,17 @@ class MmvpVlm(_Copy):
             pictures = tuple(_present(images, f"{kind.strip()}/{int(i)}.jpg", where) for i in (one, other))
             captions = tuple(self.config.template.replace("{}", text.strip()) for text in (first, second))
             name = kind.strip().replace("/", "-")
-            found.setdefault(name, []).append(Item(f"mmvp-{one}", pictures, captions))
-        return _not_empty(found, file)
+            items_by_type.setdefault(name, []).append(Item(f"mmvp-{one}", pictures, captions))
+        return _not_empty(items_by_type, file)
 
 
-def _path(given: str) -> Path:
-    return Path(given).expanduser()
+def _path(name: str) -> Path:
+    return Path(name).expanduser()
 
 
-def _folder(given: str | Path, what: str) -> Path:
+def _folder(name: str | Path, what: str) -> Path:
     """`what` it is, for the `DataError` where it is not there."""
-    folder = Path(given).expanduser()
+    folder = Path(name).expanduser()
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {what}")
     return folder
@@ -313,10 +316,10 @@ def _text(entry: Any, field: str, where: str) -> str:
 
 def _inside(folder: Path, name: str, where: str) -> Path:
     """The file of a name that a line gives. Raises `DataError` for one that would lead out of the folder."""
-    given = PurePath(name)
-    if given.is_absolute() or ".." in given.parts or "\0" in name:
+    relative = PurePath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
         raise DataError(f"{where}: {name!r} is no name of a file in {folder}")
-    return folder / given
+    return folder / relative
 
 
 def _is_file(path: Path) -> bool:
@@ -340,7 +343,7 @@ def _named(images: Path, name: str, where: str) -> Path:
     raise DataError(f"{where}: no picture {name!r} in {images}")
 
 
-def _not_empty(found: dict[str, list[Item]], file: Path) -> dict[str, list[Item]]:
-    if not found:
+def _not_empty(items: dict[str, list[Item]], file: Path) -> dict[str, list[Item]]:
+    if not items:
         raise DataError(f"{file}: no entry in it")
-    return found
+    return items

@@ -97,8 +97,8 @@ class Composition(Task):
             common = common[torch.isin(common, owners)]
         if not len(common):
             raise DataError(f"evaluation set {samples.name!r}: no sample with all of {', '.join((*images, *captions))}")
-        kept = [embedded[torch.isin(owners, common)] for embedded, owners in sides]
-        a, b = torch.stack(kept[: len(images)], 1), torch.stack(kept[len(images) :], 1)
+        common_embeddings = [embedded[torch.isin(owners, common)] for embedded, owners in sides]
+        a, b = torch.stack(common_embeddings[: len(images)], 1), torch.stack(common_embeddings[len(images) :], 1)
         similarity = a @ b.mT  # [N, images, captions]
         scores = [Score(samples.name, "samples", float(len(common)), "samples", None)]
         hits = accuracies(similarity)
@@ -114,18 +114,18 @@ class Composition(Task):
     def _present(self, samples: EvaluationSet) -> tuple[Sequence[str], Sequence[str]]:
         """The fields that some sample has, up to the first that none has: field i stays one of pair i. Samples that
         lack one of them are left out. Raises `DataError` where nothing can be told apart."""  # fmt: skip
-        seen: set[str] = set()
+        known_keys: set[str] = set()
         empty = True
         for sample in samples:
             empty = False
-            seen |= {field for field in self.config.images if field in sample}
-            seen |= {field for field in self.config.captions if field in _record(sample)}
-            if seen.issuperset((*self.config.images, *self.config.captions)):
+            known_keys |= {field for field in self.config.images if field in sample}
+            known_keys |= {field for field in self.config.captions if field in _record(sample)}
+            if known_keys.issuperset((*self.config.images, *self.config.captions)):
                 break
         if empty:
             raise DataError(f"evaluation set {samples.name!r}: no sample")
-        images = list(takewhile(seen.__contains__, self.config.images))
-        captions = list(takewhile(seen.__contains__, self.config.captions))
+        images = list(takewhile(known_keys.__contains__, self.config.images))
+        captions = list(takewhile(known_keys.__contains__, self.config.captions))
         if not images or not captions or len(images) + len(captions) < 3:
             raise DataError(
                 f"evaluation set {samples.name!r}: nothing to tell apart: its samples have the pictures "
@@ -134,19 +134,19 @@ class Composition(Task):
         return images, captions
 
     def _pairs(
-        self, samples: EvaluationSet, images: Sequence[str], captions: Sequence[str], kept: set[int]
+        self, samples: EvaluationSet, images: Sequence[str], captions: Sequence[str], numbers: set[int]
     ) -> list[list[list[bytes]]]:
         """What each (picture, caption) of the kept samples is, by their contents: pairs that come again are one."""
 
         def mark(data: Any) -> bytes:
             return blake2b(data if isinstance(data, bytes) else str(data).encode(), digest_size=16).digest()
 
-        found = []
+        pairs = []
         for i, sample in enumerate(samples):
-            if i in kept:
+            if i in numbers:
                 ours = [mark(_record(sample)[field]) for field in captions]
-                found.append([[mark(sample[field]) + own for own in ours] for field in images])
-        return found
+                pairs.append([[mark(sample[field]) + own for own in ours] for field in images])
+        return pairs
 
 
 def accuracies(similarity: Tensor) -> dict[str, Tensor]:
@@ -155,14 +155,14 @@ def accuracies(similarity: Tensor) -> dict[str, Tensor]:
     Picture i and caption i belong together; `text` needs two captions, `image` two pictures, `group` both.
     """
     own = torch.arange(min(similarity.shape[1:]))
-    mine = similarity[:, own, own]  # [N, pairs]
+    own_scores = similarity[:, own, own]  # [N, pairs]
     others = torch.eye(*similarity.shape[1:], dtype=torch.bool)
     rest = similarity.masked_fill(others, -torch.inf)
     hits = {}
     if similarity.shape[2] > 1:
-        hits["text"] = (mine[..., None] > rest[:, own]).all(2).all(1)
+        hits["text"] = (own_scores[..., None] > rest[:, own]).all(2).all(1)
     if similarity.shape[1] > 1:
-        hits["image"] = (mine[:, None] > rest[:, :, own]).all(1).all(1)
+        hits["image"] = (own_scores[:, None] > rest[:, :, own]).all(1).all(1)
     if len(hits) == 2:
         hits["group"] = hits["text"] & hits["image"]
     return hits
@@ -179,7 +179,7 @@ def matched(similarity: Tensor, pairs: Sequence[Sequence[Sequence[bytes]]], thre
             for j, name in enumerate(of_image):
                 together = i == j
                 right[together][name] = row[i][j] > threshold if together else row[i][j] <= threshold
-    return sum(sum(found.values()) / len(found) for found in right.values()) / 2
+    return sum(sum(hits.values()) / len(hits) for hits in right.values()) / 2
 
 
 def _record(sample: Sample) -> dict[str, Any]:

@@ -51,9 +51,9 @@ class Clock:
 
     def mark(self, part: str) -> None:
         """A part has ended."""
-        now = self.now()
-        self.parts[part].append(now - self._last)
-        self._last = now
+        end = self.now()
+        self.parts[part].append(end - self._last)
+        self._last = end
 
 
 def make_batch(recipe: Recipe, size: int, global_tokens: int, local_tokens: int, seed: int = 0) -> Batch:
@@ -196,21 +196,21 @@ def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
 
     Raises `UserError` when the two steps are not the same step.
     """
-    mine, theirs = _step(ours, "fp32"), _step(other, "fp32")
+    step_of_ours, step_of_other = _step(ours, "fp32"), _step(other, "fp32")
     gradients, expected = ours.gradients(), other.gradients()
-    apart = sorted((mine.keys() ^ theirs.keys()) | (gradients.keys() ^ expected.keys()))
+    apart = sorted((step_of_ours.keys() ^ step_of_other.keys()) | (gradients.keys() ^ expected.keys()))
     if apart:
         raise UserError(f"the two steps differ: only one of them has a loss or a gradient of {', '.join(apart)}")
-    losses = [abs(mine[name].item() / value.item() - 1) for name, value in theirs.items()]
+    losses = [abs(step_of_ours[name].item() / value.item() - 1) for name, value in step_of_other.items()]
     errors = []
-    for key, wanted in expected.items():
+    for key, reference in expected.items():
         value = gradients[key]
         if key.endswith("in_proj_bias"):
-            third = len(wanted) // 3
-            keep = torch.ones(len(wanted), dtype=torch.bool, device=wanted.device)
+            third = len(reference) // 3
+            keep = torch.ones(len(reference), dtype=torch.bool, device=reference.device)
             keep[third : 2 * third] = False
-            value, wanted = value[keep], wanted[keep]
-        errors.append(((value - wanted).norm() / wanted.norm()).item())
+            value, reference = value[keep], reference[keep]
+        errors.append(((value - reference).norm() / reference.norm()).item())
     ours.optimizer.zero_grad()
     other.optimizer.zero_grad()
     loss, gradient = max(losses), max(errors)
@@ -221,10 +221,10 @@ def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
 
 def check(recipe: Recipe) -> None:
     """Raises `UserError` for a recipe that is not COSMOS with the built-in towers."""
-    wanted = {CrossAttention, Contrastive, CrossModalDistillation}
+    classes = {CrossAttention, Contrastive, CrossModalDistillation}
     have = {slot.cls for slot, _ in recipe.needs()}
     towers = {name: node.cls.name for name, node in recipe.backbone.items()}
-    if have != wanted or towers != {"image": "vit", "text": "clip_text"} or recipe.teacher is None:
+    if have != classes or towers != {"image": "vit", "text": "clip_text"} or recipe.teacher is None:
         raise UserError("distill bench step: the straightforward step is COSMOS with vit and clip_text, and a teacher")
 
 
@@ -296,14 +296,14 @@ def write_csv(path: Path, rows: list[dict[str, Any]], recipe: str, batch_size: i
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     about = {"recipe": recipe, "batch": batch_size, "device": name, "torch": torch.__version__.split("+")[0]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
+    rows_of_others = []
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["device"] != name]
+            rows_of_others = [row for row in csv.DictReader(file) if row["device"] != name]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *about], lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *(row | about for row in rows)])
+        writer.writerows([*rows_of_others, *(row | about for row in rows)])
 
 
 def _processor() -> str:

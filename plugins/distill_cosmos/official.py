@@ -70,14 +70,14 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Co
         if who not in states:
             problems.append(f"no {who!r} weights")
             continue
-        seen = set()
+        used = set()
         for raw, value in states[who].items():
             key = raw.removeprefix("module.")
             name = own_name(key, objective)
             if name is None or name not in own:
                 problems.append(f"{who}: {raw}: not a key of this model")
                 continue
-            seen.add(name)
+            used.add(name)
             target = own[name] if who == "student" else teacher.get(f"teacher.{name}")
             expected = own[name]
             if value.shape != expected.shape:
@@ -87,12 +87,12 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Co
             else:
                 copies.append((target, value))
                 counts[who] += 1
-        wanted = own if who == "student" else {name.removeprefix("teacher."): p for name, p in teacher.items()}
+        parameters = own if who == "student" else {name.removeprefix("teacher."): p for name, p in teacher.items()}
         public = {name: key for key, name in public_names(objective).items()}
-        problems += [f"{who}: {public.get(name, name)}: missing" for name in wanted if name not in seen]
+        problems += [f"{who}: {public.get(name, name)}: missing" for name in parameters if name not in used]
     if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise UserError("the checkpoint does not fit this model:\n  " + "\n  ".join(shown))
+        listed = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise UserError("the checkpoint does not fit this model:\n  " + "\n  ".join(listed))
     for destination, value in copies:
         destination.copy_(value)
     return Counts(counts["student"], counts["teacher"], tuple(unused))

@@ -90,8 +90,8 @@ class QueryFormer(nn.Module):
         for block in body:
             x = block(x, view, tokens, mask, views.shape[0])
         assert isinstance(last, QFormerBlock)
-        found = last.cross.weights(last.ask(x, view, views.shape[0])[1], tokens, mask)  # [V N, B, H, L]
-        mean: Tensor = found.view(views.shape[0], -1, *found.shape[1:]).mean(1)
+        weights = last.cross.weights(last.ask(x, view, views.shape[0])[1], tokens, mask)  # [V N, B, H, L]
+        mean: Tensor = weights.view(views.shape[0], -1, *weights.shape[1:]).mean(1)
         return mean
 
 

@@ -53,8 +53,8 @@ class MaskedText(TextCrop):
         else:
             start = int(rng.integers(len(words) - count + 1))
             hidden = set(range(start, start + count))
-        shown = [self.config.replace if i in hidden else word for i, word in enumerate(words)]
-        return " ".join(word for word in shown if word)
+        masked = [self.config.replace if i in hidden else word for i, word in enumerate(words)]
+        return " ".join(word for word in masked if word)
 
 
 class WordDropoutConfig(TextCropConfig):
@@ -82,8 +82,10 @@ class WordDropout(TextCrop):
     def drop(self, text: str, rng: np.random.Generator) -> str:
         """The words that stay; where all would go, one of them at random."""
         words = text.split()
-        kept = [word for word, u in zip(words, rng.random(len(words)), strict=True) if u >= self.config.probability]
-        return " ".join(kept or [words[int(rng.integers(len(words)))]])
+        remaining = [
+            word for word, u in zip(words, rng.random(len(words)), strict=True) if u >= self.config.probability
+        ]
+        return " ".join(remaining or [words[int(rng.integers(len(words)))]])
 
 
 class SentenceCropConfig(CaptionConfig):

@@ -119,19 +119,19 @@ class Ibot(PrototypeLoss):
         student, teacher = outputs.student[m], outputs.teacher["default"][m]
         masks = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
-        said = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], N patches hidden in all
-        seen = torch.cat([teacher.tokens[self.taught.index(t)][masks[s]] for s, t in self.pairs])
+        student_tokens = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], all N hidden patches
+        teacher_tokens = torch.cat([teacher.tokens[self.taught.index(t)][masks[s]] for s, t in self.pairs])
         temperature = self.temperature(outputs.progress)
-        log_p = self.student_logits(said, outputs.progress)
-        logits = self.teacher_logits(seen, outputs)
+        log_p = self.student_logits(student_tokens, outputs.progress)
+        logits = self.teacher_logits(teacher_tokens, outputs)
         with torch.autocast(logits.device.type, enabled=False):
             targets = self.targets(logits, temperature)
-            each = -(targets * log_p).sum(-1)
+            per_patch = -(targets * log_p).sum(-1)
             beside = hidden.sum(-1, keepdim=True).expand_as(hidden)[hidden]  # [N] hidden patches of the same picture
-            terms = {"patch": (each / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
+            terms = {"patch": (per_patch / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
         metrics = {"masked": hidden.float().mean()}
         if len(targets):
-            metrics |= {"patch_cross_entropy": each.detach().mean()} | spread(targets, "patch_")
+            metrics |= {"patch_cross_entropy": per_patch.detach().mean()} | spread(targets, "patch_")
         if self.config.shared_head:
             terms["class"], class_metrics = self.class_term(outputs, self.class_targets, self.students)
             metrics |= class_metrics

@@ -102,11 +102,11 @@ class PrototypeLoss(Loss):
         student, teacher = outputs.student[m].class_tokens, outputs.teacher["default"][m].class_tokens
         assert student is not None
         assert teacher is not None
-        said = self.student_logits(student[list(students), :, token], outputs.progress)
+        student_logits = self.student_logits(student[list(students), :, token], outputs.progress)
         logits = self.teacher_logits(teacher[:, :, token], outputs)
         with torch.autocast(logits.device.type, enabled=False):
             p = targets(logits.flatten(0, 1), self.temperature(outputs.progress)).view_as(logits)
-            return across_views(said, p, students, self.taught), spread(p)
+            return across_views(student_logits, p, students, self.taught), spread(p)
 
 
 def across_views(

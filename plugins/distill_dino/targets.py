@@ -73,5 +73,5 @@ def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> None:
 
 def entropy(p: Tensor) -> Tensor:
     """-sum p ln p over the last dimension, in nats; 0 ln 0 is 0."""
-    each: Tensor = torch.special.entr(p)
-    return each.sum(-1)
+    summands: Tensor = torch.special.entr(p)
+    return summands.sum(-1)

@@ -104,5 +104,5 @@ def group_weights(similarity: Tensor, mask: Tensor | None, threshold: float | No
     # masked before the division: a gradient through 0 / 0 is nan even where its value is not taken
     normalised = torch.where(flat, 1.0, (similarity - least) / span.masked_fill(flat, 1.0))
     limit = 1 / real.sum(-1, keepdim=True) if threshold is None else threshold
-    kept = normalised.masked_fill(~real | (normalised < limit), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    above_limit = normalised.masked_fill(~real | (normalised < limit), 0.0)
+    return above_limit / above_limit.sum(-1, keepdim=True)

@@ -83,7 +83,7 @@ def attend(
     for row in rows:
         click.echo(row.label)
         for reading in row.maps:
-            click.echo(f"    {reading.told}")
+            click.echo(f"    {reading.line}")
     click.echo(", ".join(files_written))
 
 
@@ -120,7 +120,7 @@ def _missing_parts(model: Model, items: list[ViewedItem], item_readings: list[Re
 
     lines = []
     modalities = {entry.modality for entry in items}
-    if len(modalities) > 1 and not any(entry.asking for entry in item_readings):
+    if len(modalities) > 1 and not any(entry.reader for entry in item_readings):
         if model.fusion is not None:
             name, both = model.fusion.name, " and ".join(sorted(modalities))
             why = (
@@ -132,7 +132,7 @@ def _missing_parts(model: Model, items: list[ViewedItem], item_readings: list[Re
             why = "a teacher has no fusion" if teacher else "the run has no fusion"
         lines.append(f"no cross-attention: {why}")
     for modality in sorted(modalities):
-        if not any(entry.asking is None and entry.answer.modality == modality for entry in item_readings):
+        if not any(entry.reader is None and entry.answer.modality == modality for entry in item_readings):
             name = model.backbone[modality].name
             lines.append(f"no self-attention of the {modality}: the backbone {name!r} has no `class_attention`")
     return lines
@@ -140,12 +140,12 @@ def _missing_parts(model: Model, items: list[ViewedItem], item_readings: list[Re
 
 def _numbers(reading: Reading) -> dict[str, Any]:
     """A reading as plain data: weights [H, L], with the positions of the L tokens."""
-    reader, answer = reading.asking, reading.answer
+    reader, answer = reading.reader, reading.answer
     return {
         "asking": reader.modality if reader else None,
-        "query": reader.shown if reader and isinstance(reader.shown, str) else None,
+        "query": reader.rendered if reader and isinstance(reader.rendered, str) else None,
         "answer": answer.modality,
-        "item": answer.shown if isinstance(answer.shown, str) else None,
+        "item": answer.rendered if isinstance(answer.rendered, str) else None,
         "tokens": answer.places,
         "weights": [[round(weight, 6) for weight in head] for head in reading.weights.tolist()],
         "entropy": round(reading.entropy, 4),

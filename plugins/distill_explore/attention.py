@@ -26,7 +26,7 @@ class ViewedItem:
     """An item, as rendered for people and as the model encodes it."""
 
     modality: str
-    shown: Rendered
+    rendered: Rendered
     layout: TokenLayout | None
     pooled: Tensor
     """[D]."""
@@ -40,15 +40,15 @@ class ViewedItem:
     @property
     def places(self) -> TokenLayout | None:
         """The positions of the tokens, if they can be drawn: words of a text, or a grid on an image."""
-        fits = isinstance(self.layout, list) if isinstance(self.shown, str) else isinstance(self.layout, tuple)
-        return self.layout if fits and self.shown is not None else None
+        fits = isinstance(self.layout, list) if isinstance(self.rendered, str) else isinstance(self.layout, tuple)
+        return self.layout if fits and self.rendered is not None else None
 
 
 @dataclass(frozen=True)
 class Reading:
     """How the tokens of `answer` are read, by `asking` in the fusion, or by the answer's own class token (None)."""
 
-    asking: ViewedItem | None
+    reader: ViewedItem | None
     answer: ViewedItem
     weights: Tensor
     """[H, L] of the real tokens; a row sums to less than 1 if other tokens (padding, a class token) get the rest."""
@@ -99,39 +99,39 @@ def joins(model: Model, *modalities: str) -> bool:
 
 
 @torch.no_grad()
-def cross(model: Model, asking: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
+def cross(model: Model, reader: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
     """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion does not offer
     `TokenAttention`, or does not join the two modalities."""
-    if asking and answers and not joins(model, asking[0].modality, answers[0].modality):
+    if reader and answers and not joins(model, reader[0].modality, answers[0].modality):
         return []
     tokens = [one.tokens for one in answers if one.tokens is not None]
     fusion = model.fusion
     if model.fusion is None or not answers or len(tokens) < len(answers) or not offers(fusion, TokenAttention):
         return []
-    queries = torch.stack([one.pooled for one in asking])[None]  # [1, B, D]
+    queries = torch.stack([one.pooled for one in reader])[None]  # [1, B, D]
     mask = torch.stack([one.mask for one in answers]).to(model.device)
     with evaluating(model.fusion):
         weights = fusion.attention(answers[0].modality, queries, torch.stack(tokens), mask)
     if weights is None:
         return []
     rows = weights[0].float().cpu()  # [B, H, L]
-    return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(asking, answers, rows, strict=True)]
+    return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(reader, answers, rows, strict=True)]
 
 
-def class_readings(seen: Sequence[ViewedItem]) -> list[Reading]:
+def class_readings(items: Sequence[ViewedItem]) -> list[Reading]:
     """How the class token of each item reads its tokens, of those whose backbone tells."""
-    return [Reading(None, one, one.own[:, one.mask]) for one in seen if one.own is not None]
+    return [Reading(None, item, item.own[:, item.mask]) for item in items if item.own is not None]
 
 
-def readings(model: Model, seen: Sequence[ViewedItem], more: Sequence[ViewedItem] = ()) -> list[Reading]:
+def readings(model: Model, items: Sequence[ViewedItem], readers: Sequence[ViewedItem] = ()) -> list[Reading]:
     """How items read one another across modalities, and each its own tokens; those of `more` only ask."""
     result = []
-    for answer in seen:
+    for answer in items:
         for modality in model.modalities:
             if modality != answer.modality:
-                asking = [one for one in (*seen, *more) if one.modality == modality]
-                result += cross(model, asking, [answer] * len(asking))
-    return result + class_readings(seen)
+                reader = [item for item in (*items, *readers) if item.modality == modality]
+                result += cross(model, reader, [answer] * len(reader))
+    return result + class_readings(items)
 
 
 def principal(tokens: Tensor) -> Tensor:

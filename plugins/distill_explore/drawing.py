@@ -31,7 +31,7 @@ class Map:
     """An item under `weights` [L]."""
 
     name: str
-    seen: ViewedItem
+    item: ViewedItem
     weights: Tensor
 
     @property
@@ -55,7 +55,7 @@ class Map:
         return f"{self.name}: entropy {float(entropy(self.weights)):.2f}, top {self.ratios.max(initial=0):.1f}x"
 
     @property
-    def told(self) -> str:
+    def line(self) -> str:
         """The caption as a complete line, the name last."""
         spread = f"entropy {float(entropy(self.weights)):.2f} of {math.log(max(1, len(self.weights))):.2f} nats"
         return f"{spread}, top token {self.ratios.max(initial=0):.1f}x an even share  {self.name}"
@@ -71,7 +71,7 @@ class Row:
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
 
 
-def rows_of(readings: Sequence[Reading], seen: Sequence[ViewedItem], heads: bool = False) -> list[Row]:
+def rows_of(readings: Sequence[Reading], items: Sequence[ViewedItem], heads: bool = False) -> list[Row]:
     """Everything to draw of some items: the fusion's attention, the class tokens', the patches' components.
 
     Readings of the same item share a row; with `heads` each has its own row, with a map for each head. The class token
@@ -81,16 +81,16 @@ def rows_of(readings: Sequence[Reading], seen: Sequence[ViewedItem], heads: bool
     groups: dict[tuple[int, str | None], list[Reading]] = {}
     for reading in readings:
         if reading.answer.places is not None:
-            groups.setdefault((id(reading.answer), reading.asking.modality if reading.asking else None), []).append(
+            groups.setdefault((id(reading.answer), reading.reader.modality if reading.reader else None), []).append(
                 reading
             )
     for group in groups.values():
-        by_head = heads or (group[0].asking is None and isinstance(group[0].answer.places, tuple))
+        by_head = heads or (group[0].reader is None and isinstance(group[0].answer.places, tuple))
         rows += [_row([reading], True) for reading in group] if by_head else [_row(group, False)]
-    for item in seen:
+    for item in items:
         if isinstance(item.places, tuple) and item.tokens is not None:
             grid = principal(item.tokens[item.mask.to(item.tokens.device)]).reshape(*item.places, 3).numpy()
-            picture, squares = plain(item.shown), Image.fromarray((255 * grid).round().astype(np.uint8))
+            picture, squares = plain(item.rendered), Image.fromarray((255 * grid).round().astype(np.uint8))
             patches = squares.resize(picture.size, Image.Resampling.NEAREST)
             panels = {"what the model sees": picture, "components 1 to 3 as red, green, blue": patches}
             rows.append(Row(f"{item.modality}: principal components of the patches' features", pictures=panels))
@@ -99,29 +99,29 @@ def rows_of(readings: Sequence[Reading], seen: Sequence[ViewedItem], heads: bool
 
 def _row(group: Sequence[Reading], heads: bool) -> Row:
     """A row of readings of one item: each one's mean over heads, and of a single reading also each head."""
-    asking, answer, (count, length) = group[0].asking, group[0].answer, group[0].weights.shape
+    reader, answer, (count, length) = group[0].reader, group[0].answer, group[0].weights.shape
     mean = f"mean of {count} heads" if count > 1 else "one head"
     has_several = len(group) > 1
-    maps = [(_words(reading.asking, 60) if has_several else mean, reading.weights.mean(0)) for reading in group]
+    maps = [(_words(reading.reader, 60) if has_several else mean, reading.weights.mean(0)) for reading in group]
     if heads and count > 1:
         maps += [(f"head {i + 1}", weights) for i, weights in enumerate(group[0].weights)]
     facts = f"{mean}; " if has_several else ""
     facts += (
         f"colour: times an even share (1/{length}) of the attention; entropy in nats, {math.log(length):.2f} if even"
     )
-    if asking is None:
+    if reader is None:
         label = f"{answer.modality}: self-attention of the token that makes the embedding, last block"
     else:
-        words = "" if has_several else f" {_words(asking, 70)}".rstrip()
-        label = f"{asking.modality}{words} reads {answer.modality}"
+        words = "" if has_several else f" {_words(reader, 70)}".rstrip()
+        label = f"{reader.modality}{words} reads {answer.modality}"
     return Row(label, facts, [Map(name, answer, weights) for name, weights in maps])
 
 
-def _words(asking: ViewedItem | None, most: int) -> str:
+def _words(reader: ViewedItem | None, most: int) -> str:
     """A text in quotation marks; empty for other items."""
-    if asking is None or not isinstance(asking.shown, str):
+    if reader is None or not isinstance(reader.rendered, str):
         return ""
-    return f'"{textwrap.shorten(asking.shown, most, placeholder=" ...")}"'
+    return f'"{textwrap.shorten(reader.rendered, most, placeholder=" ...")}"'
 
 
 def colours(levels: np.ndarray, name: str) -> np.ndarray:
@@ -138,7 +138,7 @@ def _size(picture: Image.Image, side: int) -> tuple[int, int]:
 
 def overlay(map_: Map, side: int = SIDE) -> Image.Image:
     """The picture in pale grey under the weights, smoothed between patches' middles; its longer side is `side` px."""
-    picture, size, places = map_.seen.shown, _size(map_.seen.shown, side), map_.seen.places
+    picture, size, places = map_.item.rendered, _size(map_.item.rendered, side), map_.item.places
     assert isinstance(places, tuple)
     grid = Image.fromarray(map_.levels.astype(np.float32).reshape(places))
     level = np.clip(np.asarray(grid.resize(size, Image.Resampling.BILINEAR)), 0, 1)
@@ -158,7 +158,7 @@ def scale(map_: Map, width: int = SIDE) -> Image.Image:
     """The colours of a map, as they are over white, from 0 to their end, with a mark at an even share (1x)."""
     level, font, bar = np.linspace(0, 1, width, dtype=np.float32), font_of(9), 6
     page = Image.new("RGB", (width, bar + 14), "white")
-    line = shade(level) if isinstance(map_.seen.places, list) else _painted(level, 255)
+    line = shade(level) if isinstance(map_.item.places, list) else _painted(level, 255)
     page.paste(Image.fromarray(np.repeat(line[None], bar, 0)), (0, 2))
     draw = ImageDraw.Draw(page)
     draw.text((0, bar + 3), "0", fill="grey", font=font)
@@ -172,7 +172,7 @@ def scale(map_: Map, width: int = SIDE) -> Image.Image:
 
 def with_scale(map_: Map, side: int = SIDE) -> Image.Image:
     """A map with its scale below: the overlay of a picture, or the words of a text."""
-    image = strip(map_) if isinstance(map_.seen.places, list) else overlay(map_, side)
+    image = strip(map_) if isinstance(map_.item.places, list) else overlay(map_, side)
     scale_image = scale(map_, min(side, image.width))
     page = Image.new("RGB", (image.width, image.height + 2 + scale_image.height), "white")
     page.paste(image, (0, 0))
@@ -194,7 +194,7 @@ def strip(map_: Map, width: int = WIDTH - 12) -> Image.Image:
     """The words of a text, each token on its colour; a word's tokens touch."""
     font, line, pad, gap = font_of(14), 24, 3, 5
     placed: list[tuple[int, int, int, str, tuple[int, ...]]] = []
-    places: Any = map_.seen.places
+    places: Any = map_.item.places
     x = y = 0
     for piece, colour in zip(places, shade(map_.levels).tolist(), strict=True):
         word = piece.rstrip(" ")
@@ -221,12 +221,12 @@ def with_name(name: str, picture: Image.Image) -> Image.Image:
     return page
 
 
-def figure(rows: Sequence[Row], seen: Sequence[ViewedItem]) -> Image.Image:
+def figure(rows: Sequence[Row], items: Sequence[ViewedItem]) -> Image.Image:
     """All rows on one page, below the items themselves."""
     lines: list[tuple[str, list[Any]]] = [
-        (item.modality, [item.shown if isinstance(item.shown, str) else plain(item.shown)])
-        for item in seen
-        if item.shown is not None
+        (item.modality, [item.rendered if isinstance(item.rendered, str) else plain(item.rendered)])
+        for item in items
+        if item.rendered is not None
     ]
     for row in rows:
         lines += [("", [row.label]), (row.facts, list(_images_of(row)))]

@@ -70,10 +70,12 @@ class AttentionMaps(Task):
         scores: list[Score] = []
         for samples in sets:
             entropies: dict[str, list[float]] = defaultdict(list)
-            for _, seen in self._batches(model, samples, self.config.samples):
-                for a, b in permutations(seen, 2):
-                    entropies[f"{a}_to_{b}/entropy"] += [reading.entropy for reading in cross(model, seen[a], seen[b])]
-                for name, items in seen.items():
+            for _, items_of in self._batches(model, samples, self.config.samples):
+                for a, b in permutations(items_of, 2):
+                    entropies[f"{a}_to_{b}/entropy"] += [
+                        reading.entropy for reading in cross(model, items_of[a], items_of[b])
+                    ]
+                for name, items in items_of.items():
                     entropies[f"{name}/class_entropy"] += [reading.entropy for reading in class_readings(items)]
             for name, values in entropies.items():
                 if values:
@@ -95,10 +97,10 @@ class AttentionMaps(Task):
             share = samples // len(sets) + (i < samples % len(sets))
             if not share:
                 continue
-            for keys, seen in self._batches(model, evaluation_set, share):
-                for key, *items in zip(keys, *seen.values(), strict=True):
+            for keys, items_of in self._batches(model, evaluation_set, share):
+                for key, *items in zip(keys, *items_of.values(), strict=True):
                     if rows := rows_of(readings(model, items), items):
-                        texts = {item.modality: [item.shown] for item in items}
+                        texts = {item.modality: [item.rendered] for item in items}
                         context = {"set": evaluation_set.name, "sample": key}
                         yield Picture("maps", figure(rows, items), words(key, texts), context)
 

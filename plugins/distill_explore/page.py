@@ -26,13 +26,13 @@ figcaption {{ color: #666; font-size: .8rem; overflow-wrap: anywhere }}
 """
 
 
-def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[ViewedItem]) -> str:
+def html(title: str, note: str, rows: Sequence[Row], items: Sequence[ViewedItem]) -> str:
     """The page. All text from outside is escaped."""
     parts = [f"<h1>{escape(title)}</h1>", f"<p>{escape(note)}</p>"]
     figures = [
-        figure(item.modality, escape(item.shown) if isinstance(item.shown, str) else plain(item.shown, SIDE))
-        for item in seen
-        if item.shown is not None
+        figure(item.modality, escape(item.rendered) if isinstance(item.rendered, str) else plain(item.rendered, SIDE))
+        for item in items
+        if item.rendered is not None
     ]
     parts += ['<div class="row">', *figures, "</div>"]
     for row in rows:
@@ -40,7 +40,7 @@ def html(title: str, note: str, rows: Sequence[Row], seen: Sequence[ViewedItem])
             figure(
                 item.caption,
                 text(item) + image(scale(item, SIDE), "its colours")
-                if isinstance(item.seen.places, list)
+                if isinstance(item.item.places, list)
                 else with_scale(item, SIDE),
             )
             for item in row.maps
@@ -71,7 +71,7 @@ def image(picture: Image.Image, words: str) -> str:
 def text(map_: Map) -> str:
     """The words on their colours; hovering over a token shows its weight."""
     spans = []
-    places: Any = map_.seen.places
+    places: Any = map_.item.places
     for piece, weight, colour in zip(places, map_.weights.tolist(), shade(map_.levels).tolist(), strict=True):
         ratio = weight * len(places)
         attributes = f'title="{weight:.4f}, {ratio:.2f}x" style="background: rgb({", ".join(map(str, colour))})"'

@@ -45,8 +45,8 @@ class ConditionedPooler(nn.Module):
         q, k, mask = self._asked(queries, tokens, mask)
         weight, bias = self.attn.in_proj_weight.chunk(3)[2], self.attn.in_proj_bias.chunk(3)[2]
         v = rearrange(linear(self.ln_v(tokens), weight, bias), "b l (h k) -> b h l k", h=self.attn.num_heads)
-        found = cross_attention(q, k, pad(v, (0, 0, 0, 1)), mask=mask)
-        out: Tensor = self.attn.out_proj(rearrange(found, "b h v k -> v b (h k)"))
+        pooled = cross_attention(q, k, pad(v, (0, 0, 0, 1)), mask=mask)
+        out: Tensor = self.attn.out_proj(rearrange(pooled, "b h v k -> v b (h k)"))
         return out
 
     def weights(self, queries: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,11 +107,11 @@ class TextConditionedPool(FusionHead):
                 f"set fusion.queries to [{', '.join(self.config.modalities)}]"
             )
         fused = {}
-        for mine, other in self.other.items():
-            theirs = features[other]
-            found = self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))
-            with torch.autocast(found.device.type, enabled=False):
-                fused[mine] = normalize(found.to(torch.promote_types(found.dtype, torch.float32)), dim=-1)
+        for name, other in self.other.items():
+            tokens_of = features[other]
+            pooled = self.pool(other, features[name].pooled, tokens_of.tokens[0], tokens_of.masks.get(0))
+            with torch.autocast(pooled.device.type, enabled=False):
+                fused[name] = normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
         return {m: Fused(x) for m, x in fused.items()}
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,8 +126,8 @@ class TextConditionedPool(FusionHead):
                 f"add it to fusion.queries"
             )
         pooler: Any = self.pooler[modality]
-        found: Tensor = pooler(queries, self.token_map[modality](tokens), mask)
-        return found
+        pooled: Tensor = pooler(queries, self.token_map[modality](tokens), mask)
+        return pooled
 
     def attention(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """The pooler's weights, [V, B, H, L]; none where the other modality does not ask."""

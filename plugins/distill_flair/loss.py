@@ -97,8 +97,8 @@ class Flair(Sigmoid):
     ) -> Tensor:
         """Sum over pictures and their texts: texts [K, M, D], tokens [b, L, W], chosen [b, T]."""
         queries = texts.flatten(0, 1)[chosen.T]  # [T, b, D]
-        found = fusion.pool(self.config.modalities[0], queries, tokens, mask)
-        with torch.autocast(found.device.type, enabled=False):
-            similarity = (normalize(found.to(queries.dtype), dim=-1) * normalize(queries, dim=-1)).sum(-1)
+        pooled = fusion.pool(self.config.modalities[0], queries, tokens, mask)
+        with torch.autocast(pooled.device.type, enabled=False):
+            similarity = (normalize(pooled.to(queries.dtype), dim=-1) * normalize(queries, dim=-1)).sum(-1)
             logits = self.logit_scale.exp() * similarity + self.logit_bias
             return softplus(-logits[: len(texts)]).sum() + softplus(logits[len(texts) :]).sum()

@@ -69,9 +69,11 @@ def masked_language(head: PredictionHead, tokens: Tensor, targets: Tensor) -> tu
 
 def masked_image(who: str, head: PredictionHead, tokens: Tensor, targets: Tensor) -> Tensor:
     """Mean squared error of hidden patches [N, W] against pixels [N, 3 * p * p]; 0 of none."""
-    values, made = targets.shape[-1], head.decoder.out_features
-    if values != made:
-        raise UserError(f"{who}: a patch has {values} pixel values, the head makes {made}; set patch to the backbone's")
+    values, out_features = targets.shape[-1], head.decoder.out_features
+    if values != out_features:
+        raise UserError(
+            f"{who}: a patch has {values} pixel values, the head makes {out_features}; set patch to the backbone's"
+        )
     predicted = head(tokens)
     return mse_loss(predicted, targets.to(predicted.dtype), reduction="sum") / max(targets.numel(), 1)
 

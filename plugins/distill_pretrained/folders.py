@@ -26,12 +26,12 @@ def read_config(folder: str | None, package: str | None) -> dict[str, Any]:
         else:
             with zipfile.ZipFile(_archive(str(package))) as archive:
                 text = archive.read("config.json").decode("utf-8")
-        found = json.loads(text)
+        content = json.loads(text)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"hf_text: {folder or package}: no readable config.json ({error})") from error
-    if not isinstance(found, dict) or "model_type" not in found:
+    if not isinstance(content, dict) or "model_type" not in content:
         raise UserError(f"hf_text: {folder or package}: config.json names no model_type")
-    return found
+    return content
 
 
 def locate(folder: str | None, package: str | None) -> Path:

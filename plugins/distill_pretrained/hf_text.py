@@ -62,22 +62,22 @@ def _config(config: HfTextConfig) -> Any:
     if kind not in hf.CONFIG_MAPPING:
         raise UserError(f"{where}: transformers has no model_type {kind!r}")
     try:
-        found = hf.AutoConfig.for_model(kind, **options)
+        config_of_model = hf.AutoConfig.for_model(kind, **options)
     except Exception as error:  # each of its configs checks values in its own way
         raise UserError(f"{where}: config.json is not one of a {kind}: {_first_line(error)}") from error
-    if not isinstance(getattr(found, "hidden_size", None), int):
+    if not isinstance(getattr(config_of_model, "hidden_size", None), int):
         raise UserError(f"{where}: a model of type {kind!r} has no hidden_size; take the folder of a text encoder")
-    return found
+    return config_of_model
 
 
 def _load(hf: Any, folder: Path) -> Any:
     """The model of a folder, fp32. Raises `UserError`, also for weights that the file lacks."""
     logs = hf.utils.logging
-    shown, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    progress_bar, level = logs.is_progress_bar_enabled(), logs.get_verbosity()
     logs.disable_progress_bar()
     logs.set_verbosity_error()  # what is missing is told below, what is not used does not matter
     try:
-        model, told = hf.AutoModel.from_pretrained(
+        model, load_info = hf.AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
             output_loading_info=True,
         )  # fmt: skip
@@ -85,9 +85,9 @@ def _load(hf: Any, folder: Path) -> Any:
         raise UserError(f"hf_text: {folder}: cannot be loaded: {_first_line(error)}") from error
     finally:
         logs.set_verbosity(level)
-        if shown:
+        if progress_bar:
             logs.enable_progress_bar()
-    missing = sorted(key for key in told["missing_keys"] if not key.startswith("pooler."))
+    missing = sorted(key for key in load_info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(
             f"hf_text: {folder}: the weights lack {len(missing)} tensors of a {type(model).__name__}, as {missing[0]}: "
@@ -132,12 +132,12 @@ class HfText(Backbone):
     def problems(cls, config: HfTextConfig, plan: Plan) -> Iterable[str]:
         """A context that the model has no positions for."""
         try:
-            found = _config(config)
+            model_config = _config(config)
         except UserError as error:
             return [str(error)]
-        most = getattr(found, "max_position_embeddings", None)
-        if isinstance(most, int) and found.model_type in FROM_PADDING:
-            most -= (found.pad_token_id or 0) + 1
+        most = getattr(model_config, "max_position_embeddings", None)
+        if isinstance(most, int) and model_config.model_type in FROM_PADDING:
+            most -= (model_config.pad_token_id or 0) + 1
         if isinstance(most, int) and config.context > most:
             return [f"context {config.context} is more than the model's {most} positions"]
         return []
@@ -196,8 +196,8 @@ class HfTextCollator(RoleCollator):
             except (OSError, ValueError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise UserError(f"hf_text: {folder}: no tokenizer can be loaded: {first}") from error
-        found = self._tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
-        return [torch.tensor(ids, dtype=torch.long) for ids in found]
+        rows = self._tokenizer(texts, truncation=True, max_length=self.context)["input_ids"]
+        return [torch.tensor(ids, dtype=torch.long) for ids in rows]
 
     def padded(self, texts: list[str]) -> Tensor:
         """Ids [N, L] of N texts; padding is `PAD`. Raises `UserError`."""

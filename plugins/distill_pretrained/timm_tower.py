@@ -73,8 +73,8 @@ def shape_of(name: str, image_size: int) -> Shape:
     with torch.device("meta"):
         model: Any = create(name, image_size).eval()
         try:
-            found = model.forward_features(torch.empty(1, 3, image_size, image_size))
-            pooled = model.forward_head(found, pre_logits=True)
+            output = model.forward_features(torch.empty(1, 3, image_size, image_size))
+            pooled = model.forward_head(output, pre_logits=True)
         except (AssertionError, RuntimeError) as error:
             raise UserError(f"{name!r} does not take pictures of {image_size} px: {error}") from error
         try:
@@ -82,12 +82,12 @@ def shape_of(name: str, image_size: int) -> Shape:
             sized = False
         except (AssertionError, RuntimeError):
             sized = True
-    if not isinstance(found, Tensor) or not isinstance(pooled, Tensor) or pooled.ndim != 2:
+    if not isinstance(output, Tensor) or not isinstance(pooled, Tensor) or pooled.ndim != 2:
         raise UserError(f"{name!r} gives more than features of a picture, and cannot be a backbone")
     last = getattr(model, "output_fmt", "NCHW") in ("NHWC", "NLC")
-    width = found.shape[1] if found.ndim == 4 and not last else found.shape[-1]
+    width = output.shape[1] if output.ndim == 4 and not last else output.shape[-1]
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[-1]
-    return Shape(width, pooled.shape[1], found.ndim in (3, 4), sized, patch)
+    return Shape(width, pooled.shape[1], output.ndim in (3, 4), sized, patch)
 
 
 def misfit(config: TimmTowerConfig, side: int) -> str | None:
@@ -153,15 +153,15 @@ class TimmTower(Backbone):
         count = x.shape[0]  # not len, which torch.export takes for a constant
         if not count:  # timm's reshapes want a picture
             x = x.new_zeros(1, *x.shape[1:])
-        found: Tensor = self.model.forward_features(x)[:count]  # type: ignore[operator]
-        pooled: Tensor = self.model.forward_head(found, pre_logits=True)  # type: ignore[operator]
+        output: Tensor = self.model.forward_features(x)[:count]  # type: ignore[operator]
+        pooled: Tensor = self.model.forward_head(output, pre_logits=True)  # type: ignore[operator]
         classes = pooled[:, None] if self.classes else None
-        return Encoded(self.proj(pooled), self._tokens(found) if tokens else None, class_tokens=classes)
+        return Encoded(self.proj(pooled), self._tokens(output) if tokens else None, class_tokens=classes)
 
-    def _tokens(self, found: Tensor) -> Tensor:
+    def _tokens(self, output: Tensor) -> Tensor:
         """[N, L, W] of tokens [N, P + L, W], or of a feature map, channels first or last."""
-        if found.ndim == 3:
-            return found[:, getattr(self.model, "num_prefix_tokens", 0) :]
+        if output.ndim == 3:
+            return output[:, getattr(self.model, "num_prefix_tokens", 0) :]
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            return found.flatten(1, 2)
-        return found.flatten(2).transpose(1, 2)
+            return output.flatten(1, 2)
+        return output.flatten(2).transpose(1, 2)

@@ -52,32 +52,32 @@ class TimmWeights(WeightLoader):
         if not isinstance(module, TimmTower):
             raise UserError(f"weights: timm: backbone.{to} is no `timm`; `to` names the modality that has one")
         model: Any = module.model
-        given, said = (self._fetch(module), []) if source is None else self._read(Path(source), model)
+        tensors, remarks = (self._fetch(module), []) if source is None else self._read(Path(source), model)
         what = source or f"timm's weights of {module.config.model}"
         own = model.state_dict()
-        taken = {key: value for key, value in given.items() if key in own}
+        taken = {key: value for key, value in tensors.items() if key in own}
         wrong = [f"{key}: missing in it" for key in own if key not in taken] + [
             f"{key}: shape {list(value.shape)}, this model has {list(own[key].shape)}"
             for key, value in taken.items()
             if value.shape != own[key].shape
         ]
         if wrong:
-            shown = wrong[:6] + ([f"... and {len(wrong) - 6} more"] if len(wrong) > 6 else [])
-            raise UserError(f"weights: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(shown))
+            problems = wrong[:6] + ([f"... and {len(wrong) - 6} more"] if len(wrong) > 6 else [])
+            raise UserError(f"weights: {what} does not fit {module.config.model!r}:\n  " + "\n  ".join(problems))
         for key, value in taken.items():
             own[key].copy_(value)
-        said.append(f"backbone.{to}.proj is new")
-        if rest := sorted({key.split(".")[0] for key in given if key not in own}):
-            said.append(f"left out: {', '.join(rest)}")
-        told = model.pretrained_cfg
+        remarks.append(f"backbone.{to}.proj is new")
+        if rest := sorted({key.split(".")[0] for key in tensors if key not in own}):
+            remarks.append(f"left out: {', '.join(rest)}")
+        pretrained_config = model.pretrained_cfg
         why = f"timm's own weights of {module.config.model} were trained with"
-        said += other_pixels(objective.plan, to, told["mean"], told["std"], why)
+        remarks += other_pixels(objective.plan, to, pretrained_config["mean"], pretrained_config["std"], why)
         names = frozenset(f"backbone.{to}.model.{key}" for key in taken)
-        return LoadReport("; ".join([f"{what}: {len(taken)} tensors", *said]), names)
+        return LoadReport("; ".join([f"{what}: {len(taken)} tensors", *remarks]), names)
 
     def _read(self, path: Path, model: Any) -> tuple[dict[str, Tensor], list[str]]:
-        found, said = read_state_dict(path, self.config.key)
-        state: Any = unwrapped(found)
+        wrapped, remarks = read_state_dict(path, self.config.key)
+        state: Any = unwrapped(wrapped)
         try:
             if filtered := getattr(__import__(type(model).__module__, fromlist=["x"]), "checkpoint_filter_fn", None):
                 state = filtered(state, model)
@@ -85,7 +85,7 @@ class TimmWeights(WeightLoader):
             raise UserError(f"weights: {path}: cannot be loaded: {error}") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise UserError(f"weights: {path}: holds no state dict (a mapping of names to tensors)")
-        return state, said
+        return state, remarks
 
     def _fetch(self, module: TimmTower) -> dict[str, Tensor]:
         timm: Any = require_extra("timm", "timm")

@@ -42,7 +42,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, columns, scale, bias = ctx.saved_tensors
-        mine = [torch.zeros_like(x) for x in (a, scale, bias)]
+        gradients_of_own = [torch.zeros_like(x) for x in (a, scale, bias)]
         travelling = torch.zeros_like(columns)
         for stop in range(world_size()):
             if stop:
@@ -52,11 +52,11 @@ class _Ring(torch.autograd.Function):
                 rows, s, t, visitors = inputs
                 block = _block(rows, visitors, s, t, own=stop == 0)
             *shares, share = torch.autograd.grad(block, inputs, gradients[0])
-            mine = [x + more for x, more in zip(mine, shares, strict=True)]
+            gradients_of_own = [x + more for x, more in zip(gradients_of_own, shares, strict=True)]
             travelling = travelling + share
         if world_size() > 1:
             travelling = _to_the_right(travelling)  # the last stop is the left neighbour of where they began
-        d_a, d_scale, d_bias = mine
+        d_a, d_scale, d_bias = gradients_of_own
         return d_a, travelling, d_scale, d_bias
 
 

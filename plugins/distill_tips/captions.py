@@ -58,8 +58,8 @@ class TwoCaptions(CaptionAugmentation):
         if self.config.web is not None:
             texts = self.decode(sample, self.config.web)
         else:
-            found = self.texts(sample)
-            texts = next((found[field] for field in WEB if field in found), [])
+            by_field = self.texts(sample)
+            texts = next((by_field[field] for field in WEB if field in by_field), [])
         if not texts:
             raise BadSample(
                 f"no caption of the web: neither {' nor '.join(WEB)}; name the json's field that holds it by the "

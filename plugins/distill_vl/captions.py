@@ -149,10 +149,10 @@ class CaptionAugmentation(Augmentation):
             field = "references"
         if field is None:
             return [self.whole(sample)]
-        found = [text for text in _texts(_json(sample), field) if text.strip()]
-        if not found:
+        texts = [text for text in _texts(_json(sample), field) if text.strip()]
+        if not texts:
             raise BadSample(f"no text in the json's field {field!r}")
-        return found
+        return texts
 
     def measure(self, sample: Sample) -> Mapping[str, float]:
         """Captions and sentences. Raises `BadSample` when there is none."""

@@ -126,8 +126,8 @@ class ClipText(Backbone):
         text = torch.arange(len(ends)).repeat_interleave(lengths)  # of each packed row
         place = torch.arange(len(text)) - starts[text]
         source = (widths.cumsum(0) - widths)[text] + place
-        wanted = whole[text] | (place == ends[text])
-        rows, at_end = wanted.nonzero()[:, 0], (wanted.cumsum(0) - 1)[starts[:-1] + ends]
+        is_read = whole[text] | (place == ends[text])
+        rows, at_end = is_read.nonzero()[:, 0], (is_read.cumsum(0) - 1)[starts[:-1] + ends]
         place, source, rows, at_end = (x.to(device, non_blocking=True) for x in (place, source, rows, at_end))
 
         packed = self.token_embedding(torch.cat([x.flatten() for x in ids])[source])

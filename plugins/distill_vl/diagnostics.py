@@ -16,13 +16,13 @@ def kernels() -> list[Diagnostic]:
     for op, backend, answer in listing():
         can, cannot = rows.setdefault(op, ([], []))
         can.append(backend) if answer == "yes" else cannot.append(f"{backend}: {answer}")
-    found = [
+    lines = [
         Diagnostic("kernels", op, ", ".join(can) + (f"; not {'; not '.join(cannot)}" if cannot else ""))
         for op, (can, cannot) in rows.items()
     ]
     path = table_path(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     auto = str(path) if path.exists() else "the defaults of the package (measure with distill kernels --tune)"
-    return [*found, Diagnostic("kernels", "auto goes by", auto), *_xformers()]
+    return [*lines, Diagnostic("kernels", "auto goes by", auto), *_xformers()]
 
 
 def _xformers() -> list[Diagnostic]:

@@ -61,9 +61,11 @@ class TokenFusion(FusionHead):
         """All views of each modality with the tokens of the other's view 0."""
         first, second = self.config.modalities
         fused = {}
-        for mine, other in ((first, second), (second, first)):
+        for modality, other in ((first, second), (second, first)):
             theirs = features[other]
-            fused[mine] = Fused(unit(self.pool(other, features[mine].pooled, theirs.tokens[0], theirs.masks.get(0))))
+            fused[modality] = Fused(
+                unit(self.pool(other, features[modality].pooled, theirs.tokens[0], theirs.masks.get(0)))
+            )
         return fused
 
     @abstractmethod

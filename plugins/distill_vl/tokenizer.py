@@ -52,9 +52,9 @@ class ClipTokenizer:
         begun: list[int] = []
         for token in ids[1 : int(ids.argmax())].tolist():
             begun.append(token)
-            found = _tokenizer().decode(begun)
-            if "\N{REPLACEMENT CHARACTER}" not in found or len(begun) == 4:  # no character has more bytes
-                pieces += ["\N{MIDDLE DOT}"] * (len(begun) - 1) + [found]
+            decoded = _tokenizer().decode(begun)
+            if "\N{REPLACEMENT CHARACTER}" not in decoded or len(begun) == 4:  # no character has more bytes
+                pieces += ["\N{MIDDLE DOT}"] * (len(begun) - 1) + [decoded]
                 begun = []
         pieces += ["\N{MIDDLE DOT}"] * len(begun)  # cut in the middle of a character
         return ["<start> ", *pieces, "<end> "]

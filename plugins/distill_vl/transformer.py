@@ -259,8 +259,8 @@ class Transformer(nn.Module):
         """With which position `index` [N] reads x [N, L, W] in the last block: [N, H, L]. Only for pictures."""
         n, length, _ = x.shape
         x = self.body(x.flatten(0, 1), Sequences.of((n, length), causal=causal)).view(x.shape)
-        seen = torch.arange(length, device=x.device) <= index[:, None]
-        return self.last.weights(x, index, seen if causal else None)
+        visible = torch.arange(length, device=x.device) <= index[:, None]
+        return self.last.weights(x, index, visible if causal else None)
 
     def together(
         self, inputs: Sequence[Tensor], positions: Sequence[Tensor | None], *, causal: bool = False
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         sequences = Sequences.of(*[(inputs[i].shape[0], inputs[i].shape[1]) for i in order], causal=causal)
         rows = None if all(at is None for at in positions) else [positions[i] for i in order]
         out = self(_joined([inputs[i].flatten(0, 1) for i in order]), sequences, rows)
-        wanted = [inputs[i].shape[:2] if (at := positions[i]) is None else at.shape for i in order]
-        parts = [out] if len(order) == 1 else torch.split(out, [n * count for n, count in wanted])
-        by_input = {i: part.view(*shape, part.shape[-1]) for i, part, shape in zip(order, parts, wanted, strict=True)}
+        shapes = [inputs[i].shape[:2] if (at := positions[i]) is None else at.shape for i in order]
+        parts = [out] if len(order) == 1 else torch.split(out, [n * count for n, count in shapes])
+        by_input = {i: part.view(*shape, part.shape[-1]) for i, part, shape in zip(order, parts, shapes, strict=True)}
         return [by_input[i] for i in range(len(inputs))]

@@ -312,7 +312,7 @@ def test_a_fusion_is_asked_for_its_own_modalities_alone(runs: Path, registry: Re
     model = models_of(recipe, build_objective(recipe), torch.device("cpu"))["student"]
     seen = [*see(model, "image", [View(torch.randn(3, 16, 16))])]
     seen += [one for m in ("text", "sound") for one in see(model, m, [View("a red bird")])]
-    asked = {(one.asking.modality, one.answer.modality) for one in readings(model, seen) if one.asking}
+    asked = {(one.reader.modality, one.answer.modality) for one in readings(model, seen) if one.reader}
     assert asked == {("image", "text"), ("text", "image")}
     assert cross(model, [seen[2]], [seen[0]]) == []
 
@@ -346,7 +346,7 @@ def test_every_fusion_is_asked(fusion: str, told: dict[str, int], runs: Path, re
     model = models_of(recipe, build_objective(recipe), torch.device("cpu"))["student"]
     seen = see(model, "image", [View(torch.randn(3, 16, 16))]) + see(model, "text", [View("a red bird")])
     found = readings(model, seen)
-    assert {one.answer.modality: len(one.weights) for one in found if one.asking} == told
+    assert {one.answer.modality: len(one.weights) for one in found if one.reader} == told
     for one in found:
         assert one.weights.shape[1] == (4 if one.answer.modality == "image" else 5), "real tokens alone"
         assert (one.weights.sum(-1) < 1 + 1e-5).all()

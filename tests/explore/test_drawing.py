@@ -52,7 +52,7 @@ def test_the_scale_says_what_colours_mean() -> None:
     assert np.ptp(bar[0, 30]) == 0, "the mark is grey"
     assert bar[0, 30].max() < 200
     assert with_scale(one, 120).height > overlay(one, 120).height + 10
-    assert one.told == "entropy 1.57 of 2.08 nats, top token 4.0x an even share  mine"
+    assert one.line == "entropy 1.57 of 2.08 nats, top token 4.0x an even share  mine"
 
 
 def test_words_are_shaded_by_weight() -> None:

@@ -127,7 +127,8 @@ def _commands(plugins: Plugins) -> str:
     from distill_core.tools import cli
 
     parts = ["# Commands", inspect.cleandoc(cli.help or "")]
-    for name, command in sorted([*_walk(cli.commands.values()), *_walk(plugins.commands())]):
+    commands = dict([*_walk(cli.commands.values()), *_walk(plugins.commands())])  # plugins share groups
+    for name, command in sorted(commands.items()):
         usage = " ".join(_usage(parameter) for parameter in command.params if isinstance(parameter, click.Argument))
         call = f"`distill {name} {usage}".rstrip() + "`"
         parts += [f"## distill {name}", call, inspect.cleandoc(command.help or "")]

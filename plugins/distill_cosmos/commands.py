@@ -9,7 +9,7 @@ from distill_core.tools import completion
 
 @click.group()
 def bench() -> None:
-    """Measure how fast steps and kernels are, as ratios on this machine."""
+    """Measure how fast data, steps and kernels are, as ratios on this machine."""
 
 
 @bench.command()

@@ -38,10 +38,10 @@ def distill_conformance_cases() -> list[ConformanceCase]:
 
 @hookimpl
 def distill_commands() -> list[click.Command]:
-    """`distill kernels`."""
-    from distill_vl.commands import kernels
+    """`distill kernels`, `distill bench data`."""
+    from distill_vl.commands import bench, kernels
 
-    return [kernels]
+    return [kernels, bench]
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""`distill kernels`. Nothing heavy is imported until it runs."""
+"""`distill kernels` and `distill bench data`. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -103,3 +103,47 @@ def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_js
                 click.echo(f"    not {name}: {reason}")
         click.echo(f"    {n:4} x {choice.inputs}")
         previous = choice
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast data, steps and kernels are, as ratios on this machine."""
+
+
+@bench.command()
+@click.argument("recipe", shell_complete=completion.recipes)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
+@click.option(
+    "--size", nargs=2, type=click.IntRange(min=8), default=(500, 400), show_default=True, help="Of the JPEGs."
+)
+@click.option("--images", type=click.IntRange(min=1), default=8, show_default=True, help="JPEGs in a round.")
+@click.option("--rounds", type=click.IntRange(min=1), default=15, show_default=True, help="Measured rounds of both.")
+@click.option("--rate", type=float, default=800.0, show_default=True, help="Samples/s of a GPU that workers feed.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def data(
+    recipe: str, overrides: tuple[str, ...], size: tuple[int, int], images: int, rounds: int, rate: float, as_json: bool
+) -> None:
+    """What a sample costs a core: the recipe's views and tokens, beside torchvision's transforms of PIL images.
+
+    Process time of one thread, both interleaved. `device: model` is what the workers do where colors are left to the
+    training device. Needs torchvision, and for the tokenizer's other side open_clip: the extra `test` has both.
+    """
+    from distill_core.tools import Registry, load_recipe
+    from distill_vl.bench import CPU, MODEL, bench_data
+
+    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
+    rows = bench_data(
+        loaded,
+        width=size[0],
+        height=size[1],
+        images=images,
+        rounds=rounds,
+        say=(lambda line: None) if as_json else click.echo,
+    )
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    by_part = {row["part"]: row for row in rows}
+    cores = [by_part[CPU]["plain_ms"], by_part[CPU]["ours_ms"], by_part[MODEL]["ours_ms"]]
+    plain, whole, crops = (f"{milliseconds * rate / 1000:.1f}" for milliseconds in cores)
+    click.echo(f"cores for {rate:g} samples/s: plain {plain}, ours {whole}, with device: model {crops}")

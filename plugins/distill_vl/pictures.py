@@ -6,8 +6,9 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
-from simplejpeg import decode_jpeg
+from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -144,6 +145,11 @@ class PictureAugmentation(Augmentation):
         with self._bad_samples():
             return self._rgb(self._undecoded(item))
 
+    def pixels(self, item: Any) -> NDArray[np.uint8]:
+        """[H, W, 3] of an item as `open` takes it, decoded as for training. Raises `BadSample`."""
+        with self._bad_samples():
+            return self._read(item)[1](1)
+
     def train_crops(self, sample: Sample, draw: Callable[[int, int], list[Crop]]) -> list[View]:
         """Views uint8 [3, S, S] of the sample's picture, by what `draw` makes of its width and height.
 
@@ -151,11 +157,10 @@ class PictureAugmentation(Augmentation):
         """
         item = self.item(sample)
         with self._bad_samples():
-            picture = self._undecoded(item)
-            width, height = self._size(picture)
+            (width, height), decode = self._read(item)
         crops = draw(width, height)
         with self._bad_samples():
-            pixels = torch.from_numpy(self._pixels(picture, item, reduction(crops))).permute(2, 0, 1)
+            pixels = torch.from_numpy(decode(reduction(crops))).permute(2, 0, 1)
         views = []
         for crop in crops:
             x, extra = cut(pixels, crop, (width, height)), crop.extra(width, height)
@@ -203,26 +208,41 @@ class PictureAugmentation(Augmentation):
             return Image.open(item, formats=self.config.formats)
         return Image.fromarray(np.asarray(item))
 
-    def _pixels(self, picture: Image.Image, item: Any, scale: int) -> NDArray[np.uint8]:
-        """[H, W, 3]; a JPEG at 1 / `scale` of its size (1, 2, 4, 8), which libjpeg decodes in less time."""
-        if picture.format != "JPEG":
-            return np.array(self._rgb(picture))
-        width, height = (-(-side // scale) for side in picture.size)
-        if picture.mode == "RGB" and isinstance(item, bytes) and not self.config.exif_orientation:
-            # Pillow makes the same pixels of it, but copies them twice
-            with suppress(ValueError):  # which it may yet read, or say what is wrong
-                decoded: NDArray[np.uint8] = decode_jpeg(item, min_width=width, min_height=height)
-                return decoded
-        if scale > 1:
-            picture.draft(None, (width, height))
-        return np.array(self._rgb(picture))
-
-    def _size(self, picture: Image.Image) -> tuple[int, int]:
-        """Width and height that it will have when it is decoded."""
+    def _read(self, item: Any) -> tuple[tuple[int, int], Callable[[int], NDArray[np.uint8]]]:
+        """Width and height of an item, and what decodes it to [H, W, 3], a JPEG at 1 / (its argument) of the size."""
+        if (size := self._plain_jpeg(item)) is not None:
+            return size, partial(self._decode_jpeg, item, size)
+        picture = self._undecoded(item)
         width, height = picture.size
         if self.config.exif_orientation and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-            return height, width
+            width, height = height, width
+        return (width, height), partial(self._decode_any, picture)
+
+    def _plain_jpeg(self, item: Any) -> tuple[int, int] | None:
+        """Width and height of a JPEG of three channels, as it is stored and no larger than Pillow takes; else None."""
+        if not isinstance(item, bytes) or self.config.exif_orientation or "jpeg" not in self.config.formats:
+            return None
+        try:
+            height, width, space, _ = decode_jpeg_header(item)
+        except ValueError:  # no JPEG, or one that Pillow may yet read
+            return None
+        if space not in ("YCbCr", "RGB") or width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            return None
         return width, height
+
+    def _decode_jpeg(self, item: bytes, size: tuple[int, int], scale: int) -> NDArray[np.uint8]:
+        """The same pixels as Pillow's, which copies them twice."""
+        width, height = (-(-side // scale) for side in size)
+        try:
+            pixels: NDArray[np.uint8] = decode_jpeg(item, min_width=width, min_height=height)
+        except ValueError:  # Pillow may yet read it, or say what is wrong
+            return self._decode_any(self._undecoded(item), scale)
+        return pixels
+
+    def _decode_any(self, picture: Image.Image, scale: int) -> NDArray[np.uint8]:
+        if picture.format == "JPEG" and scale > 1:
+            picture.draft(None, (-(-picture.width // scale), -(-picture.height // scale)))
+        return np.array(self._rgb(picture))
 
     def _rgb(self, picture: Image.Image) -> Image.Image:
         picture.load()

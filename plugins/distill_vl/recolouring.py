@@ -10,6 +10,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in grey (ITU-R 601-2), as PIL's and torchvision's."""
 STAGES = 5
 """At most: brightness, contrast, saturation and hue in any order, then grey."""
+ORDERS = tuple(permutations(range(4)))
 TAILS = 3
 """Standard deviations of a blur's Gaussian to either side; what lies further out is left away."""
 
@@ -61,7 +63,7 @@ class Recolouring:
         """Brightness, contrast, saturation (factors uniform in 1 -+ strength) and hue (a turn of at most `strength` of
         the color circle to either side), in random order."""
         operations = (self.brightness, self.contrast, self.saturation, self.hue)
-        for step in rng.permutation(4).tolist():
+        for step in ORDERS[int(len(ORDERS) * rng.random())]:
             strength = strengths[step]
             if strength:
                 low, high = (-strength, strength) if step == 3 else (max(0.0, 1 - strength), 1 + strength)

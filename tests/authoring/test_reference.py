@@ -64,7 +64,7 @@ def test_sections_interfaces_and_commands(out: Path) -> None:
     for kind, interface in INTERFACES.items():
         assert f"\n## {kind}\n" in interfaces
         assert interface.__name__ in interfaces
-    for name in ("distill run", "distill check-plugin", "distill bench step"):
+    for name in ("distill run", "distill check-plugin", "distill bench step", "distill bench data"):
         assert f"\n## {name}\n" in commands
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 KeyPath = tuple[str | int, ...]
-"""Where something stands in a document, as `("loss", 1, "weight")`: what is wrong is reported by it."""
+"""A place in a document, as `("loss", 1, "weight")`; errors are reported with it."""
 
 
 class UserError(Exception):

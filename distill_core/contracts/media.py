@@ -16,7 +16,7 @@ Rendered = Any
 
 TokenLayout = tuple[int, int] | list[str]
 """What the tokens of a view are to a person: rows and columns of a grid over its picture, row by row, or a str for each
-token that is no padding, with a space behind it where a word ends."""
+token that is no padding, followed by a space where a word ends."""
 
 
 @dataclass(frozen=True, slots=True)

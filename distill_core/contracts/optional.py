@@ -1,6 +1,6 @@
 """What a backbone or a fusion may offer beyond a training step: protocols, each of one method.
 
-A class offers one by writing its method; whoever needs it asks (`offers`), and says what a component lacks. Training
+A class offers one by writing its method; code that needs it calls `offers`, and reports what is missing. Training
 calls none of them but `pool`, which some losses do: such a loss is refused, before anything is built, in a recipe whose
 fusion does not offer it (`Plan.fusion_pools`).
 """

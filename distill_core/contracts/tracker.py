@@ -53,7 +53,7 @@ class Tracker(Component, ABC):
     def describe(self, facts: Mapping[str, Any], tags: Sequence[str]) -> None:
         """What the run is made with (`distill_core.run.environment`: versions, device, git), and words to find it by.
 
-        Called behind `start`, when a run is resumed as well.
+        Called after `start`, also when a run is resumed.
         """
 
     def image(self, step: int, name: str, picture: Any, caption: str, context: Mapping[str, str]) -> None:

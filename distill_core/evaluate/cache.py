@@ -111,7 +111,7 @@ def stamps(paths: Iterable[Path]) -> str:
         for path in paths:
             try:
                 stat = path.stat()
-            except OSError:  # whoever reads it will say so
+            except OSError:  # reading it reports the error
                 yield f"{path} cannot be read"
             else:
                 yield f"{path} {stat.st_size} {stat.st_mtime_ns}"

@@ -268,7 +268,7 @@ def _read(text: str) -> tuple[Any, dict[KeyPath, int]]:
             problem += "; a word that holds braces goes in quotes"
         raise _NotPlain([(line, (), f"not YAML: {problem}")]) from error
     except RecursionError as error:
-        raise _NotPlain([(1, (), "an alias (*) stands inside what it names")]) from error
+        raise _NotPlain([(1, (), "an alias (*) is inside the value that it names")]) from error
     if problems:
         raise _NotPlain(problems)
     return data, lines

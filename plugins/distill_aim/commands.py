@@ -15,10 +15,10 @@ from distill_core.tools import completion
 
 @click.command()
 @click.argument("runs", default="runs", shell_complete=completion.run_folders)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=43800, show_default=True, help="Port to listen at; 0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=43800, show_default=True, help="Port to listen on; 0 chooses a free one.")
 def ui(runs: str, host: str, port: int) -> None:
-    """Look at runs in Aim: RUNS is a folder of runs, or one run, whose page is then named."""
+    """Open runs in Aim: RUNS is a folder of runs, or a single run, whose page is printed."""
     from distill_core import UserError
 
     if importlib.util.find_spec("aim") is None:

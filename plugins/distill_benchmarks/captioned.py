@@ -168,7 +168,7 @@ class DciSample(FileSample):
 
 
 class Dci(FileSource):
-    """Densely Captioned Images (Urbanek et al. 2024): the short caption and the long one behind it, as one text."""
+    """Densely Captioned Images (Urbanek et al. 2024): the short caption followed by the long one, as one text."""
 
     name = "dci"
     Config = DciConfig

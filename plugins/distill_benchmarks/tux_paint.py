@@ -150,7 +150,7 @@ class Stamp(FileSample):
 def _stamps(base: Path) -> list[str]:
     """The names of all below a folder, as animals/birds/crow, a folder's own before those of the folders in it.
 
-    None of what stands for a turned one.
+    Without mirrored or flipped versions of other stamps.
     """
     images = {path.relative_to(base).with_suffix("").as_posix() for path in base.glob("*/**/*.png")}
     names = (name for name in images if (plain := TURNED.sub("", name)) == name or plain not in images)
@@ -177,7 +177,7 @@ def _caption(path: Path) -> str:
     """The first line, which is English; '' where there is none, or it is a translation (`de.utf8=...`)."""
     try:
         line = path.read_bytes().partition(b"\n")[0].decode("utf-8").strip()
-    except (OSError, UnicodeDecodeError):  # a sample without a caption is named by whoever asks for it
+    except (OSError, UnicodeDecodeError):  # a task that needs the caption reports it
         return ""
     return "" if ".utf8=" in line else line
 

@@ -41,7 +41,7 @@ def step(
 ) -> None:
     """COSMOS's step against distill_cosmos/cosmos.py, which is written from the equations.
 
-    First both must give the same losses and gradients. On a CPU: one thread, process time; on a GPU: wall time.
+    Losses and gradients of both must first agree. On a CPU: one thread, process time; on a GPU: wall time.
     """
     from pathlib import Path
 

@@ -44,7 +44,7 @@ class GatedConfig(AttentionConfig):
     """Options of the gated cross-attention."""
 
     mlp_ratio: Annotated[float, Field(ge=0)] = 4.0
-    """Width of the gated feed-forward layer behind the attention, in D; 0 leaves it out."""
+    """Width of the gated feed-forward layer after the attention, in units of D; 0 leaves it out."""
 
 
 class GatedPooler(CrossPooler):
@@ -65,7 +65,7 @@ class GatedPooler(CrossPooler):
 
 
 class GatedCrossAttention(AttentionFusion):
-    """Cross-attention behind gates that start at zero (Flamingo, arXiv 2204.14198, section 2.2 and figure 4).
+    """Cross-attention with gates that start at zero (Flamingo, arXiv 2204.14198, section 2.2 and figure 4).
 
     At the first step fused[m] = normalise(pooled[m]), as without a fusion; training opens the gates. The attention
     gets its first gradient when its gate has left zero. Padding is masked.

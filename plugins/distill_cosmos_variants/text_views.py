@@ -1,6 +1,6 @@
 """Text views to set against COSMOS's sentence crops: hidden words, runs of sentences, word dropout, shuffled sentences.
 
-A word is what stands between white space, with the marks that touch it. All keep at least one word of a text.
+Words are separated by white space, and include adjacent punctuation. All keep at least one word of a text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class MaskedTextConfig(TextCropConfig):
     masking: Literal["random", "block"] = "random"
     """Hide words anywhere, or one run of neighbouring words."""
     replace: str = ""
-    """What stands in a hidden word's place; "" leaves the word out, so that the text gets shorter."""
+    """Replacement for a hidden word; "" leaves the word out, so that the text gets shorter."""
 
 
 class MaskedText(TextCrop):

@@ -72,7 +72,7 @@ class IbotConfig(PrototypeConfig):
 
 
 class Ibot(PrototypeLoss):
-    """A hidden patch predicts what the teacher, who sees it, says of it (iBOT, equation 2).
+    """A hidden patch predicts the teacher's distribution for it, which the teacher sees (iBOT, equation 2).
 
     The mean over a view's hidden patches, then over all samples, those left whole counting 0. With `shared_head` also
     DINO's loss of class tokens. The centre is that of hidden patches alone (as in DINOv2).

@@ -69,7 +69,7 @@ def contact_sheet(query: Rendered, summary: str, results: Sequence[SearchResult]
 
 
 def wrap(text: str, font: Any, width: int, most: int) -> list[str]:
-    """At most so many lines of `width` pixels, the last with an ellipsis where more would follow.
+    """At most `most` lines of `width` pixels, the last with an ellipsis if more would follow.
 
     Lines end between words; within one only where it is longer than a line, as scripts without spaces are.
     """

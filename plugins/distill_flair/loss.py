@@ -32,7 +32,7 @@ class FlairConfig(SigmoidConfig):
 
 
 class Flair(Sigmoid):
-    """K texts a sample, each a positive of its picture.
+    """K texts per sample, each a positive of its image.
 
     `conditioned`: <pool(picture i, text), text> over the K texts of i and, as negatives, texts of other samples;
     `multi_positive`: <picture i, text> over all texts. Each is the sum over pairs of -log sigmoid(+-logit), divided by

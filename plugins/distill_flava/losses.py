@@ -222,7 +222,7 @@ class ImageTextMatchingConfig(LossConfig):
 
 
 class ImageTextMatching(Loss):
-    """Told from the fused embedding: does the text belong to the picture? As many pairs that do as pairs that do not.
+    """Binary classification from the fused embedding: does the text belong to the image? Half of the pairs do.
 
     The fusion is called again on mismatched features. Pairs are those of this rank.
     """

@@ -30,7 +30,7 @@ FROM_PADDING = (
     "camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
     "xlm-roberta", "xlm-roberta-xl", "xmod",
 )  # fmt: skip
-"""Model types whose first position is `pad_token_id + 1`: so many fewer tokens have one."""
+"""Model types whose first position is `pad_token_id + 1`, so that fewer tokens have one."""
 
 
 class HfTextConfig(ComponentConfig):
@@ -144,11 +144,11 @@ class HfText(Backbone):
 
     @classmethod
     def collator(cls, config: HfTextConfig) -> Collator:
-        """Tokenises; ids [V, B, L] by role, -1 behind the end, cut to the longest text of the group."""
+        """Tokenises; ids [V, B, L] by role, -1 after the end, cut to the longest text of the group."""
         return HfTextCollator(config.folder, config.package, config.context)
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
-        """ids x [N, L], -1 behind the end -> pooled [N, D], tokens [N, L, W] and mask, class tokens [N, 1, W]."""
+        """ids x [N, L], -1 after the end -> pooled [N, D], tokens [N, L, W] and mask, class tokens [N, 1, W]."""
         if token_mask is not None:
             raise ValueError("hf_text cannot hide tokens; use a text view whose words are masked")
         real = x != PAD

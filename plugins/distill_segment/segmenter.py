@@ -59,7 +59,7 @@ class Segmenter:
         self.texts = normalize(embedded.mean(1), dim=-1).to(model.device)  # [Q, D]
 
     def __call__(self, picture: Image.Image, height: int, width: int) -> Tensor:
-        """The class of each pixel [height, width] of an RGB picture resized to so many, on the CPU.
+        """The class of each pixel [height, width] of an RGB picture resized to that size, on the CPU.
 
         `count`, which is no class, where the best class is NaN or tied. Raises `BadSample`
         for a picture longer than `ASPECT` times its shorter side.

@@ -1,4 +1,4 @@
-"""SimCLR's loss (arXiv 2002.05709, equation 1) behind SLIP's MLP head (arXiv 2112.12750, section 3.2)."""
+"""SimCLR's loss (arXiv 2002.05709, equation 1) after SLIP's MLP head (arXiv 2112.12750, section 3.2)."""
 
 from __future__ import annotations
 

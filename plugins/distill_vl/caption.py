@@ -9,7 +9,7 @@ from distill_vl.captions import OneText, TakeConfig
 
 
 class WholeCaption(OneText):
-    """One text a sample."""
+    """One text per sample."""
 
     name = "caption"
 

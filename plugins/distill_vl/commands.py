@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
-@click.option("--tune", is_flag=True, help="Measure every backend on this device, and let `auto` go by the result.")
-@click.option("--device", default="auto", show_default=True, help="Device to ask for or to tune: auto, cpu or cuda.")
+@click.option("--tune", is_flag=True, help="Measure every backend on this device, and let `auto` use the result.")
+@click.option("--device", default="auto", show_default=True, help="Device to list or tune: auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: str, as_json: bool) -> None:
     """List the kernels' backends: which this machine can run, and why not the rest.

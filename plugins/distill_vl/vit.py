@@ -226,7 +226,7 @@ def position_map(grid: int, rows: int, columns: int) -> Tensor:
 
 
 def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
-    """Crops [3, S, S] that patches of so many pixels do not tile."""
+    """Problems with crops [3, S, S] whose size is not a multiple of the patch size."""
     for role, (*_, rows, columns) in dict.fromkeys(zip(views.roles, views.shapes or (), strict=False)):
         if rows % patch or columns % patch:
             yield f"{role} views of {rows} x {columns} px are not whole patches of {patch} px"

@@ -90,7 +90,7 @@ def test_every_duplicate_key_is_named_with_both_lines() -> None:
         ("a: 1\nb: \x00\n", "r.yaml:2: not YAML: special characters are not allowed (#x0000)"),
         ("- a\n", "r.yaml:1: a recipe is a mapping of sections (augment, backbone, loss, ...)"),
         ("a: 1\n? [b, c]\n: 3\n", "r.yaml:2: a key must be a word"),
-        ("a: &x [*x]\n", "r.yaml:1: an alias (*) stands inside what it names"),
+        ("a: &x [*x]\n", "r.yaml:1: an alias (*) is inside the value that it names"),
         ("a: 1\nb: !!binary aGk=\n", "r.yaml:2: b: tag:yaml.org,2002:binary is not a recipe's value"),
         (
             "a: 1\nb: {urls: ${CC3M}/x.tar}\n",

@@ -1,4 +1,4 @@
-"""What `distill check-plugin` feeds the components, for it cannot know what a sample or a view looks like."""
+"""Inputs for `distill check-plugin`, which cannot know what a sample or a view looks like."""
 
 import numpy as np
 import torch

@@ -20,7 +20,7 @@ class Csv(Tracker):
     Config = CsvConfig
 
     def start(self, folder, name, recipe, resume):
-        """A resumed run's rows go on in the same file."""
+        """A resumed run continues the same file."""
         self.file = (Path(folder) / self.config.file).open("a" if resume else "w", newline="", encoding="utf-8")
         self.rows = csv.writer(self.file)
 

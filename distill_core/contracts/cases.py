@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from distill_core.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -44,11 +46,12 @@ class ConformanceCases:
     """The cases of all plugins."""
 
     def __init__(self, cases: Iterable[ConformanceCase]) -> None:
-        """Raises ValueError for two of one component."""
+        """Raises `UserError` for two of one component."""
         self._by_component: dict[type[Component], ConformanceCase] = {}
         for case in cases:
             if case.component in self._by_component:
-                raise ValueError(f"two conformance cases of {case.component.__qualname__}: give one")
+                name = f"{case.component.__module__}.{case.component.__qualname__}"
+                raise UserError(f"hook distill_conformance_cases: two cases of {name}; give one")
             self._by_component[case.component] = case
 
     def of(self, component: type[Component]) -> ConformanceCase:

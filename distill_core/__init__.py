@@ -46,9 +46,14 @@ if TYPE_CHECKING:
     from distill_core.contracts.tracker import TrackerConfig as TrackerConfig
     from distill_core.contracts.weights import LoadReport as LoadReport
     from distill_core.contracts.weights import WeightLoader as WeightLoader
-    from distill_core.data.shards import Shards as Shards
-    from distill_core.data.shards import expand as expand
-    from distill_core.data.stream import stable_hash as stable_hash
+    from distill_core.data.order import stable_hash as stable_hash
+    from distill_core.data.shard import Patience as Patience
+    from distill_core.data.shard import Shard as Shard
+    from distill_core.data.shard import ShardError as ShardError
+    from distill_core.data.shard import Shards as Shards
+    from distill_core.data.shard import Unusable as Unusable
+    from distill_core.data.tar_shards import TarShard as TarShard
+    from distill_core.data.tar_shards import tar_shards as tar_shards
     from distill_core.errors import BadSample as BadSample
     from distill_core.errors import DataError as DataError
     from distill_core.errors import UserError as UserError
@@ -146,9 +151,14 @@ HOMES = {
     "TrackerConfig": "distill_core.contracts.tracker",
     "LoadReport": "distill_core.contracts.weights",
     "WeightLoader": "distill_core.contracts.weights",
-    "expand": "distill_core.data.shards",
-    "Shards": "distill_core.data.shards",
-    "stable_hash": "distill_core.data.stream",
+    "Patience": "distill_core.data.shard",
+    "Shard": "distill_core.data.shard",
+    "ShardError": "distill_core.data.shard",
+    "Shards": "distill_core.data.shard",
+    "TarShard": "distill_core.data.tar_shards",
+    "Unusable": "distill_core.data.shard",
+    "tar_shards": "distill_core.data.tar_shards",
+    "stable_hash": "distill_core.data.order",
     "BadSample": "distill_core.errors",
     "counted": "distill_core.errors",
     "DataError": "distill_core.errors",

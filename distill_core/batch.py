@@ -103,7 +103,7 @@ def stack_extra(samples: Sequence[Sequence[View]], members: Sequence[int]) -> di
 
 
 WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"
-"""In place of a sample's key: all or the rest of a shard, of which nobody knows how many samples it has."""
+"""In place of a sample's key: its shard cannot be read; or all that follows the damage in one, however much it is."""
 
 
 @dataclass(frozen=True, slots=True)

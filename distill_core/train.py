@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill_core.data.loader import Loader
-from distill_core.data.shards import check, check_any
+from distill_core.data.lengths import Lengths, measure
+from distill_core.data.loader import Loader, patience_of
+from distill_core.data.shard import Shard
 from distill_core.evaluate.score import TaskScore
 from distill_core.recipe.build import build_objective, load_weights
 from distill_core.recipe.sections import Recipe
@@ -63,19 +65,19 @@ class Trainer:
         source = recipe.data.source.build()
         source.prepare()
         self.shards = [shard for shards in source.sets("train").values() for shard in shards]
-        (check if resume is None else check_any)(self.shards)
         evaluation_source = source
         if recipe.evaluate.source is not None:
             evaluation_source = recipe.evaluate.source.build()
             evaluation_source.prepare()
-        length = Length.of(recipe.train, recipe.data.batch_size * world, source.size("train"))
+        lengths = _measure(self.shards, recipe, resuming=resume is not None)
 
         seed_all(recipe.seed)
         self.objective = build_objective(recipe)
         self.load_reports = load_weights(recipe, self.objective) if resume is None else []
         distributed.broadcast(self.objective.to(device))
         self.train_step = TrainStep(recipe, self.objective, device)
-        self.loader = Loader(recipe, self.shards, rank=rank, world=world, pin=device.type == "cuda")
+        self.loader = Loader(recipe, self.shards, lengths, rank=rank, world=world, pin=device.type == "cuda")
+        length = Length.of(recipe.train, self.loader.batch_size, self.loader.samples)
         self.state = RunState(recipe, length, self.objective, self.train_step, self.loader, device)
 
         self.display = Display(length.steps, quiet=quiet, rank=rank)
@@ -101,7 +103,7 @@ class Trainer:
         complete = False
         try:
             with display, self.interrupt.listening():
-                self.notices.start(self.load_reports, len(self.shards))
+                self.notices.start(self.load_reports)
                 facts = self._track()
                 self._train()
                 if distributed.any_rank(self.interrupt.signal is not None):
@@ -180,6 +182,16 @@ class Trainer:
         continues = resumed is not None and resumed.branch is None
         self.tracked.start(self.folder.path, facts, self.shards, continues, self.display.warn)
         return facts
+
+
+def _measure(shards: Sequence[Shard], recipe: Recipe, *, resuming: bool) -> Lengths:
+    """How many samples each shard has: the first rank asks, then the others, from its cache."""
+
+    def measured() -> Lengths:
+        return measure(shards, patience_of(recipe), resuming=resuming)
+
+    first = distributed.raise_on_all_ranks(lambda: measured() if distributed.rank() == 0 else None)
+    return distributed.raise_on_all_ranks(lambda: first or measured())
 
 
 def _prepare_process(recipe: Recipe, folder: RunFolder) -> torch.device:

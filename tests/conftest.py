@@ -35,7 +35,7 @@ loss:
 teacher: {{momentum: 0.9}}
 data:
   source: {{name: webdataset, urls: "{folder}/train-*.tar", validation: "{folder}/validation-*.tar", \
-test: "{folder}/test-*.tar", samples: 12}}
+test: "{folder}/test-*.tar"}}
   batch_size: 4
   workers: 0
   shuffle: 4

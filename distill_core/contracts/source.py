@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from distill_core.batch import Sample
 from distill_core.contracts.component import Component
-from distill_core.data.shards import Shards
+from distill_core.data.shard import Shard, Shards
 
 
 class DataSource(Component, ABC):
@@ -26,17 +26,13 @@ class DataSource(Component, ABC):
         """The splits it has, if its options tell: a recipe that uses another is refused at once."""
         return None
 
-    @classmethod
-    def knows_size(cls, config: Any) -> bool:
-        """Whether `size` will know the samples of `train`: a recipe with `train.epochs` is refused at once if not."""
-        return cls.size is not DataSource.size
-
     def prepare(self) -> None:
         """Write what must be written once (a cache), with a progress bar. Raises `DataError`."""
 
     @abstractmethod
-    def sets(self, split: str) -> dict[str, list[str]]:
-        """The shards of a split (`train`, `validation`, `test`), by set; {} where it has no such split.
+    def sets(self, split: str) -> dict[str, list[Shard]]:
+        """The shards of a split (`train`, `validation`, `test`), by set; {} where it has no such split. The same ones,
+        in the same order, whenever it is asked.
 
         Training pools the sets; evaluations score each by itself. Raises `DataError`.
         """
@@ -50,7 +46,3 @@ class DataSource(Component, ABC):
         a text that changes when its samples do, which kept embeddings are looked up by. Raises `DataError`.
         """
         return {name: Shards(shards) for name, shards in self.sets(split).items()}
-
-    def size(self, split: str) -> int | None:
-        """Samples in a split, if known; `train.epochs` needs it for `train`."""
-        return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill_core.batch import Batch
-from distill_core.data.stream import SampleViews
+from distill_core.data.batches import SampleViews
 from distill_core.errors import UserError
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Plugins

@@ -1,4 +1,4 @@
-"""The training loader: streams in worker processes, batches, exact state.
+"""The training loader: worker processes that make batches, and an exact state.
 
 Nothing that a worker or a read waits for is waited for by the training thread: batches are taken in a thread beside
 it, so that it can answer a signal, and say what is being waited for.
@@ -10,85 +10,30 @@ import atexit
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from itertools import count
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from distill_core.batch import Batch, Skipped
-from distill_core.data.shards import Patience
-from distill_core.data.stream import Failure, Item, SampleViews, ShardStream
+from distill_core.batch import Batch
+from distill_core.data.batches import LESS_SHARED, BatchReader, Collate, Failure, SampleViews, shared_memory
+from distill_core.data.lengths import Lengths
+from distill_core.data.order import Order, stable_hash
+from distill_core.data.shard import Patience, Shard
 from distill_core.errors import DataError
-from distill_core.interfaces import Collator
 from distill_core.recipe.sections import Recipe
-from distill_core.system.files import in_words
 from distill_core.system.process import end_with_parent
 
-SHARED_MEMORY = Path("/dev/shm")
+JUDGED = 1000
+"""By fewer samples no share of bad ones is judged."""
 SECONDS_TO_END = 5.0
 """For the workers, before they are killed."""
-
-
-class Collate:
-    """Items -> a batch, by each modality's collator. Picklable."""
-
-    def __init__(self, collators: Mapping[str, Collator]) -> None:
-        self.collators = dict(collators)
-
-    def __call__(self, items: Sequence[Item | Failure]) -> Batch | Failure:
-        """A failure in place of an item stands for the whole batch."""
-        good: list[Item] = []
-        skipped: list[Skipped] = []
-        for item in items:
-            if isinstance(item, Failure):
-                return item
-            good.append(item)
-            skipped += item.skipped
-        seeds = [item.seed for item in good]
-        try:
-            views = {
-                name: collate([item.views[name] for item in good], seeds) for name, collate in self.collators.items()
-            }
-        except Exception as error:
-            keys = ", ".join(item.key for item in good[:3])
-            return Failure(f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}")
-        measures = [item.measures for item in good if item.measures]
-        batch = Batch(views, [item.key for item in good], skipped, measures)
-        if get_worker_info() is not None:
-            try:
-                batch.share_memory()
-            except RuntimeError as error:
-                # the queue's own thread would print it and drop the batch, and the trainer wait for it for ever
-                return Failure(f"a batch does not fit into {_shared_memory()}: {error}. {_LESS_SHARED}")
-        return batch
-
-
-_LESS_SHARED = "Lower data.workers, data.prefetch or data.batch_size, or give more (docker run --shm-size=16g)."
-
-
-def _shared_memory() -> str:
-    if not SHARED_MEMORY.is_dir():
-        return "shared memory"
-    usage = shutil.disk_usage(SHARED_MEMORY)
-    return f"shared memory ({SHARED_MEMORY}: {in_words(usage.free)} of {in_words(usage.total)} free)"
-
-
-@contextmanager
-def _without_torchs_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # torchdata still calls torch.set_vital, which torch has deprecated: nothing a user could act on
-        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-        # more workers than cores: the trainer says it, in a recipe's terms
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        yield
 
 
 _NAME = 1024  # bytes
@@ -191,60 +136,99 @@ class _Reader:
         self._requests.put(False)
 
 
+class _Batches(IterableDataset[Batch | Failure]):
+    """The batches of one rank from a position on: each worker makes every `workers`-th of them."""
+
+    def __init__(self, reader: BatchReader, start: int, batch_size: int, rank: int, world: int) -> None:
+        """`batch_size` is that of all ranks, of which each takes an equal part."""
+        super().__init__()
+        self.reader, self.start, self.batch_size = reader, start, batch_size
+        self.part = batch_size // world
+        self.offset = rank * self.part
+
+    def __iter__(self) -> Iterator[Batch | Failure]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        for batch in count(number, workers):
+            first = self.start + batch * self.batch_size + self.offset
+            yield self.reader.batch(range(first, first + self.part))
+
+
 class Loader:
-    """Endless batches: `start`, `wait` for each, `close`. The state is that after the last batch that was handed out,
-    whatever is prefetched."""
+    """Endless batches: `start`, `wait` for each, `close`.
+
+    Its state is the position in the order after the last batch that was handed out, whatever is prefetched: the same on
+    all ranks, and for any number of them and of workers.
+    """
 
     def __init__(
-        self, recipe: Recipe, shards: Sequence[str], *, rank: int = 0, world: int = 1, pin: bool = False
+        self,
+        recipe: Recipe,
+        shards: Sequence[Shard],
+        lengths: Lengths,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        pin: bool = False,
     ) -> None:
-        from torchdata.stateful_dataloader import StatefulDataLoader
-
-        augment = {name: node.build() for name, node in recipe.augment.items()}
-        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
-        workers = recipe.data.workers
-        self.table = WorkerTable(workers)
-        self._start_worker = _StartWorker(self.table) if workers else None
-        stream = ShardStream(
-            shards,
-            SampleViews(augment, recipe.seed),
-            seed=recipe.seed,
-            shuffle=recipe.data.shuffle,
-            rank=rank,
-            world=world,
-            reading=self.table,
-            patience=Patience(recipe.data.retries, recipe.data.timeout),
-            max_bad_fraction=recipe.data.max_bad_fraction,
-        )
+        self.recipe, self.shards, self.lengths = recipe, list(shards), lengths
+        self.rank, self.world, self.pin = rank, world, pin
+        self.batch_size = recipe.data.batch_size * world
+        """Samples of a step over all ranks; fixed when a run begins."""
+        self.position = 0
+        self.good, self.bad = 0, 0  # samples, as judged by `data.max_bad_fraction`
+        self.table = WorkerTable(recipe.data.workers)
+        self._start_worker = _StartWorker(self.table) if recipe.data.workers else None
         self._workers: list[BaseProcess] = []
         self._reader: _Reader | None = None
+        self._handed_out = 0  # batches, since the start
         self._child_ended: Any = None
-        with _without_torchs_warnings():
-            self._loader = StatefulDataLoader(
-                stream,
-                batch_size=recipe.data.batch_size,
-                num_workers=workers,
-                collate_fn=Collate(collators),
-                prefetch_factor=recipe.data.prefetch if workers else None,
-                pin_memory=pin,
-                worker_init_fn=self._start_worker,
-            )
+
+    @property
+    def samples(self) -> int:
+        """Of a pass over the data."""
+        return sum(self.lengths.samples)
 
     def start(self) -> None:
         """Start the workers."""
+        workers = self.recipe.data.workers
+        batches = _Batches(self._batch_reader(), self.position, self.batch_size, self.rank, self.world)
         before = multiprocessing.active_children()
-        with _without_torchs_warnings():
-            batches = iter(self._loader)
+        with warnings.catch_warnings():
+            # more workers than cores: the trainer says it, in a recipe's terms
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                batches,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=self.recipe.data.prefetch if workers else None,
+                pin_memory=self.pin,
+                worker_init_fn=self._start_worker,
+            )
+            iterator = iter(loader)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
         if self._workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises for a worker that died wherever the trainer is just then: in a save, in an update
             self._child_ended = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._reader = _Reader(batches)
+        self._reader = _Reader(iterator)
+
+    def _batch_reader(self) -> BatchReader:
+        recipe, data = self.recipe, self.recipe.data
+        augment = {name: node.build() for name, node in recipe.augment.items()}
+        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+        return BatchReader(
+            self.shards,
+            Order(self.lengths.samples, seed=recipe.seed, streams=data.streams, shuffle=data.shuffle),
+            SampleViews(augment, recipe.seed),
+            Collate(collators),
+            patience=patience_of(recipe),
+            reading=self.table,
+        )
 
     def wait(self, seconds: float) -> Batch | None:
         """The next batch, or None where there is none within `seconds`: ask again then.
 
-        Raises `DataError` for what a worker met, and for a worker that died.
+        Raises `DataError` for what a worker met, for a worker that died, and for too many bad samples.
         """
         assert self._reader is not None, "not started"
         try:
@@ -255,9 +239,30 @@ class Loader:
             raise
         if isinstance(batch, Failure):
             raise DataError(batch.message)
-        if batch is None and (problem := self._lost_worker()):
-            raise DataError(problem)
+        if batch is None:
+            if problem := self._lost_worker():
+                raise DataError(problem)
+            return None
+        self._judge(batch)
+        self.position += self.batch_size
+        self._handed_out += 1
         return batch
+
+    def _judge(self, batch: Batch) -> None:
+        """Raises `DataError` where more samples of this pass are bad than the recipe allows."""
+        before, now = (self.position + done for done in (0, self.batch_size))
+        self.good += len(batch) - len(batch.skipped)
+        self.bad += len(batch.skipped)
+        total, allowed = self.good + self.bad, self.recipe.data.max_bad_fraction
+        if total < JUDGED and allowed > 0:
+            return
+        if self.bad > allowed * total:
+            raise DataError(
+                f"too many samples cannot be used: {self.bad} of the last {total}, where data.max_bad_fraction "
+                f"({allowed:g}) allows {int(allowed * total)}; the last: {batch.skipped[-1] if batch.skipped else '-'}"
+            )
+        if before // self.samples < now // self.samples:
+            self.good = self.bad = 0
 
     def waiting_for(self) -> str:
         """What the next batch waits for, as far as it can be known."""
@@ -265,7 +270,7 @@ class Loader:
             who, worker = "the reader", 0
         else:
             # batches are taken from the workers in turn
-            worker = (self._loader.state_dict()["_snapshot"]["_last_yielded_worker_id"] + 1) % len(self._workers)
+            worker = self._handed_out % len(self._workers)
             who = self.table.name(worker)
         shard = self.table.shard(worker)
         return f"{who} is reading {shard}" if shard is not None else f"{who} has opened no shard yet"
@@ -283,7 +288,7 @@ class Loader:
                     "data.prefetch or data.shuffle, or ask for more memory."
                 )
             if code == -signal.SIGBUS:
-                return f"{who} died of SIGBUS: there is no room left in {_shared_memory()}. {_LESS_SHARED}"
+                return f"{who} died of SIGBUS: there is no room left in {shared_memory()}. {LESS_SHARED}"
             if code < 0:
                 return f"{who} died of {signal.Signals(-code).name}: a fault in a library that decodes or reads samples"
             return f"{who} ended by itself with exit code {code}"
@@ -325,9 +330,59 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, as of the last batch that was handed out. Not while a batch is waited for."""
-        state: dict[str, Any] = self._loader.state_dict()
-        return state
+        return {
+            "position": self.position,
+            "batch_size": self.batch_size,
+            "lengths": list(self.lengths.samples),
+            "assumed": sorted(self.lengths.unopened),
+            "names": digest([shard.name for shard in self.shards]),
+            "good": self.good,
+            "bad": self.bad,
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Before `start`."""
-        self._loader.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Before `start`. Raises `DataError` for other shards than the run was started on, and where the ranks cannot
+        share a batch."""
+        if "position" not in state:
+            raise DataError("the checkpoint is of an older release, which kept another place in the data")
+        self._check_names(state)
+        lengths, unopened = list(state["lengths"]), dict(self.lengths.unopened)
+        for i, (then, now) in enumerate(zip(lengths, self.lengths.samples, strict=True)):
+            if i not in unopened and i not in state["assumed"] and then != now:
+                raise DataError(
+                    f"{self.shards[i].name}: has {now} samples, and had {then} when the run began; an exact resume "
+                    "needs the same data"
+                )
+        if state["batch_size"] % self.world:
+            raise DataError(
+                f"the run's batches of {state['batch_size']} samples cannot be shared by {self.world} ranks: resume it "
+                "with a number of ranks that divides them"
+            )
+        self.lengths = Lengths(lengths, unopened | dict.fromkeys(state["assumed"], ""))
+        self.batch_size, self.position = state["batch_size"], state["position"]
+        self.good, self.bad = state["good"], state["bad"]
+
+    def _check_names(self, state: Mapping[str, Any]) -> None:
+        if len(state["lengths"]) != len(self.shards):
+            raise DataError(
+                f"the run was started on {len(state['lengths'])} shards and data.source now names {len(self.shards)} "
+                "(a wildcard names those that are there); an exact resume needs the same shards"
+            )
+        if state["names"] != digest([shard.name for shard in self.shards]):
+            raise DataError(
+                f"data.source names other shards than the run was started on, or in another order (now "
+                f"{self.shards[0].name}, ...); an exact resume needs the same, though their folder may have moved"
+            )
+
+
+def patience_of(recipe: Recipe) -> Patience:
+    """That of the recipe's options."""
+    return Patience(recipe.data.retries, recipe.data.timeout, recipe.data.shard_cache)
+
+
+def digest(names: Sequence[str]) -> int:
+    """Of the shards' names in order, without the folder (or the URL) that they have in common, which may move."""
+    first, last = min(names), max(names)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    start = first.rfind("/", 0, same) + 1
+    return stable_hash(*(name[start:] for name in names))

@@ -43,6 +43,15 @@ def open_shard(shard: str, timeout: float) -> Iterator[BinaryIO]:
         yield plain
 
 
+def compressed(path: str) -> bool:
+    """Whether a local file is gzip, bzip2 or xz; False where it cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            return _decompressed(file) is not file
+    except OSError:
+        return False
+
+
 def _open(shard: str, timeout: float) -> io.RawIOBase:
     from webdataset.gopen import gopen, rewrite_url
 

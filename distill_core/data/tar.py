@@ -1,4 +1,4 @@
-"""Reading a tar as a stream, strictly.
+"""Reading a tar strictly: as a stream, or its headers alone.
 
 The standard library takes much damage for the end of an archive when it reads a stream: a header whose checksum is
 wrong, one that is cut off, zeros where members should be. Here only a closing block of zeros is the end.
@@ -6,8 +6,10 @@ wrong, one that is cut off, zeros where members should be. Here only a closing b
 
 from __future__ import annotations
 
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
@@ -21,14 +23,45 @@ class Damaged(Exception):
     """The bytes are not those of a whole tar; the message says how."""
 
 
-def members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of every regular file, then the end is checked. Raises `Damaged`, and what reading raises.
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file of a tar: its bytes and headers stand at `start`:`end` of the archive."""
 
-    What is not UTF-8 in a name is written as `\\xff`, so that it may stand in any text.
+    name: str
+    content: bytes
+    start: int
+    end: int
+
+
+def members(file: BinaryIO, *, part: bool = False) -> Iterator[Member]:
+    """Every regular file, then the end is checked. Raises `Damaged`, and what reading raises.
+
+    What is not UTF-8 in a name is written as `\\xff`, so that it may stand in any text. A `part` of an archive holds
+    whole members and has no end of its own.
     """
+    yield from _members(file, _read, part)
+
+
+def scan(file: BinaryIO) -> Iterator[Member]:
+    """`members` of a file that can seek, without their contents: headers and the end are read, and checked, alone."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+
+    def skip(file: BinaryIO, length: int, name: str) -> bytes:
+        if (missing := file.tell() + length - size) > 0:
+            raise _cut_off(name, missing)
+        file.seek(length, os.SEEK_CUR)
+        return b""
+
+    yield from _members(file, skip, part=False)
+
+
+def _members(file: BinaryIO, body: Callable[[BinaryIO, int, str], bytes], part: bool) -> Iterator[Member]:
     attributes: dict[str, str] = {}  # what an extended header says of the next member
-    position = 0
+    position = start = 0
     while (block := file.read(BLOCK)) != ZEROS:
+        if part and not block and not attributes:
+            return
         if len(block) < BLOCK:
             where = "inside a header" if block else "without a tar's closing block of zeros"
             raise Damaged(f"ends {where}: it was cut off")
@@ -42,7 +75,7 @@ def members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             size = 0  # links, folders and devices have no content, whatever they claim
         if size < 0 or info.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in attributes):
             raise Damaged(f"{name!r} is stored as a sparse file, which is not supported")
-        content = _read(file, size, name)
+        content = (_read if info.type in _EXTENDED else body)(file, size, name)
         _read(file, -size % BLOCK, name)
         position += BLOCK + size + -size % BLOCK
         if info.type == tarfile.GNUTYPE_LONGNAME:
@@ -51,8 +84,9 @@ def members(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
             attributes |= _records(content)
         elif info.type not in _EXTENDED:
             if info.isreg():
-                yield name, content
+                yield Member(name, content, start, position)
             attributes = {}
+            start = position
     _check_end(file)
 
 
@@ -72,10 +106,14 @@ def _read(file: BinaryIO, size: int, name: str) -> bytes:
     while missing:
         piece = file.read(min(missing, _CHUNK))
         if not piece:
-            raise Damaged(f"ends inside {name!r}, {missing} bytes before its end: it was cut off")
+            raise _cut_off(name, missing)
         pieces.append(piece)
         missing -= len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _cut_off(name: str, missing: int) -> Damaged:
+    return Damaged(f"ends inside {name!r}, {missing} bytes before its end: it was cut off")
 
 
 def _records(content: bytes) -> dict[str, str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.source import DataSource
-from distill_core.data.shards import as_sets, check
+from distill_core.data.shard import Shard, check
+from distill_core.data.tar_shards import tar_shards
 
 Urls = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
@@ -22,8 +21,6 @@ class WebDatasetConfig(ComponentConfig):
     """Shards of the validation split."""
     test: Urls | None = None
     """Shards of the test split."""
-    samples: Annotated[int, Field(gt=0)] | None = None
-    """Samples of the training split; `train.epochs` needs it."""
 
     @model_validator(mode="after")
     def _has_shards(self) -> WebDatasetConfig:
@@ -48,26 +45,17 @@ class WebDatasetSource(DataSource):
         named = {"train": config.urls, "validation": config.validation, "test": config.test}
         return tuple(split for split, urls in named.items() if urls is not None)
 
-    @classmethod
-    def knows_size(cls, config: WebDatasetConfig) -> bool:
-        """Where the recipe says it."""
-        return config.samples is not None
-
     def prepare(self) -> None:
         """Checks the local shards that are scored; training checks its own, unless it is resumed."""
         for split in ("validation", "test"):
             for shards in self.sets(split).values():
                 check(shards)
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """By set; a source without names for its sets has one, `data`."""
         urls = {
             "train": self.config.urls,
             "validation": self.config.validation,
             "test": self.config.test,
         }.get(split)
-        return as_sets(urls) if urls is not None else {}
-
-    def size(self, split: str) -> int | None:
-        """As the recipe says."""
-        return self.config.samples if split == "train" else None
+        return tar_shards(urls) if urls is not None else {}

@@ -11,8 +11,6 @@ from pathlib import Path
 from torch import Tensor
 
 from distill_core.batch import Sample, Skipped
-from distill_core.data.opening import is_local
-from distill_core.data.shards import Shards
 from distill_core.model import Model
 from distill_core.system.files import cannot_write, write_bytes
 
@@ -89,14 +87,10 @@ class EmbeddingCache:
 def fingerprint(source: Iterable[Sample]) -> str:
     """A text that changes when the samples do.
 
-    For shards: their names, and the sizes and modification times of local ones. Else `source.fingerprint()`, if the
-    source has that method; else a digest of all that the samples hold.
+    `source.fingerprint()` where it has one, as shards have; else a digest of all that the samples hold.
     """
-    if isinstance(source, Shards):
-        remote = [shard for shard in source.names if not is_local(shard)]
-        return "\n".join([*remote, stamps(Path(shard) for shard in source.names if is_local(shard))])
-    if callable(method := getattr(source, "fingerprint", None)):
-        return str(method())
+    if callable(method := getattr(source, "fingerprint", None)) and (text := method()) is not None:
+        return str(text)
     digest = sha256()
     for sample in source:
         for field in sorted(sample):
@@ -137,7 +131,7 @@ def identities(
 
 
 def _place(source: Iterable[Sample]) -> str:
-    return "\n".join(source.names) if isinstance(source, Shards) else str(getattr(source, "place", ""))
+    return str(getattr(source, "place", ""))
 
 
 def _digest(*parts: str) -> str:

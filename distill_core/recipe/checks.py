@@ -159,18 +159,11 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
 
 def _training(draft: Draft) -> Iterator[Problem]:
     """The length of the run, and the score that its best checkpoint is kept by."""
-    train, source = draft.train, draft.slots.get(("data", "source"))
+    train = draft.train
     written = isinstance(draft.document.get(("train",)), dict)
-    if written and train.steps is None and not draft.is_wrong("train", "steps"):
-        if train.epochs is None:
-            if not draft.is_wrong("train", "epochs"):
-                yield ("train",), "give `steps` or `epochs`"
-        elif source is not None and not source.cls.knows_size(source.config):
-            yield (
-                ("train", "epochs"),
-                f"{source.cls.name!r} does not say how many samples it has to train on: give `data.source.samples` "
-                "where it has that option, or `train.steps`",
-            )
+    wrong = draft.is_wrong("train", "steps") or draft.is_wrong("train", "epochs")
+    if written and train.steps is None and train.epochs is None and not wrong:
+        yield ("train",), "give `steps` or `epochs`"
     if train.checkpoint.best is None:
         return
     if draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):

@@ -35,11 +35,13 @@ class DataConfig(ComponentConfig):
     source: Slot[DataSource]
     """Where the shards come from."""
     batch_size: Positive = 64
-    """Samples a step on each rank."""
+    """Samples a step on each rank; a resumed run keeps the size over all ranks, whatever their number."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes on each rank; 0 loads in the training process."""
-    shuffle: Annotated[int, Field(ge=0)] = 1000
-    """Samples in each worker's shuffle buffer; 0 keeps the shards' order."""
+    streams: Positive = 256
+    """Places of the data that are read in turns; so many shards are in use at a time."""
+    shuffle: Annotated[int, Field(ge=0)] = 10_000
+    """Samples, of all streams, that are shuffled among one another; they take no memory. 0 keeps the data's order."""
     prefetch: Positive = 4
     """Batches that each worker keeps ready."""
     stall_warning: Annotated[float, Field(gt=0)] = 60.0
@@ -51,8 +53,11 @@ class DataConfig(ComponentConfig):
     timeout: Annotated[float, Field(gt=0)] = 60
     """Seconds for which a URL or `pipe:COMMAND` may send nothing before it counts as failed."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Stop (saved, with an error) when more than this share of the samples of a loader worker cannot be used, including
-    those of unreadable shards. Judged over a pass, and over at least 10 shards and 1,000 samples."""
+    """Stop (saved, with an error) when more than this share of a rank's samples cannot be used, including those of
+    unreadable shards. Judged over a pass, and over at least 1,000 samples."""
+    shard_cache: Annotated[float, Field(gt=0)] = 50.0
+    """Gigabytes that copies of shards may take in the cache: those that are URLs, commands or compressed. `streams` of
+    them are in use at a time."""
 
 
 class CheckpointConfig(ComponentConfig):

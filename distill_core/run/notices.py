@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from distill_core.batch import Batch
 from distill_core.contracts.weights import LoadReport
-from distill_core.data.stream import unseen
 from distill_core.errors import counted
 from distill_core.run.display import Display
 from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
-from distill_core.system import distributed
 from distill_core.system.process import arithmetic, cores
 
 ENOUGH = 64
@@ -27,9 +25,8 @@ class Notices:
         self.state, self.folder, self.display = state, folder, display
         self._measures: list[Mapping[str, Mapping[str, float]]] | None = [] if state.resumed is None else None
         """Of the first samples; None once their summary is printed."""
-        self._repeats_shown = False
 
-    def start(self, reports: Sequence[LoadReport], shards: int) -> None:
+    def start(self, reports: Sequence[LoadReport]) -> None:
         """Print what is trained and on what data, and warn of likely mistakes."""
         state, recipe, display = self.state, self.state.recipe, self.display
         for report in reports:
@@ -45,12 +42,16 @@ class Notices:
             parts = ", ".join(f"{path} {old} -> {new}" for path, (old, new) in state.resumed.changes.items())
             display.warn(f"the recipe has changed since step {state.step} was saved; the new values apply: {parts}")
         self._batch_size()
-        self._workers(shards)
+        self._workers()
+        for number, reason in state.loader.lengths.unopened.items():
+            display.warn(
+                f"{reason or state.loader.shards[number].name}: its number of samples is assumed, and they are skipped "
+                "until it can be read"
+            )
 
     def batch(self, batch: Batch) -> None:
-        """Call before a batch's step: reports skipped samples, repeats, and a summary of the data."""
+        """Call before a batch's step: reports skipped samples and a summary of the data."""
         self._skipped(batch)
-        self._repeats(batch)
         self._measured(batch)
 
     def _batch_size(self) -> None:
@@ -61,19 +62,12 @@ class Notices:
                 "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."
             )
 
-    def _workers(self, shards: int) -> None:
+    def _workers(self) -> None:
         workers = self.state.recipe.data.workers
         if workers > cores():
             self.display.warn(
                 f"data.workers is {workers}, but this process may use only {cores()} cores: "
                 f"--set data.workers={cores() - 1} leaves one to train"
-            )
-        streams = distributed.world_size() * max(workers, 1)
-        if self.state.resumed is None and (share := unseen(shards, streams)) > 0:
-            self.display.warn(
-                f"{counted(shards, 'shard')} cannot be dealt evenly to {streams} streams (data.workers times "
-                f"ranks): after as many samples as there are, about {share:.0%} of them have not been seen and others "
-                "twice; which ones changes from pass to pass. A number of shards that the streams divide avoids it."
             )
 
     def _skipped(self, batch: Batch) -> None:
@@ -81,24 +75,6 @@ class Notices:
             if self.state.skipped_samples < SHOWN:
                 self.display.warn_here(f"skipped {batch.skipped[0]}")
             self.folder.skip(self.state.step + 1, batch.skipped)
-
-    def _repeats(self, batch: Batch) -> None:
-        """Where the number of samples is unknown: warns of a batch larger than a pass of the worker that made it.
-
-        Each worker's first batch begins with a pass, so that a sample comes twice in it only then. A later one may hold
-        a sample at the end of one pass and again at the beginning of the next, which is no mistake.
-        """
-        first = self.state.step < max(1, self.state.recipe.data.workers)
-        repeats = len(batch.keys) - len(set(batch.keys))
-        if self.state.length.samples is not None or not first or self._repeats_shown or repeats == 0:
-            return
-        self._repeats_shown = True
-        key = next(key for key in batch.keys if batch.keys.count(key) > 1)
-        self.display.warn(
-            f"step {self.state.step + 1}: sample {key!r} comes more than once in a batch of {len(batch.keys)}, where a "
-            "contrastive loss pushes it away from itself: a loader worker has fewer samples. Lower "
-            "data.batch_size or data.workers, unless shards share keys."
-        )
 
     def _measured(self, batch: Batch) -> None:
         """Print a summary of the data from the augmentations' measures, once there are enough of them."""

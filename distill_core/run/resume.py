@@ -17,7 +17,8 @@ from distill_core.system import distributed
 FIXED = {
     "seed": "the order of the samples would change within a pass",
     "data.batch_size": "its steps, schedule and passes are counted in batches of that size",
-    "data.workers": "each worker has its own position in the data",
+    "data.shuffle": "the order of the samples would change within a pass",
+    "data.streams": "the order of the samples would change within a pass",
     "train.optimizer.name": "its state is not the other's",
     "train.lr_factors": "the optimiser's state is grouped by factor",
     "freeze": "the optimiser has state for the trained parameters only",
@@ -36,8 +37,6 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
     if len(set(distributed.gather_objects(checkpoint.digest))) > 1:
         raise UserError(f"{checkpoint.path}: is not the same file on all ranks; run folders must be shared")
     saved = checkpoint.state
-    if len(saved["ranks"]) != distributed.world_size():
-        raise UserError(f"the run was saved by {len(saved['ranks'])} processes; resume it with as many")
     changed: Mapping[str, tuple[Any, Any]] = {}
     if "recipe" in saved:
         changed = changes(saved["recipe"], state.recipe.to_dict())

@@ -18,6 +18,7 @@ from distill_core.errors import BadSample, DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from distill_core.data.shard import Shard
     from distill_core.interfaces import Augmentation
     from distill_core.recipe.sections import Recipe
 
@@ -28,8 +29,8 @@ class Showcase:
     Views are a function of (seed, epoch, key), so they are computed again here, outside the loader and its workers.
     """
 
-    def __init__(self, recipe: Recipe, shards: Sequence[str], count: int) -> None:
-        from distill_core.data.stream import SampleViews
+    def __init__(self, recipe: Recipe, shards: Sequence[Shard], count: int) -> None:
+        from distill_core.data.batches import SampleViews
 
         self.augment: dict[str, Augmentation] = {name: node.build() for name, node in recipe.augment.items()}
         self.views = SampleViews(self.augment, recipe.seed)
@@ -60,11 +61,10 @@ class Showcase:
         per_shard = math.ceil(self.count / len(shards))
         return [sample for shard in shards for sample in islice(self._usable(shard), per_shard)][: self.count]
 
-    def _usable(self, shard: str, tries: int = 20) -> Iterator[Sample]:
-        from distill_core.data.shards import Patience, read_shard
-
+    def _usable(self, shard: Shard, tries: int = 20) -> Iterator[Sample]:
         try:
-            for sample in islice(read_shard(shard, Patience(retries=0)), tries):
+            for number in range(min(tries, len(shard))):
+                sample = shard[number]
                 try:
                     self.views(sample, 0)
                 except BadSample:

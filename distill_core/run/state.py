@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from distill_core.data.loader import Loader
-from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe, TrainConfig
@@ -22,32 +21,27 @@ from distill_core.system.process import get_random, set_random
 @dataclass(frozen=True)
 class Length:
     """How long a run is: its `steps`, the `batch_size` of each over all ranks, and the `samples` of a pass over the
-    training data, None where its source does not know."""
+    training data."""
 
     steps: int
     batch_size: int
-    samples: int | None
+    samples: int
 
     @classmethod
-    def of(cls, train: TrainConfig, batch_size: int, samples: int | None) -> Length:
-        """By `train.steps`, or else `train.epochs`. Raises `UserError` for epochs of unknown length."""
+    def of(cls, train: TrainConfig, batch_size: int, samples: int) -> Length:
+        """By `train.steps`, or else `train.epochs`."""
         if train.steps is not None:
             return cls(train.steps, batch_size, samples)
         assert train.epochs is not None
-        if samples is None:
-            raise UserError(
-                "train.epochs: the data source does not say how many samples it has; give `data.source.samples`, "
-                "or train.steps"
-            )
         return cls(max(1, int(train.epochs * samples) // batch_size), batch_size, samples)
 
-    def epoch(self, step: int) -> float | None:
+    def epoch(self, step: int) -> float:
         """Passes over the data that `step` steps make."""
-        return step * self.batch_size / self.samples if self.samples else None
+        return step * self.batch_size / self.samples
 
     def progress(self, step: int) -> Progress:
         """Of the step that follows `step` steps."""
-        return Progress(step, self.steps, self.epoch(step) or 0.0)
+        return Progress(step, self.steps, self.epoch(step))
 
 
 @dataclass(frozen=True)
@@ -125,6 +119,12 @@ class RunState:
         self.train_step.load_state_dict(state["optimizer"], options)
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
-        of_rank = state["ranks"][distributed.rank()]
-        self.skipped_samples, self._random = of_rank["skipped_samples"], of_rank["random"]
-        self.loader.load_state_dict(of_rank["data"])
+        ranks, rank = state["ranks"], distributed.rank()
+        self.loader.load_state_dict(ranks[0]["data"])
+        self.length = Length.of(self.recipe.train, self.loader.batch_size, self.loader.samples)
+        if len(ranks) == distributed.world_size():
+            of_rank = ranks[rank]
+            self.skipped_samples, self._random = of_rank["skipped_samples"], of_rank["random"]
+            self.loader.good, self.loader.bad = of_rank["data"]["good"], of_rank["data"]["bad"]
+        elif rank == 0:  # other ranks than before: their random numbers begin anew, what they counted goes on here
+            self.skipped_samples = sum(of_rank["skipped_samples"] for of_rank in ranks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_core.contracts.media import Media, Picture
 from distill_core.contracts.tracker import Tracker, TrackerConfig
+from distill_core.data.shard import Shard
 from distill_core.evaluate.run import EvaluationResult
 from distill_core.recipe.sections import Recipe
 from distill_core.run.showcase import Showcase
@@ -30,7 +31,12 @@ class TrackedRun:
         self._showcase: Showcase | None = None
 
     def start(
-        self, folder: Path, facts: Mapping[str, Any], shards: Sequence[str], resumed: bool, warn: Callable[[str], None]
+        self,
+        folder: Path,
+        facts: Mapping[str, Any],
+        shards: Sequence[Shard],
+        resumed: bool,
+        warn: Callable[[str], None],
     ) -> None:
         """Open the tracker; send the recipe, the environment and the tags."""
         recipe = self.recipe

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from distill_core import BadSample, DataError, DataSource, Sample, stamps
+from distill_core import BadSample, DataError, DataSource, Sample, Shard, stamps
 
 PICTURES = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
 """Suffix -> field."""
@@ -102,7 +102,7 @@ class FileSource(DataSource):
 
     trainable = False
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         return {}
 
 

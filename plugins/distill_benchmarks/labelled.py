@@ -17,7 +17,7 @@ from distill_benchmarks.files import (
     number,
     some_are_there,
 )
-from distill_core import ComponentConfig, DataError, DataSource, Sample, Shards, fingerprint
+from distill_core import ComponentConfig, DataError, DataSource, Sample, Shard, Shards, TarShard, fingerprint
 from distill_tasks.prompts import plain_lines, read_lines
 
 
@@ -104,7 +104,7 @@ class ClipBenchmark(DataSource):
     layout = "test/nshards.txt, test/0.tar, ... and classnames.txt (or dataset_type.txt: retrieval) in it"
     folders = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}  # noqa: RUF012
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """No shards to train on: their labels are numbers."""
         return {}
 
@@ -130,11 +130,11 @@ def _shards(part: Path, layout: str) -> Shards:
         names = sorted(part.glob("*.tar"), key=lambda path: (len(path.name), path.name))
         if not names:
             raise DataError(f"{part}: holds no shard; expected {layout}")
-        return Shards([str(path) for path in names])
+        return Shards([TarShard(path) for path in names])
     word = read_lines(counted, "the number of shards")[0]
     if (count := number(word)) is None:
         raise DataError(f"{counted}: should hold the number of shards, not {word!r}")
-    return Shards([str(part / f"{i}.tar") for i in range(count)])
+    return Shards([TarShard(part / f"{i}.tar") for i in range(count)])
 
 
 class Numbered:
@@ -142,7 +142,7 @@ class Numbered:
 
     def __init__(self, shards: Shards, names: Sequence[str] | None) -> None:
         self.shards, self.names = shards, names
-        self.place = "\n".join(shards.names)
+        self.place = shards.place
 
     def __iter__(self) -> Iterator[Sample]:
         for sample in self.shards:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from distill_core import ComponentConfig, DataError, DataSource, Sample, stamps
+from distill_core import ComponentConfig, DataError, DataSource, Sample, Shard, stamps
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -79,7 +79,7 @@ class _Copy(DataSource):
         """The one of the option."""
         return (config.split,)
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         return {}
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:

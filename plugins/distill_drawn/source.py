@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from distill_core import DataError, DataSource, Diagnostic, cache_folder, in_words, install, size_of
+from distill_core import DataError, DataSource, Diagnostic, Shard, TarShard, cache_folder, in_words, install, size_of
 from distill_drawn import shards
 from distill_drawn.shards import Drawn, Entry
 from distill_drawn.svg import Refused
@@ -87,18 +87,14 @@ class DrawnSource(DataSource):
         except OSError as error:
             raise DataError(f"{self.name} data: cannot write {folder}: {error.strerror or error}") from error
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """Style -> its shards. Raises `DataError` where `prepare` has not run."""
         folder = self.folder
-        found: dict[str, list[str]] = {}
+        sets: dict[str, list[Shard]] = {}
         for name, entry in self._entries(folder, split):
             if entry.samples:
-                found.setdefault(entry.style, []).append(str(folder / name))
-        return found
-
-    def size(self, split: str) -> int:
-        """Samples of a split, over all its styles."""
-        return sum(entry.samples for _, entry in self._entries(self.folder, split))
+                sets.setdefault(entry.style, []).append(TarShard(folder / name))
+        return sets
 
     def _entries(self, folder: Path, split: str) -> Iterator[tuple[str, Entry]]:
         entries = shards.read_manifest(folder)

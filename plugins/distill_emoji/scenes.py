@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
-from distill_core import ComponentConfig, DataError, DataSource, Sample
+from distill_core import ComponentConfig, DataError, DataSource, Sample, Shard
 from distill_emoji.concepts import fraction
 from distill_emoji.source import EmojiConfig, EmojiSource
 
@@ -75,7 +75,7 @@ class EmojiScenes(DataSource):
         """Write the emoji's shards where they are missing. Raises `DataError`."""
         self.emoji.prepare()
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """No shards: scenes are made when they are read."""
         return {}
 
@@ -96,10 +96,6 @@ class EmojiScenes(DataSource):
             style: Scenes([sprites[code] for code in chosen], self.config, f"{split}-{style}")
             for style, sprites in styles.items()
         }
-
-    def size(self, split: str) -> int:
-        """Scenes of all styles."""
-        return self.config.scenes * len(self.emoji.sets(split))
 
 
 @dataclass(frozen=True)

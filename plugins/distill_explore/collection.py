@@ -24,9 +24,9 @@ from distill_core import (
     Shards,
     UserError,
     did_you_mean,
-    expand,
     fingerprint,
     stamps,
+    tar_shards,
 )
 from distill_core.tools import Document, RecipeErrors, Registry, located, option_message, read_document
 
@@ -207,15 +207,16 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
         source = f"{{name: {source}}}"
     if not _is_node(source):
         if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
-            shards = expand(source)
-            return Samples("\n".join(shards), Shards(shards), source)
+            named = Shards(tar_shards(source)["data"])
+            return Samples(named.place, named, source)
         raise UserError(
             f"{source!r} is neither a folder of images, nor a shard (*.tar), nor a data source ({', '.join(names)})"
         )
     data_source = _source(read_document(source, "SOURCE"), registry)
     data_source.prepare()
-    if shards := [shard for sets in data_source.sets(split).values() for shard in sets]:
-        return Samples("\n".join(shards), Shards(shards), f"{title}, split {split}")
+    if shard_sets := data_source.sets(split):
+        shards = Shards([shard for part in shard_sets.values() for shard in part])
+        return Samples(shards.place, shards, f"{title}, split {split}")
     if not (sets := data_source.samples(split)):
         raise DataError(f"{source!r} has no split {split!r}")
     return Samples(f"{source} {split}", _Concatenation(sets.values()), f"{title}, split {split}")

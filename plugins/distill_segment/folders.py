@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core import BadSample, ComponentConfig, DataError, DataSource, Sample
+from distill_core import BadSample, ComponentConfig, DataError, DataSource, Sample, Shard
 from distill_segment import names
 from distill_segment.classes import IGNORE, parse_classes, read_classes, read_mask, write_mask
 
@@ -107,7 +107,7 @@ class _Folders(DataSource):
         """The split of the option `split`."""
         return (config.split,)
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """None: it has no shards."""
         return {}
 

@@ -38,7 +38,7 @@ CLASSES = {
     "optimizer",
     "schedule out of range",
     "tracker that blocks",
-    "source whose size lies",
+    "source whose shards lie",
     "task changes the model",
     "weights that hides what it loaded",
 }

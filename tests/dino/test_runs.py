@@ -55,7 +55,7 @@ backbone:
 loss: [{{name: ibot, prototypes: 16, hidden: 16, bottleneck: 8, freeze_last_layer: 0.0}}, {{name: koleo, weight: 0.1}}]
 teacher: {{momentum: 0.9, momentum_end: 1.0}}
 data:
-  source: {{name: webdataset, urls: "{folder}/train-*.tar", samples: 12}}
+  source: {{name: webdataset, urls: "{folder}/train-*.tar"}}
   batch_size: 4
   workers: 0
   shuffle: 4

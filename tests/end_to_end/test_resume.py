@@ -43,7 +43,7 @@ loss: [{{name: contrastive}}, {{name: cross_modal_distillation}}, {{name: gate}}
 teacher: {{momentum: 0.9, momentum_end: 1.0}}
 data:
   source: {{name: webdataset, urls: "{folder}/train*.tar", validation: "{folder}/validation-000.tar", \
-test: "{folder}/test-000.tar", samples: 16}}
+test: "{folder}/test-000.tar"}}
   batch_size: 4
   shuffle: 6
 train:

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill_core.data.shards import Shards, read_shard
 from PIL import Image
 
 import distill_core
 from distill_core.batch import View
 from distill_core.cli import main
-from distill_core.data.shards import Shards, read_shard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet

@@ -232,6 +232,7 @@ def test_words_are_shortened() -> None:
 def test_items_of_one_key_are_told_apart(run: Path) -> None:
     """Would catch the first caption of a sample in the place of the one that was found."""
     from distill_core.data.shards import Shards
+
     from distill_explore.collection import Samples, places
 
     keys = ["test-0-1", "test-0-1", "test-0-2", "test-0-2"]

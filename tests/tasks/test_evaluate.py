@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill_core.data.shards import Shards
 from score_values import values
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core.data.shards import Shards
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_tasks.retrieval import Retrieval

@@ -49,7 +49,7 @@ def test_the_card_keeps_what_is_private(make_run: Callable[..., Path], tmp_path:
     pytest.importorskip("transformers")
     pytest.importorskip("open_clip")
     run = make_run(
-        f"data.source={{name: webdataset, urls: 'pipe:curl -H {SECRET} x.tar', samples: 9}}",
+        f"data.source={{name: webdataset, urls: 'pipe:curl -H {SECRET} x.tar'}}",
         f"evaluate.source={{name: webdataset, urls: '/{SECRET}/b.tar', validation: '/{SECRET}/c.tar'}}",
         f"weights=[{{name: state_dict, source: '/{SECRET}/w.pt', to: backbone.image}}]",
         f"tracking={{name: aim, tags: [{SECRET}]}}",

@@ -10,7 +10,7 @@ import pickle
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,9 @@ from distill_core import (
     Model,
     Sample,
     Score,
+    Shard,
     Shards,
+    TarShard,
     TrackerConfig,
     UserError,
 )
@@ -185,14 +187,14 @@ def splits(case: Case) -> None:
                 names or ("train", "validation", "test")
             ):
                 require(source.sets(split) == {}, f"`sets` of {split!r}, which `splits` does not name, must be {{}}")
-                require(not source.size(split), f"`size` of {split!r}, which `splits` does not name, must be None")
         except DataError:
             return
 
 
 @checks("source")
 def shards(case: Case) -> None:
-    """After `prepare` each split has samples, and `size` is their number; else it raises DataError with the reason."""
+    """After `prepare` each split has samples, the same whenever and in whatever order they are read; else it raises
+    DataError with the reason."""
     with cache():
         source = case.cls(case.config)
         try:
@@ -211,24 +213,43 @@ def shards(case: Case) -> None:
                 bool(sets) == case.cls.trainable,
                 f"`sets` of {split!r} names {'no ' if not sets else ''}shards, and `trainable` is {case.cls.trainable}",
             )
-            names = [name for part in sets.values() for name in part]
+            require(
+                all(isinstance(shard, Shard) for part in sets.values() for shard in part),
+                f"`sets` of {split!r} must hold shards, as TarShard(path)",
+            )
+            every = [shard for part in sets.values() for shard in part]
+            names = [shard.name for shard in every]
             require(
                 len(names) == len(set(names)), f"a shard of {split!r} is listed twice: its samples would count twice"
             )
-            if not all(is_local(name) for part in sets.values() for name in part):
+            if not all(is_local(name) for name in names):
                 continue
             keys = [sample["__key__"] for part in samples[split].values() for sample in part]
-            size = source.size(split)
             require(keys, f"the shards of {split!r} hold no sample")
-            require(size is None or size == len(keys), f"`size` of {split!r} is {size}; its shards hold {len(keys)}")
             repeated = [sample["__key__"] for part in samples[split].values() for sample in part]
             require(repeated == keys, f"the samples of {split!r} differ when they are read again")
+            for shard in every:
+                _check_numbers(shard)
         second = case.cls(case.config)
         second.prepare()
         require(
-            {split: second.sets(split) for split in sets_by_split} == sets_by_split,
+            {split: _names(second.sets(split)) for split in sets_by_split}
+            == {split: _names(sets) for split, sets in sets_by_split.items()},
             "a second source lists different shards",
         )
+
+
+def _names(sets: Mapping[str, Sequence[Shard]]) -> dict[str, list[str]]:
+    return {name: [shard.name for shard in shards] for name, shards in sets.items()}
+
+
+def _check_numbers(shard: Shard) -> None:
+    """Training reads samples by number, in any order and in another process."""
+    keys = [sample["__key__"] for sample in shard]
+    require(len(shard) == len(keys), f"{shard.name}: its length is {len(shard)}, and it holds {len(keys)} samples")
+    copied = pickle.loads(pickle.dumps(shard))
+    for number in (len(keys) - 1, 0):
+        require(copied[number]["__key__"] == keys[number], f"{shard.name}: sample {number} is not the one in its place")
 
 
 @checks("source")
@@ -307,7 +328,7 @@ class _Watched(EvaluationSet):
 def _scorable(case: Case, folder: Path) -> tuple[Model, Iterable[Sample], Iterable[Sample]]:
     """A model and two sets: those of the task's `scorable`, or of numbered samples."""
     if case.inputs.scorable is None:
-        first, second = (Shards([surroundings.shard(folder, samples)]) for samples in (7, 8))
+        first, second = (Shards([TarShard(surroundings.shard(folder, samples))]) for samples in (7, 8))
         return surroundings.model(), first, second
     model, samples = case.inputs.scorable(case.config)
     require(len(samples) > 1, "`scorable` needs two samples or more")

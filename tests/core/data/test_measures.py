@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from distill_core.data import stream
+from distill_core.data import batches
+from distill_core.data.lengths import measure
 from distill_core.data.loader import Loader
+from distill_core.data.shard import PATIENCE
+from distill_core.data.tar_shards import TarShard
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
@@ -89,9 +92,10 @@ def test_a_worker_measures_its_first_samples_alone(
     tiny_recipe: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches captions that are read twice through the whole run."""
-    monkeypatch.setattr(stream, "MEASURED", 6)
-    shards = [str(path) for path in sorted((tiny_recipe.parent / "shards").glob("train-*.tar"))]
-    batches = list(islice(Loader(load_recipe(tiny_recipe, registry=registry), shards), 4))
-    assert [len(batch.measures) for batch in batches] == [4, 2, 0, 0]
-    assert batches[0].measures[0] == {"text": {"captions": 1, "sentences": 3}}
-    assert [len(batch.to("cpu").measures) for batch in batches] == [4, 2, 0, 0]
+    monkeypatch.setattr(batches, "MEASURED", 6)
+    shards = [TarShard(path) for path in sorted((tiny_recipe.parent / "shards").glob("train-*.tar"))]
+    loader = Loader(load_recipe(tiny_recipe, registry=registry), shards, measure(shards, PATIENCE))
+    came = list(islice(loader, 4))
+    assert [len(batch.measures) for batch in came] == [4, 2, 0, 0]
+    assert came[0].measures[0] == {"text": {"captions": 1, "sentences": 3}}
+    assert [len(batch.to("cpu").measures) for batch in came] == [4, 2, 0, 0]

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from faulty_server import Server
-from streams import Write, keys_in
+from reading import Write, keys_in
 
 from distill_core.data.opening import open_shard
-from distill_core.data.shards import Patience, check, read_shard
+from distill_core.data.shard import Patience
+from distill_core.data.tar_shards import TarShard, read_shard
 from distill_core.errors import DataError
 
 QUICK = Patience(retries=2, timeout=0.3)
@@ -178,7 +179,7 @@ def test_back_off_grows_and_a_damaged_file_is_not_read_again(
     (path,) = write_shards(tmp_path, 1, 4)
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("distill_core.data.shards.BACK_OFF", 1.0)
+    monkeypatch.setattr("distill_core.data.tar_shards.BACK_OFF", 1.0)
     path.write_bytes(path.read_bytes()[:3000])
     assert read(str(path), Patience(retries=5))[1] is not None
     assert waits == []
@@ -203,7 +204,7 @@ def test_shards_without_samples_are_refused_when_read(tmp_path: Path) -> None:
     shard.write_bytes(bytes(10240))
     assert read(str(shard)) == ([], f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")
     with pytest.raises(DataError, match="is empty"):
-        check([str(shard)])
+        len(TarShard(shard))
 
 
 def test_no_file_stays_open(tmp_path: Path, write_shards: Write, server: Server) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill_core.data.shards import Unusable, read_shard
-from distill_core.data.tar import Damaged, members
+from distill_core.data.shard import Unusable
+from distill_core.data.tar import Damaged, members, scan
+from distill_core.data.tar_shards import TarShard, read_shard
 from distill_core.errors import BadSample, DataError
 
 Members = Sequence[tuple[str, bytes]]
@@ -58,7 +59,33 @@ def read(shard: Path) -> tuple[list[tuple[str, Fields]], str | None]:
     except DataError as error:
         message = str(error)
     assert message is None or (str(shard) in message and "\n" not in message)
+    _compare_with_reading_by_number(shard, found, message)
     return found, message
+
+
+def _compare_with_reading_by_number(shard: Path, found: list[tuple[str, Fields]], message: str | None) -> None:
+    """Training's way gives the same samples, and one in place of all that follows the damage."""
+    by_number = TarShard(shard)
+    try:
+        length = len(by_number)
+    except DataError:
+        assert message is not None
+        assert not found
+        return
+    assert length == len(found) + (message is not None)
+    for number in reversed(range(length)):
+        sample = by_number[number]
+        if number == len(found):
+            assert isinstance(sample, Unusable)
+            with pytest.raises(BadSample) as bad:
+                sample["png"]
+            assert str(bad.value) == message
+        elif isinstance(sample, Unusable):
+            assert found[number] == (sample["__key__"], {})
+        else:
+            assert found[number] == (
+                sample["__key__"], {k: v for k, v in sample.items() if not k.startswith("__")}
+            )  # fmt: skip
 
 
 def in_samples(files: Members) -> list[tuple[str, Fields]]:
@@ -206,7 +233,14 @@ def test_reads_what_tarfile_writes(format: int) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(expected[-1][1])
             tar.addfile(info, io.BytesIO(expected[-1][1]))
-    assert list(members(io.BytesIO(out.getvalue()))) == expected
+    whole = list(members(io.BytesIO(out.getvalue())))
+    assert [(member.name, member.content) for member in whole] == expected
+    assert [(m.name, m.start, m.end) for m in scan(io.BytesIO(out.getvalue()))] == [
+        (m.name, m.start, m.end) for m in whole
+    ]
+    for member in whole:  # each stands for itself at its place
+        (again,) = members(io.BytesIO(out.getvalue()[member.start : member.end]), part=True)
+        assert (again.name, again.content) == (member.name, member.content)
     sparse = bytearray(tar_of([("a.png", b"x")], tarfile.GNU_FORMAT))
     sparse[156:157] = tarfile.GNUTYPE_SPARSE
     sparse[148:156] = b" " * 8

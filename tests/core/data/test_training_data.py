@@ -43,7 +43,7 @@ def test_a_run_is_resumed_without_a_shard_that_has_gone(
     first.run()
     gone = tmp_path / "shards" / "train-001.tar"
     gone.unlink()
-    with pytest.raises(DataError, match="1 of 3 shards do not exist"):
+    with pytest.raises(DataError, match=r"train-001.tar: does not exist. Check data.source"):
         trainer(f"data.workers={workers}")
     second = trainer(f"data.workers={workers}", "train.steps=12", resume="last")
     second.run()
@@ -57,7 +57,7 @@ def test_a_run_is_resumed_without_a_shard_that_has_gone(
     assert f"skipped whole shard: {gone}: cannot be read: No such file" in capfd.readouterr().err.replace("\n", " ")
     for shard in gone.parent.glob("train-*.tar"):
         shard.unlink()
-    with pytest.raises(DataError, match="3 of 3 shards do not exist"):  # at once, not after all retries of all shards
+    with pytest.raises(DataError, match=r"train-000.tar: does not exist. .* \(The first of 3, of 3 shards.\)"):
         trainer(resume="last")
 
 
@@ -68,13 +68,14 @@ def test_other_shards_are_refused_at_resume_in_one_line(trainer: Make, tmp_path:
     made = trainer(f"data.workers={workers}")
     made.run()
     names = [str(tmp_path / "shards" / f"train-00{i}.tar") for i in (1, 0, 2)]
-    again = trainer(f"data.workers={workers}", f"data.source.urls={names}", "train.steps=6", resume="last")
     with pytest.raises(DataError, match="names other shards than the run was started on") as error:
-        again.run()
+        trainer(f"data.workers={workers}", f"data.source.urls={names}", "train.steps=6", resume="last")
     assert "\n" not in str(error.value)
 
 
-def test_the_options_of_a_recipe_reach_the_shards(trainer: Make, tmp_path: Path) -> None:
+def test_the_options_of_a_recipe_reach_the_shards(
+    trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`pipe:` that fails once, with and without retries."""
     mark = shlex.quote(str(tmp_path / "once"))
     urls = [
@@ -86,8 +87,9 @@ def test_the_options_of_a_recipe_reach_the_shards(trainer: Make, tmp_path: Path)
     made.run()
     assert not made.folder.skipped.exists()
     (tmp_path / "once").unlink()
-    with pytest.raises(DataError, match=r"no shard can be read: the last 1 failed, .*ended with status 1"):
-        trainer(setting, "data.retries=0", "data.workers=0", "name=impatient").run()
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "another cache"))
+    with pytest.raises(DataError, match=r"no shard can be read: 1 of 1 failed, .*ended with status 1"):
+        trainer(setting, "data.retries=0", "data.workers=0", "name=impatient")
 
 
 @pytest.mark.slow
@@ -98,25 +100,13 @@ def test_a_run_that_loses_too_much_is_saved_and_can_be_resumed(
     write_shards(tmp_path / "shards", 3, 4, replace={(1, 3): {"png": b"no", "txt": b"a"}})
     options = ("train.steps=6", "data.workers=0", "data.shuffle=1", "seed=2")  # shard 1 comes last
     made = trainer(*options, "data.max_bad_fraction=0")
-    with pytest.raises(DataError, match=r"too many samples cannot be used: 1, .*'train-1-3'"):
+    with pytest.raises(DataError, match=r"too many samples cannot be used: 1 of the last .*'train-1-3'"):
         made.run()
     assert 0 < made.state.step < 6
     assert made.checkpoints.steps() == [made.state.step]
     again = trainer(*options, resume="last")
     again.run()
     assert again.state.step == 6
-
-
-@pytest.mark.slow
-def test_uneven_passes_are_said_at_the_start(trainer: Make, capfd: pytest.CaptureFixture[str]) -> None:
-    """3 shards for 2 workers: after 1.5 shards each, one of two still has half a shard before it."""
-    trainer("data.workers=2", "train.steps=1").run()
-    said = " ".join(capfd.readouterr().err.split())
-    assert "3 shards cannot be dealt evenly to 2 streams" in said
-    assert "about 14% of them have not been seen" in said
-    trainer("data.workers=3", "train.steps=1").run()
-    trainer("data.workers=0", "train.steps=1").run()
-    assert "dealt evenly" not in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -129,6 +119,6 @@ def test_the_summary_counts_shards(
 ) -> None:
     monkeypatch.setattr(distill_core.cli, "_registry", lambda: registry)
     shard = tmp_path / "shards" / "train-001.tar"
-    shard.write_bytes(shard.read_bytes()[:3000])
+    shard.write_bytes(shard.read_bytes()[:7000])
     distill_core.cli.main(["run", str(tiny_recipe), "--runs", str(tmp_path / "runs"), "--set", "data.shuffle=1"])
     assert "skipped: 0 samples and 1 shard that could not be used, " in capsys.readouterr().out.replace("\n", " ")

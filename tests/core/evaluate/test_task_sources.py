@@ -10,7 +10,8 @@ import pytest
 import torch
 from score_values import reported
 
-from distill_core.data.shards import read_shard
+from distill_core.data.shard import Shard
+from distill_core.data.tar_shards import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate.run import evaluate
@@ -35,7 +36,7 @@ class Listed(WebDatasetSource):
     def prepare(self) -> None:
         pass
 
-    def sets(self, split: str) -> dict[str, list[str]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         return {}
 
     def samples(self, split: str) -> dict[str, list[dict[str, Any]]]:  # type: ignore[override]

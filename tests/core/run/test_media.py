@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill_core.data.shards import Shards
 from PIL import Image
 from torch.nn.functional import normalize
 
 from distill_core.batch import View
 from distill_core.contracts.media import Distribution, Picture
 from distill_core.data.loader import Loader
-from distill_core.data.shards import Shards
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry

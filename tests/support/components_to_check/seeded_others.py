@@ -12,6 +12,7 @@ from my_plugin.schedule import Linear
 from my_plugin.task import Agreement
 from my_plugin.views import Noisy
 
+from distill_core import TarShard
 from distill_core.batch import View
 from distill_core.contracts.weights import LoadReport
 
@@ -123,22 +124,21 @@ class PopsTheLoss(Silent):
         values.pop("loss", None)
 
 
-@seeded("source whose size lies")
-class CountsSplitsAlike(Waves):
-    def size(self, split):
-        return self.config.samples
-
-    def _write(self, path, samples, rng):
-        super()._write(path, samples if path.stem == "train" else samples // 4, rng)
+class BackToFront(TarShard):
+    def __getitem__(self, number):
+        return super().__getitem__(len(self) - 1 - number)
 
 
-@seeded("source whose size lies")
+@seeded("source whose shards lie")
+class ReadsBackToFront(Waves):
+    def sets(self, split):
+        return {name: [BackToFront(shard.name) for shard in shards] for name, shards in super().sets(split).items()}
+
+
+@seeded("source whose shards lie")
 class ShardTwice(Waves):
     def sets(self, split):
         return {name: shards * 2 for name, shards in super().sets(split).items()}
-
-    def size(self, split):
-        return 2 * super().size(split) if super().size(split) else None
 
     def _write(self, path, samples, rng):
         super()._write(path, samples // 2, rng)

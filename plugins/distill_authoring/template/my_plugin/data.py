@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distill_core import ComponentConfig, DataError, DataSource, cache_folder
+from distill_core import ComponentConfig, DataError, DataSource, TarShard, cache_folder
 
 SPLITS = {"train": 1.0, "validation": 0.25, "test": 0.25}
 
@@ -43,18 +43,14 @@ class Waves(DataSource):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part = path.with_suffix(f".part-{os.getpid()}")
-                self._write(part, self.size(split), np.random.default_rng(number))
+                self._write(part, int(self.config.samples * SPLITS[split]), np.random.default_rng(number))
                 part.replace(path)
             except OSError as error:
                 raise DataError(f"my_plugin_waves: cannot write {path}: {error.strerror or error}") from error
 
     def sets(self, split):
         """One set of one shard."""
-        return {"waves": [str(self._path(split))]} if split in SPLITS else {}
-
-    def size(self, split):
-        """Samples of a split."""
-        return int(self.config.samples * SPLITS[split]) if split in SPLITS else None
+        return {"waves": [TarShard(self._path(split))]} if split in SPLITS else {}
 
     def _path(self, split):
         return cache_folder() / f"my_plugin-1-{self.config.samples}-{self.config.length}" / f"{split}.tar"

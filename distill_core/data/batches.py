@@ -1,0 +1,228 @@
+"""In a loader's worker: positions of the order to samples, views, and a collated batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View
+from distill_core.data.lengths import retry
+from distill_core.data.order import Order, Place, stable_hash
+from distill_core.data.shard import Patience, Shard
+from distill_core.errors import BadSample, DataError
+from distill_core.interfaces import Augmentation, Collator
+from distill_core.system.files import in_words
+
+SHARED_MEMORY = Path("/dev/shm")
+ATTEMPTS = 1000
+"""Give up after this many unusable samples in place of one."""
+DOWN = 5
+"""Give up after this many different shards in a row that cannot be read (or all, where there are fewer)."""
+MEASURED = 64
+"""Samples that each worker measures."""
+LESS_SHARED = "Lower data.workers, data.prefetch or data.batch_size, or give more (docker run --shm-size=16g)."
+
+
+@dataclass(slots=True)
+class Item:
+    """One sample's views, and the sample that was passed over for it."""
+
+    key: str
+    views: dict[str, list[View]]
+    seed: int
+    """For what its collators draw: a function of (seed, epoch, key), as the views are."""
+    skipped: list[Skipped] = field(default_factory=list)
+    measures: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """By modality, of the first samples of each worker."""
+
+
+@dataclass(slots=True)
+class Failure:
+    """What stops a run; it travels in place of a batch, so that a worker's error reaches the user as one line."""
+
+    message: str
+
+
+class SampleViews:
+    """Raw sample -> the views of every modality. Picklable."""
+
+    def __init__(self, augment: Mapping[str, Augmentation], seed: int) -> None:
+        self.augment = dict(augment)
+        self.seed = seed
+        self.measured = 0
+
+    def measure(self, sample: Sample) -> dict[str, Mapping[str, float]]:
+        """What the augmentations measure of one of the first samples; {} of all others."""
+        if self.measured == MEASURED:
+            return {}
+        self.measured += 1
+        measures = {}
+        for name, augmentation in self.augment.items():
+            try:
+                if measure := augmentation.measure(sample):
+                    measures[name] = measure
+            except BadSample:  # a sample can be trained on without what is measured
+                continue
+        return measures
+
+    def __call__(self, sample: Sample, epoch: int, repeat: tuple[int, ...] = ()) -> dict[str, list[View]]:
+        """`repeat` tells apart the times that a sample comes in one pass: each has views of its own.
+
+        Raises `BadSample` for what an augmentation says it cannot use. Any other error of an augmentation is a bug, not
+        the sample's fault: a `DataError` that names the sample.
+        """
+        key = sample["__key__"]
+        views = {}
+        for name, augmentation in self.augment.items():
+            rng = np.random.default_rng(stable_hash(self.seed, epoch, key, name, *repeat))
+            try:
+                views[name] = augmentation.train_views(sample, rng)
+            except BadSample:
+                raise
+            except Exception as error:
+                raise DataError(
+                    f"{sample.get('__url__')}: sample {key!r}: augment.{name} ({augmentation.name}) failed: "
+                    f"{type(error).__name__}: {error}. An augmentation raises BadSample for a sample that is to be "
+                    "skipped; this is a bug of it."
+                ) from error
+        return views
+
+
+class Collate:
+    """Items -> a batch, by each modality's collator. Picklable."""
+
+    def __init__(self, collators: Mapping[str, Collator]) -> None:
+        self.collators = dict(collators)
+
+    def __call__(self, items: Sequence[Item]) -> Batch:
+        """Raises `DataError` where a collator fails, or a worker's shared memory is full."""
+        seeds = [item.seed for item in items]
+        try:
+            views = {
+                name: collate([item.views[name] for item in items], seeds) for name, collate in self.collators.items()
+            }
+        except Exception as error:
+            keys = ", ".join(item.key for item in items[:3])
+            raise DataError(
+                f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}"
+            ) from error
+        skipped = [skip for item in items for skip in item.skipped]
+        batch = Batch(views, [item.key for item in items], skipped, [item.measures for item in items if item.measures])
+        if get_worker_info() is not None:
+            try:
+                batch.share_memory()
+            except RuntimeError as error:
+                # the queue's own thread would print it and drop the batch, and the trainer wait for it for ever
+                raise DataError(f"a batch does not fit into {shared_memory()}: {error}. {LESS_SHARED}") from error
+        return batch
+
+
+def shared_memory() -> str:
+    """What errors call it, with the room that it has."""
+    if not SHARED_MEMORY.is_dir():
+        return "shared memory"
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    return f"shared memory ({SHARED_MEMORY}: {in_words(usage.free)} of {in_words(usage.total)} free)"
+
+
+class BatchReader:
+    """The samples at some positions of the order, as a batch.
+
+    A sample that cannot be used is skipped and named, and another of the same pass takes its place, the same one
+    whoever reads it. A shard that cannot be read is tried again in the next pass.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        order: Order,
+        views: SampleViews,
+        collate: Callable[[Sequence[Item]], Batch],
+        *,
+        patience: Patience,
+        reading: Callable[[str], None] | None = None,
+    ) -> None:
+        """`reading` is called with the name of each shard that is read from."""
+        self.shards, self.order, self.views, self.collate = list(shards), order, views, collate
+        self.patience, self.reading = patience, reading
+        self.repeats: list[int] = []  # how often each shard stands before its place in the list
+        listed: dict[str, int] = {}
+        for shard in self.shards:
+            self.repeats.append(listed.get(shard.name, 0))
+            listed[shard.name] = self.repeats[-1] + 1
+        self._down: dict[int, tuple[int, str]] = {}  # shard -> (the pass in which it could not be read, why)
+        self._down_in_a_row: list[int] = []
+
+    def batch(self, positions: Sequence[int]) -> Batch | Failure:
+        """The samples at these positions; a `Failure` for what must stop the run."""
+        try:
+            return self.collate([self.item(position) for position in positions])
+        except (DataError, _NothingToRead) as error:
+            return Failure(str(error))
+
+    def item(self, position: int) -> Item:
+        """The sample at a position, or what takes its place. Raises `DataError` where nothing can be used."""
+        place = self.order.place(position)
+        skipped: list[Skipped] = []
+        for attempt in range(1, ATTEMPTS + 1):
+            repeats = self.repeats[place.shard]
+            repeat = (repeats, position) if attempt > 1 else (repeats,) if repeats else ()
+            item = self._read(place, repeat)
+            if isinstance(item, Item):
+                item.skipped = skipped
+                return item
+            if not skipped:  # what cannot take its place is counted where it is due itself
+                skipped.append(item)
+            place = self.order.substitute(position, attempt)
+        raise DataError(f"no sample can be used: {ATTEMPTS} in a row were tried, the first one {skipped[0]}")
+
+    def _read(self, place: Place, repeat: tuple[int, ...]) -> Item | Skipped:
+        try:
+            sample = self._sample(place)
+        except DataError as error:
+            return Skipped(WHOLE_SHARD, self.shards[place.shard].name, str(error))
+        key = str(sample["__key__"])
+        try:
+            views = self.views(sample, place.epoch, repeat)
+        except BadSample as error:
+            return Skipped(key, str(sample["__url__"]), str(error))
+        return Item(
+            key, views, stable_hash(self.views.seed, place.epoch, key, *repeat), measures=self.views.measure(sample)
+        )
+
+    def _sample(self, place: Place) -> Sample:
+        """Raises `DataError` for a shard that cannot be read in this pass."""
+        shard = self.shards[place.shard]
+        if (down := self._down.get(place.shard)) is not None and down[0] == place.epoch:
+            raise DataError(down[1])
+        if self.reading is not None:
+            self.reading(shard.name)
+        expected = int(self.order.lengths[place.shard])
+        try:
+            sample = retry(lambda: _sample_of(shard, place.number, expected), shard, self.patience)
+        except DataError as error:
+            self._down[place.shard] = (place.epoch, str(error))
+            if place.shard not in self._down_in_a_row:
+                self._down_in_a_row.append(place.shard)
+            if len(self._down_in_a_row) >= min(DOWN, len(self.shards)):
+                raise _NothingToRead(
+                    f"no shard can be read: the last {len(self._down_in_a_row)} failed, the last one {error}"
+                ) from error
+            raise
+        self._down_in_a_row = []
+        return sample
+
+
+class _NothingToRead(Exception):
+    """Every shard that was tried has failed."""
+
+
+def _sample_of(shard: Shard, number: int, expected: int) -> Sample:
+    if len(shard) != expected:
+        raise DataError(f"{shard.name}: has {len(shard)} samples now, and had {expected} when the run began")
+    return shard[number]

@@ -1,0 +1,400 @@
+"""WebDataset shards: their names, an index of each, and their samples, by number or in order."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import gzip
+import lzma
+import os
+import re
+import time
+import zlib
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import blake2b
+from http.client import HTTPException
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill_core.batch import REST_OF_SHARD, Sample
+from distill_core.data.opening import compressed, is_local, open_shard
+from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable
+from distill_core.data.tar import Damaged, Member, members, scan
+from distill_core.errors import DataError
+from distill_core.system.files import cache_folder, cannot_write, temporary_for, write_whole
+
+WILD = "*?["
+BACK_OFF = 1.0
+"""Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
+GIGABYTE = 10**9
+_FORMAT = 1
+_DAMAGE = ".damage"
+"""Suffix of a note beside a copy: why the original could not be read to its end."""
+_GOOD, _REPEATED, _LOST = range(3)
+"""States of an index's row: a sample, one with the key of the sample before it, the rest of a damaged shard."""
+_METADATA = re.compile(r"__[^/]*__($|/)")  # members that are no samples, as webdataset has it
+_DAMAGED = (Damaged, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_UNREADABLE = (*_DAMAGED, OSError, HTTPException)
+
+
+def expand(pattern: str) -> list[str]:
+    """Brace lists (`{000..575}`) and, for local files, wildcards -> shard names in order."""
+    from braceexpand import braceexpand
+
+    names = list(braceexpand(pattern)) if "{" in pattern else [pattern]
+    expanded: list[str] = []
+    for name in names:
+        if is_local(name) and any(sign in name for sign in WILD):
+            expanded += sorted(glob.glob(name)) or [name]
+        else:
+            expanded.append(name)
+    return expanded
+
+
+def tar_shards(patterns: Any) -> dict[str, list[Shard]]:
+    """A pattern, a list of patterns, or {set: patterns} -> {set: shards}; a set without a name is `data`."""
+    if isinstance(patterns, dict):
+        sets = {name: tar_shards(value).values() for name, value in patterns.items()}
+        return {name: [shard for shards in parts for shard in shards] for name, parts in sets.items()}
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return {"data": [TarShard(name) for pattern in patterns for name in expand(pattern)]}
+
+
+def wait_before_retry(failures: int) -> None:
+    """After so many failures, the first of which is number 0."""
+    time.sleep(min(BACK_OFF * 4**failures, 60))
+
+
+class TarShard(Shard):
+    """A tar in the WebDataset layout: members that stand together and differ only in what follows the first dot of
+    their names are one sample.
+
+    `prepare` reads its headers, once: the index that it makes is in the cache. What cannot be read at any place (a URL,
+    `pipe:COMMAND`, a compressed file) is copied to the cache first, as much as `data.shard_cache` has room for.
+    """
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = str(name)
+        self._index: NDArray[np.int64] | None = None
+        """[1 + samples, 3]: (file's bytes, its time of change in ns, format), then (start, end, state) of each."""
+        self._patience = PATIENCE
+        self._damaged_copies = 0
+
+    def problem(self) -> str | None:
+        """Of a file of this machine that is missing, or names more than a file."""
+        if not is_local(self.name) or Path(self.name).is_file():
+            return None
+        if Path(self.name).is_dir():
+            return f"{self.name}: is a folder; name the shards in it, as {Path(self.name) / '*.tar'}"
+        what = "no file matches" if any(sign in self.name for sign in WILD) else "does not exist"
+        return f"{self.name}: {what}. Check data.source, and the variables in it."
+
+    def prepare(self, patience: Patience) -> None:
+        """Raises `ShardError` for what cannot be opened, `DataError` for what is no tar or holds no sample.
+
+        A copy that is damaged is fetched again, `retries` times: the transfer may be to blame.
+        """
+        self._patience = patience
+        if (index := self._stored_index()) is None:
+            with self._readable():
+                index = self._build_index()
+        if len(index) == 1:
+            raise DataError(f"{self.name}: the shard is empty. Write it again, or leave it out of data.source.")
+        if index[1, 2] == _LOST:
+            raise DataError(f"{self.name}: not a readable tar file: {self._damage}. Write it again, or leave it out.")
+        self._index = index
+
+    def __len__(self) -> int:
+        if self._index is None:
+            self.prepare(self._patience)
+        assert self._index is not None
+        return len(self._index) - 1
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.name}: has {len(self)} samples")
+        assert self._index is not None
+        start, end, state = (int(value) for value in self._index[1 + number])
+        if state == _LOST:
+            return Unusable(REST_OF_SHARD, self.name, f"{self.name}: cannot be read: {self._damage}")
+        with self._readable():
+            content = self._read(start, end - start)
+        try:
+            *_, run = _runs(members(BytesIO(content), part=True))
+        except (_Broken, ValueError) as error:  # its bytes have changed, and not its size nor its time of change
+            return Unusable(f"(sample {number})", self.name, _reason(error))
+        return run.sample(self.name, again=state == _REPEATED)
+
+    def __iter__(self) -> Iterator[Sample]:
+        """In order, without a copy and without an index; what fails is tried again, and continues where it was."""
+        return read_shard(self.name)
+
+    def fingerprint(self) -> str:
+        """Of a local file name, size and time of change; of others the name."""
+        if not is_local(self.name):
+            return self.name
+        try:
+            status = os.stat(self.name)
+        except OSError:  # whoever reads it will say so
+            return f"{self.name} cannot be read"
+        return f"{self.name} {status.st_size} {status.st_mtime_ns}"
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Damage of a file of this machine stays; all else may pass, also a change that is not over yet."""
+        try:
+            yield
+        except _UNREADABLE as error:
+            for_good = isinstance(error, _DAMAGED) and is_local(self.name)
+            raise (DataError if for_good else ShardError)(f"{self.name}: cannot be read: {_reason(error)}") from error
+
+    def _file(self) -> Path:
+        """A local tar file with its samples, which is copied to the cache where there is none."""
+        return self._copy() if self._is_copied else Path(self.name)
+
+    @cached_property
+    def _is_copied(self) -> bool:
+        return not is_local(self.name) or compressed(self.name)
+
+    def _read(self, start: int, length: int) -> bytes:
+        assert self._index is not None
+        with open(self._file(), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            changed = (status.st_size, 0 if self._is_copied else status.st_mtime_ns) != tuple(self._index[0, :2])
+            if changed or len(content := os.pread(file.fileno(), length, start)) < length:
+                raise ShardError(f"{self.name}: has changed since the run began")
+        return content
+
+    @property
+    def _digest(self) -> str:
+        """Of the name; of a compressed file's fingerprint, which a copy must follow."""
+        name = os.path.abspath(self.name) if is_local(self.name) else self.name
+        if is_local(self.name) and self._is_copied:
+            name += self.fingerprint()
+        return blake2b(os.fsencode(name), digest_size=16).hexdigest()
+
+    @property
+    def _index_file(self) -> Path:
+        return cache_folder() / "indexes" / f"{self._digest}.npy"
+
+    def _stored_index(self) -> NDArray[np.int64] | None:
+        """That of the cache, if it is of the file as it is now; of a file that has gone, as it was."""
+        try:
+            index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r")
+        except (OSError, ValueError, EOFError):  # not there, or cut off: made again
+            return None
+        if index.ndim != 2 or index.shape[1] != 3 or index[0, 2] != _FORMAT:
+            return None
+        if not self._is_copied:
+            with suppress(FileNotFoundError):
+                status = os.stat(self.name)
+                if (status.st_size, status.st_mtime_ns) != tuple(index[0, :2]):
+                    return None
+        return index
+
+    def _build_index(self) -> NDArray[np.int64]:
+        rows: list[tuple[int, int, int]] = []
+        with open(path := self._file(), "rb") as file:
+            status = os.fstat(file.fileno())
+            try:
+                for run in _runs(scan(file)):
+                    rows.append((run.start, run.end, _REPEATED if run.again else _GOOD))
+            except _Broken as broken:
+                if self._may_be_the_transfer():
+                    path.unlink(missing_ok=True)
+                    raise Damaged(str(broken)) from broken
+                if broken.last is not None:
+                    rows.append((broken.last.start, broken.last.end, _REPEATED if broken.last.again else _GOOD))
+                rows.append((rows[-1][1] if rows else 0, status.st_size, _LOST))
+            else:
+                if self._is_copied and path.with_suffix(_DAMAGE).is_file():
+                    rows.append((status.st_size, status.st_size, _LOST))
+        head = (status.st_size, 0 if self._is_copied else status.st_mtime_ns, _FORMAT)
+        index = np.array([head, *rows], dtype=np.int64)
+        target = self._index_file
+        with suppress(OSError):  # it is made again by the next run
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_for(target)
+            with open(temporary, "wb") as file:
+                np.save(file, index)
+            temporary.replace(target)
+        return index
+
+    @property
+    def _damage(self) -> str:
+        """Why it cannot be read to its end."""
+        try:
+            path = self._file()
+            if self._is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
+                return note.read_text()
+            with open(path, "rb") as file:
+                for _ in _runs(scan(file)):
+                    pass
+        except _Broken as broken:
+            return str(broken)
+        except _UNREADABLE as error:
+            return _reason(error)
+        return "it was damaged when the run began"
+
+    def _may_be_the_transfer(self) -> bool:
+        """Whether a damaged copy is worth another try; else what it holds is used."""
+        self._damaged_copies += 1
+        return not is_local(self.name) and self._damaged_copies <= self._patience.retries
+
+    def _copy(self) -> Path:
+        """The file of the cache. Raises what reading the original raises, and an `OSError` where there is no room."""
+        folder = cache_folder() / "shards"
+        copy = folder / f"{self._digest}.tar"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(copy.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be fetching it
+            if copy.is_file():
+                os.utime(copy)
+                return copy
+            temporary = temporary_for(copy)
+            try:
+                with open_shard(self.name, self._patience.timeout) as source, open(temporary, "wb") as target:
+                    damage = None
+                    try:
+                        _copy_all(source, target, copy)
+                    except _DAMAGED as error:
+                        if self._may_be_the_transfer():
+                            raise
+                        damage = _reason(error)
+                if damage is not None:
+                    write_whole(copy.with_suffix(_DAMAGE), damage)
+                temporary.replace(copy)
+            finally:
+                temporary.unlink(missing_ok=True)
+        _make_room(folder, copy, self._patience.shard_cache * GIGABYTE)
+        return copy
+
+
+def _pieces(source: BinaryIO) -> Iterator[bytes]:
+    """What comes, as it comes: what a decompressor has in hand is not lost where it fails after it."""
+    read = getattr(source, "read1", source.read)
+    while piece := read(1 << 16):
+        yield piece
+
+
+def _copy_all(source: BinaryIO, target: BinaryIO, copy: Path) -> None:
+    """What fails while it is written is told from what fails while it is read."""
+    for piece in _pieces(source):
+        try:
+            target.write(piece)
+        except OSError as error:
+            raise OSError(f"a copy of it is needed, and {cannot_write(copy, error)}") from error
+
+
+def _make_room(folder: Path, newest: Path, room: float) -> None:
+    """Remove the copies that were not used for the longest time; a reader that has one open keeps it."""
+    copies: list[tuple[float, int, Path]] = []
+    for copy in folder.glob("*.tar"):
+        with suppress(FileNotFoundError):
+            status = copy.stat()
+            copies.append((status.st_mtime, status.st_size, copy))
+    total = sum(size for _, size, _ in copies)
+    for _, size, copy in sorted(copies):
+        if total <= room:
+            return
+        if copy != newest:
+            copy.unlink(missing_ok=True)
+            copy.with_suffix(_DAMAGE).unlink(missing_ok=True)
+            total -= size
+
+
+def read_shard(shard: str, patience: Patience = PATIENCE) -> Iterator[Sample]:
+    """The samples of a shard, in order, undecoded. One with the key of the sample just before it is `Unusable`.
+
+    What fails is tried again, and continues after the samples that were yielded; a local file that is damaged is
+    damaged for good. Raises `ShardError` with the shard's name where that does not help, or where there is no sample;
+    the samples before the damage have been yielded by then.
+    """
+    yielded = failures = 0
+    while True:
+        count = 0
+        try:
+            with open_shard(shard, patience.timeout) as file:
+                for count, run in enumerate(_runs(members(file)), start=1):
+                    if count > yielded:
+                        yielded, failures = count, 0
+                        yield run.sample(shard, run.again)
+            break
+        except (_Broken, *_UNREADABLE) as error:
+            broken = error if isinstance(error, _Broken) else None
+            for_good = is_local(shard) and broken is not None and broken.is_damage
+            if not for_good and failures < patience.retries:
+                wait_before_retry(failures)
+                failures += 1
+                continue
+            if broken is not None and broken.last is not None and count == yielded:
+                yield broken.last.sample(shard, broken.last.again)
+            raise ShardError(f"{shard}: cannot be read: {_reason(error)}") from error
+    if not yielded:
+        raise ShardError(f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")
+
+
+@dataclass(slots=True)
+class _Run:
+    """Members of one sample, at `start`:`end` of the tar; `again` where its key is that of the sample before."""
+
+    key: str
+    fields: dict[str, bytes]
+    again: bool
+    start: int
+    end: int
+
+    def sample(self, shard: str, again: bool) -> Sample:
+        if again:
+            return Unusable(self.key, shard, "its key is that of the sample just before it in the shard")
+        return {"__key__": self.key, "__url__": shard, **self.fields}
+
+
+class _Broken(Exception):
+    """Why a tar cannot be read to its end, and the sample that the damage follows, where that looks whole."""
+
+    def __init__(self, error: Exception, last: _Run | None) -> None:
+        super().__init__(_reason(error))
+        self.is_damage = isinstance(error, _DAMAGED)
+        self.last = last
+
+
+def _runs(tar: Iterator[Member]) -> Iterator[_Run]:
+    """The samples of a tar's members. Raises `_Broken`."""
+    from webdataset.tariterators import base_plus_ext
+
+    run: _Run | None = None
+    before: Set[str] = set()  # the fields of the sample before
+    try:
+        for member in tar:
+            key, field = base_plus_ext(member.name)
+            if key is None or _METADATA.match(member.name):
+                continue
+            field = field.lower()
+            again = False
+            if run is not None and (key != run.key or field in run.fields):
+                yield run
+                again, before = key == run.key, run.fields.keys()
+                run = None
+            if run is None:
+                run = _Run(key, {}, again, member.start, member.end)
+            run.fields[field] = member.content
+            run.end = member.end
+    except _UNREADABLE as error:
+        whole = run is not None and bool(before) and before <= run.fields.keys()
+        raise _Broken(error, run if whole else None) from error
+    if run is not None:
+        yield run
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
+    return reason.splitlines()[0][:200]

@@ -20,7 +20,6 @@ from score_values import reported
 from torch import Tensor, nn
 
 import distill_core.cli
-from distill_core.batch import Batch
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Constant, WarmupCosine
 from distill_core.contracts.task import Task, TaskConfig
@@ -34,7 +33,6 @@ from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
 from distill_core.run.metrics import MetricsLog
-from distill_core.run.notices import Notices
 from distill_core.system.process import Interrupt
 from distill_core.train import Trainer
 
@@ -199,34 +197,6 @@ def test_rows_are_json_even_when_values_are_not_finite(run: Run) -> None:
     assert row["terms"]["poison"] is None
     assert math.isfinite(row["grad_norm"])  # the poison is a constant
     assert math.isfinite(row["terms"]["contrastive"])
-
-
-@pytest.mark.slow
-def test_a_batch_larger_than_data_of_unknown_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """12 samples in batches of 16: told once. Catches false alarms, too: the same in batches of 4."""
-    run("train.steps=3", "data.batch_size=16", "data.source.samples=null", "evaluate=null")
-    said = [line for line in capsys.readouterr().err.splitlines() if "more than once in a batch" in line]
-    assert len(said) == 1
-    assert "of 16" in said[0]
-    run("train.steps=3", "data.source.samples=null", "evaluate=null")
-    assert "more than once in a batch" not in capsys.readouterr().err
-
-
-def test_a_batch_across_two_passes_is_no_mistake(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """12 samples in batches of 8, whose second holds the end of one pass and the beginning of the next. Would catch the
-    advice to lower a batch size that is right."""
-    seen: list[list[str]] = []
-    note = Notices.batch
-
-    def noting(self: Notices, batch: Batch) -> None:
-        seen.append(list(batch.keys))
-        note(self, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Notices, "batch", noting)
-        run("train.steps=6", "data.batch_size=8", "data.source.samples=null", "evaluate=null")
-    assert any(len(set(keys)) < len(keys) for keys in seen), "no sample came twice in a batch here"
-    assert "more than once in a batch" not in capsys.readouterr().err
 
 
 def test_more_workers_than_cores(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,8 +366,6 @@ def test_epochs_make_steps(tiny_recipe: Path, more: Registry, run: Run) -> None:
     assert [row["step"] for row in training(folder)] == [1, 2, 3, 4, 5]
     assert training(folder)[2]["epoch"] == 1.0
     assert len(training(run(*PLAIN, "train.steps=2", "train.epochs=5"))) == 2
-    with pytest.raises(UserError, match=r"data\.source\.samples"):
-        run(*PLAIN, "train.steps=null", "train.epochs=1", "data.source.samples=null")
 
 
 def test_a_device_that_is_not_there(run: Run) -> None:

@@ -44,7 +44,7 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
         "train.optimizer.betas=[0.8, 0.9]",
         "train.optimizer.eps=1e-4",
         "train.optimizer.lr=0.01",
-        "data.shuffle=5",
+        "data.workers=1",
     )
     first = {name: value.clone() for name, value in trainer.train_step.optimizer.state_dict()["state"][0].items()}
     trainer.run()
@@ -64,7 +64,7 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
         "train.optimizer.weight_decay 0.5 -> 0.25",
         "train.optimizer.betas [0.9, 0.98] -> [0.8, 0.9]",
         "train.optimizer.lr 0.001 -> 0.01",
-        "data.shuffle 4 -> 5",
+        "data.workers 0 -> 1",
     ):
         assert change in line
 
@@ -74,11 +74,11 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
     ("change", "said"),
     [
         (
-            "data.workers=1",
-            "data.workers is 1, and was 0 in the checkpoint: each worker has its own position",
+            "data.shuffle=5",
+            "data.shuffle is 5, and was 4 in the checkpoint: the order of the samples would change within a pass",
         ),
         ("data.batch_size=2", "data.batch_size is 2, and was 4 in the checkpoint: its steps, schedule and passes"),
-        ("freeze=[backbone.text]", "freeze is ['backbone.text'], and was [] in the checkpoint: the optimiser's state"),
+        ("freeze=[backbone.text]", "freeze is ['backbone.text'], and was [] in the checkpoint: the optimiser"),
         (
             "train.lr_factors={backbone.text: 0.1}",
             "train.lr_factors.backbone.text is 0.1, and was None in the checkpoint",

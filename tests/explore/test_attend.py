@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_core.data.shards import Shards, read_shard
 from PIL import Image
 
 import distill_core
 from distill_core.batch import View
 from distill_core.cli import main
+from distill_core.data.shard import Shards
+from distill_core.data.tar_shards import TarShard
 from distill_core.errors import DataError, UserError
 from distill_core.evaluate.run import evaluate
 from distill_core.evaluate.sets import EvaluationSet
@@ -251,7 +252,7 @@ def test_scores_and_media_while_evaluating(runs: Path, registry: Registry) -> No
         scores = {k.removeprefix(f"{side}/attention_maps/") for k in found.values if k.startswith(side)}
         assert scores == {f"{name}/{score}" for score in expected}
     student, items = models["student"], []
-    for sample in list(read_shard(source.sets("validation")[name][0]))[:3]:
+    for sample in list(source.sets("validation")[name][0])[:3]:
         items.append(
             [View(student.augment[m].eval_view(student.augment[m].decode(sample)[0]).data) for m in ("image", "text")]
         )
@@ -287,7 +288,7 @@ def test_a_silent_model_is_told_so(runs: Path, registry: Registry) -> None:
         backbone.__class__ = type("Silent", (type(backbone),), {"class_attention": None})
     with pytest.raises(UserError, match="the backbone 'clip_text' of 'text' has no `class_attention`"):
         model.class_attention("text", [View("a tree")])
-    shards = Shards([str(runs.parent / "shards" / "validation-000.tar")])
+    shards = Shards([TarShard(runs.parent / "shards" / "validation-000.tar")])
     with pytest.raises(UserError, match="no backbone has a `class_attention`, and the fusion 'silent' no `attention`"):
         AttentionMaps(AttentionMapsConfig()).run(model, [EvaluationSet("v", shards)])
     model.fusion = None

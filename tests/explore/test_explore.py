@@ -231,14 +231,14 @@ def test_words_are_shortened() -> None:
 
 def test_items_of_one_key_are_told_apart(run: Path) -> None:
     """Would catch the first caption of a sample in the place of the one that was found."""
-    from distill_core.data.shards import Shards
-
+    from distill_core.data.shard import Shards
+    from distill_core.data.tar_shards import TarShard
     from distill_explore.collection import Samples, places
 
     keys = ["test-0-1", "test-0-1", "test-0-2", "test-0-2"]
     assert places(keys) == [("test-0-1", 0), ("test-0-1", 1), ("test-0-2", 0), ("test-0-2", 1)]
     reads = SimpleNamespace(decode=lambda sample: [f"{sample['__key__']} {i}" for i in range(2)])
-    shards = Samples("test", Shards([str(run.parents[1] / "shards" / "test-000.tar")]))
+    shards = Samples("test", Shards([TarShard(run.parents[1] / "shards" / "test-000.tar")]))
     wanted = [("test-0-2", 1), ("test-0-1", 0), ("none", 0)]
     found = shards.read(cast(Any, SimpleNamespace(augment={"text": reads})), "text", wanted)
     assert found == {("test-0-2", 1): "test-0-2 1", ("test-0-1", 0): "test-0-1 0"}

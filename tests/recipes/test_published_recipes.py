@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from distill_core.data.shards import expand
 
 from distill_core.data.loader import Loader
+from distill_core.data.tar_shards import expand
 from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe

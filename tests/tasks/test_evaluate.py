@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_core.data.shards import Shards
 from score_values import values
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from distill_core.data.shard import Shards
+from distill_core.data.tar_shards import TarShard
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.sets import EvaluationSet
 from distill_tasks.retrieval import Retrieval
@@ -61,7 +62,7 @@ def as_set(folder: Path, samples: Sequence[dict[str, Any]], name: str = "data") 
             entry = tarfile.TarInfo(f"s{i:04d}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    return EvaluationSet(name, Shards([str(path)]))
+    return EvaluationSet(name, Shards([TarShard(path)]))
 
 
 def retrieve(model: Any, *sets: EvaluationSet, **options: Any) -> dict[str, float]:

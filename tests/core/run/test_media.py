@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distill_core.data.shards import Shards
 from PIL import Image
 from torch.nn.functional import normalize
 
 from distill_core.batch import View
 from distill_core.contracts.media import Distribution, Picture
 from distill_core.data.loader import Loader
+from distill_core.data.shard import Shards
+from distill_core.data.tar_shards import TarShard
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
@@ -126,7 +127,7 @@ def test_what_a_retrieval_shows(tmp_path: Path) -> None:
             entry = tarfile.TarInfo(f"{key}.json")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
-    here, model = EvaluationSet("here", Shards([str(shard)])), Look()
+    here, model = EvaluationSet("here", Shards([TarShard(shard)])), Look()
     task = Retrieval(RetrievalConfig())
     made = list(task.media(model, [here], 2))  # type: ignore[arg-type]
     values = {item.context["pairs"]: sorted(item.values.tolist()) for item in made if isinstance(item, Distribution)}

@@ -311,7 +311,7 @@ def test_the_summary_names_skipped_samples(
     seen = capsys.readouterr()
     folder = RunFolder(tmp_path / "runs" / "tiny")
     rows = [json.loads(line) for line in folder.skipped.read_text().splitlines()]
-    assert len(rows) >= 12
+    assert len(rows) >= 8, "half of 16 and more"
     assert {row["key"] for row in rows} == {f"train-{i}-{j}" for i in range(2) for j in range(3)}
     assert {Path(row["shard"]).name for row in rows} == {"train-000.tar", "train-001.tar"}
     assert all(row["reason"] and 1 <= row["step"] <= 4 for row in rows)

@@ -16,7 +16,6 @@ import torch
 from beside import load_beside
 from score_values import reported
 
-from distill_core.errors import UserError
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
@@ -143,7 +142,7 @@ def test_a_run_of_two_ranks(
     bad = {(i, 1): {"png": b"no", "txt": b"a"} for i in range(4)}
     write_shards(tiny_recipe.parent / "shards", 4, 5, replace=bad)
     write_shards(tiny_recipe.parent / "shards", 1, 9, prefix="test", replace={(0, 2): {"png": b"no", "txt": b"a"}})
-    options = ("data.batch_size=2", "train.steps=7", "train.checkpoint={every: 4, keep: 9}", "data.source.samples=16")
+    options = ("data.batch_size=2", "train.steps=7", "train.checkpoint={every: 4, keep: 9}")
     settings = [part for option in options for part in ("--set", option)]
     runs = tmp_path / "runs"
     done = two("-m", "distill_core.cli", "run", str(tiny_recipe), "--runs", str(runs), *settings)
@@ -164,7 +163,7 @@ def test_a_run_of_two_ranks(
 
     whole = Checkpoints(folder.path).read()
     assert len(whole["ranks"]) == 2
-    assert whole["ranks"][0]["data"] != whole["ranks"][1]["data"]
+    assert [rank["data"]["position"] for rank in whole["ranks"]] == [28, 28], "of both ranks together"
     rows = folder.rows()
     done = two("-m", "distill_core.cli", "resume", str(folder.path), "--checkpoint", "4")
     assert done.returncode == 0, done.stderr
@@ -198,5 +197,7 @@ def test_a_run_of_two_ranks(
     by_two, by_one = two(*command, *tasks, **environment), one(*command, *tasks, **environment)
     assert json.loads(by_two.stdout) == json.loads(by_one.stdout), by_two.stderr
     assert reported(json.loads(by_one.stdout))["student/segmentation/twemoji/pictures"] == 5
-    with pytest.raises(UserError, match="saved by 2 processes; resume it with as many"):
-        Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)
+    # one process continues with the batches of both
+    single = Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)
+    assert (single.state.step, single.loader.position, single.loader.batch_size) == (7, 28, 4)
+    assert single.state.skipped_samples == len(skipped)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from emoji_packages import missing
 from PIL import Image
+from reading import size_of
 
 from distill_core.batch import Sample
 from distill_core.errors import DataError
@@ -52,10 +53,6 @@ def every_shard(one: EmojiSource) -> dict[str, Path]:
         for shards in one.sets(split).values()
         for shard in shards
     }
-
-
-def size_of(one: EmojiSource, split: str) -> int:
-    return sum(len(shard) for shards in one.sets(split).values() for shard in shards)
 
 
 def names_in(path: Path) -> list[str]:

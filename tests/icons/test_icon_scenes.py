@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from reading import size_of
 
 from distill_core.errors import DataError
 from distill_icons import scenes
@@ -129,7 +130,7 @@ def test_no_name_is_in_the_scenes_of_two_splits(made: Callable[..., IconScenes])
     assert not names["train"] & names["validation"]
     assert not names["validation"] & names["test"]
     assert min(map(len, names.values())) >= 10
-    assert source.size("test") == 25
+    assert size_of(source, "test") == 25
 
 
 def test_a_scene_does_not_depend_on_its_shard(

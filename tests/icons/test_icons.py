@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from reading import size_of
 
 from distill_core.errors import DataError
 from distill_drawn import shards
@@ -165,7 +166,7 @@ def test_what_is_left_out_is_counted_and_named(npm: Path, tmp_path: Path, capsys
     assert reasons["nothing"] == "blank"
     assert reasons["broken"].startswith("lucide-broken: ")
     assert len(left) == 3
-    assert sum(source.size(split) for split in SPLITS) == 3
+    assert sum(size_of(source, split) for split in SPLITS) == 3
     assert "left out 1 with the picture of a like concept, 2 more: broken (lucide), nothing" in capsys.readouterr().err
 
 
@@ -237,7 +238,7 @@ def test_the_split_and_the_words_of_a_set_do_not_depend_on_the_others(
 def test_keys_are_unique_and_sizes_true(made: Make, samples: list[dict[str, Any]]) -> None:
     assert len({sample["__key__"] for sample in samples}) == len(samples)
     for split in SPLITS:
-        assert made().size(split) == sum(sample["split"] == split for sample in samples)
+        assert size_of(made(), split) == sum(sample["split"] == split for sample in samples)
 
 
 def test_bytes_are_the_same_in_another_folder(made: Make, tmp_path: Path) -> None:

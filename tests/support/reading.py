@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_core.batch import Sample, Skipped, View
+from distill_core.contracts.source import DataSource
 from distill_core.data.batches import BatchReader, Item, SampleViews
 from distill_core.data.lengths import measure
 from distill_core.data.order import Order
@@ -54,6 +55,11 @@ def passes(reader: BatchReader, count: int = 1, start: int = 0) -> list[list[Ite
     return [
         [reader.item(position) for position in range(n * size, (n + 1) * size)] for n in range(start, start + count)
     ]
+
+
+def size_of(source: DataSource, split: str) -> int:
+    """Samples of a split."""
+    return sum(len(shard) for shards in source.sets(split).values() for shard in shards)
 
 
 def skipped_in(items: Sequence[Item]) -> list[Skipped]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from distill_core import GLOBAL, Augmentation, BadSample, ComponentConfig, Group, Plan, Sample, View, Views, stack_extra
-from distill_vl.recolouring import Jitter, Recolouring, radius_of, recolour
+from distill_vl.recolouring import Jitter, Recolouring, constant, radius_of, recolour
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Area = Annotated[float, Field(gt=0, le=1)]
@@ -186,16 +186,15 @@ class PictureAugmentation(Augmentation):
         if "stages" in extra:
             stages, blur, solarise = (extra.pop(name).flatten(0, 1) for name in ("stages", "blur", "solarise"))
             radius = radius_of(self.config.blur_radius[1])
-            with torch.autocast(x.device.type, enabled=False):
-                x = recolour(x.flatten(0, 1), stages, blur, solarise, radius=radius).view(x.shape)
+            x = recolour(x.flatten(0, 1), stages, blur, solarise, radius=radius).view(x.shape)
         elif self._on_model and "box" not in extra:
             raise ValueError(f"{self.name}: the backbone's collator drops `View.extra`; see `stack_extra`")
-        mean, std = self._mean_std(x.device)
+        mean, std = self._mean_std(x)
         return replace(group, x=x.sub_(mean).div_(std), extra=extra)
 
-    def _mean_std(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def _mean_std(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """[3, 1, 1] each, for pixels of 0..255."""
-        mean, std = (torch.tensor(values, device=device) * 255 for values in (self.config.mean, self.config.std))
+        mean, std = (constant(values, like) * 255 for values in (self.config.mean, self.config.std))
         return mean.view(3, 1, 1), std.view(3, 1, 1)
 
     def _undecoded(self, item: Any) -> Image.Image:
@@ -284,14 +283,14 @@ class PictureAugmentation(Augmentation):
         if not isinstance(view.data, Tensor):
             return None
         group = Group(view.data[None, None], view.role, extra=stack_extra([[view]], [0]))
-        mean, std = self._mean_std()
+        mean, std = self._mean_std(view.data)
         pixels = (self._finished(group).x[0, 0] * std + mean).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
     def normalise(self, picture: Image.Image) -> Tensor:
         """An RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std."""
-        mean, std = self._mean_std()
         pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+        mean, std = self._mean_std(pixels)
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import cmath
 import math
 from collections.abc import Sequence
+from functools import cache
 from itertools import permutations
 from typing import Annotated, Any
 
@@ -38,7 +39,22 @@ BASIS = np.stack([_GREY, np.eye(3) - _GREY, _QUARTER_TURN]).astype(np.float32)
 """[3, 3, 3]: matrices that make a pixel's grey, its color (the rest), and that color turned by a quarter of the circle
 in the plane of YIQ's I and Q. Brightness, contrast, saturation, hue and grey are sums of these, and commute."""
 
+_BASIS = tuple(tuple(tuple(row) for row in matrix) for matrix in BASIS.tolist())
 _LUMA = torch.tensor(LUMA)
+
+Constant = tuple[float, ...] | tuple["Constant", ...]
+
+
+def constant(values: Constant, like: Tensor) -> Tensor:
+    """fp32 values on the device of `like`; kept there if it is a GPU, since the host would wait for each copy."""
+    if like.device.type == "cpu" or type(like) is not Tensor:  # a tensor without values (FakeTensor) is of its mode
+        return torch.tensor(values, dtype=torch.float32, device=like.device)
+    return _kept(values, like.device)
+
+
+@cache
+def _kept(values: Constant, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class Recolouring:
@@ -160,7 +176,7 @@ def recolour(x: Tensor, stages: Tensor, blur: Tensor, solarise: Tensor, *, radiu
 
 def _through(x: Tensor, stage: Tensor) -> Tensor:
     """[N, 3, H, W] through a stage [N, 4] each."""
-    basis, luma = torch.from_numpy(BASIS).to(x.device), _LUMA.to(x.device)
+    basis, luma = constant(_BASIS, x), constant(LUMA, x)
     matrix = (stage[:, :3, None, None] * basis).sum(1)
     added = stage[:, 3] * (x.mean((-2, -1)) * luma).sum(-1)
     # no matrix product: on a GPU that may round to TF32's 10 bits, which 8 bits of a pixel would show

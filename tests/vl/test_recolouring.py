@@ -15,7 +15,7 @@ from torch import Tensor
 from distill_core import Group, Views, stack_extra
 from distill_core.errors import BadSample
 from distill_slip.views import SlipViews
-from distill_vl import pictures
+from distill_vl import pictures, recolouring
 from distill_vl.multi_crop import MultiCrop
 from distill_vl.pictures import PictureAugmentation, reduction
 from distill_vl.recolouring import Recolouring
@@ -137,7 +137,8 @@ def test_the_training_device_makes_the_same_views(cls: type[PictureAugmentation]
         assert all(view.data.dtype == torch.uint8 for each in views for view in each)
         before = collated(views)
         untouched = before.map(torch.clone)
-        batches.append((augmentation.on_device(before), views))
+        with torch.autocast("cpu", torch.bfloat16):  # as training's step is: nothing of a pixel may be lost to it
+            batches.append((augmentation.on_device(before), views))
         for group, same in zip(before.groups, untouched.groups, strict=True):
             assert torch.equal(group.x, same.x)
     std = torch.tensor(here.config.std).view(3, 1, 1) * 255
@@ -238,3 +239,15 @@ def test_exif_orientation_turns_the_picture_before_it_is_cropped() -> None:
         expected = make(exif_orientation=turned).open(data).resize((30, 30), Image.Resampling.BICUBIC)
         assert (view.data.int() - tensor(expected).int()).abs().max() <= 1
     assert seen == [(60, 30), (30, 60)]
+
+
+def test_a_device_is_sent_constants_once() -> None:
+    """A copy from the host makes it wait for a GPU; `meta` stands for one. Catches constants made at each step."""
+    augmentation = make(size=16, local_size=8, device="model")
+    views = collated([augmentation.train_views({"jpg": jpeg(image_of(40, 30))}, np.random.default_rng(0))])
+    views = views.map(lambda x: x.to("meta"))
+    made = augmentation.on_device(views)
+    assert [group.x.shape for group in made.groups] == [group.x.shape for group in views.groups]
+    before = recolouring._kept.cache_info().misses
+    augmentation.on_device(views)
+    assert recolouring._kept.cache_info().misses == before > 0

@@ -206,6 +206,5 @@ def _prepare_process(recipe: Recipe, folder: RunFolder) -> torch.device:
     if distributed.rank() == 0:
         folder.lock()
     set_threads(train.threads, recipe.data.workers, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()  # for the loader's workers too, which are forked from here
     return device

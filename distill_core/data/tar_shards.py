@@ -157,7 +157,7 @@ class TarShard(Shard):
     def write_index(self) -> Path:
         """Write its index beside it, whole or not at all; after `prepare`. Raises `DataError`, and `OSError`."""
         assert self._index is not None, "not prepared"
-        if self._is_copied:
+        if self.is_copied:
             raise DataError(f"{self.name}: only an uncompressed tar of this machine has its index beside it")
         with open(self.name, "rb") as file:
             head = (int(self._index[0, 0]), _ends_digest(file, self._index), _FORMAT)
@@ -187,17 +187,18 @@ class TarShard(Shard):
 
     def _file(self) -> Path:
         """A local tar file with its samples, which is copied to the cache where there is none."""
-        return self._copy() if self._is_copied else Path(self.name)
+        return self._copy() if self.is_copied else Path(self.name)
 
     @cached_property
-    def _is_copied(self) -> bool:
+    def is_copied(self) -> bool:
+        """Whether it is read from a copy in the cache."""
         return not is_local(self.name) or compressed(self.name)
 
     def _read(self, start: int, length: int) -> bytes:
         assert self._index is not None
         with open(self._file(), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            changed = (status.st_size, 0 if self._is_copied else status.st_mtime_ns) != tuple(self._index[0, :2])
+            changed = (status.st_size, 0 if self.is_copied else status.st_mtime_ns) != tuple(self._index[0, :2])
             if changed or len(content := os.pread(file.fileno(), length, start)) < length:
                 raise ShardError(f"{self.name}: has changed since the run began")
         return content
@@ -206,7 +207,7 @@ class TarShard(Shard):
     def _digest(self) -> str:
         """Of the name; of a compressed file's fingerprint, which a copy must follow."""
         name = os.path.abspath(self.name) if is_local(self.name) else self.name
-        if is_local(self.name) and self._is_copied:
+        if is_local(self.name) and self.is_copied:
             name += self.fingerprint()
         return blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
@@ -222,7 +223,7 @@ class TarShard(Shard):
             return None
         if not _is_index(index):
             return None
-        if not self._is_copied:
+        if not self.is_copied:
             with suppress(FileNotFoundError):
                 status = os.stat(self.name)
                 if (status.st_size, status.st_mtime_ns) != tuple(index[0, :2]):
@@ -271,9 +272,9 @@ class TarShard(Shard):
                     rows.append((broken.last.start, broken.last.end, _REPEATED if broken.last.again else _GOOD))
                 rows.append((rows[-1][1] if rows else 0, status.st_size, _LOST))
             else:
-                if self._is_copied and path.with_suffix(_DAMAGE).is_file():
+                if self.is_copied and path.with_suffix(_DAMAGE).is_file():
                     rows.append((status.st_size, status.st_size, _LOST))
-        head = (status.st_size, 0 if self._is_copied else status.st_mtime_ns, _FORMAT)
+        head = (status.st_size, 0 if self.is_copied else status.st_mtime_ns, _FORMAT)
         index = np.array([head, *rows], dtype=np.int64)
         self._save(index)
         return index
@@ -293,7 +294,7 @@ class TarShard(Shard):
         """Why it cannot be read to its end."""
         try:
             path = self._file()
-            if self._is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
+            if self.is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
                 return note.read_text()
             with open(path, "rb") as file:
                 for _ in _runs(scan(file)):

@@ -109,7 +109,7 @@ class TarShard(Shard):
         if (index := self._stored_index()) is None and (index := self._index_beside()) is None:
             with self._readable():
                 index = self._build_index()
-        if len(index) == 1:
+        if len(index) == 1 or index[0, 0] == 0:
             raise DataError(f"{self.name}: the shard is empty. Write it again, or leave it out of data.source.")
         if index[1, 2] == _LOST:
             raise DataError(f"{self.name}: not a readable tar file: {self._damage}. Write it again, or leave it out.")

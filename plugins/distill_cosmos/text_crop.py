@@ -35,7 +35,7 @@ class TextCrop(CaptionAugmentation):
         return (GLOBAL,) * config.globals_ + (LOCAL,) * config.local
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        pool = self.pool(sample)
+        pool = self.pool(sample, rng)
         views = self.global_views(pool, rng)
         return views + [View(pool[i], LOCAL) for i in draw(len(pool), self.config.local, rng)]
 

@@ -40,7 +40,7 @@ class MaskedText(TextCrop):
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Global texts, then what masking leaves of them."""
-        views = self.global_views(self.pool(sample), rng)
+        views = self.global_views(self.pool(sample, rng), rng)
         whole = [views[i % len(views)] for i in range(self.config.local)]
         return views + [View(self.mask(view.data, rng), LOCAL) for view in whole]
 
@@ -120,7 +120,7 @@ class SentenceCrop(CaptionAugmentation):
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Runs of sentences, globals first."""
-        pool, config = self.pool(sample), self.config
+        pool, config = self.pool(sample, rng), self.config
         views = []
         for _ in range(config.globals_):
             length = min(int(rng.integers(1, config.sentences + 1)), len(pool))

@@ -17,6 +17,8 @@ class SubCaptionsConfig(CaptionConfig):
     count: Annotated[int, Field(gt=0)] = 8
     """Sub-captions K a sample: one sentence each, drawn without replacement; a sample with fewer repeats some, which
     then are negatives of each other in `subcaption_grouping`."""
+    always: tuple[str, ...] = ()
+    """Fields of which a caption, whole and drawn at random, is always among the K, before the others: [raw]."""
 
 
 class SubCaptions(CaptionAugmentation):
@@ -31,5 +33,10 @@ class SubCaptions(CaptionAugmentation):
         return (GLOBAL,) * config.count
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        pool = self.pool(sample)
-        return [View(pool[i]) for i in draw(len(pool), self.config.count, rng)]
+        pool = self.pool(sample, rng)
+        texts = []
+        for field in self.config.always[: self.config.count]:
+            if captions := self.of_fields(sample, [field]):
+                texts.append(captions[int(rng.integers(len(captions)))])
+        texts += [pool[i] for i in draw(len(pool), self.config.count - len(texts), rng)]
+        return [View(text) for text in texts]

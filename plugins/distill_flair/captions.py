@@ -33,7 +33,7 @@ class SampledCaptions(CaptionAugmentation):
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """Texts of the sample's sentences. A pool that is too small is taken whole."""
-        pool = self.pool(sample)
+        pool = self.pool(sample, rng)
         views = []
         for _ in range(self.config.captions):
             count = min(int(rng.integers(1, self.config.sentences + 1)), len(pool))

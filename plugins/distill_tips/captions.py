@@ -38,14 +38,11 @@ class TwoCaptions(CaptionAugmentation):
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The web's caption, then the synthetic one."""
         web = self.web(sample)
+        own = (self.config.web,) if self.config.web is not None else WEB
+        captions = {field: caption for field, caption in self.captions(sample).items() if field not in own}
+        drawn = self.texts(sample, rng).keys() & captions.keys() or captions.keys()
         # a data set may have the web's caption among the sentences as well, as the emoji's name is
-        rest = [
-            sentence
-            for field, caption in self.captions(sample).items()
-            if field not in ((self.config.web,) if self.config.web is not None else WEB)
-            for sentence in caption
-            if sentence != web
-        ]
+        rest = [text for field in captions if field in drawn for text in captions[field] if text != web]
         if not rest:
             raise BadSample("no synthetic caption beside the web's")
         chosen = list(range(len(rest)))

@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from distill_core.system.extras import require_extra as require_extra
     from distill_core.system.files import cache_folder as cache_folder
     from distill_core.system.files import in_words as in_words
+    from distill_core.system.files import make_room as make_room
     from distill_core.system.files import size_of as size_of
     from distill_core.system.files import write_whole as write_whole
     from distill_core.system.state_dicts import StateDict as StateDict
@@ -204,6 +205,7 @@ HOMES = {
     "require_extra": "distill_core.system.extras",
     "cache_folder": "distill_core.system.files",
     "in_words": "distill_core.system.files",
+    "make_room": "distill_core.system.files",
     "size_of": "distill_core.system.files",
     "write_whole": "distill_core.system.files",
     "read_folder": "distill_core.system.state_dicts",

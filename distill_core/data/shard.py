@@ -69,12 +69,12 @@ class Unusable(Mapping[str, Any]):
 
     def __init__(self, key: str, url: str, reason: str) -> None:
         self._identity = {"__key__": key, "__url__": url}
-        self._reason = reason
+        self.reason = reason
 
     def __getitem__(self, field: str) -> Any:
         if field in self._identity:
             return self._identity[field]
-        raise BadSample(self._reason)
+        raise BadSample(self.reason)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._identity)

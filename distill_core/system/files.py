@@ -68,6 +68,26 @@ def size_of(folder: Path) -> int:
     return sum(sizes.values())
 
 
+def make_room(folder: Path, newest: Path, room: float, pattern: str) -> list[Path]:
+    """Remove the files of a folder that were not used for the longest time, until the rest takes at most `room` bytes;
+    what it has removed. A reader that has one open keeps it."""
+    copies: list[tuple[float, int, Path]] = []
+    for copy in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            status = copy.stat()
+            copies.append((status.st_mtime, status.st_size, copy))
+    total = sum(size for _, size, _ in copies)
+    removed: list[Path] = []
+    for _, size, copy in sorted(copies):
+        if total <= room:
+            break
+        if copy != newest:
+            copy.unlink(missing_ok=True)
+            removed.append(copy)
+            total -= size
+    return removed
+
+
 def free_at(folder: Path) -> int:
     """Free bytes on the file system of a folder, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:

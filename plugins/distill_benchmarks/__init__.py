@@ -1,4 +1,4 @@
-"""Layouts of published benchmarks on disk, as data sources that evaluation tasks read."""
+"""Layouts of published benchmarks on disk, as data sources."""
 
 from distill_core import hookimpl
 
@@ -8,8 +8,8 @@ distill_api = 1
 @hookimpl
 def distill_components() -> list[type]:
     """Sources of captioned, of labelled and of masked pictures."""
-    from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
-    from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
+    from distill_benchmarks.captioned import Dci, Karpathy, Urban1k
+    from distill_benchmarks.clip_benchmark import ClipBenchmark
     from distill_benchmarks.tux_paint import TuxPaint
 
-    return [Karpathy, Urban1k, Dci, PairList, ClassFolder, ClipBenchmark, TuxPaint]
+    return [Karpathy, Urban1k, Dci, ClipBenchmark, TuxPaint]

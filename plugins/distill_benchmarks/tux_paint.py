@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
@@ -13,8 +15,9 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from distill_benchmarks.files import FileSample, FileSamples, FileSource, folder, read
-from distill_core import BadSample, ComponentConfig, DataError, Sample
+from distill_core import BadSample, ComponentConfig, DataError, DataSource, Sample, Shard
+from distill_layouts.files import FileSample, folder
+from distill_layouts.shards import listed
 from distill_tasks.prompts import read_lines
 
 UNPACKED = "usr/share/tuxpaint/stamps"
@@ -54,7 +57,7 @@ class TuxPaintConfig(ComponentConfig):
     answers for each other. False takes all, where no caption is read."""
 
 
-class TuxPaint(FileSource):
+class TuxPaint(DataSource):
     """The stamps of Debian's tuxpaint-stamps-default: for retrieval, classification and segmentation.
 
     A sample has the picture (`png`, with its alpha), `mask.png` (its class's number where alpha is above one half, else
@@ -77,7 +80,7 @@ class TuxPaint(FileSource):
     def splits(cls, config: Any) -> tuple[str, ...]:
         return ("test",)
 
-    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+    def sets(self, split: str) -> dict[str, list[Shard]]:
         """One set, `tux_paint`. Raises `DataError`."""
         if split != "test":
             return {}
@@ -88,9 +91,9 @@ class TuxPaint(FileSource):
             raise DataError(f"{base}: holds no stamp; expected {self.layout}")
         chosen = self._chosen(base, stamps)
         classes = sorted({about["class"] for about in chosen.values()})
-        samples = [Stamp(name, base / f"{name}.png", about, classes) for name, about in chosen.items()]
+        rows = ({"key": name, "about": about} for name, about in chosen.items())
         options = self.config.model_dump_json(exclude={"folder"})
-        return {self.name: FileSamples(f"{base} {options}", samples)}
+        return {self.name: listed(f"{base} {options}", rows, Stamps(base.absolute(), tuple(classes)))}
 
     def _chosen(self, base: Path, stamps: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Stamp -> what its json holds, of those that the options leave. Raises `DataError`."""
@@ -130,21 +133,26 @@ class Stamp(FileSample):
     """Its mask is made of its alpha when it is asked for."""
 
     def __init__(self, key: str, path: Path, about: Mapping[str, Any], classes: Sequence[str]) -> None:
-        super().__init__(key, path, about)
-        self.classes = classes
+        names = "\n".join([BACKGROUND, *classes]).encode()
+        encoded = json.dumps(about).encode()
+        super().__init__(key, str(path), {"png": path, "json": encoded, "mask.png": path, "classes.txt": names})
+        self.number = 1 + classes.index(about["class"])
 
     def __getitem__(self, name: str) -> Any:
-        if name == "classes.txt":
-            return "\n".join([BACKGROUND, *self.classes]).encode()
-        if name == "mask.png":
-            return _mask(read(self.path), 1 + self.classes.index(self.about["class"]))
-        return super().__getitem__(name)
+        content = super().__getitem__(name)
+        return _mask(content, self.number) if name == "mask.png" else content
 
-    def __iter__(self) -> Iterator[str]:
-        yield from (*super().__iter__(), "mask.png", "classes.txt")
 
-    def __len__(self) -> int:
-        return super().__len__() + 2
+@dataclass(frozen=True)
+class Stamps:
+    """A row `{key, about}` -> the sample."""
+
+    base: Path
+    classes: tuple[str, ...]
+
+    def __call__(self, rows: list[tuple[int, Mapping[str, Any]]]) -> Sample:
+        ((_, row),) = rows
+        return Stamp(row["key"], self.base / f"{row['key']}.png", row["about"], self.classes)
 
 
 def _stamps(base: Path) -> list[str]:

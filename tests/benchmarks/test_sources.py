@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import tarfile
@@ -15,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from distill_benchmarks.captioned import Dci, Karpathy, PairList, Urban1k
-from distill_benchmarks.labelled import ClassFolder, ClipBenchmark
+from distill_benchmarks.captioned import Dci, Karpathy, Urban1k
+from distill_benchmarks.clip_benchmark import ClipBenchmark
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.cache import fingerprint
 from distill_core.evaluate.sets import EvaluationSet
@@ -95,7 +94,7 @@ def test_a_sample_s_picture_is_read_when_it_is_asked_for(tmp_path: Path) -> None
     samples = source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"]
     assert [TEXT.decode(sample) for sample in samples] == [[f"a long caption of {i}. It goes on."] for i in (1, 2, 10)]
     with pytest.raises(BadSample, match="not a readable picture"):
-        IMAGE.decode(samples[0])
+        IMAGE.decode(next(iter(samples)))
     before = fingerprint(samples)
     assert before == fingerprint(source(Urban1k, folder=str(tmp_path)).samples("test")["urban1k"])
     paths[1].write_bytes(b"still no picture")
@@ -139,59 +138,6 @@ def test_dci(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "1.json").write_text("{}")
     with pytest.raises(BadSample, match="not an annotation of DCI"):
         TEXT.decode(found[1])
-
-
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
-def test_pair_list(tmp_path: Path, suffix: str) -> None:
-    """Rows of one picture are its captions, wherever they stand; quotes and commas are the format's."""
-    rows = [("p/a.png", 'he said "no", and left'), ("p/b.png", "b"), ("p/a.png", "a again")]
-    for i, name in enumerate(("a", "b")):
-        picture(tmp_path / "pictures" / "p" / f"{name}.png", 100 * i)
-    path = tmp_path / f"list.{suffix}"
-    with path.open("w", newline="") as file:
-        if suffix == "jsonl":
-            lines = [{"path": "p/a.png", "title": [rows[0][1], "a again"]}, {"path": "p/b.png", "title": "b"}]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-        else:
-            writer = csv.writer(file, delimiter="\t" if suffix == "tsv" else ",")
-            writer.writerows([("path", "title"), *rows])
-    options = {"test": str(path), "images": str(tmp_path / "pictures"), "image": "path", "caption": "title"}
-    made = source(PairList, **options)
-    assert made.splits(made.config) == ("test",)
-    name, found = only(made.samples("test"))
-    assert name == "list"
-    assert [TEXT.decode(sample) for sample in found] == [['he said "no", and left', "a again"], ["b"]]
-    assert [grey(sample) for sample in found] == [0, 100]
-    with pytest.raises(DataError, match=rf"list.{suffix}:\d: no column 'caption' \(there are: path, title\)"):
-        source(PairList, **options | {"caption": "caption"}).samples("test")
-
-
-NAMES = {
-    "mapping.txt": "n02 tench, Tinca tinca\nn01\tgold fish\n",
-    "order.txt": "gold fish\ntench, Tinca tinca\n",
-    "names.json": json.dumps({"n01": "gold fish", "n02": "tench, Tinca tinca"}),
-}
-
-
-def test_class_folder(tmp_path: Path) -> None:
-    """Pictures at any depth; names from each form of file, or the folders' own."""
-    for i, name in enumerate(("n01/a.png", "n01/deep/er/b.jpeg", "n02/c.webp")):
-        picture(tmp_path / "val" / name, i)
-    (tmp_path / "val" / "n01" / "notes.txt").write_text("no picture")
-    for file, text in NAMES.items():
-        (tmp_path / file).write_text(text)
-        made = source(ClassFolder, test=str(tmp_path / "val"), names=str(tmp_path / file))
-        name, found = only(made.samples("test"))
-        assert name == "val"
-        classes = EvaluationSet("v", found).labels("class")
-        assert classes == {0: "gold fish", 1: "gold fish", 2: "tench, Tinca tinca"}, file
-        assert TEXT.decode(found[0], "class") == ["gold fish"]
-    bare = source(ClassFolder, train=str(tmp_path / "val"), test=str(tmp_path / "val"))
-    assert bare.splits(bare.config) == ("train", "test")
-    assert set(EvaluationSet("v", only(bare.samples("train"))[1]).labels("class").values()) == {"n01", "n02"}
-    (tmp_path / "short.txt").write_text("n01 x\n")
-    with pytest.raises(DataError, match="names 1 of 2 classes not, as n02"):
-        source(ClassFolder, test=str(tmp_path / "val"), names=str(tmp_path / "short.txt")).samples("test")
 
 
 def tar(path: Path, samples: list[dict[str, bytes]]) -> None:
@@ -272,25 +218,13 @@ def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
         (Karpathy, {"annotations": "HERE/list.json", "images": "HERE"}, "list.json: not in Karpathy's layout"),
         (Karpathy, {"annotations": "HERE/cut.json", "images": "HERE"}, "cut.json: not readable json"),
         (Karpathy, {"annotations": "HERE/one.json", "images": "HERE/no"}, "HERE/no: no such folder"),
-        (Karpathy, {"annotations": "HERE/one.json", "images": "HERE"}, r"lacks the pictures, as HERE/val2014/x\.jpg"),
+        (Karpathy, {"annotations": "HERE/one.json", "images": "HERE"}, r"lacks the files, as HERE/val2014/x\.jpg"),
         (Urban1k, {"folder": "HERE/none"}, "none: no such folder; expected image/NAME.jpg and caption/NAME.txt"),
         (Urban1k, {"folder": "HERE"}, "HERE/image: no such folder"),
         (Dci, {"folder": "HERE"}, "splits.json: cannot be read"),
-        (PairList, {"test": "HERE/pairs.xlsx"}, "not a list of pairs"),
-        (PairList, {"test": "HERE/pairs.csv"}, r"lacks the pictures, as HERE/x\.jpg"),
-        (
-            PairList,
-            {"test": "HERE/pairs.csv", "image": "caption", "caption": "image"},
-            "lacks the pictures, as HERE/xxx",
-        ),
-        (PairList, {"test": "HERE/out.csv"}, r"out.csv:3: '\.\./p.csv' is not a path inside HERE"),
-        (PairList, {"test": "HERE/root.csv"}, r"root.csv:2: '/etc/hostname' is not a path inside HERE"),
         (Karpathy, {"annotations": "HERE/nul.json", "images": "HERE"}, r"nul.json: not in .*x\\+x00.jpg.* inside HERE"),
         (Karpathy, {"annotations": "HERE/up.json", "images": "HERE"}, r"up.json: not in .*'\.\.' is not a path inside"),
         (Dci, {"folder": "HERE/dci"}, r"splits.json: .*'\.\./\.\./x.json' is not a path inside"),
-        (PairList, {"test": "HERE/bad.jsonl"}, "bad.jsonl: not readable"),
-        (ClassFolder, {"test": "HERE/none"}, "none: no such folder; expected a folder for each class"),
-        (ClassFolder, {"test": "HERE/dci/photos"}, "dci/photos: holds no folder; expected a folder for each class"),
         (ClipBenchmark, {"folder": "HERE/none"}, "none: no such folder; expected test/nshards.txt"),
     ],
 )
@@ -304,10 +238,6 @@ def test_what_is_wrong_is_one_clear_error(tmp_path: Path, cls: Any, options: dic
     for name in ("photos", "annotations"):
         (tmp_path / "dci" / name).mkdir(parents=True)
     (tmp_path / "dci" / "splits.json").write_text('{"test": ["../../x.json"]}')
-    (tmp_path / "pairs.csv").write_text(f"image,caption\nx.jpg,{'x' * 300}\n")
-    (tmp_path / "out.csv").write_text("image,caption\nx.jpg,x\n../p.csv,x\n")
-    (tmp_path / "root.csv").write_text("image,caption\n/etc/hostname,x\n")
-    (tmp_path / "bad.jsonl").write_text("{\n")
     here = {name: value.replace("HERE", str(tmp_path)) for name, value in options.items()}
     with pytest.raises(DataError, match=said.replace("HERE", str(tmp_path))) as error:
         source(cls, **here).samples("test")

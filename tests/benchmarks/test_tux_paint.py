@@ -67,7 +67,7 @@ def test_classes_are_the_folders_in_words(tmp_path: Path, stamps: Path) -> None:
     expected = ["birds"] * 4 + ["mammals"] + ["bears"] * 2 + ["art tools"]
     assert list(EvaluationSet("t", every).labels("class").values()) == expected
     assert keys(every) == keys(made(stamps, distinct=False))
-    assert TEXT.decode(every[2], "folder") == ["animals/birds/cartoon"]
+    assert TEXT.decode(list(every)[2], "folder") == ["animals/birds/cartoon"]
     assert set(keys(made(stamps, distinct=False, minimum=2))) == {"crow", "owl", "chick", "duck", "bear", "teddy"}
     assert set(keys(made(stamps, distinct=False, minimum=3))) == {"crow", "owl", "chick", "duck"}
     assert TuxPaint(TuxPaint.Config(folder=str(stamps))).samples("train") == {}
@@ -80,7 +80,7 @@ def test_named_classes_hold_all_below_them(stamps: Path) -> None:
     assert labels == dict.fromkeys(["crow", "owl", "chick", "fox"], "animals") | dict.fromkeys(
         ["bear", "teddy"], "bears"
     )
-    assert found[0]["classes.txt"] == b"background\nanimals\nbears"
+    assert next(iter(found))["classes.txt"] == b"background\nanimals\nbears"
 
 
 def test_captions(stamps: Path) -> None:
@@ -139,12 +139,12 @@ def test_pictures_are_read_when_they_are_asked_for(stamps: Path) -> None:
     (stamps / "animals/birds/crow.png").write_bytes(b"no picture")
     assert fingerprint(samples) != before
     assert samples.place != made(stamps, minimum=2).place
-    assert TEXT.decode(samples[0]) == ["A crow."]
-    assert set(samples[0]) == {"__key__", "__url__", "png", "json", "mask.png", "classes.txt"}
+    assert TEXT.decode(next(iter(samples))) == ["A crow."]
+    assert set(next(iter(samples))) == {"__key__", "__url__", "png", "json", "mask.png", "classes.txt"}
     with pytest.raises(BadSample, match="not a readable picture"):
-        IMAGE.decode(samples[0])
+        IMAGE.decode(next(iter(samples)))
     with pytest.raises(BadSample, match="not a readable picture"):
-        samples[0]["mask.png"]
+        next(iter(samples))["mask.png"]
 
 
 def test_stamps_of_turned_things_are_left_out(stamps: Path) -> None:

@@ -17,13 +17,14 @@ PACKAGES = {
     for place in (ROOT, ROOT / "plugins", ROOT / "kernels")
     for path in place.glob("distill_*/__init__.py")
 }
-SHARED = {"distill_core", "distill_kernels", "distill_vl", "distill_tasks", "distill_drawn"}
+SHARED = {"distill_core", "distill_kernels", "distill_vl", "distill_tasks", "distill_drawn", "distill_layouts"}
 MAY_IMPORT = {
     "distill_core": {"distill_core"},
     "distill_kernels": {"distill_kernels"},
     "distill_vl": {"distill_core", "distill_kernels", "distill_vl"},
     "distill_tasks": {"distill_core", "distill_tasks"},
     "distill_drawn": {"distill_core", "distill_drawn"},
+    "distill_layouts": {"distill_core", "distill_tasks", "distill_layouts"},
     "distill_cosmos_variants": SHARED | {"distill_cosmos", "distill_cosmos_variants"},
 }
 INSIDE_FUNCTIONS = {
@@ -124,7 +125,6 @@ TOOLS = {
     "distill_aim",
     "distill_authoring",
     "distill_composition",
-    "distill_data",
     "distill_explore",
     "distill_segment",
     "distill_study",

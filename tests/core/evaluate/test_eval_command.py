@@ -209,7 +209,7 @@ def test_captions_are_items_by_themselves(run: Path, score: Score) -> None:
     base = run.parents[1]
     rows = [f"test/{name}/{i}.png,{name} {i} {j}" for name in ("red", "blue") for i in range(2) for j in range(3)]
     (base / "pairs.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
-    scores = score(run, "--task", f"{{name: retrieval, source: {{name: pair_list, test: {base / 'pairs.csv'}}}}}")
+    scores = score(run, "--task", f"{{name: retrieval, source: {{name: table, test: {base / 'pairs.csv'}}}}}")
     assert scores["student/retrieval/pairs/candidates"] == 12
     assert 1 <= scores["student/retrieval/pairs/text_to_image/median_rank"] <= 4
 
@@ -273,7 +273,7 @@ def test_mistakes(run: Path, capsys: pytest.CaptureFixture[str], arguments: tupl
 
 def test_a_recipe_whose_data_cannot_be_learned_from(tiny_recipe: Path, registry: Registry) -> None:
     """Said before a run starts; with `learn: null` nothing is needed."""
-    own = "source: {name: pair_list, test: x.csv}"
+    own = "source: {name: table, test: x.csv}"
     with pytest.raises(RecipeErrors, match=r"'linear_probe' learns from the split 'train': .*\(it has test\)"):
         load_recipe(tiny_recipe, registry=registry, overrides=[f"evaluate.tasks=[{{name: linear_probe, {own}}}]"])
     load_recipe(

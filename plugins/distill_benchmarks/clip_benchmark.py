@@ -1,4 +1,4 @@
-"""Labelled pictures: a folder for each class, and the WebDataset form of CLIP-benchmark."""
+"""The WebDataset form of CLIP-benchmark."""
 
 from __future__ import annotations
 
@@ -7,80 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill_benchmarks.files import (
-    PICTURES,
-    FileSample,
-    FileSamples,
-    NamedSplits,
-    document,
-    folder,
-    number,
-    some_are_there,
-)
 from distill_core import ComponentConfig, DataError, DataSource, Sample, Shard, Shards, TarShard, fingerprint
+from distill_layouts.files import folder, number
 from distill_tasks.prompts import plain_lines, read_lines
-
-
-class ClassFolderConfig(ComponentConfig):
-    """Options of `class_folder`. At least one split is named."""
-
-    test: str | None = None
-    """The folder of the split `test`; of ImageNet the validation pictures, one folder a synset."""
-    validation: str | None = None
-    """The folder of the split `validation`."""
-    train: str | None = None
-    """The folder of the split `train`, for probes to learn from."""
-    names: str | None = None
-    """A file with the classes' names: `FOLDER name in words` a line, a name a line in the folders' order, or json
-    {FOLDER: name}. Null takes the folders' names, with _ for a space."""
-
-
-class ClassFolder(NamedSplits):
-    """Pictures in a folder for each class (CLASS/.../x.jpg), as ImageNet's. Samples' json has `class` and `folder`."""
-
-    name = "class_folder"
-    Config = ClassFolderConfig
-    examples = ({"test": "no-such-folder/val", "names": "no-such-folder/names.txt"},)
-    layout = "a folder for each class in it, as goldfish/1.jpg"
-
-    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
-        """One set, of the folder's name. Raises `DataError`."""
-        if split not in self.splits(self.config):
-            return {}
-        base = folder(getattr(self.config, split), self.layout)
-        classes = sorted(path.name for path in base.iterdir() if path.is_dir())
-        if not classes:
-            raise DataError(f"{base}: holds no folder; expected {self.layout}")
-        names = _names(self.config.names, classes)
-        samples = [
-            FileSample(path.relative_to(base).as_posix(), path, {"class": names[name], "folder": name})
-            for name in classes
-            for path in sorted((base / name).rglob("*"))
-            if path.suffix.lower() in PICTURES
-        ]
-        some_are_there(samples, base, self.layout)
-        return {base.name: FileSamples(str(base), samples)}
-
-
-def _names(option: str | None, classes: Sequence[str]) -> dict[str, str]:
-    """Folder -> name in words. Raises `DataError`."""
-    if option is None:
-        return {name: name.replace("_", " ").strip() for name in classes}
-    path = Path(option).expanduser()
-    layout = "`FOLDER name in words` a line, a name a line in the folders' order, or json {FOLDER: name}"
-    if path.suffix == ".json":
-        content = document(path, layout)
-        table = {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
-    else:
-        lines = read_lines(path, layout)
-        table = {head: rest.strip() for head, _, rest in (line.replace("\t", " ").partition(" ") for line in lines)}
-        if not any(name in table for name in classes) and len(lines) == len(classes):
-            table = dict(zip(classes, lines, strict=True))
-    if missing := [name for name in classes if not table.get(name)]:
-        raise DataError(
-            f"{path}: names {len(missing)} of {len(classes)} classes not, as {missing[0]}; expected {layout}"
-        )
-    return {name: table[name] for name in classes}
 
 
 class ClipBenchmarkConfig(ComponentConfig):

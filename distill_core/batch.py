@@ -125,12 +125,14 @@ class Batch:
     """B samples: their views by modality, their keys, and the samples that were passed over on the way.
 
     `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
+    `sets` counts the samples by the set of the source that they come from.
     """
 
     views: dict[str, Views]
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
     measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
+    sets: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -149,4 +151,4 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         views = {name: views.map(function) for name, views in self.views.items()}
-        return Batch(views, self.keys, self.skipped, self.measures)
+        return Batch(views, self.keys, self.skipped, self.measures, self.sets)

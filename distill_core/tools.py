@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from distill_core.contracts.kinds import INTERFACES as INTERFACES
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
     from distill_core.contracts.slot import NONE as NONE
+    from distill_core.data.batches import SampleViews as SampleViews
     from distill_core.data.example import example_batch as example_batch
+    from distill_core.data.lengths import measure as measure
+    from distill_core.data.lengths import retry as retry
     from distill_core.data.opening import is_local as is_local
     from distill_core.errors import KeyPath as KeyPath
     from distill_core.errors import RecipeErrors as RecipeErrors
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from distill_core.recipe.document import read_document as read_document
     from distill_core.recipe.document import read_file as read_file
     from distill_core.recipe.named import recipe_file as recipe_file
+    from distill_core.recipe.named_source import read_source as read_source
     from distill_core.recipe.resolve import Override as Override
     from distill_core.recipe.resolve import load_recipe as load_recipe
     from distill_core.recipe.sections import Recipe as Recipe
@@ -80,7 +84,10 @@ HOMES = {
     "INTERFACES": "distill_core.contracts.kinds",
     "JSON_KEY": "distill_core.contracts.slot",
     "NONE": "distill_core.contracts.slot",
+    "SampleViews": "distill_core.data.batches",
     "example_batch": "distill_core.data.example",
+    "measure": "distill_core.data.lengths",
+    "retry": "distill_core.data.lengths",
     "is_local": "distill_core.data.opening",
     "KeyPath": "distill_core.errors",
     "RecipeErrors": "distill_core.errors",
@@ -101,6 +108,7 @@ HOMES = {
     "read_document": "distill_core.recipe.document",
     "read_file": "distill_core.recipe.document",
     "recipe_file": "distill_core.recipe.named",
+    "read_source": "distill_core.recipe.named_source",
     "load_recipe": "distill_core.recipe.resolve",
     "Override": "distill_core.recipe.resolve",
     "Recipe": "distill_core.recipe.sections",

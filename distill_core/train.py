@@ -64,7 +64,8 @@ class Trainer:
 
         source = recipe.data.source.build()
         source.prepare()
-        self.shards = [shard for shards in source.sets("train").values() for shard in shards]
+        sets = source.sets("train")
+        self.shards = [shard for shards in sets.values() for shard in shards]
         evaluation_source = source
         if recipe.evaluate.source is not None:
             evaluation_source = recipe.evaluate.source.build()
@@ -76,7 +77,8 @@ class Trainer:
         self.load_reports = load_weights(recipe, self.objective) if resume is None else []
         distributed.broadcast(self.objective.to(device))
         self.train_step = TrainStep(recipe, self.objective, device)
-        self.loader = Loader(recipe, self.shards, lengths, rank=rank, world=world, pin=device.type == "cuda")
+        names = [name for name, shards in sets.items() for _ in shards]
+        self.loader = Loader(recipe, self.shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")
         length = Length.of(recipe.train, self.loader.batch_size, self.loader.samples)
         self.state = RunState(recipe, length, self.objective, self.train_step, self.loader, device)
 
@@ -121,9 +123,10 @@ class Trainer:
                 return Result(folder.path, signal=signal.SIGINT)
             for line in evaluated.failed:
                 display.warn(f"not evaluated: {line}")
-            skipped_reads = sum(distributed.gather_objects(state.skipped_samples))
+            skipped_reads, samples_by_set = state.data_totals()
             if distributed.rank() == 0:
-                picture = report_run(state, folder, evaluated, facts, skipped_reads, saved=self.saver.unsaved is None)
+                saved = self.saver.unsaved is None
+                picture = report_run(state, folder, evaluated, facts, skipped_reads, samples_by_set, saved=saved)
                 self.tracked.report(state.step, picture, folder.path.name)
             complete = True
             return Result(folder.path, evaluated.scores, evaluated.failed, unsaved=self.saver.unsaved)
@@ -151,6 +154,7 @@ class Trainer:
         while state.step < steps and (batch := self.lockstep.next_batch()) is not None:
             self.notices.batch(batch)
             state.skipped_samples += len(batch.skipped)
+            state.samples_by_set.update(batch.sets)
             progress = state.length.progress(state.step)
             result = self.train_step(batch.to(self.device), progress)
             self.nonfinite.check(batch, result)
@@ -202,6 +206,5 @@ def _prepare_process(recipe: Recipe, folder: RunFolder) -> torch.device:
     if distributed.rank() == 0:
         folder.lock()
     set_threads(train.threads, recipe.data.workers, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()  # for the loader's workers too, which are forked from here
     return device

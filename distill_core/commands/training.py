@@ -89,6 +89,8 @@ def _finish(result: Result) -> None:
             f"{counted(report['steps'], 'step')}, {counted(report['samples'], 'sample')} in {report['seconds']:.0f} s "
             f"of training ({per_second(report['samples_per_s'] or 0)})",
         ]
+        if len(report["samples_by_set"]) > 1:
+            lines.append("samples by set: " + ", ".join(f"{name} {n}" for name, n in report["samples_by_set"].items()))
         if report["skipped_reads"]:
             shards = f" and {counted(report['skipped_shards'], 'shard')}" if report["skipped_shards"] else ""
             lines.append(

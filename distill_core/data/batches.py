@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ class Item:
     seed: int
     """For what its collators draw: a function of (seed, epoch, key), as the views are."""
     skipped: list[Skipped] = field(default_factory=list)
+    set: str = ""
+    """The set of the source that it comes from."""
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By modality, of the first samples of each worker."""
 
@@ -112,7 +115,8 @@ class Collate:
                 f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}"
             ) from error
         skipped = [skip for item in items for skip in item.skipped]
-        batch = Batch(views, [item.key for item in items], skipped, [item.measures for item in items if item.measures])
+        measures = [item.measures for item in items if item.measures]
+        batch = Batch(views, [item.key for item in items], skipped, measures, Counter(item.set for item in items))
         if get_worker_info() is not None:
             try:
                 batch.share_memory()
@@ -140,15 +144,18 @@ class BatchReader:
     def __init__(
         self,
         shards: Sequence[Shard],
+        lengths: Sequence[int],
         order: Order,
         views: SampleViews,
         collate: Callable[[Sequence[Item]], Batch],
         *,
         patience: Patience,
+        sets: Sequence[str] = (),
         reading: Callable[[str], None] | None = None,
     ) -> None:
-        """`reading` is called with the name of each shard that is read from."""
-        self.shards, self.order, self.views, self.collate = list(shards), order, views, collate
+        """`sets` names the set of each shard; `reading` is called with the name of each that is read from."""
+        self.shards, self.lengths, self.sets = list(shards), list(lengths), list(sets)
+        self.order, self.views, self.collate = order, views, collate
         self.patience, self.reading = patience, reading
         self.repeats: list[int] = []  # how often each shard stands before its place in the list
         listed: dict[str, int] = {}
@@ -191,8 +198,9 @@ class BatchReader:
             views = self.views(sample, place.epoch, repeat)
         except BadSample as error:
             return Skipped(key, str(sample["__url__"]), str(error))
+        seed = stable_hash(self.views.seed, place.epoch, key, *repeat)
         return Item(
-            key, views, stable_hash(self.views.seed, place.epoch, key, *repeat), measures=self.views.measure(sample)
+            key, views, seed, set=self.sets[place.shard] if self.sets else "", measures=self.views.measure(sample)
         )
 
     def _sample(self, place: Place) -> Sample:
@@ -202,7 +210,7 @@ class BatchReader:
             raise DataError(down[1])
         if self.reading is not None:
             self.reading(shard.name)
-        expected = int(self.order.lengths[place.shard])
+        expected = self.lengths[place.shard]
         try:
             sample = retry(lambda: _sample_of(shard, place.number, expected), shard, self.patience)
         except DataError as error:

@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import count
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from distill_core.batch import Batch
 from distill_core.data.batches import LESS_SHARED, BatchReader, Collate, Failure, SampleViews, shared_memory
 from distill_core.data.lengths import Lengths
-from distill_core.data.order import Order, stable_hash
+from distill_core.data.order import Order, ShuffledOrder, WeightedOrder, stable_hash
 from distill_core.data.shard import Patience, Shard
 from distill_core.errors import DataError
 from distill_core.recipe.sections import Recipe
@@ -166,12 +167,16 @@ class Loader:
         recipe: Recipe,
         shards: Sequence[Shard],
         lengths: Lengths,
+        sets: Sequence[str] = (),
         *,
         rank: int = 0,
         world: int = 1,
         pin: bool = False,
     ) -> None:
+        """`sets` names the set of each shard; without it all are of one."""
         self.recipe, self.shards, self.lengths = recipe, list(shards), lengths
+        self.sets = list(sets) or ["data"] * len(self.shards)
+        _check_weights(recipe.data.weights, self.sets)
         self.rank, self.world, self.pin = rank, world, pin
         self.batch_size = recipe.data.batch_size * world
         """Samples of a step over all ranks; fixed when a run begins."""
@@ -184,10 +189,10 @@ class Loader:
         self._handed_out = 0  # batches, since the start
         self._child_ended: Any = None
 
-    @property
+    @cached_property
     def samples(self) -> int:
-        """Of a pass over the data."""
-        return sum(self.lengths.samples)
+        """Of a pass over the data; with weights as many as the sets hold together."""
+        return self._order().samples
 
     def start(self) -> None:
         """Start the workers."""
@@ -213,16 +218,39 @@ class Loader:
         self._reader = _Reader(iterator)
 
     def _batch_reader(self) -> BatchReader:
-        recipe, data = self.recipe, self.recipe.data
+        recipe = self.recipe
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
         return BatchReader(
             self.shards,
-            Order(self.lengths.samples, seed=recipe.seed, streams=data.streams, shuffle=data.shuffle),
+            self.lengths.samples,
+            self._order(),
             SampleViews(augment, recipe.seed),
             Collate(collators),
             patience=patience_of(recipe),
+            sets=self.sets,
             reading=self.table,
+        )
+
+    def _order(self) -> Order:
+        seed, data = self.recipe.seed, self.recipe.data
+
+        def shuffled(shards: Sequence[int]) -> Order:
+            lengths = [self.lengths.samples[shard] for shard in shards]
+            return ShuffledOrder(lengths, seed=seed, streams=data.streams, shuffle=data.shuffle)
+
+        if data.weights is None and data.batches == "mixed":
+            return shuffled(range(len(self.shards)))
+        members = {name: [i for i, own in enumerate(self.sets) if own == name] for name in dict.fromkeys(self.sets)}
+        orders = {name: shuffled(shards) for name, shards in members.items()}
+        weights = data.weights or {name: float(order.samples) for name, order in orders.items()}
+        names = [name for name, weight in weights.items() if weight > 0]
+        return WeightedOrder(
+            [members[name] for name in names],
+            [orders[name] for name in names],
+            [weights[name] for name in names],
+            seed=seed,
+            run=self.batch_size if data.batches == "one_set" else 1,
         )
 
     def wait(self, seconds: float) -> Batch | None:
@@ -250,7 +278,7 @@ class Loader:
 
     def _judge(self, batch: Batch) -> None:
         """Raises `DataError` where more samples of this pass are bad than the recipe allows."""
-        before, now = (self.position + done for done in (0, self.batch_size))
+        before, now = self.position // self.samples, (self.position + self.batch_size) // self.samples
         self.good += len(batch) - len(batch.skipped)
         self.bad += len(batch.skipped)
         total, allowed = self.good + self.bad, self.recipe.data.max_bad_fraction
@@ -261,7 +289,7 @@ class Loader:
                 f"too many samples cannot be used: {self.bad} of the last {total}, where data.max_bad_fraction "
                 f"({allowed:g}) allows {int(allowed * total)}; the last: {batch.skipped[-1] if batch.skipped else '-'}"
             )
-        if before // self.samples < now // self.samples:
+        if before < now:
             self.good = self.bad = 0
 
     def waiting_for(self) -> str:
@@ -358,6 +386,7 @@ class Loader:
                 f"the run's batches of {state['batch_size']} samples cannot be shared by {self.world} ranks: resume it "
                 "with a number of ranks that divides them"
             )
+        self.__dict__.pop("samples", None)
         self.lengths = Lengths(lengths, unopened | dict.fromkeys(state["assumed"], ""))
         self.batch_size, self.position = state["batch_size"], state["position"]
         self.good, self.bad = state["good"], state["bad"]
@@ -373,6 +402,15 @@ class Loader:
                 f"data.source names other shards than the run was started on, or in another order (now "
                 f"{self.shards[0].name}, ...); an exact resume needs the same, though their folder may have moved"
             )
+
+
+def _check_weights(weights: Mapping[str, float] | None, sets: Sequence[str]) -> None:
+    """Raises `DataError`."""
+    if weights is not None and set(weights) != set(sets):
+        raise DataError(
+            f"data.weights names {', '.join(weights)}, and data.source has the sets {', '.join(dict.fromkeys(sets))}: "
+            "give a weight to each (0 leaves it out)"
+        )
 
 
 def patience_of(recipe: Recipe) -> Patience:

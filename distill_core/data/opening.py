@@ -43,6 +43,12 @@ def open_shard(shard: str, timeout: float) -> Iterator[BinaryIO]:
         yield plain
 
 
+def served_size(url: str, timeout: float) -> int | None:
+    """Bytes of an http(s) URL; None where the server does not say. Raises `OSError`, and an HTTPException."""
+    with _Download(url, timeout) as download:
+        return download.missing
+
+
 def compressed(path: str) -> bool:
     """Whether a local file is gzip, bzip2 or xz; False where it cannot be opened."""
     try:
@@ -105,22 +111,22 @@ class _Download(io.RawIOBase):
             raise OSError(f"the server answers {error.code} {error.reason}") from error
         except URLError as error:
             raise OSError(str(error.reason)) from error
-        self._missing = self._response.length
+        self.missing = self._response.length
         """Bytes; None where the server has not said how many there are."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._missing == 0:
+        if self.missing == 0:
             return 0
         # what has come, not all that fits: it would be lost where the server then stalls
         data = self._response.read1(len(buffer))
         buffer[: len(data)] = data
-        if self._missing is not None:
-            self._missing -= len(data)
+        if self.missing is not None:
+            self.missing -= len(data)
             if not data:
-                raise ConnectionError(f"the server closed the connection {self._missing} bytes before the end")
+                raise ConnectionError(f"the server closed the connection {self.missing} bytes before the end")
         return len(data)
 
     def close(self) -> None:

@@ -19,21 +19,24 @@ from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit, urlunsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill_core.batch import REST_OF_SHARD, Sample
-from distill_core.data.opening import compressed, is_local, open_shard
+from distill_core.data.opening import compressed, is_local, open_shard, served_size
 from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable
-from distill_core.data.tar import Damaged, Member, members, scan
-from distill_core.errors import DataError
-from distill_core.system.files import cache_folder, cannot_write, make_room, temporary_for, write_whole
+from distill_core.data.tar import BLOCK, Damaged, Member, members, scan
+from distill_core.errors import DataError, warn
+from distill_core.system.files import cache_folder, cannot_write, make_room, temporary_for, write_bytes, write_whole
 
 WILD = "*?["
 BACK_OFF = 1.0
 """Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
 GIGABYTE = 10**9
+BESIDE = ".index.npy"
+"""Suffix of the index that stands beside a shard (`distill data index`)."""
 _FORMAT = 1
 _DAMAGE = ".damage"
 """Suffix of a note beside a copy: why the original could not be read to its end."""
@@ -76,8 +79,9 @@ class TarShard(Shard):
     """A tar in the WebDataset layout: members that stand together and differ only in what follows the first dot of
     their names are one sample.
 
-    `prepare` reads its headers, once: the index that it makes is in the cache. What cannot be read at any place (a URL,
-    `pipe:COMMAND`, a compressed file) is copied to the cache first, as much as `data.shard_cache` has room for.
+    `prepare` reads its headers, once: the index that it makes is in the cache. One that stands beside the shard, as
+    SHARD.index.npy, is taken in its place; with it a URL has a length before it is fetched. What cannot be read at any
+    place (a URL, `pipe:COMMAND`, a compressed file) is copied to the cache, as much as `data.shard_cache` has room for.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -102,10 +106,10 @@ class TarShard(Shard):
         A copy that is damaged is fetched again, `retries` times: the transfer may be to blame.
         """
         self._patience = patience
-        if (index := self._stored_index()) is None:
+        if (index := self._stored_index()) is None and (index := self._index_beside()) is None:
             with self._readable():
                 index = self._build_index()
-        if len(index) == 1:
+        if len(index) == 1 or index[0, 0] == 0:
             raise DataError(f"{self.name}: the shard is empty. Write it again, or leave it out of data.source.")
         if index[1, 2] == _LOST:
             raise DataError(f"{self.name}: not a readable tar file: {self._damage}. Write it again, or leave it out.")
@@ -136,6 +140,32 @@ class TarShard(Shard):
         """In order, without a copy and without an index; what fails is tried again, and continues where it was."""
         return read_shard(self.name)
 
+    @property
+    def repeated(self) -> int:
+        """Samples that cannot be used because their key is that of the sample just before. After `prepare`."""
+        return self._count(_REPEATED)
+
+    @property
+    def damage(self) -> str | None:
+        """Why it cannot be read to its end, None where it can. After `prepare`."""
+        return self._damage if self._count(_LOST) else None
+
+    def _count(self, state: int) -> int:
+        assert self._index is not None, "not prepared"
+        return int((self._index[1:, 2] == state).sum())
+
+    def write_index(self) -> Path:
+        """Write its index beside it, whole or not at all; after `prepare`. Raises `DataError`, and `OSError`."""
+        assert self._index is not None, "not prepared"
+        if self.is_copied:
+            raise DataError(f"{self.name}: only an uncompressed tar of this machine has its index beside it")
+        with open(self.name, "rb") as file:
+            head = (int(self._index[0, 0]), _ends_digest(file, self._index), _FORMAT)
+        file_bytes = BytesIO()
+        np.save(file_bytes, np.concatenate([np.array([head], np.int64), self._index[1:]]))
+        write_bytes(path := Path(self.name + BESIDE), file_bytes.getvalue())
+        return path
+
     def fingerprint(self) -> str:
         """Of a local file name, size and time of change; of others the name."""
         if not is_local(self.name):
@@ -157,17 +187,18 @@ class TarShard(Shard):
 
     def _file(self) -> Path:
         """A local tar file with its samples, which is copied to the cache where there is none."""
-        return self._copy() if self._is_copied else Path(self.name)
+        return self._copy() if self.is_copied else Path(self.name)
 
     @cached_property
-    def _is_copied(self) -> bool:
+    def is_copied(self) -> bool:
+        """Whether it is read from a copy in the cache."""
         return not is_local(self.name) or compressed(self.name)
 
     def _read(self, start: int, length: int) -> bytes:
         assert self._index is not None
         with open(self._file(), "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
-            changed = (status.st_size, 0 if self._is_copied else status.st_mtime_ns) != tuple(self._index[0, :2])
+            changed = (status.st_size, 0 if self.is_copied else status.st_mtime_ns) != tuple(self._index[0, :2])
             if changed or len(content := os.pread(file.fileno(), length, start)) < length:
                 raise ShardError(f"{self.name}: has changed since the run began")
         return content
@@ -176,7 +207,7 @@ class TarShard(Shard):
     def _digest(self) -> str:
         """Of the name; of a compressed file's fingerprint, which a copy must follow."""
         name = os.path.abspath(self.name) if is_local(self.name) else self.name
-        if is_local(self.name) and self._is_copied:
+        if is_local(self.name) and self.is_copied:
             name += self.fingerprint()
         return blake2b(os.fsencode(name), digest_size=16).hexdigest()
 
@@ -190,13 +221,40 @@ class TarShard(Shard):
             index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r")
         except (OSError, ValueError, EOFError):  # not there, or cut off: made again
             return None
-        if index.ndim != 2 or index.shape[1] != 3 or index[0, 2] != _FORMAT:
+        if not _is_index(index):
             return None
-        if not self._is_copied:
+        if not self.is_copied:
             with suppress(FileNotFoundError):
                 status = os.stat(self.name)
                 if (status.st_size, status.st_mtime_ns) != tuple(index[0, :2]):
                     return None
+        return index
+
+    def _index_beside(self) -> NDArray[np.int64] | None:
+        """That beside a tar or its URL, if it is of what stands there now; kept in the cache from then on."""
+        path = index_beside(self.name)
+        if path is None:
+            return None
+        try:
+            if is_local(self.name):
+                index = _loaded(Path(path).read_bytes())
+                with open(self.name, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    fits = index is not None and tuple(index[0, :2]) == (status.st_size, _ends_digest(file, index))
+                changed = status.st_mtime_ns
+            else:
+                with open_shard(path, self._patience.timeout) as file:
+                    index = _loaded(file.read())
+                if index is None:  # a server may answer anything for what it does not have
+                    return None
+                fits, changed = index[0, 0] == served_size(self.name, self._patience.timeout), 0
+        except _UNREADABLE:  # there is none; if the shard cannot be read either, reading it says why
+            return None
+        if not fits or index is None:
+            warn(f"{path}: is not of the shard as it is now, and is not used. Write it again: distill data index")
+            return None
+        index[0, 1] = changed
+        self._save(index)
         return index
 
     def _build_index(self) -> NDArray[np.int64]:
@@ -214,10 +272,15 @@ class TarShard(Shard):
                     rows.append((broken.last.start, broken.last.end, _REPEATED if broken.last.again else _GOOD))
                 rows.append((rows[-1][1] if rows else 0, status.st_size, _LOST))
             else:
-                if self._is_copied and path.with_suffix(_DAMAGE).is_file():
+                if self.is_copied and path.with_suffix(_DAMAGE).is_file():
                     rows.append((status.st_size, status.st_size, _LOST))
-        head = (status.st_size, 0 if self._is_copied else status.st_mtime_ns, _FORMAT)
+        head = (status.st_size, 0 if self.is_copied else status.st_mtime_ns, _FORMAT)
         index = np.array([head, *rows], dtype=np.int64)
+        self._save(index)
+        return index
+
+    def _save(self, index: NDArray[np.int64]) -> None:
+        """In the cache."""
         target = self._index_file
         with suppress(OSError):  # it is made again by the next run
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -225,14 +288,13 @@ class TarShard(Shard):
             with open(temporary, "wb") as file:
                 np.save(file, index)
             temporary.replace(target)
-        return index
 
     @property
     def _damage(self) -> str:
         """Why it cannot be read to its end."""
         try:
             path = self._file()
-            if self._is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
+            if self.is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
                 return note.read_text()
             with open(path, "rb") as file:
                 for _ in _runs(scan(file)):
@@ -276,6 +338,38 @@ class TarShard(Shard):
         for removed in make_room(folder, copy, self._patience.shard_cache * GIGABYTE, "*.tar"):
             removed.with_suffix(_DAMAGE).unlink(missing_ok=True)
         return copy
+
+
+def index_beside(shard: str) -> str | None:
+    """Where the index of a shard stands if it is beside it: of a file or an http(s) URL; None of others."""
+    if is_local(shard):
+        return shard + BESIDE
+    if shard.startswith(("http://", "https://")):
+        parts = urlsplit(shard)
+        return urlunsplit(parts._replace(path=parts.path + BESIDE))
+    return None
+
+
+def _is_index(index: NDArray[np.int64]) -> bool:
+    return index.ndim == 2 and index.shape[1] == 3 and index.dtype == np.int64 and index[0, 2] == _FORMAT
+
+
+def _loaded(data: bytes) -> NDArray[np.int64] | None:
+    """An index from its bytes; None where they are none."""
+    try:
+        index: NDArray[np.int64] = np.load(BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError):
+        return None
+    return index if _is_index(index) else None
+
+
+def _ends_digest(file: BinaryIO, index: NDArray[np.int64]) -> int:
+    """Of the headers of a tar's first and last sample: another tar of the same size has others. 63 bits."""
+    digest = blake2b(digest_size=8)
+    for row in index[1:][[0, -1]] if len(index) > 1 else ():
+        file.seek(int(row[0]))
+        digest.update(file.read(BLOCK))
+    return int.from_bytes(digest.digest(), "little") >> 1
 
 
 def _pieces(source: BinaryIO) -> Iterator[bytes]:

@@ -168,14 +168,13 @@ def _training(draft: Draft) -> Iterator[Problem]:
         return
     if draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):
         yield ("train", "checkpoint", "best"), "needs `evaluate.every`: scores on the validation split"
-    elif problem := _unknown_score(draft, train.checkpoint.best):
-        yield ("train", "checkpoint", "best"), problem
 
 
-def _unknown_score(draft: Draft, best: str) -> str | None:
-    """What is wrong with the address SIDE/TASK/NAME of a mean, where the tasks tell theirs. A score of one set,
-    SIDE/TASK/SET/NAME, is known when it has been given."""
-    if draft.is_wrong("evaluate", "tasks"):
+def unknown_score(draft: Draft) -> str | None:
+    """What is wrong with `train.checkpoint.best`, the address SIDE/TASK/NAME of a mean, where the tasks tell theirs. A
+    score of one set, SIDE/TASK/SET/NAME, is known when it has been given."""
+    best = draft.train.checkpoint.best
+    if best is None or draft.evaluate.every is None or draft.is_wrong("evaluate", "tasks"):
         return None
     known: list[str] = []
     tasks = [slot for path, slot in draft.slots.items() if path[:-1] == ("evaluate", "tasks")]

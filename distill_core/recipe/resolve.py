@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from distill_core.contracts.slot import PLACE, Context, Slot
 from distill_core.errors import KeyPath, RecipeErrors
-from distill_core.recipe.checks import Draft, part_problems, problems
+from distill_core.recipe.checks import Draft, part_problems, problems, unknown_score
 from distill_core.recipe.document import Document, located, read_document, read_file
 from distill_core.recipe.messages import messages
 from distill_core.recipe.named import recipe_file
@@ -33,13 +33,15 @@ def load_recipe(
     registry: Registry,
     overrides: Sequence[Override] = (),
     allow_unset: bool = False,
+    recorded: bool = False,
 ) -> Recipe:
     """Read and check a recipe: a file, or the name of one that a plugin provides.
 
     Raises `RecipeErrors` with all errors.
 
     `overrides` are `path=value` strings, each with the place it was written at where that is not the command line.
-    `allow_unset` turns unset `${NAME}` into warnings.
+    `allow_unset` turns unset `${NAME}` into warnings; `recorded`, for a run's own recipe, does so too, and does not
+    check the score of the best checkpoint.
     """
     file = recipe_file(file)
     return parse_recipe(
@@ -48,6 +50,7 @@ def load_recipe(
         registry=registry,
         overrides=overrides,
         allow_unset=allow_unset,
+        recorded=recorded,
         default_name=file.stem,
     )
 
@@ -59,13 +62,14 @@ def parse_recipe(
     registry: Registry,
     overrides: Sequence[Override] = (),
     allow_unset: bool = False,
+    recorded: bool = False,
     default_name: str = "run",
 ) -> Recipe:
     """As `load_recipe`, from text."""
     document = read_document(text, file)
     if "recipe" in document.data and not {"backbone", "loss"} & document.data.keys():
         raise RecipeErrors([f"{file}: is a study, and no recipe: distill ablate {file}"])
-    resolver = _Resolver(document, registry, allow_unset)
+    resolver = _Resolver(document, registry, allow_unset, recorded)
     resolver.write_out()
     failed: list[str] = []
     for override in overrides:
@@ -80,10 +84,10 @@ def parse_recipe(
 
 
 class _Resolver:
-    def __init__(self, document: Document, registry: Registry, allow_unset: bool) -> None:
+    def __init__(self, document: Document, registry: Registry, allow_unset: bool, recorded: bool) -> None:
         self.document = document
         self.registry = registry
-        self.allow_unset = allow_unset
+        self.allow_unset, self.recorded = allow_unset or recorded, recorded
         self.errors: list[tuple[str, str]] = []  # (where it was written, line)
         self.replaced: dict[KeyPath, dict[str, Any]] = {}  # components that a change replaced by another
 
@@ -137,6 +141,9 @@ class _Resolver:
             draft = Draft.of(recipe, self.document, context.slots)
         for path, message in problems(draft):
             self._error(path, message)
+        # a run's own recipe is read with other tasks, too, to score it
+        if not self.recorded and (problem := unknown_score(draft)):
+            self._error(("train", "checkpoint", "best"), problem)
         self._raise()
         assert recipe is not None
         wrong_parts, unchecked = part_problems(recipe)

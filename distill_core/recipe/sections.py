@@ -34,6 +34,11 @@ class DataConfig(ComponentConfig):
 
     source: Slot[DataSource]
     """Where the shards come from."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Share of the samples that come from each set of the source, as {photographs: 3, drawings: 1}; each set is then
+    read in passes of its own. Null reads every sample once a pass."""
+    batches: Literal["mixed", "one_set"] = "mixed"
+    """`one_set`: all samples of a step, over all ranks, come from the same set."""
     batch_size: Positive = 64
     """Samples a step on each rank; a resumed run keeps the size over all ranks, whatever their number."""
     workers: Annotated[int, Field(ge=0)] = 1

@@ -68,4 +68,4 @@ def run_recipe(folder: Path, registry: Registry, overrides: Sequence[Override] =
         )
         what = "not a run folder (it holds no recipe.yaml)" if folder.is_dir() else "no such run folder"
         raise UserError(f"{folder}: {what}{did_you_mean(folder.name, runs)}")
-    return load_recipe(folder / "recipe.yaml", registry=registry, overrides=overrides, allow_unset=True)
+    return load_recipe(folder / "recipe.yaml", registry=registry, overrides=overrides, recorded=True)

@@ -39,6 +39,8 @@ class Report:
     failed: Sequence[str] = ()
     """A line for each evaluation task that could not be scored."""
     skipped_shards: int = 0
+    samples_by_set: Mapping[str, int] = field(default_factory=dict)
+    """Samples that were trained on, by the set of the data source."""
 
 
 def report_run(
@@ -47,10 +49,11 @@ def report_run(
     evaluated: EvaluationResult,
     facts: Mapping[str, Any],
     skipped_reads: int,
+    samples_by_set: Mapping[str, int],
     *,
     saved: bool,
 ) -> Path:
-    """Report a finished run; returns the picture's path. `skipped_reads` are those of all ranks, `saved`
+    """Report a finished run; returns the picture's path. `skipped_reads` and `samples_by_set` are of all ranks, `saved`
     says whether its last step is in a checkpoint. Raises `UserError` where the report cannot be written."""
     skipped_samples, skipped_shards = folder.skipped_in_training()
     report = Report(
@@ -67,6 +70,7 @@ def report_run(
         parameters=sum(p.numel() for p in state.train_step.parameters),
         notes=evaluated.notes,
         failed=evaluated.failed,
+        samples_by_set=dict(samples_by_set),  # a Counter does not survive dataclasses.asdict
     )
     try:
         return write_report(folder, report, facts)

@@ -18,6 +18,8 @@ FIXED = {
     "seed": "the order of the samples would change within a pass",
     "data.batch_size": "its steps, schedule and passes are counted in batches of that size",
     "data.shuffle": "the order of the samples would change within a pass",
+    "data.weights": "the order of the samples would change within a pass",
+    "data.batches": "the order of the samples would change within a pass",
     "data.streams": "the order of the samples would change within a pass",
     "train.optimizer.name": "its state is not the other's",
     "train.lr_factors": "the optimiser's state is grouped by factor",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,8 @@ class RunState:
         """Of training steps alone."""
         self.skipped_steps = 0
         self.skipped_samples = 0
-        """On this rank."""
+        """On this rank, as the next."""
+        self.samples_by_set: Counter[str] = Counter()
         self.best: float | None = None
         """The best validation score so far, and the step that has it where that is one of this process's."""
         self.best_step: int | None = None
@@ -98,6 +100,7 @@ class RunState:
             "data": self.loader.state_dict(),
             "random": get_random(self.device),
             "skipped_samples": self.skipped_samples,
+            "samples_by_set": dict(self.samples_by_set),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,6 +128,20 @@ class RunState:
         if len(ranks) == distributed.world_size():
             of_rank = ranks[rank]
             self.skipped_samples, self._random = of_rank["skipped_samples"], of_rank["random"]
+            self.samples_by_set = Counter(of_rank["samples_by_set"])
             self.loader.good, self.loader.bad = of_rank["data"]["good"], of_rank["data"]["bad"]
         elif rank == 0:  # other ranks than before: their random numbers begin anew, what they counted goes on here
             self.skipped_samples = sum(of_rank["skipped_samples"] for of_rank in ranks)
+            self.samples_by_set = _total(of_rank["samples_by_set"] for of_rank in ranks)
+
+    def data_totals(self) -> tuple[int, Counter[str]]:
+        """Of all ranks, every one of which must ask: how often a sample was skipped, and the samples of each set."""
+        counts = distributed.gather_objects((self.skipped_samples, self.samples_by_set))
+        return sum(skipped for skipped, _ in counts), _total(by_set for _, by_set in counts)
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total

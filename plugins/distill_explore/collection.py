@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,25 +9,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from distill_core import (
     BadSample,
     DataError,
-    DataSource,
     EvaluationSet,
     FeatureKind,
     Model,
     Sample,
     Shards,
     UserError,
-    did_you_mean,
     fingerprint,
     stamps,
     tar_shards,
 )
-from distill_core.tools import Document, RecipeErrors, Registry, located, option_message, read_document
+from distill_core.tools import Registry, read_source
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -202,17 +198,13 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
     if Path(source).is_dir():
         return Folder(Path(source))
     title = source
-    names = [name for kind, name in registry.entries if kind == "source"]
-    if source in names:
-        source = f"{{name: {source}}}"
-    if not _is_node(source):
+    data_source = read_source(source, registry)
+    if data_source is None:
         if source.endswith(".tar") or "://" in source or source.startswith("pipe:"):
             named = Shards(tar_shards(source)["data"])
             return Samples(named.place, named, source)
-        raise UserError(
-            f"{source!r} is neither a folder of images, nor a shard (*.tar), nor a data source ({', '.join(names)})"
-        )
-    data_source = _source(read_document(source, "SOURCE"), registry)
+        names = ", ".join(name for kind, name in registry.entries if kind == "source")
+        raise UserError(f"{source!r} is neither a folder of images, nor a shard (*.tar), nor a data source ({names})")
     data_source.prepare()
     if shard_sets := data_source.sets(split):
         shards = Shards([shard for part in shard_sets.values() for shard in part])
@@ -220,39 +212,3 @@ def collect(source: str, split: str, registry: Registry) -> Collection:
     if not (sets := data_source.samples(split)):
         raise DataError(f"{source!r} has no split {split!r}")
     return Samples(f"{source} {split}", _Concatenation(sets.values()), f"{title}, split {split}")
-
-
-def _is_node(source: str) -> bool:
-    """Whether it is a mapping; `{a,b}.tar` is a name with braces."""
-    return source.startswith("{") and source.rstrip().endswith("}")
-
-
-def _source(document: Document, registry: Registry) -> DataSource:
-    """The data source that a recipe's `data.source` would be. Raises `RecipeErrors`."""
-    if unset := document.expand():
-        raise RecipeErrors(
-            [
-                f"{located(document.origin(path), path)}: the environment variable {name} is not set"
-                for path, name in unset
-            ]
-        )
-    options = dict(document.data)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise RecipeErrors([f"{document.name}: needs a name: a data source, as {{name: ...}}"])
-    try:
-        cls: Any = registry.get("source", name).cls
-    except KeyError as error:
-        raise RecipeErrors([f"{document.name}: {error.args[0]}"]) from error
-    try:
-        data_source: DataSource = cls(cls.Config.model_validate_json(json.dumps(options)))
-    except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            path, what = item["loc"], option_message(item)
-            if item["type"] == "extra_forbidden":
-                options_known = [field.alias or option for option, field in cls.Config.model_fields.items()]
-                what = f"unknown option {path[-1]!r}{did_you_mean(str(path[-1]), options_known)}"
-            lines.append(f"{located(document.origin(path), path)}: {what}")
-        raise RecipeErrors(lines) from error
-    return data_source

@@ -45,6 +45,10 @@ class Colour:
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
+PAPER = Colour("white", (255, 255, 255))
+"""The ground that a transparent picture is made for: the default `background` of image augmentations."""
+
+
 def drawn(rng: np.random.Generator) -> Colour:
     """A name, each as likely, and a colour of it."""
     name = NAMES[int(rng.integers(len(NAMES)))]

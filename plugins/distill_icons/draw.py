@@ -36,3 +36,10 @@ def on_ground(shape: Image.Image, colour: Colour, ground: Colour) -> Image.Image
     picture = Image.new("RGB", shape.size, ground.rgb)
     picture.paste(colour.rgb, (0, 0), shape)
     return picture
+
+
+def transparent(shape: Image.Image, colour: Colour) -> Image.Image:
+    """RGBA: the colour everywhere, its alpha the shape."""
+    picture = Image.new("RGBA", shape.size, colour.rgb)
+    picture.putalpha(shape)
+    return picture

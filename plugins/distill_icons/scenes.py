@@ -59,6 +59,8 @@ class ScenesConfig(ComponentConfig):
         fewest, most = self.objects
         if not 2 <= fewest <= most <= 5:
             raise ValueError(f"objects {fewest} to {most}: a scene has 2 to 5")
+        if self.icons and self.icons.grounds:
+            raise ValueError("icons.grounds: a scene has a ground of its own, and needs transparent icons")
         return self
 
 
@@ -122,8 +124,9 @@ class IconScenes(DrawnSource):
             for sample in samples:
                 name = json.loads(sample["json"])["name"]
                 if name in things:
-                    with Image.open(BytesIO(sample["alpha.png"])) as shape:
-                        found.setdefault(name, []).append(shape.crop(shape.getbbox()))
+                    with Image.open(BytesIO(sample["png"])) as picture:
+                        shape = picture.getchannel("A")
+                    found.setdefault(name, []).append(shape.crop(shape.getbbox()))
         if len(found) < FEWEST or len(found) < self.config.objects[1]:
             raise DataError(
                 f"icon scenes: the split {split!r} has {len(found)} icons of things that scenes are made of, too few; "

@@ -16,7 +16,7 @@ from distill_drawn.source import SAME, SPLITS, DrawnSource, Item, ShardPlan, cac
 from distill_drawn.svg import Refused, png_of, rasterize
 from distill_icons import colours, packages
 from distill_icons.concepts import Concept, fraction, load, split_of
-from distill_icons.draw import coverage, on_ground
+from distill_icons.draw import coverage, on_ground, transparent
 from distill_icons.packages import SETS, SetName
 
 FORMAT = 1
@@ -33,6 +33,9 @@ class IconsConfig(ComponentConfig):
     """The folder in which `npm install --prefix FOLDER` has put the packages; by default `npm` in the cache folder."""
     size: int = Field(72, ge=8, le=1024)
     """Side of the stored pictures, in pixels."""
+    grounds: bool = False
+    """Lay each icon on a ground of a drawn colour, which small models take long to see through (docs/icons.md). If not,
+    the picture is transparent, and the image augmentation's `background` is its ground."""
     cache: str | None = None
     """Where shards are kept; by default `$DISTILL_CACHE`, `$XDG_CACHE_HOME/distill` or `~/.cache/distill`."""
     shards: int = Field(4, ge=1)
@@ -45,8 +48,8 @@ class IconsSource(DrawnSource):
     """Some 27,000 icons of 17,000 names from seven npm packages, in named colours, with two to six sentences each.
 
     Names that differ in a mark, a direction or a frame are one group, in all sets; groups are split 75 / 10 / 15 % by a
-    fixed hash, so that validation and test hold what was never trained on in any set. Samples are `png` (RGB),
-    `alpha.png` (grey: where the icon is) and `json` (captions, name, class, colours, ...).
+    fixed hash, so that validation and test hold what was never trained on in any set. Samples are `png` (RGBA) and
+    `json` (captions, name, class, colour, ...).
     """
 
     name = "icons"
@@ -68,7 +71,7 @@ class IconsSource(DrawnSource):
         return {
             "format": FORMAT,
             "sets": list(options.sets),
-            "options": {"size": options.size, "shards": options.shards, "limit": options.limit},
+            "options": options.model_dump(include={"size", "shards", "limit", "grounds"}),
             "packages": {package.npm: version for package, (_, version) in packages.installed(self.npm).items()},
             "renderer": versions(RENDERER, "icons"),
         }
@@ -89,7 +92,7 @@ class IconsSource(DrawnSource):
         found: dict[tuple[str, str], list[tuple[float, Item]]] = {}
         for concept in chosen:
             icon = concept.icon
-            draw: Callable[[], Drawn] = partial(_drawn, concept, self.config.size)
+            draw: Callable[[], Drawn] = partial(_drawn, concept, self.config)
             if concept.key in twins:
                 draw = partial(_refuse, f"{SAME} {twins[concept.key]}")
             place = split_of(concept.group), icon.set
@@ -148,13 +151,13 @@ def _refuse(reason: str) -> NoReturn:
     raise Refused(reason)
 
 
-def _drawn(concept: Concept, size: int) -> Drawn:
+def _drawn(concept: Concept, config: IconsConfig) -> Drawn:
     """A sample; its colours are a function of its set and name. Raises `Refused`."""
     icon = concept.icon
     rng = np.random.default_rng(stable_hash("icons", "colours", concept.key))
-    ground = colours.drawn(rng)
+    ground = colours.drawn(rng) if config.grounds else colours.PAPER
     colour = colours.on(ground, rng)
-    shape = coverage(icon.svg, size, concept.key)
+    shape = coverage(icon.svg, config.size, concept.key)
     record = {
         "captions": concept.captions,
         "name": icon.name,
@@ -163,12 +166,14 @@ def _drawn(concept: Concept, size: int) -> Drawn:
         "keywords": list(concept.keywords),
         "categories": list(icon.categories),
         "colour": colour.name,
-        "ground": ground.name,
-        "rgb": [colour.hex, ground.hex],
+        "rgb": colour.hex,
     }
     if concept.label:
         record["class"] = concept.label
-    return Drawn(concept.key, {"png": png_of(on_ground(shape, colour, ground)), "alpha.png": png_of(shape)}, record)
+    if config.grounds:
+        record |= {"ground": ground.name, "ground_rgb": ground.hex}
+    picture = on_ground(shape, colour, ground) if config.grounds else transparent(shape, colour)
+    return Drawn(concept.key, {"png": png_of(picture)}, record)
 
 
 def diagnostics() -> list[Diagnostic]:

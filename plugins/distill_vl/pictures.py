@@ -81,7 +81,8 @@ def draw_colours(config: RecolourConfig, rng: np.random.Generator, *, blur: floa
     if rng.random() < config.grey:
         colours.grey()
     if rng.random() < blur:
-        colours.blur = rng.uniform(*config.blur_radius)
+        low, high = config.blur_radius
+        colours.blur = low + (high - low) * rng.random()
     colours.solarise = rng.random() < solarise
     return colours
 
@@ -161,10 +162,10 @@ class PictureAugmentation(Augmentation):
         crops = draw(width, height)
         with self._bad_samples():
             pixels = torch.from_numpy(decode(reduction(crops))).permute(2, 0, 1)
-        views = []
+        views, on_model = [], self._on_model
         for crop in crops:
             x, extra = cut(pixels, crop, (width, height)), crop.extra(width, height)
-            if crop.colours is not None and self._on_model:
+            if crop.colours is not None and on_model:
                 extra |= crop.colours.arrays()
             elif crop.colours is not None:
                 x = crop.colours(x)
@@ -339,8 +340,11 @@ def cut(pixels: Tensor, crop: Crop, size: tuple[int, int]) -> Tensor:
     """uint8 [3, H, W] of a picture that had `size` (width, height) before it was reduced -> the crop [3, S, S], resized
     (bicubic, antialiased) and flipped."""
     left, top, width, height = crop.box
-    columns, rows = pixels.shape[2] / size[0], pixels.shape[1] / size[1]
-    x, y = round(left * columns), round(top * rows)
-    region = pixels[:, y : max(y + 1, round((top + height) * rows)), x : max(x + 1, round((left + width) * columns))]
+    if (scaled := (pixels.shape[2], pixels.shape[1])) != size:
+        x, y = (whole / full for whole, full in zip(scaled, size, strict=True))
+        right, bottom = round((left + width) * x), round((top + height) * y)
+        left, top = round(left * x), round(top * y)
+        width, height = max(right - left, 1), max(bottom - top, 1)
+    region = pixels[:, top : top + height, left : left + width]
     made = interpolate(region[None], (crop.side, crop.side), mode="bicubic", antialias=True)[0]
     return made.flip(2) if crop.flip else made.contiguous()

@@ -40,7 +40,6 @@ BASIS = np.stack([_GREY, np.eye(3) - _GREY, _QUARTER_TURN]).astype(np.float32)
 in the plane of YIQ's I and Q. Brightness, contrast, saturation, hue and grey are sums of these, and commute."""
 
 _BASIS = tuple(tuple(tuple(row) for row in matrix) for matrix in BASIS.tolist())
-_LUMA = torch.tensor(LUMA)
 
 Constant = tuple[float, ...] | tuple["Constant", ...]
 
@@ -140,7 +139,7 @@ class Recolouring:
             return crop
         x = crop.to(torch.float32).flatten(1)
         for p, u, v, c in self.stages:
-            added = c * float(x.mean(1) @ _LUMA) if c else 0.0
+            added = c * sum(share * mean for share, mean in zip(LUMA, x.mean(1).tolist(), strict=True)) if c else 0.0
             if u == p and v == 0:
                 x.mul_(p)
                 x = x.add_(added) if added else x

@@ -125,6 +125,7 @@ TOOLS = {
     "distill_aim",
     "distill_authoring",
     "distill_composition",
+    "distill_data",
     "distill_explore",
     "distill_segment",
     "distill_study",

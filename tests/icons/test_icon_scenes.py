@@ -162,6 +162,11 @@ def test_how_many_objects_there_may_be(made: Callable[..., IconScenes], objects:
         made(objects=objects)
 
 
+def test_icons_with_grounds_make_no_scene(made: Callable[..., IconScenes]) -> None:
+    with pytest.raises(ValueError, match=r"icons\.grounds"):
+        made(icons={"grounds": True})
+
+
 def test_things_are_named_once_and_in_lower_case() -> None:
     names = scenes.THINGS.read_text().splitlines()
     assert names == sorted(set(names))

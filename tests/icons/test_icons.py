@@ -170,26 +170,40 @@ def test_what_is_left_out_is_counted_and_named(npm: Path, tmp_path: Path, capsys
     assert "left out 1 with the picture of a like concept, 2 more: broken (lucide), nothing" in capsys.readouterr().err
 
 
+def colour_of(name: str, code: str) -> colours.Colour:
+    red, green, blue = bytes.fromhex(code[1:])
+    return colours.Colour(name, (red, green, blue))
+
+
 def test_pictures_are_what_their_json_says(samples: list[dict[str, Any]]) -> None:
-    """The ground's and the icon's colour are in the picture, bear their names, and can be told apart."""
+    """Would catch an icon that cannot be seen on white, one that fills its picture, and a colour that is not drawn."""
     for sample in samples:
         record = sample["record"]
         with Image.open(BytesIO(sample["png"])) as opened:
+            assert (opened.mode, opened.size) == ("RGBA", (32, 32))
             picture = np.asarray(opened)
-        with Image.open(BytesIO(sample["alpha.png"])) as opened:
-            alpha = np.asarray(opened)
+        colour = colour_of(record["colour"], record["rgb"])
+        solid = picture[..., 3] == 255
+        assert (picture[solid][:, :3] == colour.rgb).all()
+        assert 0 < solid.sum() < solid.size
+        assert (picture[..., 3] == 0).any()
+        assert colours.contrast(colour, colours.Colour("white", (255, 255, 255))) >= 3
+        assert sample["__key__"].startswith(f"{record['set']}-")
+
+
+def test_grounds_are_of_another_colour(made: Make, samples: list[dict[str, Any]]) -> None:
+    """The ground is around the icon, both bear their names, and they can be told apart; the shape is the same."""
+    shapes = {sample["__key__"]: np.asarray(Image.open(BytesIO(sample["png"])))[..., 3] for sample in samples}
+    for sample in every_sample(made(grounds=True)):
+        record, alpha = sample["record"], shapes[sample["__key__"]]
+        picture = np.asarray(Image.open(BytesIO(sample["png"])))
         assert picture.shape == (32, 32, 3)
-        assert alpha.shape == (32, 32)
-        colour, ground = (
-            colours.Colour(record[name], tuple(bytes.fromhex(code[1:])))  # type: ignore[arg-type]
-            for name, code in zip(("colour", "ground"), record["rgb"], strict=True)
-        )
+        colour = colour_of(record["colour"], record["rgb"])
+        ground = colour_of(record["ground"], record["ground_rgb"])
         assert (picture[alpha == 0] == ground.rgb).all()
         assert (picture[alpha == 255] == colour.rgb).all()
-        assert 0 < (alpha == 255).sum() < alpha.size
         assert colour.name != ground.name
         assert colours.contrast(colour, ground) >= 3
-        assert sample["__key__"].startswith(f"{record['set']}-")
 
 
 @pytest.mark.parametrize(
@@ -253,11 +267,14 @@ def test_bytes_are_the_same_in_another_folder(made: Make, tmp_path: Path) -> Non
 def test_other_options_and_versions_have_another_folder(made: Make, npm: Path, tmp_path: Path) -> None:
     copy = tmp_path / "npm"
     shutil.copytree(npm, copy)
-    folders = {made(**options).folder.name for options in ({}, {"size": 33}, {"limit": 4}, {"sets": ("mdi",)})}
+    folders = {
+        made(**options).folder.name
+        for options in ({}, {"size": 33}, {"limit": 4}, {"sets": ("mdi",)}, {"grounds": True})
+    }
     assert made(folder=str(copy)).folder.name in folders, "a copy of the same packages is the same"
     (copy / "node_modules/@mdi/svg/package.json").write_text('{"version": "8"}')
     folders.add(made(folder=str(copy)).folder.name)
-    assert len(folders) == 5
+    assert len(folders) == 6
 
 
 @pytest.mark.slow

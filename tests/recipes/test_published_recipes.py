@@ -58,8 +58,8 @@ def test_a_recipe_validates_and_says_the_published_numbers(
     assert f"torchrun --nproc-per-node {ranks} -m distill_core.cli run {file.stem}\n" in text
     batch = ranks * resolved["data"]["batch_size"]
     source, train = resolved["data"]["source"], resolved["train"]
-    if file.stem != "flair_vitb16_merged30m":  # its script says 27,000,000
-        assert source["samples"] == PAIRS[data]
+    pairs = 27_000_000 if file.stem == "flair_vitb16_merged30m" else PAIRS[data]
+    assert f"# the paper's: {pairs:,} pairs\n" in text
     urls = source["urls"] if isinstance(source["urls"], list) else [source["urls"]]
     assert sum(len(expand(pattern)) for pattern in urls) == SHARDS[data]
     assert f"R ranks set data.batch_size to {batch} / R" in text

@@ -30,7 +30,7 @@ def test_both_global_crops_meet_the_caption_and_only_the_picture_has_a_teacher(r
     assert recipe.teacher is not None
     assert recipe.teacher.momentum_end is None, "a fixed momentum"
     torch.manual_seed(0)
-    pictures, captions = torch.randn(4, 5, image.dim).double(), torch.randn(1, 5, text.dim).double()
+    pictures, captions = torch.randn(4, 5, image.spec.dim).double(), torch.randn(1, 5, text.spec.dim).double()
     student = {"image": Features(pictures), "text": Features(captions)}
     outputs = Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
     contrastive: Loss = recipe.loss[0].build(recipe.plan).double()

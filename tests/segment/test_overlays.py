@@ -37,7 +37,7 @@ def test_an_overlay_shows_what_was_found(sees_colours: Any) -> None:
     assert made.picture.getpixel((GAP + SIDE // 2, LINE + SIDE // 2)) == COLOURS["blue"]
 
 
-def test_colours_are_those_of_the_legend_and_can_be_choose_colours() -> None:
+def test_colours_are_those_of_the_legend_and_can_be_told_apart() -> None:
     """Of 40 classes: the truth's and the largest found have colours, the others are one grey, the background none.
 
     Would catch hues that the picture shifts into another's, and a legend of all that was found.

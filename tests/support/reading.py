@@ -11,7 +11,7 @@ from distill_core.batch import Sample, Skipped, View
 from distill_core.contracts.source import DataSource
 from distill_core.data.batches import BatchReader, Item, SampleViews
 from distill_core.data.lengths import measure
-from distill_core.data.order import Order
+from distill_core.data.order import ShuffledOrder
 from distill_core.data.shard import Patience, Shard
 from distill_core.data.tar_shards import TarShard
 
@@ -41,8 +41,8 @@ def reader_of(
 ) -> BatchReader:
     made = [shard if isinstance(shard, Shard) else TarShard(shard) for shard in shards]
     lengths = measure(made, patience, resuming=True)
-    order = Order(lengths.samples, seed=seed, streams=streams, shuffle=shuffle)
-    return BatchReader(made, order, views or TellEpoch(), _no_batch, patience=patience)
+    order = ShuffledOrder(lengths.samples, seed=seed, streams=streams, shuffle=shuffle)
+    return BatchReader(made, lengths.samples, order, views or TellEpoch(), _no_batch, patience=patience)
 
 
 def _no_batch(items: Sequence[Item]) -> Any:

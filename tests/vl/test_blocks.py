@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distill_core.batch import Group, Views
+from distill_core.outputs import Features
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_flava.fusion import MultimodalEncoder, MultimodalEncoderConfig
 from distill_vl.clip_text import ClipText, ClipTextConfig
@@ -64,8 +65,10 @@ def dense_attention(model: Any, attention: str) -> Tensor:
 
 
 def fused(model: Any) -> Tensor:
-    queries, tokens = torch.randn(2, 3, 24), torch.randn(3, 5, 8)
-    return model.pool("text", queries, tokens, torch.arange(5) < torch.tensor([[5], [1], [3]]))
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
+    pooled = torch.zeros(1, 3, 24)
+    image, text = (Features(pooled, {0: torch.randn(3, 5, 8)}, {0: mask}) for _ in range(2))
+    return model({"image": image, "text": text})["text"].tokens
 
 
 PASSES = {

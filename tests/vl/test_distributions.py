@@ -141,8 +141,7 @@ def scene() -> Image.Image:
 
 @pytest.mark.parametrize("hue", [0.0, 0.1])
 def test_moments_of_views(scene: Image.Image, hue: float) -> None:
-    """Global and local views as a whole. With a hue, channels and colors are those of another arithmetic, by less than
-    what is asserted (documented in docs/recipes.md)."""
+    """Global and local views as a whole. With a hue brightness has weaker edges than in HSV (docs/recipes.md)."""
     file = io.BytesIO()
     scene.save(file, "PNG")
     config = MultiCrop.Config(size=32, local_size=32, local=2, jitter=(*STRENGTHS[:3], hue))
@@ -160,4 +159,7 @@ def test_moments_of_views(scene: Image.Image, hue: float) -> None:
         theirs = moments_of([np.asarray(transform(scene)).astype(float) for _ in range(count)])
         for name in MOMENTS:
             apart = distance(ours[name], theirs[name])
-            assert apart < 1, (number, name, apart)
+            if hue and name == "edges":
+                assert 0.85 < np.mean(ours[name]) / np.mean(theirs[name]) <= 1.02, number
+            else:
+                assert apart < (1.3 if hue else 1), (number, name, apart)

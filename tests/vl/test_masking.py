@@ -8,9 +8,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from distill_core.data.stream import Item
 
 from distill_core.batch import Batch, Group, View, Views
+from distill_core.data.batches import Item
 from distill_core.data.loader import Collate
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Progress

@@ -19,7 +19,7 @@ from distill_core.batch import Batch, Sample, Skipped, View
 from distill_core.data.batches import BatchReader, Item, SampleViews
 from distill_core.data.lengths import Lengths, measure
 from distill_core.data.loader import Loader
-from distill_core.data.order import Order
+from distill_core.data.order import ShuffledOrder
 from distill_core.data.shard import Patience, Shard
 from distill_core.data.tar_shards import TarShard
 from distill_core.errors import BadSample, DataError
@@ -121,8 +121,9 @@ def test_stops_that_change_the_width_change_nothing(tmp_path: Path, monkeypatch:
     widths = [(w, n) for w in range(1, 5) if size % w == 0 for n in (1, 2, 3, 5)]
 
     def reader() -> BatchReader:
-        order = Order(measure(shards, Patience()).samples, **options)
-        return BatchReader(shards, order, Views(bad), lambda items: items, patience=Patience())  # type: ignore[arg-type, return-value]
+        lengths = measure(shards, Patience()).samples
+        order = ShuffledOrder(lengths, **options)
+        return BatchReader(shards, lengths, order, Views(bad), lambda items: items, patience=Patience())  # type: ignore[arg-type, return-value]
 
     steps = max(6, 3 * total // size + 1)
     expected = list(islice(batches(reader(), 0, size, 1, 1, monkeypatch), steps))

@@ -428,6 +428,7 @@ def test_the_best_checkpoints_score_is_one_that_the_tasks_give(
     assert refused("student/retrieval/R@10", "evaluate.tasks.0.ks=[1]").endswith("teacher/retrieval/M")
     for best in (*of, "student/retrieval/emoji/image_to_text/R@1"):
         check(*scored, f"train.checkpoint.best={best}")
+    check(*scored, "train.checkpoint.best=student/other/M", recorded=True)  # a run that is scored on other tasks
     monkeypatch.setattr(Retrieval, "means", classmethod(lambda cls, config: None))
     check(*scored, "train.checkpoint.best=student/retrieval/anything")
     assert refused("student/x/M").endswith("The means over sets: student/retrieval/..., teacher/retrieval/...")

@@ -58,7 +58,7 @@ def test_a_showcase_passes_over_bad_samples(
 ) -> None:
     bad = {(0, 0): {"png": b"no", "txt": b"a"}, (0, 1): {"txt": b"a"}}
     shards = write_shards(tiny_recipe.parent / "bad", 1, 4, replace=bad)
-    made = Showcase(load_recipe(tiny_recipe, registry=registry), [str(path) for path in shards], 8).media(0)
+    made = Showcase(load_recipe(tiny_recipe, registry=registry), [TarShard(path) for path in shards], 8).media(0)
     assert [picture.context["sample"] for picture in made] == ["train-0-2", "train-0-3"]
 
 

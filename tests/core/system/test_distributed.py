@@ -167,7 +167,7 @@ def test_a_run_of_two_ranks(
     rows = folder.rows()
     done = two("-m", "distill_core.cli", "resume", str(folder.path), "--checkpoint", "4")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going back to step 4: step-00000007.pt and what belongs to them are set aside") == 1
+    assert done.stderr.count("going back to step 4: step-00000007.pt and their metrics and reports are set aside") == 1
     assert [path.name for path in folder.path.glob("set-aside-*")] == ["set-aside-1"]
     again = Checkpoints(folder.path).read()
     assert again["step"] == 7

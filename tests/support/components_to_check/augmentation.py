@@ -1,5 +1,7 @@
 """Broken augmentations."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from components_to_check.broken import broken
@@ -22,6 +24,33 @@ class LocalsFirst(Noisy):
     @classmethod
     def roles(cls, config):
         return ("local", "global")
+
+
+@broken("extras", "the extras of .* views differ")
+class ExtraOfOtherShapes(Noisy):
+    def train_views(self, sample, rng):
+        length = int(rng.integers(1, 1000))
+        return [replace(view, extra={"box": np.zeros(length)}) for view in super().train_views(sample, rng)]
+
+
+@broken("device_work", "`on_device` changes the views")
+class NormalizesInPlace(Noisy):
+    def on_device(self, views):
+        for group in views.groups:
+            group.x.add_(1)
+        return views
+
+
+@broken("device_work", "`on_device` makes other views of the same batch")
+class DrawsOnTheDevice(Noisy):
+    def on_device(self, views):
+        return views.map(lambda x: x + torch.randn(()))
+
+
+@broken("device_work", "`on_device` must leave alone what it made")
+class NormalizesTwice(Noisy):
+    def on_device(self, views):
+        return views.map(lambda x: x + 1)
 
 
 @broken("determinism", "draw only from `rng`")

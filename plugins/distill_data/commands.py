@@ -1,0 +1,130 @@
+"""`distill data`. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from distill_core.tools import completion
+
+SPLIT = click.option("--split", default="train", show_default=True, help="Split, if SOURCE is a data source or recipe.")
+SET = click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe, if it is one.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Threads; by default one for each core, at most 16.")
+
+
+@click.group()
+def data() -> None:
+    """Look at data, pack it into shards, join something new to it, index it.
+
+    SOURCE is shards (*.tar with wildcards or braces, URLs), a folder of shards, a data source by its name or as in a
+    recipe ('{name: ..., ...}'), or a recipe, whose data source is meant.
+    """
+
+
+@data.command()
+@click.argument("shards", nargs=-1, required=True)
+@click.option("--cache", is_flag=True, help="Write no file beside the shards: indexes go to the cache alone.")
+@JSON
+def index(shards: tuple[str, ...], cache: bool, as_json: bool) -> None:
+    """Index SHARDS and count their samples: a run that finds SHARD.index.npy beside a shard need not read it first.
+
+    SHARDS are tar files (wildcards and braces), folders of them, or URLs, which are fetched once, and whose indexes go
+    to the cache. Beside http(s) URLs an index is found, too: serve it with the shard.
+    """
+    from distill_data.indexing import print_table, run
+
+    rows = run(shards, beside=not cache)
+    print_table(rows, as_json)
+
+
+@data.command()
+@click.argument("source", shell_complete=completion.recipes)
+@click.argument("out")
+@click.option("--samples", type=click.IntRange(min=1), default=10_000, show_default=True, help="Most samples a shard.")
+@click.option("--bytes", "size", help="A shard ends, too, where it reaches this size, as 500MB or 1GB.")
+@click.option("--side", type=click.IntRange(min=1), help="Make pictures smaller: their shorter side, in pixels.")
+@click.option(
+    "--quality", type=click.IntRange(1, 100), default=90, show_default=True, help="Of smaller JPEG and WebP pictures."
+)
+@click.option(
+    "--check/--no-check", "checked", default=True, help="Decode all: what cannot be is left out.  [default: check]"
+)
+@click.option("--prefix", help="Of the shards' names, if the source has no sets; by default the split.")
+@JOBS
+@SPLIT
+@SET
+@JSON
+def pack(
+    source: str,
+    out: str,
+    samples: int,
+    size: str | None,
+    side: int | None,
+    quality: int,
+    checked: bool,
+    prefix: str | None,
+    jobs: int | None,
+    split: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write the samples of SOURCE as shards, with their indexes, into the folder OUT.
+
+    If it is stopped, the same command continues. The shards are the same bytes whatever --jobs. OUT/pack.json names
+    every sample that was left out, and why.
+    """
+    from distill_core.tools import Registry
+    from distill_data.pack import pack as packed
+    from distill_data.pack import parse_size
+    from distill_data.row import named
+
+    most_bytes = None if size is None else parse_size(size)
+    target = named(source, split, Registry.discover(), overrides)
+    with _resumable():
+        report = packed(
+            target,
+            Path(out),
+            prefix=prefix or split,
+            samples=samples,
+            most_bytes=most_bytes,
+            side=side,
+            quality=quality,
+            checked=checked,
+            jobs=jobs or _cores(),
+        )
+    _print_report(report, Path(out), "pack", as_json)
+
+
+def _print_report(report: dict[str, object], out: Path, verb: str, as_json: bool) -> None:
+    from distill_data.pack import recipe_lines
+    from distill_data.writing import summary
+
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for line in summary(report, f": {out}"):
+        click.echo(line)
+    if report["skipped"]:
+        click.echo(f"each is named in {out / f'{verb}.json'}")
+    for line in recipe_lines(report["urls"]):
+        click.echo(line)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command continues after the last whole shard", err=True)
+        raise
+
+
+def _cores() -> int:
+    import os
+
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -1,0 +1,153 @@
+"""The data that a command names, as one row of samples, and work on it by several threads, in order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from distill_core import DataError, DataSource, Patience, Sample, Shard, Shards, UserError, tar_shards
+from distill_core.tools import RecipeErrors, load_recipe, measure, read_source, retry
+
+if TYPE_CHECKING:
+    from distill_core.tools import Recipe, Registry
+
+A = TypeVar("A")
+B = TypeVar("B")
+TOGETHER = 8
+"""Items that a thread takes at a time."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """What SOURCE stands for: its shards by set, and the recipe where it is one."""
+
+    title: str
+    sets: Mapping[str, Sequence[Shard]]
+    recipe: Recipe | None = None
+
+
+def named(text: str, split: str, registry: Registry, overrides: Sequence[str] = ()) -> Named:
+    """A folder of shards, shards (wildcards and braces), a data source by its name or options, or a recipe.
+
+    Raises `UserError`, which says what to write instead.
+    """
+    if Path(text).is_dir():
+        text = str(Path(text) / "*.tar")
+        if not any(Path(text).parent.glob("*.tar")):
+            raise UserError(
+                f"{Path(text).parent}: holds no shard (*.tar). Name what lies there by the data source that reads it, "
+                "as '{name: ..., ...}'; `distill plugins` lists them"
+            )
+    source, recipe = read_source(text, registry), None
+    if source is None and not overrides and (".tar" in text or "://" in text or text.startswith("pipe:")):
+        sets = tar_shards(text)
+        Shards(sets["data"])  # raises where one is missing
+        return Named(text, sets)
+    if source is None:
+        try:
+            recipe = load_recipe(text, registry=registry, overrides=overrides)
+        except RecipeErrors as error:
+            if "no recipe of this name" not in str(error):
+                raise
+            names = ", ".join(name for kind, name in registry.entries if kind == "source")
+            raise UserError(
+                f"{text!r} is neither shards (*.tar, or a folder of them), nor a data source ({names}), nor a recipe"
+            ) from error
+        source = recipe.data.source.build()
+    elif overrides:
+        raise UserError(f"--set changes a recipe, and {text} is a data source: give its options in SOURCE")
+    source.prepare()
+    return Named(f"{text}, split {split}", _sets(source, split, text), recipe)
+
+
+def _sets(source: DataSource, split: str, text: str) -> Mapping[str, Sequence[Shard]]:
+    if sets := source.sets(split):
+        return sets
+    if source.samples(split):
+        raise DataError(f"{text}: has no shards, so that nothing can be trained on it; `distill eval` scores it")
+    raise DataError(f"{text}: has no split {split!r}; name one of its splits by --split")
+
+
+class Row:
+    """The samples of all shards, set after set, by position."""
+
+    def __init__(self, sets: Mapping[str, Sequence[Shard]], patience: Patience, *, tolerant: bool = False) -> None:
+        """Opens every shard, with a progress bar. Raises `DataError` for one that cannot be; where `tolerant` it is
+        `lost`."""
+        everything = [(name, shard) for name, shards in sets.items() for shard in shards]
+        self.patience = patience
+        with progress(len(everything), "opening shards") as advance:
+            lengths = measure([shard for _, shard in everything], patience, resuming=tolerant, progress=advance)
+        if lengths.unopened and not tolerant:
+            raise DataError(next(iter(lengths.unopened.values())))
+        self.lost = {everything[i][1].name: reason for i, reason in lengths.unopened.items()}
+        """Of each shard that cannot be opened, why."""
+        opened = [i for i in range(len(everything)) if i not in lengths.unopened]
+        self.sets = [everything[i][0] for i in opened]
+        """The set of each shard."""
+        self.shards = [everything[i][1] for i in opened]
+        self.lengths = [lengths.samples[i] for i in opened]
+        self.ends = np.cumsum(self.lengths)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def shard(self, position: int) -> int:
+        """The number of the shard in which the sample at a position stands."""
+        return int(np.searchsorted(self.ends, position, side="right"))
+
+    def read(self, position: int) -> Sample:
+        """The sample, undecoded. Raises `DataError` where its shard cannot be read."""
+        i = self.shard(position)
+        shard, number = self.shards[i], position - int(self.ends[i]) + self.lengths[i]
+        return retry(lambda: shard[number], shard, self.patience)
+
+
+def in_order(function: Callable[[A], B], items: Sequence[A], jobs: int) -> Iterator[B]:
+    """`map(function, items)`, computed by `jobs` threads a little ahead; 1 computes in the caller's.
+
+    Decoding, resizing and reading let other threads run meanwhile, so that processes would only add copies.
+    """
+    from torchdata.nodes import IterableWrapper, Loader, ParallelMapper
+
+    chunks = IterableWrapper(_Chunks(items))
+    mapped = ParallelMapper(
+        chunks,
+        lambda chunk: [function(item) for item in chunk],
+        num_workers=jobs if jobs > 1 else 0,
+        in_order=True,
+        method="thread",
+        snapshot_frequency=sys.maxsize,  # its own state is not needed: what is done stands in the journal
+    )
+    for results in Loader(mapped):
+        yield from results
+
+
+class _Chunks(Iterable[Sequence[A]]):
+    def __init__(self, items: Sequence[A]) -> None:
+        self.items = items
+
+    def __iter__(self) -> Iterator[Sequence[A]]:
+        for start in range(0, len(self.items), TOGETHER):
+            yield self.items[start : start + TOGETHER]
+
+
+@contextmanager
+def progress(total: int, what: str, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's standard error, nothing elsewhere; yields what to call after each."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda: bar.advance(task)

@@ -46,7 +46,8 @@ def open_shard(shard: str, timeout: float) -> Iterator[BinaryIO]:
 def served_size(url: str, timeout: float) -> int | None:
     """Bytes of an http(s) URL; None where the server does not say. Raises `OSError`, and an HTTPException."""
     with _Download(url, timeout) as download:
-        return download.missing
+        missing: int | None = download.missing
+        return missing
 
 
 def compressed(path: str) -> bool:

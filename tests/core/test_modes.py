@@ -197,10 +197,10 @@ def test_a_failed_task_leaves_a_report(load: Load, tmp_path: Path, capsys: pytes
     assert len(result.failed) == 1
     assert "klass" in result.failed[0]
     assert "not evaluated" in capsys.readouterr().err
-    from distill_core.commands.training import _end
+    from distill_core.commands.training import _finish
 
     with pytest.raises(UserError, match="distill eval"):
-        _end(result)
+        _finish(result)
 
 
 @pytest.mark.slow

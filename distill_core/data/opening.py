@@ -112,7 +112,7 @@ class _Download(io.RawIOBase):
             raise OSError(f"the server answers {error.code} {error.reason}") from error
         except URLError as error:
             raise OSError(str(error.reason)) from error
-        self.missing = self._response.length
+        self.missing: int | None = self._response.length
         """Bytes; None where the server has not said how many there are."""
 
     def readable(self) -> bool:

@@ -26,6 +26,52 @@ def data() -> None:
     """
 
 
+@data.command("inspect")
+@click.argument("source", shell_complete=completion.recipes)
+@click.option("--samples", type=click.IntRange(min=1), help="Look at so many samples, evenly spread; by default all.")
+@click.option("--sheet", metavar="FILE.png", help="Write a contact sheet: of a recipe, the views that training sees.")
+@JOBS
+@SPLIT
+@SET
+@JSON
+def inspect_source(
+    source: str,
+    samples: int | None,
+    sheet: str | None,
+    jobs: int | None,
+    split: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what SOURCE holds: samples, fields, sizes, lengths of texts, and what cannot be used, by reason.
+
+    Pictures and texts are read as the augmentations of a recipe read them, if SOURCE is one. --json names every bad
+    sample.
+    """
+    from distill_core import UserError
+    from distill_core.tools import Registry
+    from distill_data import contact_sheet
+    from distill_data.inspection import inspect
+    from distill_data.row import named
+    from distill_data.table import print_report
+
+    if sheet is not None and not sheet.endswith(".png"):
+        raise UserError(f"--sheet {sheet}: a PNG is written: name it FILE.png")
+    target = named(source, split, Registry.discover(), overrides)
+    inspection, augment = inspect(target, samples, jobs or _cores())
+    report = inspection.report(target.title)
+    shown = None
+    if sheet is not None:
+        seed = target.recipe.seed if target.recipe is not None else None
+        shown = contact_sheet.write(Path(sheet), inspection, augment, seed)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    print_report(report)
+    if shown is not None:
+        click.echo(f"{sheet}: {'views' if target.recipe is not None else 'pictures and texts'} of {shown} samples")
+
+
 @data.command()
 @click.argument("shards", nargs=-1, required=True)
 @click.option("--cache", is_flag=True, help="Write no file beside the shards: indexes go to the cache alone.")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import drawn_cases
 
 import distill_core.data.loader
 from distill_core.batch import Batch, Sample, Skipped, View
@@ -25,8 +26,6 @@ from distill_core.data.tar_shards import TarShard
 from distill_core.errors import BadSample, DataError
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
-
-CASES = 240
 
 
 class Rows(Shard):
@@ -95,7 +94,7 @@ def iter_with(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield from rest
 
 
-@pytest.mark.parametrize("case", range(CASES))
+@pytest.mark.parametrize("case", drawn_cases(240, fast=40))
 def test_stops_that_change_the_width_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: int) -> None:
     """Layouts, lengths, streams, shuffling, bad samples, batch sizes, ranks, workers and stops are drawn. Catches a
     sample lost, repeated or moved by another number of ranks or workers, at any point of the run."""

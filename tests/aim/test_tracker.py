@@ -104,6 +104,7 @@ def _values(sequence: Any) -> Iterator[tuple[int, Any]]:
         yield int(step), value[0] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 def test_the_repository_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--runs runs` is relative: would catch a `distill ui RUN` from elsewhere that finds no repository."""
     from distill_aim.commands import where

@@ -1,6 +1,7 @@
 """Who may import whom, and that the core knows no method and no modality. Read from the syntax tree, nothing is run."""
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -41,6 +42,22 @@ INSIDE_FUNCTIONS = {
 """Too slow to import for a component module: every command would pay for it."""
 
 
+def called(node: ast.Call) -> str:
+    """`f` of `f()` and of `module.f()`."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+
+
+@functools.cache
+def parse(source: str) -> ast.Module:
+    """Each file is asked several questions."""
+    return ast.parse(source)
+
+
+@functools.cache
+def imports_of(source: str) -> list[tuple[int, str, bool]]:
+    return list(imports(parse(source)))
+
+
 def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
     """(line, top-level package, whether it is imported with the module) of every import, of strings too."""
     inside = {
@@ -56,7 +73,7 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or "" if node.level == 0 else "."]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and called(node) in ("import_module", "__import__"):
             names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         for name in names:
             yield node.lineno, name.split(".")[0], id(node) not in inside
@@ -72,7 +89,7 @@ def forbidden_imports(source: str, package: str) -> list[tuple[int, str]]:
     may = MAY_IMPORT.get(package, SHARED | {package})
     return [
         (line, name)
-        for line, name, _ in imports(ast.parse(source))
+        for line, name, _ in imports_of(source)
         if (name.startswith("distill_") and name not in may) or name in ("plugins", "kernels", "tests")
     ]
 
@@ -99,7 +116,7 @@ def test_slow_packages_are_imported_inside_functions(package: str) -> None:
     wrong = {
         f"{path.relative_to(ROOT)}:{line}": name
         for path in files(package)
-        for line, name, at_once in imports(ast.parse(path.read_text()))
+        for line, name, at_once in imports_of(path.read_text())
         if at_once and name in INSIDE_FUNCTIONS
     }
     assert wrong == {}
@@ -118,7 +135,7 @@ def test_the_import_check_finds_what_it_should() -> None:
         (5, "distill_aim"),
         (6, "plugins"),
     ]
-    assert [name for _, name, at_once in imports(ast.parse(source)) if at_once and name in INSIDE_FUNCTIONS] == ["aim"]
+    assert [name for _, name, at_once in imports_of(source) if at_once and name in INSIDE_FUNCTIONS] == ["aim"]
 
 
 TOOLS = {
@@ -141,14 +158,14 @@ OURS = sorted([*(ROOT / "plugins").rglob("*.py"), *(ROOT / "docs").rglob("*.py")
 def behind_the_surface(source: str, *, tool: bool) -> list[tuple[int, str]]:
     """(line, module) of each import of core that is neither `distill_core` nor, of a tool, `distill_core.tools`."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
             names = ["distill_core.tools"] if "distill_core.tools" in whole else [node.module or ""]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and called(node) == "import_module":
             names = [a.value for a in node.args[:1] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         allowed = {"distill_core", "distill_core.tools"} if tool else {"distill_core"}
         found += [(node.lineno, name) for name in names if name.split(".")[0] == "distill_core" and name not in allowed]
@@ -269,7 +286,7 @@ def words_of_methods(source: str) -> list[tuple[int, str]]:
     A modality's word is looked for in strings without spaces (`image`, `student.text`: keys) and in compound names
     (`image_size`, `text_width`). Alone, `text` is what a file holds, and `image` is a Tracker's method for pictures.
     """
-    tree = ast.parse(source)
+    tree = parse(source)
     prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     tracker = {
         id(node.args[0])
@@ -304,9 +321,7 @@ def test_extras_that_are_asked_for_exist() -> None:
         for package in PACKAGES
         for path in files(package)
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func) == "require_extra"
-        and isinstance(node.args[1], ast.Constant)
+        if isinstance(node, ast.Call) and called(node) == "require_extra" and isinstance(node.args[1], ast.Constant)
     }
     assert {"open-clip", "hf", "onnx"} <= asked <= extras
 

@@ -29,9 +29,9 @@ B = 6
 
 
 @pytest.fixture
-def objective() -> Objective:
+def objective(registry: Registry) -> Objective:
     torch.manual_seed(0)
-    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=Registry.discover()))
+    return build_objective(parse_recipe(RECIPE, "r.yaml", registry=registry))
 
 
 @pytest.fixture

@@ -22,8 +22,10 @@ OVERRIDES = [
 
 
 ONE_MODALITY = [[], OVERRIDES[1], ["loss.0.id=first", "loss.0.weight=1e-7", "evaluate=null", "seed=7"]]
+FAST = ("cosmos_tiny", "dino_tiny")
+"""With overrides; the other recipes are fast as they are."""
 CASES = [
-    pytest.param(file, overrides, id=f"{file.stem}-{i}")
+    pytest.param(file, overrides, id=f"{file.stem}-{i}", marks=pytest.mark.slow if i and file.stem not in FAST else ())
     for file in RECIPES
     for i, overrides in enumerate(OVERRIDES if "text:" in file.read_text(encoding="utf-8") else ONE_MODALITY)
 ]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import click
 
@@ -146,7 +147,75 @@ def pack(
     _print_report(report, Path(out), "pack", as_json)
 
 
-def _print_report(report: dict[str, object], out: Path, verb: str, as_json: bool) -> None:
+@data.command()
+@click.argument("source", shell_complete=completion.recipes)
+@click.argument("new")
+@click.argument("out")
+@click.option("--key", default="key", show_default=True, help="Column of a table with the samples' keys.")
+@click.option("--columns", help="Columns to join, as caption,score; by default all others.")
+@click.option("--txt", metavar="COLUMN", help="The column that becomes the samples' txt; others go into their json.")
+@click.option("--keys", metavar="FILE", help="Keys of an array's rows, one a line; by default NEW.keys.txt.")
+@click.option("--field", default="embedding", show_default=True, help="Name of an array of .npy in the samples.")
+@click.option(
+    "--several",
+    type=click.Choice(["error", "first", "list"]),
+    default="error",
+    show_default=True,
+    help="If a key has several rows: stop, take the first, or make lists.",
+)
+@click.option("--replace", is_flag=True, help="What the samples have of these names is replaced.")
+@click.option("--drop", is_flag=True, help="Leave out samples to which nothing is joined.")
+@JOBS
+@SPLIT
+@SET
+@JSON
+def join(
+    source: str,
+    new: str,
+    out: str,
+    key: str,
+    columns: str | None,
+    txt: str | None,
+    keys: str | None,
+    field: str,
+    several: Literal["error", "first", "list"],
+    replace: bool,
+    drop: bool,
+    jobs: int | None,
+    split: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Add the rows of NEW to the samples of SOURCE by key, as new shards in the folder OUT, as many as there are.
+
+    NEW is a table (.jsonl, .csv, .tsv, .parquet), whose columns go into each sample's json, or arrays (.npy,
+    .safetensors, as `distill embed` writes), which become fields NAME.npy. If it is stopped, the same command
+    continues. OUT/join.json counts the keys without a partner on both sides.
+    """
+    from distill_core.tools import Registry
+    from distill_data.join import join as joined
+    from distill_data.join import reader_of
+    from distill_data.row import named
+
+    chosen = None if columns is None else columns.split(",")
+    reader = reader_of(Path(new), key, chosen, None if keys is None else Path(keys), field)
+    target = named(source, split, Registry.discover(), overrides)
+    with _resumable():
+        report = joined(
+            target,
+            reader,
+            Path(out),
+            prefix=split,
+            txt=txt,
+            several=several,
+            replace=replace,
+            drop=drop,
+            jobs=jobs or _cores(),
+        )
+    _print_report(report, Path(out), "join", as_json)
+
+
+def _print_report(report: dict[str, Any], out: Path, verb: str, as_json: bool) -> None:
     from distill_data.pack import recipe_lines
     from distill_data.writing import summary
 
@@ -155,10 +224,22 @@ def _print_report(report: dict[str, object], out: Path, verb: str, as_json: bool
         return
     for line in summary(report, f": {out}"):
         click.echo(line)
+    if joined := report.get("joined"):
+        _print_counts(joined)
     if report["skipped"]:
         click.echo(f"each is named in {out / f'{verb}.json'}")
     for line in recipe_lines(report["urls"]):
         click.echo(line)
+
+
+def _print_counts(joined: dict[str, Any]) -> None:
+    for what, words in (
+        ("samples_without_key", "keys of samples are not in it"),
+        ("keys_without_sample", "of its keys are no sample's"),
+        ("repeated_keys", "of its keys have several rows"),
+    ):
+        if joined[what]:
+            click.echo(f"  {joined[what]} {words}, as {joined['examples'][what][0]!r}")
 
 
 @contextmanager

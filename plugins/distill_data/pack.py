@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill_core import BadSample, DataError, Patience, Sample, Skipped, stable_hash
 from distill_data.fields import check, fields_of, smaller
@@ -12,6 +12,8 @@ from distill_data.row import Named, Row, in_order, progress
 from distill_data.writing import SETLESS, Folder, Packed, member_key
 from distill_vl.pictures import PictureAugmentation
 from distill_vl.random_crop import RandomCrop
+
+A = TypeVar("A")
 
 
 def pack(
@@ -46,14 +48,24 @@ def pack(
         return count >= samples or (most_bytes is not None and size >= most_bytes)
 
     with folder.open():
+        if folder.complete is not None:
+            return folder.complete
         write(folder, row, packer, jobs, prefix, is_full, "packing")
         return folder.finish({})
 
 
 def write(
-    folder: Folder, row: Row, make: Any, jobs: int, prefix: str, is_full: Any, what: str, noted: Any = lambda: None
+    folder: Folder,
+    row: Row,
+    make: Callable[[int], A],
+    jobs: int,
+    prefix: str,
+    is_full: Callable[[int, int, int], bool],
+    what: str,
+    noted: Callable[[], None] = lambda: None,
+    results_of: Callable[[Iterator[A]], Iterator[Packed | Skipped]] = iter,  # type: ignore[assignment]
 ) -> None:
-    """The results of `make` from where the folder ends, with a progress bar."""
+    """The results of `make` from where the folder ends, with a progress bar; `results_of` takes them in order."""
     only = set(row.sets) == {SETLESS}
 
     def set_of(position: int) -> str:
@@ -65,12 +77,12 @@ def write(
     start = folder.end
     with progress(len(row), what, start) as advance:
 
-        def counted(results: Any) -> Any:
+        def shown(results: Iterator[A]) -> Iterator[A]:
             for result in results:
                 yield result
                 advance()
 
-        folder.write(counted(in_order(make, range(start, len(row)), jobs)), set_of, is_full, noted)
+        folder.write(results_of(shown(in_order(make, range(start, len(row)), jobs))), set_of, is_full, noted)
 
 
 class Packer:

@@ -119,14 +119,31 @@ def in_order(function: Callable[[A], B], items: Sequence[A], jobs: int) -> Itera
     chunks = IterableWrapper(_Chunks(items))
     mapped = ParallelMapper(
         chunks,
-        lambda chunk: [function(item) for item in chunk],
+        lambda chunk: [_result(function, item) for item in chunk],
         num_workers=jobs if jobs > 1 else 0,
         in_order=True,
         method="thread",
         snapshot_frequency=sys.maxsize,  # its own state is not needed: what is done stands in the journal
     )
     for results in Loader(mapped):
-        yield from results
+        for result in results:
+            if isinstance(result, _Failed):
+                raise result.error
+            yield result
+
+
+@dataclass
+class _Failed:
+    """An error in its item's place: the mapper would wrap it into another, with a traceback for a message."""
+
+    error: Exception
+
+
+def _result(function: Callable[[A], B], item: A) -> B | _Failed:
+    try:
+        return function(item)
+    except Exception as error:
+        return _Failed(error)
 
 
 class _Chunks(Iterable[Sequence[A]]):
@@ -139,7 +156,7 @@ class _Chunks(Iterable[Sequence[A]]):
 
 
 @contextmanager
-def progress(total: int, what: str, done: int = 0) -> Iterator[Callable[[], None]]:
+def progress(total: int | None, what: str, done: int = 0) -> Iterator[Callable[[], None]]:
     """A bar on a terminal's standard error, nothing elsewhere; yields what to call after each."""
     if not sys.stderr.isatty():
         yield lambda: None

@@ -46,7 +46,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 def lines(report: Mapping[str, Any], width: int) -> Iterator[str]:
     """The report as text of at most `width` columns, without the bad samples' table."""
     partly = "" if report["looked_at"] == report["samples"] else f", of which {report['looked_at']} were looked at"
-    yield f"{report['source']}: {report['samples']} samples in {report['shards']} shards{partly}"
+    yield f"{report['source']}: {report['samples']} samples in {counted(report['shards'], 'shard')}{partly}"
     if len(report["sets"]) > 1:
         yield "sets: " + ", ".join(f"{name} {count}" for name, count in report["sets"].items())
     yield "fields: " + ", ".join(f"{name} {count}" for name, count in report["fields"].items())

@@ -58,6 +58,8 @@ class Folder:
         self.folder, self.verb = folder, verb
         self.made_from = json.loads(json.dumps(made_from))
         self.entries: list[Entry] = []
+        self.complete: dict[str, Any] | None = None
+        """The report, where all of it stands there already."""
         self.report = folder / f"{verb}.json"
         self._journal = folder / f"{verb}.jsonl"
 
@@ -94,10 +96,21 @@ class Folder:
             if path is not None and not (path.is_file() and path.stat().st_size == entry.bytes):
                 break
             self.entries.append(entry)
-        if not self.report.is_file() or len(self.entries) < len(entries):
-            lines = [self.made_from, *map(asdict, self.entries)]
-            write_whole(self._journal, "".join(f"{json.dumps(line)}\n" for line in lines))
-            self.report.unlink(missing_ok=True)
+        if self.report.is_file() and len(self.entries) == len(entries):
+            self.complete = json.loads(self.report.read_text(encoding="utf-8"))
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """A journal of the entries so far."""
+        lines = [self.made_from, *map(asdict, self.entries)]
+        write_whole(self._journal, "".join(f"{json.dumps(line)}\n" for line in lines))
+        self.report.unlink(missing_ok=True)
+
+    def restart(self) -> None:
+        """Write all of it again."""
+        self.entries = []
+        self._begin()
 
     def _written(self) -> tuple[Any, list[Entry]]:
         if self.report.is_file():
@@ -252,7 +265,7 @@ def member_key(key: str) -> str:
 
 def grouped(reason: str, url: str) -> str:
     """A reason without what differs from sample to sample: the shard's name, and numbers."""
-    short = re.sub(r"\d+", "#", reason.removeprefix(f"{url}: "))
+    short = re.sub(r"0x[0-9a-f]+|(?<![\w-])\d+(?!\w)", "#", reason.removeprefix(f"{url}: "))
     return re.sub(r"'[^']*'|\"[^\"]*\"", "...", short)[:120]
 
 

@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from distill_core.system.files import make_room as make_room
     from distill_core.system.files import size_of as size_of
     from distill_core.system.files import write_whole as write_whole
+    from distill_core.system.progress import progress_bar as progress_bar
     from distill_core.system.state_dicts import StateDict as StateDict
     from distill_core.system.state_dicts import read_folder as read_folder
     from distill_core.system.state_dicts import read_json as read_json
@@ -206,6 +207,7 @@ HOMES = {
     "cache_folder": "distill_core.system.files",
     "in_words": "distill_core.system.files",
     "make_room": "distill_core.system.files",
+    "progress_bar": "distill_core.system.progress",
     "size_of": "distill_core.system.files",
     "write_whole": "distill_core.system.files",
     "read_folder": "distill_core.system.state_dicts",

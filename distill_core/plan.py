@@ -88,6 +88,7 @@ class Needs:
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
+    `pools`: it pools tokens with the fusion itself, and reads no fused views.
     """
 
     student: tuple[str, ...] = ()
@@ -98,6 +99,7 @@ class Needs:
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
+    pools: bool = False
 
     @property
     def named(self) -> frozenset[str]:

@@ -44,6 +44,12 @@ class Plugins:
 
     def add(self, name: str, module: Any, package: str) -> None:
         """Register one plugin module. Raises `PluginError` when it asks for another version of the hooks."""
+        if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+            folder = next(iter(module.__path__))
+            raise PluginError(
+                f"plugin {name!r} (package {package}): {folder} is a folder without an __init__.py, "
+                "which hides the installed package. Start from another folder."
+            )
         version = getattr(module, "distill_api", API_VERSION)
         if version != API_VERSION:
             raise PluginError(

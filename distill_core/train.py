@@ -40,6 +40,7 @@ from distill_core.system.process import (
     set_matmul_precision,
     set_threads,
 )
+from distill_core.system.progress import progress_bar
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Trainer:
         if recipe.evaluate.source is not None:
             evaluation_source = recipe.evaluate.source.build()
             evaluation_source.prepare()
-        lengths = _measure(self.shards, recipe, resuming=resume is not None)
+        lengths = _measure(self.shards, recipe, resuming=resume is not None, quiet=quiet)
 
         seed_all(recipe.seed)
         self.objective = build_objective(recipe)
@@ -188,11 +189,12 @@ class Trainer:
         return facts
 
 
-def _measure(shards: Sequence[Shard], recipe: Recipe, *, resuming: bool) -> Lengths:
+def _measure(shards: Sequence[Shard], recipe: Recipe, *, resuming: bool, quiet: bool) -> Lengths:
     """How many samples each shard has: the first rank asks, then the others, from its cache."""
 
     def measured() -> Lengths:
-        return measure(shards, patience_of(recipe), resuming=resuming)
+        with progress_bar(len(shards), "shards are indexed", quiet=quiet) as advance:
+            return measure(shards, patience_of(recipe), resuming=resuming, progress=advance)
 
     first = distributed.raise_on_all_ranks(lambda: measured() if distributed.rank() == 0 else None)
     return distributed.raise_on_all_ranks(lambda: first or measured())

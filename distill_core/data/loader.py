@@ -15,7 +15,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from itertools import count
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -181,6 +180,7 @@ class Loader:
         self.batch_size = recipe.data.batch_size * world
         """Samples of a step over all ranks; fixed when a run begins."""
         self.position = 0
+        self._order = self._make_order()
         self.good, self.bad = 0, 0  # samples, as judged by `data.max_bad_fraction`
         self.table = WorkerTable(recipe.data.workers)
         self._start_worker = _StartWorker(self.table) if recipe.data.workers else None
@@ -189,10 +189,10 @@ class Loader:
         self._handed_out = 0  # batches, since the start
         self._child_ended: Any = None
 
-    @cached_property
+    @property
     def samples(self) -> int:
         """Of a pass over the data; with weights as many as the sets hold together."""
-        return self._order().samples
+        return self._order.samples
 
     def start(self) -> None:
         """Start the workers."""
@@ -224,7 +224,7 @@ class Loader:
         return BatchReader(
             self.shards,
             self.lengths.samples,
-            self._order(),
+            self._order,
             SampleViews(augment, recipe.seed),
             Collate(collators),
             patience=patience_of(recipe),
@@ -232,7 +232,7 @@ class Loader:
             reading=self.table,
         )
 
-    def _order(self) -> Order:
+    def _make_order(self) -> Order:
         seed, data = self.recipe.seed, self.recipe.data
 
         def shuffled(shards: Sequence[int]) -> Order:

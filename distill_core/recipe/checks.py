@@ -273,3 +273,10 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
             count = len(modality.views(role))
             if count < number:
                 yield f"{component} needs {number} {role} view(s) of {name!r}; its augmentation makes {count}"
+
+
+def unread(recipe: Recipe) -> Iterator[str]:
+    """A warning where no loss reads the fusion: nothing trains it, and replacing it changes nothing."""
+    needs = [slot.cls.needs(slot.config, recipe.plan) for slot in recipe.loss]
+    if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
+        yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"

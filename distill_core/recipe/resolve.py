@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from distill_core.contracts.slot import PLACE, Context, Slot
 from distill_core.errors import KeyPath, RecipeErrors
-from distill_core.recipe.checks import Draft, part_problems, problems, unknown_score
+from distill_core.recipe.checks import Draft, part_problems, problems, unknown_score, unread
 from distill_core.recipe.document import Document, located, read_document, read_file
 from distill_core.recipe.messages import messages
 from distill_core.recipe.named import recipe_file
@@ -150,7 +150,7 @@ class _Resolver:
         for path, message in wrong_parts:
             self._error(path, message)
         self._raise()
-        return recipe.with_warnings(*warnings, *self._own_defaults(context.slots), *unchecked)
+        return recipe.with_warnings(*warnings, *self._own_defaults(context.slots), *unchecked, *unread(recipe))
 
     def _written_out(self) -> dict[str, Any]:
         """The document with the place of each component beside its options, and defaults where none is written."""

@@ -7,14 +7,24 @@ import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b, sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from distill_core import DataError, DataSource, Diagnostic, Shard, TarShard, cache_folder, in_words, install, size_of
+from distill_core import (
+    DataError,
+    DataSource,
+    Diagnostic,
+    Shard,
+    TarShard,
+    cache_folder,
+    in_words,
+    install,
+    progress_bar,
+    size_of,
+)
 from distill_drawn import shards
 from distill_drawn.shards import Drawn, Entry
 from distill_drawn.svg import Refused
@@ -109,7 +119,7 @@ class DrawnSource(DataSource):
         begun = time.perf_counter()
         made_from, plan, items = self.made_from(), self.plan(), self.items(names)
         entries = {name: entry for name, entry in shards.read_manifest(folder).items() if name in plan}
-        with _progress(sum(map(len, items.values())), f"{self.name} pictures") as advance:
+        with progress_bar(sum(map(len, items.values())), f"{self.name} pictures") as advance:
             for name in names:
                 samples: list[Drawn] = []
                 left_out: dict[str, str] = {}
@@ -162,17 +172,3 @@ def cached(name: str) -> list[Diagnostic]:
         samples = sum(entry.samples for entry in shards.read_manifest(folder).values())
         found.append(Diagnostic("data", folder.name, f"{samples} pictures, {in_words(size_of(folder))}"))
     return found
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, nothing elsewhere; yields what to call after each picture."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

@@ -45,7 +45,7 @@ class Flair(Sigmoid):
     @classmethod
     def needs(cls, config: FlairConfig, plan: Plan) -> Needs:
         """Tokens of the first picture."""
-        return Needs(student=config.modalities, tokens={config.modalities[0]: (0,)})
+        return Needs(student=config.modalities, tokens={config.modalities[0]: (0,)}, pools=True)
 
     @classmethod
     def problems(cls, config: FlairConfig, plan: Plan) -> Iterable[str]:

@@ -94,8 +94,9 @@ class Local:
         log = study / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
+            # -P: the folder that the study was started in must not hide an installed package
             process = subprocess.Popen(
-                [sys.executable, "-m", "distill_core.cli", *arguments],
+                [sys.executable, "-P", "-m", "distill_core.cli", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -230,4 +230,5 @@ def _last_lines(log: Path) -> str:
     except FileNotFoundError:
         return "it printed nothing"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[-2:])[-400:] or "it printed nothing"
+    last = [line if len(line) <= 400 else f"{line[:400]} ..." for line in lines[-2:]]
+    return " ".join(last) or "it printed nothing"

@@ -1,5 +1,6 @@
 """Plugins and components: what is refused and who is named, what `distill plugins` prints, that all is documented."""
 
+import importlib
 import inspect
 import json
 import subprocess
@@ -347,3 +348,12 @@ def test_listing_plugins_imports_torch_at_most() -> None:
 def test_the_installed_command_is_the_one_tested() -> None:
     (script,) = entry_points(group="console_scripts", name="distill")
     assert script.load() is main
+
+
+def test_a_folder_that_hides_a_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A project's own folder in the working directory is an empty module before the installed package: its components
+    would be missing without a word."""
+    (tmp_path / "hidden_plugin_xyz").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PluginError, match=r"hidden_plugin_xyz is a folder without an __init__.py.*another folder"):
+        Plugins().add("mine", importlib.import_module("hidden_plugin_xyz"), "mine")

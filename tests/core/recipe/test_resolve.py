@@ -488,3 +488,10 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(
         "freeze, train.lr_factors: their paths are checked only when training starts, since the model cannot be "
         "built without memory: RuntimeError: no storage",
     )
+
+
+def test_a_fusion_that_no_loss_reads_is_warned_of(check: Check) -> None:
+    """Would catch a study that swaps a fusion which nothing trains; and a warning where a loss pools with it."""
+    warned = check("loss=[{name: contrastive}]", "teacher=null").warnings
+    assert [line for line in warned if line.startswith("fusion: no loss of this recipe reads 'cross_attention'")]
+    assert not [line for line in check().warnings if line.startswith("fusion")]

@@ -22,8 +22,9 @@ JOBS = click.option("--jobs", type=click.IntRange(min=1), help="Threads; by defa
 def data() -> None:
     """Look at data, pack it into shards, join something new to it, index it.
 
-    SOURCE is shards (*.tar with wildcards or braces, URLs), a folder of shards, a data source by its name or as in a
-    recipe ('{name: ..., ...}'), or a recipe, whose data source is meant.
+    SOURCE is shards (*.tar with wildcards or braces, URLs) or a folder of them, a folder of images with captions beside
+    them, a table (.csv, .tsv, .jsonl, .parquet), a data source by its name or as in a recipe ('{name: ..., ...}'), or a
+    recipe, whose data source is meant.
     """
 
 

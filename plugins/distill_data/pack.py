@@ -116,7 +116,11 @@ class Packer:
 
 def identity(row: Row) -> dict[str, Any]:
     """What tells a row from another: the fingerprint of each shard, or its name where it has none."""
-    prints = [shard.fingerprint() or shard.name for shard in row.shards]
+    prints = []
+    with progress(len(row.shards), "looking for changes") as advance:
+        for shard in row.shards:
+            prints.append(shard.fingerprint() or shard.name)
+            advance()
     return {"shards": len(prints), "samples": len(row), "digest": f"{stable_hash(*prints, *row.lengths, *row.sets):x}"}
 
 

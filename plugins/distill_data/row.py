@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from distill_core import DataError, DataSource, Patience, Sample, Shard, Shards, UserError, tar_shards
+from distill_core import DataError, DataSource, Patience, Sample, Shard, Shards, TarShard, UserError, tar_shards
 from distill_core.tools import RecipeErrors, load_recipe, measure, read_source, retry
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 B = TypeVar("B")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".arrow")
 TOGETHER = 8
 """Items that a thread takes at a time."""
 
@@ -33,17 +36,18 @@ class Named:
 
 
 def named(text: str, split: str, registry: Registry, overrides: Sequence[str] = ()) -> Named:
-    """A folder of shards, shards (wildcards and braces), a data source by its name or options, or a recipe.
+    """Shards (wildcards and braces) or a folder of them, a folder of files with captions beside them, a table, a data
+    source by its name or options, or a recipe.
 
     Raises `UserError`, which says what to write instead.
     """
-    if Path(text).is_dir():
-        text = str(Path(text) / "*.tar")
-        if not any(Path(text).parent.glob("*.tar")):
-            raise UserError(
-                f"{Path(text).parent}: holds no shard (*.tar). Name what lies there by the data source that reads it, "
-                "as '{name: ..., ...}'; `distill plugins` lists them"
-            )
+    title, path = text, Path(text)
+    if path.is_dir() and any(path.glob("*.tar")):
+        text = str(path / "*.tar")
+    elif path.is_dir():
+        text = json.dumps({"name": "folder", split: text})
+    elif path.suffix in TABLES and path.is_file():
+        text = json.dumps({"name": "table", split: text})
     source, recipe = read_source(text, registry), None
     if source is None and not overrides and (".tar" in text or "://" in text or text.startswith("pipe:")):
         sets = tar_shards(text)
@@ -57,13 +61,13 @@ def named(text: str, split: str, registry: Registry, overrides: Sequence[str] = 
                 raise
             names = ", ".join(name for kind, name in registry.entries if kind == "source")
             raise UserError(
-                f"{text!r} is neither shards (*.tar, or a folder of them), nor a data source ({names}), nor a recipe"
+                f"{text!r} is neither shards (*.tar), nor a folder, a table, a data source ({names}) or a recipe"
             ) from error
         source = recipe.data.source.build()
     elif overrides:
-        raise UserError(f"--set changes a recipe, and {text} is a data source: give its options in SOURCE")
+        raise UserError(f"--set changes a recipe, and {title} is none: give the options of a data source in SOURCE")
     source.prepare()
-    return Named(f"{text}, split {split}", _sets(source, split, text), recipe)
+    return Named(title if title != text else f"{title}, split {split}", _sets(source, split, title), recipe)
 
 
 def _sets(source: DataSource, split: str, text: str) -> Mapping[str, Sequence[Shard]]:
@@ -94,6 +98,8 @@ class Row:
         self.shards = [everything[i][1] for i in opened]
         self.lengths = [lengths.samples[i] for i in opened]
         self.ends = np.cumsum(self.lengths)
+        # several threads may read a tar at once; of other shards that is not known. A field that is a file opens later
+        self._locks = [nullcontext() if isinstance(shard, TarShard) else Lock() for shard in self.shards]
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -103,10 +109,11 @@ class Row:
         return int(np.searchsorted(self.ends, position, side="right"))
 
     def read(self, position: int) -> Sample:
-        """The sample, undecoded. Raises `DataError` where its shard cannot be read."""
+        """The sample, undecoded; several threads may call it. Raises `DataError` where its shard cannot be read."""
         i = self.shard(position)
         shard, number = self.shards[i], position - int(self.ends[i]) + self.lengths[i]
-        return retry(lambda: shard[number], shard, self.patience)
+        with self._locks[i]:
+            return retry(lambda: shard[number], shard, self.patience)
 
 
 def in_order(function: Callable[[A], B], items: Sequence[A], jobs: int) -> Iterator[B]:

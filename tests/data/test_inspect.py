@@ -161,7 +161,7 @@ def test_what_is_asked_wrongly(tmp_path: Path, tiny_recipe: Path, capsys: pytest
     for arguments, what in (
         ([str(tiny_recipe), "--sheet", "s.jpg"], "name it FILE.png"),
         ([str(tiny_recipe), "--split", "nope"], "has no split 'nope'"),
-        (["emoji", "--set", "data.workers=0"], "is a data source"),
+        (["emoji", "--set", "data.workers=0"], "give the options of a data source"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["data", "inspect", *arguments])

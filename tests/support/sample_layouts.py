@@ -60,7 +60,7 @@ def path_of(i: int, sample: Example) -> str:
 def json_line(row: dict[str, Any], caption: Any) -> bytes:
     """With the caption as it is, where it is bytes."""
     if isinstance(caption, bytes):
-        return json.dumps(row | {"caption": "@"}).encode().replace(b"@", caption)
+        return json.dumps(row | {"caption": "@"}).encode().replace(b'"@"', caption)
     return json.dumps(row | {"caption": caption}).encode()
 
 

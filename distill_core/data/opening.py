@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import select
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -21,6 +22,8 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 _BUFFER = 1 << 20
+STORES = {"s3": "aws s3 cp --quiet {} -", "gs": "gsutil -q cat {}"}
+"""Scheme of a URL -> the command of its store that writes an object."""
 
 
 def is_local(shard: str) -> bool:
@@ -67,6 +70,9 @@ def _open(shard: str, timeout: float) -> io.RawIOBase:
     shard = rewrite_url(shard)
     if shard.startswith(("http://", "https://")):
         return _Download(shard, timeout)
+    scheme = shard.partition("://")[0]
+    if scheme in STORES:
+        shard = f"pipe:{STORES[scheme].format(shlex.quote(shard))}"
     if shard.startswith("pipe:"):
         errors = tempfile.TemporaryFile()  # noqa: SIM115
         # a session of its own: Ctrl-C is the trainer's to answer, and all that the shell starts can be ended

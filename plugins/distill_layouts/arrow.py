@@ -47,6 +47,9 @@ class ArrowTable(TableFile):
         row: Mapping[str, Any] = self.at(start).to_pylist()[0]
         return self._named(row)
 
+    def extent(self) -> int:
+        return int(self._mapped(self.path).num_rows)
+
     def schema(self) -> Any:
         """Arrow's. Raises `DataError`."""
         return self._mapped(self.path).schema
@@ -95,6 +98,9 @@ class ArrowTable(TableFile):
 
 class ParquetTable(ArrowTable):
     """A parquet file."""
+
+    def extent(self) -> int:
+        return (self._parquet()[1] or [0])[-1]
 
     def schema(self) -> Any:
         return self._parquet()[0].schema_arrow

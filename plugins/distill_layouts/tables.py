@@ -8,15 +8,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,8 @@ from distill_core import DataError, ShardError, cache_folder
 
 csv.field_size_limit(100_000_000)
 _FORMAT = 1
+TOGETHER = 20_000
+"""Rows between two moves of the bar."""
 _LOOK = 100
 """Rows of JSON lines that are read for the names of their columns."""
 
@@ -37,8 +39,7 @@ class BadRow(Exception):
         self.line, self.key = line, key if key is not None else f"row {line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     """A row: where it begins in the file, its length, its line, and the key that rows of its sample share."""
 
     start: int
@@ -70,6 +71,10 @@ class TableFile(ABC):
     @abstractmethod
     def locate(self) -> Iterator[Location]:
         """Every row in order. Raises `DataError` for what cannot be cut into rows, `OSError`."""
+
+    def extent(self) -> int:
+        """The sum of the rows' lengths, about."""
+        return self.path.stat().st_size
 
     @abstractmethod
     def row(self, start: int, length: int, line: int) -> Mapping[str, Any]:
@@ -127,7 +132,7 @@ class TableFile(ABC):
     def _stored(self) -> NDArray[np.int64] | None:
         stamp = _stamp(os.stat(self.path))
         try:
-            index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r")
+            index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r").view(np.ndarray)
         except (OSError, ValueError, EOFError):  # not there, or cut off: made again
             return None
         fits = index.ndim == 2 and len(index) == 4 and tuple(index[:3, 0]) == (*stamp, _FORMAT)
@@ -137,8 +142,10 @@ class TableFile(ABC):
         stamp = _stamp(os.stat(self.path))
         places: list[NDArray[np.int64]] = []
         locations = self.locate()
-        while part := [(at.start, at.length, at.line, _hash(at)) for at in islice(locations, 100_000)]:
-            places.append(np.array(part, dtype=np.int64).T)
+        with _progress(f"index of {self.path.name}", self.extent()) as advance:
+            while part := [(at.start, at.length, at.line, _hash(at)) for at in islice(locations, TOGETHER)]:
+                places.append(np.array(part, dtype=np.int64).T)
+                advance(int(places[-1][1].sum()))
         rows = np.concatenate(places, axis=1) if places else np.empty((4, 0), np.int64)
         samples = 0
         if rows.shape[1]:
@@ -252,6 +259,17 @@ class JsonTable(TableFile):
         if not isinstance(row, dict):
             raise BadRow("the json is not an object", line)
         return row
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, which goes when it is full."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:

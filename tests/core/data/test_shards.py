@@ -144,6 +144,32 @@ def test_a_command_that_fails_for_good_is_named_after_its_retries(
     assert len(runs.read_text()) == 3 if not keys else 4
 
 
+@pytest.mark.parametrize(("scheme", "command"), [("s3", "aws s3 cp --quiet"), ("gs", "gsutil -q cat")])
+def test_urls_of_stores(
+    tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch, scheme: str, command: str
+) -> None:
+    """Their own tools read them, in whose place a script is. Catches a name that the shell takes for more than a name,
+    and a reason that is lost."""
+    (path,) = write_shards(tmp_path / "a bucket", 1, 4)
+    tool, *words = command.split()
+    url = f"{scheme}://a bucket/$(x);{path.name}"
+    arguments = " ".join([*words, url])
+    wrong = "NoSuchKey: there is no such object"
+    script = tmp_path / "bin" / tool
+    script.parent.mkdir()
+    script.write_text(
+        f"#!/bin/sh\ncase \"$*\" in '{arguments}'*) exec cat '{path}' ;; esac\necho '{wrong}' >&2\nexit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    assert [sample["__key__"] for sample in read_shard(url)] == [f"train-0-{i}" for i in range(4)]
+    with pytest.raises(DataError, match=f"the command ended with status 1: {wrong}"):
+        list(read_shard(f"{scheme}://a bucket/other.tar", Patience(retries=0)))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with pytest.raises(DataError, match=f"ended with status 127: .*{tool}: not found"):
+        list(read_shard(url, Patience(retries=0)))
+
+
 def test_a_command_ends_with_its_reader(tmp_path: Path, write_shards: Write) -> None:
     """Catches a shell that is closed and a child of it that lives on, and a reader that waits for either."""
     (path,) = write_shards(tmp_path, 1, 3)

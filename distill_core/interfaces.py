@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered
-from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress
+from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 
 if TYPE_CHECKING:
@@ -228,6 +228,11 @@ class Loss(nn.Module, Component, ABC):
         this rank's own rows, with its gradient through the gathered embeddings; the trainer averages gradients over
         ranks.
         """
+
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """The rows whose `gathered` it reads: over several ranks, those of all losses are gathered in one collective
+        before the losses are called. Rows that are not named are gathered when they are read, one by one."""
+        return ()
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.

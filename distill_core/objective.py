@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
-from distill_core.outputs import Features, Outputs, Progress
+from distill_core.outputs import Features, Outputs, Progress, gather_rows
 from distill_core.plan import Needs, Plan
 from distill_core.teacher import Teacher, TeacherConfig
 
@@ -131,6 +131,7 @@ class Objective(nn.Module):
 
     def losses(self, outputs: Outputs) -> Losses:
         """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
+        gather_rows(rows for loss in self.loss.values() for rows in cast(Loss, loss).gathers(outputs))
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         total: Tensor | None = None

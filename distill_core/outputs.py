@@ -8,9 +8,10 @@ Shape legend, used in every docstring of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import Views
-from distill_core.system.distributed import all_gather
+from distill_core.system.distributed import all_gather, all_gather_together, world_size
 
 
 @dataclass(slots=True)
@@ -41,30 +42,81 @@ class Rows:
     """Embeddings that losses over pairs compare: this rank's rows, and with them the rows of all ranks.
 
     embedding  [V, B, D]  this rank's
-    gathered   [V, M, D]  those of all ranks, with gradients; gathered when first read, once
+    gathered   [V, M, D]  those of all ranks, with gradients
     """
 
     def __init__(self, embedding: Tensor, gather: Callable[[], Tensor] | None = None) -> None:
         """`gather` makes [V, M, D] of all ranks; None gathers `embedding`."""
         self.embedding = embedding
         self._gather = gather
+        self._origins: list[tuple[Rows, int]] | None = None
+        self._views: list[int] = []
+        self._of_all_ranks: Tensor | None = None  # [of `_views`, M, D]
+
+    @property
+    def origins(self) -> list[tuple[Rows, int]]:
+        """Each view as a view of the rows that it was first part of, which hold what is gathered."""
+        return [(self, view) for view in range(len(self))] if self._origins is None else self._origins
 
     @cached_property
     def gathered(self) -> Tensor:
-        """[V, M, D]. One collective, which every rank must reach."""
-        return all_gather(self.embedding, dim=1) if self._gather is None else self._gather()
+        """[V, M, D]. What `gather_rows` has not brought yet is gathered now, in a collective that every rank must
+        reach."""
+        if self._origins is None:
+            return self._read(list(range(len(self))))
+        runs = [(rows, [view for _, view in run]) for rows, run in groupby(self._origins, key=lambda origin: origin[0])]
+        parts = [rows._read(views) for rows, views in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __len__(self) -> int:
         return len(self.embedding)
 
     def __getitem__(self, views: slice | Sequence[int]) -> Rows:
         """Some of the views; what is gathered is shared with the whole."""
-        return Rows(self.embedding[views], lambda: self.gathered[views])
+        numbers = range(len(self))[views] if isinstance(views, slice) else views
+        some = Rows(self.embedding[views])
+        some._origins = [self.origins[number] for number in numbers]
+        return some
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
         """The views of several, one after the other."""
-        return Rows(torch.cat([x.embedding for x in parts]), lambda: torch.cat([x.gathered for x in parts]))
+        whole = Rows(torch.cat([x.embedding for x in parts]))
+        whole._origins = [origin for x in parts for origin in x.origins]
+        return whole
+
+    def _read(self, views: list[int]) -> Tensor:
+        """[views, M, D] of all ranks."""
+        if self._of_all_ranks is None or not set(views) <= set(self._views):
+            self._views = list(range(len(self)))
+            self._of_all_ranks = all_gather(self.embedding, dim=1) if self._gather is None else self._gather()
+        return _some(self._of_all_ranks, [self._views.index(view) for view in views])
+
+
+def gather_rows(every: Iterable[Rows], wire: torch.dtype | None = None) -> None:
+    """Gather all that these read of all ranks: one collective, and one in the backward pass. Each view goes once.
+
+    Nothing is done in one process. `wire` is the dtype that travels (`distributed.all_gather_together`).
+    """
+    if world_size() == 1:
+        return
+    views: dict[Rows, set[int]] = {}
+    for part in every:
+        for rows, view in part.origins:
+            if rows._gather is None:
+                views.setdefault(rows, set()).add(view)
+    chosen = [(rows, sorted(numbers)) for rows, numbers in views.items()]
+    gathered = all_gather_together([_some(rows.embedding, numbers) for rows, numbers in chosen], 1, wire)
+    for (rows, numbers), of_all_ranks in zip(chosen, gathered, strict=True):
+        rows._views, rows._of_all_ranks = numbers, of_all_ranks
+
+
+def _some(x: Tensor, views: list[int]) -> Tensor:
+    """x[views], without a copy where they stand together."""
+    first, last = views[0], views[-1]
+    if views != list(range(first, last + 1)):
+        return x[views]
+    return x if len(views) == len(x) else x[first : last + 1]
 
 
 class _Embedded:
@@ -85,7 +137,7 @@ class _Embedded:
 
     @property
     def gathered(self) -> Tensor:
-        """`embedding` of all ranks, [V, M, D], with gradients; one collective a step."""
+        """`embedding` of all ranks, [V, M, D], with gradients."""
         return self.rows.gathered
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
@@ -77,22 +78,63 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+# torch 2.13 renames both, and warns of the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 class _AllGather(torch.autograd.Function):
-    """Concatenates along `dim`; the gradient of a rank's part is summed over the ranks that used it."""
+    """Concatenates each tensor along `dim`; the gradient of a rank's part is summed over the ranks that used it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        ctx.dim = dim
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim)
+    def forward(ctx: Any, dim: int, wire: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dim, ctx.wire, ctx.tensors = dim, wire, [(x.shape, x.dtype) for x in tensors]
+        flat = torch.cat([x.to(wire).flatten() for x in tensors])
+        buffer = flat.new_empty(world_size() * len(flat))
+        _all_gather(buffer, flat)
+        parts = torch.split(buffer.view(world_size(), -1), [x.numel() for x in tensors], 1)
+        gathered = []
+        for x, part in zip(tensors, parts, strict=True):
+            joined = part.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1).to(x.dtype).contiguous()
+            if wire != x.dtype:  # no need to round a rank's own rows, among them all positives
+                joined.narrow(dim, rank() * x.shape[dim], x.shape[dim]).copy_(x)
+            gathered.append(joined)
+        learns = ctx.needs_input_grad[2:]
+        ctx.mark_non_differentiable(*(x for x, learn in zip(gathered, learns, strict=True) if not learn))
+        return tuple(gathered)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size(), ctx.dim)[rank()].contiguous(), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dim, learns = ctx.dim, ctx.needs_input_grad[2:]
+        shares = [
+            torch.stack(gradient.to(ctx.wire).chunk(world_size(), dim)).flatten(1)  # [ranks, numel]
+            for gradient, learn in zip(gradients, learns, strict=True)
+            if learn
+        ]
+        joined = torch.cat(shares, 1)
+        own = joined.new_empty(joined.shape[1])
+        _reduce_scatter(own, joined.flatten())
+        parts = iter(torch.split(own, [share.shape[1] for share in shares]))
+        return (
+            None,
+            None,
+            *(
+                next(parts).view(shape).to(dtype) if learn else None
+                for (shape, dtype), learn in zip(ctx.tensors, learns, strict=True)
+            ),
+        )
+
+
+def all_gather_together(tensors: Sequence[Tensor], dim: int = 0, wire: torch.dtype | None = None) -> list[Tensor]:
+    """`all_gather` of several tensors: one collective forward, and one backward for those that have a gradient.
+
+    They travel in `wire`, forward and backward; None is the widest of their dtypes. A rank's own part is not rounded.
+    """
+    if world_size() == 1 or not tensors:
+        return list(tensors)
+    if wire is None:
+        wire = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+    return list(_AllGather.apply(dim, wire, *tensors))  # type: ignore[no-untyped-call]
 
 
 def all_gather(x: Tensor, dim: int = 0) -> Tensor:
@@ -101,9 +143,7 @@ def all_gather(x: Tensor, dim: int = 0) -> Tensor:
     Each rank's loss is a mean over its own rows; the sum over ranks that the backward pass takes here and the mean
     over ranks of `average_gradients` make the gradient that of the mean over all rows.
     """
-    if world_size() == 1:
-        return x
-    return _AllGather.apply(x, dim)  # type: ignore[no-untyped-call, no-any-return]
+    return all_gather_together([x], dim)[0]
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -113,20 +153,25 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
-    for parameter, is_used in zip(trained, used.tolist(), strict=True):
-        if is_used:
+    for parameter in parameters:
+        if parameter.requires_grad:
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for group in by_dtype.values():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        unused = [i for i, p in enumerate(group) if p.grad is None]
+        users = torch.ones(len(group), dtype=group[0].dtype, device=group[0].device)
+        if unused:
+            users[unused] = 0
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), users])
         dist.all_reduce(flat)
-        flat /= world_size()
-        for parameter, part in zip(group, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        *means, users = torch.split(flat / world_size(), [*(g.numel() for g in gradients), len(group)])
+        for parameter, part in zip(group, means, strict=True):
             parameter.grad = part.view_as(parameter)
+        if unused:  # what this rank has used, all know of: only here need the host wait for the device
+            for i, share in enumerate(users.tolist()):
+                if share == 0:
+                    group[i].grad = None
 
 
 @torch.no_grad()

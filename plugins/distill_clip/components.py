@@ -14,6 +14,6 @@ class Clip(ContrastiveLoss):
     name = "clip"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
+        ((a, b),) = self.sides(outputs)
         pairs = self.pairs(a, b)
         return {"clip": pairs.mean()}, self.metrics()

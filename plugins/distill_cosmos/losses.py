@@ -1,4 +1,4 @@
-"""COSMOS's two losses (section 3.4), each over stacked views: no loop over view pairs, one gather an embedding."""
+"""COSMOS's two losses (section 3.4), each over stacked views: no loop over view pairs."""
 
 from __future__ import annotations
 
@@ -64,15 +64,29 @@ class CrossModalDistillation(ContrastiveLoss):
                 yield f"{cls.name!r} has the pair {name!r} twice"
         yield from same_dim(cls.name, list(dict.fromkeys(m for block in _chosen(config) for m in block)), plan)
 
+    def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
+        """The fused views of some modalities, and the teacher's of some, for each of `products`."""
+        fused, seen = outputs.fused, outputs.teacher["default"]
+        return [
+            (Rows.cat([fused[m].rows for m in students]), Rows.cat([seen[m].rows for m in teachers]))
+            for students, teachers in self.products
+        ]
+
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """Both sides; for soft targets also what the teacher sees of the students' modalities."""
+        yield from super().gathers(outputs)
+        if self.config.targets == "soft":
+            for students, _ in self.products:
+                yield from (outputs.teacher["default"][m].rows for m in students)
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term: the mean of the chosen blocks of pairs, each a mean itself; a metric for each block."""
         blocks: dict[str, Tensor] = {}
         entropies: list[Tensor] = []
-        for students, teachers in self.products:
-            rows = [outputs.fused[m].rows for m in students]
-            columns = [outputs.teacher["default"][m].rows for m in teachers]
-            pairs = self.pairs(Rows.cat(rows), Rows.cat(columns))
-            heights, widths = [len(x) for x in rows], [len(x) for x in columns]
+        for (students, teachers), sides in zip(self.products, self.sides(outputs), strict=True):
+            pairs = self.pairs(*sides)
+            heights = [len(outputs.fused[m].rows) for m in students]
+            widths = [len(outputs.teacher["default"][m].rows) for m in teachers]
             for student, row in zip(students, torch.split(pairs, heights), strict=True):
                 for teacher, block in zip(teachers, torch.split(row, widths, dim=1), strict=True):
                     if self.config.targets == "soft":

@@ -5,7 +5,7 @@ Shape letters besides the project's: K sub-captions, L patches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -22,9 +22,14 @@ class MultiPositive(ContrastiveLoss):
 
     name = "multi_positive"
 
-    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
+        """The first modality's view 0, all views of the second."""
         a, b = (outputs.student[modality].rows for modality in self.config.modalities)
-        pairs = self.pairs(a[:1], b)  # [1, K]
+        return [(a[:1], b)]
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ((a, b),) = self.sides(outputs)
+        pairs = self.pairs(a, b)  # [1, K]
         return {"multi_positive": pairs.mean()}, self.metrics()
 
 
@@ -66,6 +71,10 @@ class SubcaptionGrouping(ContrastiveLoss):
         texts = plan.modalities.get(config.modalities[1])
         if config.negatives == "sample" and texts is not None and len(texts.roles) < 2:
             yield f"{cls.name!r} with negatives: sample needs 2 views of {config.modalities[1]!r}; it has 1"
+
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """The sub-captions, where those of other samples are negatives; what they are compared with is made later."""
+        return [outputs.student[self.config.modalities[1]].rows] if self.config.negatives == "batch" else []
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term, and the mean share of patches that count."""

@@ -56,6 +56,10 @@ class Flair(Sigmoid):
             yield f"{cls.name!r} pools with the fusion, and this recipe's has no `pool`: take text_conditioned_pool"
         yield from super().problems(config, plan)
 
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """Nothing in common with other losses: pooling takes the texts in their own lengths."""
+        return ()
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms. Over several ranks, texts are those of all ranks, pictures this rank's."""
         fusion = outputs.fusion

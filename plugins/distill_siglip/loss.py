@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core import Outputs, world_size
+from distill_core import Outputs, Rows, world_size
 from distill_siglip.ring import ring_sigmoid
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
@@ -30,8 +31,12 @@ class SigLip(Sigmoid):
     name = "siglip"
     Config = SigLipConfig
 
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """Nothing, where columns travel round the ring."""
+        return super().gathers(outputs) if self.config.exchange == "gather" else ()
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
+        ((a, b),) = self.sides(outputs)
         if self.config.exchange == "ring" and world_size() > 1:
             with torch.autocast(a.embedding.device.type, enabled=False):
                 pairs = ring_sigmoid(a.embedding, b.embedding, self.logit_scale.exp(), self.logit_bias)

@@ -50,6 +50,11 @@ class TwoTokenContrastive(ContrastiveLoss):
             yield f"{cls.name!r} needs 2 class tokens of {config.modalities[0]!r}; its backbone gives {have}"
         yield from super().problems(config, plan)
 
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """Its views of both modalities; the second class token's embedding is made later."""
+        a, b = self.config.modalities
+        return [outputs.student[a].rows[self.views], outputs.student[b].rows[:2]]
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term; a metric for each caption."""
         a, b = self.config.modalities

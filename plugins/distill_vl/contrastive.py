@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -55,6 +56,15 @@ class ContrastiveLoss(Loss):
         """One width D on both sides."""
         return same_dim(cls.name, config.modalities, plan)
 
+    def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
+        """What `pairs` compares, call by call. Here both modalities' first views."""
+        a, b = (outputs.student[modality].rows[:1] for modality in self.config.modalities)
+        return [(a, b)]
+
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """Both sides, for both directions."""
+        return chain.from_iterable(self.sides(outputs))
+
     def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
         with torch.autocast(a.embedding.device.type, enabled=False):
@@ -96,6 +106,10 @@ class Sigmoid(ContrastiveLoss):
         super().__init__(config, plan)
         self.logit_bias = nn.Parameter(torch.tensor(config.bias))
 
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """The columns: the other direction has the same logits."""
+        return [b for _, b in self.sides(outputs)]
+
     def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's sigmoid loss of a [Va, B, D] against b [Vb, M, D] of all ranks.
 
@@ -106,9 +120,7 @@ class Sigmoid(ContrastiveLoss):
             if world_size() == 1:
                 return multi_view_sigmoid(a.embedding, b.embedding, scale, bias)
             offset = rank() * a.embedding.shape[1]
-            return multi_view_sigmoid(
-                a.embedding, b.embedding, scale, bias, a_all=a.gathered, b_all=b.gathered, offset=offset
-            )
+            return multi_view_sigmoid(a.embedding, b.embedding, scale, bias, b_all=b.gathered, offset=offset)
 
     def metrics(self) -> dict[str, Tensor]:
         """The scale, exp(logit_scale), and the bias."""
@@ -128,7 +140,12 @@ class Contrastive(ContrastiveLoss):
         super().__init__(config, plan)
         self.global_views = list(plan.modalities[config.modalities[0]].views("global"))
 
-    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
+        """The first modality's global views, all of the second's."""
         a, b = self.config.modalities
-        pairs = self.pairs(outputs.student[a].rows[self.global_views], outputs.student[b].rows)
+        return [(outputs.student[a].rows[self.global_views], outputs.student[b].rows)]
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ((a, b),) = self.sides(outputs)
+        pairs = self.pairs(a, b)
         return {"contrastive": pairs.mean()}, self.metrics()

@@ -154,11 +154,14 @@ def test_only_what_is_needed_is_computed_and_gathered(
     monkeypatch.setattr(distill_vl.contrastive, "world_size", lambda: 2)
     monkeypatch.setattr(distill_core.outputs, "all_gather", gather)
     outputs = make_outputs(1, 4)
-    make_loss(pairs=names)(outputs)
+    chosen = make_loss(pairs=names)
+    chosen(outputs)
     assert seen == calls
     made = {f"fused.{m}": f for m, f in outputs.fused.items()}
     made |= {f"teacher.{m}": f for m, f in outputs.teacher["default"].items()}  # type: ignore[dict-item]
     assert sorted(gathered) == sorted(made[name].embedding.data_ptr() for name in read)
+    named = {id(rows): view for part in chosen.gathers(outputs) for rows, view in part.origins}
+    assert named == {id(made[name].rows): len(made[name].rows) - 1 for name in read}, "all views of what is read"
 
 
 def test_a_teacher_of_one_modality_is_enough_for_its_blocks() -> None:

@@ -112,7 +112,9 @@ def pool(backend: str, attention: str, valid: str) -> Tensor:
 def loss(op: Callable[..., Tensor], backend: str, gathered: bool) -> Tensor:
     a, b = new(2, 16, 64), new(8, 16, 64)
     scalars = [new(dtype=torch.float32) for _ in range(2 if op is multi_view_sigmoid else 1)]
-    every = {"a_all": new(2, 32, 64), "b_all": new(8, 32, 64), "offset": 16} if gathered else {}
+    every = {"b_all": new(8, 32, 64), "offset": 16} if gathered else {}
+    if gathered and op is multi_view_info_nce:
+        every["a_all"] = new(2, 32, 64)
     return op(a, b, *scalars, backend=backend, **every)
 
 

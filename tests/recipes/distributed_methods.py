@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from collectives import Collectives
 from torch import Tensor
 
 from distill_core.batch import Batch, Group, Views
@@ -35,7 +36,25 @@ data: {{source: {{name: webdataset, urls: none.tar}}}}
 train: {{steps: 1}}
 """
 CROP, CAPTION = "{name: random_crop, size: 8}", "caption"
+COSMOS = {
+    "image": "{name: multi_crop, size: 8, local_size: 4, local: 1}",
+    "text": "{name: text_crop, global: 2, local: 1}",
+    "fusion": "{name: cross_attention, heads: 2}",
+    "teacher": "{}",
+}
 CASES: dict[str, dict[str, str]] = {
+    "clip": {"image": CROP, "text": CAPTION, "loss": "[{name: clip, temperature: .5}]"},
+    "cosmos": {
+        **COSMOS,
+        "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}, {name: clip, weight: .3}]",
+    },
+    "cosmos soft": {**COSMOS, "loss": "[{name: cross_modal_distillation, pairs: [image_to_text], targets: soft}]"},
+    "flair": {
+        "image": CROP,
+        "text": "{name: sampled_captions, captions: 3}",
+        "fusion": "{name: text_conditioned_pool, queries: [text], heads: 2}",
+        "loss": "[{name: flair, negatives: all, bias: -1.0}]",
+    },
     "siglip gather": {"image": CROP, "text": CAPTION, "loss": "[{name: siglip, temperature: .5, bias: -1.0}]"},
     "siglip ring": {
         "image": CROP,
@@ -43,11 +62,8 @@ CASES: dict[str, dict[str, str]] = {
         "loss": "[{name: siglip, temperature: .5, bias: -1.0, exchange: ring}]",
     },
     "cosmos sigmoid": {
-        "image": "{name: multi_crop, size: 8, local_size: 4, local: 1}",
-        "text": "{name: text_crop, global: 2, local: 1}",
-        "fusion": "{name: cross_attention, heads: 2}",
+        **COSMOS,
         "loss": "[{name: sigmoid_contrastive, bias: -1.0}, {name: sigmoid_distillation, weight: 0.7, bias: -1.0}]",
-        "teacher": "{}",
     },
     "slip": {
         "image": "{name: slip_views, size: 8}",
@@ -70,7 +86,7 @@ CASES: dict[str, dict[str, str]] = {
         "loss": "[clip, flava_mlm, {name: flava_mim, patch: 4}, {name: flava_mmm, patch: 4}]",
     },
 }
-SAMPLES = 6
+SAMPLES, DIM = 12, 6
 
 
 def recipe(case: str, registry: Registry) -> Recipe:
@@ -112,11 +128,16 @@ def step(case: str, registry: Registry, first: int, last: int) -> dict[str, Any]
     with torch.no_grad():
         for parameter in [*made.backbone.parameters(), *made.loss.parameters()]:  # away from ones and zeros
             parameter += 0.1 * torch.randn_like(parameter)
-    losses = made.losses(made.represent(batch(parsed, first, last), Progress(0, 1)))
-    losses.total.backward()
+    with Collectives() as forward:
+        outputs = made.represent(batch(parsed, first, last), Progress(0, 1))
+        losses = made.losses(outputs)
+    with Collectives() as backward:
+        losses.total.backward()
     named = [(name, p) for name, p in made.named_parameters() if not name.startswith("teacher.")]
-    distributed.average_gradients([p for _, p in named])
+    with Collectives() as average:
+        distributed.average_gradients([p for _, p in named])
     return {
+        "collectives": {"forward": forward.calls, "backward": backward.calls, "average": average.calls},
         "terms": {name: term.detach() for name, term in losses.terms.items()},
         "gradients": {name: p.grad for name, p in named if p.grad is not None},
     }

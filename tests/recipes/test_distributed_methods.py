@@ -1,4 +1,4 @@
-"""Two and three processes over gloo: each method's losses and gradients are those of the joint batch in one process."""
+"""Two to four processes over gloo: each method's losses and gradients are those of the joint batch in one process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def methods() -> ModuleType:
     return load_beside(__file__, "distributed_methods")
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank made of its share of the rows."""
     count, folder = request.param, tmp_path_factory.mktemp("ranks")
@@ -36,7 +36,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         capture_output=True,
         text=True,
         timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -48,13 +48,19 @@ def joint(methods: ModuleType, registry: Registry) -> dict[str, Any]:
     return {case: methods.step(case, registry, 0, methods.SAMPLES) for case in methods.CASES}
 
 
-@pytest.mark.parametrize("case", ["siglip gather", "siglip ring", "cosmos sigmoid", "slip", "dreamlip", "flava"])
+CASES = [
+    *("clip", "cosmos", "cosmos soft", "cosmos sigmoid", "siglip gather", "siglip ring"),
+    *("slip", "dreamlip", "flair", "flava"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_ranks_have_the_joint_batchs_losses_and_gradients(
     case: str, ranks: list[dict[str, Any]], joint: dict[str, Any], methods: ModuleType
 ) -> None:
     """Catches negatives or batch statistics of one rank alone, gradients that stop at an exchange or come home to the
     wrong rank, and positives looked for in the wrong rows."""
-    assert set(methods.CASES) == set(joint)
+    assert set(methods.CASES) == set(joint) == set(CASES)
     own, whole = [rank["cases"][case] for rank in ranks], joint[case]
     for name, term in whole["terms"].items():
         torch.testing.assert_close(torch.stack([rank["terms"][name] for rank in own]).mean(), term, **CLOSE)
@@ -63,6 +69,36 @@ def test_ranks_have_the_joint_batchs_losses_and_gradients(
     for name, gradient in whole["gradients"].items():
         for rank in own:
             torch.testing.assert_close(rank["gradients"][name], gradient, **CLOSE, msg=f"{case}: {name}")
+
+
+@pytest.mark.parametrize(
+    ("case", "forward", "backward"),
+    [
+        ("clip", [2], [2]),
+        # 2 global crops and 3 texts of the student, 3 + 3 fused views; the teacher's 2 + 2 have no gradient
+        ("cosmos", [15], [11]),
+        # 3 fused views; the teacher's 2 of both modalities
+        ("cosmos soft", [7], [3]),
+        # columns alone: 3 texts, and the teacher's
+        ("cosmos sigmoid", [7], [3]),
+        ("siglip gather", [1], [1]),
+        ("flair", [3], [3]),
+        # an image and 3 texts; what the texts are compared with is made of them
+        ("dreamlip", [4, 3], [3, 4]),
+        ("flava", [2], [2]),
+    ],
+)
+def test_a_step_gathers_what_losses_read_in_one_collective(
+    case: str, forward: list[int], backward: list[int], ranks: list[dict[str, Any]], methods: ModuleType
+) -> None:
+    """In views of the joint batch. Catches views that no loss reads, and those read twice; a gradient that is reduced
+    whole on every rank, or of the teacher; a collective for each tensor."""
+    view = methods.SAMPLES * methods.DIM * 8
+    for rank in ranks:
+        made = rank["cases"][case]["collectives"]
+        assert made["forward"] == [("allgather_base", n * view) for n in forward]
+        assert made["backward"] == [("reduce_scatter_base", n * view) for n in backward]
+        assert [name for name, _ in made["average"]] == ["allreduce"], "of gradients, of one dtype"
 
 
 def test_ring_and_gather_are_one_loss(joint: dict[str, Any]) -> None:

@@ -46,6 +46,8 @@ def multi_view_info_nce(
     Raises:
         ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
     """
+    if (a_all is None) != (b_all is None):
+        raise ValueError("give both a_all and b_all, or neither")
     inputs = Pairs(a, b, (scale,), a_all, b_all, offset)
     inputs.check()
     out: Tensor = choose(OP, backend, inputs).run(inputs)

@@ -81,14 +81,13 @@ class Pairs(Inputs):
         for scalar, name in zip(self.scalars, ("scale", "bias"), strict=False):
             if scalar.ndim != 0:
                 raise ValueError(f"{name} must be a 0-dim tensor, got shape {[*scalar.shape]}")
-        if (a_all is None) != (b_all is None):
-            raise ValueError("give both a_all and b_all, or neither")
-        if a_all is None or b_all is None:
+        if b_all is None:
             if self.offset:
-                raise ValueError(f"offset {self.offset} needs a_all and b_all")
+                raise ValueError(f"offset {self.offset} needs the rows of all ranks")
             return
-        m = a_all.shape[1] if a_all.ndim == 3 else b_all.shape[1] if b_all.ndim == 3 else a.shape[1]
-        for name, own, every in (("a", a, a_all), ("b", b, b_all)):
+        sides = [(name, own, x) for name, own, x in (("a", a, a_all), ("b", b, b_all)) if x is not None]
+        m = next((x.shape[1] for _, _, x in sides if x.ndim == 3), a.shape[1])
+        for name, own, every in sides:
             expected = (own.shape[0], m, own.shape[2])
             if every.shape != expected:
                 raise ValueError(f"{name}_all must be {[*expected]} to fit {name}, got {[*every.shape]}")

@@ -21,7 +21,6 @@ def multi_view_sigmoid(
     scale: Tensor,
     bias: Tensor,
     *,
-    a_all: Tensor | None = None,
     b_all: Tensor | None = None,
     offset: int = 0,
     backend: str = "auto",
@@ -39,16 +38,15 @@ def multi_view_sigmoid(
         b: [Vb, B, D] this rank's rows.
         scale: 0-dim tensor, the inverse temperature; receives a gradient.
         bias: 0-dim tensor (SigLIP starts it at -10); receives a gradient.
-        a_all: [Va, M, D], accepted so that both losses take the same arguments. The loss has one term for
-            each entry of the M x M logits, and the rows of `a` against `b_all` are this rank's share.
-        b_all: [Vb, M, D] the rows of all ranks, in rank order; with `a_all`, or neither.
+        b_all: [Vb, M, D] the rows of all ranks, in rank order. The loss has one term for each entry of the
+            M x M logits: the rows of `a` against `b_all` are this rank's share.
         offset: this rank's first row among the M.
         backend: "reference", "chunked" (memory grows as B), "triton" (the same on a GPU), or "auto".
 
     Raises:
         ValueError: shapes that do not fit; as `BackendError`, a backend that is unknown or cannot run this.
     """
-    inputs = Pairs(a, b, (scale, bias), a_all, b_all, offset)
+    inputs = Pairs(a, b, (scale, bias), None, b_all, offset)
     inputs.check()
     out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out

@@ -81,10 +81,7 @@ def test_ranks_average_to_one_batch(backend: str) -> None:
     scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
     parts = [slice(0, 4), slice(4, 8), slice(8, 12)]
     loss = torch.stack(
-        [
-            multi_view_sigmoid(a[:, p], b[:, p], scale, bias, a_all=a, b_all=b, offset=p.start, backend=backend)
-            for p in parts
-        ]
+        [multi_view_sigmoid(a[:, p], b[:, p], scale, bias, b_all=b, offset=p.start, backend=backend) for p in parts]
     ).mean(0)
     check(loss, term_by_term(a, b, scale, bias, 0), [a, b, scale, bias])
 
@@ -92,9 +89,9 @@ def test_ranks_average_to_one_batch(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_rows_against_gathered(backend: str) -> None:
     d = width_for(backend, 6)
-    a, b, a_all, b_all = (embeddings(*s, d) for s in ((3, 5), (2, 5), (3, 11), (2, 11)))
+    a, b, b_all = (embeddings(*s, d) for s in ((3, 5), (2, 5), (2, 11)))
     scale, bias = here.tensor(5.0, requires_grad=True), here.tensor(-2.0, requires_grad=True)
-    loss = multi_view_sigmoid(a, b, scale, bias, a_all=a_all, b_all=b_all, offset=3, backend=backend)
+    loss = multi_view_sigmoid(a, b, scale, bias, b_all=b_all, offset=3, backend=backend)
     check(loss, term_by_term(a, b_all, scale, bias, 3), [a, b_all, scale, bias])
 
 
@@ -145,7 +142,7 @@ def test_many_small_terms_keep_their_digits(backend: str) -> None:
     a, b = embeddings(1, 3, d), embeddings(1, 300, d)
     scale, bias = here.tensor(1.0), here.tensor(-10.0)
     loss = multi_view_sigmoid(
-        a, b[:, :3], scale, bias, a_all=embeddings(1, 300, d), b_all=b, backend=backend
+        a, b[:, :3], scale, bias, b_all=b, backend=backend
     ).double() + (a * b[:, :3]).sum(-1).mean().double() + bias.double()  # fmt: skip
     z = a.double()[0] @ b.double()[0].T + bias.double()
     torch.testing.assert_close(loss[0, 0], z.exp().log1p().sum(1).mean(), rtol=2e-4, atol=0)
@@ -262,7 +259,7 @@ def test_empty_and_strides(backend: str) -> None:
     torch.testing.assert_close(loss.double(), term_by_term(a, b, scale, bias, 0), rtol=1e-5, atol=1e-5)
     empty = here.randn(2, 0, d, requires_grad=True)
     every = embeddings(2, 5, d)
-    loss = multi_view_sigmoid(empty, empty, scale, bias, a_all=every, b_all=every, offset=1, backend=backend)
+    loss = multi_view_sigmoid(empty, empty, scale, bias, b_all=every, offset=1, backend=backend)
     assert loss.isnan().all()
     assert (torch.autograd.grad(loss.sum(), every)[0] == 0).all()
 

@@ -40,13 +40,17 @@ class Match(Loss):
         """One width D on both sides."""
         return same_dim(cls.name, config.modalities, plan)
 
+    def gathers(self, outputs):
+        """What is read of all ranks below: gathered together with what other losses read."""
+        return [outputs.teacher["default"][modality].rows[:1] for modality in self.config.modalities]
+
     def forward(self, outputs):
         """One term; the framework multiplies it by `weight`. M samples of all ranks."""
         a, b = self.config.modalities
         terms = []
         for modality, other in ((a, b), (b, a)):
             queries = outputs.fused[modality].embedding  # [V, B, D]
-            keys = outputs.teacher["default"][other].gathered[0]  # [M, D]
+            keys = outputs.teacher["default"][other].rows[:1].gathered[0]  # [M, D]
             with torch.autocast(queries.device.type, enabled=False):
                 logits = self.log_scale.exp() * queries @ keys.T  # [V, B, M]
             labels = rank() * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device)

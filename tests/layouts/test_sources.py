@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distill_core.evaluate.sets import EvaluationSet
 from distill_layouts.class_folder import ClassFolder
 from distill_layouts.folder import Folder
 from distill_layouts.table import Table
+from distill_layouts.tables import CsvTable
 from distill_vl.caption import WholeCaption
 from distill_vl.random_crop import RandomCrop
 
@@ -72,6 +74,35 @@ def test_rows_of_one_picture_are_a_sample(tmp_path: Path, suffix: str) -> None:
     assert [grey(sample) for sample in samples] == [0, 100]
     with pytest.raises(DataError, match=rf"list.{suffix}:1: no column 'caption' \(there are: path, title\)"):
         source(Table, **options | {"caption": "caption"}).samples("test")
+
+
+def test_a_table_is_read_through_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index is mapped from the cache as long as the file is the same. Would catch a start that takes minutes each
+    time, an index in the memory of every worker, and one of an older table."""
+    picture(tmp_path / "a.png")
+    path = tmp_path / "t.csv"
+    path.write_text("image,caption\n" + "".join(f"a.png,{i}\n" for i in range(50)))
+    scans = []
+    locate = CsvTable.locate
+
+    def counted(self: CsvTable) -> Any:
+        scans.append(self.path)
+        return locate(self)
+
+    monkeypatch.setattr(CsvTable, "locate", counted)
+    options = {"train": str(path), "key": "caption"}
+    for _ in range(2):
+        (shards,) = source(Table, **options).sets("train").values()
+        table = pickle.loads(pickle.dumps(shards))[0].table
+        assert (len(table), len(scans)) == (50, 1)
+        assert isinstance(table.index().base, np.memmap)
+    (index,) = cache.glob("tables/*.npy")
+    index.write_bytes(index.read_bytes()[:100])
+    (shards,) = source(Table, **options).sets("train").values()
+    assert (sum(map(len, shards)), len(scans)) == (50, 2), "one that is cut off is made again"
+    path.write_text("image,caption\na.png,other\n")
+    (shards,) = source(Table, **options).sets("train").values()
+    assert [sample["__key__"] for shard in shards for sample in shard] == ["other"]
 
 
 def test_columns_and_fields(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_another_component_has_its_own_defaults_and_that_is_said(check: Check) -
         "--set loss.0: 'clip' starts from its own defaults, without the recipe's weight: 0.5, temperature: 0.2 of "
         "'contrastive'; write {name: clip, weight: 0.5, temperature: 0.2} to give it the same",
     ]
-    assert list(check("fusion=identity", "loss.1=null").warnings) == []
+    said = " ".join(check("fusion=identity", "loss.1=null").warnings)
+    assert "its own defaults" not in said, "it has no options"
 
 
 def test_an_id_names_a_second_loss(check: Check) -> None:

@@ -61,13 +61,14 @@ def check(fields: Mapping[str, bytes], pictures: PictureAugmentation) -> None:
             raise BadSample(f"field {name}: {error}") from error
 
 
-def smaller(fields: Mapping[str, bytes], side: int, quality: int) -> tuple[dict[str, bytes], bool]:
-    """The fields with pictures whose shorter side is at most `side` pixels, and whether one has changed. Raises
+def smaller(fields: Mapping[str, bytes], side: int, quality: int) -> tuple[dict[str, bytes], set[str]]:
+    """The fields with pictures whose shorter side is at most `side` pixels, and which of them have changed. Raises
     `BadSample`.
 
     What is small enough stays as it is. Others keep their format (but GIF, BMP and TIFF become PNG), EXIF and profile.
     """
     made: dict[str, bytes] = {}
+    changed = set()
     for name, value in fields.items():
         if not is_picture(name):
             made[name] = value
@@ -78,8 +79,14 @@ def smaller(fields: Mapping[str, bytes], side: int, quality: int) -> tuple[dict[
             raise
         except Exception as error:  # a decoder raises whatever its author thought of
             raise BadSample(f"field {name}: not a readable picture: {str(error) or type(error).__name__}") from error
-        made[name if data is value or format_name in _KEPT else f"{name.rpartition('.')[0]}.png".lstrip(".")] = data
-    return made, made != fields
+        if data is not value:
+            if format_name not in _KEPT:
+                name = f"{name.rpartition('.')[0]}.png".lstrip(".")
+                if name in fields:
+                    raise BadSample(f"field {name}: would be replaced by another picture that becomes PNG")
+            changed.add(name)
+        made[name] = data
+    return made, changed
 
 
 def _smaller(data: bytes, side: int, quality: int) -> tuple[bytes, str | None]:

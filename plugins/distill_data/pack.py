@@ -105,12 +105,13 @@ class Packer:
         fields = fields_of(sample)
         if (written := member_key(key)) != key:
             notes.append("keys written with %2E, %2F or %5F in place of what cannot stand in a file's name")
-        if self.checked:
-            check(fields, self.pictures)
+        changed: set[str] = set()
         if self.side is not None:
             fields, changed = smaller(fields, self.side, self.quality)
-            if changed:
-                notes.append(f"pictures made smaller, to {self.side} pixels")
+        if changed:
+            notes.append(f"pictures made smaller, to {self.side} pixels")
+        if self.checked:  # what has been made smaller was decoded for it
+            check({name: value for name, value in fields.items() if name not in changed}, self.pictures)
         return Packed(written, fields, tuple(notes))
 
 

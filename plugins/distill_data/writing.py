@@ -68,19 +68,20 @@ class Folder:
         """Continue what stands there, alone. Raises `UserError` where it is something else."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f".{self.verb}.lock", "a") as lock:
+            lock = os.open(self.folder, os.O_RDONLY)  # the system lets go of it when the process dies
+            try:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"{self.folder}: another process is writing to it") from None
-                try:
-                    self._continue()
-                    yield
-                finally:
-                    Path(lock.name).unlink(missing_ok=True)
+                self._continue()
+                yield
+            finally:
+                os.close(lock)
         except OSError as error:
+            where = error.filename or self.folder
             raise UserError(
-                f"{self.folder}: cannot be written: {error.strerror or error}. The same command continues there"
+                f"{where}: {error.strerror or error}. The same command continues in {self.folder}"
             ) from error
 
     def _continue(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import multiprocessing
@@ -184,6 +185,50 @@ def test_ctrl_c_leaves_a_state_to_continue(
     assert [sample["__key__"] for sample in samples(tmp_path / "out")] == keys_in(sorted((tmp_path / "in").iterdir()))
 
 
+def test_a_line_of_the_journal_that_was_cut_off(
+    tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kill or a full disk: the shard counts as not written."""
+    source = Named("", {"data": [TarShard(path) for path in write_shards(tmp_path, 1, 11)]})
+    pack(source, tmp_path / "whole", **OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.Folder, "finish", lambda self, more: {})
+        pack(source, tmp_path / "cut", **OPTIONS)
+    journal = tmp_path / "cut" / "pack.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    journal.write_text("".join(lines[:2]) + lines[2][:20])
+    pack(source, tmp_path / "cut", **OPTIONS)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_a_state_to_continue(
+    tmp_path: Path, write_shards: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Named("", {"data": [TarShard(path) for path in write_shards(tmp_path, 1, 11)]})
+    pack(source, tmp_path / "whole", **OPTIONS)
+    add, calls = writing.tarfile.TarFile.addfile, iter(range(15))
+
+    def full(self: Any, member: Any, file: Any) -> None:
+        if next(calls) == 14:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(self, member, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.tarfile.TarFile, "addfile", full)
+        with pytest.raises(UserError, match=r"No space left on device\. The same command continues in"):
+            pack(source, tmp_path / "full", **OPTIONS)
+    assert sorted(files(tmp_path / "full")) == ["pack.jsonl", "train-000000.tar", "train-000000.tar.index.npy"]
+    pack(source, tmp_path / "full", **OPTIONS)
+    assert files(tmp_path / "full") == files(tmp_path / "whole")
+
+
+def test_two_processes_do_not_write_to_one_folder(tmp_path: Path, write_shards: Write) -> None:
+    source = Named("", {"data": [TarShard(path) for path in write_shards(tmp_path, 1, 3)]})
+    with writing.Folder(tmp_path / "out", "pack", {}).open(), pytest.raises(UserError, match="another process"):
+        pack(source, tmp_path / "out", **OPTIONS)
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, write_shards: Write) -> None:
     source = Named("", {"data": [TarShard(path) for path in write_shards(tmp_path / "in", 1, 3)]})
     (tmp_path / "out").mkdir()
@@ -288,6 +333,13 @@ def test_pictures_are_made_smaller_and_stay_what_they_are(tmp_path: Path) -> Non
             assert sample[name] == data
     with Image.open(io.BytesIO(samples(tmp_path / "out")[0]["jpg"])) as made:
         assert made.getexif()[0x0112] == 6
+
+
+def test_a_picture_that_would_take_the_place_of_another(tmp_path: Path) -> None:
+    """A gif becomes a png, and there is one: neither is lost in silence."""
+    source = in_memory([{"gif": picture(60, 60, "GIF", "P"), "png": picture(8, 8)}, {"txt": b"a"}])
+    report = pack(source, tmp_path / "out", **OPTIONS | {"side": 30})
+    assert list(report["skipped"]) == ["field png: would be replaced by another picture that becomes PNG"]
 
 
 def test_a_picture_of_one_colour_keeps_it(tmp_path: Path) -> None:

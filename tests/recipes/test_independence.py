@@ -39,6 +39,8 @@ METHODS = {
 """A recipe's method, the first word of its name -> the methods' plugins that it is composed of."""
 STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
+    "icons": {"cosmos", "clip"},
+    "images": {"dino"},
     "methods": set().union(*METHODS.values()) - {"pretrained"},
 }
 """A study -> the methods' plugins of what it compares."""

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from distill_core import DataError, cache_folder, make_room, require_extra
-from distill_layouts.tables import Location, TableFile
+from distill_layouts.tables import Location, TableFile, temporary_in
 
 _BATCH = 1000
 """Rows of a copy that are read together."""
@@ -141,13 +140,14 @@ class ParquetTable(ArrowTable):
             rows = self._parquet()[0].read_row_group(group, columns=self._read(), use_threads=False)
         except ValueError as error:
             raise DataError(f"{self.path}: row group {group} cannot be read: {error}") from error
-        folder.mkdir(parents=True, exist_ok=True)
-        with (
-            NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file,
-            pyarrow.ipc.new_file(file, rows.schema) as writer,
-        ):
-            writer.write_table(rows, max_chunksize=_BATCH)
-        Path(file.name).replace(target)
+        try:
+            with temporary_in(folder) as file:
+                with pyarrow.ipc.new_file(file, rows.schema) as writer:
+                    writer.write_table(rows, max_chunksize=_BATCH)
+                file.flush()
+                Path(file.name).replace(target)
+        except OSError as error:
+            raise OSError(f"a copy of its rows cannot be written to {folder}: {error.strerror or error}") from error
         make_room(folder, target, self.room * _GIGABYTE, "*.arrow")
         return target
 

@@ -70,7 +70,10 @@ def _rows(base: Path, suffixes: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
             own = [path for path in files if path.suffix.lower() in suffixes]
             fields = {_field(path): str(path) for path in (*own, *(path for path in files if path not in own))}
             key = printable(str(name))
-            if own:
+            if len({_field(path) for path in own}) < len(own):
+                names = ", ".join(printable(path.name) for path in own)
+                yield {"key": key, "reason": f"its field is that of several files: {names}"}
+            elif own:
                 yield {"key": key, "files": fields}
             elif fields.keys() & {*TEXTS}:
                 yield {"key": key, "reason": f"only {', '.join(sorted(fields))} of this name are in {here}"}

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from distill_core import DataError, DataSource, Patience, Sample, Shard, Unusable, cache_folder, stamps
 from distill_layouts.files import FileSample, inside, is_there, picture_field, printable
-from distill_layouts.tables import BadRow, JsonTable, TableFile
+from distill_layouts.tables import BadRow, JsonTable, TableFile, temporary_in
 
 ROWS = 1000
 """Samples of a shard."""
@@ -126,8 +123,7 @@ def listed(
     """
     folder, digest = cache_folder() / "listings", blake2b(digest_size=16)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".") as file:
+        with temporary_in(folder) as file:
             for row in rows:
                 line = json.dumps(row).encode() + b"\n"
                 digest.update(line)
@@ -135,8 +131,7 @@ def listed(
             file.flush()
             path = folder / f"{digest.hexdigest()}.jsonl"
             if not path.is_file():  # its name is its content's, and its index that of this file
-                with suppress(FileExistsError):  # another rank's
-                    os.link(file.name, path)
+                Path(file.name).replace(path)
     except OSError as error:
         raise DataError(f"{folder}: the list of files cannot be written: {error.strerror or error}") from error
     return shards_of(JsonTable(path, key=None), place, make or ListedFiles(Path("/")), beside)

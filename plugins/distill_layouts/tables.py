@@ -16,7 +16,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,10 +157,10 @@ class TableFile(ABC):
             rows = rows[:, np.argsort(rows[3], kind="stable")]
         index = np.concatenate([np.array([[*stamp, _FORMAT, samples]], np.int64).T, rows], axis=1)
         with suppress(OSError):  # it is made again by the next run
-            self._index_file.parent.mkdir(parents=True, exist_ok=True)
-            with NamedTemporaryFile(dir=self._index_file.parent, delete=False) as file:
+            with temporary_in(self._index_file.parent) as file:
                 np.save(file, index)
-            Path(file.name).replace(self._index_file)
+                file.flush()
+                Path(file.name).replace(self._index_file)
             if (stored := self._stored()) is not None:
                 return stored
         return index
@@ -259,6 +259,19 @@ class JsonTable(TableFile):
         if not isinstance(row, dict):
             raise BadRow("the json is not an object", line)
         return row
+
+
+@contextmanager
+def temporary_in(folder: Path) -> Iterator[IO[bytes]]:
+    """A file to be renamed when it is complete, in a folder that is made; removed where it was not. All may read it:
+    several people may share a cache. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
+        os.fchmod(file.fileno(), 0o644)
+        try:
+            yield file
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 @contextmanager

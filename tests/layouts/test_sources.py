@@ -190,6 +190,17 @@ def test_a_folder(tmp_path: Path) -> None:
     assert TEXT.decode(samples[2]) == ["a b"]
 
 
+def test_two_pictures_of_one_name(tmp_path: Path, cache: Path) -> None:
+    """Would catch one of them that is lost without a word; and a listing that another user of the cache cannot read."""
+    for name in ("a.jpg", "a.jpeg", "b.jpg", "b.png"):
+        picture(tmp_path / name)
+    _, samples = only(source(Folder, train=str(tmp_path)).samples("train"))
+    assert [set(sample) & {"jpg", "png"} for sample in samples] == [set(), {"jpg", "png"}]
+    assert isinstance(samples[0], Unusable)
+    assert samples[0].reason == "its field is that of several files: a.jpeg, a.jpg"
+    assert [path.stat().st_mode & 0o777 for path in cache.rglob("*.*")] == [0o644] * 2
+
+
 def test_other_modalities_in_folders(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(b"w")
     (tmp_path / "a.txt").write_text("a sound")

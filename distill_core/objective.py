@@ -49,9 +49,12 @@ class Objective(nn.Module):
         plan: Plan,
         needs: Sequence[Needs],
         augment: Mapping[str, Augmentation] | None = None,
+        wire: torch.dtype | None = None,
     ) -> None:
-        """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`)."""
+        """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
+        dtype in which what losses read of other ranks travels, None for its own."""
         super().__init__()
+        self.wire = wire
         self.augment = dict(augment or {})
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
@@ -131,7 +134,7 @@ class Objective(nn.Module):
 
     def losses(self, outputs: Outputs) -> Losses:
         """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
-        gather_rows(rows for loss in self.loss.values() for rows in cast(Loss, loss).gathers(outputs))
+        gather_rows((rows for loss in self.loss.values() for rows in cast(Loss, loss).gathers(outputs)), self.wire)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         total: Tensor | None = None

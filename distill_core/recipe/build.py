@@ -19,7 +19,8 @@ def build_objective(recipe: Recipe) -> Objective:
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
     augment = {name: node.build() for name, node in recipe.augment.items()}
-    return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs, augment)
+    wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
+    return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs, augment, wire)
 
 
 def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:

@@ -96,6 +96,9 @@ class TrainConfig(ComponentConfig):
     """Of products of fp32 tensors on CUDA, as `torch.set_float32_matmul_precision` names them: `high` runs them on
     tensor cores (torch's in TF32, the losses' logits and the built-in attention in three TF32 products, which keep
     fp32's precision); `highest` in fp32, without tensor cores. Products of bf16 tensors are not concerned."""
+    gather_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of embeddings, and their gradients, while they travel between ranks: bf16 halves the bytes, and rounds all but a
+    rank's own rows to 8 bits."""
     clip_grad: Annotated[float, Field(gt=0)] | None = None
     """Scale the gradients down where their global L2 norm is above this value."""
     device: str = "auto"

@@ -95,7 +95,7 @@ class _AllGather(torch.autograd.Function):
         parts = torch.split(buffer.view(world_size(), -1), [x.numel() for x in tensors], 1)
         gathered = []
         for x, part in zip(tensors, parts, strict=True):
-            joined = part.unflatten(1, x.shape).movedim(0, dim).flatten(dim, dim + 1).to(x.dtype).contiguous()
+            joined = part.reshape(world_size(), *x.shape).movedim(0, dim).flatten(dim, dim + 1).to(x.dtype).contiguous()
             if wire != x.dtype:  # no need to round a rank's own rows, among them all positives
                 joined.narrow(dim, rank() * x.shape[dim], x.shape[dim]).copy_(x)
             gathered.append(joined)

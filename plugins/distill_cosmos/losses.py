@@ -62,6 +62,8 @@ class CrossModalDistillation(ContrastiveLoss):
                 yield f"{cls.name!r} has no pair {name!r}{did_you_mean(name, known)}"
             elif named.count(name) > 1:
                 yield f"{cls.name!r} has the pair {name!r} twice"
+        if config.targets == "soft" and config.exchange == "ring":
+            yield f"{cls.name!r} reads the teacher's rows of all ranks for soft targets: take exchange: gather"
         yield from same_dim(cls.name, list(dict.fromkeys(m for block in _chosen(config) for m in block)), plan)
 
     def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:

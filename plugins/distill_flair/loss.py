@@ -24,6 +24,8 @@ class FlairConfig(SigmoidConfig):
     """Factor of both terms in the total: the public code takes their mean."""
     modalities: tuple[str, str] = ("image", "text")
     """What is pooled (its first view), and what conditions the pooling (all its views)."""
+    exchange: Literal["gather"] = "gather"
+    """Pooling takes the texts of all ranks."""
     negatives: Literal["one", "all"] = "one"
     """Texts of other samples that condition the pooling: one a sample, drawn at random (the public code), or all."""
     chunk: Annotated[int, Field(gt=0)] = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from distill_core import (
     world_size,
 )
 from distill_kernels import multi_view_info_nce, multi_view_sigmoid
+from distill_vl.ring import ring_info_nce, ring_sigmoid
 
 
 class ContrastiveConfig(LossConfig):
@@ -36,6 +37,9 @@ class ContrastiveConfig(LossConfig):
     """The scale starts at 1 / temperature."""
     max_scale: Annotated[float, Field(ge=1)] | None = 100.0
     """The scale is clamped to 1..max_scale after each step; null leaves it free."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How ranks see each other's rows: all at once, or one neighbour's at a time (memory does not grow with the ranks).
+    The loss and its gradients are the same."""
 
 
 class ContrastiveLoss(Loss):
@@ -62,8 +66,8 @@ class ContrastiveLoss(Loss):
         return [(a, b)]
 
     def gathers(self, outputs: Outputs) -> Iterable[Rows]:
-        """Both sides, for both directions."""
-        return chain.from_iterable(self.sides(outputs))
+        """Both sides, for both directions; nothing, where columns travel round the ring."""
+        return chain.from_iterable(self.sides(outputs)) if self.config.exchange == "gather" else ()
 
     def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's InfoNCE of a [Va, B, D] and b [Vb, B, D] over the rows M of all ranks."""
@@ -71,6 +75,8 @@ class ContrastiveLoss(Loss):
             scale = self.logit_scale.exp()
             if world_size() == 1:
                 return multi_view_info_nce(a.embedding, b.embedding, scale)
+            if self.config.exchange == "ring":
+                return ring_info_nce(a.embedding, b.embedding, scale)
             offset = rank() * a.embedding.shape[1]
             return multi_view_info_nce(
                 a.embedding, b.embedding, scale, a_all=a.gathered, b_all=b.gathered, offset=offset
@@ -108,7 +114,7 @@ class Sigmoid(ContrastiveLoss):
 
     def gathers(self, outputs: Outputs) -> Iterable[Rows]:
         """The columns: the other direction has the same logits."""
-        return [b for _, b in self.sides(outputs)]
+        return [b for _, b in self.sides(outputs)] if self.config.exchange == "gather" else ()
 
     def pairs(self, a: Rows, b: Rows) -> Tensor:
         """[Va, Vb]: each view pair's sigmoid loss of a [Va, B, D] against b [Vb, M, D] of all ranks.
@@ -119,6 +125,8 @@ class Sigmoid(ContrastiveLoss):
             scale, bias = self.logit_scale.exp(), self.logit_bias
             if world_size() == 1:
                 return multi_view_sigmoid(a.embedding, b.embedding, scale, bias)
+            if self.config.exchange == "ring":
+                return ring_sigmoid(a.embedding, b.embedding, scale, bias)
             offset = rank() * a.embedding.shape[1]
             return multi_view_sigmoid(a.embedding, b.embedding, scale, bias, b_all=b.gathered, offset=offset)
 

@@ -357,6 +357,8 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
 def test_soft_targets_ask_for_a_teacher_of_the_students_modality(parse: Callable[..., Recipe]) -> None:
     parse("[image_to_image], targets: soft")
     parse("[text_to_image]")
+    with pytest.raises(RecipeErrors, match="rows of all ranks for soft targets: take exchange: gather"):
+        parse("[image_to_image], targets: soft, exchange: ring")
     with pytest.raises(RecipeErrors, match="needs a teacher of 'text'"):
         parse("[text_to_image], targets: soft")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from distill_core.recipe.resolve import parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.system import distributed
-from distill_siglip.ring import ring_sigmoid
 from distill_vl.masking import MASKED, patch_pixels
+from distill_vl.ring import ring_info_nce, ring_sigmoid
 
 RECIPE = """
 augment: {{image: {image}, text: {text}}}
@@ -33,7 +34,7 @@ fusion: {fusion}
 loss: {loss}
 teacher: {teacher}
 data: {{source: {{name: webdataset, urls: none.tar}}}}
-train: {{steps: 1}}
+train: {{steps: 1, gather_precision: {wire}}}
 """
 CROP, CAPTION = "{name: random_crop, size: 8}", "caption"
 COSMOS = {
@@ -47,6 +48,12 @@ CASES: dict[str, dict[str, str]] = {
     "cosmos": {
         **COSMOS,
         "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}, {name: clip, weight: .3}]",
+    },
+    "cosmos bf16": {**COSMOS, "wire": "bf16", "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}]"},
+    "cosmos ring": {
+        **COSMOS,
+        "loss": "[{name: contrastive, exchange: ring}, "
+        "{name: cross_modal_distillation, weight: 0.7, exchange: ring}, {name: clip, weight: 0.3}]",
     },
     "cosmos soft": {**COSMOS, "loss": "[{name: cross_modal_distillation, pairs: [image_to_text], targets: soft}]"},
     "flair": {
@@ -90,7 +97,9 @@ SAMPLES, DIM = 12, 6
 
 
 def recipe(case: str, registry: Registry) -> Recipe:
-    text = RECIPE.format(**{"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text"} | CASES[case])
+    text = RECIPE.format(
+        **{"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text", "wire": "fp32"} | CASES[case]
+    )
     return parse_recipe(text, "r.yaml", registry=registry)
 
 
@@ -150,11 +159,11 @@ def ring_inputs() -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def ring(first: int, last: int) -> list[Tensor]:
-    """The ring's loss for several views on these rows of a and b, and the gradients of all four inputs."""
+def ring(loss: Callable[..., Tensor], scalars: int, first: int, last: int) -> list[Tensor]:
+    """The ring's loss for several views on these rows of a and b, and the gradients of all inputs."""
     a, b, scale, bias, weight = ring_inputs()
-    inputs = [x.clone().requires_grad_() for x in (a[:, first:last], b[:, first:last], scale, bias)]
-    pairs = ring_sigmoid(*inputs)
+    inputs = [x.clone().requires_grad_() for x in (a[:, first:last], b[:, first:last], *(scale, bias)[:scalars])]
+    pairs = loss(*inputs)
     return [pairs.detach(), *torch.autograd.grad((pairs * weight).sum(), inputs)]
 
 
@@ -163,8 +172,12 @@ def main() -> None:
     rank, share = distributed.rank(), SAMPLES // distributed.world_size()
     rows = (rank * share, (rank + 1) * share)
     registry = Registry.discover()
-    results: dict[str, Any] = {case: step(case, registry, *rows) for case in CASES}
-    torch.save({"cases": results, "ring": ring(*rows)}, Path(sys.argv[1]) / f"rank-{rank}.pt")
+    results = {
+        "cases": {case: step(case, registry, *rows) for case in CASES},
+        "sigmoid": ring(ring_sigmoid, 2, *rows),
+        "info_nce": ring(ring_info_nce, 1, *rows),
+    }
+    torch.save(results, Path(sys.argv[1]) / f"rank-{rank}.pt")
     distributed.stop()
 
 

@@ -14,7 +14,7 @@ from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
 from distill_siglip.loss import SigLip
-from distill_siglip.ring import ring_sigmoid
+from distill_vl.ring import ring_sigmoid
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """\

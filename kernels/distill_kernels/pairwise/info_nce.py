@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from distill_kernels.dispatch import Backend, Op, choose
-from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked
+from distill_kernels.pairwise.chunked_info_nce import info_nce_chunked, info_nce_chunked_backward
 from distill_kernels.pairwise.chunks import compute_dtype
 from distill_kernels.pairwise.pairs import Pairs, cases, why_not_kernels
 
@@ -52,6 +52,54 @@ def multi_view_info_nce(
     inputs.check()
     out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out
+
+
+def info_nce_sums(a: Tensor, b: Tensor, scale: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Log-sum-exps of the logits scale * a[u] @ b[v].T of some rows and some columns: [Va, Vb, B] each, of rows over
+    these columns and of columns over these rows. InfoNCE over more columns is a `logaddexp` of such sums.
+
+    Not differentiable: `info_nce_gradients` takes the sums over all columns.
+    """
+    inputs = Pairs(a, b, (scale,))
+    inputs.check()
+    if _on_triton(inputs, backend):
+        from distill_kernels.triton.info_nce import info_nce_triton
+
+        _, rows, columns = info_nce_triton(a, b, scale, 0, True)
+        return rows, columns.transpose(0, 1)
+    _, rows, columns = info_nce_chunked(a, b, scale, 0, True)
+    return rows.transpose(1, 2), columns
+
+
+def info_nce_gradients(
+    grad: Tensor, a: Tensor, b: Tensor, scale: Tensor, sums: Tensor, *, positives: bool, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for a, b and scale of one direction a -> b: of grad [Va, Vb] times the mean over rows of `sums`, the
+    log-sum-exps [Va, Vb, B] of a's rows over all columns, b's among them. With `positives`, b's rows are the targets.
+    """
+    inputs, grad, none = Pairs(a, b, (scale,)), grad.contiguous(), sums.new_empty(0)
+    of_a: Tensor
+    if _on_triton(inputs, backend):
+        from distill_kernels.triton.info_nce import info_nce_triton_backward
+
+        of_a, of_b, of_scale = info_nce_triton_backward(grad, a, b, scale, sums.contiguous(), none, 0, False)
+    else:
+        rows = sums.transpose(1, 2).contiguous()
+        of_a, of_b, of_scale = info_nce_chunked_backward(grad, a, b, scale, rows, none, 0, False)
+    if positives:
+        return of_a, of_b, of_scale
+    # the operators take each row's own place for its target: back with what that has taken off
+    weight = grad.to(a.dtype) / max(a.shape[1], 1)
+    pulled = torch.einsum("uv,vid->uid", weight, b)
+    return (
+        of_a + scale * pulled,
+        of_b + scale * torch.einsum("uv,uid->vid", weight, a),
+        of_scale + (a * pulled).sum().to(scale.dtype),
+    )
+
+
+def _on_triton(inputs: Pairs, backend: str) -> bool:
+    return choose(OP, backend, inputs).name == "triton"
 
 
 def _reference(x: Pairs) -> Tensor:

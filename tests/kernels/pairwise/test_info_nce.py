@@ -13,7 +13,7 @@ from kernel_device import DEVICE, here, skip_float64_on_gpu, width_for
 from tiers import cases_of
 from torch import Tensor
 
-from distill_kernels import multi_view_info_nce
+from distill_kernels import info_nce_gradients, info_nce_sums, multi_view_info_nce
 from distill_kernels.dispatch import BackendError
 from distill_kernels.measure import peak_bytes
 from distill_kernels.pairwise import chunks
@@ -81,6 +81,30 @@ def test_losses_and_gradients(backend: str, shape: tuple[int, int, int, int]) ->
 
 
 @pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_of_columns_add_up(backend: str) -> None:
+    """Catches sums of one block alone, softmaxes over one block, targets in a block that has none, and an axis of
+    another backend's layout."""
+    d = width_for(backend, 6)
+    a, b, others = embeddings(3, 5, d), embeddings(2, 5, d), embeddings(2, 5, d)
+    scale = here.tensor(5.0, requires_grad=True)
+    weight = here.randn(3, 2)
+    every = torch.cat([b, others], 1)
+    logits = scale * torch.einsum("uid,vjd->uvij", a, every)
+    loss = (logits.logsumexp(3) - logits.diagonal(dim1=2, dim2=3)).mean(2)
+    expected = torch.autograd.grad((loss * weight).sum(), [a, b, others, scale])
+    with torch.no_grad():
+        (rows, columns), (more, theirs) = (info_nce_sums(a, x, scale, backend=backend) for x in (b, others))
+        sums = torch.logaddexp(rows, more)
+        torch.testing.assert_close(sums, logits.logsumexp(3))
+        torch.testing.assert_close(torch.cat([columns, theirs], 2), logits.logsumexp(2))
+        of_b = info_nce_gradients(weight, a, b, scale, sums, positives=True, backend=backend)
+        of_others = info_nce_gradients(weight, a, others, scale, sums, positives=False, backend=backend)
+    got = (of_b[0] + of_others[0], of_b[1], of_others[1], of_b[2] + of_others[2])
+    for value, wanted in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_own_rows_against_gathered(backend: str) -> None:
     # Rows 3..8 of 11, every tensor a leaf of its own: a gradient sent to the wrong one shows.

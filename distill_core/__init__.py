@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from distill_core.interfaces import FusionHead as FusionHead
     from distill_core.interfaces import Loss as Loss
     from distill_core.interfaces import LossConfig as LossConfig
+    from distill_core.interfaces import TowerInput as TowerInput
     from distill_core.model import FeatureKind as FeatureKind
     from distill_core.model import Model as Model
     from distill_core.objective import DEFAULT_TEACHER as DEFAULT_TEACHER
@@ -178,6 +179,7 @@ HOMES = {
     "FusionHead": "distill_core.interfaces",
     "Loss": "distill_core.interfaces",
     "LossConfig": "distill_core.interfaces",
+    "TowerInput": "distill_core.interfaces",
     "FeatureKind": "distill_core.model",
     "Model": "distill_core.model",
     "DEFAULT_TEACHER": "distill_core.objective",

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, device
+    import numpy as np
+    from torch import Stream, Tensor, device
 
 
 GLOBAL = "global"
@@ -43,6 +44,8 @@ class Group:
     token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
     targets     [V, B, L, ..]  what a masked token should be predicted as
     extra       name -> [V, B, ...], each view's `View.extra`
+    lengths     [V, B] integers that stay on the host: tokens up to the last real one, where the collator knows them, so
+                that a tower that packs sequences need not read them from the device
     """
 
     x: Tensor
@@ -50,14 +53,14 @@ class Group:
     token_mask: Tensor | None = None
     targets: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    lengths: np.ndarray[Any, Any] | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""
         others = {name: getattr(self, name) for name in ("token_mask", "targets")}
         changed = {name: None if x is None else function(x) for name, x in others.items()}
-        return Group(
-            function(self.x), self.role, **changed, extra={name: function(x) for name, x in self.extra.items()}
-        )
+        extra = {name: function(x) for name, x in self.extra.items()}
+        return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths)
 
 
 @dataclass(slots=True)
@@ -140,6 +143,10 @@ class Batch:
     def to(self, where: device | str) -> Batch:
         """The same batch on another device."""
         return self._map(lambda x: x.to(where, non_blocking=True))
+
+    def record_stream(self, stream: Stream) -> None:
+        """Keep the tensors' memory until the work that `stream` has by now is done."""
+        self._map(lambda x: (x.record_stream(stream), x)[1])
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned memory; the loader calls this by its name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -104,6 +105,20 @@ Collator = Callable[[list[list[View]], Sequence[int]], Views]
 """The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
 
 
+@dataclass(frozen=True, slots=True)
+class TowerInput:
+    """N inputs of one shape, as `Backbone.encode_together` takes several of them."""
+
+    x: Tensor
+    """[N, ...]."""
+    tokens: bool = False
+    """Whether tokens and their mask are wanted."""
+    token_mask: Tensor | None = None
+    """[N, L], True where the input token must be hidden."""
+    lengths: np.ndarray[Any, Any] | None = None
+    """[N] integers on the host, from `Group.lengths`."""
+
+
 class Backbone(nn.Module, Component, ABC):
     """One modality: views -> features. `forward` is a training step's only entry.
 
@@ -146,9 +161,9 @@ class Backbone(nn.Module, Component, ABC):
         `token_mask` [N, L] is True where the input token must be hidden.
         """
 
-    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
-        """`encode` of several (x, tokens, token_mask). A backbone that packs sequences overrides this."""
-        return [self.encode(x, tokens=tokens, token_mask=hidden) for x, tokens, hidden in inputs]
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
+        """`encode` of several inputs. A backbone that packs sequences overrides this."""
+        return [self.encode(x.x, tokens=x.tokens, token_mask=x.token_mask) for x in inputs]
 
     def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
         """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`.
@@ -158,7 +173,7 @@ class Backbone(nn.Module, Component, ABC):
         pooled: list[Tensor] = []
         classes: list[Tensor] = []
         features = Features(pooled=torch.empty(0))
-        inputs: list[tuple[Tensor, bool, Tensor | None]] = []
+        inputs: list[TowerInput] = []
         places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
@@ -166,15 +181,14 @@ class Backbone(nn.Module, Component, ABC):
             spans = [i for i in range(count) if i == 0 or requested[i] != requested[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
-                inputs.append((group.x[first:last].flatten(0, 1), requested[first], hidden))
+                lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
+                inputs.append(TowerInput(group.x[first:last].flatten(0, 1), requested[first], hidden, lengths))
                 places.append((start + first, start + last, batch))
-        for part, (first, last, batch), (_, tokens, _) in zip(
-            self.encode_together(inputs), places, inputs, strict=True
-        ):
+        for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
             if part.class_tokens is not None:
                 classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[1:]))
-            if tokens and part.tokens is not None:
+            if source.tokens and part.tokens is not None:
                 for i in range(first, last):
                     rows = slice((i - first) * batch, (i - first + 1) * batch)
                     features.tokens[i] = part.tokens[rows]
@@ -237,5 +251,6 @@ class Loss(nn.Module, Component, ABC):
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.
 
-        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks.
+        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks. It moves buffers
+        and parameters of one element, which are put back where the step turns out not to be finite.
         """

@@ -8,6 +8,7 @@ losses.total.backward(); ...; objective.after_step(outputs, progress)
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -149,17 +150,23 @@ class Objective(nn.Module):
             raise UserError("the recipe's losses gave no term")
         return Losses(total, terms, metrics)
 
-    def before_step(self, progress: Progress) -> None:
-        """Called between the backward pass and the optimiser."""
+    def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """Called between the backward pass and the optimiser; `finite` as in `after_step`."""
         if self.teacher is not None and self.teacher.config.update == "before_optimizer":
-            self.teacher.move(progress)
+            self.teacher.move(progress, finite)
 
-    def after_step(self, outputs: Outputs, progress: Progress) -> None:
-        """Called after the optimiser: the losses' own state, then a teacher that follows the new student."""
+    def after_step(self, outputs: Outputs, progress: Progress, finite: Tensor | None = None) -> None:
+        """Called after the optimiser: the losses' own state, then a teacher that follows the new student.
+
+        Where `finite`, a 0-dim bool on the device, is False, nothing changes; the host does not read it.
+        """
         for loss in self.loss.values():
-            cast(Loss, loss).after_step(outputs, progress)
+            assert isinstance(loss, Loss)
+            if type(loss).after_step is not Loss.after_step:
+                with _undone_unless(finite, loss):
+                    loss.after_step(outputs, progress)
         if self.teacher is not None and self.teacher.config.update == "after_optimizer":
-            self.teacher.move(progress)
+            self.teacher.move(progress, finite)
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """All but the teacher's."""
@@ -200,6 +207,30 @@ class Objective(nn.Module):
         if not trained:
             raise UserError("freeze: everything is frozen; leave something to train")
         return trained
+
+
+@contextmanager
+def _undone_unless(finite: Tensor | None, loss: Loss) -> Iterator[None]:
+    """Where `finite` is False, what the block changes of the loss's buffers and scalars is changed back.
+
+    Raises `UserError` where it changes a larger parameter, of which no copy is made.
+    """
+    if finite is None:
+        yield
+        return
+    moving = [*loss.buffers(), *(p for p in loss.parameters() if p.numel() == 1)]
+    before = [tensor.detach().clone() for tensor in moving]
+    others = [(name, p, p._version) for name, p in loss.named_parameters() if p.numel() > 1]
+    yield
+    for name, parameter, version in others:
+        if parameter._version != version:
+            raise UserError(
+                f"loss {loss.name!r}: after_step changes the parameter {name!r}, which has more than one element; "
+                "hold what it moves in a buffer"
+            )
+    with torch.no_grad():
+        for tensor, old in zip(moving, before, strict=True):
+            tensor.copy_(torch.where(finite, tensor, old))
 
 
 def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:

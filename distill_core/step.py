@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill_core.batch import Batch
 from distill_core.contracts.optimizer import Optimizer
@@ -18,34 +18,80 @@ from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe
 from distill_core.system import distributed
+from distill_core.system.transfer import Download
 
 
-@dataclass
 class StepResult:
-    """The values of the losses' terms and of their total, and the norm of all ranks' gradient.
+    """The numbers of a step. The host waits for the device when the first of them is read, and only then."""
 
-    Without `finite`, on some rank, nothing was updated.
-    """
+    def __init__(self, losses: Losses, norm: Tensor, not_finite: Tensor, lr: float) -> None:
+        self.lr = lr
+        """Of the first parameter group."""
+        self._names = [*losses.terms], [*losses.metrics]
+        scalars = [losses.total, norm, not_finite, *losses.terms.values(), *losses.metrics.values()]
+        self._numbers = Download(torch.stack([x.detach().to(norm.device, torch.float32) for x in scalars]))
 
-    losses: Losses
-    terms: dict[str, float]
-    loss: float
-    norm: float
-    finite: bool
+    @cached_property
+    def numbers(self) -> tuple[float, float, float, dict[str, float], dict[str, float]]:
+        """All of them, in one piece."""
+        loss, norm, not_finite, *more = self._numbers.tolist()
+        terms, metrics = self._names
+        count = len(terms)
+        of_terms, of_metrics = (
+            dict(zip(n, x, strict=True)) for n, x in ((terms, more[:count]), (metrics, more[count:]))
+        )
+        return loss, norm, not_finite, of_terms, of_metrics
+
+    @property
+    def loss(self) -> float:
+        """The total, of this rank's samples."""
+        return self.numbers[0]
+
+    @property
+    def norm(self) -> float:
+        """Of all ranks' gradient."""
+        return self.numbers[1]
+
+    @property
+    def not_finite(self) -> int:
+        """So many steps in a row, this one the last, were not finite on some rank; they updated nothing."""
+        return int(self.numbers[2])
+
+    @property
+    def finite(self) -> bool:
+        """Whether this one was."""
+        return self.not_finite == 0
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The losses' terms."""
+        return self.numbers[3]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The losses' metrics."""
+        return self.numbers[4]
 
 
 class TrainStep:
-    """The objective's trained parameters, their optimiser and its schedule."""
+    """The objective's trained parameters, their optimiser and its schedule.
+
+    A step that is not finite updates nothing, and nor does any after the last that the recipe allows in a row: so the
+    host may learn of it while the next step is computed.
+    """
 
     def __init__(self, recipe: Recipe, objective: Objective, device: torch.device) -> None:
         self.objective, self.device = objective, device
         self.bf16, self.clip_grad = recipe.train.precision == "bf16", recipe.train.clip_grad
+        self.allowed = recipe.train.max_nonfinite if recipe.train.nonfinite == "skip" else 1
         self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
         self.parameters = [parameter for _, parameter, _ in self._named]
         self._slot = recipe.train.optimizer
         self.optimizer = self._build(self._slot)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = recipe.train.schedule.build()
+        self.not_finite = torch.zeros((), device=device)
+        """Steps in a row that were not finite, on the device."""
         self.whole = True
         """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
 
@@ -75,18 +121,28 @@ class TrainStep:
             losses = self.objective.losses(outputs)
         losses.total.backward()  # type: ignore[no-untyped-call]
         distributed.average_gradients(self.parameters)
-        total_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        # read in one piece: the host waits for a GPU once a step
-        scalars = (losses.total, total_norm, *losses.terms.values())
-        loss, norm, *numbers = torch.stack([x.detach().to(self.device, torch.float32) for x in scalars]).tolist()
-        # the norm is of all ranks' gradients, the loss this rank's
-        finite = not distributed.any_rank(not (math.isfinite(loss) and math.isfinite(norm)))
-        if finite:
-            if self.clip_grad is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, total_norm)
-            self.whole = False
-            self.objective.before_step(progress)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).to(self.device)
+        finite = self._judge(losses.total.detach(), norm)
+        if self.clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        self.whole = False
+        self.objective.before_step(progress, finite)
+        self._update(finite)
+        self.objective.after_step(outputs, progress, finite)
+        self.whole = True
+        return StepResult(losses, norm, self.not_finite, self.optimizer.param_groups[0]["lr"])
+
+    def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether this step may update anything, a 0-dim bool; counts it where not."""
+        bad = distributed.any_rank_on_device(~torch.isfinite(loss + norm))  # the norm is of all ranks, the loss is not
+        bad |= self.not_finite >= self.allowed
+        self.not_finite = (self.not_finite + 1) * bad
+        return ~bad
+
+    def _update(self, finite: Tensor) -> None:
+        """The optimiser's step where `finite`, which the host reads only for one that cannot."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-            self.objective.after_step(outputs, progress)
-            self.whole = True
-        return StepResult(losses, dict(zip(losses.terms, numbers, strict=True)), loss, norm, finite)
+        elif finite.item():
+            self.optimizer.step()

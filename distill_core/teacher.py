@@ -41,6 +41,8 @@ class Teacher(nn.Module):
         self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
         self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
         self._students = [*backbones.values(), *heads.values()]
+        self._averages = [p for module in (*self.backbone.values(), *self.heads.values()) for p in module.parameters()]
+        self._sources = [p for module in self._students for p in module.parameters()]
         super().train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -55,17 +57,16 @@ class Teacher(nn.Module):
         return end - (end - start) * (math.cos(math.pi * progress.fraction) + 1) / 2
 
     @torch.no_grad()
-    def move(self, progress: Progress) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student over parameters; buffers are the student's."""
-        own: list[Tensor] = []
-        students: list[Tensor] = []
-        for copied, module in self._pairs():
-            own += list(copied.parameters())
-            students += [p.detach().to(q.dtype) for p, q in zip(module.parameters(), copied.parameters(), strict=True)]
-        torch._foreach_lerp_(own, students, 1 - self.momentum(progress))
+    def move(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student over parameters; buffers are the student's.
+
+        Where `finite`, a 0-dim bool on the device, is False, nothing moves; the host does not read it.
+        """
+        sources = [p.to(q.dtype) for p, q in zip(self._sources, self._averages, strict=True)]
+        _average_in(self._averages, sources, 1 - self.momentum(progress), finite)
         for copied, module in self._pairs():
             for copied_tensor, theirs in zip(copied.buffers(), module.buffers(), strict=True):
-                copied_tensor.copy_(theirs)
+                copied_tensor.copy_(theirs if finite is None else torch.where(finite, theirs, copied_tensor))
 
     @torch.no_grad()
     def start_from_student(self, keep: Collection[str]) -> None:
@@ -80,6 +81,19 @@ class Teacher(nn.Module):
     def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(own module, the student's)."""
         return zip([*self.backbone.values(), *self.heads.values()], self._students, strict=True)
+
+
+def _average_in(averages: list[Tensor], sources: list[Tensor], weight: float, finite: Tensor | None) -> None:
+    """average += weight * (source - average), or nothing where `finite` is False."""
+    if finite is None:
+        torch._foreach_lerp_(averages, sources, weight)
+    elif finite.device.type == "cpu":
+        weights = {x.dtype: torch.where(finite, weight, 0.0).to(x.dtype) for x in averages}
+        torch._foreach_lerp_(averages, sources, [weights[x.dtype] for x in averages])
+    else:  # a weight for each tensor would be a launch for each
+        differences = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(differences, torch.where(finite, weight, 0.0))
+        torch._foreach_add_(averages, differences)
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:

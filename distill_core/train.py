@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.environment import environment
 from distill_core.run.folder import RunFolder
+from distill_core.run.late_results import LateResults
 from distill_core.run.lockstep import Lockstep
 from distill_core.run.metrics import MetricsLog
 from distill_core.run.nonfinite import NonfiniteSteps
@@ -34,6 +35,7 @@ from distill_core.step import TrainStep
 from distill_core.system import distributed
 from distill_core.system.process import (
     Interrupt,
+    garbage_at_fixed_steps,
     keep_freed_memory,
     resolve_device,
     seed_all,
@@ -41,6 +43,7 @@ from distill_core.system.process import (
     set_threads,
 )
 from distill_core.system.progress import progress_bar
+from distill_core.system.transfer import Uploads
 
 
 @dataclass
@@ -141,37 +144,42 @@ class Trainer:
     def _train(self) -> None:
         """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""
         self.state.mark()
+        log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every)
+        results = LateResults(self.state, self.nonfinite, log, self.display)
         try:
-            self._loop()
+            with garbage_at_fixed_steps() as collect:
+                self._loop(log, results, collect)
             self.saver.save()
         except Exception as error:
-            self.saver.save_before(error)
+            self.saver.save_before(error, results.settle)
             raise
 
-    def _loop(self) -> None:
+    def _loop(self, log: MetricsLog, results: LateResults, collect: Callable[[int], None]) -> None:
         state, steps = self.state, self.state.length.steps
         save_every, validate_every = self.recipe.train.checkpoint.every, self.recipe.evaluate.every
-        log = MetricsLog(state, self.folder, self.tracked, self.recipe.train.log_every)
+        upload = Uploads(self.device)
         while state.step < steps and (batch := self.lockstep.next_batch()) is not None:
             self.notices.batch(batch)
             state.skipped_samples += len(batch.skipped)
             state.samples_by_set.update(batch.sets)
             progress = state.length.progress(state.step)
-            result = self.train_step(batch.to(self.device), progress)
-            self.nonfinite.check(batch, result)
+            result = self.train_step(upload(batch), progress)
+            results.add(batch, result, progress)  # which reads those of the step before
             state.step += 1
             state.mark()
-            log.add(result, progress)
             self.tracked.views(state.step, int(progress.epoch))
-            self.display.step(state.step, log.rate, result.terms)
-            if state.step == steps:
-                break
+            collect(state.step)
+            validates, saves = (every and state.step % every == 0 for every in (validate_every, save_every))
+            if state.step == steps or not (validates or saves):
+                continue
+            results.settle()
             with log.paused():
-                if validate_every and state.step % validate_every == 0:
+                if validates:
                     self.validation.validate()
                     state.mark()
-                if state.best_step == state.step or (save_every and state.step % save_every == 0):
+                if saves or state.best_step == state.step:
                     self.saver.save()
+        results.settle()
         if validate_every and state.step == steps:
             self.validation.validate()
             state.mark()

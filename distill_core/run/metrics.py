@@ -24,7 +24,7 @@ class MetricsLog:
         self._clock, self._step = time.perf_counter(), state.step  # of the last row
 
     def add(self, result: StepResult, progress: Progress) -> None:
-        """Call after each step, on every rank, with the `progress` that the step used."""
+        """Call for each step, as the last that `state` counts, on every rank, with the `progress` that it used."""
         state, length = self.state, self.state.length
         if state.step % self.every != 0 and state.step != length.steps:
             return
@@ -44,8 +44,7 @@ class MetricsLog:
     def write(self, result: StepResult, progress: Progress, rate: float) -> None:
         """Write a row. Each rank's losses cover its own samples; the row has the means over ranks."""
         state = self.state
-        metrics = {name: value.item() for name, value in result.losses.metrics.items()}
-        means = iter(distributed.mean([result.loss, *result.terms.values(), *metrics.values()]))
+        means = iter(distributed.mean([result.loss, *result.terms.values(), *result.metrics.values()]))
         if distributed.rank() > 0:
             return
         epoch, teacher = state.length.epoch(state.step), state.objective.teacher
@@ -54,8 +53,8 @@ class MetricsLog:
             "epoch": round(epoch, 4) if epoch is not None else None,
             "loss": next(means),
             "terms": {name: next(means) for name in result.terms},
-            "metrics": {name: next(means) for name in metrics},
-            "lr": state.train_step.optimizer.param_groups[0]["lr"],
+            "metrics": {name: next(means) for name in result.metrics},
+            "lr": result.lr,
             "grad_norm": result.norm,
             "samples_per_s": round(rate, 2),
             "seconds": round(state.seconds, 3),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from distill_core.batch import Batch
 from distill_core.errors import TrainingStopped, counted
 from distill_core.run.display import Display
 from distill_core.run.folder import RunFolder
@@ -19,34 +19,33 @@ class NonfiniteSteps:
 
     def __init__(self, state: RunState, folder: RunFolder, saver: Saver, display: Display) -> None:
         self.state, self.folder, self.saver, self.display = state, folder, saver, display
-        self.in_a_row = 0
 
-    def check(self, batch: Batch, result: StepResult) -> None:
-        """Call after each step, before counting it. Raises `TrainingStopped`, with the weights from before it saved."""
+    def check(self, keys: Sequence[str], result: StepResult) -> None:
+        """Call for each step, as the last that `state` counts.
+
+        Raises `TrainingStopped`, with the weights from before it saved, and the step not counted.
+        """
         if result.finite:
-            self.in_a_row = 0
             return
         state, train = self.state, self.state.recipe.train
-        self.in_a_row += 1
         state.skipped_steps += 1
         problem = _problem(result)
-        keys = [key for keys in distributed.gather_objects(batch.keys) for key in keys]
+        keys = [key for of_rank in distributed.gather_objects(keys) for key in of_rank]
         if distributed.rank() == 0:
-            self.folder.log({"step": state.step + 1, "not_finite": problem, "keys": keys})
+            self.folder.log({"step": state.step, "not_finite": problem, "keys": keys})
         terms = ", ".join(f"{name} = {value:.6g}" for name, value in result.terms.items())
         ellipsis = f", ... ({len(keys)} in all)" if len(keys) > 8 else ""
-        line = f"step {state.step + 1}: {problem}: {terms}; samples {', '.join(keys[:8])}{ellipsis}"
-        if train.nonfinite == "skip" and self.in_a_row < train.max_nonfinite:
+        line = f"step {state.step}: {problem}: {terms}; samples {', '.join(keys[:8])}{ellipsis}"
+        if result.not_finite < state.train_step.allowed:
             self.display.warn(f"{line}; the step is skipped")
             return
-        state.train_step.optimizer.zero_grad(set_to_none=True)
-        state.mark()
+        state.step -= 1
         in_fp32 = ", in fp32" if train.precision != "fp32" else ""
         if train.nonfinite == "stop":
             weights = "The weights from before this step are saved"
             hint = f"Or start again with a lower learning rate{in_fp32}, or with train.nonfinite=skip."
         else:
-            line += f".\nThat is {counted(self.in_a_row, 'step')} in a row (train.max_nonfinite)"
+            line += f".\nThat is {counted(result.not_finite, 'step')} in a row (train.max_nonfinite)"
             weights = "The weights from before them are saved"
             hint = f"More of them are likely to follow: better start again with a lower learning rate{in_fp32}."
         saved = f"{weights}; distill resume {self.folder.path} continues after this batch"

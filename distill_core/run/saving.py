@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
@@ -53,8 +55,11 @@ class Saver:
             state.best, state.best_step = self._best, None  # that of the best checkpoint there is
         return self.unsaved is None
 
-    def save_before(self, error: Exception) -> None:
-        """Save the last complete step before an error ends the run, if it is not saved yet, and report it."""
+    def save_before(self, error: Exception, settle: Callable[[], None]) -> None:
+        """Save the last complete step before an error ends the run, if it is not saved yet, and report it.
+
+        `settle` (`LateResults`) is called where all ranks stand between the same two steps.
+        """
         step, display = self.state.step, self.display
         last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
         try:
@@ -64,9 +69,12 @@ class Saver:
             display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {unreachable}; {last}")
             return
         positions = distributed.gather_objects((step, self.state.train_step.whole))
+        together = positions == [(step, True)] * distributed.world_size()
+        if together:
+            settle()
         if self.saved == step or (self.saved is None and step == 0):
             return
-        if positions != [(step, True)] * distributed.world_size():
+        if not together:
             display.warn(f"not saved: step {step + 1} was interrupted while it changed the weights; {last}")
             return
         try:

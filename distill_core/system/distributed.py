@@ -191,6 +191,15 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
+def any_rank_on_device(flag: Tensor) -> Tensor:
+    """`flag`, a 0-dim bool on this rank's device, or that of any other rank; the host does not wait for it."""
+    if world_size() == 1:
+        return flag
+    value = flag.to(torch.uint8)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.bool()
+
+
 def highest(number: int, seconds: float | None = None) -> int:
     """The highest of the numbers that the ranks pass.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -132,6 +133,33 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large one
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+COLLECT_EVERY = 100
+"""Steps between collections of garbage in training."""
+
+
+@contextmanager
+def garbage_at_fixed_steps() -> Iterator[Callable[[int], None]]:
+    """Python's cyclic garbage is collected only where what this yields is called with a step, and that every 100.
+
+    So all ranks pause at the same steps, not each of them at its own while the others wait. What is alive already is
+    not looked through again.
+    """
+    collects = gc.isenabled()
+
+    def collect(step: int) -> None:
+        if step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    gc.disable()
+    gc.freeze()
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 def seed_all(seed: int) -> None:

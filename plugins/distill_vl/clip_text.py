@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from distill_core import (
     Encoded,
     Group,
     Plan,
+    TowerInput,
     View,
     Views,
 )
@@ -107,20 +109,21 @@ class ClipText(Backbone):
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
 
-    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """All texts are one packed sequence.
 
         Attention is causal: what follows end-of-text never reaches the embedding, and is not computed for texts whose
         tokens nobody needs.
+
+        Where everything stands is worked out on the host, from the collator's lengths; ids without them are read there.
         """
-        if any(token_mask is not None for *_, token_mask in inputs):
+        if any(text.token_mask is not None for text in inputs):
             raise ValueError(CANNOT_HIDE)
-        ids = [self._padded(x) if tokens else x for x, tokens, _ in inputs]
+        ids = [self._padded(text.x) if text.tokens else text.x for text in inputs]
         device, sizes = ids[0].device, [len(x) for x in ids]
-        # Read on the host once: where everything stands is worked out there.
-        ends = torch.cat([x.argmax(1) for x in ids]).cpu()
+        ends = torch.cat([_lengths(text) for text in inputs]) - 1
         widths = torch.tensor([x.shape[1] for x in ids]).repeat_interleave(torch.tensor(sizes))
-        whole = torch.tensor([tokens for _, tokens, _ in inputs]).repeat_interleave(torch.tensor(sizes))
+        whole = torch.tensor([text.tokens for text in inputs]).repeat_interleave(torch.tensor(sizes))
         lengths = torch.where(whole, widths, ends + 1)
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         text = torch.arange(len(ends)).repeat_interleave(lengths)  # of each packed row
@@ -128,20 +131,20 @@ class ClipText(Backbone):
         source = (widths.cumsum(0) - widths)[text] + place
         is_read = whole[text] | (place == ends[text])
         rows, at_end = is_read.nonzero()[:, 0], (is_read.cumsum(0) - 1)[starts[:-1] + ends]
-        place, source, rows, at_end = (x.to(device, non_blocking=True) for x in (place, source, rows, at_end))
+        place, source, rows, at_end = _sent(device, place, source, rows, at_end)
 
         packed = self.token_embedding(torch.cat([x.flatten() for x in ids])[source])
         packed = packed + embedding(place, self.positional_embedding)
         out = self.ln_final(self.transformer(packed, Sequences(starts.int(), causal=True), rows))
         classes = out.index_select(0, at_end)
         pooled = classes @ self.text_projection
-        counts = [x.numel() if tokens else len(x) for x, (_, tokens, _) in zip(ids, inputs, strict=True)]
+        counts = [x.numel() if text.tokens else len(x) for x, text in zip(ids, inputs, strict=True)]
         encoded = []
-        for x, (_, tokens, _), one, at_its_end, computed in zip(
+        for x, text, one, at_its_end, computed in zip(
             ids, inputs, pooled.split(sizes), classes.split(sizes), out.split(counts), strict=True
         ):
             encoded.append(Encoded(one, class_tokens=at_its_end[:, None]))
-            if tokens:
+            if text.tokens:
                 encoded[-1].tokens, encoded[-1].mask = computed.view(*x.shape, computed.shape[-1]), _up_to_end(x)
         return encoded
 
@@ -180,6 +183,21 @@ class ClipText(Backbone):
         return self.transformer.weights(sequence, end, causal=True)
 
 
+def _lengths(texts: TowerInput) -> Tensor:
+    """[N] on the host, up to end-of-text, which is the largest id."""
+    return texts.x.argmax(1).cpu() + 1 if texts.lengths is None else torch.from_numpy(texts.lengths).long()
+
+
+def _sent(device: torch.device, *indices: Tensor) -> tuple[Tensor, ...]:
+    """Indices of the host on `device`, in one copy; on a GPU from pinned memory, so that the host does not wait."""
+    if device.type == "cpu":
+        return indices
+    joint = torch.cat(indices)
+    if device.type == "cuda":
+        joint = joint.pin_memory()
+    return joint.to(device, non_blocking=True).split([len(x) for x in indices])
+
+
 def _up_to_end(ids: Tensor) -> Tensor:
     """[N, L] bool of ids [N, L]; end-of-text is the largest id."""
     return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
@@ -192,6 +210,10 @@ class RoleCollator(ABC):
     def padded(self, texts: list[str]) -> Tensor:
         """Ids [N, L] of N texts, padded to the longest."""
 
+    def lengths(self, ids: Tensor) -> np.ndarray[Any, Any] | None:
+        """[N], for `Group.lengths`, where the tower makes use of them."""
+        return None
+
     def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
         """View i of every sample has the same role."""
         groups: dict[str, list[int]] = {}
@@ -200,7 +222,10 @@ class RoleCollator(ABC):
         result = []
         for role, members in groups.items():
             ids = self.padded([sample[i].data for i in members for sample in samples])
-            result.append(Group(ids.reshape(len(members), len(samples), ids.shape[1]), role))
+            lengths = self.lengths(ids)
+            views, batch = len(members), len(samples)
+            lengths = lengths.reshape(views, batch) if lengths is not None else None
+            result.append(Group(ids.reshape(views, batch, ids.shape[1]), role, lengths=lengths))
         return Views(result)
 
 
@@ -213,5 +238,9 @@ class TextCollator(RoleCollator):
     def padded(self, texts: list[str]) -> Tensor:
         """Ids [N, L]; padding is 0."""
         ids = self.tokenize(texts)
-        longest = int(ids.argmax(1).max()) + 1  # end-of-text is the largest id; 0 is padding, and also "!"
-        return ids[:, :longest]
+        return ids[:, : int(self.lengths(ids).max())]
+
+    def lengths(self, ids: Tensor) -> np.ndarray[Any, Any]:
+        """Up to end-of-text, the largest id; 0 is padding, and also "!"."""
+        lengths: np.ndarray[Any, Any] = ids.argmax(1).numpy() + 1
+        return lengths

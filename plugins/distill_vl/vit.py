@@ -21,6 +21,7 @@ from distill_core import (
     Encoded,
     Group,
     ModalityPlan,
+    TowerInput,
     View,
     Views,
     stack_extra,
@@ -153,7 +154,7 @@ class VisionTransformer(Backbone):
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
-        return self.encode_together([(x, tokens, token_mask)])[0]
+        return self.encode_together([TowerInput(x, tokens, token_mask)])[0]
 
     def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
         """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
@@ -168,12 +169,12 @@ class VisionTransformer(Backbone):
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
         return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
 
-    def encode_together(self, inputs: Sequence[tuple[Tensor, bool, Tensor | None]]) -> list[Encoded]:
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
-        sequences = [self._embed(x, token_mask) for x, _, token_mask in inputs]
-        index = [None if tokens else self._class_index(x) for x, tokens, _ in inputs]
+        sequences = [self._embed(crops.x, crops.token_mask) for crops in inputs]
+        index = [None if crops.tokens else self._class_index(crops.x) for crops in inputs]
         outs = self.transformer.together(sequences, index)
-        return [self._read(out, tokens=tokens) for out, (_, tokens, _) in zip(outs, inputs, strict=True)]
+        return [self._read(out, tokens=crops.tokens) for out, crops in zip(outs, inputs, strict=True)]
 
     def token_layout(self, view: View) -> tuple[int, int]:
         """The grid of patches."""

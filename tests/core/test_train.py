@@ -31,6 +31,7 @@ from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
+from distill_core.run.late_results import LateResults
 from distill_core.run.load import run_recipe
 from distill_core.run.metrics import MetricsLog
 from distill_core.system.process import Interrupt
@@ -393,14 +394,14 @@ def test_training_stopped_has_its_exit_code() -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training meet SIGTERM in that step."""
-    add = MetricsLog.add
+    add = LateResults.add
 
-    def stopping(self: MetricsLog, *arguments: Any) -> None:
+    def stopping(self: LateResults, *arguments: Any) -> None:
         add(self, *arguments)
-        if self.state.step == step:
+        if self.state.step + 1 == step:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(MetricsLog, "add", stopping)
+    monkeypatch.setattr(LateResults, "add", stopping)
 
 
 def go_on(folder: RunFolder, registry: Registry, checkpoint: str = "last") -> None:

@@ -68,8 +68,9 @@ def packed_attention(qkv: Tensor, cu_lengths: Tensor, *, causal: bool = False, b
 
     The three come in one tensor, as a joint projection leaves them, and their gradients are written into one.
 
-    The lengths are read on the host, once for a `cu_lengths` tensor: hand every layer the same one, on the CPU if it
-    is known there, so that the host need not wait for a GPU. Under torch.compile the call is a graph break.
+    The lengths are read on the host, and copied to a GPU that wants them, once for a `cu_lengths` tensor: hand every
+    layer the same one, on the CPU if it is known there, so that the host need not wait for a GPU. Under torch.compile
+    the call is a graph break.
 
     Args:
         qkv: [T, 3, H, K].
@@ -121,6 +122,26 @@ def _lengths(cu_lengths: Tensor, tokens: int) -> tuple[int, ...]:
     if sum(lengths) != tokens:
         raise ValueError(f"cu_lengths ends at {sum(lengths)}, but there are {tokens} tokens")
     return lengths
+
+
+# cu_lengths -> (its version, an int32 copy on the device that attends).
+_copied: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _bounds(cu_lengths: Tensor, device: torch.device) -> Tensor:
+    """`cu_lengths` as int32 on `device`; one copy, from pinned memory, for all layers."""
+    version = None if cu_lengths.is_inference() else cu_lengths._version
+    known = _copied.get(cu_lengths) if version is not None else None  # type: ignore[no-untyped-call]
+    if known is not None and known[0] == version and known[1].device == device:
+        copied: Tensor = known[1]
+        return copied
+    bounds = cu_lengths.to(torch.int32)
+    if bounds.device.type == "cpu" and device.type == "cuda":
+        bounds = bounds.pin_memory()
+    copied = bounds.to(device, non_blocking=True)
+    if version is not None and copied is not cu_lengths:  # which would hold itself
+        _copied[cu_lengths] = (version, copied)
+    return copied
 
 
 def _attend(rows: Tensor, groups: Sequence[_Group], causal: bool, backend: str) -> Tensor:
@@ -241,7 +262,7 @@ def _varlen(x: PackedInputs) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = x.qkv.unbind(1)
-    bounds = x.cu_lengths.to(q.device, torch.int32, non_blocking=True)
+    bounds = _bounds(x.cu_lengths, q.device)
     longest = max(x.lengths)
     if _takes_window(varlen_attn):
         causal: dict[str, Any] = {"window_size": (-1, 0) if x.causal else (-1, -1)}

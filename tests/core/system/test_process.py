@@ -1,13 +1,21 @@
 """What a process keeps, and how many threads read for it."""
 
+import gc
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from distill_core.recipe.sections import TrainConfig
-from distill_core.system.process import arithmetic, reading_threads, set_matmul_precision
+from distill_core.system.process import (
+    COLLECT_EVERY,
+    arithmetic,
+    garbage_at_fixed_steps,
+    reading_threads,
+    set_matmul_precision,
+)
 
 PROGRAM = """
 import torch
@@ -60,3 +68,26 @@ def test_threads_that_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reading_threads(torch.device("cuda")) == 3
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert reading_threads(torch.device("cuda")) == 1
+
+
+def test_garbage_is_collected_at_fixed_steps() -> None:
+    """Would catch ranks that pause at steps of their own, garbage that is never collected, and a collector left off."""
+    collected: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            collected.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        with garbage_at_fixed_steps() as collect:
+            collected.clear()
+            for step in range(1, 2 * COLLECT_EVERY + 1):
+                cycles: list[Any] = [[] for _ in range(100)]
+                for cycle in cycles:
+                    cycle.append(cycle)
+                collect(step)
+            assert collected == [2, 2]
+        assert gc.isenabled() and gc.get_freeze_count() == 0
+    finally:
+        gc.callbacks.remove(note)

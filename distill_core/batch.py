@@ -146,7 +146,12 @@ class Batch:
 
     def record_stream(self, stream: Stream) -> None:
         """Keep the tensors' memory until the work that `stream` has by now is done."""
-        self._map(lambda x: (x.record_stream(stream), x)[1])
+
+        def record(x: Tensor) -> Tensor:
+            x.record_stream(stream)
+            return x
+
+        self._map(record)
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned memory; the loader calls this by its name."""

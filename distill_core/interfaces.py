@@ -251,6 +251,6 @@ class Loss(nn.Module, Component, ABC):
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.
 
-        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks. It moves buffers
-        and parameters of one element, which are put back where the step turns out not to be finite.
+        Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks.
+        It moves buffers and parameters of one element, which are put back where the step turns out not to be finite.
         """

@@ -14,6 +14,7 @@ from distill_core.data.lengths import Lengths, measure
 from distill_core.data.loader import Loader, patience_of
 from distill_core.data.shard import Shard
 from distill_core.evaluate.score import TaskScore
+from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective, load_weights
 from distill_core.recipe.sections import Recipe
 from distill_core.run.checkpoint import Checkpoints
@@ -31,7 +32,7 @@ from distill_core.run.saving import Saver
 from distill_core.run.state import Length, RunState
 from distill_core.run.tracking import TrackedRun
 from distill_core.run.validation import Validation
-from distill_core.step import TrainStep
+from distill_core.step import StepResult, TrainStep
 from distill_core.system import distributed
 from distill_core.system.process import (
     Interrupt,
@@ -145,7 +146,13 @@ class Trainer:
         """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""
         self.state.mark()
         log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every)
-        results = LateResults(self.state, self.nonfinite, log, self.display)
+
+        def handle(keys: list[str], result: StepResult, progress: Progress) -> None:
+            self.nonfinite.check(keys, result)
+            log.add(result, progress)
+            self.display.step(self.state.step, log.rate, result.terms)
+
+        results = LateResults(handle)
         try:
             with garbage_at_fixed_steps() as collect:
                 self._loop(log, results, collect)

@@ -28,7 +28,7 @@ class Uploads:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def __call__(self, batch: T) -> T:
         """The batch on the device, for the current stream to use. It is in pinned memory, or the host waits."""
@@ -50,7 +50,7 @@ class Download:
         if x.device.type == "cuda":
             self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
             self._host.copy_(x, non_blocking=True)
-            self._arrived = torch.cuda.Event()
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def tolist(self) -> list[float]:

@@ -126,10 +126,10 @@ class ClipText(Backbone):
         whole = torch.tensor([text.tokens for text in inputs]).repeat_interleave(torch.tensor(sizes))
         lengths = torch.where(whole, widths, ends + 1)
         starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        text = torch.arange(len(ends)).repeat_interleave(lengths)  # of each packed row
-        place = torch.arange(len(text)) - starts[text]
-        source = (widths.cumsum(0) - widths)[text] + place
-        is_read = whole[text] | (place == ends[text])
+        owner = torch.arange(len(ends)).repeat_interleave(lengths)  # of each packed row, its text
+        place = torch.arange(len(owner)) - starts[owner]
+        source = (widths.cumsum(0) - widths)[owner] + place
+        is_read = whole[owner] | (place == ends[owner])
         rows, at_end = is_read.nonzero()[:, 0], (is_read.cumsum(0) - 1)[starts[:-1] + ends]
         place, source, rows, at_end = _sent(device, place, source, rows, at_end)
 
@@ -195,7 +195,7 @@ def _sent(device: torch.device, *indices: Tensor) -> tuple[Tensor, ...]:
     joint = torch.cat(indices)
     if device.type == "cuda":
         joint = joint.pin_memory()
-    return joint.to(device, non_blocking=True).split([len(x) for x in indices])
+    return torch.split(joint.to(device, non_blocking=True), [len(x) for x in indices])
 
 
 def _up_to_end(ids: Tensor) -> Tensor:

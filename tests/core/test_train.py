@@ -20,20 +20,21 @@ from score_values import reported
 from torch import Tensor, nn
 
 import distill_core.cli
+from distill_core.batch import Batch
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Constant, WarmupCosine
 from distill_core.contracts.task import Task, TaskConfig
 from distill_core.errors import TrainingStopped, UserError
 from distill_core.evaluate.score import Score
 from distill_core.interfaces import Loss, LossConfig
-from distill_core.outputs import Outputs
+from distill_core.outputs import Outputs, Progress
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
-from distill_core.run.late_results import LateResults
 from distill_core.run.load import run_recipe
 from distill_core.run.metrics import MetricsLog
+from distill_core.step import StepResult, TrainStep
 from distill_core.system.process import Interrupt
 from distill_core.train import Trainer
 
@@ -394,14 +395,14 @@ def test_training_stopped_has_its_exit_code() -> None:
 
 def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training meet SIGTERM in that step."""
-    add = LateResults.add
+    make = TrainStep.__call__
 
-    def stopping(self: LateResults, *arguments: Any) -> None:
-        add(self, *arguments)
-        if self.state.step + 1 == step:
+    def stopping(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+        if progress.step + 1 == step:
             signal.raise_signal(signal.SIGTERM)
+        return make(self, batch, progress)
 
-    monkeypatch.setattr(LateResults, "add", stopping)
+    monkeypatch.setattr(TrainStep, "__call__", stopping)
 
 
 def go_on(folder: RunFolder, registry: Registry, checkpoint: str = "last") -> None:

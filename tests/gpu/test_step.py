@@ -145,3 +145,19 @@ def test_resume(registry: Registry, tiny_recipe: Path, tmp_path: Path) -> None:
     assert len(whole) == len(parts) == 4
     assert parts == pytest.approx(whole, rel=1e-4)
     assert len(set(whole)) == 4
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_the_teacher_moves_as_on_the_cpu(registry: Registry, gpu: torch.device, finite: bool) -> None:
+    """By other operators there. Would catch a weight that goes the wrong way, and a step that is not finite."""
+    teachers = []
+    for device in (torch.device("cpu"), gpu):
+        objective, _ = made(tiny(registry))
+        objective.to(device)
+        with torch.no_grad():
+            for parameter in objective.backbone.parameters():
+                parameter.add_(1)
+        assert objective.teacher is not None
+        objective.teacher.move(START, torch.tensor(finite, device=device))
+        teachers.append([p.cpu() for p in objective.teacher.parameters()])
+    torch.testing.assert_close(*teachers)

@@ -88,6 +88,7 @@ def test_garbage_is_collected_at_fixed_steps() -> None:
                     cycle.append(cycle)
                 collect(step)
             assert collected == [2, 2]
-        assert gc.isenabled() and gc.get_freeze_count() == 0
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == 0
     finally:
         gc.callbacks.remove(note)

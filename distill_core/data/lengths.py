@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from distill_core.data.opening import is_local
 from distill_core.data.shard import Patience, Shard, ShardError, check
-from distill_core.data.tar_shards import wait_before_retry
+from distill_core.data.tar_samples import wait_before_retry
 from distill_core.errors import DataError
 
 T = TypeVar("T")

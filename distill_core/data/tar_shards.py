@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import gzip
-import lzma
 import os
-import re
-import time
-import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,13 +20,12 @@ from numpy.typing import NDArray
 from distill_core.batch import REST_OF_SHARD, Sample
 from distill_core.data.opening import compressed, is_local, open_shard, served_size
 from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable
-from distill_core.data.tar import BLOCK, Damaged, Member, members, scan
+from distill_core.data.tar import BLOCK, Damaged, members, scan
+from distill_core.data.tar_samples import DAMAGED, UNREADABLE, Broken, read_shard, reason, runs
 from distill_core.errors import DataError, warn
 from distill_core.system.files import cache_folder, cannot_write, make_room, temporary_for, write_bytes, write_whole
 
 WILD = "*?["
-BACK_OFF = 1.0
-"""Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
 GIGABYTE = 10**9
 BESIDE = ".index.npy"
 """Suffix of the index that stands beside a shard (`distill data index`)."""
@@ -42,9 +34,6 @@ _DAMAGE = ".damage"
 """Suffix of a note beside a copy: why the original could not be read to its end."""
 _GOOD, _REPEATED, _LOST = range(3)
 """States of an index's row: a sample, one with the key of the sample before it, the rest of a damaged shard."""
-_METADATA = re.compile(r"__[^/]*__($|/)")  # members that are no samples, as webdataset has it
-_DAMAGED = (Damaged, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-_UNREADABLE = (*_DAMAGED, OSError, HTTPException)
 
 
 def expand(pattern: str) -> list[str]:
@@ -68,11 +57,6 @@ def tar_shards(patterns: Any) -> dict[str, list[Shard]]:
         return {name: [shard for shards in parts for shard in shards] for name, parts in sets.items()}
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     return {"data": [TarShard(name) for pattern in patterns for name in expand(pattern)]}
-
-
-def wait_before_retry(failures: int) -> None:
-    """After so many failures, the first of which is number 0."""
-    time.sleep(min(BACK_OFF * 4**failures, 60))
 
 
 class TarShard(Shard):
@@ -131,9 +115,9 @@ class TarShard(Shard):
         with self._readable():
             content = self._read(start, end - start)
         try:
-            *_, run = _runs(members(BytesIO(content), part=True))
-        except (_Broken, ValueError) as error:  # its bytes have changed, and not its size nor its time of change
-            return Unusable(f"(sample {number})", self.name, _reason(error))
+            *_, run = runs(members(BytesIO(content), part=True))
+        except (Broken, ValueError) as error:  # its bytes have changed, and not its size nor its time of change
+            return Unusable(f"(sample {number})", self.name, reason(error))
         return run.sample(self.name, again=state == _REPEATED)
 
     def __iter__(self) -> Iterator[Sample]:
@@ -181,9 +165,9 @@ class TarShard(Shard):
         """Damage of a file of this machine stays; all else may pass, also a change that is not over yet."""
         try:
             yield
-        except _UNREADABLE as error:
-            for_good = isinstance(error, _DAMAGED) and is_local(self.name)
-            raise (DataError if for_good else ShardError)(f"{self.name}: cannot be read: {_reason(error)}") from error
+        except UNREADABLE as error:
+            for_good = isinstance(error, DAMAGED) and is_local(self.name)
+            raise (DataError if for_good else ShardError)(f"{self.name}: cannot be read: {reason(error)}") from error
 
     def _file(self) -> Path:
         """A local tar file with its samples, which is copied to the cache where there is none."""
@@ -248,7 +232,7 @@ class TarShard(Shard):
                 if index is None:  # a server may answer anything for what it does not have
                     return None
                 fits, changed = index[0, 0] == served_size(self.name, self._patience.timeout), 0
-        except _UNREADABLE:  # there is none; if the shard cannot be read either, reading it says why
+        except UNREADABLE:  # there is none; if the shard cannot be read either, reading it says why
             return None
         if not fits or index is None:
             warn(f"{path}: is not of the shard as it is now, and is not used. Write it again: distill data index")
@@ -262,9 +246,9 @@ class TarShard(Shard):
         with open(path := self._file(), "rb") as file:
             status = os.fstat(file.fileno())
             try:
-                for run in _runs(scan(file)):
+                for run in runs(scan(file)):
                     rows.append((run.start, run.end, _REPEATED if run.again else _GOOD))
-            except _Broken as broken:
+            except Broken as broken:
                 if self._may_be_the_transfer():
                     path.unlink(missing_ok=True)
                     raise Damaged(str(broken)) from broken
@@ -297,12 +281,12 @@ class TarShard(Shard):
             if self.is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
                 return note.read_text()
             with open(path, "rb") as file:
-                for _ in _runs(scan(file)):
+                for _ in runs(scan(file)):
                     pass
-        except _Broken as broken:
+        except Broken as broken:
             return str(broken)
-        except _UNREADABLE as error:
-            return _reason(error)
+        except UNREADABLE as error:
+            return reason(error)
         return "it was damaged when the run began"
 
     def _may_be_the_transfer(self) -> bool:
@@ -326,10 +310,10 @@ class TarShard(Shard):
                     damage = None
                     try:
                         _copy_all(source, target, copy)
-                    except _DAMAGED as error:
+                    except DAMAGED as error:
                         if self._may_be_the_transfer():
                             raise
-                        damage = _reason(error)
+                        damage = reason(error)
                 if damage is not None:
                     write_whole(copy.with_suffix(_DAMAGE), damage)
                 temporary.replace(copy)
@@ -386,93 +370,3 @@ def _copy_all(source: BinaryIO, target: BinaryIO, copy: Path) -> None:
             target.write(piece)
         except OSError as error:
             raise OSError(f"a copy of it is needed, and {cannot_write(copy, error)}") from error
-
-
-def read_shard(shard: str, patience: Patience = PATIENCE) -> Iterator[Sample]:
-    """The samples of a shard, in order, undecoded. One with the key of the sample just before it is `Unusable`.
-
-    What fails is tried again, and continues after the samples that were yielded; a local file that is damaged is
-    damaged for good. Raises `ShardError` with the shard's name where that does not help, or where there is no sample;
-    the samples before the damage have been yielded by then.
-    """
-    yielded = failures = 0
-    while True:
-        count = 0
-        try:
-            with open_shard(shard, patience.timeout) as file:
-                for count, run in enumerate(_runs(members(file)), start=1):
-                    if count > yielded:
-                        yielded, failures = count, 0
-                        yield run.sample(shard, run.again)
-            break
-        except (_Broken, *_UNREADABLE) as error:
-            broken = error if isinstance(error, _Broken) else None
-            for_good = is_local(shard) and broken is not None and broken.is_damage
-            if not for_good and failures < patience.retries:
-                wait_before_retry(failures)
-                failures += 1
-                continue
-            if broken is not None and broken.last is not None and count == yielded:
-                yield broken.last.sample(shard, broken.last.again)
-            raise ShardError(f"{shard}: cannot be read: {_reason(error)}") from error
-    if not yielded:
-        raise ShardError(f"{shard}: the shard is empty. Write it again, or leave it out of data.source.")
-
-
-@dataclass(slots=True)
-class _Run:
-    """Members of one sample, at `start`:`end` of the tar; `again` where its key is that of the sample before."""
-
-    key: str
-    fields: dict[str, bytes]
-    again: bool
-    start: int
-    end: int
-
-    def sample(self, shard: str, again: bool) -> Sample:
-        if again:
-            return Unusable(self.key, shard, "its key is that of the sample just before it in the shard")
-        return {"__key__": self.key, "__url__": shard, **self.fields}
-
-
-class _Broken(Exception):
-    """Why a tar cannot be read to its end, and the sample that the damage follows, where that looks whole."""
-
-    def __init__(self, error: Exception, last: _Run | None) -> None:
-        super().__init__(_reason(error))
-        self.is_damage = isinstance(error, _DAMAGED)
-        self.last = last
-
-
-def _runs(tar: Iterator[Member]) -> Iterator[_Run]:
-    """The samples of a tar's members. Raises `_Broken`."""
-    from webdataset.tariterators import base_plus_ext
-
-    run: _Run | None = None
-    before: Set[str] = set()  # the fields of the sample before
-    try:
-        for member in tar:
-            key, field = base_plus_ext(member.name)
-            if key is None or _METADATA.match(member.name):
-                continue
-            field = field.lower()
-            again = False
-            if run is not None and (key != run.key or field in run.fields):
-                yield run
-                again, before = key == run.key, run.fields.keys()
-                run = None
-            if run is None:
-                run = _Run(key, {}, again, member.start, member.end)
-            run.fields[field] = member.content
-            run.end = member.end
-    except _UNREADABLE as error:
-        whole = run is not None and bool(before) and before <= run.fields.keys()
-        raise _Broken(error, run if whole else None) from error
-    if run is not None:
-        yield run
-
-
-def _reason(error: Exception) -> str:
-    """One line."""
-    reason = str(getattr(error, "strerror", None) or error) or type(error).__name__
-    return reason.splitlines()[0][:200]

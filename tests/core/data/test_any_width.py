@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from distill_core.data.batches import BatchReader, Item, SampleViews
 from distill_core.data.lengths import Lengths, measure
 from distill_core.data.loader import Loader
 from distill_core.data.order import ShuffledOrder
-from distill_core.data.shard import Patience, Shard
+from distill_core.data.shard import Patience, Shard, ShardError
 from distill_core.data.tar_shards import TarShard
 from distill_core.errors import BadSample, DataError
 from distill_core.recipe.resolve import load_recipe
@@ -244,3 +244,43 @@ def test_the_run_stops_past_a_tolerance_of_bad_samples(
         assert message is not None
         assert "too many samples cannot be used" in message
         assert "not this one" in message
+
+
+class Away(Rows):
+    """A shard that is never there."""
+
+    def __getitem__(self, number: int) -> Sample:
+        raise ShardError(f"{self.name}: cannot be read: it is away")
+
+
+def test_whole_shards_count_against_the_tolerance(tiny_recipe: Path, registry: Registry) -> None:
+    """One of eight is missing for good: 12.5 %. Catches a run that trains on a part of its data unasked."""
+    shards: list[Shard] = [*(Rows(str(i), 100) for i in range(7)), Away("away", 100)]
+    order = ShuffledOrder([100] * 8, seed=1, streams=4, shuffle=50)
+    reader = BatchReader(shards, [100] * 8, order, Views(frozenset()), _counted, patience=Patience(retries=0))
+
+    def steps_until_stopped(allowed: float) -> int | None:
+        recipe = load_recipe(
+            tiny_recipe, registry=registry, overrides=[f"data.max_bad_fraction={allowed}", "data.batch_size=50"]
+        )
+        loader = Loader(recipe, shards, Lengths([100] * 8))
+        for step in range(60):
+            batch = reader.batch(range(step * 50, step * 50 + 50))
+            loader._reader = SimpleNamespace(take=lambda seconds, batch=batch: batch)  # type: ignore[assignment]
+            try:
+                loader.wait(1.0)
+            except DataError as error:
+                messages.append(str(error))
+                return step
+        return None
+
+    messages: list[str] = []
+    assert steps_until_stopped(0.25) is None
+    stopped = steps_until_stopped(0.05)
+    assert stopped is not None
+    assert 19 <= stopped <= 21, "after 1,000 samples"
+    assert "too many samples cannot be used" in messages[0]
+
+
+def _counted(items: Sequence[Item]) -> Batch:
+    return Batch({}, [item.key for item in items], [skip for item in items for skip in item.skipped])

@@ -15,7 +15,8 @@ from reading import Write, keys_in
 
 from distill_core.data.opening import open_shard
 from distill_core.data.shard import Patience
-from distill_core.data.tar_shards import TarShard, read_shard
+from distill_core.data.tar_samples import read_shard
+from distill_core.data.tar_shards import TarShard
 from distill_core.errors import DataError
 
 QUICK = Patience(retries=2, timeout=0.3)
@@ -205,7 +206,7 @@ def test_back_off_grows_and_a_damaged_file_is_not_read_again(
     (path,) = write_shards(tmp_path, 1, 4)
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("distill_core.data.tar_shards.BACK_OFF", 1.0)
+    monkeypatch.setattr("distill_core.data.tar_samples.BACK_OFF", 1.0)
     path.write_bytes(path.read_bytes()[:3000])
     assert read(str(path), Patience(retries=5))[1] is not None
     assert waits == []

@@ -15,7 +15,8 @@ import pytest
 
 from distill_core.data.shard import Unusable
 from distill_core.data.tar import Damaged, members, scan
-from distill_core.data.tar_shards import TarShard, read_shard
+from distill_core.data.tar_samples import read_shard
+from distill_core.data.tar_shards import TarShard
 from distill_core.errors import BadSample, DataError
 
 Members = Sequence[tuple[str, bytes]]

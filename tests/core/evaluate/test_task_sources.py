@@ -11,7 +11,7 @@ import torch
 from score_values import reported
 
 from distill_core.data.shard import Shard
-from distill_core.data.tar_shards import read_shard
+from distill_core.data.tar_samples import read_shard
 from distill_core.data.webdataset_source import WebDatasetSource
 from distill_core.errors import RecipeErrors
 from distill_core.evaluate.run import evaluate

@@ -115,7 +115,8 @@ def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> Non
         assert "rank 1: step 3 is not saved: another rank has ended or does not answer" in done.stderr
         assert "the last checkpoint is of step 2" in done.stderr
     rows = [row for row in folder.rows() if "terms" in row]
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    # the numbers of step 3 would have been read, by both ranks, in the step that failed: it is lost with its row
+    assert [row["step"] for row in rows] == ([1, 2, 3] if where == "batch" else [1, 2])
     for row in rows:  # of losses 0 and 2, and metrics 0 and 1
         assert (row["loss"], row["terms"], row["metrics"]) == (1.0, {"rank_loss": 1.0}, {"rank_loss/rank": 0.5})
 

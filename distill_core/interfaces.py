@@ -154,6 +154,13 @@ class Backbone(nn.Module, Component, ABC):
         """After `Augmentation.on_device`, by the same rules: for targets that are made of what `encode` takes."""
         return views
 
+    def units(self) -> Sequence[nn.Module]:
+        """Its repeated parts (a transformer's blocks), entered by `forward` alone: what `train.parallel` works on.
+
+        Each of them can be compiled as one graph. () where there are none.
+        """
+        return ()
+
     @abstractmethod
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """N inputs of one shape; tokens and their mask if `tokens`.

@@ -76,6 +76,14 @@ class CheckpointConfig(ComponentConfig):
     """Validation score whose best checkpoint is kept as well, as `student/retrieval/M`; null keeps none."""
 
 
+class ParallelConfig(ComponentConfig):
+    """How a step is laid out on the hardware; results do not depend on it but for rounding."""
+
+    compile: bool = False
+    """Compile each unit of the towers (a transformer's block) with torch.compile: fewer passes over memory, after a
+    start of a minute or more. A tower without units, the fusion and the losses run as they are."""
+
+
 class TrainConfig(ComponentConfig):
     """The training loop: length, optimiser, precision, and when to log and save."""
 
@@ -92,6 +100,8 @@ class TrainConfig(ComponentConfig):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the forward pass under autocast; weights and teacher stay fp32, and so do the embeddings that losses
     read and the built-in losses' logits."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How a step is laid out on the hardware."""
     matmul_precision: Literal["high", "highest"] = "high"
     """Of products of fp32 tensors on CUDA, as `torch.set_float32_matmul_precision` names them: `high` runs them on
     tensor cores (torch's in TF32, the losses' logits and the built-in attention in three TF32 products, which keep

@@ -109,6 +109,10 @@ class ClipText(Backbone):
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group."""
         return TextCollator(config.context)
 
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(self.transformer.resblocks)
+
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """All texts are one packed sequence.
 

@@ -169,6 +169,10 @@ class VisionTransformer(Backbone):
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
         return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
 
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(self.transformer.resblocks)
+
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
         sequences = [self._embed(crops.x, crops.token_mask) for crops in inputs]

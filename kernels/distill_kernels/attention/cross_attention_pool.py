@@ -257,6 +257,8 @@ def _attend(inputs: PoolInputs, backend: str) -> Tensor:
     """[V, B, D] attention output before the output projection."""
     if backend == "auto" and (torch.compiler.is_exporting() or tracing()):
         backend = "projected"  # a graph for other libraries, and for any batch size, has neither our ops nor the choice
+    elif backend == "auto" and torch.compiler.is_compiling():  # which cannot trace the cost model
+        backend = "absorbed" if inputs.device.type == "cpu" else "projected"
     out: Tensor = choose(OP, backend, inputs).run(inputs)
     return out
 

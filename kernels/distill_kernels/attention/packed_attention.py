@@ -70,7 +70,7 @@ def packed_attention(qkv: Tensor, cu_lengths: Tensor, *, causal: bool = False, b
 
     The lengths are read on the host, and copied to a GPU that wants them, once for a `cu_lengths` tensor: hand every
     layer the same one, on the CPU if it is known there, so that the host need not wait for a GPU. Under torch.compile
-    the call is a graph break.
+    the call is one operator, for any lengths, whose backward pass computes the attention again.
 
     Args:
         qkv: [T, 3, H, K].
@@ -86,19 +86,57 @@ def packed_attention(qkv: Tensor, cu_lengths: Tensor, *, causal: bool = False, b
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv must be [T, 3, H, K], got {[*qkv.shape]}")
-    out: Tensor = _packed_attention(qkv, cu_lengths, causal, backend)
-    return out
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]  # (torch.compiler.disable would import dynamo with this)
-def _packed_attention(qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
     (qkv,) = autocast(qkv)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.distill.packed_attention(qkv, cu_lengths, causal, backend)
+        return compiled
+    return _packed_attention(qkv, cu_lengths, causal, backend)
+
+
+def _packed_attention(qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
     inputs = PackedInputs(qkv, cu_lengths, _lengths(cu_lengths, qkv.shape[0]), causal)
     chosen = choose(OP, backend, inputs)
     with torch.autocast(qkv.device.type, enabled=False):
         out: Tensor = chosen.run(inputs)
     return out
 
+
+@torch.library.custom_op("distill::packed_attention", mutates_args=())
+def _operator(qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
+    return _packed_attention(qkv, cu_lengths, causal, backend).clone()  # an operator returns no view of its inputs
+
+
+@_operator.register_fake
+def _(qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
+    tokens, _, heads, width = qkv.shape
+    return qkv.new_empty(tokens, heads, width)
+
+
+@torch.library.custom_op("distill::packed_attention_backward", mutates_args=())
+def _backward_operator(grad: Tensor, qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():  # operators run below autograd
+        leaf = qkv.detach().requires_grad_()
+        out = _packed_attention(leaf, cu_lengths, causal, backend)
+        (gradient,) = torch.autograd.grad(out, leaf, grad)
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, qkv: Tensor, cu_lengths: Tensor, causal: bool, backend: str) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return torch.ops.distill.packed_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)
 
 # cu_lengths -> (its version, the lengths): a copy from the device for each tensor, not for each layer.
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

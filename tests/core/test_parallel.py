@@ -26,8 +26,11 @@ def gradients(objective: Objective, batch: Any) -> tuple[float, dict[str, torch.
 
 @pytest.mark.slow
 def test_compiled_units_compute_the_eager_step(tiny_recipe: Path, registry: Registry) -> None:
-    """COSMOS, with packed crops of two sizes and packed texts, traced as for inductor. Would catch a graph break
-    (`fullgraph`), a block entered by anything but `forward` (no graph), wrong gradients of the attention's operator, and renamed parameters."""
+    """COSMOS, with packed crops of two sizes and packed texts, traced as for inductor.
+
+    Would catch a graph break (`fullgraph`), a block entered by anything but `forward` (no graph), wrong gradients of
+    the attention's operator, and renamed parameters.
+    """
     torch._dynamo.reset()
     recipe = load_recipe(tiny_recipe, registry=registry)
     torch.manual_seed(0)

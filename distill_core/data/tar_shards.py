@@ -75,6 +75,10 @@ class TarShard(Shard):
         self._patience = PATIENCE
         self._damaged_copies = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the index, which the other process maps from the cache."""
+        return {**self.__dict__, "_index": None}
+
     def problem(self) -> str | None:
         """Of a file of this machine that is missing, or names more than a file."""
         if not is_local(self.name) or Path(self.name).is_file():

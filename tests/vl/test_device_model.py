@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from distill_core.batch import Batch
-from distill_core.data.loader import Loader
+from distill_core.data.lengths import measure
+from distill_core.data.loader import Loader, patience_of
+from distill_core.data.tar_shards import TarShard
 from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
@@ -49,7 +51,8 @@ def recipe(tmp_path: Path, write_shards: Callable[..., list[Path]], registry: Re
 
 def first_batch(recipe: Recipe) -> Batch:
     folder = Path(str(recipe.data.source.config.urls)).parent
-    batches = iter(Loader(recipe, sorted(str(path) for path in folder.glob("train*.tar"))))
+    shards = [TarShard(path) for path in sorted(folder.glob("train*.tar"))]
+    batches = iter(Loader(recipe, shards, measure(shards, patience_of(recipe))))
     batch = next(batches)
     batches.close()  # type: ignore[attr-defined]
     return batch

@@ -70,6 +70,7 @@ class Run:
     end: int
 
     def sample(self, shard: str, again: bool) -> Sample:
+        """Of the shard of this name; `Unusable` where its key is that of the sample before."""
         if again:
             return Unusable(self.key, shard, "its key is that of the sample just before it in the shard")
         return {"__key__": self.key, "__url__": shard, **self.fields}

@@ -1,6 +1,6 @@
 """A run whose batch does not come says what it waits for, and a signal saves and ends it.
 
-Shards are `pipe:` commands that stall as a server does: after some samples no more bytes come, and no end.
+A shard is a `pipe:` command that stalls as a server does: after some samples no more bytes come, and no end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_core.data.shard import PATIENCE
+from distill_core.data.tar_shards import TarShard
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 
@@ -32,7 +34,7 @@ RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 @dataclass
 class Stall:
-    """A recipe whose shard stalls in the middle, as long as the file `open` is not there."""
+    """A recipe whose second shard stalls while it is fetched, as long as the file `open` is not there."""
 
     recipe: Path
     shard: str
@@ -46,7 +48,12 @@ class Stall:
 
 
 @pytest.fixture
-def stall(tiny_recipe: Path, tmp_path: Path, write_shards: Callable[..., list[Path]]) -> Stall:
+def stall(
+    tiny_recipe: Path, tmp_path: Path, write_shards: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> Stall:
+    """The first shard holds 6 samples. The second was indexed by an earlier run, whose copy of it has gone since."""
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    (ready,) = write_shards(tmp_path / "ready", 1, 6, prefix="ready")
     (whole,) = write_shards(tmp_path / "stalling", 1, 2 * STEPS + 2)
     with tarfile.open(whole) as tar:
         cut = tar.getmembers()[18].offset  # after 9 samples of two members
@@ -55,11 +62,16 @@ def stall(tiny_recipe: Path, tmp_path: Path, write_shards: Callable[..., list[Pa
     head.write_bytes(data[:cut])
     tail.write_bytes(data[cut:])
     shard = f"pipe:cat {head}; test -e {gate} || sleep 600; cat {tail}"
+    gate.touch()
+    TarShard(shard).prepare(PATIENCE)
+    gate.unlink()
+    for copy in (tmp_path / "cache" / "shards").glob("*.tar"):
+        copy.unlink()
     text = tiny_recipe.read_text()
     changes = {
-        f"{tmp_path}/shards/train-*.tar": shard,
+        f'"{tmp_path}/shards/train-*.tar"': f'["{ready}", "{shard}"]',
         "batch_size: 4": "batch_size: 2",
-        "shuffle: 4": "shuffle: 1\n  stall_warning: 1",
+        "shuffle: 4": "shuffle: 0\n  stall_warning: 1",
         "steps: 4": f"steps: {STEPS}\n  checkpoint: {{every: null}}",
     }
     for old, new in changes.items():
@@ -147,11 +159,9 @@ def test_a_signal_while_a_batch_is_waited_for(stall: Stall, tmp_path: Path, work
     assert [row["terms"] for row in rows] == [row["terms"] for row in others]
 
 
-def test_two_ranks_of_which_one_waits(stall: Stall, tmp_path: Path, write_shards: Callable[..., list[Path]]) -> None:
-    """The other has its batch. Catches one that is stuck in a collective, where no signal reaches it, and a checkpoint
-    without the waiting rank's state."""
-    (other,) = write_shards(tmp_path / "more", 1, 2 * STEPS + 2, prefix="more")
-    stall.recipe.write_text(stall.recipe.read_text().replace(f'"{stall.shard}"', f'["{stall.shard}", "{other}"]'))
+def test_two_ranks_of_which_one_waits(stall: Stall, tmp_path: Path) -> None:
+    """The other has its batch, of the last two samples of the first shard. Catches one that is stuck in a collective,
+    where no signal reaches it, and a checkpoint without the waiting rank's state."""
     log = tmp_path / "log"
     with running(log, [*RANKS, *stall.arguments()]) as run:
         said = run.until(r"rank \d: no batch for 1 s: data worker|rank \d: no batch for 1 s: the reader")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from distill_core.data.lengths import measure
 from distill_core.data.loader import Loader
+from distill_core.data.shard import PATIENCE
 from distill_core.data.tar_shards import expand
 from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
@@ -103,7 +105,7 @@ def test_a_step_on_the_embedded_data(file: Path, registry: Registry, cache: Path
     source = recipe.data.source.build()
     source.prepare()
     shards = [shard for names in source.sets("train").values() for shard in names]
-    (batch,) = islice(Loader(recipe, shards), 1)
+    (batch,) = islice(Loader(recipe, shards, measure(shards, PATIENCE)), 1)
     assert (len(batch), batch.skipped) == (2, [])
     seed_all(recipe.seed)
     objective = build_objective(recipe)

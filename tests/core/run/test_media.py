@@ -18,8 +18,9 @@ from torch.nn.functional import normalize
 
 from distill_core.batch import View
 from distill_core.contracts.media import Distribution, Picture
+from distill_core.data.lengths import measure
 from distill_core.data.loader import Loader
-from distill_core.data.shard import Shards
+from distill_core.data.shard import PATIENCE, Shards
 from distill_core.data.tar_shards import TarShard
 from distill_core.evaluate.sets import EvaluationSet
 from distill_core.recipe.resolve import load_recipe
@@ -34,11 +35,11 @@ from distill_vl.tokenizer import ClipTokenizer
 def test_a_showcase_shows_what_training_saw(tiny_recipe: Path, registry: Registry) -> None:
     """Against the batches of the loader: would catch views of another seed, epoch or sample."""
     recipe = load_recipe(tiny_recipe, registry=registry)
-    shards = sorted(str(path) for path in (tiny_recipe.parent / "shards").glob("train-*.tar"))
+    shards = [TarShard(path) for path in sorted((tiny_recipe.parent / "shards").glob("train-*.tar"))]
     made = Showcase(recipe, shards, 3).media(epoch=0)
     assert [picture.context["sample"] for picture in made] == ["train-0-0", "train-1-0", "train-2-0"]
     seen: dict[str, list[torch.Tensor]] = {}
-    batches = iter(Loader(recipe, shards))
+    batches = iter(Loader(recipe, shards, measure(shards, PATIENCE)))
     for _ in range(3):  # one epoch: 12 samples in batches of 4
         batch = next(batches)
         for i, key in enumerate(batch.keys):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.kinds import INTERFACES as INTERFACES
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
     from distill_core.contracts.slot import NONE as NONE
+    from distill_core.contracts.slot import Context as Context
     from distill_core.data.batches import SampleViews as SampleViews
     from distill_core.data.example import example_batch as example_batch
     from distill_core.data.lengths import measure as measure
@@ -82,6 +83,7 @@ HOMES = {
     "without_option": "distill_core.commands.options",
     "ConformanceCases": "distill_core.contracts.cases",
     "INTERFACES": "distill_core.contracts.kinds",
+    "Context": "distill_core.contracts.slot",
     "JSON_KEY": "distill_core.contracts.slot",
     "NONE": "distill_core.contracts.slot",
     "SampleViews": "distill_core.data.batches",

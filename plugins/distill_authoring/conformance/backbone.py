@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ def shapes(case: Case) -> None:
     require(isinstance(spec, BackboneSpec), "`spec` must return BackboneSpec(width, dim)")
     module = build(case)
     for batch in (BATCH, 1, 0):
-        views = collated(case, batch) if batch else collated(case, 1).map(lambda x: x[:, :0])
+        views = collated(case, batch) if batch else _without_samples(collated(case, 1))
         with of_samples(batch):
             features, bare = module(views, tokens_of=all_views(case, views)), module(views)
         require(bare.pooled.shape == features.pooled.shape, "pooled has a different shape when no tokens are requested")
@@ -400,3 +401,8 @@ def autocast(case: Case) -> None:
 
 def _features(case: Case, module: nn.Module, views: Views) -> list[Tensor]:
     return flat(module(views, tokens_of=all_views(case, views)))
+
+
+def _without_samples(views: Views) -> Views:
+    groups = [replace(group, lengths=None if group.lengths is None else group.lengths[:, :0]) for group in views.groups]
+    return Views(groups).map(lambda x: x[:, :0])

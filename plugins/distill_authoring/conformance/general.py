@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill_authoring.conformance.suite import Case, CheckFailed, checks, require
+from distill_authoring.conformance.suite import Case, CheckFailed, checks, require, validate_options
 from distill_core import GLOBAL, BackboneSpec, ComponentConfig, LossConfig, MissingModality, ModalityPlan, Needs, Plan
 from distill_core.tools import option_message
 
@@ -35,7 +35,7 @@ def options(cls: Any) -> None:
     require(cls.examples, "`examples` is empty; omit it to use the defaults")
     for example in cls.examples:
         try:
-            config = cls.Config.model_validate_json(json.dumps(example))
+            config = validate_options(cls, example)
         except ValidationError as error:
             lines = [
                 f"{'.'.join(map(str, item['loc']))}: {option_message(item)}" for item in error.errors(include_url=False)
@@ -46,7 +46,7 @@ def options(cls: Any) -> None:
             ) from error
         dumped = config.model_dump(mode="json", by_alias=True)
         try:
-            reloaded = cls.Config.model_validate_json(json.dumps(dumped))
+            reloaded = validate_options(cls, dumped)
         except (ValidationError, ValueError) as error:
             raise CheckFailed(
                 f"the options written out, {dumped}, are refused, so no run could resume: {error}"

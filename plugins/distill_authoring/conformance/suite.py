@@ -7,9 +7,10 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,8 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import ValidationError
 
-from distill_core import Component, ConformanceCase
-from distill_core.tools import ConformanceCases, Plugins
+from distill_core import Component, ComponentConfig, ConformanceCase
+from distill_core.tools import ConformanceCases, Context, Plugins, Registry
 
 Status = Literal["ok", "failed", "skipped"]
 
@@ -148,11 +149,22 @@ def assert_conforms(component: type[Component], cases: ConformanceCases | None =
     assert not failed, "\n".join(f"{r.kind} {r.name}: {r.check}: {r.message}" for r in failed)
 
 
+def validate_options(cls: type[Component], options: Mapping[str, Any]) -> ComponentConfig:
+    """Options as a recipe gives them; components among them are those that are installed. Raises `ValidationError`."""
+    config: ComponentConfig = cls.Config.model_validate_json(json.dumps(options), context=Context(_installed()))
+    return config
+
+
+@cache
+def _installed() -> Registry:
+    return Registry.discover()
+
+
 def _cases(cls: type[Component], inputs: ConformanceCase) -> tuple[list[Case], bool]:
     cases = []
     for options in cls.examples:
         try:
-            config = cls.Config.model_validate_json(json.dumps(options))
+            config = validate_options(cls, options)
         except (ValidationError, TypeError, ValueError):
             return [], True
         cases.append(Case(cls, config, dict(options), inputs))

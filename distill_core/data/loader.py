@@ -278,7 +278,9 @@ class Loader:
 
     def _judge(self, batch: Batch) -> None:
         """Raises `DataError` where more samples of this pass are bad than the recipe allows."""
-        before, now = self.position // self.samples, (self.position + self.batch_size) // self.samples
+        this_pass, next_pass = (
+            position // self.samples for position in (self.position, self.position + self.batch_size)
+        )
         self.good += len(batch) - len(batch.skipped)
         self.bad += len(batch.skipped)
         total, allowed = self.good + self.bad, self.recipe.data.max_bad_fraction
@@ -289,7 +291,7 @@ class Loader:
                 f"too many samples cannot be used: {self.bad} of the last {total}, where data.max_bad_fraction "
                 f"({allowed:g}) allows {int(allowed * total)}; the last: {batch.skipped[-1] if batch.skipped else '-'}"
             )
-        if before < now:
+        if this_pass < next_pass:
             self.good = self.bad = 0
 
     def waiting_for(self) -> str:

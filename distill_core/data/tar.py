@@ -118,17 +118,17 @@ def _cut_off(name: str, missing: int) -> Damaged:
 
 def _records(content: bytes) -> dict[str, str]:
     """The `LENGTH KEY=VALUE` lines of a POSIX extended header."""
-    found = {}
+    records = {}
     while content.rstrip(b"\0"):
         length, _, rest = content.partition(b" ")
         if not length.isdigit() or not len(length) < int(length) <= len(content):
             raise Damaged("a damaged extended header")
         key, _, value = rest[: int(length) - len(length) - 2].partition(b"=")
-        found[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
+        records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         content = content[int(length) :]
-    if not found.get("size", "0").isdigit():
+    if not records.get("size", "0").isdigit():
         raise Damaged("a damaged extended header")
-    return found
+    return records
 
 
 def _check_end(file: BinaryIO) -> None:

@@ -104,9 +104,9 @@ def padded_call(lengths: tuple[int, ...], causal: bool, device: torch.device) ->
 
 def keep_freed_memory() -> None:
     """Start again with a C library (glibc) that keeps freed memory, which it reads when a process starts."""
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(sys.maxsize)}
-    if sys.platform.startswith("linux") and not kept.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | kept)
+    settings = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(sys.maxsize)}
+    if sys.platform.startswith("linux") and not settings.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | settings)
 
 
 def main() -> None:

@@ -114,10 +114,10 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    found = [re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")]
-    if None in found:
+    counts = [re.search(rf"\.{key}:\s+(\d+)", assembly) for key in ("vgpr_count", "vgpr_spill_count")]
+    if None in counts:
         raise RuntimeError("the assembly holds no register counts")
-    registers, spills = (int(m.group(1)) for m in found if m)
+    registers, spills = (int(m.group(1)) for m in counts if m)
     return registers, spills
 
 

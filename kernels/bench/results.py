@@ -95,12 +95,12 @@ def measure(
 def save(rows: Sequence[Result], path: Path = PATH) -> None:
     """Add rows to the file, in place of earlier ones of the same case and device."""
     new = {row.case for row in rows}
-    kept = [row for row in load(path) if row.case not in new] if path.exists() else []
+    others = [row for row in load(path) if row.case not in new] if path.exists() else []
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Result._fields)
-        writer.writerows([*kept, *rows])
+        writer.writerows([*others, *rows])
     partial.replace(path)
 
 

@@ -116,5 +116,5 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     information = Path("/proc/cpuinfo")  # platform.processor() is only "x86_64" on Linux
-    found = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    model = re.search(r"model name\s*:\s*(.+)", information.read_text()) if information.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()

@@ -151,8 +151,8 @@ class Inspection:
     def forget(self, modality: str) -> None:
         """A modality that the data does not have is nobody's fault."""
         others = [i for i, bad in enumerate(self.bad) if bad.modality != modality]
-        kept = {self._bad_positions[i] for i in others}
-        self.usable = array("Q", sorted({*self.usable, *(p for p in self._bad_positions if p not in kept)}))
+        remaining = {self._bad_positions[i] for i in others}
+        self.usable = array("Q", sorted({*self.usable, *(p for p in self._bad_positions if p not in remaining)}))
         self.bad = [self.bad[i] for i in others]
         self._bad_positions = array("Q", [self._bad_positions[i] for i in others])
 

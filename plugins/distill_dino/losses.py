@@ -120,7 +120,7 @@ class Ibot(PrototypeLoss):
         masks = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
         student_tokens = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], all N hidden patches
-        teacher_tokens = torch.cat([teacher.tokens[self.taught.index(t)][masks[s]] for s, t in self.pairs])
+        teacher_tokens = torch.cat([teacher.tokens[self.teacher_views.index(t)][masks[s]] for s, t in self.pairs])
         temperature = self.temperature(outputs.progress)
         log_p = self.student_logits(student_tokens, outputs.progress)
         logits = self.teacher_logits(teacher_tokens, outputs)

@@ -73,7 +73,7 @@ class PrototypeLoss(Loss):
             layers=config.layers,
             norm_last_layer=config.norm_last_layer,
         )
-        self.taught = plan.modalities[config.modality].teacher_views
+        self.teacher_views = plan.modalities[config.modality].teacher_views
 
     def temperature(self, progress: Progress) -> float:
         """The teacher's temperature at this step."""
@@ -106,7 +106,7 @@ class PrototypeLoss(Loss):
         logits = self.teacher_logits(teacher[:, :, token], outputs)
         with torch.autocast(logits.device.type, enabled=False):
             p = targets(logits.flatten(0, 1), self.temperature(outputs.progress)).view_as(logits)
-            return across_views(student_logits, p, students, self.taught), spread(p)
+            return across_views(student_logits, p, students, self.teacher_views), spread(p)
 
 
 def across_views(

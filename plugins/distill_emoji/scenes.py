@@ -109,11 +109,11 @@ class Sprite:
 
 def _sprites(samples: Iterable[Sample]) -> dict[str, Sprite]:
     """By code point."""
-    found = {}
+    sprites = {}
     for sample in samples:
         record = json.loads(sample["json"])
-        found[record["codepoints"]] = Sprite(record["name"], record["captions"][1], sample["png"])
-    return found
+        sprites[record["codepoints"]] = Sprite(record["name"], record["captions"][1], sample["png"])
+    return sprites
 
 
 class Scenes:

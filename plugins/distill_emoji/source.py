@@ -150,12 +150,12 @@ def _packages(styles: list[str]) -> list[str]:
 
 def diagnostics() -> list[Diagnostic]:
     """What `distill doctor` says of the default options."""
-    found = []
+    rows = []
     try:
         known = versions(_packages(list(render.TRAINED)), "emoji")
-        found.append(Diagnostic("data", "emoji packages", ", ".join(f"{name} {v}" for name, v in known.items())))
+        rows.append(Diagnostic("data", "emoji packages", ", ".join(f"{name} {v}" for name, v in known.items())))
     except DataError as error:
-        found.append(Diagnostic("data", "emoji packages", "not all installed", str(error)))
+        rows.append(Diagnostic("data", "emoji packages", "not all installed", str(error)))
     font = render.noto_font(None)
-    found.append(Diagnostic("data", "emoji font", str(font) if font else "no Noto Color Emoji: two styles, not three"))
-    return [*found, *cached("emoji")]
+    rows.append(Diagnostic("data", "emoji font", str(font) if font else "no Noto Color Emoji: two styles, not three"))
+    return [*rows, *cached("emoji")]

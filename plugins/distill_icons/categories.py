@@ -60,5 +60,5 @@ _CLASS_OF = {category: name for name, categories in CLASSES.items() for category
 
 def class_of(categories: Iterable[str]) -> str | None:
     """The one class that all categories say; None where they say none or several."""
-    found = {_CLASS_OF[category.lower()] for category in categories if category.lower() in _CLASS_OF}
-    return found.pop() if len(found) == 1 else None
+    classes = {_CLASS_OF[category.lower()] for category in categories if category.lower() in _CLASS_OF}
+    return classes.pop() if len(classes) == 1 else None

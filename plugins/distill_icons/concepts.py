@@ -173,7 +173,7 @@ def fraction(*parts: object) -> float:
 
 def keywords(tags: Iterable[str], name: str) -> tuple[str, ...]:
     """At most `KEYWORDS`, without what the name or a keyword before says already."""
-    kept: list[str] = []
+    words: list[str] = []
     known = _stems(name)
     for tag in tags:
         word = re.sub(r"[\s_-]+", " ", tag).strip().lower()
@@ -182,9 +182,9 @@ def keywords(tags: Iterable[str], name: str) -> tuple[str, ...]:
             continue
         if len(parts) > 4 or word in _NOISE or parts <= known:
             continue
-        kept.append(word)
+        words.append(word)
         known |= parts
-    return tuple(kept[:KEYWORDS])
+    return tuple(words[:KEYWORDS])
 
 
 def _stems(text: str) -> set[str]:

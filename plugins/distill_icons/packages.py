@@ -193,13 +193,13 @@ def how_to_get(folder: Path) -> str:
 
 def installed(folder: Path) -> dict[Package, tuple[Path, str]]:
     """Each package's folder and version. Raises `DataError` naming those that are missing, and how to get them."""
-    found = {}
+    places = {}
     for package in PACKAGES:
         place = folder / "node_modules" / package.npm
         try:
-            found[package] = place, str(_json(place / "package.json")["version"])
+            places[package] = place, str(_json(place / "package.json")["version"])
         except (OSError, ValueError, KeyError):
             continue
-    if missing := [package.npm for package in PACKAGES if package not in found]:
+    if missing := [package.npm for package in PACKAGES if package not in places]:
         raise DataError(f"icons data needs {', '.join(missing)} in {folder}: {how_to_get(folder)}")
-    return found
+    return places

@@ -119,20 +119,20 @@ class IconScenes(DrawnSource):
     def _sprites(self, split: str) -> dict[str, list[Image.Image]]:
         """Name -> its shapes in all sets, cropped to what is drawn. Raises `DataError` where names are too few."""
         things = set(THINGS.read_text(encoding="utf-8").splitlines())
-        found: dict[str, list[Image.Image]] = {}
+        shapes: dict[str, list[Image.Image]] = {}
         for samples in self.icons.samples(split).values():
             for sample in samples:
                 name = json.loads(sample["json"])["name"]
                 if name in things:
                     with Image.open(BytesIO(sample["png"])) as picture:
                         shape = picture.getchannel("A")
-                    found.setdefault(name, []).append(shape.crop(shape.getbbox()))
-        if len(found) < FEWEST or len(found) < self.config.objects[1]:
+                    shapes.setdefault(name, []).append(shape.crop(shape.getbbox()))
+        if len(shapes) < FEWEST or len(shapes) < self.config.objects[1]:
             raise DataError(
-                f"icon scenes: the split {split!r} has {len(found)} icons of things that scenes are made of, too few; "
+                f"icon scenes: the split {split!r} has {len(shapes)} icons of things that scenes are made of, too few; "
                 "a larger `icons.limit` or more `icons.sets` has more"
             )
-        return dict(sorted(found.items()))
+        return dict(sorted(shapes.items()))
 
 
 @dataclass(frozen=True)
@@ -257,12 +257,12 @@ def _opposed(placed: Sequence[Placed]) -> dict[str, str]:
     """A true sentence and two false ones of the first pair that has a relation and two colours; {} where none has."""
     for i, one in enumerate(placed):
         for other in placed[i + 1 :]:
-            found = relation(one, other)
-            if found and one.colour.name != other.colour.name:
+            words = relation(one, other)
+            if words and one.colour.name != other.colour.name:
                 exchanged = Placed(one.name, other.colour, one.box), Placed(other.name, one.colour, other.box)
                 return {
-                    "caption_0": f"{one.phrase} {found} {other.phrase}",
-                    "caption_1": f"{other.phrase} {found} {one.phrase}",
-                    "caption_2": f"{exchanged[0].phrase} {found} {exchanged[1].phrase}",
+                    "caption_0": f"{one.phrase} {words} {other.phrase}",
+                    "caption_1": f"{other.phrase} {words} {one.phrase}",
+                    "caption_2": f"{exchanged[0].phrase} {words} {exchanged[1].phrase}",
                 }
     return {}

@@ -89,21 +89,23 @@ class IconsSource(DrawnSource):
         """The icons of each shard: dealt out in the order of a hash, another order in each set."""
         chosen, left_out = self._concepts()
         twins = _twins(chosen)
-        found: dict[tuple[str, str], list[tuple[float, Item]]] = {}
+        drawings: dict[tuple[str, str], list[tuple[float, Item]]] = {}
         for concept in chosen:
             icon = concept.icon
             draw: Callable[[], Drawn] = partial(_drawn, concept, self.config)
             if concept.key in twins:
                 draw = partial(_refuse, f"{SAME} {twins[concept.key]}")
             place = split_of(concept.group), icon.set
-            found.setdefault(place, []).append((fraction("order", concept.key), Item(icon.name, draw)))
+            drawings.setdefault(place, []).append((fraction("order", concept.key), Item(icon.name, draw)))
         for (which, name), reason in left_out.items():  # not drawn, and counted where the drawings are
             item = Item(name, partial(_refuse, reason))
-            found.setdefault(("train", which), []).append((fraction("order", name), item))
+            drawings.setdefault(("train", which), []).append((fraction("order", name), item))
         plan, shards = self.plan(), {}
         for name in names:
             shard = plan[name]
-            members = sorted(found.get((shard.split, shard.style), ()), key=lambda member: (member[0], member[1].name))
+            members = sorted(
+                drawings.get((shard.split, shard.style), ()), key=lambda member: (member[0], member[1].name)
+            )
             shards[name] = [item for _, item in members[shard.number :: self._count(shard.split)]]
         return shards
 
@@ -180,8 +182,8 @@ def diagnostics() -> list[Diagnostic]:
     """What `distill doctor` says of the default options."""
     folder = packages.default_folder()
     try:
-        found = ", ".join(f"{package.npm} {v}" for package, (_, v) in packages.installed(folder).items())
-        first = Diagnostic("data", "icon packages", found)
+        text = ", ".join(f"{package.npm} {v}" for package, (_, v) in packages.installed(folder).items())
+        first = Diagnostic("data", "icon packages", text)
     except DataError:
         first = Diagnostic("data", "icon packages", f"not all in {folder}; only the source icons needs them")
     return [first, *cached("icons"), *cached("icon-scenes")]

@@ -121,13 +121,13 @@ class Ours:
         collated = PictureCollator(1)(views(self.whole))
         decode = seconds(lambda: [self.whole.pixels(file) for file in files])
         without_colors = seconds(lambda: views(self.without_colors))
-        found = {"decode": decode, "crop": without_colors - decode}
+        times = {"decode": decode, "crop": without_colors - decode}
         whole = without_colors
         if self.whole is not self.without_colors:
             without_blur, whole = (seconds(partial(views, one)) for one in (self.without_blur, self.whole))
-            found |= {"color": without_blur - without_colors, "blur": whole - without_blur}
+            times |= {"color": without_blur - without_colors, "blur": whole - without_blur}
         normalize = seconds(lambda: self.whole.on_device(collated))
-        return found | {"normalize": normalize, CPU: whole + normalize, MODEL: without_colors}
+        return times | {"normalize": normalize, CPU: whole + normalize, MODEL: without_colors}
 
 
 def tokenizers(recipe: Recipe, count: int) -> tuple[Callable[[], Any], Callable[[], Any] | None, float] | None:
@@ -181,13 +181,13 @@ def bench_data(
     measured: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
     for i in range(rounds + 1):
         for side, work in (("plain", plain), ("ours", ours)) if i % 2 else (("ours", ours), ("plain", plain)):
-            found = work(files)
+            times = work(files)
             if texts is not None and (tokenize := texts[0] if side == "ours" else texts[1]) is not None:
                 start = time.process_time()
                 tokenize()
-                found[TOKENIZE] = (time.process_time() - start) / images
+                times[TOKENIZE] = (time.process_time() - start) / images
             if i:  # the first round warms up
-                measured[side].append(found)
+                measured[side].append(times)
     rows = []
     for part in measured["ours"][0]:
         a = [one[part] for one in measured["ours"]]

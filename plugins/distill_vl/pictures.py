@@ -254,8 +254,8 @@ class PictureAugmentation(Augmentation):
             picture = picture.convert("RGBA")
         if picture.mode in ("RGBA", "LA", "PA"):
             picture = picture.convert("RGBA")
-            behind = Image.new("RGBA", picture.size, (*self.config.background, 255))
-            picture = Image.alpha_composite(behind, picture)
+            ground = Image.new("RGBA", picture.size, (*self.config.background, 255))
+            picture = Image.alpha_composite(ground, picture)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
 
     @contextmanager

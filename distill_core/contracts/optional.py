@@ -32,8 +32,8 @@ class DenseEmbeddings(Protocol):
         """N inputs of one shape -> (embeddings [N, D], dense embeddings [N, ..., D] of the tokens where they stand).
 
         For evaluations that compare places with other modalities (segmentation), without gradients. Both are projected
-        as `pooled` is, not normalised; of an image, dense ones are [N, rows, columns, D]. `plain` attention changes
-        nothing, so its embeddings are `pooled`.
+        as `pooled` is, not normalised; where tokens lie in a grid, dense ones are [N, rows, columns, D]. `plain`
+        attention changes nothing, so its embeddings are `pooled`.
         """
         ...
 

@@ -200,6 +200,10 @@ class Progress:
         """The part of the run that is done, 0 to 1."""
         return self.step / max(self.steps, 1)
 
+    def is_logged(self, every: int) -> bool:
+        """Whether this step has a row in metrics.jsonl: each `every`-th, and the last."""
+        return (self.step + 1) % every == 0 or self.step + 1 == self.steps
+
 
 @dataclass(slots=True)
 class Outputs:

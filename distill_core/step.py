@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill_core.batch import Batch
+from distill_core.collapse import collapse_indicators
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.slot import Slot
 from distill_core.objective import Losses, Objective
@@ -90,6 +91,7 @@ class TrainStep:
         self.optimizer = self._build(self._slot)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.schedule = recipe.train.schedule.build()
+        self.log_every, self.untrained = recipe.train.log_every, recipe.untrained_embeddings()
         self.not_finite = torch.zeros((), device=device)
         """Steps in a row that were not finite, on the device."""
         self.whole = True
@@ -119,6 +121,8 @@ class TrainStep:
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             outputs = self.objective.represent(batch, progress)
             losses = self.objective.losses(outputs)
+        if progress.is_logged(self.log_every):
+            losses.metrics |= collapse_indicators(outputs, self.untrained)
         losses.total.backward()  # type: ignore[no-untyped-call]
         distributed.average_gradients(self.parameters)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).to(self.device)

@@ -148,7 +148,7 @@ class Trainer:
     def _train(self) -> None:
         """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""
         self.state.mark()
-        log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every)
+        log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every, self.display.warn)
 
         def handle(keys: list[str], result: StepResult, progress: Progress) -> None:
             self.nonfinite.check(keys, result)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from distill_core.collapse import CollapseRule
 from distill_core.outputs import Progress
 from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
@@ -17,8 +18,11 @@ from distill_core.system import distributed
 class MetricsLog:
     """Writes a row every `every` steps, and after the last. The clock runs from construction."""
 
-    def __init__(self, state: RunState, folder: RunFolder, tracked: TrackedRun, every: int) -> None:
-        self.state, self.folder, self.tracked, self.every = state, folder, tracked, every
+    def __init__(
+        self, state: RunState, folder: RunFolder, tracked: TrackedRun, every: int, warn: Callable[[str], None]
+    ) -> None:
+        self.state, self.folder, self.tracked, self.every, self.warn = state, folder, tracked, every, warn
+        self._collapse = CollapseRule()
         self.rate: float | None = None
         """Samples per second over all ranks, of the steps of the last row."""
         self._clock, self._step = time.perf_counter(), state.step  # of the last row
@@ -26,7 +30,7 @@ class MetricsLog:
     def add(self, result: StepResult, progress: Progress) -> None:
         """Call for each step, as the last that `state` counts, on every rank, with the `progress` that it used."""
         state, length = self.state, self.state.length
-        if state.step % self.every != 0 and state.step != length.steps:
+        if not progress.is_logged(self.every):
             return
         elapsed = time.perf_counter() - self._clock
         self.rate = (state.step - self._step) * length.batch_size / elapsed
@@ -63,3 +67,5 @@ class MetricsLog:
             row["momentum"] = teacher.momentum(progress)
         self.folder.log(row)
         self.tracked.log(state.step, row)
+        if line := self._collapse.check(row["metrics"]):
+            self.warn(f"step {state.step}: {line}")

@@ -118,7 +118,7 @@ def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> Non
     # the numbers of step 3 would have been read, by both ranks, in the step that failed: it is lost with its row
     assert [row["step"] for row in rows] == ([1, 2, 3] if where == "batch" else [1, 2])
     for row in rows:  # of losses 0 and 2, and metrics 0 and 1
-        assert (row["loss"], row["terms"], row["metrics"]) == (1.0, {"rank_loss": 1.0}, {"rank_loss/rank": 0.5})
+        assert (row["loss"], row["terms"], row["metrics"]["rank_loss/rank"]) == (1.0, {"rank_loss": 1.0}, 0.5)
 
 
 def test_torchrun_restarts_the_run_that_it_began(tmp_path: Path, tiny_recipe: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
+from importlib.metadata import version
+
 import torch
 
 from distill_core import Diagnostic
-from distill_kernels.attention.memory_efficient import built_for, why_not_built
+from distill_kernels.attention.memory_efficient import why_not_built
 from distill_kernels.defaults import table_path
 from distill_kernels.dispatch import listing
 
 
 def kernels() -> list[Diagnostic]:
-    """A row for each op, one for what `auto` goes by, and one for what xformers was built for."""
+    """A row for each op, one for what `auto` goes by, and one for the pair of torch and xformers."""
     rows: dict[str, tuple[list[str], list[str]]] = {}
     for op, backend, answer in listing():
         can, cannot = rows.setdefault(op, ([], []))
@@ -26,11 +29,15 @@ def kernels() -> list[Diagnostic]:
 
 
 def _xformers() -> list[Diagnostic]:
-    """Whether its compiled part was built for this torch."""
-    built, reason = built_for(), why_not_built()
-    if built is None:
-        return []
-    if reason is None and "+cu" in built and torch.version.cuda is None:
-        reason = f"its kernels were built for torch {built} and this torch has no CUDA"
-    advice = "distill leaves its backends alone; the extra `gpu` installs a pair that fits"
-    return [Diagnostic("kernels", "xformers", f"built for torch {built}", f"{reason}: {advice}" if reason else "")]
+    """The pair of torch and xformers, whether its kernels load, and what to do where they do not."""
+    if importlib.util.find_spec("xformers") is None:
+        return [Diagnostic("kernels", "xformers", "not installed: distill leaves its backends alone")]
+    pair = f"{version('xformers')} with torch {torch.__version__}"
+    reason = why_not_built()
+    if reason is None:
+        return [Diagnostic("kernels", "xformers", f"{pair}: its kernels load")]
+    advice = (
+        "distill leaves its backends alone. On a machine with a GPU, `pip install 'selfdistill[gpu]'` installs a pair "
+        "that fits; so does any torch from PyTorch's index for that CUDA"
+    )
+    return [Diagnostic("kernels", "xformers", f"{pair}: its kernels do not load", f"{reason}: {advice}")]

@@ -27,11 +27,11 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a machine with Triton, a compiler, and an xformers that was built for another torch."""
+    """As a machine with Triton, a compiler, and an xformers that was for another CUDA."""
     monkeypatch.setattr(machine, "interpreting", lambda: False)
     monkeypatch.setattr(machine, "why_not_installed", lambda package: None)
     monkeypatch.setattr(machine, "_why_not_compile", lambda: None)
-    monkeypatch.setattr(memory_efficient, "why_not_built", lambda: "built for another torch")
+    monkeypatch.setattr(memory_efficient, "why_not_built", lambda: "for another CUDA")
 
 
 def choices(registry: Registry, name: str, *overrides: str, device: torch.device = CUDA) -> list[Choice]:
@@ -69,7 +69,7 @@ def test_flagship_on_a_gpu(registry: Registry) -> None:
     why = {(c.op, name): reason for c in made for name, reason in c.others}
     assert why["cross_attention_pool", "absorbed"] == "after projected in the order"
     assert why["cross_attention", "sdpa"] == "after triton in the order"
-    assert why["cross_attention", "xformers"] == "built for another torch"
+    assert why["cross_attention", "xformers"] == "for another CUDA"
     assert why["packed_attention", "loop"] == "only when named"
     assert why["multi_view_info_nce", "chunked"] == "after triton in the order"
     assert all(c.why.startswith("estimated") for c in made)
@@ -96,7 +96,7 @@ def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> N
     assert taken(made)["packed_attention", "grouped"] == 7
     why = {(c.op, name): reason for c in made for name, reason in c.others}
     assert why["packed_attention", "varlen"] == "takes float16 or bfloat16, got torch.float32"
-    assert why["packed_attention", "xformers"] == "built for another torch"
+    assert why["packed_attention", "xformers"] == "for another CUDA"
     monkeypatch.setattr(memory_efficient, "why_not_here", lambda q: None if q is None or q.is_cuda else "on a CPU")
     monkeypatch.setattr(memory_efficient, "why_not_kernel", lambda call: None)
     for inputs in (PackedInputs, SelfAttention, CrossAttentionInputs):

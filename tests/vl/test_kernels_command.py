@@ -2,15 +2,18 @@
 
 import csv
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from torch import device
 
 from distill_kernels import tune as tuning
 from distill_kernels.defaults import table_path
 from distill_kernels.dispatch import OPS
+from distill_vl import diagnostics
 from distill_vl.commands import kernels
 
 
@@ -44,3 +47,21 @@ def test_tune_writes_the_table_that_auto_goes_by(tmp_path: Path, monkeypatch: py
     from distill_kernels.machine import forget
 
     forget()
+
+
+@pytest.mark.parametrize(
+    ("reason", "says", "advice"),
+    [
+        ("for CUDA 12 and do not load in torch 2.13.0", "its kernels do not load", "pip install 'selfdistill[gpu]'"),
+        (None, "its kernels load", ""),
+    ],
+)
+def test_doctor_says_which_pair_is_installed(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None, says: str, advice: str
+) -> None:
+    pytest.importorskip("xformers")
+    monkeypatch.setattr(diagnostics, "why_not_built", lambda: reason)
+    (row,) = (row for row in diagnostics.kernels() if row.name == "xformers")
+    assert row.value == f"{version('xformers')} with torch {torch.__version__}: {says}"
+    assert advice in row.warning
+    assert (reason or "") in row.warning

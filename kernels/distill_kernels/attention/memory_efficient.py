@@ -35,8 +35,15 @@ def run(call: Call) -> Tensor:
     return out
 
 
-def built_for() -> str | None:
-    """The torch that xformers' compiled part was built for, "2.10.0+cu128" say; None where it does not say.
+class Build(NamedTuple):
+    """What xformers' compiled part was built against."""
+
+    torch: str  # "2.10.0+cu128": the oldest in which it loads
+    cuda: int | None  # major version
+
+
+def build() -> Build | None:
+    """Of the installed xformers; None where it does not say.
 
     Read from its own note: importing it takes seconds, and warns where its kernels do not load.
     """
@@ -44,17 +51,35 @@ def built_for() -> str | None:
     note = Path(spec.origin).parent / "cpp_lib.json" if spec is not None and spec.origin else None
     if note is None or not note.is_file():
         return None
-    built: str = json.loads(note.read_text(encoding="utf-8"))["version"]["torch"]
-    return built
+    versions = json.loads(note.read_text(encoding="utf-8"))["version"]
+    cuda: int | None = versions["cuda"]
+    return Build(versions["torch"], cuda and cuda // 100)
 
 
 @once
 def why_not_built() -> str | None:
-    """Why xformers' kernels do not load in this torch: they fit the minor version that they were built for."""
-    built = built_for()
-    if built is None or built.split(".")[:2] == torch.__version__.split(".")[:2]:
+    """Why xformers' kernels do not load in this torch.
+
+    From 0.0.34 on they use torch's stable ABI, and load in every later torch of the same major version of CUDA, whose
+    libraries they are linked to. (Its attention then runs torch's own flash and memory-efficient kernels.)
+    """
+    built = build()
+    if built is None or built.cuda is None:
         return None
-    return f"its kernels were built for torch {built} and do not load in {torch.__version__}"
+    here = f"in torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"its kernels are for CUDA {built.cuda} and do not load {here}, which has no CUDA"
+    cuda = torch.version.cuda.split(".")[0]
+    if cuda != str(built.cuda):
+        return f"its kernels are for CUDA {built.cuda} and do not load {here}, which is for CUDA {cuda}"
+    if _minor(torch.__version__) < _minor(built.torch):
+        return f"its kernels were built for torch {built.torch} and do not load {here}, which is older"
+    return None
+
+
+def _minor(version: str) -> tuple[int, ...]:
+    """(2, 10) of "2.10.0+cu128"."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def why_not_here(q: Tensor | None) -> str | None:

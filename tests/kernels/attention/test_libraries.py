@@ -10,7 +10,10 @@ import inspect
 import os
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -268,7 +271,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from distill_kernels.attention import memory_efficient
 from distill_kernels.dispatch import choose
 from distill_kernels.attention.packed_attention import OP, PackedInputs
-memory_efficient.built_for = lambda: "1.0.0+cu99"
+memory_efficient.build = lambda: memory_efficient.Build("2.10.0+cu990", 99)
 with FakeTensorMode(allow_non_fake_inputs=True):
     qkv = torch.empty(6, 3, 2, 16, device="cuda")
 inputs = PackedInputs(qkv, torch.tensor([0, 2, 6]), (2, 4), True)
@@ -279,7 +282,40 @@ print(choose(OP, "auto", inputs).name, OP.get("xformers").why_not(inputs), "xfor
     assert done.returncode == 0, done.stderr
     name, reason, imported = done.stdout.splitlines()
     assert (name, imported) == ("grouped", "False")
-    assert reason == f"its kernels were built for torch 1.0.0+cu99 and do not load in {torch.__version__}"
+    assert reason.startswith(f"its kernels are for CUDA 99 and do not load in torch {torch.__version__}, which")
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cuda", "reason"),
+    [
+        ("2.10.0+cu128", "12.8", None),
+        ("2.13.0+cu126", "12.6", None),  # its ABI is stable: a later torch loads it
+        ("2.13.0", "13.0", "for CUDA 12 and do not load in torch 2.13.0, which is for CUDA 13"),
+        ("2.9.1+cu128", "12.8", "built for torch 2.10.0+cu128 and do not load in torch 2.9.1+cu128, which is older"),
+        ("2.13.0+cpu", None, "do not load in torch 2.13.0+cpu, which has no CUDA"),
+    ],
+)
+def test_which_torch_loads_xformers_kernels(
+    torch_version: str, cuda: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_efficient, "build", lambda: memory_efficient.Build("2.10.0+cu128", 12))
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    machine.forget()
+    answer = memory_efficient.why_not_built()
+    machine.forget()
+    assert answer is None if reason is None else reason in str(answer)
+
+
+def test_the_extra_pins_a_pair_that_loads(xformers: None) -> None:
+    """Its xformers is the installed one, whose own note says that it is for the pinned torch."""
+    project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    pins = dict(pin.split("==") for pin in project["optional-dependencies"]["gpu"])
+    if version("xformers") != pins["xformers"]:
+        pytest.skip(f"xformers {version('xformers')} is not the pinned {pins['xformers']}")
+    built = memory_efficient.build()
+    assert built is not None
+    assert built.torch.startswith(pins["torch"].removesuffix("*"))
 
 
 def test_named_backends_need_a_gpu() -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.optional import offers as offers
     from distill_core.contracts.schedule import Schedule as Schedule
     from distill_core.contracts.slot import Slot as Slot
+    from distill_core.contracts.slot import default_component as default_component
     from distill_core.contracts.source import DataSource as DataSource
     from distill_core.contracts.task import Task as Task
     from distill_core.contracts.task import TaskConfig as TaskConfig
@@ -147,6 +148,7 @@ HOMES = {
     "offers": "distill_core.contracts.optional",
     "Schedule": "distill_core.contracts.schedule",
     "Slot": "distill_core.contracts.slot",
+    "default_component": "distill_core.contracts.slot",
     "DataSource": "distill_core.contracts.source",
     "Task": "distill_core.contracts.task",
     "TaskConfig": "distill_core.contracts.task",

@@ -16,7 +16,7 @@ from distill_core.errors import PluginError, did_you_mean
 
 if TYPE_CHECKING:
     from distill_core.contracts.cases import ConformanceCases
-    from distill_core.contracts.component import Component
+    from distill_core.contracts.component import Component, ComponentConfig
 
 ENTRY_POINTS = "distill"
 WITHOUT = "DISTILL_WITHOUT"
@@ -131,12 +131,24 @@ class Registry:
     """Components by (kind, name)."""
 
     def __init__(self, entries: Iterable[Entry], left_out: Iterable[str] = ()) -> None:
+        from distill_core.contracts.kinds import INTERFACES
+
         self.entries: dict[tuple[str, str], Entry] = {}
+        self.interfaces = dict(INTERFACES)
+        """Kind -> the class that its components implement: the core's, then those of plugins."""
         self.left_out = tuple(left_out)
         for entry in entries:
-            if problem := _unfit(entry.cls):
+            interface = _interface_of(entry.cls)
+            if problem := _unfit(entry.cls, interface):
                 raise PluginError(f"package {entry.package}: component {entry.cls!r} {problem}")
+            assert interface is not None
             kind, name = entry.cls.kind, entry.cls.name
+            if (known := self.interfaces.setdefault(kind, interface)) is not interface:
+                raise PluginError(
+                    f"package {entry.package}: component {entry.cls!r} is of kind {kind!r}, and not a "
+                    f"{known.__module__}.{known.__qualname__}. Take that as its base, or rename the kind, or add "
+                    f"--without {entry.plugin}."
+                )
             other = self.entries.get((kind, name))
             if other is not None and other.cls is not entry.cls:
                 raise PluginError(
@@ -178,17 +190,24 @@ class Registry:
         return [entry for (_, known), entry in sorted(self.entries.items()) if known == name]
 
 
-def _unfit(cls: Any) -> str | None:
-    """Why this cannot be a component."""
-    from distill_core.contracts.component import ComponentConfig
-    from distill_core.contracts.kinds import INTERFACES
+def _interface_of(cls: Any) -> type[Component] | None:
+    """The class that a component has its `kind` from: of its bases that state one, the outermost."""
+    from distill_core.contracts.component import Component
 
-    kind = getattr(cls, "kind", None)
-    if not isinstance(cls, type) or kind not in INTERFACES or not issubclass(cls, INTERFACES[kind]):
-        return "needs one of the interfaces of distill_core.interfaces as its base"
+    if not isinstance(cls, type) or not issubclass(cls, Component):
+        return None
+    return next((base for base in reversed(cls.__mro__) if "kind" in vars(base)), None)
+
+
+def _unfit(cls: Any, interface: type[Component] | None) -> str | None:
+    """Why this cannot be a component."""
+    if interface is None or interface is cls:
+        return "needs an interface as its base: one of distill_core.interfaces, or a plugin's class with a `kind`"
+    if cls.kind != interface.kind:
+        return f"changes the kind {interface.kind!r} of its base {interface.__qualname__}"
     if not isinstance(getattr(cls, "name", None), str):
         return "needs a `name`, which recipes use"
-    base: type[ComponentConfig] = INTERFACES[kind].Config
+    base: type[ComponentConfig] = interface.Config
     if not issubclass(getattr(cls, "Config", object), base):
         return f"needs a `Config` that extends {base.__module__}.{base.__qualname__}"
     if missing := sorted(getattr(cls, "__abstractmethods__", ())):

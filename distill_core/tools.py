@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from distill_core.commands.catalogue import summary as summary
     from distill_core.commands.options import without_option as without_option
     from distill_core.contracts.cases import ConformanceCases as ConformanceCases
-    from distill_core.contracts.kinds import INTERFACES as INTERFACES
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
     from distill_core.contracts.slot import NONE as NONE
     from distill_core.contracts.slot import Context as Context
@@ -82,7 +81,6 @@ HOMES = {
     "summary": "distill_core.commands.catalogue",
     "without_option": "distill_core.commands.options",
     "ConformanceCases": "distill_core.contracts.cases",
-    "INTERFACES": "distill_core.contracts.kinds",
     "Context": "distill_core.contracts.slot",
     "JSON_KEY": "distill_core.contracts.slot",
     "NONE": "distill_core.contracts.slot",

@@ -10,12 +10,11 @@ from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill_core.contracts.kinds import INTERFACES
+from distill_core.contracts.slot import Slot, default_of, interface_of
 from distill_core.errors import UserError, did_you_mean
 from distill_core.registry import Entry, Registry
 from distill_core.system.extras import project
@@ -25,13 +24,12 @@ def options(config: type[BaseModel]) -> list[dict[str, Any]]:
     """name, type, default (None where required) and doc of each option; an option's own options come after it."""
     rows = []
     for name, field in config.model_fields.items():
-        required = field.is_required()
-        default = None if required or field.default is PydanticUndefined else field.default
+        default = default_of(field)
         rows.append(
             {
                 "name": field.alias or name,
                 "type": type_name(field.annotation),
-                "required": required,
+                "required": field.is_required(),
                 "default": list(default) if isinstance(default, tuple) else default,
                 "doc": " ".join((field.description or "").split()),
             }
@@ -57,6 +55,8 @@ def type_name(annotation: Any) -> str:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return f"[{type_name(arguments[0])}, ...]"
         return f"[{', '.join(type_name(argument) for argument in arguments)}]"
+    if origin is Slot:
+        return interface_of(annotation).kind
     if origin is dict:
         return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
     if origin is list:
@@ -70,7 +70,7 @@ def summary(cls: type) -> str:
 
 
 def _entries(registry: Registry, name: str | None) -> list[Entry]:
-    kinds = list(INTERFACES)
+    kinds = list(registry.interfaces)
     if name is None:
         return sorted(registry.entries.values(), key=lambda entry: (kinds.index(entry.cls.kind), entry.cls.name))
     entries = registry.named(name)

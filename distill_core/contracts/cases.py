@@ -40,6 +40,10 @@ class ConformanceCase:
     scorable: Callable[[Any], tuple[Model, Sequence[Sample]]] | None = None
     """Of a task that cannot score the checks' own samples, which have a number alone: (config) -> a small model, and
     samples that it can be scored on."""
+    checks: Sequence[Callable[[ConformanceCase, Any, np.random.Generator], None]] | None = None
+    """Of an interface that a plugin defines, what components of its kind are checked for: (case, config, rng), once for
+    each example's options; `case.component` is the component's class, beside what the nearest cases give. A check's
+    docstring says what it requires; it raises AssertionError with what to fix."""
 
 
 class ConformanceCases:

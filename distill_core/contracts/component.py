@@ -19,7 +19,11 @@ class ComponentConfig(BaseModel):
 
 
 class Component:
-    """Base of all components: a `kind` (from the interface), a `name` that recipes use, and a `Config`."""
+    """Base of all components: a `kind` (from the interface), a `name` that recipes use, and a `Config`.
+
+    An interface is a class that states a `kind` of its own. A plugin may define further ones, for slots of its options:
+    `class Reader(Component, ABC): kind = "reader"`, and `reader: Slot[Reader]`.
+    """
 
     kind: ClassVar[str]
     name: ClassVar[str]

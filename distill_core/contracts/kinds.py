@@ -1,4 +1,4 @@
-"""The kinds of components, each with its interface."""
+"""The kinds of components that the core defines, each with its interface. Plugins define further ones."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, get_args, get_origin
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 from pydantic_core import (
     CoreSchema,
     InitErrorDetails,
@@ -123,9 +124,23 @@ def interface_of(annotation: Any) -> type[Component]:
     return interface
 
 
-def default_component(name: str) -> Any:
-    """The default of a slot: this component. Options that are written without a name are then its."""
-    return Field({"name": name}, validate_default=True)
+def default_component(component: str | type[Component]) -> Any:
+    """The default of a slot: this component. Options that are written without a name are then its.
+
+    A name is looked up in the registry; of a class, the options around the slot are also made without one, by hand.
+    """
+    if isinstance(component, str):
+        return Field({"name": component}, validate_default=True)
+    return Field(
+        default_factory=lambda: Slot(component, component.Config()),
+        json_schema_extra={"default": {"name": component.name}},
+    )
+
+
+def default_of(field: FieldInfo) -> Any:
+    """An option's default as a recipe writes it, a component as {name: NAME}; None where it is required."""
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    return default.dump() if isinstance(default, Slot) else default
 
 
 class NullIsDefault:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill_core.contracts.component import Component
-from distill_core.contracts.slot import NullIsDefault, Slot, interface_of
+from distill_core.contracts.slot import NullIsDefault, Slot, default_of, interface_of
 from distill_core.errors import KeyPath
 from distill_core.registry import Registry
 
@@ -95,4 +95,5 @@ def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> It
 
 
 def _default_component(field: FieldInfo) -> str | None:
-    return field.default.get("name") if isinstance(field.default, dict) else None
+    default = default_of(field)
+    return default.get("name") if isinstance(default, dict) else None

@@ -13,14 +13,14 @@ import click
 from pydantic import BaseModel
 
 from distill_core import Component, ComponentConfig, Loss, UserError, did_you_mean
-from distill_core.tools import INTERFACES, Entry, Plugins, Recipe, Registry, catalogue, hookspecs
+from distill_core.tools import Entry, Plugins, Recipe, Registry, catalogue, hookspecs
 
 
 def write(out: Path, plugin: str | None = None) -> list[Path]:
     """Writes the pages into the folder `out`, or only those of one plugin or package. Raises `UserError`."""
     plugins = Plugins.discover()
     registry = Registry.discover(plugins)
-    texts = pages(registry, plugins) if plugin is None else component_pages(_only(registry, plugin))
+    texts = pages(registry, plugins) if plugin is None else component_pages(_only(registry, plugin), registry)
     paths = []
     for name, text in texts.items():
         path = out / name
@@ -36,16 +36,17 @@ def write(out: Path, plugin: str | None = None) -> list[Path]:
 def pages(registry: Registry, plugins: Plugins) -> dict[str, str]:
     """Path -> Markdown: an index, a page for each component, the recipe's sections, the interfaces, the commands."""
     return {
-        **component_pages(registry.entries.values()),
+        **component_pages(registry.entries.values(), registry),
         "recipe.md": _recipe(),
-        "interfaces.md": _interfaces(),
+        "interfaces.md": _interfaces(registry),
         "commands.md": _commands(plugins),
     }
 
 
-def component_pages(entries: Iterable[Entry]) -> dict[str, str]:
+def component_pages(entries: Iterable[Entry], registry: Registry) -> dict[str, str]:
     """The index and a page for each component."""
-    entries = sorted(entries, key=lambda entry: (list(INTERFACES).index(entry.cls.kind), entry.cls.name))
+    kinds = list(registry.interfaces)
+    entries = sorted(entries, key=lambda entry: (kinds.index(entry.cls.kind), entry.cls.name))
     rows = [
         (
             entry.cls.kind,
@@ -57,7 +58,7 @@ def component_pages(entries: Iterable[Entry]) -> dict[str, str]:
     ]
     texts = {"index.md": "# Components\n\n" + _table(("kind", "name", "package", ""), rows)}
     for entry in entries:
-        texts[f"{entry.cls.kind}/{entry.cls.name}.md"] = _component(entry)
+        texts[f"{entry.cls.kind}/{entry.cls.name}.md"] = _component(entry, registry.interfaces[entry.cls.kind])
     return texts
 
 
@@ -69,7 +70,7 @@ def _only(registry: Registry, plugin: str) -> list[Entry]:
     return entries
 
 
-def _component(entry: Entry) -> str:
+def _component(entry: Entry, interface: type[Component]) -> str:
     cls = entry.cls
     parts = [
         f"# {cls.name}",
@@ -78,7 +79,7 @@ def _component(entry: Entry) -> str:
         _doc(cls),
         "## Options",
     ]
-    has_config = cls.Config not in (ComponentConfig, INTERFACES[cls.kind].Config)
+    has_config = cls.Config not in (ComponentConfig, interface.Config)
     about = vars(cls.Config).get("__doc__") if has_config else None
     parts += [inspect.cleandoc(about)] if about else []
     parts += list(_options(cls.Config)) or ["It has no options."]
@@ -106,15 +107,15 @@ def _recipe() -> str:
     return _joined([*parts, *_options(Recipe)])
 
 
-def _interfaces() -> str:
+def _interfaces(registry: Registry) -> str:
     parts = ["# Interfaces and hooks", _doc(hookspecs), "## Hooks"]
     for name, hook in vars(hookspecs).items():
         if name.startswith("distill_"):
             parts += [f"### {name}", _doc(hook)]
     parts += ["## Every component", _doc(Component)]
     parts.append(_listed(Component))
-    for kind, interface in INTERFACES.items():
-        parts += [f"## {kind}", f"`distill_core.interfaces.{interface.__name__}`", _doc(interface)]
+    for kind, interface in registry.interfaces.items():
+        parts += [f"## {kind}", f"`{interface.__module__}.{interface.__name__}`", _doc(interface)]
         parts.append(_listed(interface))
     return _joined(parts)
 

@@ -5,11 +5,12 @@ It checks single values; what components need of one another is checked by `dist
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
-from distill_core.tools import INTERFACES, JSON_KEY, NONE, Entry, Recipe, Registry, summary
+from distill_core.tools import JSON_KEY, NONE, Entry, Recipe, Registry, summary
 
 Schema = dict[str, Any]
 
@@ -34,10 +35,10 @@ def recipe_schema(registry: Registry) -> Schema:
     definitions: dict[str, Schema] = root.pop("$defs")
     root["properties"]["name"].pop("pattern", None)  # it may contain ${NAME}; the file's name is the default
     root["required"] = [name for name in root["required"] if name != "name"]
-    for kind in INTERFACES:
-        definitions[kind] = _any_of_kind(registry, kind)
     for entry in registry.entries.values():
         definitions |= _component(entry)
+    for kind in {*registry.interfaces, *_kinds([root, definitions])}:  # a plugin's kind may have no component yet
+        definitions[kind] = _any_of_kind(registry, kind)
     document = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of distill",
@@ -47,6 +48,14 @@ def recipe_schema(registry: Registry) -> Schema:
     result: Schema = _as_written(document)
     result["$defs"] |= _DEFINITIONS
     return result
+
+
+def _kinds(schema: Any) -> Iterator[str]:
+    """Those of the slots in it."""
+    if isinstance(schema, dict) and JSON_KEY in schema:
+        yield schema[JSON_KEY]
+    for item in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _kinds(item)
 
 
 def _any_of_kind(registry: Registry, kind: str) -> Schema:

@@ -1,44 +1,17 @@
-"""Reading captions: what every text augmentation shares. A sample's captions are pooled into a list of sentences."""
+"""What every text augmentation shares: a sample's captions, chosen and drawn, are pooled into a list of sentences."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from string import whitespace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
-from distill_core import Augmentation, BadSample, ComponentConfig, Sample, View
-
-DREAMLIP = (
-    "raw_caption",
-    "shortIB_captions",
-    "longIB_captions",
-    "shortSV_captions",
-    "longSV_captions",
-    "shortLLA_captions",
-    "longLLA_captions",
-)
-"""The lists of a DreamLIP shard's json; the pool is their concatenation."""
-LAYOUTS = {
-    "dreamlip": DREAMLIP,
-    "pixelprose": ("original_caption", "caption"),
-    "captions": ("captions",),
-    "references": ("references",),
-    "img2dataset": ("caption",),
-}
-"""The json's fields of each layout, in the pool's order."""
-KINDS = {
-    "raw": ("raw_caption", "original_caption"),
-    "short": ("shortIB_captions", "shortSV_captions", "shortLLA_captions"),
-    "long": ("longIB_captions", "longSV_captions", "longLLA_captions"),
-}
-"""Names that stand for lists of DreamLIP's and PixelProse's json."""
-AS_THEY_ARE = ("original_caption", "captions")
-"""Fields whose texts are sentences already: COSMOS's public code does not split PixelProse's original caption."""
+from distill_core import Augmentation, BadSample, ComponentConfig, Sample, Slot, View, default_component
+from distill_vl.caption_readers import Auto, CaptionReader
 
 STOPS = ".\u3002\uff0e\uff61"
 """Full stops: the Latin one, the ideographic one, and the two in other widths."""
@@ -61,13 +34,12 @@ Fields = Annotated[tuple[str, ...], Field(min_length=1)] | Annotated[dict[str, C
 class CaptionConfig(ComponentConfig):
     """Options of every text augmentation."""
 
-    layout: Literal["auto", "dreamlip", "pixelprose", "captions", "references", "img2dataset", "txt"] = "auto"
-    """Where a sample keeps its captions: json with DreamLIP's lists; json with PixelProse's `original_caption` and
-    `caption`; json with a list `captions` of sentences; json with `references`, whole captions; json with a `caption`,
-    as img2dataset writes it; or plain `txt`. `auto` looks at each sample."""
+    layout: Slot[CaptionReader] = default_component(Auto)
+    """Where a sample keeps its captions: a `caption_reader`. `auto` looks at each sample for the layouts that are
+    known here: `dreamlip`, `pixelprose`, `captions`, `references`, `img2dataset`, `txt`."""
     fields: Fields | None = None
-    """Fields of the json that are read in place of the layout's; [raw_caption] trains on the web's captions alone. A
-    dot leads into an object, as `captions.long`. `raw`, `short` and `long` are DreamLIP's lists of these kinds. With
+    """Fields that are read in place of all of the layout's; [raw_caption] trains on the web's captions alone. In json a
+    dot leads into an object, as `captions.long`; `raw`, `short` and `long` are DreamLIP's lists of these kinds. With
     probabilities, {raw: always, short: 0.5}, a step draws which of them a sample has, each by itself and at least one;
     evaluations read all."""
     split: Split = "full_stops"
@@ -118,42 +90,47 @@ class CaptionAugmentation(Augmentation):
     wants_several: ClassVar[bool] = False
     """Whether the views are cut out of several sentences, and are all alike where a sample has one."""
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.reader: CaptionReader = config.layout.build()
+
     def sentences(self, text: str) -> list[str]:
         """A text's sentences, cut as the option `split` says."""
         return sentences(text, self.config.split)
 
     def texts(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, list[str]]:
-        """The captions by their field, in the layout's order: each one text, or several that make it up.
+        """The captions by their field, in the reader's order: each one text, or several that make it up.
 
         All of them, unless `rng` draws those of a step. Raises `BadSample` when there is none.
         """
-        document, layout, fields = _json(sample), self.config.layout, self.config.fields
-        if layout == "auto":
-            layout = _layout(document, sample)
-        if fields is None and layout == "txt":
-            texts = {"txt": [_text(sample)]}
-        else:
-            texts = {field: _texts(document, field) for field in _named(document, fields or LAYOUTS[layout])}
-        texts = {field: [text for text in parts if lines(text)] for field, parts in texts.items()}
-        texts = {field: parts for field, parts in texts.items() if parts}
-        if not texts:
-            where = f"the {layout} layout" if fields is None else f"the json's fields {', '.join(fields)}"
-            raise BadSample(f"no caption in {where}")
-        if rng is None or not isinstance(fields, Mapping):
-            return texts
-        return {field: texts[field] for field in _drawn(document, fields, texts, rng)}
+        names = self.config.fields
+        by_name = {"": self.reader.captions(sample)} if names is None else self._named(sample, names)
+        by_name = {name: texts for name, fields in by_name.items() if (texts := _without_blank(fields))}
+        if not by_name:
+            where = f"layout {self.reader.name}" if names is None else f"fields {', '.join(names)}"
+            raise BadSample(f"no caption in the {where}")
+        drawn = _drawn(names, by_name, rng) if rng is not None and isinstance(names, Mapping) else by_name
+        return {field: texts for name in drawn for field, texts in by_name[name].items()}
 
     def of_fields(self, sample: Sample, names: Sequence[str]) -> list[str]:
         """The captions of some fields, named as the option `fields` names them, each whole. Raises `BadSample`."""
-        document = _json(sample)
-        texts = (text for field in _named(document, names) for text in _texts(document, field))
-        return [join(parts) for text in texts if (parts := lines(text))]
+        by_field = {field: texts for fields in self._named(sample, names).values() for field, texts in fields.items()}
+        return [join(parts) for texts in by_field.values() for text in texts if (parts := lines(text))]
+
+    def _named(self, sample: Sample, names: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+        """By name, the fields that it stands for: that of this name, or those of the group."""
+        groups = {name: self.reader.groups.get(name, ()) for name in names}
+        by_field = self.reader.named(sample, [*groups, *(field for group in groups.values() for field in group)])
+        return {
+            name: {field: by_field[field] for field in ((name,) if name in by_field else group) if field in by_field}
+            for name, group in groups.items()
+        }
 
     def captions(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, list[str]]:
         """`texts`, each as its sentences. Raises `BadSample` when there is none."""
         return {
             field: [tidy(text) for text in texts]
-            if field in AS_THEY_ARE
+            if field in self.reader.sentences
             else [sentence for text in texts for sentence in self.sentences(text)]
             for field, texts in self.texts(sample, rng).items()
         }
@@ -167,17 +144,16 @@ class CaptionAugmentation(Augmentation):
         return join([line for texts in self.texts(sample, rng).values() for text in texts for line in lines(text)])
 
     def decode(self, sample: Sample, field: str | None = None) -> list[str]:
-        """The whole caption, or what a field of the json holds: one text, or each of a list.
+        """The whole caption, or what a field holds: one text, or each of a list.
 
-        Where the json has `references` (an evaluation's captions of the picture, each a whole one), each of them.
+        Where the reader has references (an evaluation's captions of the picture, each a whole one), each of them.
         """
-        if field is None and "references" in _json(sample):
-            field = "references"
-        if field is None:
+        texts = self.reader.references(sample) if field is None else self.reader.named(sample, [field]).get(field, [])
+        if texts is None:
             return [self.whole(sample)]
-        texts = [text for text in _texts(_json(sample), field) if text.strip()]
+        texts = [text for text in texts if text.strip()]
         if not texts:
-            raise BadSample(f"no text in the json's field {field!r}")
+            raise BadSample(f"no text in the field {field or 'references'!r}")
         return texts
 
     def measure(self, sample: Sample) -> Mapping[str, float]:
@@ -217,67 +193,20 @@ class OneText(CaptionAugmentation):
         return pool[int(rng.integers(len(pool)))]
 
 
-def _json(sample: Sample) -> Mapping[str, Any]:
-    if "json" not in sample:
-        return {}
-    try:
-        document = json.loads(sample["json"])
-    except (ValueError, UnicodeDecodeError, RecursionError) as error:
-        raise BadSample(f"not readable json: {error}") from error
-    if not isinstance(document, dict):
-        raise BadSample("the json is not an object")
-    return document
+def _without_blank(fields: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The fields that hold a text, without the blank ones."""
+    texts = {field: [text for text in parts if lines(text)] for field, parts in fields.items()}
+    return {field: parts for field, parts in texts.items() if parts}
 
 
-def _layout(document: Mapping[str, Any], sample: Sample) -> str:
-    if any(key in document for key in DREAMLIP):
-        return "dreamlip"
-    if "original_caption" in document:
-        return "pixelprose"
-    if "captions" in document:
-        return "captions"
-    if "txt" not in sample:
-        return next((layout for layout in ("references", "img2dataset") if LAYOUTS[layout][0] in document), "txt")
-    return "txt"
-
-
-def _named(document: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """The fields that an option's names stand for in this json, each once."""
-    fields = (field for name in names for field in (KINDS[name] if name in KINDS and name not in document else (name,)))
-    return list(dict.fromkeys(fields))
-
-
-def _drawn(
-    document: Mapping[str, Any], chances: Mapping[str, Any], texts: Mapping[str, Any], rng: np.random.Generator
-) -> list[str]:
-    """The fields of a step, in the option's order: of each name with its probability; of one where none is drawn."""
+def _drawn(chances: Mapping[str, Any], available: Collection[str], rng: np.random.Generator) -> list[str]:
+    """The names of a step, in the option's order: each with its probability; one where none is drawn."""
     chance = {name: 1.0 if p == "always" else float(p) for name, p in chances.items()}
-    have = [name for name in chance if any(field in texts for field in _named(document, [name]))]
+    names = [name for name in chance if name in available]
     # a draw for each name, so that those of the others do not depend on what a sample lacks
     draws = dict(zip(chance, rng.random(len(chance)), strict=True))
-    chosen = [name for name in have if draws[name] < chance[name]]
-    if not chosen:
-        weights = np.array([chance[name] for name in have])
-        chosen = [have[int(rng.choice(len(have), p=weights / weights.sum()))]]
-    return [field for field in _named(document, chosen) if field in texts]
-
-
-def _text(sample: Sample) -> str:
-    try:
-        return bytes(sample.get("txt", b"")).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"the txt is not UTF-8: {error}") from error
-
-
-def _texts(document: Mapping[str, Any], key: str) -> list[str]:
-    value = document.get(key)
-    if value is None and "." in key:
-        value = document
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in values):
-        raise BadSample(f"the json's field {key!r} holds something other than text")
-    return values
+    drawn = [name for name in names if draws[name] < chance[name]]
+    if not drawn:
+        weights = np.array([chance[name] for name in names])
+        drawn = [names[int(rng.choice(len(names), p=weights / weights.sum()))]]
+    return drawn

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
-from distill_core import GLOBAL, LOCAL, ConformanceCase, Sample, View
-from distill_vl.captions import LAYOUTS, CaptionAugmentation, CaptionConfig
+from distill_core import GLOBAL, LOCAL, BadSample, ConformanceCase, Sample, View
+from distill_vl.caption_readers import READERS, CaptionReader
+from distill_vl.captions import CaptionAugmentation, CaptionConfig
 from distill_vl.clip_text import ClipText
 from distill_vl.masked_text import BertText
 from distill_vl.pictures import PictureAugmentation, PictureConfig
@@ -33,11 +38,61 @@ def sentences(rng: np.random.Generator) -> list[str]:
 
 def captions(config: CaptionConfig, rng: np.random.Generator) -> Sample:
     """Four sentences, in the layout of the options."""
+    fields: tuple[str, ...] = getattr(config.layout.cls, "fields", ())
+    return sample_of(config.fields or fields, rng)
+
+
+def sample_of(fields: Iterable[str], rng: np.random.Generator) -> Sample:
+    """Four sentences in each of the json's fields; a txt where there is none."""
     words = sentences(rng)
-    fields = config.fields or LAYOUTS.get(config.layout)
-    if fields is None:
+    if not fields:
         return {"txt": ". ".join(words).encode()}
     return {"json": json.dumps(dict.fromkeys(fields, words)).encode()}
+
+
+def reads_captions(case: ConformanceCase, config: Any, rng: np.random.Generator) -> None:
+    """`captions` returns {field: [texts]} with a text, by name too, and leaves the sample; a copy does the same."""
+    assert case.sample is not None, f"give ConformanceCase({case.component.__name__}, sample=...): a raw sample"
+    reader, sample = _reader(case, config), case.sample(config, rng)
+    before = dict(sample)
+    captions = reader.captions(sample)
+    assert isinstance(captions, dict), f"`captions` must return {{field: [texts]}}, not {captions!r}"
+    for field, texts in captions.items():
+        listed = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+        assert listed, f"`captions` must return {{field: [texts]}}, and {field!r} is {texts!r}"
+    assert any(text.strip() for texts in captions.values() for text in texts), "the case's sample has no caption"
+    assert reader.named(sample, list(captions)) == captions, "`named`, of the fields of `captions`, differs"
+    assert "no such field" not in reader.named(sample, ["no such field"]), "`named` must leave out what is not there"
+    references = reader.references(sample)
+    assert references is None or all(isinstance(text, str) for text in references), "`references` must be texts"
+    assert dict(sample) == before, "it changes the sample, which other modalities read"
+    copied: CaptionReader = pickle.loads(pickle.dumps(reader))
+    assert copied.captions(sample) == captions, "a pickled copy, as workers have, reads other captions"
+
+
+def bad_captions(case: ConformanceCase, config: Any, rng: np.random.Generator) -> None:
+    """Of a sample that it cannot read (no field, empty or broken bytes) it returns nothing, or raises BadSample."""
+    assert case.sample is not None, f"give ConformanceCase({case.component.__name__}, sample=...): a raw sample"
+    reader, fields = _reader(case, config), [name for name in case.sample(config, rng) if not name.startswith("__")]
+    for what, data in (("no field", None), ("empty fields", b""), ("broken bytes", b"\xff\x00\xfe not what it says")):
+        try:
+            reader.captions({} if data is None else dict.fromkeys(fields, data))
+        except BadSample:
+            continue
+        except Exception as error:
+            raise AssertionError(
+                f"`captions` of a sample with {what} raises {type(error).__name__}: {error}; raise BadSample, which "
+                "skips and counts the sample"
+            ) from error
+
+
+def _fields_in_json(fields: Iterable[str], config: object, rng: np.random.Generator) -> Sample:
+    return sample_of(fields, rng)
+
+
+def _reader(case: ConformanceCase, config: Any) -> CaptionReader:
+    reader: type[Any] = case.component
+    return cast(CaptionReader, reader(config))
 
 
 def crops(config: VisionTransformerConfig, rng: np.random.Generator) -> list[View]:
@@ -60,6 +115,8 @@ def texts(config: object, rng: np.random.Generator) -> list[View]:
 CASES = [
     ConformanceCase(PictureAugmentation, sample=noise_png),
     ConformanceCase(CaptionAugmentation, sample=captions),
+    ConformanceCase(CaptionReader, checks=(reads_captions, bad_captions)),
+    *(ConformanceCase(reader, sample=partial(_fields_in_json, reader.fields)) for reader in READERS),
     ConformanceCase(VisionTransformer, views=crops),
     ConformanceCase(ClipText, views=texts),
     ConformanceCase(BertText, views=texts),

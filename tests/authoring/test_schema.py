@@ -87,6 +87,9 @@ ALLOWED = [
     ("data.source", "emoji"),
     ("data.source", {"name": "webdataset", "urls": {"set": ["a.tar", "b.tar"]}}),
     ("augment.image.scale", [0.5, 1]),
+    ("augment.text.layout", "dreamlip"),
+    ("augment.text.layout", {"name": "txt"}),
+    ("augment.text.layout", {}),
 ]
 
 VARIABLES = [
@@ -130,6 +133,9 @@ WRONG = [
     ("evaluate", {"tasks": [{"name": "knn", "source": {"name": "emoji", "sizes": 3}}]}),
     ("loss.1.id", "a.b"),
     ("seed", "${NUMBER"),
+    ("augment.text.layout", "dreamlap"),
+    ("augment.text.layout", None),
+    ("augment.text.layout", {"name": "txt", "field": "txt"}),
 ]
 
 

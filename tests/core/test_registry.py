@@ -58,6 +58,42 @@ class SaysKind(Component):
     """A component that only says it is a loss."""
 
     kind = "loss"
+
+
+class Heard(SaysKind):
+    """A component of an interface that takes the name of a kind of the core."""
+
+    name = "heard"
+
+
+class OtherKind(Good):
+    """A loss that says it is something else."""
+
+    kind = "reader"
+
+
+class Reader(Component):
+    """An interface that a plugin defines."""
+
+    kind = "reader"
+
+
+class Braille(Reader):
+    """A reader."""
+
+    name = "braille"
+
+
+class AnotherReader(Component):
+    """An interface of another plugin, of the same kind."""
+
+    kind = "reader"
+
+
+class Morse(AnotherReader):
+    """Another reader."""
+
+    name = "morse"
     name = "says_kind"
 
 
@@ -95,6 +131,19 @@ def test_a_registry_of_modules_holds_their_components_alone() -> None:
     assert list(registry.entries) == [("loss", "good")]
     assert registry.get("loss", "good") == Entry(Good, "mine", "mine")
     assert [entry.cls for entry in registry.named("good")] == [Good]
+
+
+def test_a_plugin_defines_a_kind_by_an_interface() -> None:
+    """Would catch a core that knows all kinds, or two packages' readers in one slot that call different methods."""
+    registry = Registry.of(plugin(lambda: [Braille]))
+    assert registry.get("reader", "braille").cls is Braille
+    assert registry.interfaces == INTERFACES | {"reader": Reader}
+    assert "reader" not in Registry.of(plugin(lambda: [Good])).interfaces
+    with pytest.raises(
+        PluginError, match=r"package second: .*Morse.* of kind 'reader', and not a \S+\.Reader\. .*rename"
+    ):
+        Registry.of(plugin(lambda: [Braille], "first"), plugin(lambda: [Morse], "second"))
+    assert json.loads(catalogue.as_json(registry, "braille"))[0]["kind"] == "reader"
 
 
 def test_did_you_mean(registry: Registry) -> None:
@@ -138,9 +187,11 @@ def test_a_misspelt_hook_is_refused() -> None:
         ),
         (lambda: None, "fails to import its components: TypeError"),
         (lambda: [NoName], "package mine: component .*NoName.* needs a `name`"),
-        (lambda: [NoKind], "package mine: component .*NoKind.* needs one of the interfaces"),
-        (lambda: [SaysKind], "package mine: component .*SaysKind.* needs one of the interfaces"),
-        (lambda: ["good"], "package mine: component 'good' needs one of the interfaces"),
+        (lambda: [NoKind], "package mine: component .*NoKind.* needs an interface as its base"),
+        (lambda: [SaysKind], "package mine: component .*SaysKind.* needs an interface as its base"),
+        (lambda: [Heard], "component .*Heard.* is of kind 'loss', and not a distill_core.interfaces.Loss. Take that"),
+        (lambda: [OtherKind], "component .*OtherKind.* changes the kind 'loss' of its base Loss"),
+        (lambda: ["good"], "package mine: component 'good' needs an interface as its base"),
         (lambda: [Unfinished], "package mine: component .*Unfinished.* does not define forward"),
         (lambda: [LaxConfig], "package mine: component .*LaxConfig.* needs a `Config` that extends"),
     ],
@@ -277,7 +328,7 @@ def test_every_component_option_and_hook_is_documented(registry: Registry) -> No
     hooks = [hook for name, hook in vars(hookspecs).items() if name.startswith("distill_")]
     assert hooks
     bare += [hook.__name__ for hook in hooks if not inspect.getdoc(hook)]
-    for interface in INTERFACES.values():
+    for interface in registry.interfaces.values():
         own = [m for m in vars(interface).values() if inspect.isfunction(m) or isinstance(m, classmethod)]
         names = [m.__name__ for m in own if not m.__name__.startswith("_") and not m.__doc__]
         bare += [f"{interface.__name__}.{name}" for name in names]

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import distill_vl
+from distill_core.contracts.slot import Context
 from distill_core.errors import BadSample
+from distill_core.registry import Registry
 from distill_cosmos.text_crop import TextCrop
 from distill_vl.caption import WholeCaption
 from distill_vl.captions import TakeConfig, draw, sentences
@@ -16,7 +19,8 @@ POOL = [f"sentence {chr(97 + i)}" for i in range(12)]
 
 
 def crop(**options: Any) -> TextCrop:
-    return TextCrop(TextCrop.Config.model_validate_json(json.dumps(options)))
+    context = Context(Registry.of(distill_vl))
+    return TextCrop(TextCrop.Config.model_validate_json(json.dumps(options), context=context))
 
 
 def sample(document: Any = None, txt: bytes | None = None) -> dict[str, Any]:
@@ -125,7 +129,7 @@ def test_fields_in_place_of_the_layouts() -> None:
     told = sample({"raw_caption": ["web. more"], "longIB_captions": ["Long one."], "alt": "an alt. text"}, txt=b"no")
     assert crop(fields=["raw_caption"]).pool(told) == ["web", "more"]
     assert crop(fields=["alt", "longIB_captions"], layout="txt").pool(told) == ["an alt", "text", "Long one"]
-    with pytest.raises(BadSample, match="no caption in the json's fields other"):
+    with pytest.raises(BadSample, match="no caption in the fields other"):
         crop(fields=["other"]).pool(told)
 
 

@@ -121,7 +121,7 @@ def test_the_webs_caption_is_the_whole_one_of_its_field() -> None:
     [
         (told(captions=["a cat", "it sits"]), {}, "no caption of the web: neither raw_caption nor original_caption"),
         ({"txt": b"A cat. It sits."}, {}, "name the json's field that holds it by the option `web`"),
-        (told(captions=["a cat"]), {"web": "name"}, "no text in the json's field 'name'"),
+        (told(captions=["a cat"]), {"web": "name"}, "no text in the field 'name'"),
         (told(raw_caption="web"), {}, "no synthetic caption beside the web's"),
         (told(longIB_captions=["one"]), {}, "no caption of the web"),
     ],

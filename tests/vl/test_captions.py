@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from distill_core import Sample
+import distill_vl
+from distill_core import ComponentConfig, Sample, Slot
+from distill_core.contracts.slot import Context
 from distill_core.errors import BadSample
+from distill_core.registry import Registry
 from distill_dreamlip.views import SubCaptions
 from distill_tips.captions import TwoCaptions
 from distill_vl.caption import WholeCaption
+from distill_vl.caption_readers import CaptionReader, Txt
+from distill_vl.captions import CaptionConfig
 
 DREAMLIP = {"raw_caption": "r. r2", "shortIB_captions": ["s"], "longIB_captions": ["l1"], "longSV_captions": ["l2"]}
 
 
 def reader(cls: Any = WholeCaption, **options: Any) -> Any:
-    return cls(cls.Config.model_validate_json(json.dumps(options)))
+    context = Context(Registry.of(distill_vl))
+    return cls(cls.Config.model_validate_json(json.dumps(options), context=context))
 
 
 def sample(document: Any, **fields: bytes) -> Sample:
@@ -58,7 +65,7 @@ def test_fields_by_kind_and_by_path(names: list[str], pool: list[str]) -> None:
     document = DREAMLIP | {"a": {"b": "deep"}, "c.d": "a name with a dot"}
     assert reader(fields=names).pool(sample(document)) == pool
     assert reader(fields=["long"]).pool(sample({"long": "own"} | DREAMLIP)) == ["own"]
-    with pytest.raises(BadSample, match=r"no caption in the json.s fields a\.x, c\.d\.e"):
+    with pytest.raises(BadSample, match=r"no caption in the fields a\.x, c\.d\.e"):
         reader(fields=["a.x", "c.d.e"]).pool(sample(document))
 
 
@@ -80,7 +87,7 @@ def test_probabilities() -> None:
     assert all(draws)
     assert abs(draws.count(["s"]) - 250) < 60
     assert rare.pool(sample({"shortIB_captions": "s"}), np.random.default_rng(0)) == ["s"]
-    with pytest.raises(BadSample, match="no caption in the json's fields short, long"):
+    with pytest.raises(BadSample, match="no caption in the fields short, long"):
         rare.pool(sample({}), np.random.default_rng(0))
     draw = [reader(fields=["raw", "long"]).texts(sample(DREAMLIP), rng := np.random.default_rng(5)), rng.random()]
     assert draw[1] == np.random.default_rng(5).random(), "nothing is drawn where there is nothing to draw"
@@ -109,3 +116,69 @@ def test_two_captions_draw_the_synthetic_ones() -> None:
     views = [made.train_views(sample(DREAMLIP), np.random.default_rng(seed)) for seed in range(100)]
     assert {first.data for first, _ in views} == {"r. r2"}
     assert {second.data for _, second in views} == {"s", "l1. l2", "l1. l2. s"}
+
+
+class Verse(CaptionReader):
+    """Poems: a line of `poem` is a sentence; the title is its own field; each stanza is a reference."""
+
+    name = "verse"
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"all": ("title", "poem")}
+    sentences = ("poem",)
+
+    def captions(self, sample: Sample) -> dict[str, list[str]]:
+        return {"poem": sample["poem"].decode().splitlines(), "title": [sample["title"].decode()]}
+
+    def references(self, sample: Sample) -> list[str]:
+        return sample["poem"].decode().split("\n\n")
+
+
+POEM: Sample = {"__key__": "k", "__url__": "u", "poem": b"O. One line\n\nTwo! It is.", "title": b"A. Title"}
+
+
+@pytest.mark.parametrize(
+    ("options", "pool"),
+    [
+        ({}, ["O. One line", "Two! It is", "A", "Title"]),
+        ({"split": "sentences"}, ["O. One line", "Two! It is", "A. Title"]),
+        ({"fields": ("title",)}, ["A", "Title"]),
+        ({"fields": ("all",)}, ["A", "Title", "O. One line", "Two! It is"]),
+    ],
+)
+def test_fields_and_split_apply_to_any_reader(options: dict[str, Any], pool: list[str]) -> None:
+    """Would catch what knows only json: groups, chosen fields and sentences of another reader, and its references."""
+    layout: Slot[CaptionReader] = Slot(Verse, ComponentConfig())
+    made = WholeCaption(
+        WholeCaption.Config(layout=layout, **{k: tuple(v) if k == "fields" else v for k, v in options.items()})
+    )
+    assert made.pool(POEM) == pool
+    assert made.decode(POEM) == ["O. One line", "Two! It is."]
+    assert made.decode(POEM, "title") == ["A. Title"]
+    with pytest.raises(BadSample, match="no text in the field 'nothing'"):
+        made.decode(POEM, "nothing")
+
+
+def test_probabilities_of_another_readers_fields() -> None:
+    layout: Slot[CaptionReader] = Slot(Verse, ComponentConfig())
+    made = WholeCaption(WholeCaption.Config(layout=layout, fields={"title": "always", "poem": 0.5}))
+    drawn = Counter(len(made.texts(POEM, np.random.default_rng(seed))) for seed in range(400))
+    assert abs(drawn[1] - 200) < 60
+    assert drawn[1] + drawn[2] == 400
+
+
+def test_a_blank_caption_counts_for_none() -> None:
+    with pytest.raises(BadSample, match="no caption in the layout verse"):
+        WholeCaption(CaptionConfig(layout=Slot(Verse, ComponentConfig()))).texts(POEM | {"poem": b"\n", "title": b" "})
+
+
+def test_the_txt_is_a_field_too() -> None:
+    """Beside the json's; it is read where it is named alone: its bytes may be no text."""
+    both = sample({"alt": "an alt"}, txt=b"the txt")
+    assert reader(fields=["txt", "alt"]).pool(both) == ["the txt", "an alt"]
+    assert reader(layout="txt", fields=["alt"]).pool(sample({"alt": "an alt"}, txt=b"\xff")) == ["an alt"]
+    assert Txt(ComponentConfig()).named(both, ["alt"]) == {"alt": ["an alt"]}
+
+
+def test_options_are_made_by_hand_and_written_as_before() -> None:
+    """Without a registry, as in a plain PyTorch loop; a bare name in a recipe means what it did."""
+    assert CaptionConfig().model_dump(mode="json")["layout"] == {"name": "auto"}
+    assert WholeCaption.Config() == reader(layout="auto").config

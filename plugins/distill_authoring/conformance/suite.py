@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 
@@ -115,6 +116,19 @@ def checks_of(kind: str) -> list[Check]:
     return [check for check in _CHECKS if not check.kinds or kind in check.kinds]
 
 
+def _of_plugin(run: Callable[[ConformanceCase, Any, np.random.Generator], None]) -> Check:
+    """A check that the plugin gives that defines the kind."""
+
+    def required(case: Case) -> None:
+        try:
+            run(case.inputs, case.config, np.random.default_rng(0))
+        except AssertionError as error:
+            raise CheckFailed(str(error)) from error
+
+    about = " ".join(inspect.cleandoc(run.__doc__ or "").split())
+    return Check(run.__name__, about, (), False, required)
+
+
 def check(
     component: type[Component], only: Collection[str] = (), cases: ConformanceCases | None = None
 ) -> list[Result]:
@@ -124,9 +138,10 @@ def check(
     """
     if cases is None:
         cases = Plugins.discover().conformance_cases()
-    tried, broken = _cases(component, cases.of(component))
+    inputs = cases.of(component)
+    tried, broken = _cases(component, inputs)
     results = []
-    for entry in checks_of(component.kind):
+    for entry in [*checks_of(component.kind), *map(_of_plugin, inputs.checks or ())]:
         if only and entry.name not in only:
             continue
         if entry.once:

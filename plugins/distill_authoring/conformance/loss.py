@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core import ConformanceCase, Features, Fused, Outputs
+from distill_core import ConformanceCase, Features, Fused, Outputs, Rows
 
 KIND = "loss"
 
@@ -392,8 +394,7 @@ def rank_step(
     module.load_state_dict(state)
     torch.manual_seed(0)
     joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
-    has_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
-    outputs = part(joint, start, end, joint.fusion if has_fusion else None)
+    outputs = _rank_part(joint, start, end)
     terms = call(module, outputs)[0]
     value = torch.stack([term.float() for term in terms.values()]).sum()
     if value.requires_grad:
@@ -412,6 +413,11 @@ def rank_step(
     )
 
 
+def _rank_part(joint: Outputs, start: int, end: int) -> Outputs:
+    has_fusion = bool(joint.fused) and not all(x.pooled.is_leaf for x in joint.fused.values())
+    return part(joint, start, end, joint.fusion if has_fusion else None)
+
+
 @dataclass
 class RankStep:
     """One rank's terms, gradients of parameters and of the student's rows (along `dims`), and state after the step."""
@@ -421,6 +427,92 @@ class RankStep:
     rows: list[Tensor]
     dims: list[int]
     state: list[Tensor]
+
+
+@checks(KIND)
+def gathers(case: Case) -> None:
+    """On two ranks, `gathers` names the rows whose `gathered` is read, and those alone."""
+    applicable = False
+    for fit in fits(case.cls, case.config):
+        with on(fit):
+            state = generic(case.cls(case.config, fit.plan)).state_dict()
+            step = (case.cls, case.config, case.inputs, fit, ids(case), state)
+            for named, read in on_two_ranks(gathered_step, [(*step, 0, BATCH), (*step, BATCH, 2 * BATCH)]):
+                applicable = applicable or bool(named or read)
+                require(
+                    read <= named,
+                    f"it reads `gathered` of {_listed(read - named)}, which `gathers` does not name: each such read is "
+                    "a collective of its own, which the other ranks wait for",
+                )
+                require(
+                    named <= read,
+                    f"`gathers` names {_listed(named - read)}, whose `gathered` is not read: they travel for nothing",
+                )
+    if not applicable:
+        raise NotApplicable("it reads no other rank's rows by `gathered`")
+
+
+def gathered_step(
+    cls: Any,
+    config: Any,
+    inputs: ConformanceCase,
+    fit: Fit,
+    integer_modalities: tuple[str, ...],
+    state: dict[str, Tensor],
+    start: int,
+    end: int,
+) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+    """(rows of the outputs, view) that `gathers` names, and that `forward` and `after_step` read."""
+    module = cls(config, fit.plan)
+    module.load_state_dict(state)
+    joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
+    outputs = _rank_part(joint, start, end)
+    names = {
+        id(features.rows): where
+        for where, features in [
+            *((f"student[{m!r}]", f) for m, f in outputs.student.items()),
+            *((f"teacher[{t!r}][{m!r}]", f) for t, side in outputs.teacher.items() for m, f in side.items()),
+            *((f"fused[{m!r}]", f) for m, f in outputs.fused.items()),
+        ]
+    }
+
+    def views(rows: Rows) -> set[tuple[str, int]]:
+        return {(names[id(whole)], view) for whole, view in rows.origins if id(whole) in names}
+
+    named = {view for rows in module.gathers(outputs) for view in views(rows)}
+    read: set[tuple[str, int]] = set()
+    with _watched(lambda rows: read.update(views(rows))):
+        value = total(module, outputs)
+        if value.requires_grad:
+            value.backward()  # type: ignore[no-untyped-call]
+        module.after_step(outputs, PROGRESS)
+    return named, read
+
+
+@contextmanager
+def _watched(seen: Callable[[Rows], None]) -> Iterator[None]:
+    """Calls `seen` with all rows whose `gathered` is read for the first time."""
+    original: Any = vars(Rows)["gathered"]
+
+    def gathered(rows: Rows) -> Tensor:
+        seen(rows)
+        result: Tensor = original.func(rows)
+        return result
+
+    watching: Any = cached_property(gathered)
+    watching.__set_name__(Rows, "gathered")
+    Rows.gathered = watching  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Rows.gathered = original  # type: ignore[method-assign]
+
+
+def _listed(views: set[tuple[str, int]]) -> str:
+    by_rows: dict[str, list[str]] = {}
+    for where, view in sorted(views):
+        by_rows.setdefault(where, []).append(str(view))
+    return ", ".join(f"outputs.{where} (view {', '.join(numbers)})" for where, numbers in by_rows.items())
 
 
 @checks(KIND)

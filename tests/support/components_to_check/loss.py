@@ -147,6 +147,30 @@ class HalfLogits(Match):
         return {"match": super().forward(outputs)[0]["match"] + (raw.dtype == torch.bfloat16)}, {}
 
 
+@broken("gathers", r"reads `gathered` of outputs.teacher\['default'\]\['left'\] \(view 0\), .*\['right'\] .* not name")
+class NamesNoRows(Match):
+    def gathers(self, outputs):
+        return ()
+
+
+@broken("gathers", r"`gathers` names outputs.fused\['left'\] \(view 0, 1\), whose `gathered` is not read: they travel")
+class NamesWhatItDoesNotRead(Match):
+    def gathers(self, outputs):
+        return [*super().gathers(outputs), outputs.fused["left"].rows[:2]]
+
+
+@broken("gathers", r"names outputs.teacher\['default'\]\['left'\] \(view 1\), .*\['right'\] \(view 1\), whose")
+class NamesAllViews(Match):
+    def gathers(self, outputs):
+        return [outputs.teacher["default"][modality].rows for modality in self.config.modalities]
+
+
+@broken("gathers", r"reads `gathered` of outputs.student\['left'\] \(view 0, 1")
+class ReadsAfterTheStep(Match):
+    def after_step(self, outputs, progress):
+        self.seen = outputs.student["left"].gathered.detach().mean()
+
+
 for component, check, message in (
     (CentresTheTeacher, "inputs_untouched", r"changes outputs.teacher\['default'\]\['left'\].pooled in place"),
     (MeanOverPadding, "padding", "padded tokens change the term"),

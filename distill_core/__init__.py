@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from distill_core.contracts.optional import TokenAttention as TokenAttention
     from distill_core.contracts.optional import TokenPooling as TokenPooling
     from distill_core.contracts.optional import offers as offers
+    from distill_core.contracts.schedule import Cosine as Cosine
+    from distill_core.contracts.schedule import Ramp as Ramp
     from distill_core.contracts.schedule import Schedule as Schedule
+    from distill_core.contracts.schedule import Scheduled as Scheduled
     from distill_core.contracts.slot import Slot as Slot
     from distill_core.contracts.slot import default_component as default_component
     from distill_core.contracts.source import DataSource as DataSource
@@ -146,7 +149,10 @@ HOMES = {
     "TokenAttention": "distill_core.contracts.optional",
     "TokenPooling": "distill_core.contracts.optional",
     "offers": "distill_core.contracts.optional",
+    "Cosine": "distill_core.contracts.schedule",
+    "Ramp": "distill_core.contracts.schedule",
     "Schedule": "distill_core.contracts.schedule",
+    "Scheduled": "distill_core.contracts.schedule",
     "Slot": "distill_core.contracts.slot",
     "default_component": "distill_core.contracts.slot",
     "DataSource": "distill_core.contracts.source",

@@ -11,15 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered
+from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 
@@ -223,8 +223,15 @@ class FusionHead(nn.Module, Component, ABC):
 class LossConfig(ComponentConfig):
     """Options that every loss has."""
 
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    """Factor of all of this loss's terms in the total."""
+    weight: Scheduled[NotNegative] = Scheduled(1.0)
+    """Factor of all of this loss's terms in the total; also a schedule."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        if not isinstance(cls.model_fields["weight"].default, Scheduled):
+            raise TypeError(
+                f"{cls.__qualname__}.weight: write a default of your own as Scheduled[...] = Scheduled(0.5)"
+            )
 
 
 class Loss(nn.Module, Component, ABC):

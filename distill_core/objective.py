@@ -61,7 +61,6 @@ class Objective(nn.Module):
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
         self.loss = nn.ModuleDict(loss)
-        self.weights = {name: float(module.config.weight) for name, module in loss.items()}
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
         self.teacher_tokens_of = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
         self.fused_needed = any(n.fused for n in needs)
@@ -141,9 +140,10 @@ class Objective(nn.Module):
         total: Tensor | None = None
         for id, loss in self.loss.items():
             own, more = loss(outputs)
+            weight = cast(Loss, loss).config.weight.value(outputs.progress)
             for name, term in own.items():
                 terms[id if len(own) == 1 else f"{id}/{name}"] = term
-                weighted = self.weights[id] * term
+                weighted = weight * term
                 total = weighted if total is None else total + weighted
             metrics |= {f"{id}/{name}": value for name, value in more.items()}
         if total is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from distill_core.batch import Batch
 from distill_core.collapse import collapse_indicators
-from distill_core.contracts.optimizer import Optimizer
-from distill_core.contracts.slot import Slot
 from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe
@@ -87,36 +84,30 @@ class TrainStep:
         self.allowed = recipe.train.max_nonfinite if recipe.train.nonfinite == "skip" else 1
         self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
         self.parameters = [parameter for _, parameter, _ in self._named]
-        self._slot = recipe.train.optimizer
-        self.optimizer = self._build(self._slot)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.schedule = recipe.train.schedule.build()
+        self.maker = recipe.train.optimizer.build()
+        self.optimizer = self.maker.build(self.maker.groups(self._named))
+        self.built = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        """The optimiser's groups before the first step, without their parameters: `lr` is the peak."""
+        self.schedule = recipe.train.schedule
         self.log_every, self.untrained = recipe.train.log_every, recipe.untrained_embeddings()
         self.not_finite = torch.zeros((), device=device)
         """Steps in a row that were not finite, on the device."""
         self.whole = True
         """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
 
-    def _build(self, slot: Slot[Optimizer]) -> torch.optim.Optimizer:
-        maker = slot.build()
-        optimizer: torch.optim.Optimizer = maker.build(maker.groups(self._named))
-        return optimizer
-
-    def load_state_dict(self, state: dict[str, Any], options: Mapping[str, Any]) -> None:
-        """Take the optimiser's state that was made with these options; those of the recipe that differ are applied."""
-        plain = {key: value for key, value in options.items() if key not in ("name", "id")}
-        config = self._slot.cls.Config.model_validate_json(json.dumps(plain))  # where lists serve for tuples
-        saved_groups = self._build(Slot(self._slot.cls, config)).param_groups
-        groups = [dict(group) for group in self.optimizer.param_groups]
+    def load_state_dict(self, state: dict[str, Any], built: Sequence[Mapping[str, Any]]) -> None:
+        """Take the optimiser's state, and the groups it had when it was `built`: what the recipe has changed of them
+        since is applied."""
         self.optimizer.load_state_dict(state)
-        for group, old, new in zip(self.optimizer.param_groups, saved_groups, groups, strict=True):
-            group.update({key: new[key] for key in new if key != "params" and new[key] != old[key]})
+        for group, old, new in zip(self.optimizer.param_groups, built, self.built, strict=True):
+            group.update({key: new[key] for key in new if new[key] != old.get(key)})
 
     def __call__(self, batch: Batch, progress: Progress) -> StepResult:
         """One optimiser step, or none where a value is not finite."""
-        factor = self.schedule.factor(progress.step, progress.steps)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
+        factor = self.schedule.value(progress)
+        for group, built in zip(self.optimizer.param_groups, self.built, strict=True):
+            group["lr"] = built["lr"] * factor
+        self.maker.before_step(self.optimizer.param_groups, progress)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             outputs = self.objective.represent(batch, progress)

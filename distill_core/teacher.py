@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Literal
 
@@ -12,16 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.schedule import Scheduled
 from distill_core.outputs import Progress
 
 
 class TeacherConfig(ComponentConfig):
     """The teacher: an exponential moving average of the student's backbones (and of losses' `teacher_modules`)."""
 
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.999
-    """teacher = momentum * teacher + (1 - momentum) * student, each step."""
-    momentum_end: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Move the momentum to this value along a cosine over the run; null keeps it fixed."""
+    momentum: Scheduled[Annotated[float, Field(ge=0, le=1)]] = Scheduled(0.999)
+    """teacher = momentum * teacher + (1 - momentum) * student, each step; also a schedule."""
     update: Literal["before_optimizer", "after_optimizer"] = "after_optimizer"
     """Average in the student's weights from before or after this step's optimiser update."""
     views: tuple[str, ...] = ("global",)
@@ -53,10 +51,7 @@ class Teacher(nn.Module):
 
     def momentum(self, progress: Progress) -> float:
         """The momentum at this step."""
-        start, end = self.config.momentum, self.config.momentum_end
-        if end is None:
-            return start
-        return end - (end - start) * (math.cos(math.pi * progress.fraction) + 1) / 2
+        return self.config.momentum.value(progress)
 
     @torch.no_grad()
     def move(self, progress: Progress, finite: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from distill_core.contracts.schedule import Schedule, Scheduled
 from distill_core.contracts.slot import Slot, default_of, interface_of
 from distill_core.errors import UserError, did_you_mean
 from distill_core.registry import Entry, Registry
@@ -25,6 +26,7 @@ def options(config: type[BaseModel]) -> list[dict[str, Any]]:
     rows = []
     for name, field in config.model_fields.items():
         default = default_of(field)
+        default = default.dump() if isinstance(default, Scheduled) else default
         rows.append(
             {
                 "name": field.alias or name,
@@ -47,6 +49,8 @@ def type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_name(arguments[0])
+    if origin is Scheduled:
+        return f"{type_name(arguments[0])} | {Schedule.kind}"
     if origin is typing.Literal:
         return " | ".join(repr(value) for value in arguments)
     if origin in (typing.Union, types.UnionType):

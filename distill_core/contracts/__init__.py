@@ -9,9 +9,11 @@ distill_api = 1
 def distill_components() -> list[type]:
     """Optimiser, schedules, data sources, starting weights."""
     from distill_core.contracts.optimizer import AdamW
-    from distill_core.contracts.schedule import Constant, WarmupCosine
+    from distill_core.contracts.schedule import Constant, Cosine, Ramp, Steps, WarmupCosine
     from distill_core.contracts.weights import StateDictLoader
     from distill_core.data.mixture_source import MixtureSource
     from distill_core.data.webdataset_source import WebDatasetSource
 
-    return [AdamW, WarmupCosine, Constant, WebDatasetSource, MixtureSource, StateDictLoader]
+    return [
+        AdamW, WarmupCosine, Constant, Ramp, Cosine, Steps, WebDatasetSource, MixtureSource, StateDictLoader,
+    ]  # fmt: skip

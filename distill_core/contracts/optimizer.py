@@ -11,7 +11,10 @@ from pydantic import Field
 from torch import nn
 
 from distill_core.contracts.component import Component, ComponentConfig
+from distill_core.contracts.schedule import NotNegative, Scheduled
+from distill_core.outputs import Progress
 
+START = Progress(0, 1)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,6 +33,10 @@ class Optimizer(Component, ABC):
         Norms, biases and scales (ndim < 2) are not decayed.
         """
 
+    def before_step(self, groups: list[dict[str, Any]], progress: Progress) -> None:
+        """Set in the optimiser's groups what moves over the run beside the learning rate; called before each step."""
+        return
+
     @abstractmethod
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimiser. Each group's `lr` is its peak; the schedule sets it, so `step` must read it anew."""
@@ -44,8 +51,8 @@ class AdamWConfig(ComponentConfig):
     """Decay of the running means of the gradient and of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator of the update."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.5
-    """Decoupled decay of matrices; parameters with ndim < 2 (norms, biases, scales) are not decayed."""
+    weight_decay: Scheduled[NotNegative] = Scheduled(0.5)
+    """Decoupled decay of matrices, also a schedule; parameters with ndim < 2 (norms, biases, scales) have none."""
 
 
 class AdamW(Optimizer):
@@ -63,10 +70,17 @@ class AdamW(Optimizer):
             {
                 "params": members,
                 "lr": self.config.lr * factor,
-                "weight_decay": self.config.weight_decay if decayed else 0.0,
+                "weight_decay": self.config.weight_decay.value(START) if decayed else 0.0,
+                "decayed": decayed,
             }
             for (decayed, factor), members in groups.items()
         ]
+
+    def before_step(self, groups: list[dict[str, Any]], progress: Progress) -> None:
+        """The weight decay of this step, where it is a schedule."""
+        if self.config.weight_decay.moves:
+            for group in groups:
+                group["weight_decay"] = self.config.weight_decay.value(progress) if group["decayed"] else 0.0
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Over the groups."""

@@ -107,7 +107,7 @@ class Slot(Generic[C]):
         interface = interface_of(source)
 
         def validate(value: Any, info: ValidationInfo) -> Slot[Any]:
-            return _resolve(interface, value, info.context)
+            return resolve_slot(interface, value, info.context)
 
         return core_schema.with_info_plain_validator_function(
             validate,
@@ -162,7 +162,7 @@ def _default_for_null(value: Any) -> Any:
     return value
 
 
-def _resolve(interface: type[Component], value: Any, context: Any) -> Slot[Any]:
+def resolve_slot(interface: type[Component], value: Any, context: Any) -> Slot[Any]:
     """A `Slot` of a component that implements the interface. Raises `ValidationError`."""
     if isinstance(value, Slot) and issubclass(value.cls, interface):
         return value

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill_core.contracts.component import Component
+from distill_core.contracts.schedule import Schedule, Scheduled
 from distill_core.contracts.slot import NullIsDefault, Slot, default_of, interface_of
 from distill_core.errors import KeyPath
 from distill_core.registry import Registry
@@ -65,13 +66,14 @@ def _holders(model: type[BaseModel]) -> list[tuple[str, FieldInfo, bool]]:
 def _may_hold(annotation: Any) -> bool:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return True
-    return typing.get_origin(annotation) is Slot or any(map(_may_hold, typing.get_args(annotation)))
+    return typing.get_origin(annotation) in (Slot, Scheduled) or any(map(_may_hold, typing.get_args(annotation)))
 
 
 def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> Iterator[Place]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Slot:
-        interface = interface_of(annotation)
+    scheduled = origin is Scheduled and (isinstance(value, str | dict) or (value is None and place.default is not None))
+    if origin is Slot or scheduled:  # a number is no component
+        interface = interface_of(annotation) if origin is Slot else Schedule
         name = value.get("name", place.default) if isinstance(value, dict) else None
         component = registry.entries.get((interface.kind, str(name)))
         options = component.cls.Config if component is not None else None

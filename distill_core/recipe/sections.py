@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
-from distill_core.contracts.schedule import Schedule
+from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.contracts.slot import NullIsDefault, Slot, default_component
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
@@ -93,8 +93,8 @@ class TrainConfig(ComponentConfig):
     """Length of the run in passes over the training data."""
     optimizer: Slot[Optimizer] = default_component("adamw")
     """What updates the weights."""
-    schedule: Slot[Schedule] = default_component("warmup_cosine")
-    """The learning rate's course over the run."""
+    schedule: Scheduled[NotNegative] = default_component("warmup_cosine")
+    """The learning rate's course over the run: a factor of the optimiser's `lr`."""
     lr_factors: dict[str, Annotated[float, Field(ge=0)]] = {}  # noqa: RUF012
     """Factors of the learning rate by component path, as {backbone.text: 0.1}; the longest path wins."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -225,6 +225,10 @@ class Recipe(ComponentConfig):
         """Every component that it is made of, those inside other components' options too, in the recipe's order."""
         return list(_slots(self))
 
+    def schedules(self) -> dict[str, Scheduled[Any]]:
+        """Path -> each option that moves over the run, the learning rate's schedule aside."""
+        return {path: option for path, option in _schedules(self) if path != "train.schedule"}
+
     def to_dict(self) -> dict[str, Any]:
         """The recipe with every default, as plain data."""
         return self.model_dump(mode="json", by_alias=True)
@@ -270,6 +274,8 @@ def _slots(value: Any) -> Iterator[Slot[Any]]:
     if isinstance(value, Slot):
         yield value
         yield from _slots(value.config)
+    elif isinstance(value, Scheduled):
+        yield from _slots(value.source)
     elif isinstance(value, BaseModel):
         for name in type(value).model_fields:
             yield from _slots(getattr(value, name))
@@ -279,6 +285,23 @@ def _slots(value: Any) -> Iterator[Slot[Any]]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _slots(item)
+
+
+def _schedules(value: Any, path: str = "") -> Iterator[tuple[str, Scheduled[Any]]]:
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Scheduled):
+        if value.moves:
+            yield path, value
+    elif isinstance(value, Slot):
+        yield from _schedules(value.config, path)
+    elif isinstance(value, BaseModel):
+        inside = ((field.alias or name, getattr(value, name)) for name, field in type(value).model_fields.items())
+    elif isinstance(value, Mapping):
+        inside = value.items()
+    elif isinstance(value, list | tuple):
+        inside = enumerate(value)
+    for key, item in inside:
+        yield from _schedules(item, f"{path}.{key}" if path else str(key))
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from distill_core.collapse import CollapseRule
 from distill_core.outputs import Progress
@@ -26,6 +27,7 @@ class MetricsLog:
         self.rate: float | None = None
         """Samples per second over all ranks, of the steps of the last row."""
         self._clock, self._step = time.perf_counter(), state.step  # of the last row
+        self._schedules = state.recipe.schedules()
 
     def add(self, result: StepResult, progress: Progress) -> None:
         """Call for each step, as the last that `state` counts, on every rank, with the `progress` that it used."""
@@ -52,7 +54,7 @@ class MetricsLog:
         if distributed.rank() > 0:
             return
         epoch, teacher = state.length.epoch(state.step), state.objective.teacher
-        row = {
+        row: dict[str, Any] = {
             "step": state.step,
             "epoch": round(epoch, 4) if epoch is not None else None,
             "loss": next(means),
@@ -65,6 +67,8 @@ class MetricsLog:
         }
         if teacher is not None:
             row["momentum"] = teacher.momentum(progress)
+        if self._schedules:
+            row["schedules"] = {path: option.value(progress) for path, option in self._schedules.items()}
         self.folder.log(row)
         self.tracked.log(state.step, row)
         if line := self._collapse.check(row["metrics"]):

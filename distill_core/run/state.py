@@ -109,6 +109,7 @@ class RunState:
             "recipe": self.recipe.to_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.train_step.optimizer.state_dict(),
+            "optimizer_groups": self.train_step.built,
             "ranks": distributed.gather_objects(self._between_steps),
             "best": self.best,
             "skipped_steps": self.skipped_steps,
@@ -118,8 +119,7 @@ class RunState:
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
         """Call before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
         load_into(self.objective, state["objective"], source)
-        options = state.get("recipe", self.recipe.to_dict())["train"]["optimizer"]
-        self.train_step.load_state_dict(state["optimizer"], options)
+        self.train_step.load_state_dict(state["optimizer"], state["optimizer_groups"])
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         ranks, rank = state["ranks"], distributed.rank()

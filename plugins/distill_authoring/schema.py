@@ -103,10 +103,10 @@ def _as_written(schema: Any) -> Any:
     if JSON_KEY in schema:
         return _slot(schema)
     choices = schema.get("anyOf", [])
-    if {"type": "null"} in choices and any(JSON_KEY in choice for choice in choices):
+    if any(JSON_KEY in choice for choice in choices):
         default = {"default": schema["default"]} if "default" in schema else {}
         slots = [_slot(choice | default) if JSON_KEY in choice else choice for choice in choices]
-        schema = {**schema, "anyOf": [*slots, NONE]}
+        schema = {**schema, "anyOf": [*slots, *([NONE] if {"type": "null"} in choices else [])]}
     result: Schema = {}
     for key, value in schema.items():
         if key in ("default", "const", "enum", "examples", "required"):

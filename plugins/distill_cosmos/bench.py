@@ -136,7 +136,7 @@ class Plain:
         # the teacher runs under no_grad; with requires_grad off as well, torch sends products of its padded, transposed
         # sequences through bmm with a copied weight (16 times slower in bf16), which would flatter ours
         self.clock = clock
-        self.momentum = recipe.teacher.momentum if recipe.teacher is not None else 0.0
+        self.momentum = recipe.teacher.momentum.value(Progress(0, 1)) if recipe.teacher is not None else 0.0
         self.images = cosmos.Views(*(_views(batch, "image", role) for role in ROLES))
         captions = ([pad(x, (0, text.context - x.shape[1])) for x in _views(batch, "text", role)] for role in ROLES)
         self.texts = cosmos.Views(*captions)
@@ -146,10 +146,14 @@ class Plain:
         self.mask_padding = bool(fusion.config.mask_padding)
         self.globals = [recipe.plan.modalities[name].roles.count("global") for name in ("image", "text")]
         options = recipe.train.optimizer.config
+        decay = options.weight_decay.value(Progress(0, 1))
         decayed = [p for p in self.student.parameters() if p.ndim >= 2]
         others = [p for p in self.student.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": decayed, "weight_decay": decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=options.lr,
             betas=options.betas,
             eps=options.eps,

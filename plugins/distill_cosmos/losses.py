@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core import ComponentConfig, Needs, Outputs, Plan, Rows, did_you_mean, same_dim
+from distill_core import ComponentConfig, Needs, Outputs, Plan, Rows, Scheduled, did_you_mean, same_dim
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
 
@@ -22,8 +22,8 @@ class DistillationConfig(ContrastiveConfig):
     targets: Literal["hard", "soft"] = "hard"
     """`hard`: InfoNCE, the one positive is the same sample. `soft`: cross-entropy with the teacher's own similarities
     (SEED; ALBEF, equation 6). For a mixture give the loss twice, with an `id` and a `weight` each."""
-    teacher_temperature: Annotated[float, Field(gt=0)] = 0.04
-    """Of the teacher's similarities, where targets are soft; the student's temperature is learned."""
+    teacher_temperature: Scheduled[Annotated[float, Field(gt=0)]] = Scheduled(0.04)
+    """Of the teacher's similarities, where targets are soft (also a schedule); the student's temperature is learned."""
 
 
 class CrossModalDistillation(ContrastiveLoss):
@@ -105,9 +105,8 @@ class CrossModalDistillation(ContrastiveLoss):
     def soften(self, outputs: Outputs, student: str, teacher: str) -> tuple[Tensor, Tensor]:
         """What soft targets add to the block's InfoNCEs, [Vs, Vt], and the targets' mean entropy."""
         queries, keys = outputs.teacher["default"][student], outputs.teacher["default"][teacher]
-        targets = soft_targets(
-            queries.embedding, keys.embedding, queries.gathered, keys.gathered, self.config.teacher_temperature
-        )
+        temperature = self.config.teacher_temperature.value(outputs.progress)
+        targets = soft_targets(queries.embedding, keys.embedding, queries.gathered, keys.gathered, temperature)
         fused, scale = outputs.fused[student], self.logit_scale.exp()
         return soft_minus_hard(fused.embedding, fused.gathered, keys.embedding, targets, scale), targets.entropy
 

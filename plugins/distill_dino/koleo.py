@@ -10,13 +10,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core import GLOBAL, Loss, LossConfig, Needs, Outputs, Plan
+from distill_core import GLOBAL, Loss, LossConfig, Needs, Outputs, Plan, Scheduled
 
 
 class KoLeoConfig(LossConfig):
     """Defaults are DINOv2's."""
 
-    weight: Annotated[float, Field(ge=0)] = 0.1
+    weight: Scheduled[Annotated[float, Field(ge=0)]] = Scheduled(0.1)
     """Factor of the term in the total."""
 
     modality: str = "image"

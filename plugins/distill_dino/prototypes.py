@@ -10,20 +10,17 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from distill_core import Loss, LossConfig, Outputs, Plan, Progress
+from distill_core import Loss, LossConfig, Outputs, Plan, Progress, Ramp, Scheduled
 from distill_dino.targets import Targets, entropy
 from distill_vl.heads import DINOHead
 
 Positive = Annotated[int, Field(gt=0)]
-Temperature = Annotated[float, Field(gt=0)]
+Temperature = Scheduled[Annotated[float, Field(gt=0)]]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class PrototypeConfig(LossConfig):
-    """Head and temperatures as DINO's for ViT-B/16; `warmup` and `freeze_last_layer` are parts of the run.
-
-    A short run wants a constant teacher temperature of .04.
-    """
+    """Head and temperatures as DINO's for ViT-B/16. A short run wants a constant teacher temperature of .04."""
 
     modality: str = "image"
     """The modality that learns from its own teacher."""
@@ -37,14 +34,10 @@ class PrototypeConfig(LossConfig):
     """Linear layers of the MLP, the bottleneck's included."""
     norm_last_layer: bool = True
     """Prototypes of length 1; false learns their lengths."""
-    student_temperature: Temperature = 0.1
-    """Divides the student's logits."""
-    teacher_temperature: Temperature = 0.07
-    """Divides the teacher's logits, after the warm-up."""
-    warmup_teacher_temperature: Temperature = 0.04
-    """The teacher's temperature at the start; it rises linearly."""
-    warmup: Share = 0.3
-    """Part of the run in which the teacher's temperature rises."""
+    student_temperature: Temperature = Scheduled(0.1)
+    """Divides the student's logits; also a schedule."""
+    teacher_temperature: Temperature = Scheduled.by(Ramp, start=0.04, end=0.07, until=0.3)
+    """Divides the teacher's logits; a number or a schedule."""
     centring: Literal["ema", "sinkhorn_knopp"] = "ema"
     """Against collapse: subtract a moving mean from the teacher's logits, or share the batch among prototypes."""
     center_momentum: Share = 0.9
@@ -77,16 +70,13 @@ class PrototypeLoss(Loss):
 
     def temperature(self, progress: Progress) -> float:
         """The teacher's temperature at this step."""
-        config = self.config
-        part = min(1.0, progress.fraction / config.warmup) if config.warmup > 0 else 1.0
-        start, end = config.warmup_teacher_temperature, config.teacher_temperature
-        return float(start + (end - start) * part)
+        return float(self.config.teacher_temperature.value(progress))
 
     def student_logits(self, x: Tensor, progress: Progress) -> Tensor:
         """[..., W] -> log-probabilities [..., K]."""
         frozen = progress.fraction < self.config.freeze_last_layer
         logits: Tensor = self.head(x, freeze_last_layer=frozen)
-        return log_softmax(logits / self.config.student_temperature, dim=-1)
+        return log_softmax(logits / self.config.student_temperature.value(progress), dim=-1)
 
     @torch.no_grad()
     def teacher_logits(self, x: Tensor, outputs: Outputs) -> Tensor:

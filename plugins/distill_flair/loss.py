@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core import Needs, Outputs, Plan, Rows, TokenPooling, all_gather, rank, wide
+from distill_core import Needs, Outputs, Plan, Rows, Scheduled, TokenPooling, all_gather, rank, wide
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
@@ -20,7 +20,7 @@ class FlairConfig(SigmoidConfig):
 
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """The scale starts at 1 / temperature, 14.29."""
-    weight: Annotated[float, Field(ge=0)] = 0.5
+    weight: Scheduled[Annotated[float, Field(ge=0)]] = Scheduled(0.5)
     """Factor of both terms in the total: the public code takes their mean."""
     modalities: tuple[str, str] = ("image", "text")
     """What is pooled (its first view), and what conditions the pooling (all its views)."""

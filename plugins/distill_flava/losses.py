@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from distill_core import Features, Fused, Group, Loss, LossConfig, Needs, Outputs, Plan, UserError
+from distill_core import Features, Fused, Group, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError
 from distill_flava.fusion import MultimodalEncoder
 from distill_vl.masking import MASKED
 from distill_vl.tokenizer import VOCABULARY
@@ -217,8 +217,9 @@ class ImageTextMatchingConfig(LossConfig):
     """The two modalities; the second's samples are exchanged."""
     negatives: Literal["next", "hard"] = "next"
     """The partner in a mismatched pair: the batch's next sample, or one drawn by its similarity (ALBEF)."""
-    temperature: Annotated[float, Field(gt=0)] = 0.07
-    """Of the odds that `hard` draws with: softmax(similarity / temperature), the true partner left out."""
+    temperature: Scheduled[Annotated[float, Field(gt=0)]] = Scheduled(0.07)
+    """Of the odds that `hard` draws with: softmax(similarity / temperature), the true partner left out. Also a
+    schedule."""
 
 
 class ImageTextMatching(Loss):
@@ -271,7 +272,8 @@ class ImageTextMatching(Loss):
         own = torch.arange(batch, device=first.device)
         if self.config.negatives == "next":
             return (own + 1) % batch
-        odds = (first @ second.T / self.config.temperature).fill_diagonal_(float("-inf")).softmax(-1)
+        temperature = self.config.temperature.value(outputs.progress)
+        odds = (first @ second.T / temperature).fill_diagonal_(float("-inf")).softmax(-1)
         return torch.multinomial(odds, 1)[:, 0]
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 
-from distill_core import Loss, LossConfig, Needs, Outputs, Plan, all_gather, rank
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled, all_gather, rank
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -28,8 +28,8 @@ class SimClrConfig(LossConfig):
     """Width of the head's two hidden layers."""
     dim: Positive = 256
     """Width of what is compared."""
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    """Cosines are divided by it; it is not learned."""
+    temperature: Scheduled[Annotated[float, Field(gt=0)]] = Scheduled(0.1)
+    """Cosines are divided by it; it is not learned. Also a schedule."""
 
 
 class BatchNorm(nn.Module):
@@ -112,7 +112,8 @@ class SimClr(Loss):
             own = normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
             every = all_gather(own, dim=1)
             (_, batch, _), rows = own.shape, every.shape[1]
-            logits = own.flatten(0, 1) @ every.flatten(0, 1).T / self.config.temperature  # [2B, 2M]
+            temperature = self.config.temperature.value(outputs.progress)
+            logits = own.flatten(0, 1) @ every.flatten(0, 1).T / temperature  # [2B, 2M]
             itself = rank() * batch + torch.arange(batch, device=own.device)
             first, second = itself, itself + rows
             logits = logits.scatter(1, torch.cat([first, second])[:, None], float("-inf"))

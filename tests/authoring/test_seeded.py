@@ -36,7 +36,7 @@ CLASSES = {
     "non-picklable",
     "roles not together",
     "optimizer",
-    "schedule out of range",
+    "schedule that is no course",
     "tracker that blocks",
     "source whose shards lie",
     "task changes the model",

@@ -140,7 +140,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     step, batch = made(tiny_recipe, registry, f"teacher={{momentum: 0.5, update: {update}}}", "train.nonfinite=skip")
     if optimizer == "sgd":
         step.optimizer = torch.optim.SGD(step.parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-        step.peaks = [0.1]
+        step.built = [{"lr": 0.1}]
 
     def state() -> dict[str, Tensor]:
         own = {name: x.clone() for name, x in step.objective.state_dict().items()}

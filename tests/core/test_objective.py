@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
+from distill_core.contracts.schedule import Cosine, Scheduled
 from distill_core.interfaces import Backbone, FusionHead, Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
@@ -126,7 +127,7 @@ def test_momentum() -> None:
     """Hand-computed. Catches a cosine that runs the wrong way, or is measured in other than the whole run."""
     fixed = Teacher(TeacherConfig(momentum=0.97), {}, {})
     assert [fixed.momentum(Progress(step, 10)) for step in (0, 5, 9)] == [0.97] * 3
-    cosine = Teacher(TeacherConfig(momentum=0.9, momentum_end=1.0), {}, {})
+    cosine = Teacher(TeacherConfig(momentum=Scheduled.by(Cosine, start=0.9, end=1.0)), {}, {})
     expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert [cosine.momentum(Progress(step, 8)) for step in range(8)] == pytest.approx(expected, rel=1e-12)
     assert cosine.momentum(Progress(0, 8)) == pytest.approx(0.9)
@@ -136,7 +137,7 @@ def test_momentum() -> None:
 @pytest.mark.parametrize("order", ["before_optimizer", "after_optimizer"])
 def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
     """teacher = m teacher + (1 - m) student, with the student from before or from after the step."""
-    config = TeacherConfig(momentum=0.75, momentum_end=0.25, update=order)  # type: ignore[arg-type]
+    config = TeacherConfig(momentum=Scheduled.by(Cosine, start=0.75, end=0.25), update=order)  # type: ignore[arg-type]
     objective = objective_of(Pull, teacher=config)
     objective.teacher.backbone["a"].proj.data.add_(1.0)  # type: ignore[union-attr]
     optimizer = torch.optim.SGD(objective.backbone.parameters(), lr=0.5)

@@ -238,11 +238,13 @@ def test_learning_rate_of_each_step(run: Run) -> None:
 
 def test_schedules_by_hand() -> None:
     half = WarmupCosine(WarmupCosine.Config.model_validate({"warmup": 0.25}))
-    assert [half.factor(i, 8) for i in (0, 1, 2, 5)] == pytest.approx([0.5, 1, 1, 0.5])
+    assert [half.value(Progress(i, 8)) for i in (0, 1, 2, 5)] == pytest.approx([0.5, 1, 1, 0.5])
     none = WarmupCosine(WarmupCosine.Config.model_validate({"warmup": 0}))
-    assert [none.factor(i, 4) for i in range(4)] == pytest.approx([1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2])
+    assert [none.value(Progress(i, 4)) for i in range(4)] == pytest.approx(
+        [1, (1 + 0.5**0.5) / 2, 0.5, (1 - 0.5**0.5) / 2]
+    )
     flat = Constant(Constant.Config.model_validate({"warmup": 4}))
-    assert [flat.factor(i, 9) for i in (0, 1, 3, 4, 8)] == pytest.approx([0.25, 0.5, 1, 1, 1])
+    assert [flat.value(Progress(i, 9)) for i in (0, 1, 3, 4, 8)] == pytest.approx([0.25, 0.5, 1, 1, 1])
 
 
 @pytest.mark.slow

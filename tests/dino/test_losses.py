@@ -223,12 +223,14 @@ def test_gradients_reach_the_student_alone(steps: ModuleType) -> None:
 
 
 def test_the_teachers_temperature_rises(steps: ModuleType) -> None:
-    made = steps.objective(f"[{{name: dino, {steps.HEAD}, warmup: 0.5, warmup_teacher_temperature: 0.02}}]")
+    ramp = "teacher_temperature: {name: ramp, start: 0.02, end: 0.07, until: 0.5}"
+    made = steps.objective(f"[{{name: dino, {steps.HEAD}, {ramp}}}]")
     loss = made.loss["dino"]
     values = [loss.temperature(Progress(step, 100)) for step in (0, 25, 50, 99)]
     assert values == pytest.approx([0.02, 0.045, 0.07, 0.07])
-    loss.config = loss.config.model_copy(update={"warmup": 0.0})
-    assert loss.temperature(Progress(0, 100)) == 0.07
+    loss = steps.objective(f"[{{name: dino, {steps.HEAD}}}]").loss["dino"]
+    values = [loss.temperature(Progress(step, 100)) for step in (0, 15, 30, 99)]
+    assert values == pytest.approx([0.04, 0.055, 0.07, 0.07]), "DINO's own: 30 epochs of 100"
 
 
 def test_head_is_torchs_weight_norm() -> None:

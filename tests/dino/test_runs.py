@@ -53,7 +53,7 @@ augment: {{image: {{name: multi_crop, size: 16, local_size: 8, global: 2, local:
 backbone:
   image: {{name: vit, image_size: 16, patch: 4, width: 16, layers: 2, heads: 2, dim: 16, masking: {{}}}}
 loss: [{{name: ibot, prototypes: 16, hidden: 16, bottleneck: 8, freeze_last_layer: 0.0}}, {{name: koleo, weight: 0.1}}]
-teacher: {{momentum: 0.9, momentum_end: 1.0}}
+teacher: {{momentum: {{name: cosine, start: 0.9, end: 1.0}}}}
 data:
   source: {{name: webdataset, urls: "{folder}/train-*.tar"}}
   batch_size: 4

@@ -40,8 +40,11 @@ backbone:
   image: {{name: vit, image_size: 16, patch: 8, width: 16, layers: 1, heads: 2, dim: 16}}
   text: {{name: clip_text, width: 16, layers: 1, heads: 2, dim: 16, padding: longest}}
 fusion: {{name: cross_attention, heads: 2}}
-loss: [{{name: contrastive}}, {{name: cross_modal_distillation}}, {{name: gate}}]
-teacher: {{momentum: 0.9, momentum_end: 1.0}}
+loss:
+  - {{name: contrastive}}
+  - {{name: cross_modal_distillation, weight: {{name: ramp, start: 0.5, end: 1.0}}}}
+  - {{name: gate}}
+teacher: {{momentum: {{name: cosine, start: 0.9, end: 1.0}}}}
 data:
   source: {{name: webdataset, urls: "{folder}/train*.tar", validation: "{folder}/validation-000.tar", \
 test: "{folder}/test-000.tar"}}
@@ -49,7 +52,7 @@ test: "{folder}/test-000.tar"}}
   shuffle: 6
 train:
   steps: 10
-  optimizer: {{name: adamw, lr: 1e-3, eps: 1e-6}}
+  optimizer: {{name: adamw, lr: 1e-3, eps: 1e-6, weight_decay: {{name: cosine, start: 0.04, end: 0.4}}}}
   schedule: {{name: warmup_cosine, warmup: 3}}
   clip_grad: 0.5
   threads: 1

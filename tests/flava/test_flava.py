@@ -13,6 +13,7 @@ from beside import load_beside
 from torch import Tensor, nn
 
 from distill_core.batch import Batch, Group, View, Views
+from distill_core.contracts.schedule import Scheduled
 from distill_core.errors import BadSample, RecipeErrors, UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Outputs, Progress
@@ -190,7 +191,7 @@ def test_hard_partners_are_alike_and_never_their_own(made: Objective, outputs: O
     plain = loss.config
     try:
         for temperature, count in ((1.0, 3), (1e-4, 1)):
-            loss.config = plain.model_copy(update={"negatives": "hard", "temperature": temperature})
+            loss.config = plain.model_copy(update={"negatives": "hard", "temperature": Scheduled(temperature)})
             torch.manual_seed(0)
             drawn = torch.stack([loss.partners(outputs, 4) for _ in range(200)])
             assert (drawn != torch.arange(4)).all()

@@ -29,6 +29,7 @@ from distill_core import (
     FeatureKind,
     LoadReport,
     Model,
+    Progress,
     Sample,
     Score,
     Shard,
@@ -56,19 +57,19 @@ def cache() -> Iterator[Path]:
 
 
 @checks("schedule")
-def factors(case: Case) -> None:
-    """The factor is between 0 and 1 at every step, and depends on (step, steps) alone, for short and long runs."""
+def values(case: Case) -> None:
+    """The value is a finite number at every step, and depends on the progress alone, for short and long runs."""
     schedule = case.cls(case.config)
     for steps in (1, 2, 10, 5000):
-        values = [schedule.factor(step, steps) for step in range(steps)]
-        for step, x in enumerate(values):
+        run = [Progress(step, steps) for step in range(steps)]
+        reached = [schedule.value(progress) for progress in run]
+        for step, x in enumerate(reached):
             require(
-                isinstance(x, int | float) and math.isfinite(x) and 0 <= x <= 1 + 1e-6,
-                f"at step {step} of {steps} the factor is {x!r}; it must be finite, from 0 to 1: `lr` is the peak",
+                isinstance(x, int | float) and math.isfinite(x),
+                f"at step {step} of {steps} the value is {x!r}; it must be a finite number",
             )
-        repeated = [case.cls(case.config).factor(step, steps) for step in reversed(range(steps))]
-        require(values == repeated[::-1], "the factor depends on earlier calls: a resumed run would differ")
-        require(max(values) > 0, f"of {steps} steps, all factors are 0: nothing would be learned")
+        repeated = [case.cls(case.config).value(progress) for progress in reversed(run)]
+        require(reached == repeated[::-1], "the value depends on earlier calls: a resumed run would differ")
 
 
 def _optimizer(case: Case, factor: float = 1.0) -> tuple[torch.nn.Module, Any]:

@@ -47,7 +47,7 @@ def test_options_of_defaults_need_no_name(check: Check) -> None:
     """Would catch `--set train.optimizer.lr=1e-3` asking for the name that the recipe has by default."""
     recipe = check("train.optimizer.lr=1e-2", "train.schedule.warmup=3", "tracking.experiment=x")
     assert (recipe.train.optimizer.cls.name, recipe.train.optimizer.config.lr) == ("adamw", 1e-2)
-    assert (recipe.train.schedule.cls.name, recipe.train.schedule.config.warmup) == ("warmup_cosine", 3)
+    assert (recipe.train.schedule.source.cls.name, recipe.train.schedule.source.config.warmup) == ("warmup_cosine", 3)
     assert recipe.tracking is not None
     assert (recipe.tracking.cls.name, recipe.tracking.config.experiment) == ("aim", "x")
 

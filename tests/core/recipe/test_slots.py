@@ -85,7 +85,8 @@ def test_errors_inside_nested_components_come_with_the_others(more: Registry) ->
         parse(more, f"loss.0={{name: sum, parts: [{wrong}]}}", "fusion.heads=x")
     unknown = [line for line in caught.value.lines if "'nope'" in line]
     assert caught.value.lines == [
-        "--set loss.0: loss.0.parts.0.weight: must be a number, got 'x'",
+        "--set loss.0: loss.0.parts.0.weight: must be a number or a schedule; there is no schedule named 'x' "
+        "(there are: constant, cosine, ramp, steps, warmup_cosine)",
         "--set loss.0: loss.0.parts.0.wieght: unknown option 'wieght', did you mean 'weight'?",
         *unknown,
         "--set loss.0: loss.0.parts.2: 'contrastive' needs a modality 'sound' (there are: image, text)",
@@ -98,6 +99,6 @@ def test_errors_inside_nested_components_come_with_the_others(more: Registry) ->
 def test_a_section_is_validated_by_itself_with_a_registry_and_only_with_one(registry: Registry) -> None:
     """Would catch defaults that stay names, and a slot that is left as plain data where no registry is given."""
     train = TrainConfig.model_validate_json('{"optimizer": {"name": "adamw", "lr": 1}}', context=Context(registry))
-    assert (train.optimizer.config.lr, train.schedule.cls.name) == (1.0, "warmup_cosine")
+    assert (train.optimizer.config.lr, train.schedule.source.cls.name) == (1.0, "warmup_cosine")
     with pytest.raises(TypeError, match="a component is looked up in a registry"):
         TrainConfig.model_validate_json("{}")

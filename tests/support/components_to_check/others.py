@@ -16,17 +16,17 @@ from distill_core.errors import UserError
 from distill_core.evaluate.score import Score
 
 
-@broken("factors", "at step 6 of 10 the factor is -0.*; it must be finite, from 0 to 1")
-class Negative(Linear):
-    def factor(self, step, steps):
-        return 0.5 - step / steps
+@broken("values", "at step 6 of 10 the value is nan; it must be a finite number")
+class NotFinite(Linear):
+    def value(self, progress):
+        return float("nan") if progress.step == 6 else 1.0
 
 
-@broken("factors", "depends on earlier calls")
+@broken("values", "depends on earlier calls")
 class Stateful(Linear):
     calls = 0
 
-    def factor(self, step, steps):
+    def value(self, progress):
         self.calls += 1
         return 1 / self.calls
 

@@ -415,16 +415,16 @@ class NoGroupForVectors(TwoRates):
         return torch.optim.SGD([group for group in groups if group["lr"] > 0.05])
 
 
-@held("schedule out of range")
+@held("schedule that is no course")
 class DividesByStepsLessOne(Linear):
-    def factor(self, step, steps):
-        return 1 - step / (steps - 1)
+    def value(self, progress):
+        return 1 - progress.step / (progress.steps - 1)
 
 
-@held("schedule out of range")
-class WarmsPastThePeak(Linear):
-    def factor(self, step, steps):
-        return (step + 1) / 100 if step < 120 else 1.0
+@held("schedule that is no course")
+class NothingAtFirst(Linear):
+    def value(self, progress):
+        return super().value(progress) if progress.step else None
 
 
 @held("tracker that blocks")

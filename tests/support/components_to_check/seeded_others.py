@@ -100,16 +100,20 @@ class Climbs(Sgd):
         return torch.optim.SGD(groups, maximize=True)
 
 
-@seeded("schedule out of range")
-class AboveThePeak(Linear):
-    def factor(self, step, steps):
-        return 1.5 * super().factor(step, steps)
+@seeded("schedule that is no course")
+class RisesFromTheLast(Linear):
+    last = 0.0
+
+    def value(self, progress):
+        self.last += 1 / progress.steps
+        return self.last
 
 
-@seeded("schedule out of range")
-class DipsInTheMiddle(Linear):
-    def factor(self, step, steps):
-        return -0.1 if step == 2 * steps // 7 and steps > 100 else super().factor(step, steps)
+@seeded("schedule that is no course")
+class NothingInTheMiddle(Linear):
+    def value(self, progress):
+        gap = progress.step == 2 * progress.steps // 7 and progress.steps > 100
+        return float("inf") if gap else super().value(progress)
 
 
 @seeded("tracker that blocks")

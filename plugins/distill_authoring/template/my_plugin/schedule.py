@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""A number over a run: the learning rate's factor, the weight of a loss, ..."""
 
 from typing import Annotated
 
@@ -11,7 +11,7 @@ class LinearConfig(ComponentConfig):
     """Options of `my_plugin_linear`."""
 
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The factor that the line would reach at the end of the run."""
+    """The value that the line would reach at the end of the run."""
 
 
 class Linear(Schedule):
@@ -20,6 +20,6 @@ class Linear(Schedule):
     name = "my_plugin_linear"
     Config = LinearConfig
 
-    def factor(self, step, steps):
-        """Factor of the learning rate at a step (from 0)."""
-        return 1 - (1 - self.config.final) * step / steps
+    def value(self, progress):
+        """The value at a step, of which `progress` knows the number (from 0) and how many there are."""
+        return 1 - (1 - self.config.final) * progress.fraction

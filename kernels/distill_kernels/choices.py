@@ -1,4 +1,4 @@
-"""What `auto` would choose, and why: recorded while a step runs, on this device or as if on a GPU that is not here.
+"""What a step calls, what `auto` would choose for it, and why: on this device or as if on a GPU that is not here.
 
 A step on tensors without values (`WithoutValues`) costs next to nothing. Where choices are asked for as if on a GPU,
 each op's inputs are shown to its backends as tensors of that GPU, and the step continues with what runs here.
@@ -6,7 +6,7 @@ each op's inputs are shown to its backends as tensors of that GPU, and the step 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -50,23 +50,51 @@ def recorded(device: torch.device | None = None, capability: tuple[int, int] = (
             return chosen
         return Backend(chosen.name, lambda x: _unobserved(op, x))
 
-    before = dispatch.observer, machine.assumed_capability
-    dispatch.observer = observe
+    assumed = machine.assumed_capability
     if elsewhere and not torch.cuda.is_available():
         machine.assumed_capability = capability
     try:
-        yield choices
+        with _observed(observe):
+            yield choices
     finally:
-        dispatch.observer, machine.assumed_capability = before
+        machine.assumed_capability = assumed
+
+
+@contextmanager
+def called() -> Iterator[dict[tuple[str, str], Inputs]]:
+    """Inputs of each op called in the block, and of each that its other backends would call, by name and shape class.
+
+    The first of their class stand for it, apart from the graph. The block is a step on tensors without values.
+    """
+    calls: dict[tuple[str, str], Inputs] = {}
+
+    def observe(op: Op, backend: str, inputs: Any) -> Backend:
+        key = (op.name, op.shape_class(inputs))
+        if key not in calls:
+            calls[key] = _detached(inputs)
+            with torch.autocast(inputs.device.type, enabled=False):
+                for other in op.backends:
+                    if other.name != "reference" and other.why_not(inputs) is None:
+                        other.run(inputs)
+        return choose_here(op, backend, inputs)
+
+    with _observed(observe):
+        yield calls
+
+
+@contextmanager
+def _observed(observe: Callable[[Op, str, Any], Backend] | None) -> Iterator[None]:
+    before, dispatch.observer = dispatch.observer, observe
+    try:
+        yield
+    finally:
+        dispatch.observer = before
 
 
 def _unobserved(op: Op, inputs: Any) -> Any:
     """What this device's own choice computes."""
-    observer, dispatch.observer = dispatch.observer, None
-    try:
+    with _observed(None):
         return choose_here(op, "auto", inputs).run(inputs)
-    finally:
-        dispatch.observer = observer
 
 
 def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:
@@ -80,18 +108,20 @@ def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:
     return Choice(op.name, chosen.name, op.shape_class(inputs), why, tuple(others))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(inputs: Inputs, device: torch.device) -> Inputs:
     """Tensors as ones of `device` without values, of the same layout; the host's integers stay where they are read."""
-    if isinstance(value, Tensor):
+
+    def move(tensor: Tensor) -> Tensor:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return moved.requires_grad_(value.requires_grad)
-    if isinstance(value, Inputs):
-        return type(value)(*(_moved(item, device) for item in vars(value).values()))
-    if isinstance(value, tuple):
-        items = [_moved(item, device) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value
+            moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return moved.requires_grad_(tensor.requires_grad)
+
+    return inputs.map(move)
+
+
+def _detached(inputs: Inputs) -> Inputs:
+    trains = torch.is_grad_enabled()
+    return inputs.map(lambda tensor: tensor.detach().requires_grad_(trains and tensor.requires_grad))
 
 
 class WithoutValues(TorchFunctionMode):

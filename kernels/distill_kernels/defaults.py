@@ -4,7 +4,7 @@ A row is a rule: for calls of `op` on `device` (a kind, or "any") that meet ever
 this order. Or it gives `numbers`: of an op, the coefficients of its own cost model, by which it then orders its
 backends; of a part of one (`numbers_for`), sizes that it works with. The first row that holds decides. `model` limits a
 row to devices of that name. `source` says whether it was measured (`evidence`: on what), estimated (from bytes,
-products and launches), or is a matter of correctness.
+products and launches), or is a matter of correctness, which goes before what was measured here.
 
 A condition is `name=value`, `name=low..high`, `name=low..` or `name=..high`, bounds included; a name is an attribute of
 the op's inputs, or of the tensor that a part works on.
@@ -16,6 +16,8 @@ import csv
 import os
 import re
 import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,9 +41,11 @@ class Condition(NamedTuple):
 class Rule(NamedTuple):
     """A row that applies to an op on a device."""
 
+    when: str
     conditions: tuple[Condition, ...]
     backends: tuple[str, ...]  # best first; empty where there are `numbers`
     numbers: dict[str, float]
+    source: str  # measured, estimated or correctness
     why: str
 
     def holds(self, inputs: Any) -> bool:
@@ -50,6 +54,16 @@ class Rule(NamedTuple):
             if not low <= getattr(inputs, name) <= high:
                 return False
         return True
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+
+    op: str  # or the part of one
+    device: str  # a kind, or "any"
+    model: str
+    rule: Rule
+    fields: tuple[str, ...]  # as written, in the order of `COLUMNS`
 
 
 def parse_conditions(text: str) -> tuple[Condition, ...]:
@@ -91,7 +105,13 @@ def shape_class(names: str, inputs: Any) -> str:
 @once
 def shipped(op: str, device: str) -> tuple[Rule, ...]:
     """The package's rules for an op on a device ("cpu", "cuda:0"), in order."""
-    return _rules(SHIPPED, op, device)
+    return _for_device(_read(SHIPPED), op, device)
+
+
+@once
+def required(op: str, device: str) -> tuple[Rule, ...]:
+    """Those of the package's rules that are a matter of correctness."""
+    return tuple(rule for rule in shipped(op, device) if rule.source == "correctness")
 
 
 @once
@@ -100,8 +120,36 @@ def measured_here(op: str, device: str) -> tuple[Rule, ...]:
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         return ()  # tensors that only say so: no card was measured
-    path = table_path(where)
-    return _rules(path, op, device) if path.exists() else ()
+    return _for_device(measured_rows(table_path(where)), op, device)
+
+
+@once
+def measured_rows(path: Path) -> tuple[Row, ...]:
+    """Of a table that `tune` wrote; none, with a warning, where it is damaged: then no row is to be trusted."""
+    problem = why_not_readable(path)
+    if problem is not None:
+        ignore(path, problem)
+        return ()
+    return _read(path) if path.exists() else ()
+
+
+def why_not_readable(path: Path) -> str | None:
+    """What is wrong with a table; None for a good one, and where there is none."""
+    try:
+        if path.exists():
+            _read(path)
+    except (ValueError, csv.Error, OSError) as error:
+        return str(error)
+    return None
+
+
+def ignore(path: Path, reason: str) -> None:
+    """Warn that a measured table is not used."""
+    warnings.warn(
+        f"{path}: {reason}. It is ignored, and `auto` goes by the defaults of the package: "
+        "delete it, or run `distill kernels --tune` again",
+        stacklevel=2,
+    )
 
 
 def numbers_for(part: str, tensor: Tensor) -> dict[str, float]:
@@ -114,24 +162,34 @@ def numbers_for(part: str, tensor: Tensor) -> dict[str, float]:
     raise ValueError(f"no row of {SHIPPED.name} has numbers for {part} on {device}")
 
 
-def _rules(path: Path, op: str, device: str) -> tuple[Rule, ...]:
-    kind = torch.device(device).type
-    rules = []
+def _for_device(rows: tuple[Row, ...], op: str, device: str) -> tuple[Rule, ...]:
+    kinds, models = (torch.device(device).type, "any"), ("", _model(device))
+    return tuple(row.rule for row in rows if row.op == op and row.device in kinds and row.model in models)
+
+
+@once
+def _read(path: Path) -> tuple[Row, ...]:
+    """All rows of a table. Raises ValueError that names the line for what is no rule."""
+    rows = []
     with path.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}: run `distill kernels --tune` again")
-        for row in table:
-            if row["op"] == op and row["device"] in (kind, "any") and row["model"] in ("", _model(device)):
-                rules.append(
-                    Rule(
-                        parse_conditions(row["when"]),
-                        tuple(row["backends"].split()),
-                        parse_numbers(row["numbers"]),
-                        f"{row['source']}: {row['why']}",
-                    )
-                )
-    return tuple(rules)
+        table = csv.reader(file, strict=True)
+        if tuple(next(table, ())) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        for fields in table:
+            try:
+                rows.append(_parse(fields))
+            except ValueError as error:
+                raise ValueError(f"line {table.line_num} is no rule ({error})") from error
+    return tuple(rows)
+
+
+def _parse(fields: list[str]) -> Row:
+    op, device, model, when, backends, numbers, source, _, why = fields
+    if not (backends or numbers):
+        raise ValueError("it has neither backends nor numbers")
+    names, why = tuple(backends.split()), f"{source}: {why}"
+    rule = Rule(when, parse_conditions(when), names, parse_numbers(numbers), source, why)
+    return Row(op, device, model, rule, tuple(fields))
 
 
 @once
@@ -141,10 +199,19 @@ def _model(device: str) -> str:
 
 
 def table_path(device: torch.device) -> Path:
-    """The file of what `tune` measured, one per device name and torch version, with the columns of `defaults.csv`.
+    """The file of what `tune` measured, with the columns of `defaults.csv`.
 
-    It lies in `$DISTILL_KERNEL_TABLES`, or in the user's cache folder.
+    One for each device's name and versions of the packages that kernels come from. It lies in
+    `$DISTILL_KERNEL_TABLES`, or in the user's cache folder.
     """
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{device.type}-{device_name(device)}-torch{torch.__version__}")
+    packages = [f"{name}{release}" for name in ("torch", "triton", "xformers") if (release := _release(name))]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join([device.type, device_name(device), *packages]))
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill" / "kernels"
     return Path(os.environ.get("DISTILL_KERNEL_TABLES") or default) / f"{slug}.csv"
+
+
+def _release(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -9,23 +9,24 @@ that is not there: see `choices.py`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from distill_kernels.defaults import measured_here, shape_class, shipped
+from distill_kernels.defaults import Rule, ignore, measured_here, required, shape_class, shipped, table_path
+from distill_kernels.machine import once
 
-# Where each op's `Op` lives, "module:attribute". Imported only when asked about.
+# Where each op's `Op` lives, "module:attribute". Imported only when asked about. Those that others call stand first.
 OPS: dict[str, str] = {
     "cross_attention": "distill_kernels.attention.cross_attention:OP",
     "cross_attention_pool": "distill_kernels.attention.cross_attention_pool:OP",
+    "self_attention": "distill_kernels.attention.self_attention:OP",
+    "packed_attention": "distill_kernels.attention.packed_attention:OP",
     "multi_view_info_nce": "distill_kernels.pairwise.info_nce:OP",
     "multi_view_sigmoid": "distill_kernels.pairwise.sigmoid_loss:OP",
-    "packed_attention": "distill_kernels.attention.packed_attention:OP",
-    "self_attention": "distill_kernels.attention.self_attention:OP",
 }
 
 
@@ -63,6 +64,28 @@ class Inputs:
     def bytes(self) -> int:
         """Of an element of the products."""
         return self.products.itemsize
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same call of other tensors."""
+        return type(self)(*(_map(value, change) for value in vars(self).values()))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Those of a call's inputs or outputs, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Inputs)):
+        for item in vars(value).values() if isinstance(value, Inputs) else value:
+            yield from tensors_in(item)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        items = [_map(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 def anywhere(inputs: Any) -> None:
@@ -108,6 +131,11 @@ class Op:
         """The conditions that stand for inputs like these."""
         return shape_class(self.shape, inputs)
 
+    def unknown_in(self, rule: Rule) -> set[str]:
+        """What a measured rule names that is no backend of this op, and no part of its shape class."""
+        names = {name.removesuffix("<=") for name in self.shape.split()}
+        return {*rule.backends} - {b.name for b in self.backends} | {c.name for c in rule.conditions} - names
+
     def get(self, name: str) -> Backend:
         """The backend of that name. Raises `BackendError` for an unknown one."""
         for backend in self.backends:
@@ -149,19 +177,57 @@ def choose_here(op: Op, backend: str, inputs: Any) -> Backend:
 
 
 def order_of(op: Op, inputs: Any) -> Order:
-    """What `auto` tries for `inputs`: what was measured on this device, then what the package says of its kind."""
+    """What `auto` tries for `inputs`, and why.
+
+    First what correctness asks for, then what was measured on this device, then what the package says of its kind.
+    """
     device = str(inputs.device)
     names: tuple[str, ...] = ()
     whys = []
-    for rules in (measured_here(op.name, device), shipped(op.name, device)):
-        for rule in rules:
-            if rule.holds(inputs):
-                names += op.cheapest(inputs, **rule.numbers) if op.cheapest and rule.numbers else rule.backends
-                whys.append(rule.why)
-                break
+    for rule in (
+        _first(required(op.name, device), inputs),
+        _measured_for(op, inputs, device),
+        _first(shipped(op.name, device), inputs),
+    ):
+        if rule is not None:
+            names += op.cheapest(inputs, **rule.numbers) if op.cheapest and rule.numbers else rule.backends
+            whys.append(rule.why)
     if not whys:
         raise BackendError(f"{op.name}: no rule for {device} says what to try; name a backend")
     return Order(names, whys[0])
+
+
+def _first(rules: tuple[Rule, ...], inputs: Any) -> Rule | None:
+    for rule in rules:
+        if rule.holds(inputs):
+            return rule
+    return None
+
+
+def _measured_for(op: Op, inputs: Any, device: str) -> Rule | None:
+    """A table has many rules, one a shape class: it is looked up, where sizes are no symbols of torch.compile's."""
+    rules = _measured(op.name, device)
+    if not rules:
+        return None
+    if torch.compiler.is_compiling():
+        return _first(rules, inputs)
+    return _by_class(op.name, device).get(op.shape_class(inputs))
+
+
+@once
+def _by_class(op: str, device: str) -> dict[str, Rule]:
+    return {rule.when: rule for rule in reversed(_measured(op, device))}
+
+
+@once
+def _measured(op: str, device: str) -> tuple[Rule, ...]:
+    """`measured_here`, or none, with a warning, where a rule names what the op has not: another version wrote it."""
+    rules = measured_here(op, device)
+    for rule in rules if op in OPS else ():
+        if unknown := load_op(op).unknown_in(rule):
+            ignore(table_path(torch.device(device)), f"{op} has no {', '.join(sorted(unknown))}")
+            return ()
+    return rules
 
 
 def load_op(name: str) -> Op:

@@ -1,4 +1,4 @@
-"""Which backend each op of a recipe takes on a device, and why: asked of a step without values."""
+"""Which backend each op of a recipe takes on a device, and at which shapes: asked of a step without values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from distill_core import Progress, UserError
 from distill_core.tools import Recipe, build_objective, example_batch, set_matmul_precision
-from distill_kernels.choices import Choice, WithoutValues, recorded
+from distill_kernels.choices import Choice, WithoutValues, called, recorded
+from distill_kernels.dispatch import Inputs
 
 
 def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int] = (9, 0)) -> list[Choice]:
@@ -21,6 +22,20 @@ def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int]
     Raises:
         UserError: a component whose forward pass reads the values of its tensors.
     """
+    with recorded(device, capability) as choices:
+        _step(recipe)
+    return choices
+
+
+def calls_of(recipe: Recipe) -> list[tuple[str, Inputs]]:
+    """What `tune` times for a recipe: each op that such a step calls, or might with other backends, with inputs of each
+    shape class. Raises as `choices_of` does."""
+    with called() as calls:
+        _step(recipe)
+    return [(op, inputs) for (op, _), inputs in calls.items()]
+
+
+def _step(recipe: Recipe) -> None:
     objective = build_objective(recipe)
     without = WithoutValues()
     objective._apply(without.convert)  # type: ignore[no-untyped-call]
@@ -30,7 +45,7 @@ def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int]
     bf16 = torch.autocast("cpu", torch.bfloat16) if recipe.train.precision == "bf16" else nullcontext()
     set_matmul_precision(recipe.train.matmul_precision)
     try:
-        with recorded(device, capability) as choices, without, bf16:
+        with without, bf16:
             objective.losses(objective.represent(batch, Progress(0, 1)))
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UserError(
@@ -39,4 +54,3 @@ def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int]
         ) from error
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
-    return choices

@@ -12,18 +12,21 @@ from distill_core.tools import completion
 if TYPE_CHECKING:
     import torch
 
+    from distill_core.tools import Recipe
+
 
 @click.command()
 @click.argument("recipe", required=False, shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
-@click.option("--tune", is_flag=True, help="Measure every backend on this device, and let `auto` use the result.")
+@click.option("--tune", is_flag=True, help="Measure the backends on this device, and let `auto` go by the result.")
 @click.option("--device", default="auto", show_default=True, help="Device to list or tune: auto, cpu or cuda.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: str, as_json: bool) -> None:
     """List the kernels' backends: which this machine can run, and why not the rest.
 
     With a RECIPE: which backend each op of one of its steps takes on the device, and why. `--device cuda` needs no GPU:
-    where there is none, an H100 is assumed.
+    where there is none, an H100 is assumed. With --tune as well: the backends are timed on this device at the shapes of
+    that step, of as many example samples as its batch has, and what others have measured here stays.
     """
     import torch
 
@@ -32,31 +35,53 @@ def kernels(recipe: str | None, overrides: tuple[str, ...], tune: bool, device: 
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if recipe is None and overrides:
         raise UserError("--set changes a recipe: name one, as in `distill kernels RECIPE --set ...`")
-    if recipe is not None and tune:
-        raise UserError("--tune times the ops' own cases: leave the recipe out")
     if tune:
-        _tune(where, as_json)
+        _tune(recipe, overrides, where, as_json)
     elif recipe is not None:
         _choices(recipe, overrides, where, as_json)
     else:
         _list(where, as_json)
 
 
-def _tune(where: torch.device, as_json: bool) -> None:
-    from distill_core import UserError
-    from distill_kernels.dispatch import BackendError
-    from distill_kernels.tune import tune
+def _tune(recipe: str | None, overrides: tuple[str, ...], where: torch.device, as_json: bool) -> None:
+    import torch
 
+    from distill_core import UserError
+    from distill_core.tools import set_matmul_precision
+    from distill_kernels.dispatch import BackendError
+    from distill_kernels.tune import Time, tune
+    from distill_vl.choices import calls_of
+
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--tune times this machine's device, and torch sees no GPU: leave --device out, or say cpu")
+    times: list[Time] = []
+
+    def report(of_class: list[Time]) -> None:
+        times.extend(of_class)
+        for op, inputs, backend, milliseconds in () if as_json else of_class:
+            click.echo(f"{op:22}{inputs:72}{backend:11}{milliseconds:10.3f} ms")
+
+    cases = None
+    if recipe is not None:
+        loaded = _load(recipe, overrides)
+        cases = calls_of(loaded)
+        set_matmul_precision(loaded.train.matmul_precision)
     try:
-        path, times = tune(where)
+        path = tune(where, cases, report=report)
     except BackendError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{error}: name a folder that can be written to in DISTILL_KERNEL_TABLES") from error
     if as_json:
-        click.echo(json.dumps([dict(zip(("op", "inputs", "backend", "ms"), row, strict=True)) for row in times]))
-        return
-    for op, inputs, backend, milliseconds in times:
-        click.echo(f"{op:24}{inputs:44}{backend:12}{milliseconds:10.3f} ms")
-    click.echo(f"`auto` now goes by {path}")
+        click.echo(json.dumps([time._asdict() for time in times]))
+    else:
+        click.echo(f"`auto` now goes by {path}")
+
+
+def _load(recipe: str, overrides: tuple[str, ...]) -> Recipe:
+    from distill_core.tools import Registry, load_recipe
+
+    return load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
 
 
 def _list(where: torch.device, as_json: bool) -> None:
@@ -80,10 +105,10 @@ def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_js
 
     import torch
 
-    from distill_core.tools import Registry, arithmetic, load_recipe
+    from distill_core.tools import arithmetic
     from distill_vl.choices import choices_of
 
-    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
+    loaded = _load(recipe, overrides)
     counts = Counter(choices_of(loaded, where))
     if as_json:
         rows = [choice._asdict() | {"others": dict(choice.others), "calls": n} for choice, n in counts.items()]
@@ -128,12 +153,10 @@ def data(
     Process time of one thread, both interleaved. `device: model` is what the workers do where colors are left to the
     training device. Needs torchvision, and for the tokenizer's other side open_clip: the extra `test` has both.
     """
-    from distill_core.tools import Registry, load_recipe
     from distill_vl.bench import CPU, MODEL, bench_data
 
-    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
     rows = bench_data(
-        loaded,
+        _load(recipe, overrides),
         width=size[0],
         height=size[1],
         images=images,

@@ -9,7 +9,7 @@ import torch
 
 from distill_core import Diagnostic
 from distill_kernels.attention.memory_efficient import why_not_built
-from distill_kernels.defaults import table_path
+from distill_kernels.defaults import table_path, why_not_readable
 from distill_kernels.dispatch import listing
 
 
@@ -24,8 +24,10 @@ def kernels() -> list[Diagnostic]:
         for op, (can, cannot) in rows.items()
     ]
     path = table_path(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    auto = str(path) if path.exists() else "the defaults of the package (measure with distill kernels --tune)"
-    return [*lines, Diagnostic("kernels", "auto goes by", auto), *_xformers()]
+    auto = str(path) if path.exists() else "the defaults of the package (measure with distill kernels --tune RECIPE)"
+    problem = why_not_readable(path)
+    warning = f"{problem}: the file is ignored; delete it, or run distill kernels --tune again" if problem else ""
+    return [*lines, Diagnostic("kernels", "auto goes by", auto, warning), *_xformers()]
 
 
 def _xformers() -> list[Diagnostic]:

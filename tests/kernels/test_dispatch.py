@@ -1,20 +1,26 @@
 """How a backend is chosen, the measured table behind `auto`, and what importing the package costs."""
 
 import csv
+import dataclasses
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from distill_kernels import defaults, machine
+from distill_kernels import defaults, machine, self_attention
+from distill_kernels import tune as tuning
+from distill_kernels.attention.cross_attention import CrossAttentionInputs
+from distill_kernels.attention.self_attention import SelfAttention
 from distill_kernels.defaults import (
     COLUMNS,
     SHIPPED,
@@ -28,6 +34,8 @@ from distill_kernels.defaults import (
 from distill_kernels.dispatch import OPS, Backend, BackendError, Inputs, Op, choose, listing, load_op, order_of
 from distill_kernels.machine import device_name, forget
 from distill_kernels.measure import interleaved, peak_bytes
+from distill_kernels.pairwise.pairs import Pairs
+from distill_kernels.tune import with_values
 
 CPU = torch.device("cpu")
 # What has numbers in defaults.csv without being an op, and which.
@@ -65,6 +73,10 @@ def make_op(name: str = "double") -> Op:
         shape="small",
         cases=lambda device: [Number(1), Number(2), Number(20)],
     )
+
+
+def rule_of(when: str) -> Rule:
+    return Rule(when, parse_conditions(when), (), {}, "measured", "")
 
 
 def write_rules(path: Path, *rules: str) -> None:
@@ -157,7 +169,7 @@ def test_shape_class_holds_for_its_inputs() -> None:
 
     for n in (0, 1, 2, 3, 4, 5, 77, 128):
         text = shape_class("dtype n<= train", Sizes("bfloat16", n, True))
-        rule = Rule(parse_conditions(text), (), {}, "")
+        rule = rule_of(text)
         assert rule.holds(Sizes("bfloat16", n, True))
         assert not rule.holds(Sizes("bfloat16", n, False))
         assert not rule.holds(Sizes("float16", n, True))
@@ -209,37 +221,163 @@ def test_numbers_are_of_the_device_and_the_element(tables: Path) -> None:
         numbers_for("nothing", torch.zeros(1))
 
 
-def test_a_table_of_other_columns_is_refused(tables: Path) -> None:
-    """As one that an earlier version wrote: it would be misread."""
-    table_path(CPU).write_text("op,device,model,when,backends,cost,source,evidence,why\n")
-    with pytest.raises(ValueError, match=r"has other columns than op, .*: run `distill kernels --tune` again"):
-        choose(make_op(), "auto", Number(2))
+def measured(*rules: str) -> bytes:
+    return "\n".join([",".join(COLUMNS), *(f"{rule},,measured,a test,here" for rule in rules), ""]).encode()
 
 
-def test_tune_writes_the_table(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_kernels import tune as module
+GOOD = "cross_attention,cpu,,,sdpa"
 
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        (b"", "its columns are not op, device,"),
+        (b"op,device,model,when,backends,cost,source,evidence,why\n", "its columns are not op, device,"),
+        (measured(GOOD)[:-30], "line 2 is no rule"),
+        (measured(GOOD, "cross_attention,cpu,,L<5,sdpa"), "line 3 is no rule .*'L<5' is no condition"),
+        (measured("cross_attention,cpu,,,"), "line 2 is no rule .it has neither backends nor numbers"),
+        (measured(GOOD, "cross_attention,cpu,,,fastest"), "cross_attention has no fastest"),
+        (measured("cross_attention,cpu,,weight=3,sdpa"), "cross_attention has no weight"),
+        (measured(GOOD).replace(b"sdpa", b"\xff\xfe"), "can't decode"),
+        (measured(GOOD).replace(b"here", b'"here'), "unexpected end of data"),
+    ],
+)
+def test_a_damaged_table_is_one_warning(tables: Path, table: bytes, says: str) -> None:
+    """As a whole: where one line is wrong, none is trusted. It names the file, the line and what to do."""
+    write_rules(tables / "defaults.csv", "cross_attention,cpu,,,matmul", "multi_view_info_nce,cpu,,,chunked")
+    table_path(CPU).write_bytes(table)
+    ops = [load_op(name) for name in 3 * ["cross_attention", "multi_view_info_nce"]]
+    inputs = [next(iter(op.cases(CPU))) for op in ops]
+    with pytest.warns(UserWarning, match=says) as warnings:
+        chosen = [choose(op, "auto", x).name for op, x in zip(ops, inputs, strict=True)]
+    assert chosen == 3 * ["matmul", "chunked"]
+    (warning,) = warnings
+    assert str(table_path(CPU)) in str(warning.message)
+    assert "run `distill kernels --tune` again" in str(warning.message)
+
+
+def test_correctness_goes_before_what_was_measured(tables: Path) -> None:
+    """A shape class is wider than the rows that keep wrong numbers out."""
+    rows = [",".join(COLUMNS), "double,cpu,,value=..5,plain,,correctness,,here", "double,cpu,,,picky,,estimated,,here"]
+    (tables / "defaults.csv").write_text("\n".join(rows))
+    table_path(CPU).write_bytes(measured("double,cpu,,small=1,picky plain"))
+    names = {n: choose(make_op(), "auto", Number(n)).name for n in (4, 6, 20)}
+    assert names == {4: "plain", 6: "picky", 20: "picky"}
+    assert order_of(make_op(), Number(4)).names == ("plain", "picky", "plain", "plain")
+
+
+@pytest.fixture
+def doubles(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """The only op that `tune` knows."""
     op = make_op()
-    monkeypatch.setattr(module, "OPS", {"double": "unused"})
-    monkeypatch.setattr(module, "load_op", lambda name: op)
-    monkeypatch.setattr(module, "interpreting", lambda: False)
-    path, rows = module.tune(CPU, rounds=1)
+    monkeypatch.setattr(tuning, "OPS", {"double": "unused"})
+    monkeypatch.setattr(tuning, "load_op", lambda name: op)
+    monkeypatch.setattr(tuning, "interpreting", lambda: False)
+    return op
+
+
+def test_tune_writes_the_table(tables: Path, doubles: Op) -> None:
+    times: list[tuning.Time] = []
+    path = tuning.tune(CPU, rounds=1, report=times.extend)
     assert path == table_path(CPU)
-    assert path.parent == tables
-    assert {(when, name) for _, when, name, _ in rows} == {
+    assert [*tables.glob("*cpu-*")] == [path], "and nothing unfinished beside it"
+    assert {(t.inputs, t.backend) for t in times} == {
         ("small=1", "picky"), ("small=1", "plain"), ("small=0", "picky"), ("small=0", "plain"),
     }  # fmt: skip
-    fastest = {when: name for _, when, name, _ in reversed(rows)}
-    assert order_of(op, Number(20)).why == "measured: here (distill kernels --tune)"
-    assert choose(op, "auto", Number(20)).name == fastest["small=0"]
+    fastest = {t.inputs: t.backend for t in reversed(times)}
+    assert order_of(doubles, Number(20)).why == "measured: here (distill kernels --tune)"
+    assert choose(doubles, "auto", Number(20)).name == fastest["small=0"]
+
+
+def test_tune_adds_to_the_table(tables: Path, doubles: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of other ops and classes stay; those of the same class, and those that name no backend of today, go."""
+    fast = {"plain": 1.0, "picky": 2.0}
+    monkeypatch.setattr(tuning, "_times", lambda op, inputs, rounds: fast)
+
+    def rows() -> list[str]:
+        return [",".join(row[:5]) for row in csv.reader(table_path(CPU).open())][1:]
+
+    table_path(CPU).write_bytes(
+        measured("double,cpu,,small=1,picky", "double,cpu,,small=0,picky", "double,cpu,,,old", "other,cpu,,,any")
+    )
+    tuning.tune(CPU, [("double", Number(2))])
+    assert rows() == ["double,cpu,,small=1,plain picky", "double,cpu,,small=0,picky", "other,cpu,,,any"]
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning.csv, "writer", None)
+        with pytest.raises(TypeError):
+            tuning.tune(CPU, [("double", Number(2))])
+    assert len(rows()) == 3, "a process that ends while it writes leaves the table as it was"
+
+
+def test_tune_replaces_a_damaged_table(tables: Path, doubles: Op) -> None:
+    table_path(CPU).write_bytes(b"not a table")
+    with pytest.warns(UserWarning, match="It is ignored"):
+        tuning.tune(CPU, [("double", Number(2))], rounds=1)
+    assert order_of(doubles, Number(2)).why.startswith("measured")
+
+
+def test_what_does_not_fit_in_memory_is_no_candidate(
+    tables: Path, doubles: Op, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(x: Number) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    large = dataclasses.replace(doubles, backends=(Backend("picky", run), doubles.backends[1]))
+    monkeypatch.setattr(tuning, "load_op", lambda name: large)
+    times: list[tuning.Time] = []
+    tuning.tune(CPU, [("double", Number(2))], rounds=1, report=times.extend)
+    assert [t.backend for t in times] == ["plain", "picky"]
+    assert times[1].milliseconds == float("inf")
+    assert "double,cpu,,small=1,plain," in table_path(CPU).read_text()
+
+
+def test_values_keep_the_layout() -> None:
+    """A call without values is made again with rows of about unit length: strided, expanded, empty, integers too."""
+    with FakeTensorMode():
+        qkv = torch.empty(5, 7, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        wide, scale = torch.empty(1, 1, 9, 64).expand(5, 2, 9, 64), torch.empty((), requires_grad=True)
+    lengths = torch.tensor([7, 0, 3, 1, 1])
+    made = with_values(CrossAttentionInputs(wide, k, v, lengths, None, 0.125), CPU)
+    assert made.k.stride() == k.stride()
+    assert made.q.stride() == wide.stride()
+    assert made.k.is_leaf
+    assert made.k.requires_grad
+    assert not made.q.requires_grad
+    assert made.lengths is lengths
+    assert made.k.float().norm(dim=-1).mean().item() == pytest.approx(1, abs=0.1)
+    assert made.q[0, 0].norm(dim=-1).mean().item() == pytest.approx(1, abs=0.2)
+    pairs = with_values(Pairs(q[0], q[0], (scale,)), CPU)
+    assert pairs.scalars[0].item() == 10
+    assert pairs.scalars[0].requires_grad
+    with FakeTensorMode():
+        nothing = torch.empty(2, 0, 64)
+    assert with_values(Pairs(nothing, nothing, ()), CPU).a.shape == nothing.shape
+
+
+@pytest.mark.slow
+def test_a_measured_table_is_read_while_a_graph_is_compiled(tables: Path) -> None:
+    """As one graph, for sizes that are symbols."""
+    rows = [GOOD, "self_attention,cpu,,,sdpa"]
+    write_rules(tables / "defaults.csv", *rows)
+    when = load_op("self_attention").shape_class(SelfAttention(*3 * [torch.zeros(2, 2, 20, 8)], False, None))
+    table_path(CPU).write_bytes(measured(f"self_attention,cpu,,{when},explicit"))
+    ran: list[str] = []
+
+    def graph(module: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        ran.append(" ".join(str(node.target) for node in module.graph.nodes))
+        return module
+
+    compiled = torch.compile(self_attention, backend=graph, fullgraph=True, dynamic=True)
+    q = torch.randn(2, 2, 20, 8)
+    torch.testing.assert_close(compiled(q, q, q), self_attention(q, q, q, backend="reference"))
+    assert "scaled_dot_product_attention" not in ran[0]
 
 
 def test_tune_refuses_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distill_kernels.tune import tune
-
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="unset TRITON_INTERPRET"):
-        tune(CPU)
+        tuning.tune(CPU)
 
 
 def test_triton_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -299,13 +437,16 @@ def test_every_op_can_be_tuned_here() -> None:
         cases = list(op.cases(CPU))
         assert cases, name
         for inputs in cases:
-            assert Rule(parse_conditions(op.shape_class(inputs)), (), {}, "").holds(inputs)
+            assert rule_of(op.shape_class(inputs)).holds(inputs)
             assert inputs.device.type == "cpu"
             assert choose(op, "auto", inputs).why_not(inputs) is None
 
 
 def test_table_is_a_device_and_a_version(tables: Path) -> None:
-    assert torch.__version__.split("+")[0] in table_path(CPU).name
+    """Of each package that kernels come from: other versions have other kernels."""
+    for package in ("torch", "triton", "xformers"):
+        if importlib.util.find_spec(package):
+            assert f"{package}{version(package).split('+')[0]}" in table_path(CPU).name
     assert table_path(CPU).name.startswith("cpu-")
     assert device_name(CPU)
 

@@ -212,6 +212,6 @@ OP = Op(
         Backend("xformers", _xformers, _why_not_xformers),
         Backend("triton", _triton, _why_not_triton),
     ),
-    shape="dtype V<= L<= K masked",
+    shape="dtype N<= V<= L<= K masked train",
     cases=_cases,
 )

@@ -113,6 +113,12 @@ class PoolInputs(Inputs):
         """Heads."""
         return self.heads
 
+    @property
+    def train(self) -> bool:
+        """Whether a gradient is asked for."""
+        x, tokens, weight = self.x, self.keys.tokens, self.w.in_proj_weight
+        return torch.is_grad_enabled() and (x.requires_grad or tokens.requires_grad or weight.requires_grad)
+
 
 class _Weights(NamedTuple):
     ln_q_weight: Tensor  # [D]
@@ -354,7 +360,7 @@ OP = Op(
         Backend("projected", _projected),
         Backend("absorbed", _absorbed),
     ),
-    shape="dtype V B<= L<= D H",
+    shape="dtype V B<= L<= D H train",
     cases=_cases,
     cheapest=cheapest,
 )

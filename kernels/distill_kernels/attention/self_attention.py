@@ -34,6 +34,11 @@ class QKV(Inputs):
         return self.q
 
     @property
+    def N(self) -> int:
+        """Sequences."""
+        return self.q.shape[0]
+
+    @property
     def L(self) -> int:
         """Tokens that are attended to."""
         return self.k.shape[2]
@@ -315,6 +320,6 @@ OP = Op(
         Backend("sdpa", _sdpa),
         Backend("xformers", _xformers, _why_not_xformers),
     ),
-    shape="dtype L<= K causal masked train",
+    shape="dtype N<= L<= K causal masked train",
     cases=_cases,
 )

@@ -14,7 +14,7 @@ from distill_core import __version__
 from distill_core.commands import completion
 from distill_core.commands.options import leave_out, named_without, without_option
 from distill_core.commands.recipes import recipes
-from distill_core.errors import UserError
+from distill_core.errors import OtherRankFailed, UserError
 
 if TYPE_CHECKING:
     from distill_core.recipe.sections import Recipe
@@ -81,7 +81,7 @@ def cli() -> None:
     """Multimodal self-distillation from a YAML recipe.
 
     Exit codes: 0 done; 1 a check failed (check-plugin); 2 an error in the command, the recipe or the data;
-    3 training cannot continue; 128 + the signal's number when interrupted (the run is saved).
+    3 training cannot continue; 4 another rank failed; 128 + the signal's number when interrupted (the run is saved).
     """
 
 
@@ -268,7 +268,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0":
+        if isinstance(error, OtherRankFailed):
+            if error.speaks:
+                click.echo(f"rank {rank}: {error}", err=True)
+        elif rank == "0":
             click.echo(str(error), err=True)
         elif not error.everywhere:
             click.echo(f"rank {rank}: {error}", err=True)

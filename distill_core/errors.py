@@ -48,9 +48,14 @@ class TrainingStopped(UserError):
 
 
 class OtherRankFailed(UserError):
-    """A run's other rank met an error, and says it."""
+    """A run's other rank met an error, or has ended. Exit code 4."""
 
-    everywhere = True
+    exit_code = 4
+
+    def __init__(self, line: str, *, speaks: bool = True) -> None:
+        super().__init__(line)
+        self.speaks = speaks
+        """Whether this rank is the one to say it, of all those that end of it."""
 
 
 class BadSample(Exception):

@@ -94,6 +94,8 @@ class TrainStep:
         """Steps in a row that were not finite, on the device."""
         self.whole = True
         """Whether weights, optimiser and teacher are all of the same step: not where an update broke off half-way."""
+        self.running = False
+        """Whether a step has begun, and not returned."""
 
     def load_state_dict(self, state: dict[str, Any], built: Sequence[Mapping[str, Any]]) -> None:
         """Take the optimiser's state, and the groups it had when it was `built`: what the recipe has changed of them
@@ -104,6 +106,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch, progress: Progress) -> StepResult:
         """One optimiser step, or none where a value is not finite."""
+        self.running = True
         factor = self.schedule.value(progress)
         for group, built in zip(self.optimizer.param_groups, self.built, strict=True):
             group["lr"] = built["lr"] * factor
@@ -124,7 +127,7 @@ class TrainStep:
         self.objective.before_step(progress, finite)
         self._update(finite)
         self.objective.after_step(outputs, progress, finite)
-        self.whole = True
+        self.whole, self.running = True, False
         return StepResult(losses, norm, self.not_finite, self.optimizer.param_groups[0]["lr"])
 
     def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:

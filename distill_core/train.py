@@ -30,6 +30,7 @@ from distill_core.run.notices import Notices
 from distill_core.run.report import report_run
 from distill_core.run.resume import resume_run
 from distill_core.run.saving import Saver
+from distill_core.run.stalls import StallWatch
 from distill_core.run.state import Length, RunState
 from distill_core.run.tracking import TrackedRun
 from distill_core.run.validation import Validation
@@ -100,6 +101,7 @@ class Trainer:
             resume_run(self.state, folder, self.checkpoints, resume, self.display)
 
         self.lockstep = Lockstep(self.loader, self.interrupt, self.display, recipe.data.stall_warning)
+        self.stalls = StallWatch(folder.path, recipe.train.stall_warning, self.display.warn_here, self.loader.stacks)
         self.saver = Saver(self.state, folder, self.checkpoints, self.interrupt, self.display)
         self.nonfinite = NonfiniteSteps(self.state, folder, self.saver, self.display)
         self.notices = Notices(self.state, folder, self.display)
@@ -157,7 +159,7 @@ class Trainer:
 
         results = LateResults(handle)
         try:
-            with garbage_at_fixed_steps() as collect:
+            with self.stalls.running(), garbage_at_fixed_steps() as collect:
                 self._loop(log, results, collect)
             self.saver.save()
         except Exception as error:
@@ -168,6 +170,7 @@ class Trainer:
         state, steps = self.state, self.state.length.steps
         save_every, validate_every = self.recipe.train.checkpoint.every, self.recipe.evaluate.every
         upload = Uploads(self.device)
+        self.stalls.step(state.step)
         while state.step < steps and (batch := self.lockstep.next_batch()) is not None:
             self.notices.batch(batch)
             state.skipped_samples += len(batch.skipped)
@@ -176,6 +179,7 @@ class Trainer:
             result = self.train_step(upload(batch), progress)
             results.add(batch, result, progress)  # which reads those of the step before
             state.step += 1
+            self.stalls.step(state.step)
             state.mark()
             self.tracked.views(state.step, int(progress.epoch))
             collect(state.step)

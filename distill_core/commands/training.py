@@ -15,6 +15,7 @@ from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import per_second, print_scores
+from distill_core.run.failures import failures_named
 from distill_core.run.folder import RunFolder, read_report
 from distill_core.run.load import run_recipe
 from distill_core.system import distributed
@@ -22,6 +23,7 @@ from distill_core.system.process import resolve_device
 from distill_core.train import Result, Trainer
 
 
+@failures_named()
 def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
     """Train in a new folder of `runs`, or in the one of an earlier attempt of the same launch."""
     distributed.start(resolve_device(recipe.train.device))
@@ -55,6 +57,7 @@ def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
     _finish(result)
 
 
+@failures_named()
 def resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -> None:
     """Continue a run; one that is finished and scored is left unchanged."""
     recipe = run_recipe(folder, registry)

@@ -7,16 +7,20 @@ it, so that it can answer a signal, and say what is being waited for.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import queue
 import signal
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -32,18 +36,22 @@ from distill_core.system.process import end_with_parent
 
 JUDGED = 1000
 """By fewer samples no share of bad ones is judged."""
+SECONDS_TO_WRITE = 0.5
+"""For the workers, their stacks."""
 SECONDS_TO_END = 5.0
 """For the workers, before they are killed."""
 
 
 _NAME = 1024  # bytes
+STACKS = signal.SIGUSR1
+"""A worker that gets it writes down its stack."""
 
 
 class WorkerTable:
     """What each worker reads, in memory that the trainer shares with its workers."""
 
     def __init__(self, workers: int) -> None:
-        self._pids = multiprocessing.RawArray("q", max(workers, 1))
+        self.pids = multiprocessing.RawArray("q", max(workers, 1))
         self._shards = [multiprocessing.RawArray("c", _NAME) for _ in range(max(workers, 1))]
 
     def __call__(self, shard: str) -> None:
@@ -53,15 +61,15 @@ class WorkerTable:
 
     def register(self, worker: int) -> None:
         """In a worker, when it starts."""
-        self._pids[worker] = os.getpid()
+        self.pids[worker] = os.getpid()
 
     def name(self, worker: int) -> str:
         """`data worker 1 (pid 4711)`."""
-        return f"data worker {worker} (pid {self._pids[worker]})"
+        return f"data worker {worker} (pid {self.pids[worker]})"
 
     def name_of(self, pid: int | None) -> str:
         """As `name`; without a number for one that has not come so far as to register."""
-        return next((self.name(i) for i, own in enumerate(self._pids) if own == pid), f"data worker (pid {pid})")
+        return next((self.name(i) for i, own in enumerate(self.pids) if own == pid), f"data worker (pid {pid})")
 
     def shard(self, worker: int) -> str | None:
         """The shard that it opened last; None before the first."""
@@ -75,8 +83,8 @@ class _StartWorker:
     and so does Python itself.
     """
 
-    def __init__(self, table: WorkerTable) -> None:
-        self.table = table
+    def __init__(self, table: WorkerTable, stacks: str) -> None:
+        self.table, self.stacks = table, stacks
         self.trainer = os.getpid()
         self.ending = multiprocessing.RawValue("b", 0)
         atexit.register(self.end)
@@ -84,6 +92,9 @@ class _StartWorker:
     def __call__(self, worker: int) -> None:
         # the batches of a trainer that was killed are nobody's, and what they hold is freed at once
         end_with_parent(self.trainer, signal.SIGKILL)
+        # open for good: the handler, which no lock and no library holds up, writes there
+        self._file = open(self.stacks, "a")  # noqa: SIM115
+        faulthandler.register(STACKS, file=self._file)
         self.table.register(worker)
         for name in ("SIGINT", "SIGHUP"):
             if (number := getattr(signal, name, None)) is not None:
@@ -183,7 +194,7 @@ class Loader:
         self._order = self._make_order()
         self.good, self.bad = 0, 0  # samples, as judged by `data.max_bad_fraction`
         self.table = WorkerTable(recipe.data.workers)
-        self._start_worker = _StartWorker(self.table) if recipe.data.workers else None
+        self._start_worker: _StartWorker | None = None
         self._workers: list[BaseProcess] = []
         self._reader: _Reader | None = None
         self._handed_out = 0  # batches, since the start
@@ -197,6 +208,10 @@ class Loader:
     def start(self) -> None:
         """Start the workers."""
         workers = self.recipe.data.workers
+        if workers:
+            handle, name = tempfile.mkstemp(prefix="distill-stacks-")
+            os.close(handle)
+            self._start_worker = _StartWorker(self.table, name)
         batches = _Batches(self._batch_reader(), self.position, self.batch_size, self.rank, self.world)
         before = multiprocessing.active_children()
         with warnings.catch_warnings():
@@ -305,6 +320,20 @@ class Loader:
         shard = self.table.shard(worker)
         return f"{who} is reading {shard}" if shard is not None else f"{who} has opened no shard yet"
 
+    def stacks(self) -> str:
+        """What the next batch waits for, and the stacks of the workers' threads, for somebody to read."""
+        if self._start_worker is None:
+            return ""
+        started = set(self.table.pids)  # others would end of the signal
+        for worker in self._workers:
+            if worker.pid is not None and worker.pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, STACKS)
+        time.sleep(SECONDS_TO_WRITE)
+        path = Path(self._start_worker.stacks)
+        written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        return f"\n{self.waiting_for()}; the data workers:\n\n{written}"
+
     def _lost_worker(self) -> str | None:
         """What became of a worker that is no longer there, and what to do."""
         for process in self._workers:
@@ -341,6 +370,8 @@ class Loader:
                 process.kill()
                 process.join()
         self._workers = []
+        if self._start_worker is not None:
+            Path(self._start_worker.stacks).unlink(missing_ok=True)
         if self._child_ended is not None:
             signal.signal(signal.SIGCHLD, self._child_ended)
             self._child_ended = None

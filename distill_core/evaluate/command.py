@@ -20,6 +20,7 @@ from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints, load_into
 from distill_core.run.display import Scoring, print_scores
+from distill_core.run.failures import failures_named
 from distill_core.run.load import run_recipe
 from distill_core.system import distributed
 from distill_core.system.files import cannot_write, write_whole
@@ -29,6 +30,7 @@ SHOWN = 4
 """Approximate number of queries that `--pictures` draws for each task and side."""
 
 
+@failures_named()
 def score(
     run: str,
     registry: Registry,

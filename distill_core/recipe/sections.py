@@ -121,6 +121,9 @@ class TrainConfig(ComponentConfig):
     """With `nonfinite: skip`: stop the run after this many skipped steps in a row."""
     log_every: Positive = 10
     """Steps between rows of metrics.jsonl."""
+    stall_warning: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds in the same step (with its validation and checkpoint) after which a line names the rank that is stuck and
+    where, and its stack is written to RUN/stalls; again each time they have doubled."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save, and what to keep."""
 

@@ -14,8 +14,9 @@ from distill_core.system.process import Interrupt
 
 READY, WAITING, STOPPED, FAILED = range(4)
 """The state of a rank's next batch; all ranks act on the highest state among them."""
-SECONDS_TO_ANSWER = 30.0
-"""How long a failed rank waits for the others, to save with them the steps that are complete."""
+SECONDS_TO_ANSWER, SECONDS_IN_STEP = 30.0, 5.0
+"""How long a failed rank waits for the others, to save with them the steps that are complete; and one that failed in
+the middle of a step, where only ranks that fail alike can answer."""
 
 
 class Lockstep:
@@ -47,13 +48,13 @@ class Lockstep:
                 self.interrupt.signal = self.interrupt.signal or signal.SIGTERM
                 return None
             if state == FAILED:
-                raise OtherRankFailed("stopped because another rank failed; see that rank's message")
+                raise OtherRankFailed("stopped because another rank failed")
             if batch is None and time.monotonic() - start >= warn_after:
                 rank = f"rank {distributed.rank()}: " if distributed.world_size() > 1 else ""
                 self.display.warn_here(f"{rank}no batch for {warn_after:g} s: {self.loader.waiting_for()}")
                 warn_after *= 2
 
 
-def announce_failure() -> None:
+def announce_failure(*, in_step: bool) -> None:
     """Make the other ranks' `next_batch` raise `OtherRankFailed`. Raises `RanksApart` if they do not call it."""
-    distributed.highest(FAILED, SECONDS_TO_ANSWER)
+    distributed.highest(FAILED, SECONDS_IN_STEP if in_step else SECONDS_TO_ANSWER)

@@ -54,12 +54,14 @@ class MetricsLog:
         if distributed.rank() > 0:
             return
         epoch, teacher = state.length.epoch(state.step), state.objective.teacher
+        loss, terms = next(means), {name: next(means) for name in result.terms}
+        metrics = {name: next(means) for name in result.metrics}
         row: dict[str, Any] = {
             "step": state.step,
             "epoch": round(epoch, 4) if epoch is not None else None,
-            "loss": next(means),
-            "terms": {name: next(means) for name in result.terms},
-            "metrics": {name: next(means) for name in result.metrics},
+            "loss": loss,
+            "terms": terms,
+            "metrics": metrics,
             "lr": result.lr,
             "grad_norm": result.norm,
             "samples_per_s": round(rate, 2),
@@ -71,5 +73,5 @@ class MetricsLog:
             row["schedules"] = {path: option.value(progress) for path, option in self._schedules.items()}
         self.folder.log(row)
         self.tracked.log(state.step, row)
-        if line := self._collapse.check(row["metrics"]):
+        if line := self._collapse.check(metrics):
             self.warn(f"step {state.step}: {line}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
+from distill_core.run.failures import is_consequence
 from distill_core.run.folder import RunFolder
 from distill_core.run.lockstep import announce_failure
 from distill_core.run.state import RunState
@@ -62,12 +63,16 @@ class Saver:
         """
         step, display = self.state.step, self.display
         last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
-        try:
-            if not isinstance(error, OtherRankFailed):
-                announce_failure()
-        except distributed.RanksApart as unreachable:
-            display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {unreachable}; {last}")
-            return
+        if not isinstance(error, OtherRankFailed):
+            if is_consequence(error):
+                display.warn(f"step {step} is not saved: another rank has ended; {last}")
+                return
+            try:
+                announce_failure(in_step=self.state.train_step.running)
+            except distributed.RanksApart:
+                why = "the other ranks are in the middle of a step"
+                display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {why}; {last}")
+                return
         positions = distributed.gather_objects((step, self.state.train_step.whole))
         together = positions == [(step, True)] * distributed.world_size()
         if together:

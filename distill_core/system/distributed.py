@@ -14,13 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from distill_core.errors import UserError
+from distill_core.errors import OtherRankFailed, UserError
+from distill_core.system.peers import Peers
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)
 """How long ranks wait for one another: the first may be writing a checkpoint."""
 _control_group: dist.ProcessGroup | None = None
 """For `highest`, so that a rank that calls it out of turn is never paired with another collective."""
+_peers: Peers | None = None
 
 
 class RanksApart(UserError):
@@ -53,9 +55,16 @@ def start(device: torch.device) -> torch.device:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         attempt_store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=attempt_store, rank=rank, world_size=ranks, timeout=_PATIENCE)
-        global _control_group
+        global _control_group, _peers
         _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        connection = attempt_store.clone()  # type: ignore[attr-defined]
+        _peers = Peers(connection, rank, ranks, OtherRankFailed.exit_code)
     return device
+
+
+def peers() -> Peers | None:
+    """The other ranks, beside collectives; None in one process."""
+    return _peers
 
 
 def launch() -> str | None:
@@ -72,9 +81,11 @@ def restarted() -> bool:
 
 def stop() -> None:
     """Leave the process group."""
-    global _control_group
+    global _control_group, _peers
     if dist.is_initialized():
-        _control_group = None
+        if _peers is not None:
+            _peers.close()
+        _control_group = _peers = None
         dist.destroy_process_group()
 
 

@@ -1,8 +1,9 @@
-"""A run of two ranks in which rank 1 fails; run by test_distributed.
+"""A run of several ranks of which one fails; run by test_distributed and test_faults.
 
-`python -m torch.distributed.run --nproc-per-node 2 distributed_failures.py RECIPE RUNS WHERE STEP`: rank 1 fails at
-step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where rank 0 is in a collective (`step`; `once`:
-it is killed, at torchrun's first attempt alone).
+`python -m torch.distributed.run --nproc-per-node 2 distributed_failures.py RECIPE RUNS WHERE STEP [RANK]`: rank RANK
+(1) fails at step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where the others are in a collective
+(`step`; `killed`: by SIGKILL; `once`: killed at torchrun's first attempt alone; `term`: it gets a SIGTERM; `term_all`:
+all ranks get one; `stalls`: it waits for the file RUNS/go).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,11 +29,18 @@ from distill_core.system import distributed
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
 RECIPE, RUNS, WHERE, STEP = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+RANK = int(sys.argv[5]) if len(sys.argv) > 5 else 1
 BATCH = 4
 
 
+def stall() -> None:
+    """In a component: until the file RUNS/go is there."""
+    while not Path(RUNS, "go").exists():
+        time.sleep(0.1)
+
+
 class Slips(CaptionAugmentation):
-    """Rank 1 cannot make the batch of step STEP."""
+    """Rank RANK cannot make the batch of step STEP."""
 
     name = "slips"
     Config = CaptionConfig
@@ -42,7 +52,7 @@ class Slips(CaptionAugmentation):
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         Slips.made += 1
-        if WHERE == "batch" and distributed.rank() == 1 and Slips.made > STEP * BATCH:
+        if WHERE == "batch" and distributed.rank() == RANK and Slips.made > STEP * BATCH:
             raise ZeroDivisionError("a slip of the plugin")
         return [View("a bird")]
 
@@ -53,10 +63,14 @@ class RankLoss(Loss):
     name = "rank_loss"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        if distributed.rank() == 1 and outputs.progress.step == STEP:
+        if outputs.progress.step == STEP and (WHERE == "term_all" or (WHERE == "term" and distributed.rank() == RANK)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if distributed.rank() == RANK and outputs.progress.step == STEP:
+            if WHERE == "stalls":
+                stall()
             if WHERE == "step":
                 raise ZeroDivisionError("a slip of the plugin")
-            if WHERE == "once" and not distributed.restarted():
+            if WHERE == "killed" or (WHERE == "once" and not distributed.restarted()):
                 os.kill(os.getpid(), signal.SIGKILL)
         number = torch.tensor(float(distributed.rank()))
         everyone = outputs.student["image"].gathered
@@ -77,6 +91,7 @@ def main() -> None:
         "loss=[{name: rank_loss}]",
         "train.steps=6",
         "train.checkpoint.every=2",
+        "train.stall_warning=4",
     )
     overrides = [part for setting in settings for part in ("--set", setting)]
     distill_core.cli.main(["run", RECIPE, "--runs", RUNS, *overrides])

@@ -1,0 +1,60 @@
+"""A run of several ranks that fails names the first error and its rank in one line, and all ranks end."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch.distributed as dist
+
+from distill_core.errors import OtherRankFailed, UserError
+from distill_core.system import distributed
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """Around all that ranks do together.
+
+    An error of this rank is made known to the others. One that only follows from another rank's end becomes
+    `OtherRankFailed`, which names that rank and its error; the first rank that comes so far says it.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (peers := distributed.peers()) is not None:
+            peers.fail("it was interrupted by a second signal")
+        raise
+    except Exception as error:
+        if (peers := distributed.peers()) is None:
+            raise
+        if not is_consequence(error):
+            line = one_line(error)
+            peers.fail(line)
+            if not isinstance(error, UserError):  # a bug: its traceback follows
+                click.echo(f"rank {peers.rank}: {line}", err=True)
+            raise
+        first = peers.culprit()
+        if first is None or first.ranks == (peers.rank,):
+            raise
+        line = f"{first}. All ranks end; what was saved last can be resumed"
+        raise OtherRankFailed(line, speaks=peers.is_first("to name the error")) from None
+
+
+def is_consequence(error: Exception) -> bool:
+    """Whether an error says no more than that other ranks have ended, or do not answer."""
+    if isinstance(error, OtherRankFailed | distributed.RanksApart | dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)  # which raises no class of its own
+
+
+def one_line(error: Exception) -> str:
+    """What it is, and of a bug where it was raised."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {text}{place}"

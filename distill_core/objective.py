@@ -181,28 +181,30 @@ class Objective(nn.Module):
                 near = [p for p in prefixes if p.count(".") == path.count(".")]
                 yield path, f"{path!r} names no part of the model{did_you_mean(path, near)}"
 
+    def freeze(self, paths: Sequence[str]) -> None:
+        """Leave the parts under these paths as they are. Raises `UserError` for a path that names nothing."""
+        for _, message in self.unknown_parts(paths):
+            raise UserError(f"freeze: {message}")
+        modules = dict(self.named_modules())
+        self.frozen = [modules[path] for path in paths if path in modules]
+        self.train(self.training)
+        for name, parameter in self._own_parameters():
+            if any(_under(name, path) for path in paths):
+                parameter.requires_grad_(False)
+
     def trainable(self, freeze: Sequence[str], factors: Mapping[str, float]) -> list[tuple[str, nn.Parameter, float]]:
-        """(name, parameter, learning-rate factor) of what is trained; `freeze` and `factors` go by path prefix.
+        """Freezes, and returns (name, parameter, learning-rate factor) of what is trained; `freeze` and `factors` go by
+        path prefix.
 
         Raises `UserError` for a path that names nothing.
         """
-        own = self._own_parameters()
-        for section, paths in (("freeze", freeze), ("train.lr_factors", factors)):
-            for _, message in self.unknown_parts(paths):
-                raise UserError(f"{section}: {message}")
-
-        def under(name: str, path: str) -> bool:
-            return name == path or name.startswith(path + ".")
-
-        modules = dict(self.named_modules())
-        self.frozen = [modules[path] for path in freeze if path in modules]
-        self.train(self.training)
+        self.freeze(freeze)
+        for _, message in self.unknown_parts(factors):
+            raise UserError(f"train.lr_factors: {message}")
         trained = []
-        for name, parameter in own:
-            if any(under(name, path) for path in freeze):
-                parameter.requires_grad_(False)
-            elif parameter.requires_grad:
-                best = max((path for path in factors if under(name, path)), key=len, default=None)
+        for name, parameter in self._own_parameters():
+            if parameter.requires_grad:
+                best = max((path for path in factors if _under(name, path)), key=len, default=None)
                 trained.append((name, parameter, factors[best] if best is not None else 1.0))
         if not trained:
             raise UserError("freeze: everything is frozen; leave something to train")
@@ -231,6 +233,10 @@ def _undone_unless(finite: Tensor | None, loss: Loss) -> Iterator[None]:
     with torch.no_grad():
         for tensor, old in zip(moving, before, strict=True):
             tensor.copy_(torch.where(finite, tensor, old))
+
+
+def _under(name: str, path: str) -> bool:
+    return name == path or name.startswith(path + ".")
 
 
 def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:

@@ -1,11 +1,83 @@
-"""How the units of a model are laid out on the hardware (`train.parallel`)."""
+"""How a model is laid out on the hardware (`train.parallel`): units checkpointed, compiled, and spread over ranks by
+torch's FSDP2."""
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from distill_core.errors import UserError
 from distill_core.interfaces import Backbone
 from distill_core.objective import Objective
+from distill_core.recipe.sections import ParallelConfig
+from distill_core.system import distributed
+
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+"""What `checkpointing: selective` keeps: results that cost more to compute again than to hold."""
+
+
+def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) -> None:
+    """Prepare student and teacher for `config`, in place; names of parameters stay.
+
+    Call it once what is frozen is frozen, and before there is an optimiser. Over several ranks the towers' parameters
+    become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, losses and scalars stay
+    plain tensors. Raises `UserError` where `shard` does not divide the ranks.
+    """
+    students = [cast(Backbone, tower) for tower in objective.backbone.values()]
+    teachers = [cast(Backbone, tower) for tower in objective.teacher.backbone.values()] if objective.teacher else []
+    if config.checkpointing != "none":
+        for unit in _units(students):
+            _checkpoint(unit, selective=config.checkpointing == "selective")
+    if config.compile:
+        compile_units(objective)
+    ranks = distributed.world_size()
+    shard = ranks if config.shard == "all" else config.shard
+    if ranks % shard:
+        raise UserError(
+            f"train.parallel.shard: {shard} does not divide the number of ranks, {ranks}; take a divisor, or `all`"
+        )
+    if ranks > 1:
+        for tower in students + teachers:
+            _spread(tower, shard, config, device)
+
+
+def _units(towers: Sequence[Backbone]) -> list[nn.Module]:
+    return [unit for tower in towers for unit in tower.units()]
+
+
+def _checkpoint(unit: nn.Module, *, selective: bool) -> None:
+    """Compute the unit's activations again in the backward pass, in place of holding them.
+
+    Its `forward` is replaced, not wrapped in a module: names stay, and hooks run once.
+    """
+    context: Callable[[], Any] | None = None
+    if selective:
+        context = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    options: dict[str, Any] = {"context_fn": context} if context else {}
+    forward = unit.forward
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:  # no partial: torch.compile does not trace into one here
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    unit.forward = checkpointed
+
+
+def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
@@ -14,7 +86,26 @@ def compile_units(objective: Objective, backend: str = "inductor") -> int:
     In place, so that names of parameters stay. A unit that is not one graph raises torch's error, which names the line.
     """
     towers = [*objective.backbone.values(), *(objective.teacher.backbone.values() if objective.teacher else ())]
-    units = [unit for tower in towers for unit in cast(Backbone, tower).units()]
+    units = _units([cast(Backbone, tower) for tower in towers])
     for unit in units:
         unit.compile(backend=backend, fullgraph=True)
     return len(units)
+
+
+def _spread(tower: Backbone, shard: int, config: ParallelConfig, device: torch.device) -> None:
+    """Split the tower's parameters over `shard` ranks, and repeat that over the others.
+
+    A unit's parameters are gathered while it computes. FSDP2 takes none without a dimension, and code outside `forward`
+    (a loss that clamps a scale) reads those of one element: they stay as they are.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.world_size() // shard, shard), mesh_dim_names=("copies", "parts"))
+    policy = MixedPrecisionPolicy()
+    if config.weight_precision == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    scalars = {parameter for parameter in tower.parameters() if parameter.numel() == 1}
+    for module in (*tower.units(), tower):
+        # the tower too: left whole after a forward pass without gradients, it would miss the moving average
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=scalars)

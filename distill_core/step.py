@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -85,7 +85,10 @@ class TrainStep:
         self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
         self.parameters = [parameter for _, parameter, _ in self._named]
         self.maker = recipe.train.optimizer.build()
-        self.optimizer = self.maker.build(self.maker.groups(self._named))
+        groups = self.maker.groups(self._named)
+        self.optimizer = self.maker.build(
+            [group | {"params": alike} for group in groups for alike in distributed.apart(group["params"])]
+        )
         self.built = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         """The optimiser's groups before the first step, without their parameters: `lr` is the peak."""
         self.schedule = recipe.train.schedule
@@ -97,12 +100,43 @@ class TrainStep:
         self.running = False
         """Whether a step has begun, and not returned."""
 
-    def load_state_dict(self, state: dict[str, Any], built: Sequence[Mapping[str, Any]]) -> None:
-        """Take the optimiser's state, and the groups it had when it was `built`: what the recipe has changed of them
-        since is applied."""
-        self.optimizer.load_state_dict(state)
-        for group, old, new in zip(self.optimizer.param_groups, built, self.built, strict=True):
-            group.update({key: new[key] for key in new if new[key] != old.get(key)})
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's state by the names of its parameters, so that it fits another layout of them too.
+
+        `state`: name -> what the optimiser holds of it; `groups`: of each group the `names` of what is in it, its
+        `options`, and those with which it was `built`.
+        """
+        names, state = self._names_in_order(), self.optimizer.state_dict()
+        groups = [
+            {
+                "names": [names[number] for number in group["params"]],
+                "options": {key: value for key, value in group.items() if key != "params"},
+                "built": built,
+            }
+            for group, built in zip(state["param_groups"], self.built, strict=True)
+        ]
+        return {"state": {names[number]: own for number, own in state["state"].items()}, "groups": groups}
+
+    def load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Take an `optimizer_state`; what the recipe has changed of the groups since they were built is applied."""
+        group_of = {name: group for group in state["groups"] for name in group["names"]}
+        names, own = self._names_in_order(), self.optimizer.state_dict()
+        for group, built in zip(own["param_groups"], self.built, strict=True):
+            saved = group_of[names[group["params"][0]]]
+            changed = {key: value for key, value in built.items() if value != saved["built"].get(key)}
+            group.update(saved["options"] | changed)
+        parameters = {name: parameter for name, parameter, _ in self._named}
+        own["state"] = {
+            number: {key: _spread_like(value, parameters[name]) for key, value in state["state"][name].items()}
+            for number, name in enumerate(names)
+            if name in state["state"]
+        }
+        self.optimizer.load_state_dict(own)
+
+    def _names_in_order(self) -> list[str]:
+        """Of the parameters, as the optimiser numbers them."""
+        names = {id(parameter): name for name, parameter, _ in self._named}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def __call__(self, batch: Batch, progress: Progress) -> StepResult:
         """One optimiser step, or none where a value is not finite."""
@@ -119,10 +153,11 @@ class TrainStep:
             losses.metrics |= collapse_indicators(outputs, self.untrained)
         losses.total.backward()  # type: ignore[no-untyped-call]
         distributed.average_gradients(self.parameters)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]).to(self.device)
+        norm = distributed.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
         finite = self._judge(losses.total.detach(), norm)
         if self.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+            for alike in distributed.apart(self.parameters):
+                torch.nn.utils.clip_grads_with_norm_(alike, self.clip_grad, norm)
         self.whole = False
         self.objective.before_step(progress, finite)
         self._update(finite)
@@ -144,3 +179,9 @@ class TrainStep:
             self.optimizer.step()
         elif finite.item():
             self.optimizer.step()
+
+
+def _spread_like(value: Any, parameter: Tensor) -> Any:
+    """What an optimiser holds of a parameter: a tensor of its shape is spread as it is."""
+    alike = isinstance(value, Tensor) and value.shape == parameter.shape
+    return distributed.spread_like(value, parameter) if alike else value

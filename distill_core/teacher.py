@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.schedule import Scheduled
 from distill_core.outputs import Progress
+from distill_core.system.distributed import local
 
 
 class TeacherConfig(ComponentConfig):
@@ -39,10 +41,6 @@ class Teacher(nn.Module):
         self.backbone = nn.ModuleDict({name: _frozen_copy(module) for name, module in backbones.items()})
         self.heads = nn.ModuleDict({name.replace(".", "/"): _frozen_copy(module) for name, module in heads.items()})
         self._students = [*backbones.values(), *heads.values()]
-        self._averages: list[Tensor] = [
-            p for module in (*self.backbone.values(), *self.heads.values()) for p in module.parameters()
-        ]
-        self._sources: list[Tensor] = [p for module in self._students for p in module.parameters()]
         super().train(False)
 
     def train(self, mode: bool = True) -> Teacher:
@@ -59,8 +57,9 @@ class Teacher(nn.Module):
 
         Where `finite`, a 0-dim bool on the device, is False, nothing moves; the host does not read it.
         """
-        sources: list[Tensor] = [p.to(q.dtype) for p, q in zip(self._sources, self._averages, strict=True)]
-        _average_in(self._averages, sources, 1 - self.momentum(progress), finite)
+        averages, students = self._tensors
+        sources: list[Tensor] = [p.to(q.dtype) for p, q in zip(students, averages, strict=True)]
+        _average_in(averages, sources, 1 - self.momentum(progress), finite)
         for copied, module in self._pairs():
             for copied_tensor, theirs in zip(copied.buffers(), module.buffers(), strict=True):
                 copied_tensor.copy_(theirs if finite is None else torch.where(finite, theirs, copied_tensor))
@@ -74,6 +73,15 @@ class Teacher(nn.Module):
             for name, copied_tensor in copied.state_dict().items():
                 if f"{inside[id(copied)]}.{name}" not in keep:
                     copied_tensor.copy_(state[name])
+
+    @cached_property
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's part of the own parameters and the student's, which are laid out alike (`parallel.py`)."""
+        averages, students = [], []
+        for copied, module in self._pairs():
+            averages += [local(p) for p in copied.parameters()]
+            students += [local(p) for p in module.parameters()]
+        return averages, students
 
     def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(own module, the student's)."""

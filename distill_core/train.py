@@ -15,7 +15,7 @@ from distill_core.data.loader import Loader, patience_of
 from distill_core.data.shard import Shard
 from distill_core.evaluate.score import TaskScore
 from distill_core.outputs import Progress
-from distill_core.parallel import compile_units
+from distill_core.parallel import lay_out
 from distill_core.recipe.build import build_objective, load_weights
 from distill_core.recipe.sections import Recipe
 from distill_core.run.checkpoint import Checkpoints
@@ -83,8 +83,8 @@ class Trainer:
         self.objective = build_objective(recipe)
         self.load_reports = load_weights(recipe, self.objective) if resume is None else []
         distributed.broadcast(self.objective.to(device))
-        if recipe.train.parallel.compile:
-            compile_units(self.objective)
+        self.objective.freeze(recipe.freeze)
+        lay_out(self.objective, recipe.train.parallel, device)
         self.train_step = TrainStep(recipe, self.objective, device)
         names = [name for name, shards in sets.items() for _ in shards]
         self.loader = Loader(recipe, self.shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")

@@ -79,6 +79,15 @@ class CheckpointConfig(ComponentConfig):
 class ParallelConfig(ComponentConfig):
     """How a step is laid out on the hardware; results do not depend on it but for rounding."""
 
+    shard: Positive | Literal["all"] = 1
+    """Over how many ranks each tower's weights, gradients, optimiser state and teacher are split: 1 holds all of them
+    on every rank. Groups of so many ranks hold copies of one another."""
+    weight_precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the towers' weights while a unit computes with them, over several ranks: bf16 halves what is gathered, and
+    computes norms and residuals in bf16 too. The weights that are updated stay fp32."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """What each unit of the student computes a second time in the backward pass, in place of holding it: all
+    (`full`), or all but matrix products (`selective`)."""
     compile: bool = False
     """Compile each unit of the towers (a transformer's block) with torch.compile: fewer passes over memory, after a
     start of a minute or more. A tower without units, the fusion and the losses run as they are."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill_core.data.loader import Loader
 from distill_core.objective import Objective
@@ -107,9 +108,8 @@ class RunState:
         """The checkpoint's content, except for `step`; every rank must call it."""
         return {
             "recipe": self.recipe.to_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.train_step.optimizer.state_dict(),
-            "optimizer_groups": self.train_step.built,
+            "objective": _map_tensors(distributed.joined, self.objective.state_dict()),
+            "optimizer": _map_tensors(distributed.joined, self.train_step.optimizer_state()),
             "ranks": distributed.gather_objects(self._between_steps),
             "best": self.best,
             "skipped_steps": self.skipped_steps,
@@ -118,8 +118,10 @@ class RunState:
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
         """Call before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
-        load_into(self.objective, state["objective"], source)
-        self.train_step.load_state_dict(state["optimizer"], state["optimizer_groups"])
+        own = self.objective.state_dict()
+        spread = {name: distributed.spread_like(x, own.get(name, x)) for name, x in state["objective"].items()}
+        load_into(self.objective, spread, source)
+        self.train_step.load_optimizer_state(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         ranks, rank = state["ranks"], distributed.rank()
@@ -138,6 +140,14 @@ class RunState:
         """Of all ranks, every one of which must ask: how often a sample was skipped, and the samples of each set."""
         counts = distributed.gather_objects((self.skipped_samples, self.samples_by_set))
         return sum(skipped for skipped, _ in counts), _total(by_set for _, by_set in counts)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map_tensors(function, value) for key, value in tree.items()}
+    return [_map_tensors(function, value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

@@ -66,7 +66,7 @@ class Validation:
     def _evaluate(self, split: str, scoring: Scoring, doing: Callable[[str], None]) -> EvaluationResult:
         state, display = self.state, self.display
         models = models_of(state.recipe, state.objective, state.device)
-        with scoring:
+        with scoring, distributed.whole(state.objective):
             evaluated = evaluate(
                 state.recipe, models, self.source, split, doing, self.tracked.media, watch=scoring.watch
             )

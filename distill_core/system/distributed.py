@@ -1,21 +1,26 @@
-"""Process groups, the differentiable gather, and gradient averaging. All of it is a no-op in one process."""
+"""Process groups, the differentiable gather, tensors that are spread over ranks, and gradient averaging. All of it is
+a no-op in one process."""
 
 from __future__ import annotations
 
 import functools
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.system.peers import Peers
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)
@@ -157,16 +162,80 @@ def all_gather(x: Tensor, dim: int = 0) -> Tensor:
     return all_gather_together([x], dim)[0]
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over ranks, in one collective a dtype.
+def is_spread(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`: a part of it, or a copy, on each rank."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be spread over ranks; shares its memory."""
+    return cast(Tensor, cast(Any, tensor).to_local()) if is_spread(tensor) else tensor
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be spread over ranks, every one of which must ask."""
+    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_spread(tensor) else tensor
+
+
+def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that each rank has whole, spread as `like` is, without a collective."""
+    if not is_spread(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    of = cast(Any, like)
+    return distribute_tensor(tensor.to(like.device), of.device_mesh, of.placements, src_data_rank=None)
+
+
+def apart(tensors: Iterable[T]) -> list[list[T]]:
+    """Those that are whole on each rank, and those that are spread: torch's `foreach` operators take one kind."""
+    kinds: tuple[list[T], list[T]] = [], []
+    for tensor in tensors:
+        kinds[is_spread(cast(Tensor, tensor))].append(tensor)
+    return [kind for kind in kinds if kind]
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all parameters of what is spread over ranks, and no forward pass reaches a collective:
+    ranks may make unequal numbers of them. Every rank must enter and leave."""
+    modules = list(_fsdp_modules(model))
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    if world_size() > 1:
+        from torch.distributed.fsdp import FSDPModule
+
+        yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The L2 norm of all gradients, those spread over ranks included: a 0-dim tensor, equal on all ranks."""
+    norms = [nn.utils.get_total_norm(alike) for alike in apart(gradients)]
+    norms = [joined(norm).to(device) for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over ranks, in one collective a dtype. Those of parameters that are spread over
+    ranks are left alone: the backward pass has averaged them.
 
     A parameter that no rank has used keeps no gradient, as in one process: the optimiser leaves it alone.
     """
     if world_size() == 1:
         return
-    by_dtype: dict[torch.dtype, list[torch.nn.Parameter]] = {}
+    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_spread(parameter):
             by_dtype.setdefault(parameter.dtype, []).append(parameter)
     for group in by_dtype.values():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in group]
@@ -186,7 +255,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def broadcast(module: torch.nn.Module) -> None:
+def broadcast(module: nn.Module) -> None:
     """Copy rank 0's tensors to every rank."""
     if world_size() > 1:
         for value in module.state_dict().values():

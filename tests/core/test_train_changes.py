@@ -49,9 +49,10 @@ def test_what_is_applied(resume: Resume, capsys: pytest.CaptureFixture[str]) -> 
     first = {name: value.clone() for name, value in trainer.train_step.optimizer.state_dict()["state"][0].items()}
     trainer.run()
     saved = Checkpoints(trainer.folder.path).read()
-    decays = [group["weight_decay"] for group in saved["optimizer"]["param_groups"]]
+    options = [group["options"] for group in saved["optimizer"]["groups"]]
+    decays = [group["weight_decay"] for group in options]
     assert sorted(decays) == [0.0, 0.25]
-    for group in saved["optimizer"]["param_groups"]:
+    for group in options:
         assert (list(group["betas"]), group["eps"]) == ([0.8, 0.9], 1e-4)
     # the schedule is at its half after 2 of 4 steps
     rows = [row for row in trainer.folder.rows() if "terms" in row]

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from distill_core.data.lengths import Lengths, measure
-from distill_core.data.loader import Loader, patience_of
-from distill_core.data.shard import Shard
 from distill_core.evaluate.score import TaskScore
 from distill_core.outputs import Progress
-from distill_core.parallel import lay_out
-from distill_core.recipe.build import build_objective, load_weights
 from distill_core.recipe.sections import Recipe
+from distill_core.run.assembly import assemble, prepare_process
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.environment import environment
@@ -31,21 +25,11 @@ from distill_core.run.report import report_run
 from distill_core.run.resume import resume_run
 from distill_core.run.saving import Saver
 from distill_core.run.stalls import StallWatch
-from distill_core.run.state import Length, RunState
 from distill_core.run.tracking import TrackedRun
 from distill_core.run.validation import Validation
-from distill_core.step import StepResult, TrainStep
+from distill_core.step import StepResult
 from distill_core.system import distributed
-from distill_core.system.process import (
-    Interrupt,
-    garbage_at_fixed_steps,
-    keep_freed_memory,
-    resolve_device,
-    seed_all,
-    set_matmul_precision,
-    set_threads,
-)
-from distill_core.system.progress import progress_bar
+from distill_core.system.process import Interrupt, garbage_at_fixed_steps
 from distill_core.system.transfer import Uploads
 
 
@@ -66,37 +50,25 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, *, resume: str | None = None, quiet: bool = False) -> None:
         self.recipe, self.folder = recipe, folder
-        self.device = device = _prepare_process(recipe, folder)
-        rank, world = distributed.rank(), distributed.world_size()
-
+        self.device = device = prepare_process(recipe)
+        if distributed.rank() == 0:
+            folder.lock()
         source = recipe.data.source.build()
         source.prepare()
-        sets = source.sets("train")
-        self.shards = [shard for shards in sets.values() for shard in shards]
         evaluation_source = source
         if recipe.evaluate.source is not None:
             evaluation_source = recipe.evaluate.source.build()
             evaluation_source.prepare()
-        lengths = _measure(self.shards, recipe, resuming=resume is not None, quiet=quiet)
+        assembly = assemble(recipe, source, device, resuming=resume is not None, quiet=quiet)
+        self.state = state = assembly.state
+        self.shards, self.load_reports = assembly.shards, assembly.load_reports
+        self.objective, self.train_step, self.loader = state.objective, state.train_step, state.loader
 
-        seed_all(recipe.seed)
-        self.objective = build_objective(recipe)
-        self.load_reports = load_weights(recipe, self.objective) if resume is None else []
-        distributed.broadcast(self.objective.to(device))
-        self.objective.freeze(recipe.freeze)
-        lay_out(self.objective, recipe.train.parallel, device)
-        self.train_step = TrainStep(recipe, self.objective, device)
-        names = [name for name, shards in sets.items() for _ in shards]
-        self.loader = Loader(recipe, self.shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")
-        length = Length.of(recipe.train, self.loader.batch_size, self.loader.samples)
-        self.state = RunState(recipe, length, self.objective, self.train_step, self.loader, device)
-
-        self.display = Display(length.steps, quiet=quiet, rank=rank)
+        self.display = Display(state.length.steps, quiet=quiet, rank=distributed.rank())
         folder.warn = self.display.warn_here
         self.interrupt = Interrupt(self.display.warn)
         self.tracked = TrackedRun(recipe)
         self.checkpoints = Checkpoints(folder.path, recipe.train.checkpoint.keep)
-        seed_all(recipe.seed + 1 + rank)
         if resume is not None:
             resume_run(self.state, folder, self.checkpoints, resume, self.display)
 
@@ -209,26 +181,3 @@ class Trainer:
         continues = resumed is not None and resumed.branch is None
         self.tracked.start(self.folder.path, facts, self.shards, continues, self.display.warn)
         return facts
-
-
-def _measure(shards: Sequence[Shard], recipe: Recipe, *, resuming: bool, quiet: bool) -> Lengths:
-    """How many samples each shard has: the first rank asks, then the others, from its cache."""
-
-    def measured() -> Lengths:
-        with progress_bar(len(shards), "shards are indexed", quiet=quiet) as advance:
-            return measure(shards, patience_of(recipe), resuming=resuming, progress=advance)
-
-    first = distributed.raise_on_all_ranks(lambda: measured() if distributed.rank() == 0 else None)
-    return distributed.raise_on_all_ranks(lambda: first or measured())
-
-
-def _prepare_process(recipe: Recipe, folder: RunFolder) -> torch.device:
-    """Join the other ranks, lock the folder, and set torch up as the recipe asks; returns this rank's device."""
-    train = recipe.train
-    device = distributed.start(resolve_device(train.device))
-    set_matmul_precision(train.matmul_precision)
-    if distributed.rank() == 0:
-        folder.lock()
-    set_threads(train.threads, recipe.data.workers, device)
-    keep_freed_memory()  # for the loader's workers too, which are forked from here
-    return device

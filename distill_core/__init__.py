@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from distill_core.contracts.media import Picture as Picture
     from distill_core.contracts.media import Rendered as Rendered
     from distill_core.contracts.media import TokenLayout as TokenLayout
+    from distill_core.contracts.optimizer import DecoupledConfig as DecoupledConfig
+    from distill_core.contracts.optimizer import DecoupledOptimizer as DecoupledOptimizer
     from distill_core.contracts.optimizer import Optimizer as Optimizer
     from distill_core.contracts.optional import ClassAttention as ClassAttention
     from distill_core.contracts.optional import DenseEmbeddings as DenseEmbeddings
@@ -142,6 +144,8 @@ HOMES = {
     "Picture": "distill_core.contracts.media",
     "Rendered": "distill_core.contracts.media",
     "TokenLayout": "distill_core.contracts.media",
+    "DecoupledConfig": "distill_core.contracts.optimizer",
+    "DecoupledOptimizer": "distill_core.contracts.optimizer",
     "Optimizer": "distill_core.contracts.optimizer",
     "ClassAttention": "distill_core.contracts.optional",
     "DenseEmbeddings": "distill_core.contracts.optional",

@@ -154,6 +154,14 @@ class Backbone(nn.Module, Component, ABC):
         """After `Augmentation.on_device`, by the same rules: for targets that are made of what `encode` takes."""
         return views
 
+    def before_step(self, progress: Progress) -> None:
+        """Called before the student's forward pass of each training step: for options that are scheduled."""
+        return
+
+    after_units: ClassVar[tuple[str, ...]] = ()
+    """Names of its own parameters and modules that come after `units` (a final norm, a projection): their learning rate
+    is not decayed by `train.lr_decay`."""
+
     def units(self) -> Sequence[nn.Module]:
         """Its repeated parts (a transformer's blocks), entered by `forward` alone: what `train.parallel` works on.
 

@@ -91,6 +91,8 @@ class Objective(nn.Module):
 
     def represent(self, batch: Batch, progress: Progress) -> Outputs:
         """Encode the batch with student and teacher, and fuse the student's features."""
+        for module in self.backbone.values():
+            cast(Backbone, module).before_step(progress)
         batch = self.on_device(batch)
         teacher = self.represent_teachers(batch)
         student = {name: self.represent_student(batch, name) for name in self.backbone}
@@ -192,23 +194,45 @@ class Objective(nn.Module):
             if any(_under(name, path) for path in paths):
                 parameter.requires_grad_(False)
 
-    def trainable(self, freeze: Sequence[str], factors: Mapping[str, float]) -> list[tuple[str, nn.Parameter, float]]:
+    def trainable(
+        self, freeze: Sequence[str], factors: Mapping[str, float], decays: Mapping[str, float] | None = None
+    ) -> list[tuple[str, nn.Parameter, float]]:
         """Freezes, and returns (name, parameter, learning-rate factor) of what is trained; `freeze` and `factors` go by
         path prefix.
 
-        Raises `UserError` for a path that names nothing.
+        `decays`: backbone -> a factor for each unit that comes after a parameter. Raises `UserError` for a path that
+        names nothing, and for a backbone without units.
         """
         self.freeze(freeze)
         for _, message in self.unknown_parts(factors):
             raise UserError(f"train.lr_factors: {message}")
+        layers = dict(entry for path, decay in (decays or {}).items() for entry in self._layers(path, decay))
         trained = []
         for name, parameter in self._own_parameters():
             if parameter.requires_grad:
                 best = max((path for path in factors if _under(name, path)), key=len, default=None)
-                trained.append((name, parameter, factors[best] if best is not None else 1.0))
+                factor = factors[best] if best is not None else 1.0
+                trained.append((name, parameter, factor * layers.get(name, 1.0)))
         if not trained:
             raise UserError("freeze: everything is frozen; leave something to train")
         return trained
+
+    def _layers(self, path: str, decay: float) -> Iterator[tuple[str, float]]:
+        """(name, factor) of a backbone's parameters. Raises `UserError` where it has no units."""
+        backbone = self.backbone[path.removeprefix("backbone.")] if path in self.decaying() else None
+        if not isinstance(backbone, Backbone):
+            known = did_you_mean(path, self.decaying())
+            raise UserError(f"train.lr_decay: {path!r} is no backbone with units, as a transformer's blocks{known}")
+        units = backbone.units()
+        depth = {id(p): i for i, unit in enumerate(units, 1) for p in unit.parameters()}
+        for name, parameter in backbone.named_parameters():
+            after = name.split(".")[0] in backbone.after_units
+            at = depth.get(id(parameter), len(units) + 1 if after else 0)
+            yield f"{path}.{name}", decay ** (len(units) + 1 - at)
+
+    def decaying(self) -> list[str]:
+        """The paths that `train.lr_decay` may name: backbones with units."""
+        return [f"backbone.{name}" for name, module in self.backbone.items() if cast(Backbone, module).units()]
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from distill_core.batch import Batch
 from distill_core.collapse import collapse_indicators
+from distill_core.contracts.schedule import Scheduled
+from distill_core.gradients import GradientLimit, limit_gradients
 from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe
@@ -80,9 +82,10 @@ class TrainStep:
 
     def __init__(self, recipe: Recipe, objective: Objective, device: torch.device) -> None:
         self.objective, self.device = objective, device
-        self.bf16, self.clip_grad = recipe.train.precision == "bf16", recipe.train.clip_grad
+        self.bf16, limit = recipe.train.precision == "bf16", recipe.train.clip_grad
+        self.limit = GradientLimit(max=Scheduled(limit)) if isinstance(limit, int | float) else limit
         self.allowed = recipe.train.max_nonfinite if recipe.train.nonfinite == "skip" else 1
-        self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors)
+        self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors, recipe.train.lr_decay)
         self.parameters = [parameter for _, parameter, _ in self._named]
         self.maker = recipe.train.optimizer.build()
         groups = self.maker.groups(self._named)
@@ -155,9 +158,8 @@ class TrainStep:
         distributed.average_gradients(self.parameters)
         norm = distributed.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
         finite = self._judge(losses.total.detach(), norm)
-        if self.clip_grad is not None:
-            for alike in distributed.apart(self.parameters):
-                torch.nn.utils.clip_grads_with_norm_(alike, self.clip_grad, norm)
+        if self.limit is not None:
+            limit_gradients([(name, p) for name, p, _ in self._named], norm, self.limit, progress)
         self.whole = False
         self.objective.before_step(progress, finite)
         self._update(finite)

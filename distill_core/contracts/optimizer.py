@@ -1,10 +1,10 @@
-"""The optimiser's contract, and AdamW."""
+"""The optimiser's contract, what those with a decoupled weight decay share, and AdamW."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,6 @@ from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.outputs import Progress
 
-START = Progress(0, 1)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -42,45 +41,59 @@ class Optimizer(Component, ABC):
         """The optimiser. Each group's `lr` is its peak; the schedule sets it, so `step` must read it anew."""
 
 
-class AdamWConfig(ComponentConfig):
-    """Defaults are those of contrastive pre-training with large batches."""
+class DecoupledConfig(ComponentConfig):
+    """Options of optimisers with a decoupled weight decay."""
 
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """Peak learning rate; the schedule multiplies it."""
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """Decay of the running means of the gradient and of its square."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update."""
     weight_decay: Scheduled[NotNegative] = Scheduled(0.5)
     """Decoupled decay of matrices, also a schedule; parameters with ndim < 2 (norms, biases, scales) have none."""
 
 
-class AdamW(Optimizer):
-    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+class DecoupledOptimizer(Optimizer):
+    """Base: a group for each (decayed or not, learning-rate factor), and a weight decay that may move."""
 
-    name = "adamw"
-    Config = AdamWConfig
+    Config: ClassVar[type[ComponentConfig]] = DecoupledConfig
+
+    def options(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """Further options of the group that a parameter goes into; those with different ones go into different
+        groups."""
+        return {}
 
     def groups(self, parameters: Sequence[tuple[str, nn.Parameter, float]]) -> list[dict[str, Any]]:
-        """A group for each (decayed or not, learning-rate factor)."""
-        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-        for _, parameter, factor in parameters:
-            groups.setdefault((parameter.ndim >= 2, factor), []).append(parameter)
-        return [
-            {
-                "params": members,
-                "lr": self.config.lr * factor,
-                "weight_decay": self.config.weight_decay.value(START) if decayed else 0.0,
-                "decayed": decayed,
-            }
-            for (decayed, factor), members in groups.items()
-        ]
+        groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for name, parameter, factor in parameters:
+            decayed, options = parameter.ndim >= 2, dict(self.options(name, parameter))
+            group = {"params": [], "lr": self.config.lr * factor, "decayed": decayed, **options}
+            groups.setdefault((decayed, factor, *options.items()), group)["params"].append(parameter)
+        self._decay([*groups.values()], Progress(0, 1))
+        return [*groups.values()]
 
     def before_step(self, groups: list[dict[str, Any]], progress: Progress) -> None:
         """The weight decay of this step, where it is a schedule."""
         if self.config.weight_decay.moves:
-            for group in groups:
-                group["weight_decay"] = self.config.weight_decay.value(progress) if group["decayed"] else 0.0
+            self._decay(groups, progress)
+
+    def _decay(self, groups: list[dict[str, Any]], progress: Progress) -> None:
+        value = self.config.weight_decay.value(progress)
+        for group in groups:
+            group["weight_decay"] = value if group["decayed"] else 0.0
+
+
+class AdamWConfig(DecoupledConfig):
+    """Defaults are those of contrastive pre-training with large batches."""
+
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of the running means of the gradient and of its square."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update."""
+
+
+class AdamW(DecoupledOptimizer):
+    """AdamW (Loshchilov & Hutter 2019), torch's fused implementation."""
+
+    name = "adamw"
+    Config = AdamWConfig
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Over the groups."""

@@ -193,7 +193,12 @@ def unknown_score(draft: Draft) -> str | None:
 
 
 def _part_names(draft: Draft) -> Iterator[Problem]:
-    """Paths in `freeze` and `train.lr_factors`, as far as the document names the parts of the model."""
+    """Paths in `freeze` and `train.lr_factors`, as far as the document names the parts of the model; the backbones in
+    `train.lr_decay`."""
+    backbones = [f"backbone.{name}" for name in draft.names("backbone")]
+    for part in draft.train.lr_decay:
+        if part not in backbones:
+            yield ("train", "lr_decay", part), f"{part!r} is no backbone{did_you_mean(part, backbones)}"
     losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
     parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
     parts += [*(["fusion"] if draft.document.get(("fusion",)) is not None else []), "backbone", "loss"]
@@ -214,11 +219,11 @@ def _listed_parts(freeze: Any, factors: Mapping[str, float]) -> Iterator[tuple[K
 
 
 def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
-    """What is wrong with the paths in `freeze` and `train.lr_factors`, by the model itself, which is built without
-    memory; and a warning where it cannot be."""
+    """What is wrong with the paths in `freeze`, `train.lr_factors` and `train.lr_decay`, by the model itself, which is
+    built without memory; and a warning where it cannot be."""
     from distill_core.recipe.build import build_objective
 
-    if not recipe.freeze and not recipe.train.lr_factors:
+    if not recipe.freeze and not recipe.train.lr_factors and not recipe.train.lr_decay:
         return [], []
     try:
         with torch.device("meta"):
@@ -226,13 +231,21 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
     except Exception as error:  # a component of a plugin may need memory
         why = next(iter(str(error).splitlines()), "")
         return [], [
-            "freeze, train.lr_factors: their paths are checked only when training starts, since the model cannot be "
-            f"built without memory: {type(error).__name__}: {why}"
+            "freeze, train.lr_factors, train.lr_decay: their paths are checked only when training starts, since the "
+            f"model cannot be built without memory: {type(error).__name__}: {why}"
         ]
     unknown = [
         (at, message)
         for at, part in _listed_parts(recipe.freeze, recipe.train.lr_factors)
         for _, message in objective.unknown_parts([part])
+    ]
+    unknown += [
+        (
+            ("train", "lr_decay", part),
+            f"{part!r} has no units, as a transformer's blocks: its rate cannot decay by them",
+        )
+        for part in recipe.train.lr_decay
+        if part not in objective.decaying()
     ]
     if not unknown:
         try:

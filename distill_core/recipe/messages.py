@@ -28,8 +28,9 @@ def messages(
     for item in error.errors(include_url=False):
         # union branches add their type's name to the location; only what is in the document is a path
         path: KeyPath = ()
-        for part in item["loc"]:
-            if document.has((*path, part)) or item["type"] in ("missing", "extra_forbidden"):
+        for i, part in enumerate(item["loc"], 1):
+            absent = i == len(item["loc"]) and item["type"] in ("missing", "extra_forbidden")
+            if document.has((*path, part)) or absent:
                 path = (*path, part)
         at = path
         if item["type"] == "unknown_component":

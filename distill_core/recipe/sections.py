@@ -22,6 +22,7 @@ from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
+from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.plan import ModalityPlan, Needs, Plan
 from distill_core.teacher import TeacherConfig
@@ -118,8 +119,12 @@ class TrainConfig(ComponentConfig):
     gather_precision: Literal["fp32", "bf16"] = "fp32"
     """Of embeddings, and their gradients, while they travel between ranks: bf16 halves the bytes, and rounds all but a
     rank's own rows to 8 bits."""
-    clip_grad: Annotated[float, Field(gt=0)] | None = None
-    """Scale the gradients down where their global L2 norm is above this value."""
+    lr_decay: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}  # noqa: RUF012
+    """Layer-wise decay of the learning rate in backbones, as {backbone.image: 0.75}: this factor once more for each
+    block that comes after a parameter."""
+    clip_grad: Annotated[float, Field(gt=0)] | GradientLimit | None = None
+    """Scale the gradients down where their L2 norm is above this value: a number is for the norm of all of them,
+    {by: parameter, max: 3.0} for each parameter's own."""
     device: str = "auto"
     """`auto` (CUDA when there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     threads: Positive | None = None

@@ -23,6 +23,7 @@ FIXED = {
     "data.streams": "the order of the samples would change within a pass",
     "train.optimizer.name": "its state is not the other's",
     "train.lr_factors": "the optimiser's state is grouped by factor",
+    "train.lr_decay": "the optimiser's state is grouped by factor",
     "freeze": "the optimiser has state for the trained parameters only",
     "weights": "the run has already started from other weights",
 }

@@ -69,6 +69,7 @@ class ClipText(Backbone):
     tokens = all positions after that LayerNorm, with a mask of those up to end-of-text."""  # fmt: skip
 
     name = "clip_text"
+    after_units = ("ln_final", "text_projection")
     Config = ClipTextConfig
     examples = (
         {"context": 16, "width": 32, "layers": 2, "heads": 2, "dim": 24},

@@ -218,10 +218,20 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = MLP(width, mlp_ratio, activation)
 
-    def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None) -> Tensor:
-        """x [T, W] -> [T, W], or at `rows` alone [R, W]: after the attention the rest is not computed."""
-        x = sequences.take(x, rows) + self.attn(x, sequences, rows, norm=self.ln_1)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None, scales: Tensor | None = None
+    ) -> Tensor:
+        """x [T, W] -> [T, W], or at `rows` alone [R, W]: after the attention the rest is not computed.
+
+        `scales` [T, 2]: factors of what the attention and the MLP add to each token (`Transformer.drop_path`).
+        """
+        if scales is None:
+            x = sequences.take(x, rows) + self.attn(x, sequences, rows, norm=self.ln_1)
+            return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        taken = sequences.take(scales.to(x.dtype), rows)
+        of_attention, of_mlp = taken[:, :1], taken[:, 1:]
+        x = sequences.take(x, rows) + of_attention * self.attn(x, sequences, rows, norm=self.ln_1)
+        return x + of_mlp * self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
     def weights(self, x: Tensor, index: Tensor, mask: Tensor | None) -> Tensor:
         """With which position `index` [N] reads x [N, L, W]: [N, H, L]; mask [N, L]. Only for pictures."""
@@ -237,6 +247,9 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList([Block(width, heads, mlp_ratio, activation, eps) for _ in range(layers)])
+        self.drop_path = 0.0
+        """Stochastic depth (Huang et al. 2016) while training: the odds that a sequence passes by a branch of the last
+        block; 0 in the first, and in a line between them."""
 
     @property
     def last(self) -> Block:
@@ -247,13 +260,32 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None) -> Tensor:
         """x [T, W] -> [T, W], or at `rows` alone [R, W]."""
-        return self.last(self.body(x, sequences), sequences, rows)  # type: ignore[no-any-return]
+        *_, of_last = scales = self._scales(x, sequences)
+        return self.last(self.body(x, sequences, scales), sequences, rows, of_last)  # type: ignore[no-any-return]
 
-    def body(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """All blocks but the last: x [T, W] -> [T, W]."""
-        for block in self.resblocks[:-1]:
-            x = block(x, sequences)
+    def body(self, x: Tensor, sequences: Sequences, scales: Sequence[Tensor | None] = ()) -> Tensor:
+        """All blocks but the last: x [T, W] -> [T, W]; `scales` as `Block.forward` takes them, of each block."""
+        for i, block in enumerate(self.resblocks[:-1]):
+            x = block(x, sequences, None, scales[i]) if scales else block(x, sequences)
         return x
+
+    def _scales(self, x: Tensor, sequences: Sequences) -> list[Tensor | None]:
+        """Of each block [T, 2], or None where nothing is dropped. Each branch draws anew for each sequence."""
+        count = len(self.resblocks)
+        if not self.training or self.drop_path == 0:
+            return [None] * count
+        lengths = [length for n, length in sequences.shapes for _ in range(n)]
+        if lengths:
+            each = torch.tensor(lengths, device=x.device)
+        else:
+            assert sequences.starts is not None
+            each = sequences.starts.diff().to(x.device)
+        rates = [self.drop_path * i / max(count - 1, 1) for i in range(count)]
+        kept = torch.rand(count, len(each), 2, device=x.device)
+        return [
+            ((row >= rate) / (1 - rate)).repeat_interleave(each, dim=0, output_size=len(x)) if rate else None
+            for row, rate in zip(kept, rates, strict=True)
+        ]
 
     def weights(self, x: Tensor, index: Tensor, *, causal: bool = False) -> Tensor:
         """With which position `index` [N] reads x [N, L, W] in the last block: [N, H, L]. Only for pictures."""

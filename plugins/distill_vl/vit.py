@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from distill_core import (
     Encoded,
     Group,
     ModalityPlan,
+    Progress,
+    Scheduled,
     TowerInput,
     View,
     Views,
@@ -57,6 +59,11 @@ class VisionTransformerConfig(ComponentConfig):
     """Added to the variance in every LayerNorm; timm's and DINO's ViTs have 1e-6."""
     class_tokens: Positive = 1
     """Class tokens C; the first makes the embedding. Further ones have no position (TIPS has two)."""
+    initialization: Literal["clip", "trunc_normal"] = "clip"
+    """`trunc_normal`: matrices, positions and class tokens of deviation .02, biases 0, as timm's and DINO's ViTs."""
+    drop_path: Scheduled[Annotated[float, Field(ge=0, lt=1)]] = Scheduled(0.0)
+    """Stochastic depth of the student: the odds that a view passes by a branch of the last block, falling to 0 in the
+    first. Also a schedule."""
     masking: MaskingConfig | None = None
     """Patches that are hidden from the student, as {ratio: [0.1, 0.5]}; null for none."""
 
@@ -80,6 +87,7 @@ class VisionTransformer(Backbone):
 
     name = "vit"
     Config = VisionTransformerConfig
+    after_units = ("ln_post", "proj")
     examples = (
         {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},
         {
@@ -106,7 +114,23 @@ class VisionTransformer(Backbone):
             self.more_class_embeddings = nn.Parameter(scale * torch.randn(config.class_tokens - 1, width))
         if config.masking is not None:
             self.mask_token = nn.Parameter(torch.zeros(width))
+        if config.initialization == "trunc_normal":
+            self._start_small()
         self._maps: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+
+    def _start_small(self) -> None:
+        """All but the convolution, LayerNorms and the projection."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("transformer.") and parameter.ndim == 1 and ".ln_" not in name:
+                nn.init.zeros_(parameter)
+            elif (name.startswith("transformer.") and parameter.ndim == 2) or name.endswith(
+                ("class_embedding", "class_embeddings", "positional_embedding", "mask_token")
+            ):
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    def before_step(self, progress: Progress) -> None:
+        """Sets the stochastic depth of this step."""
+        self.transformer.drop_path = self.config.drop_path.value(progress)
 
     @classmethod
     def spec(cls, config: VisionTransformerConfig) -> BackboneSpec:

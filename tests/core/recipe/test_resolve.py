@@ -80,8 +80,8 @@ def test_did_you_mean_for_files(registry: Registry, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.clip_grad=off", "must be a number, got 'off'"),  # lax pydantic over YAML 1.1: 0.0
-        ("train.clip_grad=true", "must be a number, got True"),
+        ("train.clip_grad=off", "must be a number or a mapping, got 'off'"),  # lax pydantic over YAML 1.1: 0.0
+        ("train.clip_grad=true", "must be a number or a mapping, got True"),
         ("fusion.heads=true", "must be an integer, got True"),
         ('fusion.heads="12"', "must be an integer, got '12'"),
         ("fusion.heads=2.0", "must be an integer, got 2.0"),
@@ -485,8 +485,8 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(
         BASE, "r.yaml", registry=more, overrides=["backbone.image={name: reads}", "freeze=[backbone.image.body]"]
     )
     assert recipe.warnings == (
-        "freeze, train.lr_factors: their paths are checked only when training starts, since the model cannot be "
-        "built without memory: RuntimeError: no storage",
+        "freeze, train.lr_factors, train.lr_decay: their paths are checked only when training starts, since the model "
+        "cannot be built without memory: RuntimeError: no storage",
     )
 
 

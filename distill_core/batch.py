@@ -42,6 +42,7 @@ class Group:
 
     x           [V, B, ...]    pixels [V, B, 3, S, S], token ids [V, B, L], or what the backbone takes
     token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
+    hidden      V tensors [N]  where each view's token_mask is True, counted through its B * L tokens: `places`
     targets     [V, B, L, ..]  what a masked token should be predicted as
     extra       name -> [V, B, ...], each view's `View.extra`
     lengths     [V, B] integers that stay on the host: tokens up to the last real one, where the collator knows them, so
@@ -54,13 +55,29 @@ class Group:
     targets: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
     lengths: np.ndarray[Any, Any] | None = None
+    hidden: tuple[Tensor, ...] | None = None
+
+    def locate_hidden(self) -> None:
+        """Set `hidden`: the loader's workers do, so that nobody has to count on the device how many there are."""
+        if self.token_mask is not None:
+            self.hidden = tuple(mask.flatten().nonzero()[:, 0] for mask in self.token_mask)
+
+    def places(self) -> tuple[Tensor, ...]:
+        """`hidden`, which the host looks for now where no worker did. Raises ValueError without a `token_mask`."""
+        if self.token_mask is None:
+            raise ValueError("a group without token_mask hides nothing")
+        if self.hidden is None:
+            self.locate_hidden()
+        assert self.hidden is not None
+        return self.hidden
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""
         others = {name: getattr(self, name) for name in ("token_mask", "targets")}
         changed = {name: None if x is None else function(x) for name, x in others.items()}
         extra = {name: function(x) for name, x in self.extra.items()}
-        return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths)
+        hidden = None if self.hidden is None else tuple(function(x) for x in self.hidden)
+        return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths, hidden=hidden)
 
 
 @dataclass(slots=True)

@@ -165,7 +165,7 @@ class Backbone(nn.Module, Component, ABC):
     def units(self) -> Sequence[nn.Module]:
         """Its repeated parts (a transformer's blocks), entered by `forward` alone: what `train.parallel` works on.
 
-        Each of them can be compiled as one graph. () where there are none.
+        Each of them can be compiled as one graph, whatever the lengths of its inputs. () where there are none.
         """
         return ()
 
@@ -223,6 +223,13 @@ class FusionHead(nn.Module, Component, ABC):
         super().__init__()
         self.config = config
 
+    def units(self) -> Sequence[nn.Module]:
+        """What `train.parallel.compile` compiles, each as one graph; here the head itself.
+
+        A `forward` that is not one graph (one that reads a tensor on the host) names those of its parts that are.
+        """
+        return (self,)
+
     @abstractmethod
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """For each modality its fused embeddings, `pooled` [V, B, D], L2-normalised."""
@@ -264,6 +271,14 @@ class Loss(nn.Module, Component, ABC):
         this rank's own rows, with its gradient through the gathered embeddings; the trainer averages gradients over
         ranks.
         """
+
+    def units(self) -> Sequence[nn.Module]:
+        """What `train.parallel.compile` compiles, each as one graph; here the loss itself.
+
+        A `forward` that is not one graph (one that reads a tensor on the host, or waits for other ranks) names those of
+        its parts that are.
+        """
+        return (self,)
 
     def gathers(self, outputs: Outputs) -> Iterable[Rows]:
         """The rows whose `gathered` it reads: over several ranks, those of all losses are gathered in one collective

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import groupby
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +47,7 @@ class Rows:
         """`gather` makes [V, M, D] of all ranks; None gathers `embedding`."""
         self.embedding = embedding
         self._gather = gather
+        self._gathered: Tensor | None = None
         self._origins: list[tuple[Rows, int]] | None = None
         self._views: list[int] = []
         self._of_all_ranks: Tensor | None = None  # [of `_views`, M, D]
@@ -58,13 +57,22 @@ class Rows:
         """Each view as a view of the rows that it was first part of, which hold what is gathered."""
         return [(self, view) for view in range(len(self))] if self._origins is None else self._origins
 
-    @cached_property
+    @property
     def gathered(self) -> Tensor:
         """[V, M, D]. What `gather_rows` has not brought yet is gathered now, in a collective that every rank must
         reach."""
+        if self._gathered is None:  # no cached_property, which torch.compile does not trace in Python 3.11
+            self._gathered = self._read_all()
+        return self._gathered
+
+    def _read_all(self) -> Tensor:
         if self._origins is None:
             return self._read(list(range(len(self))))
-        runs = [(rows, [view for _, view in run]) for rows, run in groupby(self._origins, key=lambda origin: origin[0])]
+        runs: list[tuple[Rows, list[int]]] = []
+        for rows, view in self._origins:
+            if not runs or runs[-1][0] is not rows:
+                runs.append((rows, []))
+            runs[-1][1].append(view)
         parts = [rows._read(views) for rows, views in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -123,10 +131,16 @@ class _Embedded:
     """What has one embedding a view: `rows` are made once, however many losses read them."""
 
     pooled: Tensor
+    _rows = cast("Rows | None", None)  # no field, since it has no annotation
 
-    @cached_property
+    @property
     def rows(self) -> Rows:
         """L2-normalised, at least fp32."""
+        if self._rows is None:
+            self._rows = self._make_rows()
+        return self._rows
+
+    def _make_rows(self) -> Rows:
         with torch.autocast(self.pooled.device.type, enabled=False):
             return Rows(normalize(wide(self.pooled), dim=-1))
 
@@ -168,10 +182,8 @@ class Fused(_Embedded):
     pooled: Tensor
     tokens: Tensor | None = None
 
-    @cached_property
-    def rows(self) -> Rows:
-        """As the fusion normalised them, at least fp32."""
-        return Rows(wide(self.pooled))
+    def _make_rows(self) -> Rows:
+        return Rows(wide(self.pooled))  # as the fusion normalised them
 
 
 def wide(x: Tensor) -> Tensor:

@@ -4,7 +4,10 @@ torch's FSDP2."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from distill_core.errors import UserError
-from distill_core.interfaces import Backbone
+from distill_core.interfaces import Backbone, FusionHead, Loss
 from distill_core.objective import Objective
 from distill_core.recipe.sections import ParallelConfig
 from distill_core.system import distributed
@@ -81,15 +84,49 @@ def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any)
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
-    """Have torch compile each unit of student and teacher when it is first called; returns their number.
+    """Have torch compile each unit of student, teacher, fusion and losses when it is first called; returns their
+    number.
 
-    In place, so that names of parameters stay. A unit that is not one graph raises torch's error, which names the line.
+    In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
     towers = [*objective.backbone.values(), *(objective.teacher.backbone.values() if objective.teacher else ())]
-    units = _units([cast(Backbone, tower) for tower in towers])
+    parts = [*towers, *objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
+    units = [unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units()]
     for unit in units:
-        unit.compile(backend=backend, fullgraph=True)
+        compile_unit(unit, backend)
     return len(units)
+
+
+def compile_unit(unit: nn.Module, backend: str) -> None:
+    """`unit.compile` as one graph, for torch's own modules too, whose frames it does not trace."""
+    if not type(unit).forward.__module__.startswith("torch.nn."):
+        unit.compile(backend=backend, fullgraph=True)
+        return
+    forward = unit.forward
+
+    def inlined(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    # a code object of its own: torch counts recompilations by code object, and allows few
+    own = FunctionType(inlined.__code__.replace(), globals(), "inlined", None, inlined.__closure__)
+    unit.forward = torch.compile(own, backend=backend, fullgraph=True)
+
+
+@contextmanager
+def one_graph_each() -> Iterator[None]:
+    """Inside, a compiled unit that is not one graph raises a `UserError` that names the line."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._dynamo."):
+            raise
+        what = str(error).strip().split("\n", 1)[0]
+        frames = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+        where = f" ({frames[-1][0]}:{frames[-1][1]})" if frames else ""
+        raise UserError(
+            f"train.parallel.compile: a unit is not one graph{where}: {what}. Train with train.parallel.compile=false; "
+            "its author can leave it out of `units` (docs/plugins.md)"
+        ) from error
 
 
 def _spread(tower: Backbone, shard: int, config: ParallelConfig, device: torch.device) -> None:

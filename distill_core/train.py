@@ -10,6 +10,7 @@ from typing import Any
 
 from distill_core.evaluate.score import TaskScore
 from distill_core.outputs import Progress
+from distill_core.parallel import one_graph_each
 from distill_core.recipe.sections import Recipe
 from distill_core.run.assembly import assemble, prepare_process
 from distill_core.run.checkpoint import Checkpoints
@@ -131,7 +132,7 @@ class Trainer:
 
         results = LateResults(handle)
         try:
-            with self.stalls.running(), garbage_at_fixed_steps() as collect:
+            with one_graph_each(), self.stalls.running(), garbage_at_fixed_steps() as collect:
                 self._loop(log, results, collect)
             self.saver.save()
         except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Generic, TypeVar, get_args
 
@@ -182,15 +181,13 @@ class Scheduled(Generic[Number]):
 
     def __init__(self, source: float | Slot[Schedule]) -> None:
         self.source = source
+        # no cached_property, which torch.compile does not trace in Python 3.11
+        self._schedule = source.build() if isinstance(source, Slot) else None
 
     @classmethod
     def by(cls, schedule: type[Schedule], **options: Any) -> Scheduled[Number]:
         """The schedule with these options."""
         return cls(Slot(schedule, schedule.Config(**options)))
-
-    @cached_property
-    def _schedule(self) -> Schedule | None:
-        return self.source.build() if isinstance(self.source, Slot) else None
 
     @property
     def moves(self) -> bool:

@@ -109,6 +109,9 @@ class Collate:
             views = {
                 name: collate([item.views[name] for item in items], seeds) for name, collate in self.collators.items()
             }
+            for of_modality in views.values():
+                for group in of_modality.groups:
+                    group.locate_hidden()
         except Exception as error:
             keys = ", ".join(item.key for item in items[:3])
             raise DataError(

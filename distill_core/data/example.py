@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from distill_core.batch import Batch
-from distill_core.data.batches import SampleViews
+from distill_core.data.batches import Collate, Item, SampleViews
 from distill_core.errors import UserError
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Plugins
@@ -33,6 +33,5 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
             sample |= make(node.config, np.random.default_rng(i))
         views.append(draw(sample, 0))
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
-    turns, seeds = [views[i % len(views)] for i in range(size)], list(range(size))
-    made = {name: collate([turn[name] for turn in turns], seeds) for name, collate in collators.items()}
-    return Batch(made, [str(i) for i in range(size)])
+    items = [Item(views=views[i % len(views)], key=str(i), seed=i) for i in range(size)]
+    return Collate(collators)(items)

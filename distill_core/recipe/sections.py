@@ -90,8 +90,9 @@ class ParallelConfig(ComponentConfig):
     """What each unit of the student computes a second time in the backward pass, in place of holding it: all
     (`full`), or all but matrix products (`selective`)."""
     compile: bool = False
-    """Compile each unit of the towers (a transformer's block) with torch.compile: fewer passes over memory, after a
-    start of a minute or more. A tower without units, the fusion and the losses run as they are."""
+    """Compile each unit with torch.compile, as one graph: each block of a tower, the fusion, each loss. Fewer passes
+    over memory and fewer launches, after a start of a minute or more. What has no unit (a tower of another package, a
+    loss over a ring) runs as it is."""
 
 
 class TrainConfig(ComponentConfig):

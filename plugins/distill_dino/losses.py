@@ -12,6 +12,7 @@ from torch import Tensor
 from distill_core import GLOBAL, LOCAL, Needs, Outputs, Plan, Progress, UserError, did_you_mean
 from distill_dino.prototypes import Positive, PrototypeConfig, PrototypeLoss, class_problems, spread, views_of
 from distill_dino.targets import Targets
+from distill_vl.masking import tokens_at
 
 
 class DinoConfig(PrototypeConfig):
@@ -117,17 +118,20 @@ class Ibot(PrototypeLoss):
         """
         m = self.config.modality
         student, teacher = outputs.student[m], outputs.teacher["default"][m]
-        masks = self._masks(outputs)
+        masks, places = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
-        student_tokens = torch.cat([student.tokens[s][masks[s]] for s, _ in self.pairs])  # [N, W], all N hidden patches
-        teacher_tokens = torch.cat([teacher.tokens[self.teacher_views.index(t)][masks[s]] for s, t in self.pairs])
+        seen = [teacher.tokens[self.teacher_views.index(t)] for _, t in self.pairs]
+        at = [places[s] for s, _ in self.pairs]
+        student_tokens = torch.cat([tokens_at(student.tokens[s], i) for (s, _), i in zip(self.pairs, at, strict=True)])
+        teacher_tokens = torch.cat([tokens_at(tokens, i) for tokens, i in zip(seen, at, strict=True)])  # [N, W]
         temperature = self.temperature(outputs.progress)
         log_p = self.student_logits(student_tokens, outputs.progress)
         logits = self.teacher_logits(teacher_tokens, outputs)
         with torch.autocast(logits.device.type, enabled=False):
             targets = self.targets(logits, temperature)
             per_patch = -(targets * log_p).sum(-1)
-            beside = hidden.sum(-1, keepdim=True).expand_as(hidden)[hidden]  # [N] hidden patches of the same picture
+            counts = hidden.sum(-1, keepdim=True).expand_as(hidden)  # hidden patches of the same picture
+            beside = torch.cat([tokens_at(count, i) for count, i in zip(counts, at, strict=True)])  # [N]
             terms = {"patch": (per_patch / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
         metrics = {"masked": hidden.float().mean()}
         if len(targets):
@@ -137,19 +141,21 @@ class Ibot(PrototypeLoss):
             metrics |= class_metrics
         return terms, metrics | {"teacher_temperature": torch.tensor(temperature)}
 
-    def _masks(self, outputs: Outputs) -> dict[int, Tensor]:
-        """The student's masked views -> [B, L], True where a patch is hidden."""
+    def _masks(self, outputs: Outputs) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The student's masked views -> [B, L], True where a patch is hidden; and where that is in [B * L]."""
         m = self.config.modality
         masks: dict[int, Tensor] = {}
+        places: dict[int, Tensor] = {}
         for start, group in outputs.views[m].numbered():
             if group.token_mask is not None:
                 masks |= {start + i: mask for i, mask in enumerate(group.token_mask)}
+                places |= {start + i: at for i, at in enumerate(group.places())}
         if not all(s in masks for s, _ in self.pairs):
             raise UserError(
                 f"{self.name!r} needs the {self.config.role} views of {m!r} masked; "
                 f"name the role in backbone.{m}.masking.roles"
             )
-        return masks
+        return masks, places
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         self.targets.move()

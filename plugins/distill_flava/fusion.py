@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -65,6 +65,10 @@ class MultimodalEncoder(FusionHead):
         for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks: which tokens are real is counted on the host."""
+        return list(self.transformer.resblocks)
 
     def forward(self, features: Mapping[str, Features]) -> dict[str, Fused]:
         """The chosen view of both modalities, pair by pair."""

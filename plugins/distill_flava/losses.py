@@ -5,7 +5,7 @@ Over several ranks each is a mean over this rank's own hidden tokens or pairs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from distill_core import Features, Fused, Group, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError
+from distill_core import Features, Group, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError
 from distill_flava.fusion import MultimodalEncoder
-from distill_vl.masking import MASKED
+from distill_vl.masking import MASKED, tokens_at
 from distill_vl.tokenizer import VOCABULARY
 
 Vocabulary = Annotated[int, Field(ge=VOCABULARY)]
@@ -42,8 +42,8 @@ class PredictionHead(nn.Module):
             return linear(hidden.to(wide), self.decoder.weight.to(wide), self.decoder.bias.to(wide))
 
 
-def masked_group(who: str, outputs: Outputs, modality: str, role: str) -> tuple[int, Group, Tensor, Tensor]:
-    """(number of its first view, group, token_mask, targets) of the views of a role.
+def masked_group(who: str, outputs: Outputs, modality: str, role: str) -> tuple[int, Group, Tensor]:
+    """(number of its first view, group, targets) of the views of a role.
 
     Raises `UserError` where the backbone's collator gave no mask or no targets.
     """
@@ -55,8 +55,20 @@ def masked_group(who: str, outputs: Outputs, modality: str, role: str) -> tuple[
                     f"{who}: the {role} views of {modality!r} came with no {what}; set backbone.{modality}.masking "
                     f"with roles: [{role}]" + ("" if what == "mask" else ", and its targets")
                 )
-            return start, group, group.token_mask, group.targets
+            return start, group, group.targets
     raise UserError(f"{who}: no view of {modality!r} has the role {role!r}")
+
+
+def hidden_tokens(
+    who: str, outputs: Outputs, modality: str, role: str, tokens: Mapping[int, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Of all masked views of a role: `tokens` [N, W], by the number of the view, and targets [N, ...]."""
+    start, group, targets = masked_group(who, outputs, modality, role)
+    places = group.places()
+    return (
+        torch.cat([tokens_at(tokens[start + i], where) for i, where in enumerate(places)]),
+        torch.cat([tokens_at(x, where) for x, where in zip(targets, places, strict=True)]),
+    )
 
 
 def masked_language(head: PredictionHead, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,10 +128,8 @@ class MaskedLanguage(Loss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term, over all masked views; the share of hidden tokens that is predicted right."""
         m = self.config.modality
-        start, _, mask, targets = masked_group(self.name, outputs, m, self.config.role)
-        tokens = outputs.student[m].tokens
-        hidden = torch.cat([tokens[start + i][rows] for i, rows in enumerate(mask)])
-        term, accuracy = masked_language(self.head, hidden, targets[mask])
+        tokens, targets = hidden_tokens(self.name, outputs, m, self.config.role, outputs.student[m].tokens)
+        term, accuracy = masked_language(self.head, tokens, targets)
         return {"mlm": term}, {"accuracy": accuracy}
 
 
@@ -156,10 +166,8 @@ class MaskedImage(Loss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term, over all masked views."""
         m = self.config.modality
-        start, _, mask, targets = masked_group(self.name, outputs, m, self.config.role)
-        tokens = outputs.student[m].tokens
-        hidden = torch.cat([tokens[start + i][rows] for i, rows in enumerate(mask)])
-        return {"mim": masked_image(self.name, self.head, hidden, targets[mask])}, {}
+        tokens, targets = hidden_tokens(self.name, outputs, m, self.config.role, outputs.student[m].tokens)
+        return {"mim": masked_image(self.name, self.head, tokens, targets)}, {}
 
 
 class MaskedMultimodalConfig(LossConfig):
@@ -196,18 +204,23 @@ class MaskedMultimodal(Loss):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms, `text` and `image`. Raises `UserError` where the fusion has not fused the masked views."""
-        fusion, fused, role = outputs.fusion, outputs.fused, self.config.role
+        fusion, role = outputs.fusion, self.config.role
         if not isinstance(fusion, MultimodalEncoder) or fusion.config.role != role:
             raise UserError(
                 f"{self.name}: reads fused tokens of the {role} views; the fusion must be "
                 f"{{name: multimodal_encoder, role: {role}}}"
             )
         image, text = self.config.modalities
-        _, _, hidden, pixels = masked_group(self.name, outputs, image, role)
-        picture = masked_image(self.name, self.image_head, _hidden(fused[image], hidden[0]), pixels[0][hidden[0]])
-        _, _, hidden, ids = masked_group(self.name, outputs, text, role)
-        words, accuracy = masked_language(self.text_head, _hidden(fused[text], hidden[0]), ids[0][hidden[0]])
+        picture = masked_image(self.name, self.image_head, *self._hidden(outputs, image))
+        words, accuracy = masked_language(self.text_head, *self._hidden(outputs, text))
         return {"text": words, "image": picture}, {"accuracy": accuracy}
+
+    def _hidden(self, outputs: Outputs, modality: str) -> tuple[Tensor, Tensor]:
+        """The fused tokens of the first masked view where they were hidden [N, D], and their targets [N, ...]."""
+        _, group, targets = masked_group(self.name, outputs, modality, self.config.role)
+        tokens, where = outputs.fused[modality].tokens, group.places()[0]
+        assert tokens is not None  # the multimodal encoder gives them
+        return tokens_at(tokens, where), tokens_at(targets[0], where)
 
 
 class ImageTextMatchingConfig(LossConfig):
@@ -246,6 +259,10 @@ class ImageTextMatching(Loss):
         if config.modalities[0] == config.modalities[1]:
             yield f"{cls.name!r} needs two different modalities"
 
+    def units(self) -> Sequence[nn.Module]:
+        """The head: the fusion, called in between, need not be one graph."""
+        return (self.head,)
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term: the mean cross-entropy over B pairs that match and B that do not (none in a batch of one)."""
         first, second = self.config.modalities
@@ -275,12 +292,6 @@ class ImageTextMatching(Loss):
         temperature = self.config.temperature.value(outputs.progress)
         odds = (first @ second.T / temperature).fill_diagonal_(float("-inf")).softmax(-1)
         return torch.multinomial(odds, 1)[:, 0]
-
-
-def _hidden(fused: Fused, hidden: Tensor) -> Tensor:
-    """The fused tokens where `hidden` [B, L] is True: [N, D]."""
-    assert fused.tokens is not None  # the multimodal encoder gives them
-    return fused.tokens[hidden]
 
 
 def take(features: Features, index: Tensor) -> Features:

@@ -82,6 +82,10 @@ class ContrastiveLoss(Loss):
                 a.embedding, b.embedding, scale, a_all=a.gathered, b_all=b.gathered, offset=offset
             )
 
+    def units(self) -> Sequence[nn.Module]:
+        """The loss itself; nothing, where columns travel round the ring, which is not one graph."""
+        return (self,) if self.config.exchange == "gather" else ()
+
     @torch.no_grad()
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Clamp the learned scale."""

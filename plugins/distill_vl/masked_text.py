@@ -112,6 +112,10 @@ class BertText(Backbone):
         """Tokenises; ids [V, B, L] by role, cut to the longest text of the group; draws masks."""
         return MaskedTextCollator(config.context, config.masking)
 
+    def units(self) -> Sequence[nn.Module]:
+        """The blocks."""
+        return list(self.transformer.resblocks)
+
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """ids x [N, L] -> pooled [N, D], tokens [N, L, W] and their mask, class tokens [N, 1, W].
 

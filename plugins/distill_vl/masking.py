@@ -88,6 +88,11 @@ def blocks(rows: int, columns: int, count: int, rng: np.random.Generator) -> np.
     return hidden
 
 
+def tokens_at(x: Tensor, places: Tensor) -> Tensor:
+    """x [B, L, ...] at places [N] of its B * L tokens (`Group.places`): [N, ...]."""
+    return x.flatten(0, 1).index_select(0, places)
+
+
 def patch_pixels(x: Tensor, patch: int) -> Tensor:
     """Pictures [..., 3, S, S] -> [..., L, 3 * p * p]: each patch's pixels (channels first), less their mean, by their
     standard deviation (MAE, section 3; eps 1e-6 on the variance)."""  # fmt: skip

@@ -1,22 +1,145 @@
-"""Compiled units: one graph each, the numbers of the eager step, names as they were."""
+"""`train.parallel`: compiled runs, torch's own modules, what is not one graph; checkpointing. (Each method's step,
+compiled: tests/recipes/test_compile.py.)"""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from distill_core import parallel
+from distill_core.batch import Batch
 from distill_core.data.example import example_batch
+from distill_core.errors import UserError
+from distill_core.interfaces import Loss, LossConfig
 from distill_core.objective import Objective
-from distill_core.outputs import Progress
+from distill_core.outputs import Outputs, Progress
 from distill_core.parallel import compile_units, lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
-from distill_core.recipe.sections import ParallelConfig
-from distill_core.registry import Registry
+from distill_core.recipe.sections import ParallelConfig, Recipe
+from distill_core.registry import Entry, Registry
+from distill_core.run.folder import RunFolder
+from distill_core.train import Trainer
+
+COMPILED = ("train.parallel.compile=true", "evaluate=null")
+
+
+@pytest.fixture(autouse=True)
+def traced_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Traced as for inductor, but run operator by operator: nothing waits for a C++ compiler."""
+    monkeypatch.setattr(parallel, "compile_units", lambda objective: compile_units(objective, "aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    ],
+    ids=["sequential", "encoder_layer"],
+)
+def test_modules_of_torch_are_units(make: Any) -> None:
+    """Twelve of them, at several lengths. Would catch torch skipping frames of its own, which with `fullgraph` is an
+    error, and the limit of compilations of one function, which all units would share."""
+    units = [make() for _ in range(12)]
+    inputs = [torch.randn(2, length, 8) for length in (5, 7, 9)]
+    names = list(units[0].state_dict())
+    expected = [[unit(x) for x in inputs] for unit in units]
+    for unit in units:
+        parallel.compile_unit(unit, "aot_eager")
+    for unit, outs in zip(units, expected, strict=True):
+        for x, out in zip(inputs, outs, strict=True):
+            torch.testing.assert_close(unit(x), out)
+    assert graphs() >= 12
+    assert list(units[0].state_dict()) == names
+
+
+def run_of(recipe: Recipe, folder: RunFolder, *, stop_at: int | None = None, resume: bool = False) -> Trainer:
+    """Trained to its end, or to a signal after `stop_at` steps."""
+    trainer = Trainer(recipe, folder, quiet=True, resume="last" if resume else None)
+    next_batch = trainer.lockstep.next_batch
+
+    def stopping() -> Batch | None:
+        if trainer.state.step == stop_at:
+            trainer.interrupt.signal = signal.SIGTERM
+        return next_batch()
+
+    trainer.lockstep.next_batch = stopping  # type: ignore[method-assign]
+    trainer.run()
+    return trainer
+
+
+def check_resume(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> None:
+    eager = load_recipe(tiny_recipe, registry=registry, overrides=["evaluate=null"])
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=COMPILED)
+    names = list(run_of(eager, RunFolder.create(tmp_path / "eager", eager)).objective.state_dict())
+    assert graphs() == 0
+    whole = run_of(recipe, RunFolder.create(tmp_path / "whole", recipe)).objective.state_dict()
+    assert graphs() > 3
+    folder = RunFolder.create(tmp_path / "parts", recipe)
+    assert run_of(recipe, folder, stop_at=2).state.step == 2
+    resumed = run_of(recipe, RunFolder(folder.path), resume=True)
+    assert resumed.state.step == 4
+    parts = resumed.objective.state_dict()
+    assert list(parts) == list(whole) == names
+    assert [name for name, x in whole.items() if not torch.equal(x, parts[name])] == []
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_resumed_exactly(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> None:
+    """COSMOS, stopped after half of its steps; beside it the eager run. Would catch names of parameters that
+    compilation changes, so that no checkpoint fits, and state that only the compiled run holds."""
+    check_resume(tiny_recipe, registry, tmp_path)
+
+
+@pytest.mark.slow
+def test_with_inductor_too(
+    tiny_recipe: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the trainer compiles by itself."""
+    monkeypatch.setattr(parallel, "compile_units", compile_units)
+    check_resume(tiny_recipe, registry, tmp_path)
+
+
+class Reads(Loss):
+    """Not one graph: it branches on a value."""
+
+    name = "reads"
+    Config = LossConfig
+
+    def __init__(self, config: Any, plan: Any) -> None:
+        super().__init__(config, plan)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        total = self.scale * outputs.student["image"].pooled.square().mean()
+        return {"reads": -total if total.item() > 1e6 else total}, {}
+
+
+def test_what_is_not_one_graph_is_named(tiny_recipe: Path, registry: Registry, tmp_path: Path) -> None:
+    """Would catch pages of a tracer's output in place of the line, and of what to do."""
+    mine = Registry([*registry.entries.values(), Entry(Reads, "mine", "mine")])
+    overrides = [*COMPILED, "loss=[{name: reads}]", "fusion=null", "teacher=null", "train.steps=1"]
+    recipe = load_recipe(tiny_recipe, registry=mine, overrides=overrides)
+    trainer = Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe), quiet=True)
+    with pytest.raises(UserError, match=r"(?s)parallel\.compile: .*test_parallel\.py:\d+.*compile=false"):
+        trainer.run()
 
 
 def gradients(objective: Objective, batch: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -26,46 +149,6 @@ def gradients(objective: Objective, batch: Any) -> tuple[float, dict[str, torch.
     own = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     objective.zero_grad()
     return losses.total.item(), own
-
-
-@pytest.mark.slow
-def test_compiled_units_compute_the_eager_step(tiny_recipe: Path, registry: Registry) -> None:
-    """COSMOS, with packed crops of two sizes and packed texts, traced as for inductor.
-
-    Would catch a graph break (`fullgraph`), a block entered by anything but `forward` (no graph), wrong gradients of
-    the attention's operator, and renamed parameters.
-    """
-    torch._dynamo.reset()
-    recipe = load_recipe(tiny_recipe, registry=registry)
-    torch.manual_seed(0)
-    objective, batch = build_objective(recipe), example_batch(recipe, 4)
-    names = list(objective.state_dict())
-    loss, eager = gradients(objective, batch)
-    torch._dynamo.utils.counters.clear()
-    assert compile_units(objective, "aot_eager") == 2 * (2 + 1)  # blocks of image and text, student and teacher
-    compiled_loss, compiled = gradients(objective, batch)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert list(objective.state_dict()) == names
-    assert compiled_loss == pytest.approx(loss, rel=1e-5)
-    for name, gradient in eager.items():
-        torch.testing.assert_close(
-            compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
-
-
-@pytest.mark.slow
-def test_texts_of_other_lengths_are_the_same_graph(tiny_recipe: Path, registry: Registry) -> None:
-    """Would catch lengths that are constants of a graph: a compilation at each step."""
-    torch._dynamo.reset()
-    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["teacher=null", "loss=[{name: contrastive}]"])
-    objective = build_objective(recipe)
-    compile_units(objective, "aot_eager")
-    counts = []
-    for size in (2, 3, 4, 5, 6):
-        gradients(objective, example_batch(recipe, size))
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert counts[-1] == counts[-2] == counts[-3], counts
 
 
 class LiveStorages(TorchDispatchMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -244,7 +245,7 @@ def test_padding_never_matters(made: Objective, batch: Batch) -> None:
     """A longer text elsewhere in the batch changes nothing for the others."""
     groups = []
     for group in batch.views["text"].groups:
-        groups.append(group.map(lambda x: nn.functional.pad(x, (0, 3))))
+        groups.append(replace(group.map(lambda x: nn.functional.pad(x, (0, 3))), hidden=None))
     longer = Batch({**batch.views, "text": Views(groups)}, batch.keys)
     a = made.losses(made.represent(batch, Progress(0, 1))).terms
     b = made.losses(made.represent(longer, Progress(0, 1))).terms

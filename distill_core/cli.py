@@ -135,6 +135,24 @@ def resume(folder: str, checkpoint: str, quiet: bool) -> None:
     training.resume(Path(folder), checkpoint, _registry(), quiet=quiet)
 
 
+@cli.command()
+@click.argument("folder", metavar="RUN", shell_complete=completion.run_folders)
+@click.option("--step", type=int, required=True, help="The step, as in metrics.jsonl.")
+@SET
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@JSON
+@without_option
+def replay(folder: str, step: int, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+    """Run one step of a run again, and say what in it was not finite.
+
+    With the same samples, views, weights and random numbers, from the nearest checkpoint before it: its loss is the one
+    in metrics.jsonl. RUN is only read. --set changes the recipe, for a try: train.precision=fp32.
+    """
+    from distill_core.commands import replay as command
+
+    command.replay(Path(folder), step, overrides, _registry(), quiet=quiet, as_json=as_json)
+
+
 @cli.command("eval")
 @click.argument("run", shell_complete=completion.run_folders)
 @CHECKPOINT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +38,8 @@ def failures_named() -> Iterator[None]:
             if not isinstance(error, UserError):  # a bug: its traceback follows
                 click.echo(f"rank {peers.rank}: {line}", err=True)
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others: this one ends anyway
         first = peers.culprit()
         if first is None or first.ranks == (peers.rank,):
             raise

@@ -86,7 +86,10 @@ class RunState:
         self.best_step: int | None = None
         self.resumed: Resumed | None = None
         """None for a new run."""
+        self.before: dict[str, Any] = {}
+        """This rank's data and random numbers, as they were before the last step."""
         self._between_steps: dict[str, Any] = {}
+        self._marked: int | None = None  # the step of these
         self._random: dict[str, Any] | None = None
 
     def start(self) -> None:
@@ -97,6 +100,8 @@ class RunState:
 
     def mark(self) -> None:
         """Call between two steps: records the state that a checkpoint holds until the next call."""
+        if self._marked != self.step:
+            self.before, self._marked = self._between_steps, self.step
         self._between_steps = {
             "data": self.loader.state_dict(),
             "random": get_random(self.device),

@@ -85,7 +85,7 @@ def test_paths_of_set_are_completed(complete: Complete, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "augment: {image: {name: multi_crop}}\nloss: [contrastive, {name: clip, weight: 2}]\n"
     )
-    assert complete("run", "a.yaml", "--set", "train.st") == ["train.steps"]
+    assert complete("run", "a.yaml", "--set", "train.ste") == ["train.steps"]
     assert complete("run", "a.yaml", "--set", "teacher.momentum") == ["teacher.momentum"]
     assert complete("run", "a.yaml", "--set", "augment.image.gl") == [
         "augment.image.global",
@@ -93,9 +93,9 @@ def test_paths_of_set_are_completed(complete: Complete, tmp_path: Path) -> None:
     ]
     assert complete("run", "a.yaml", "--set", "loss.1.w") == ["loss.1.weight"]
     assert complete("run", "a.yaml", "--set", "loss.1.weight=") == []
-    assert complete("run", "gone.yaml", "--set", "train.st") == ["train.steps"]
+    assert complete("run", "gone.yaml", "--set", "train.ste") == ["train.steps"]
     (tmp_path / "a.yaml").write_text("loss: [")
-    assert complete("run", "a.yaml", "--set", "train.st") == ["train.steps"]
+    assert complete("run", "a.yaml", "--set", "train.ste") == ["train.steps"]
 
 
 def test_without_a_cache_nothing_is_offered(complete: Complete, tmp_path: Path, registry: Registry) -> None:

@@ -42,7 +42,7 @@ def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
     # one folder for all ranks
     folder, saved = distributed.gather_objects((previous or new, saved))[0]
     if saved:
-        resume(folder.path, "last", registry, quiet=quiet)
+        _resume(folder.path, "last", registry, quiet=quiet)
         return
     if new is not None and new.path.name != recipe.name:
         click.echo(f"{runs / recipe.name} exists; this run is {new.path}", err=True)
@@ -60,6 +60,10 @@ def run(recipe: Recipe, runs: Path, registry: Registry, *, quiet: bool) -> None:
 @failures_named()
 def resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -> None:
     """Continue a run; one that is finished and scored is left unchanged."""
+    _resume(folder, checkpoint, registry, quiet=quiet)
+
+
+def _resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -> None:
     recipe = run_recipe(folder, registry)
     report = read_report(folder)
     # otherwise it continues: a task failed, the recipe asks for more steps by now, or the last checkpoint is gone

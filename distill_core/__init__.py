@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from distill_core.data.shard import Unusable as Unusable
     from distill_core.data.tar_shards import TarShard as TarShard
     from distill_core.data.tar_shards import tar_shards as tar_shards
+    from distill_core.errors import AbsentModality as AbsentModality
     from distill_core.errors import BadSample as BadSample
     from distill_core.errors import DataError as DataError
     from distill_core.errors import UserError as UserError
@@ -97,6 +98,8 @@ if TYPE_CHECKING:
     from distill_core.plan import Needs as Needs
     from distill_core.plan import Plan as Plan
     from distill_core.plan import same_dim as same_dim
+    from distill_core.presence import Presence as Presence
+    from distill_core.presence import Present as Present
     from distill_core.system.distributed import all_gather as all_gather
     from distill_core.system.distributed import gather_objects as gather_objects
     from distill_core.system.distributed import raise_on_all_ranks as raise_on_all_ranks
@@ -174,6 +177,7 @@ HOMES = {
     "Unusable": "distill_core.data.shard",
     "tar_shards": "distill_core.data.tar_shards",
     "stable_hash": "distill_core.data.order",
+    "AbsentModality": "distill_core.errors",
     "BadSample": "distill_core.errors",
     "counted": "distill_core.errors",
     "DataError": "distill_core.errors",
@@ -211,6 +215,8 @@ HOMES = {
     "Needs": "distill_core.plan",
     "Plan": "distill_core.plan",
     "same_dim": "distill_core.plan",
+    "Presence": "distill_core.presence",
+    "Present": "distill_core.presence",
     "all_gather": "distill_core.system.distributed",
     "gather_objects": "distill_core.system.distributed",
     "raise_on_all_ranks": "distill_core.system.distributed",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Stream, Tensor, device
+
+    from distill_core.presence import Present
 
 
 GLOBAL = "global"
@@ -79,6 +82,18 @@ class Group:
         hidden = None if self.hidden is None else tuple(function(x) for x in self.hidden)
         return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths, hidden=hidden)
 
+    def rows(self, present: Present, outer: Present | None) -> Group:
+        """The samples of `present` out of those of `outer`, which this holds; None stands for all samples."""
+        if present is outer:
+            return self
+        group = replace(self, hidden=None).map(
+            lambda x: present.of(x, 1, outer)
+        )  # `places` finds the hidden ones again
+        places = present.places(outer)
+        if self.lengths is not None and places is not None:
+            group.lengths = self.lengths[:, places]
+        return group
+
 
 @dataclass(slots=True)
 class Views:
@@ -108,6 +123,10 @@ class Views:
     def map(self, function: Callable[[Tensor], Tensor]) -> Views:
         """The same views with every tensor replaced."""
         return Views([group.map(function) for group in self.groups])
+
+    def rows(self, present: Present, outer: Present | None) -> Views:
+        """As `Group.rows`."""
+        return Views([group.rows(present, outer) for group in self.groups])
 
 
 def stack_extra(samples: Sequence[Sequence[View]], members: Sequence[int]) -> dict[str, Tensor]:
@@ -144,6 +163,8 @@ class Skipped:
 class Batch:
     """B samples: their views by modality, their keys, and the samples that were passed over on the way.
 
+    `presence` says of each modality that a sample may lack (`data.optional`) which samples have it, [B] on the host:
+    its views are of these samples alone, in their order, or of one filler where there is none.
     `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
     `sets` counts the samples by the set of the source that they come from.
     """
@@ -153,9 +174,15 @@ class Batch:
     skipped: list[Skipped] = field(default_factory=list)
     measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
     sets: Mapping[str, int] = field(default_factory=dict)
+    presence: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def absences(self) -> dict[str, int]:
+        """How many samples lack each modality that they may lack."""
+        return {name: int((~mask).sum()) for name, mask in self.presence.items()}
 
     def to(self, where: device | str) -> Batch:
         """The same batch on another device."""
@@ -180,4 +207,4 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         views = {name: views.map(function) for name, views in self.views.items()}
-        return Batch(views, self.keys, self.skipped, self.measures, self.sets)
+        return Batch(views, self.keys, self.skipped, self.measures, self.sets, self.presence)

@@ -24,7 +24,8 @@ def collapse_indicators(outputs: Outputs, untrained: Collection[str] = ()) -> di
     """Indicators (`indicators`) of the first view of each modality, of student and teacher, of this rank's samples.
 
     Of a modality whose embedding no loss trains (`untrained`), those of its class tokens, where there are some. 0-dim
-    tensors, by name; {} of fewer than two samples. The host does not wait for them.
+    tensors, by name; none where there are fewer than two samples, nor where some rank has fewer of a modality that
+    samples may lack. The host does not wait for them.
     """
     sides = {"student": outputs.student}
     for name, of_teacher in outputs.teacher.items():
@@ -33,7 +34,8 @@ def collapse_indicators(outputs: Outputs, untrained: Collection[str] = ()) -> di
     for side, by_modality in sides.items():
         for modality, features in by_modality.items():
             x = _embeddings(features, modality in untrained)
-            if len(x) > 1:
+            fewest = len(x) if features.present is None else min(features.present.counts)
+            if fewest > 1:
                 values |= {f"{PREFIX}{side}/{modality}/{name}": value for name, value in indicators(x).items()}
     return values
 

@@ -62,6 +62,13 @@ class BadSample(Exception):
     """Raised while a sample is read or augmented: the sample is skipped, counted, and named in the log."""
 
 
+class AbsentModality(BadSample):
+    """Raised by an augmentation whose modality the sample does not have at all, as opposed to one that is unusable.
+
+    Where the recipe says that the modality may be absent (`data.optional`), the sample is trained on without it.
+    """
+
+
 def warn(line: str) -> None:
     """Say it on standard error, where no display does."""
     click.echo(f"warning: {line}", err=True)

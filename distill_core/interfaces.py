@@ -52,7 +52,8 @@ class Augmentation(Component, ABC):
 
     @abstractmethod
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """The sample's training views. Raises `BadSample` when it cannot be used."""
+        """The sample's training views. Raises `BadSample` when it cannot be used, `AbsentModality` where it lacks the
+        modality altogether."""
 
     def on_device(self, views: Views) -> Views:
         """The collated training views as the backbone takes them, made on the device that trains.
@@ -187,7 +188,8 @@ class Backbone(nn.Module, Component, ABC):
         """
         pooled: list[Tensor] = []
         classes: list[Tensor] = []
-        features = Features(pooled=torch.empty(0))
+        tokens: dict[int, Tensor] = {}
+        masks: dict[int, Tensor] = {}
         inputs: list[TowerInput] = []
         places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
@@ -206,12 +208,10 @@ class Backbone(nn.Module, Component, ABC):
             if source.tokens and part.tokens is not None:
                 for i in range(first, last):
                     rows = slice((i - first) * batch, (i - first + 1) * batch)
-                    features.tokens[i] = part.tokens[rows]
+                    tokens[i] = part.tokens[rows]
                     if part.mask is not None:
-                        features.masks[i] = part.mask[rows]
-        features.pooled = torch.cat(pooled)
-        features.class_tokens = torch.cat(classes) if len(classes) == len(pooled) else None
-        return features
+                        masks[i] = part.mask[rows]
+        return Features(torch.cat(pooled), tokens, masks, torch.cat(classes) if len(classes) == len(pooled) else None)
 
 
 class FusionHead(nn.Module, Component, ABC):
@@ -258,6 +258,10 @@ class Loss(nn.Module, Component, ABC):
     """Names of own submodules of which the teacher keeps an EMA; read it by `outputs.ema(self.NAME)`."""
     across_ranks: ClassVar[bool] = True
     """Whether the mean over ranks is the loss of all their rows in one process. False: of each rank's rows alone."""
+    partial: ClassVar[bool] = False
+    """Whether it can be given a part of the batch, on each rank another: the samples that have all that it needs, where
+    some lack a modality (`data.optional`). What it reads of other ranks it reads by `Rows` (of features or of
+    `Outputs.rows`), whose `offset` says where its own rows are, and means over ranks heed `Outputs.weight`."""
 
     def __init__(self, config: Any, plan: Plan) -> None:
         super().__init__()
@@ -269,7 +273,7 @@ class Loss(nn.Module, Component, ABC):
 
         Other losses read the same `outputs`: nothing of them is changed. Over several ranks each term is the mean over
         this rank's own rows, with its gradient through the gathered embeddings; the trainer averages gradients over
-        ranks.
+        ranks. Where ranks have different numbers of samples, the framework weighs the terms.
         """
 
     def units(self) -> Sequence[nn.Module]:

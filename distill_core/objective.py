@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Features, Outputs, Progress, gather_rows
 from distill_core.plan import Needs, Plan
+from distill_core.presence import Presence
+from distill_core.system.distributed import gather_array, rank
 from distill_core.teacher import Teacher, TeacherConfig
 
 DEFAULT_TEACHER = "default"
@@ -130,27 +133,53 @@ class Objective(nn.Module):
     def fuse(
         self, batch: Batch, student: dict[str, Features], teacher: dict[str, dict[str, Features]], progress: Progress
     ) -> Outputs:
-        """Fuse the student's features, where a loss reads them."""
-        fused = self.fusion(student) if self.fusion is not None and self.fused_needed else {}
-        return Outputs(batch.views, student, teacher, fused, self.fusion, progress, self.ema)
+        """Fuse the student's features, where a loss reads them: those of the samples that have all that is fused."""
+        presence = presence_of(batch)
+        if presence is not None:
+            for side in (student, *teacher.values()):
+                for name, features in side.items():
+                    features.present = presence.of([name])
+        outputs = Outputs(batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, presence)
+        if self.fusion is not None and self.fused_needed:
+            whole = self._read_by(self.fusion, outputs)
+            outputs.fused = self.fusion(dict(whole.student))
+            for fused in outputs.fused.values():
+                fused.present = whole.present
+        return outputs
 
     def losses(self, outputs: Outputs) -> Losses:
         """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
-        gather_rows((rows for loss in self.loss.values() for rows in cast(Loss, loss).gathers(outputs)), self.wire)
+        parts = {id: self._read_by(cast(Loss, loss), outputs) for id, loss in self.loss.items()}
+        gather_rows((rows for id, loss in self.loss.items() for rows in cast(Loss, loss).gathers(parts[id])), self.wire)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         total: Tensor | None = None
         for id, loss in self.loss.items():
-            own, more = loss(outputs)
+            own, more = loss(parts[id])
             weight = cast(Loss, loss).config.weight.value(outputs.progress)
             for name, term in own.items():
+                if parts[id].present is not None:
+                    term = term * parts[id].weight
                 terms[id if len(own) == 1 else f"{id}/{name}"] = term
                 weighted = weight * term
                 total = weighted if total is None else total + weighted
             metrics |= {f"{id}/{name}": value for name, value in more.items()}
         if total is None:
             raise UserError("the recipe's losses gave no term")
+        if outputs.presence is not None:
+            own = outputs.presence.shares()
+            metrics |= {f"present/{name}": torch.tensor(share) for name, share in own.items()}
         return Losses(total, terms, metrics)
+
+    def _read_by(self, component: Loss | FusionHead, outputs: Outputs) -> Outputs:
+        """The outputs of the samples that have all that it needs."""
+        if outputs.presence is None:
+            return outputs
+        needs = component.needs(component.config, self.plan)
+        names = needs.named or frozenset(self.plan.modalities)
+        if needs.fused and self.fusion is not None:
+            return outputs.having(names | self.fusion.needs(self.fusion.config, self.plan).named, fused=True)
+        return outputs.having(names)
 
     def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
         """Called between the backward pass and the optimiser; `finite` as in `after_step`."""
@@ -166,7 +195,7 @@ class Objective(nn.Module):
             assert isinstance(loss, Loss)
             if type(loss).after_step is not Loss.after_step:
                 with _undone_unless(finite, loss):
-                    loss.after_step(outputs, progress)
+                    loss.after_step(self._read_by(loss, outputs), progress)
         if self.teacher is not None and self.teacher.config.update == "after_optimizer":
             self.teacher.move(progress, finite)
 
@@ -261,6 +290,14 @@ def _undone_unless(finite: Tensor | None, loss: Loss) -> Iterator[None]:
 
 def _under(name: str, path: str) -> bool:
     return name == path or name.startswith(path + ".")
+
+
+def presence_of(batch: Batch) -> Presence | None:
+    """Which samples of the step have what, of all ranks, which must all ask; None where no modality is optional."""
+    if not batch.presence:
+        return None
+    every = gather_array(np.stack(list(batch.presence.values())))  # [R, names, B]
+    return Presence({name: every[:, i] for i, name in enumerate(batch.presence)}, rank())
 
 
 def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:

@@ -8,16 +8,21 @@ Shape legend, used in every docstring of the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, cast
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import Views
-from distill_core.system.distributed import all_gather, all_gather_together, world_size
+from distill_core.presence import Presence, Present
+from distill_core.system.distributed import all_gather, all_gather_together, rank, world_size
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -41,16 +46,30 @@ class Rows:
 
     embedding  [V, B, D]  this rank's
     gathered   [V, M, D]  those of all ranks, with gradients
+    offset                where this rank's rows begin among the M
     """
 
-    def __init__(self, embedding: Tensor, gather: Callable[[], Tensor] | None = None) -> None:
-        """`gather` makes [V, M, D] of all ranks; None gathers `embedding`."""
-        self.embedding = embedding
+    def __init__(
+        self,
+        embedding: Tensor,
+        gather: Callable[[], Tensor] | None = None,
+        present: Present | None = None,
+        each: int = 1,
+    ) -> None:
+        """`gather` makes [V, M, D] of all ranks; None gathers `embedding`. `present` says whose rows they are, `each`
+        of them a sample; None: those of all samples."""
+        self.embedding, self.present, self.each = embedding, present, each
         self._gather = gather
         self._gathered: Tensor | None = None
         self._origins: list[tuple[Rows, int]] | None = None
         self._views: list[int] = []
         self._of_all_ranks: Tensor | None = None  # [of `_views`, M, D]
+
+    @property
+    def offset(self) -> int:
+        """The place of this rank's first row in `gathered`."""
+        own: int = self.embedding.shape[1]
+        return rank() * own if self.present is None else self.present.offset * self.each
 
     @property
     def origins(self) -> list[tuple[Rows, int]]:
@@ -73,7 +92,7 @@ class Rows:
             if not runs or runs[-1][0] is not rows:
                 runs.append((rows, []))
             runs[-1][1].append(view)
-        parts = [rows._read(views) for rows, views in runs]
+        parts = [self._selected(rows._read(views), rows) for rows, views in runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __len__(self) -> int:
@@ -82,23 +101,42 @@ class Rows:
     def __getitem__(self, views: slice | Sequence[int]) -> Rows:
         """Some of the views; what is gathered is shared with the whole."""
         numbers = range(len(self))[views] if isinstance(views, slice) else views
-        some = Rows(self.embedding[views])
+        some = Rows(self.embedding[views], present=self.present, each=self.each)
         some._origins = [self.origins[number] for number in numbers]
+        return some
+
+    def of(self, present: Present) -> Rows:
+        """Of some of the samples; what is gathered is shared with the whole."""
+        if present is self.present:
+            return self
+        some = Rows(present.of(self.embedding, 1, self.present), present=present)
+        some._origins = self.origins
         return some
 
     @staticmethod
     def cat(parts: Sequence[Rows]) -> Rows:
-        """The views of several, one after the other."""
-        whole = Rows(torch.cat([x.embedding for x in parts]))
+        """The views of several, one after the other; all of them of the same samples."""
+        whole = Rows(torch.cat([x.embedding for x in parts]), present=parts[0].present, each=parts[0].each)
         whole._origins = [origin for x in parts for origin in x.origins]
         return whole
+
+    def _selected(self, gathered: Tensor, origin: Rows) -> Tensor:
+        return gathered if self.present is None else self.present.of_all_ranks(gathered, 1, origin.present)
 
     def _read(self, views: list[int]) -> Tensor:
         """[views, M, D] of all ranks."""
         if self._of_all_ranks is None or not set(views) <= set(self._views):
             self._views = list(range(len(self)))
-            self._of_all_ranks = all_gather(self.embedding, dim=1) if self._gather is None else self._gather()
+            self._of_all_ranks = self._arrived(all_gather(self._sent, 1)) if self._gather is None else self._gather()
         return _some(self._of_all_ranks, [self._views.index(view) for view in views])
+
+    @property
+    def _sent(self) -> Tensor:
+        """As many rows on each rank."""
+        return self.embedding if self.present is None else self.present.padded(self.embedding, 1, self.each)
+
+    def _arrived(self, gathered: Tensor) -> Tensor:
+        return gathered if self.present is None else self.present.unpadded(gathered, 1, self.each)
 
 
 def gather_rows(every: Iterable[Rows], wire: torch.dtype | None = None) -> None:
@@ -114,9 +152,9 @@ def gather_rows(every: Iterable[Rows], wire: torch.dtype | None = None) -> None:
             if rows._gather is None:
                 views.setdefault(rows, set()).add(view)
     chosen = [(rows, sorted(numbers)) for rows, numbers in views.items()]
-    gathered = all_gather_together([_some(rows.embedding, numbers) for rows, numbers in chosen], 1, wire)
+    gathered = all_gather_together([_some(rows._sent, numbers) for rows, numbers in chosen], 1, wire)
     for (rows, numbers), of_all_ranks in zip(chosen, gathered, strict=True):
-        rows._views, rows._of_all_ranks = numbers, of_all_ranks
+        rows._views, rows._of_all_ranks = numbers, rows._arrived(of_all_ranks)
 
 
 def _some(x: Tensor, views: list[int]) -> Tensor:
@@ -127,22 +165,49 @@ def _some(x: Tensor, views: list[int]) -> Tensor:
     return x if len(views) == len(x) else x[first : last + 1]
 
 
-class _Embedded:
-    """What has one embedding a view: `rows` are made once, however many losses read them."""
+class Selected(Mapping[K, T]):
+    """Some of a mapping's values, each cut when it is first read."""
 
-    pooled: Tensor
+    def __init__(self, whole: Mapping[K, T], cut: Callable[[K, T], T], names: Iterable[K] | None = None) -> None:
+        """`names` of the whole; None: all."""
+        self._whole, self._cut, self._names = whole, cut, list(whole if names is None else names)
+        self._made: dict[K, T] = {}
+
+    def __getitem__(self, name: K) -> T:
+        if name not in self._made:
+            if name not in self._names:
+                raise KeyError(name)
+            self._made[name] = self._cut(name, self._whole[name])
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(kw_only=True)
+class _Embedded:
+    """What has one embedding a view: `rows` are made once, however many losses read them.
+
+    `present`: the samples whose it is, where some lack the modality; `whole`: what it was cut from.
+    """
+
+    present: Present | None = None
+    whole: Self | None = field(default=None, repr=False)
     _rows = cast("Rows | None", None)  # no field, since it has no annotation
 
     @property
     def rows(self) -> Rows:
         """L2-normalised, at least fp32."""
         if self._rows is None:
-            self._rows = self._make_rows()
+            whole, present = self.whole, self.present
+            self._rows = self._make_rows() if whole is None or present is None else whole.rows.of(present)
         return self._rows
 
-    def _make_rows(self) -> Rows:
-        with torch.autocast(self.pooled.device.type, enabled=False):
-            return Rows(normalize(wide(self.pooled), dim=-1))
+    @abstractmethod
+    def _make_rows(self) -> Rows: ...
 
     @property
     def embedding(self) -> Tensor:
@@ -166,9 +231,26 @@ class Features(_Embedded):
     """
 
     pooled: Tensor
-    tokens: dict[int, Tensor] = field(default_factory=dict)
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    tokens: Mapping[int, Tensor] = field(default_factory=dict)
+    masks: Mapping[int, Tensor] = field(default_factory=dict)
     class_tokens: Tensor | None = None
+
+    def _make_rows(self) -> Rows:
+        with torch.autocast(self.pooled.device.type, enabled=False):
+            return Rows(normalize(wide(self.pooled), dim=-1), present=self.present)
+
+    def of(self, present: Present) -> Features:
+        """Of the samples `present`, among those that this is of."""
+        if present is self.present:
+            return self
+
+        def cut(_: int, x: Tensor) -> Tensor:
+            return present.of(x, 0, self.present)
+
+        classes = None if self.class_tokens is None else present.of(self.class_tokens, 1, self.present)
+        tokens, masks = (Selected(x, cut) for x in (self.tokens, self.masks))
+        pooled = present.of(self.pooled, 1, self.present)
+        return Features(pooled, tokens, masks, classes, present=present, whole=self)
 
 
 @dataclass
@@ -183,7 +265,14 @@ class Fused(_Embedded):
     tokens: Tensor | None = None
 
     def _make_rows(self) -> Rows:
-        return Rows(wide(self.pooled))  # as the fusion normalised them
+        return Rows(wide(self.pooled), present=self.present)  # as the fusion normalised them
+
+    def of(self, present: Present) -> Fused:
+        """Of the samples `present`, among those that this is of."""
+        if present is self.present:
+            return self
+        tokens = None if self.tokens is None else present.of(self.tokens, 0, self.present)
+        return Fused(present.of(self.pooled, 1, self.present), tokens, present=present, whole=self)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -217,6 +306,10 @@ class Progress:
         return (self.step + 1) % every == 0 or self.step + 1 == self.steps
 
 
+def _no_teacher(module: nn.Module) -> nn.Module:
+    raise KeyError("not one of this recipe's teacher_modules, or the recipe has no teacher")
+
+
 @dataclass(slots=True)
 class Outputs:
     """Everything a loss may read of one step, by modality.
@@ -225,15 +318,72 @@ class Outputs:
     outputs.teacher["default"]["image"].gathered     [V, M, D]  all ranks' rows of the views that this teacher saw
     outputs.fused["image"].rows[:1]                  both of the first view, as losses over pairs take them
     outputs.student["image"].tokens[0]               [B, L, W]  where `Needs` names the view
+
+    Where samples may lack a modality (`data.optional`), the B samples that a loss is given are those that have all that
+    it needs.
     """
 
-    views: dict[str, Views]
-    student: dict[str, Features]
-    teacher: dict[str, dict[str, Features]]
+    views: Mapping[str, Views]
+    student: Mapping[str, Features]
+    teacher: Mapping[str, Mapping[str, Features]] = field(default_factory=dict)
     """Teacher's name -> modality; empty without a teacher. A teacher sees only the views whose role it is given."""
-    fused: dict[str, Fused]
+    fused: Mapping[str, Fused] = field(default_factory=dict)
     """Empty where no loss reads fused views."""
-    fusion: Fusion | None
-    progress: Progress
-    ema: Callable[[nn.Module], nn.Module]
+    fusion: Fusion | None = None
+    progress: Progress = Progress(0, 1)
+    ema: Callable[[nn.Module], nn.Module] = _no_teacher
     """The teacher's copy of one of the loss's own `teacher_modules`."""
+    keys: Sequence[str] = ()
+    """Of the B samples."""
+    presence: Presence | None = None
+    """Which samples have what, where some lack a modality."""
+    present: Present | None = None
+    """The samples that these outputs are of, where they are not all."""
+    _cut: dict[tuple[frozenset[str], bool], Outputs] = field(default_factory=dict, repr=False)
+
+    @property
+    def weight(self) -> float:
+        """Of this rank's mean in the mean over ranks: its share of the samples, times the ranks. The framework weighs
+        terms by it; a loss weighs what it averages over ranks itself."""
+        return 1.0 if self.present is None else self.present.weight
+
+    @property
+    def filler(self) -> bool:
+        """Whether this rank has no sample: B is 1 then, a row whose `weight` is 0."""
+        return self.present is not None and self.present.filler
+
+    def rows(self, embedding: Tensor, each: int = 1) -> Rows:
+        """What a loss has made of the samples, [V, B * each, D] with `each` rows a sample, as `Rows` over all ranks."""
+        return Rows(embedding, present=self.present, each=each)
+
+    def having(self, names: Iterable[str], fused: bool = False) -> Outputs:
+        """The outputs of those samples alone that have all these modalities, and with `fused` what the fusion reads.
+
+        They hold what every sample has, and what is named.
+        """
+        key = frozenset(names), fused
+        if self.presence is None:
+            return self
+        if key not in self._cut:
+            self._cut[key] = self._having(*key, self.presence)
+        return self._cut[key]
+
+    def _having(self, names: frozenset[str], fused: bool, presence: Presence) -> Outputs:
+        present = presence.of(names)
+        if present is None:
+            return self
+        known = [name for name in self.student if name in names or name not in presence.masks]
+
+        def of(features: Mapping[str, Features]) -> dict[str, Features]:
+            return {name: f.of(present) for name, f in features.items() if name in known}
+
+        return replace(
+            self,
+            views=Selected(self.views, lambda name, views: views.rows(present, presence.of([name])), known),
+            student=of(self.student),
+            teacher={name: of(side) for name, side in self.teacher.items()},
+            fused={name: f.of(present) for name, f in self.fused.items()} if fused else {},
+            keys=[self.keys[int(i)] for i in present.own],
+            present=present,
+            _cut={},
+        )

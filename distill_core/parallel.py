@@ -85,12 +85,15 @@ def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any)
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
     """Have torch compile each unit of student, teacher, fusion and losses when it is first called; returns their
-    number.
+    number. Where samples may lack a modality, fusion and losses see other numbers of samples, and other weights, at
+    each step: they run as they are.
 
     In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
     towers = [*objective.backbone.values(), *(objective.teacher.backbone.values() if objective.teacher else ())]
-    parts = [*towers, *objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
+    parts: list[nn.Module] = [*towers]
+    if not any(modality.optional for modality in objective.plan.modalities.values()):
+        parts += [*objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
     units = [unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units()]
     for unit in units:
         compile_unit(unit, backend)

@@ -42,6 +42,8 @@ class ModalityPlan:
     """The options of its augmentation; None where they are not known."""
     shapes: tuple[tuple[int, ...], ...] | None = None
     """The shape of each view's data; None where the augmentation's options do not tell."""
+    optional: bool = False
+    """Whether a sample may lack it (`data.optional`)."""
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""

@@ -106,10 +106,10 @@ class Trainer:
                 return Result(folder.path, signal=signal.SIGINT)
             for line in evaluated.failed:
                 display.warn(f"not evaluated: {line}")
-            skipped_reads, samples_by_set = state.data_totals()
+            skipped_reads, *counted = state.data_totals()
             if distributed.rank() == 0:
                 saved = self.saver.unsaved is None
-                picture = report_run(state, folder, evaluated, facts, skipped_reads, samples_by_set, saved=saved)
+                picture = report_run(state, folder, evaluated, facts, skipped_reads, *counted, saved=saved)
                 self.tracked.report(state.step, picture, folder.path.name)
             complete = True
             return Result(folder.path, evaluated.scores, evaluated.failed, unsaved=self.saver.unsaved)
@@ -148,6 +148,7 @@ class Trainer:
             self.notices.batch(batch)
             state.skipped_samples += len(batch.skipped)
             state.samples_by_set.update(batch.sets)
+            state.absences.update(batch.absences)
             progress = state.length.progress(state.step)
             result = self.train_step(upload(batch), progress)
             results.add(batch, result, progress)  # which reads those of the step before

@@ -98,6 +98,8 @@ def _finish(result: Result) -> None:
         ]
         if len(report["samples_by_set"]) > 1:
             lines.append("samples by set: " + ", ".join(f"{name} {n}" for name, n in report["samples_by_set"].items()))
+        if report["absences"]:
+            lines.append("samples without: " + ", ".join(f"{name} {n}" for name, n in report["absences"].items()))
         if report["skipped_reads"]:
             shards = f" and {counted(report['skipped_shards'], 'shard')}" if report["skipped_shards"] else ""
             lines.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View
 from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
 from distill_core.data.shard import Patience, Shard
-from distill_core.errors import BadSample, DataError
+from distill_core.errors import AbsentModality, BadSample, DataError
 from distill_core.interfaces import Augmentation, Collator
 from distill_core.system.files import in_words
 
@@ -35,6 +35,7 @@ class Item:
 
     key: str
     views: dict[str, list[View]]
+    """By modality; those that the sample lacks, as it may, are left out."""
     seed: int
     """For what its collators draw: a function of (seed, epoch, key), as the views are."""
     skipped: list[Skipped] = field(default_factory=list)
@@ -52,11 +53,12 @@ class Failure:
 
 
 class SampleViews:
-    """Raw sample -> the views of every modality. Picklable."""
+    """Raw sample -> the views of every modality that it has. Picklable."""
 
-    def __init__(self, augment: Mapping[str, Augmentation], seed: int) -> None:
+    def __init__(self, augment: Mapping[str, Augmentation], seed: int, optional: Collection[str] = ()) -> None:
+        """`optional`: modalities that a sample may lack."""
         self.augment = dict(augment)
-        self.seed = seed
+        self.seed, self.optional = seed, frozenset(optional)
         self.measured = 0
 
     def measure(self, sample: Sample) -> dict[str, Mapping[str, float]]:
@@ -76,15 +78,20 @@ class SampleViews:
     def __call__(self, sample: Sample, epoch: int, repeat: tuple[int, ...] = ()) -> dict[str, list[View]]:
         """`repeat` tells apart the times that a sample comes in one pass: each has views of its own.
 
-        Raises `BadSample` for what an augmentation says it cannot use. Any other error of an augmentation is a bug, not
+        Raises `BadSample` for what an augmentation says it cannot use, for a modality that is missing and may not be,
+        and for a sample that has none at all. Any other error of an augmentation is a bug, not
         the sample's fault: a `DataError` that names the sample.
         """
         key = sample["__key__"]
-        views = {}
+        views, absent = {}, []
         for name, augmentation in self.augment.items():
             rng = np.random.default_rng(stable_hash(self.seed, epoch, key, name, *repeat))
             try:
                 views[name] = augmentation.train_views(sample, rng)
+            except AbsentModality as error:
+                if name not in self.optional:
+                    raise
+                absent.append(f"{name}: {error}")
             except BadSample:
                 raise
             except Exception as error:
@@ -93,33 +100,44 @@ class SampleViews:
                     f"{type(error).__name__}: {error}. An augmentation raises BadSample for a sample that is to be "
                     "skipped; this is a bug of it."
                 ) from error
+        if not views:
+            raise BadSample(f"it has no modality at all ({'; '.join(absent)})")
         return views
 
 
 class Collate:
     """Items -> a batch, by each modality's collator. Picklable."""
 
-    def __init__(self, collators: Mapping[str, Collator]) -> None:
+    def __init__(self, collators: Mapping[str, Collator], optional: Collection[str] = ()) -> None:
+        """`optional`: modalities that an item may lack."""
         self.collators = dict(collators)
+        self.optional = [name for name in self.collators if name in optional]
 
-    def __call__(self, items: Sequence[Item]) -> Batch:
-        """Raises `DataError` where a collator fails, or a worker's shared memory is full."""
-        seeds = [item.seed for item in items]
+    def __call__(self, items: Sequence[Item], fillers: Mapping[str, Item] | None = None) -> Batch:
+        """`fillers`: an item with each modality that none of the items has.
+
+        Raises `DataError` where a collator fails, or a worker's shared memory is full.
+        """
+        views = {}
         try:
-            views = {
-                name: collate([item.views[name] for item in items], seeds) for name, collate in self.collators.items()
-            }
-            for of_modality in views.values():
-                for group in of_modality.groups:
+            for name, collate in self.collators.items():
+                members = [item for item in items if name in item.views] or [(fillers or {})[name]]
+                views[name] = collate([item.views[name] for item in members], [item.seed for item in members])
+                for group in views[name].groups:
                     group.locate_hidden()
         except Exception as error:
             keys = ", ".join(item.key for item in items[:3])
             raise DataError(
                 f"a batch (samples {keys}, ...) cannot be collated: {type(error).__name__}: {error}"
             ) from error
-        skipped = [skip for item in items for skip in item.skipped]
-        measures = [item.measures for item in items if item.measures]
-        batch = Batch(views, [item.key for item in items], skipped, measures, Counter(item.set for item in items))
+        batch = Batch(
+            views,
+            [item.key for item in items],
+            skipped=[skip for item in items for skip in item.skipped],
+            measures=[item.measures for item in items if item.measures],
+            sets=Counter(item.set for item in items),
+            presence={name: np.array([name in item.views for item in items]) for name in self.optional},
+        )
         if get_worker_info() is not None:
             try:
                 batch.share_memory()
@@ -150,7 +168,7 @@ class BatchReader:
         lengths: Sequence[int],
         order: Order,
         views: SampleViews,
-        collate: Callable[[Sequence[Item]], Batch],
+        collate: Callable[[Sequence[Item], Mapping[str, Item]], Batch],
         *,
         patience: Patience,
         sets: Sequence[str] = (),
@@ -167,11 +185,14 @@ class BatchReader:
             listed[shard.name] = self.repeats[-1] + 1
         self._down: dict[int, tuple[int, str]] = {}  # shard -> (the pass in which it could not be read, why)
         self._down_in_a_row: list[int] = []
+        self._fillers: dict[str, Item] = {}
 
     def batch(self, positions: Sequence[int]) -> Batch | Failure:
         """The samples at these positions; a `Failure` for what must stop the run."""
         try:
-            return self.collate([self.item(position) for position in positions])
+            items = [self.item(position) for position in positions]
+            lacking = [name for name in self.views.optional if not any(name in item.views for item in items)]
+            return self.collate(items, {name: self._filler(name) for name in lacking})
         except (DataError, _NothingToRead) as error:
             return Failure(str(error))
 
@@ -190,6 +211,22 @@ class BatchReader:
                 skipped.append(item)
             place = self.order.substitute(position, attempt)
         raise DataError(f"no sample can be used: {ATTEMPTS} in a row were tried, the first one {skipped[0]}")
+
+    def _filler(self, name: str) -> Item:
+        """A sample that has a modality, for a batch in which none does: the first of some drawn from a pass, the same
+        for all workers. Raises `DataError` where none has it."""
+        if name not in self._fillers:
+            for attempt in range(ATTEMPTS):
+                position = stable_hash(self.views.seed, "filler", attempt) % self.order.samples
+                item = self._read(self.order.place(position), ())
+                if isinstance(item, Item) and name in item.views:
+                    self._fillers[name] = item
+                    return item
+            raise DataError(
+                f"none of {ATTEMPTS} samples has {name!r}, which data.optional says some lack; `distill data inspect` "
+                f"shows what they have. Take {name!r} out of the recipe if there is none"
+            )
+        return self._fillers[name]
 
     def _read(self, place: Place, repeat: tuple[int, ...]) -> Item | Skipped:
         try:

@@ -17,6 +17,7 @@ import torch
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.errors import KeyPath, UserError, did_you_mean
+from distill_core.interfaces import Loss
 from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
 from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan, pools
@@ -74,6 +75,12 @@ class Draft:
         return list(holder) if isinstance(holder, dict) else []
 
     @property
+    def optional(self) -> list[str]:
+        """The modalities that a sample may lack."""
+        names = self.document.get(("data", "optional"))
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
     def modalities(self) -> list[str]:
         """All modalities that the document names."""
         return list(dict.fromkeys([*self.names("augment"), *self.names("backbone")]))
@@ -115,6 +122,9 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
     for name in (draft.teacher.modalities or ()) if draft.teacher is not None else ():
         if name not in draft.modalities:
             yield ("teacher", "modalities"), f"no modality {name!r}"
+    for name in draft.optional:
+        if name not in draft.modalities:
+            yield ("data", "optional"), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
 
 
 def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
@@ -125,7 +135,7 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         if augment is None or backbone is None:
             continue
         try:
-            modality = modality_plan(name, augment, backbone, draft.teacher)
+            modality = modality_plan(name, augment, backbone, draft.teacher, name in draft.optional)
         except UserError as error:
             yield ("backbone", name), str(error)
             continue
@@ -153,8 +163,22 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 near = did_you_mean(error.name, draft.modalities)
                 yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
             continue
+        if path[0] == "loss":
+            lines += absence_problems(slot.cls, needs, plan)
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
+
+
+def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str]:
+    """What is wrong where a loss needs all samples of a modality that some may lack."""
+    names = needs.named or set(plan.modalities)
+    optional = sorted(name for name in names if name in plan.modalities and plan.modalities[name].optional)
+    if optional and not loss.partial:
+        some = " and ".join(repr(name) for name in optional)
+        yield (
+            f"{loss.name!r} needs {some} of every sample, and data.optional lets some lack it: take a loss that can do "
+            f"without those samples (`partial`), or leave {some} out of data.optional, which skips them"
+        )
 
 
 def _training(draft: Draft) -> Iterator[Problem]:

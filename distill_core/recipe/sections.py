@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,9 @@ class DataConfig(ComponentConfig):
     read in passes of its own. Null reads every sample once a pass."""
     batches: Literal["mixed", "one_set"] = "mixed"
     """`one_set`: all samples of a step, over all ranks, come from the same set."""
+    optional: tuple[str, ...] = ()
+    """Modalities that a sample may lack, as [text]: a loss that needs one is computed over the samples that have it. A
+    sample that lacks another is skipped and counted."""
     batch_size: Positive = 64
     """Samples a step on each rank; a resumed run keeps the size over all ranks, whatever their number."""
     workers: Annotated[int, Field(ge=0)] = 1
@@ -224,7 +227,7 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.teacher, self.fusion)
+        return plan_of(self.augment, self.backbone, self.teacher, self.fusion, self.data.optional)
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusion and each loss need."""
@@ -261,10 +264,11 @@ def plan_of(
     backbone: Mapping[str, Slot[Backbone]],
     teacher: TeacherConfig | None,
     fusion: Slot[FusionHead] | None,
+    optional: Collection[str] = (),
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
-    modalities = {name: modality_plan(name, augment[name], backbone[name], teacher) for name in names}
+    modalities = {name: modality_plan(name, augment[name], backbone[name], teacher, name in optional) for name in names}
     return Plan(modalities, teacher is not None, fusion is not None, pools(fusion))
 
 
@@ -274,7 +278,11 @@ def pools(fusion: Slot[FusionHead] | None) -> bool:
 
 
 def modality_plan(
-    name: str, augment: Slot[Augmentation], backbone: Slot[Backbone], teacher: TeacherConfig | None
+    name: str,
+    augment: Slot[Augmentation],
+    backbone: Slot[Backbone],
+    teacher: TeacherConfig | None,
+    optional: bool = False,
 ) -> ModalityPlan:
     """Raises `UserError` where the backbone cannot tell its widths."""
     roles = augment.cls.roles(augment.config)
@@ -285,6 +293,7 @@ def modality_plan(
         spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
         shapes=augment.cls.shapes(augment.config),
+        optional=optional,
     )
 
 

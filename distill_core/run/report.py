@@ -41,6 +41,8 @@ class Report:
     skipped_shards: int = 0
     samples_by_set: Mapping[str, int] = field(default_factory=dict)
     """Samples that were trained on, by the set of the data source."""
+    absences: Mapping[str, int] = field(default_factory=dict)
+    """Of these, those that lacked a modality that `data.optional` names, by modality."""
 
 
 def report_run(
@@ -50,10 +52,11 @@ def report_run(
     facts: Mapping[str, Any],
     skipped_reads: int,
     samples_by_set: Mapping[str, int],
+    absences: Mapping[str, int],
     *,
     saved: bool,
 ) -> Path:
-    """Report a finished run; returns the picture's path. `skipped_reads` and `samples_by_set` are of all ranks, `saved`
+    """Report a finished run; returns the picture's path. `skipped_reads` and what follows are of all ranks, `saved`
     says whether its last step is in a checkpoint. Raises `UserError` where the report cannot be written."""
     skipped_samples, skipped_shards = folder.skipped_in_training()
     report = Report(
@@ -71,6 +74,7 @@ def report_run(
         notes=evaluated.notes,
         failed=evaluated.failed,
         samples_by_set=dict(samples_by_set),  # a Counter does not survive dataclasses.asdict
+        absences=dict(absences),
     )
     try:
         return write_report(folder, report, facts)

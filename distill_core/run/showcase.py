@@ -33,7 +33,7 @@ class Showcase:
         from distill_core.data.batches import SampleViews
 
         self.augment: dict[str, Augmentation] = {name: node.build() for name, node in recipe.augment.items()}
-        self.views = SampleViews(self.augment, recipe.seed)
+        self.views = SampleViews(self.augment, recipe.seed, recipe.data.optional)
         self.shards = list(shards)
         self.count = count
         self._samples: list[Sample] | None = None

@@ -81,6 +81,8 @@ class RunState:
         self.skipped_samples = 0
         """On this rank, as the next."""
         self.samples_by_set: Counter[str] = Counter()
+        self.absences: Counter[str] = Counter()
+        """Samples that lacked an optional modality, by modality."""
         self.best: float | None = None
         """The best validation score so far, and the step that has it where that is one of this process's."""
         self.best_step: int | None = None
@@ -107,6 +109,7 @@ class RunState:
             "random": get_random(self.device),
             "skipped_samples": self.skipped_samples,
             "samples_by_set": dict(self.samples_by_set),
+            "absences": dict(self.absences),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,15 +139,19 @@ class RunState:
             of_rank = ranks[rank]
             self.skipped_samples, self._random = of_rank["skipped_samples"], of_rank["random"]
             self.samples_by_set = Counter(of_rank["samples_by_set"])
+            self.absences = Counter(of_rank.get("absences", {}))
             self.loader.good, self.loader.bad = of_rank["data"]["good"], of_rank["data"]["bad"]
         elif rank == 0:  # other ranks than before: their random numbers begin anew, what they counted goes on here
             self.skipped_samples = sum(of_rank["skipped_samples"] for of_rank in ranks)
             self.samples_by_set = _total(of_rank["samples_by_set"] for of_rank in ranks)
+            self.absences = _total(of_rank.get("absences", {}) for of_rank in ranks)
 
-    def data_totals(self) -> tuple[int, Counter[str]]:
-        """Of all ranks, every one of which must ask: how often a sample was skipped, and the samples of each set."""
-        counts = distributed.gather_objects((self.skipped_samples, self.samples_by_set))
-        return sum(skipped for skipped, _ in counts), _total(by_set for _, by_set in counts)
+    def data_totals(self) -> tuple[int, Counter[str], Counter[str]]:
+        """Of all ranks, every one of which must ask: how often a sample was skipped, the samples of each set, and those
+        that lacked each optional modality."""
+        counts = distributed.gather_objects((self.skipped_samples, self.samples_by_set, self.absences))
+        skipped, by_set, absences = zip(*counts, strict=True)
+        return sum(skipped), _total(by_set), _total(absences)
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from distill_core.errors import OtherRankFailed, UserError
 from distill_core.system.peers import Peers
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
@@ -304,6 +306,16 @@ def mean(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return (total / world_size()).tolist()
+
+
+def gather_array(x: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[R, ...]: `x` of all ranks (same shape on each); on the host, beside the device's collectives."""
+    if world_size() == 1:
+        return x[None]
+    value = torch.from_numpy(x.astype(np.uint8))
+    every = value.new_empty((world_size(), *value.shape))
+    _all_gather(every.view(-1), value.view(-1))
+    return every.numpy().astype(bool)
 
 
 def gather_objects(value: Any) -> list[Any]:

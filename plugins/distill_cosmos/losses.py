@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill_core import ComponentConfig, Needs, Outputs, Plan, Rows, Scheduled, did_you_mean, same_dim
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
-from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
+from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss, ring_problems
 
 
 class DistillationConfig(ContrastiveConfig):
@@ -64,6 +64,7 @@ class CrossModalDistillation(ContrastiveLoss):
                 yield f"{cls.name!r} has the pair {name!r} twice"
         if config.targets == "soft" and config.exchange == "ring":
             yield f"{cls.name!r} reads the teacher's rows of all ranks for soft targets: take exchange: gather"
+        yield from ring_problems(cls.name, config, plan)
         yield from same_dim(cls.name, list(dict.fromkeys(m for block in _chosen(config) for m in block)), plan)
 
     def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:

@@ -32,6 +32,7 @@ class KoLeo(Loss):
     name = "koleo"
     Config = KoLeoConfig
     across_ranks = False
+    partial = True
 
     def __init__(self, config: KoLeoConfig, plan: Plan) -> None:
         super().__init__(config, plan)

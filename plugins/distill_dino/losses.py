@@ -128,7 +128,7 @@ class Ibot(PrototypeLoss):
         log_p = self.student_logits(student_tokens, outputs.progress)
         logits = self.teacher_logits(teacher_tokens, outputs)
         with torch.autocast(logits.device.type, enabled=False):
-            targets = self.targets(logits, temperature)
+            targets = self.targets(logits, temperature, filler=outputs.filler)
             per_patch = -(targets * log_p).sum(-1)
             counts = hidden.sum(-1, keepdim=True).expand_as(hidden)  # hidden patches of the same picture
             beside = torch.cat([tokens_at(count, i) for count, i in zip(counts, at, strict=True)])  # [N]

@@ -50,6 +50,7 @@ class PrototypeLoss(Loss):
     """Base: a head of K prototypes with an EMA copy, and the teacher's targets."""
 
     Config = PrototypeConfig
+    partial = True
     teacher_modules = ("head",)
     examples = (
         {"prototypes": 32, "hidden": 32, "bottleneck": 16},
@@ -95,7 +96,8 @@ class PrototypeLoss(Loss):
         student_logits = self.student_logits(student[list(students), :, token], outputs.progress)
         logits = self.teacher_logits(teacher[:, :, token], outputs)
         with torch.autocast(logits.device.type, enabled=False):
-            p = targets(logits.flatten(0, 1), self.temperature(outputs.progress)).view_as(logits)
+            temperature = self.temperature(outputs.progress)
+            p = targets(logits.flatten(0, 1), temperature, filler=outputs.filler).view_as(logits)
             return across_views(student_logits, p, students, self.teacher_views), spread(p)
 
 

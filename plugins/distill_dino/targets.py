@@ -28,8 +28,14 @@ class Targets(nn.Module):
         self._seen: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """Each row sums to 1. With `ema`, these logits are what `move` moves the centre by."""
+    def forward(self, logits: Tensor, temperature: float, *, filler: bool = False) -> Tensor:
+        """Each row sums to 1. With `ema`, these logits are what `move` moves the centre by.
+
+        Rows that are a `filler` count for nothing, here and on other ranks.
+        """
+        if filler:
+            self(logits[:0], temperature)  # every rank must reach the collectives
+            return torch.full_like(logits, 1 / logits.shape[-1])
         if self.centring == "sinkhorn_knopp":
             return sinkhorn_knopp(logits, temperature)
         self._seen = logits.sum(0), len(logits)

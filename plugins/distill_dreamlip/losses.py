@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from distill_core import Needs, Outputs, Plan, Rows
-from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss
+from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss, ring_problems
 
 
 class MultiPositive(ContrastiveLoss):
@@ -71,6 +71,7 @@ class SubcaptionGrouping(ContrastiveLoss):
         texts = plan.modalities.get(config.modalities[1])
         if config.negatives == "sample" and texts is not None and len(texts.roles) < 2:
             yield f"{cls.name!r} with negatives: sample needs 2 views of {config.modalities[1]!r}; it has 1"
+        yield from ring_problems(cls.name, config, plan)
 
     def gathers(self, outputs: Outputs) -> Iterable[Rows]:
         """The sub-captions, where those of other samples are negatives; what they are compared with is made later."""
@@ -95,7 +96,7 @@ class SubcaptionGrouping(ContrastiveLoss):
             else:
                 # [1, BK, D] and [1, MK, D], a rank's rows together
                 every = Rows(texts.flatten(0, 1)[None], lambda: captions.gathered.transpose(0, 1).flatten(0, 1)[None])
-                loss = self.pairs(Rows(grouped.flatten(0, 1)[None]), every).mean()
+                loss = self.pairs(outputs.rows(grouped.flatten(0, 1)[None], each=texts.shape[1]), every).mean()
         return {"subcaption_grouping": loss}, self.metrics() | {"patches": (weights.detach() > 0).float().mean()}
 
 

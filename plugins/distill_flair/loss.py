@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, softplus
 from torch.utils.checkpoint import checkpoint
 
-from distill_core import Needs, Outputs, Plan, Rows, Scheduled, TokenPooling, all_gather, rank, wide
+from distill_core import Needs, Outputs, Plan, Rows, Scheduled, TokenPooling, wide
 from distill_vl.contrastive import Sigmoid, SigmoidConfig
 
 
@@ -68,10 +68,11 @@ class Flair(Sigmoid):
         assert isinstance(fusion, TokenPooling)
         picture, text = self.config.modalities
         captions, features = outputs.student[text], outputs.student[picture]
-        texts = all_gather(wide(captions.pooled), dim=1)  # [K, M, D], of their own lengths
+        own = outputs.rows(wide(captions.pooled))
+        texts = own.gathered  # [K, M, D], of their own lengths
         tokens, mask = features.tokens[0], features.masks.get(0)
         (k, m), b, step = texts.shape[:2], len(tokens), self.config.chunk
-        chosen = self.choose(k, m, b, texts.device)
+        chosen = self.choose(k, m, b, own.offset, texts.device)
         total = texts.new_zeros(())
         for rows in (slice(i, i + step) for i in range(0, b, step)):
             part = (fusion, texts, tokens[rows], None if mask is None else mask[rows], chosen[rows])
@@ -84,12 +85,13 @@ class Flair(Sigmoid):
         terms = {"conditioned": total / b * m / chosen.shape[1], "multi_positive": pairs.mean()}
         return terms, self.metrics()
 
-    def choose(self, k: int, m: int, b: int, device: torch.device) -> Tensor:
+    def choose(self, k: int, m: int, b: int, offset: int, device: torch.device) -> Tensor:
         """The texts that each of this rank's b pictures meets: [b, T] places in [k, m] flattened, its own k first.
+        `offset`: the place of the first one's own among the m.
 
         Which one of another sample's, is drawn from torch's generator.
         """
-        row = rank() * b + torch.arange(b, device=device)[:, None]
+        row = offset + torch.arange(b, device=device)[:, None]
         own = torch.arange(k, device=device) * m + row  # [b, k]
         others = torch.arange(m - 1, device=device)
         others = others + (others >= row)  # [b, m - 1]

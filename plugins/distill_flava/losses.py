@@ -115,6 +115,7 @@ class MaskedLanguage(Loss):
     name = "flava_mlm"
     Config = MaskedLanguageConfig
     across_ranks = False
+    partial = True
 
     def __init__(self, config: MaskedLanguageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -153,6 +154,7 @@ class MaskedImage(Loss):
     name = "flava_mim"
     Config = MaskedImageConfig
     across_ranks = False
+    partial = True
 
     def __init__(self, config: MaskedImageConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -189,6 +191,7 @@ class MaskedMultimodal(Loss):
     name = "flava_mmm"
     Config = MaskedMultimodalConfig
     across_ranks = False
+    partial = True
 
     def __init__(self, config: MaskedMultimodalConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -244,6 +247,7 @@ class ImageTextMatching(Loss):
     name = "flava_itm"
     Config = ImageTextMatchingConfig
     across_ranks = False
+    partial = True
 
     def __init__(self, config: ImageTextMatchingConfig, plan: Plan) -> None:
         super().__init__(config, plan)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, relu
 
-from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled, all_gather, rank
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled, all_gather
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -45,17 +45,17 @@ class BatchNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [V, B, C] -> [V, B, C], at least fp32; B is the same on all ranks."""
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """x [V, B, C] -> [V, B, C], at least fp32; `weight` of this rank's mean in the mean over ranks."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-            centred = x - _mean(x)
-            return centred * (_mean(centred.square()) + self.eps).rsqrt() * self.weight + self.bias
+            centred = x - _mean(x, weight)
+            return centred * (_mean(centred.square(), weight) + self.eps).rsqrt() * self.weight + self.bias
 
 
-def _mean(x: Tensor) -> Tensor:
+def _mean(x: Tensor, weight: float) -> Tensor:
     """[V, B, C] -> [V, 1, C], over the rows of all ranks."""
-    return all_gather(x.mean(1, keepdim=True), dim=1).mean(1, keepdim=True)
+    return all_gather(weight * x.mean(1, keepdim=True), dim=1).mean(1, keepdim=True)
 
 
 class Head(nn.Module):
@@ -67,10 +67,10 @@ class Head(nn.Module):
         self.layer2, self.bn2 = nn.Linear(hidden, hidden), BatchNorm(hidden)
         self.layer3 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """x [V, B, W] -> [V, B, dim]."""
-        x = relu(self.bn1(self.layer1(x)))
-        return self.layer3(relu(self.bn2(self.layer2(x))))  # type: ignore[no-any-return]
+        x = relu(self.bn1(self.layer1(x), weight))
+        return self.layer3(relu(self.bn2(self.layer2(x), weight)))  # type: ignore[no-any-return]
 
 
 class SimClr(Loss):
@@ -80,6 +80,7 @@ class SimClr(Loss):
     """
 
     name = "simclr"
+    partial = True
     Config = SimClrConfig
     examples = ({"hidden": 32, "dim": 16}, {"hidden": 32, "dim": 16, "source": "pooled"})
 
@@ -107,14 +108,15 @@ class SimClr(Loss):
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term, and the share of embeddings whose nearest is the right one."""
-        embedding = self.head(self._read(outputs))
+        embedding = self.head(self._read(outputs), outputs.weight)
         with torch.autocast(embedding.device.type, enabled=False):
             own = normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
-            every = all_gather(own, dim=1)
+            compared = outputs.rows(own)
+            every = compared.gathered
             (_, batch, _), rows = own.shape, every.shape[1]
             temperature = self.config.temperature.value(outputs.progress)
             logits = own.flatten(0, 1) @ every.flatten(0, 1).T / temperature  # [2B, 2M]
-            itself = rank() * batch + torch.arange(batch, device=own.device)
+            itself = compared.offset + torch.arange(batch, device=own.device)
             first, second = itself, itself + rows
             logits = logits.scatter(1, torch.cat([first, second])[:, None], float("-inf"))
             positives = torch.cat([second, first])

@@ -37,9 +37,10 @@ class TwoCaptions(CaptionAugmentation):
 
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The web's caption, then the synthetic one."""
+        every = self.captions(sample)
         web = self.web(sample)
         own = (self.config.web,) if self.config.web is not None else WEB
-        captions = {field: caption for field, caption in self.captions(sample).items() if field not in own}
+        captions = {field: caption for field, caption in every.items() if field not in own}
         drawn = self.texts(sample, rng).keys() & captions.keys() or captions.keys()
         # a data set may have the web's caption among the sentences as well, as the emoji's name is
         rest = [text for field in captions if field in drawn for text in captions[field] if text != web]

@@ -66,7 +66,7 @@ class TwoTokenContrastive(ContrastiveLoss):
         captions = outputs.student[b].rows
         terms = {
             "web": self.pairs(outputs.student[a].rows[self.views], captions[:1]).mean(),
-            "synthetic": self.pairs(Rows(second), captions[1:2]).mean(),
+            "synthetic": self.pairs(outputs.rows(second), captions[1:2]).mean(),
         }
         metrics = {name: term.detach() for name, term in terms.items()}
         return {self.name: (terms["web"] + terms["synthetic"]) / 2}, metrics | self.metrics()

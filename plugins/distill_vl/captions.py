@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from distill_core import Augmentation, BadSample, ComponentConfig, Sample, Slot, View, default_component
+from distill_core import AbsentModality, Augmentation, BadSample, ComponentConfig, Sample, Slot, View, default_component
 from distill_vl.caption_readers import Auto, CaptionReader
 
 STOPS = ".\u3002\uff0e\uff61"
@@ -108,7 +108,7 @@ class CaptionAugmentation(Augmentation):
         by_name = {name: texts for name, fields in by_name.items() if (texts := _without_blank(fields))}
         if not by_name:
             where = f"layout {self.reader.name}" if names is None else f"fields {', '.join(names)}"
-            raise BadSample(f"no caption in the {where}")
+            raise AbsentModality(f"no caption in the {where}")
         drawn = _drawn(names, by_name, rng) if rng is not None and isinstance(names, Mapping) else by_name
         return {field: texts for name in drawn for field, texts in by_name[name].items()}
 

@@ -20,7 +20,6 @@ from distill_core import (
     Plan,
     Progress,
     Rows,
-    rank,
     same_dim,
     world_size,
 )
@@ -45,6 +44,7 @@ class ContrastiveConfig(LossConfig):
 class ContrastiveLoss(Loss):
     """Base: pairs of embeddings under a learned scale s = exp(logit_scale)."""
 
+    partial = True
     Config: ClassVar[type[ComponentConfig]] = ContrastiveConfig
 
     def __init__(self, config: Any, plan: Plan) -> None:
@@ -57,8 +57,9 @@ class ContrastiveLoss(Loss):
 
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
-        """One width D on both sides."""
-        return same_dim(cls.name, config.modalities, plan)
+        """One width D on both sides; round the ring as many rows on each rank."""
+        yield from same_dim(cls.name, config.modalities, plan)
+        yield from ring_problems(cls.name, config, plan)
 
     def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
         """What `pairs` compares, call by call. Here both modalities' first views."""
@@ -77,9 +78,8 @@ class ContrastiveLoss(Loss):
                 return multi_view_info_nce(a.embedding, b.embedding, scale)
             if self.config.exchange == "ring":
                 return ring_info_nce(a.embedding, b.embedding, scale)
-            offset = rank() * a.embedding.shape[1]
             return multi_view_info_nce(
-                a.embedding, b.embedding, scale, a_all=a.gathered, b_all=b.gathered, offset=offset
+                a.embedding, b.embedding, scale, a_all=a.gathered, b_all=b.gathered, offset=a.offset
             )
 
     def units(self) -> Sequence[nn.Module]:
@@ -95,6 +95,16 @@ class ContrastiveLoss(Loss):
     def metrics(self) -> dict[str, Tensor]:
         """The scale itself, exp(logit_scale)."""
         return {"scale": self.logit_scale.detach().exp()}
+
+
+def ring_problems(name: str, config: ContrastiveConfig, plan: Plan) -> Iterable[str]:
+    """What is wrong with `exchange: ring` where ranks may have different numbers of rows."""
+    optional = [m for m in config.modalities if m in plan.modalities and plan.modalities[m].optional]
+    if optional and config.exchange == "ring":
+        yield (
+            f"{name!r}: exchange: ring passes as many rows from each rank, and {', '.join(optional)} may be absent "
+            "(data.optional): take exchange: gather"
+        )
 
 
 class SigmoidConfig(ContrastiveConfig):
@@ -131,8 +141,7 @@ class Sigmoid(ContrastiveLoss):
                 return multi_view_sigmoid(a.embedding, b.embedding, scale, bias)
             if self.config.exchange == "ring":
                 return ring_sigmoid(a.embedding, b.embedding, scale, bias)
-            offset = rank() * a.embedding.shape[1]
-            return multi_view_sigmoid(a.embedding, b.embedding, scale, bias, b_all=b.gathered, offset=offset)
+            return multi_view_sigmoid(a.embedding, b.embedding, scale, bias, b_all=b.gathered, offset=a.offset)
 
     def metrics(self) -> dict[str, Tensor]:
         """The scale, exp(logit_scale), and the bias."""

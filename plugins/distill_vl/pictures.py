@@ -20,7 +20,19 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from distill_core import GLOBAL, Augmentation, BadSample, ComponentConfig, Group, Plan, Sample, View, Views, stack_extra
+from distill_core import (
+    GLOBAL,
+    AbsentModality,
+    Augmentation,
+    BadSample,
+    ComponentConfig,
+    Group,
+    Plan,
+    Sample,
+    View,
+    Views,
+    stack_extra,
+)
 from distill_vl.recolouring import Jitter, Recolouring, constant, radius_of, recolour
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -136,7 +148,7 @@ class PictureAugmentation(Augmentation):
         for name in names:
             if name in sample:
                 return sample[name]
-        raise BadSample(f"no picture: none of the fields {', '.join(names)}")
+        raise AbsentModality(f"no picture: none of the fields {', '.join(names)}")
 
     def open(self, item: Any) -> Image.Image:
         """Bytes, a path, an array [H, W, 3] of uint8, or a PIL image -> an RGB image. Raises `BadSample`.

@@ -333,7 +333,7 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
     terms = []
     for rank in range(3):
         rows = slice(2 * rank, 2 * rank + 2)
-        monkeypatch.setattr(distill_vl.contrastive, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distill_core.outputs, "rank", lambda rank=rank: rank)
         assert joint.fused
         own = Outputs(
             {},

@@ -96,16 +96,16 @@ def test_a_chunk_keeps_no_activations(step: ModuleType) -> None:
 def test_which_texts_a_picture_meets() -> None:
     loss = Flair(FlairConfig(), PLAN)
     torch.manual_seed(0)
-    chosen = loss.choose(3, 7, 7, torch.device("cpu"))
+    chosen = loss.choose(3, 7, 7, 0, torch.device("cpu"))
     assert chosen.shape == (7, 3 + 6)
     for i, row in enumerate(chosen.tolist()):
         assert row[:3] == [i, 7 + i, 14 + i], "its own K texts, first"
         assert [place % 7 for place in row[3:]] == [j for j in range(7) if j != i], "one of each other sample"
     assert {place // 7 for place in chosen[:, 3:].flatten().tolist()} == {0, 1, 2}
     torch.manual_seed(0)
-    assert torch.equal(loss.choose(3, 7, 7, torch.device("cpu")), chosen)
-    assert not torch.equal(loss.choose(3, 7, 7, torch.device("cpu")), chosen)
-    every = Flair(FlairConfig(negatives="all"), PLAN).choose(3, 7, 7, torch.device("cpu"))
+    assert torch.equal(loss.choose(3, 7, 7, 0, torch.device("cpu")), chosen)
+    assert not torch.equal(loss.choose(3, 7, 7, 0, torch.device("cpu")), chosen)
+    every = Flair(FlairConfig(negatives="all"), PLAN).choose(3, 7, 7, 0, torch.device("cpu"))
     for i, row in enumerate(every.tolist()):
         assert sorted(row) == list(range(21))
         assert {place % 7 for place in row[:3]} == {i}
@@ -124,7 +124,7 @@ def test_two_ranks_have_the_joint_batchs_terms_and_gradients(
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
 
-    def choose(loss: Flair, k: int, m: int, b: int, device: torch.device) -> Tensor:
+    def choose(loss: Flair, k: int, m: int, b: int, offset: int, device: torch.device) -> Tensor:
         """What both ranks draw, each for its 3 of the 6 pictures, from the seed of `step`."""
         torch.manual_seed(7)
         drawn = torch.randint(3, (3, 5)).tolist()

@@ -131,7 +131,7 @@ def test_half_precision_keeps_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         embedding = made.head(given.student["image"].class_tokens[1:3, :, 0])  # type: ignore[index]
         assert embedding.dtype == torch.bfloat16
-        monkeypatch.setattr(made.head, "forward", lambda _: embedding)
+        monkeypatch.setattr(made.head, "forward", lambda *_: embedding)
         lowered = made(given)[0]["simclr"]
     assert lowered.dtype == torch.float32
     torch.testing.assert_close(lowered, made(given)[0]["simclr"], rtol=1e-5, atol=0)

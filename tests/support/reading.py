@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def reader_of(
     return BatchReader(made, lengths.samples, order, views or TellEpoch(), _no_batch, patience=patience)
 
 
-def _no_batch(items: Sequence[Item]) -> Any:
+def _no_batch(items: Sequence[Item], fillers: Mapping[str, Item]) -> Any:
     raise AssertionError("items are asked for here, not batches")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, input_of, require
-from distill_core import GLOBAL, BadSample, Group, View, Views, stack_extra
+from distill_core import GLOBAL, AbsentModality, BadSample, Group, View, Views, stack_extra
 
 KIND = "augmentation"
 
@@ -200,7 +200,8 @@ def evaluation_view(case: Case) -> None:
 
 @checks(KIND)
 def bad_samples(case: Case) -> None:
-    """A sample that cannot be used (no field, empty or broken bytes) raises BadSample, so that the run continues."""
+    """A sample that cannot be used (no field, empty or broken bytes) raises BadSample, so that the run continues; one
+    without any field AbsentModality."""
     augmentation, good = case.cls(case.config), sample(case)
     head = {key: value for key, value in good.items() if key.startswith("__")}
     fields = [key for key in good if key not in head]
@@ -213,7 +214,12 @@ def bad_samples(case: Case) -> None:
         for name, method in (("train_views", lambda raw: draw(augmentation, raw, 0)), ("decode", augmentation.decode)):
             try:
                 method(raw)
-            except BadSample:
+            except BadSample as error:
+                require(
+                    what != "no field" or name == "decode" or isinstance(error, AbsentModality),
+                    f"`{name}` of a sample with no field must raise AbsentModality, a BadSample that says so: a recipe "
+                    "may let samples lack the modality (data.optional)",
+                )
                 continue
             except Exception as error:
                 raise CheckFailed(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -31,6 +32,7 @@ from distill_core import (
     Needs,
     Outputs,
     Plan,
+    Present,
     Progress,
     Views,
 )
@@ -275,17 +277,19 @@ def example_features(
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).requires_grad_(not teacher)
 
-        current = Features(leaf(len(views), batch, modality.spec.dim))
+        tokens_by_view: dict[int, Tensor] = {}
+        masks: dict[int, Tensor] = {}
+        current = Features(leaf(len(views), batch, modality.spec.dim), tokens_by_view, masks)
         if modality.spec.class_tokens:
             current.class_tokens = leaf(len(views), batch, modality.spec.class_tokens, modality.spec.width)
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
-            current.tokens[place] = leaf(batch, count, modality.spec.width)
+            tokens_by_view[place] = leaf(batch, count, modality.spec.width)
             if number % 2 or padding == "all":
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
-                current.masks[place] = torch.arange(count) < ends
+                masks[place] = torch.arange(count) < ends
                 if fill is not None:
-                    current.tokens[place].data.masked_fill_(~current.masks[place][..., None], fill)
+                    tokens_by_view[place].data.masked_fill_(~masks[place][..., None], fill)
         by_modality[name] = current
     return by_modality
 
@@ -430,6 +434,17 @@ def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outpu
         }
     views = {name: group.map(lambda x: cut(x, 1)) for name, group in outputs.views.items()}
     return Outputs(views, student, teacher, fused, outputs.fusion, outputs.progress, outputs.ema)
+
+
+def of_some(outputs: Outputs, counts: Sequence[int], rank: int) -> Outputs:
+    """The outputs of a rank that has so many samples, where some lack a modality; a filler where it has none."""
+    masks = np.arange(max(counts)) < np.array(counts)[:, None]
+    present = Present(masks, rank)
+    for features in (*outputs.student.values(), *(f for side in outputs.teacher.values() for f in side.values())):
+        features.present = present
+    for fused in outputs.fused.values():
+        fused.present = present
+    return replace(outputs, present=present)
 
 
 def leaves(outputs: Outputs, modality: str | None = None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from distill_authoring.conformance.inputs import BATCH, PROGRESS, Fit, example_outputs, fits, leaves, on, part, richest
+from distill_authoring.conformance.inputs import (
+    BATCH,
+    PROGRESS,
+    Fit,
+    example_outputs,
+    fits,
+    leaves,
+    of_some,
+    on,
+    part,
+    richest,
+)
 from distill_authoring.conformance.modules import (
     close,
     finite,
@@ -25,7 +36,7 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core import ConformanceCase, Features, Fused, Outputs, Rows
+from distill_core import ConformanceCase, Features, Fused, Outputs, Rows, counted
 
 KIND = "loss"
 
@@ -379,6 +390,44 @@ def ranks(case: Case) -> None:
     require(close(joined, expected.rows, 1e-3), f"the student's {message}")
 
 
+@checks(KIND)
+def absence(case: Case) -> None:
+    """Where `partial`, two ranks with different numbers of samples, one of them perhaps with none, equal all their
+    samples in one process: values, gradients, and state."""
+    if not case.cls.partial:
+        raise NotApplicable("it is not partial: a recipe that lets samples lack what it needs is refused")
+    fit, module, outputs = ready(case, batch=2 * BATCH)
+    if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
+        raise NotApplicable("it draws random numbers, which differ between ranks and one process")
+    step = (case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
+    for fewer in (1, 0):
+        counts = (BATCH, fewer)
+        results = on_two_ranks(
+            rank_step, [(*step, 0, BATCH, counts, 0), (*step, BATCH, BATCH + max(fewer, 1), counts, 1)]
+        )
+        what = f"two ranks with {BATCH} and {counted(fewer, 'sample')}"
+        expected = rank_step(*step, 0, sum(counts))
+        require(
+            close(results[0].state, results[1].state, 1e-6),
+            f"after `after_step`, {what} hold different states: take the mean over ranks, by outputs.weight",
+        )
+        if not case.cls.across_ranks:
+            continue
+        require(
+            close([a + b for a, b in zip(results[0].terms, results[1].terms, strict=True)], expected.terms),
+            f"{what} have other terms than all samples in one process: own rows begin at Rows.offset, and what the "
+            "loss makes itself is gathered by outputs.rows(x)",
+        )
+        summed = [a + b for a, b in zip(results[0].parameters, results[1].parameters, strict=True)]
+        require(
+            close(summed, expected.parameters, 1e-3), f"a parameter's gradient differs between {what} and one process"
+        )
+        require(
+            close(results[0].state, expected.state, 1e-4),
+            f"after `after_step`, {what} hold another state than one process: means over ranks heed outputs.weight",
+        )
+
+
 def rank_step(
     cls: Any,
     config: Any,
@@ -388,14 +437,24 @@ def rank_step(
     state: dict[str, Tensor],
     start: int,
     end: int,
+    counts: tuple[int, int] | None = None,
+    rank: int = 0,
 ) -> RankStep:
-    """Forward, backward and `after_step` on rows start..end of a batch of two ranks."""
+    """Forward, backward and `after_step` on rows start..end of a batch of two ranks.
+
+    `counts`: of the samples of both ranks, where they differ; terms are then weighed, by half of what a mean of two
+    wants.
+    """
     module = cls(config, fit.plan)
     module.load_state_dict(state)
     torch.manual_seed(0)
     joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
     outputs = _rank_part(joint, start, end)
+    if counts is not None:
+        outputs = of_some(outputs, counts, rank)
     terms = call(module, outputs)[0]
+    if counts is not None:
+        terms = {name: term * outputs.weight / 2 for name, term in terms.items()}
     value = torch.stack([term.float() for term in terms.values()]).sum()
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
@@ -533,7 +592,7 @@ def masked_tokens(case: Case) -> None:
         )
 
 
-def _half(outputs: dict[str, Features]) -> dict[str, Features]:
+def _half(outputs: Mapping[str, Features]) -> dict[str, Features]:
     return {
         name: Features(
             f.pooled.bfloat16(),

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from distill_authoring.conformance.inputs import DIM, WIDTH, modality
 from distill_core import (
     GLOBAL,
+    AbsentModality,
     Augmentation,
     Backbone,
     BackboneSpec,
-    BadSample,
     Collator,
     ComponentConfig,
     Encoded,
@@ -53,7 +53,7 @@ class Items(Augmentation):
     def decode(self, sample: Sample, field: str | None = None) -> list[Any]:
         """The sample's number, or a word in place of another `field`."""
         if "number" not in sample:
-            raise BadSample("no number")
+            raise AbsentModality("no number")
         return [sample["number"].decode() if field is None else f"word {int(sample['number']) % 2}"]
 
     def eval_view(self, item: Any) -> View:

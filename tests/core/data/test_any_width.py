@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_stops_that_change_the_width_change_nothing(tmp_path: Path, monkeypatch:
     def reader() -> BatchReader:
         lengths = measure(shards, Patience()).samples
         order = ShuffledOrder(lengths, **options)
-        return BatchReader(shards, lengths, order, Views(bad), lambda items: items, patience=Patience())  # type: ignore[arg-type, return-value]
+        return BatchReader(shards, lengths, order, Views(bad), lambda items, _: items, patience=Patience())  # type: ignore[arg-type, return-value]
 
     steps = max(6, 3 * total // size + 1)
     expected = list(islice(batches(reader(), 0, size, 1, 1, monkeypatch), steps))
@@ -282,5 +282,5 @@ def test_whole_shards_count_against_the_tolerance(tiny_recipe: Path, registry: R
     assert "too many samples cannot be used" in messages[0]
 
 
-def _counted(items: Sequence[Item]) -> Batch:
+def _counted(items: Sequence[Item], _: Mapping[str, Item]) -> Batch:
     return Batch({}, [item.key for item in items], [skip for item in items for skip in item.skipped])

@@ -8,6 +8,8 @@ from components_to_check.broken import broken
 from components_to_check.seeded_later import HashOfTheKey
 from my_plugin.views import Noisy
 
+from distill_core.errors import BadSample
+
 
 @broken("roles", "`train_views` makes .*, `roles` says")
 class WrongRoles(Noisy):
@@ -95,6 +97,15 @@ class NoisyPlain(Noisy):
 class KeyErrors(Noisy):
     def decode(self, sample, field=None):
         return [np.frombuffer(sample[field or self.config.field], dtype=np.float32)]
+
+
+@broken("bad_samples", "`train_views` of a sample with no field must raise AbsentModality")
+class CallsAbsentBad(Noisy):
+    def train_views(self, sample, rng):
+        try:
+            return super().train_views(sample, rng)
+        except BadSample as error:
+            raise BadSample(str(error)) from error
 
 
 broken("processes", "another process makes different views of the same sample and seed")(HashOfTheKey)

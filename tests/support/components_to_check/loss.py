@@ -16,6 +16,7 @@ from torch import nn
 
 from distill_core.outputs import Fused
 from distill_core.plan import Needs
+from distill_core.system.distributed import rank
 
 
 @broken("terms", "the term 'match' must be a 0-dim tensor")
@@ -131,6 +132,26 @@ class Teacherless(Match):
 class EmptyMean(Fill):
     def mean(self, errors, mask):
         return errors[mask].mean()
+
+
+@broken("absence", "have other terms than all samples in one process: own rows begin at Rows.offset")
+class CountsRowsByRank(Centred):
+    partial = True
+
+    def forward(self, outputs):
+        terms, metrics = super().forward(outputs)
+        rows = outputs.student["left"].rows[:1]
+        logits = rows.embedding[0] @ rows.gathered[0].T
+        own = (rank() * len(logits) + torch.arange(len(logits))).clamp(max=logits.shape[1] - 1)
+        return {"distance": terms["distance"] + nn.functional.cross_entropy(logits, own)}, metrics
+
+    def after_step(self, outputs, progress):
+        pass
+
+
+@broken("absence", "hold another state than one process: means over ranks heed outputs.weight")
+class WeighsRanksAlike(Centred):
+    partial = True
 
 
 @broken("autocast", "TypeError")

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from distill_core import Loss, LossConfig, Needs, rank, same_dim
+from distill_core import Loss, LossConfig, Needs, same_dim
 
 
 class MatchConfig(LossConfig):
@@ -25,6 +25,7 @@ class Match(Loss):
 
     name = "my_plugin_match"
     Config = MatchConfig
+    partial = True  # it compares rows by `Rows` alone, and so works with the samples that have both modalities
 
     def __init__(self, config, plan):
         super().__init__(config, plan)
@@ -50,10 +51,11 @@ class Match(Loss):
         terms = []
         for modality, other in ((a, b), (b, a)):
             queries = outputs.fused[modality].embedding  # [V, B, D]
-            keys = outputs.teacher["default"][other].rows[:1].gathered[0]  # [M, D]
+            rows = outputs.teacher["default"][other].rows[:1]
+            keys = rows.gathered[0]  # [M, D]
             with torch.autocast(queries.device.type, enabled=False):
                 logits = self.log_scale.exp() * queries @ keys.T  # [V, B, M]
-            labels = rank() * queries.shape[1] + torch.arange(queries.shape[1], device=queries.device)
+            labels = rows.offset + torch.arange(queries.shape[1], device=queries.device)
             terms.append(cross_entropy(logits.flatten(0, 1), labels.repeat(len(queries))))
         return {"match": torch.stack(terms).mean()}, {"scale": self.log_scale.detach().exp()}
 

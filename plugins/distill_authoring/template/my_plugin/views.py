@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from distill_core import GLOBAL, LOCAL, Augmentation, BadSample, ComponentConfig, View
+from distill_core import GLOBAL, LOCAL, AbsentModality, Augmentation, BadSample, ComponentConfig, View
 
 
 class NoisyConfig(ComponentConfig):
@@ -45,7 +45,7 @@ class Noisy(Augmentation):
         """[length], float32; a sample that cannot be used is skipped and counted."""
         name = field or self.config.field
         if name not in sample:
-            raise BadSample(f"no field {name!r}")
+            raise AbsentModality(f"no field {name!r}")
         if len(sample[name]) != 4 * self.config.length:
             raise BadSample(f"{name!r} does not hold {self.config.length} float32 numbers")
         return [np.frombuffer(sample[name], dtype=np.float32)]

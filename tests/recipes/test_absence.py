@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_core.outputs import Progress
+from distill_core.parallel import compile_units
 from distill_core.registry import Registry
 
 KINDS = [PAIR, PICTURE, PAIR, WORDS, PICTURE, PAIR, WORDS, PAIR]
@@ -86,3 +87,14 @@ def test_every_loss_that_can_do_without_samples_is_tested_here(registry: Registr
     losses = {name for (kind, name), entry in registry.entries.items() if kind == "loss" and entry.cls.partial}
     tested = {text.split("loss: [{name: ")[1].split("}")[0].split(",")[0] for text in RECIPES.values()}
     assert losses == tested
+
+
+def test_compiled_towers_take_what_is_there() -> None:
+    """Would catch losses that are compiled anew for each number of samples, up to an error; towers are, once."""
+    recipe, objective = objective_of(RECIPES["clip"])
+    objective = objective.float()
+    assert compile_units(objective, "eager") == sum(len(tower.units()) for tower in objective.backbone.values())
+    for count in range(1, 12):  # more than torch compiles one piece of code for
+        kinds = [PAIR] * count + [PICTURE] * (12 - count)
+        losses = objective.losses(objective.represent(batch_of(recipe, kinds), Progress(0, 1)))
+        assert torch.isfinite(losses.total)

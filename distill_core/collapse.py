@@ -17,6 +17,8 @@ SPREAD, RANK = 0.02, 1.2
 ROWS = 10
 """A modality of the student has collapsed where its spread is below `SPREAD`, or its effective rank below `RANK`, in
 this many logged rows in a row."""
+ENOUGH = 16
+"""Of fewer samples an effective rank says nothing: it is below their number."""
 
 
 @torch.no_grad()
@@ -71,13 +73,15 @@ def indicators(x: Tensor) -> dict[str, Tensor]:
 class CollapseRule:
     """Applied to the logged rows of a run in order; it warns once."""
 
-    def __init__(self) -> None:
+    def __init__(self, samples: int) -> None:
+        """`samples`: of a rank's batch, from which the rows' indicators are."""
+        self._rank = RANK if samples >= ENOUGH else 0.0
         self._rows: Counter[str] = Counter()  # in a row, by modality of the student
         self._warned = False
 
     def check(self, metrics: Mapping[str, float]) -> str | None:
         """What has collapsed, in one line, when that first becomes clear. `metrics`: of a row."""
-        collapsed = dict(_collapsed(metrics))
+        collapsed = dict(_collapsed(metrics, self._rank))
         self._rows = Counter({name: self._rows[name] + 1 for name in collapsed})
         lasting = [f"{name} ({why})" for name, why in collapsed.items() if self._rows[name] >= ROWS]
         if self._warned or not lasting:
@@ -89,11 +93,11 @@ class CollapseRule:
         )
 
 
-def _collapsed(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+def _collapsed(metrics: Mapping[str, float], least_rank: float) -> Iterator[tuple[str, str]]:
     """(side/modality, its indicators in words) of the student's modalities that are beyond a bound in this row."""
     for name, spread in metrics.items():
         if name.startswith(f"{PREFIX}student/") and name.endswith("/spread"):
             of = name.removesuffix("/spread")
             rank = metrics[f"{of}/rank"]
-            if spread < SPREAD or rank < RANK:
+            if spread < SPREAD or rank < least_rank:
                 yield of.removeprefix(PREFIX), f"spread {spread:.3g}, effective rank {rank:.3g}"

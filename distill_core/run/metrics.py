@@ -23,7 +23,7 @@ class MetricsLog:
         self, state: RunState, folder: RunFolder, tracked: TrackedRun, every: int, warn: Callable[[str], None]
     ) -> None:
         self.state, self.folder, self.tracked, self.every, self.warn = state, folder, tracked, every, warn
-        self._collapse = CollapseRule()
+        self._collapse = CollapseRule(state.length.batch_size // distributed.world_size())
         self.rate: float | None = None
         """Samples per second over all ranks, of the steps of the last row."""
         self._clock, self._step = time.perf_counter(), state.step  # of the last row

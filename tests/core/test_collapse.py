@@ -69,21 +69,23 @@ def test_what_is_measured_and_that_nobody_waits() -> None:
 
 
 def test_the_rule_warns_once_of_what_lasts() -> None:
-    """Would catch a warning of a few rows, of rows that are not in a row, of the teacher, and a second one."""
+    """Would catch a warning of a few rows, of rows that are not in a row, of the teacher, of a batch of two, and a
+    second one."""
 
     def row(spread: float, rank: float = 9.0, side: str = "student") -> dict[str, float]:
         return {f"embeddings/{side}/image/spread": spread, f"embeddings/{side}/image/rank": rank, "other/spread": 0.0}
 
-    rule = CollapseRule()
+    rule = CollapseRule(16)
     assert [rule.check(row(0.001)) for _ in range(ROWS - 1)] == [None] * (ROWS - 1)
     assert rule.check(row(0.5)) is None
     said = [rule.check(row(0.001)) for _ in range(2 * ROWS)]
     assert [i for i, line in enumerate(said) if line is not None] == [ROWS - 1]
     assert "student/image (spread 0.001, effective rank 9)" in str(said[ROWS - 1])
-    healthy, by_rank, teacher = CollapseRule(), CollapseRule(), CollapseRule()
+    healthy, by_rank, teacher, few = (CollapseRule(samples) for samples in (16, 16, 16, 2))
     assert not any(healthy.check(row(0.5)) for _ in range(2 * ROWS))
     assert any(by_rank.check(row(0.5, 1.1)) for _ in range(ROWS))
     assert not any(teacher.check(row(0.0, side="teacher")) for _ in range(2 * ROWS))
+    assert not any(few.check(row(0.5, 1.0)) for _ in range(2 * ROWS)), "two samples differ in one direction"
 
 
 def test_in_the_rows_of_a_run(

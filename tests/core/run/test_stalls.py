@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distill_core.batch import Sample, View
@@ -19,8 +21,11 @@ from distill_core.interfaces import Loss
 from distill_core.outputs import Outputs
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Entry, Registry
+from distill_core.run import stalls
 from distill_core.run.folder import RunFolder
 from distill_core.run.stalls import StallWatch
+from distill_core.system import distributed
+from distill_core.system.peers import Peers
 from distill_core.train import Trainer
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
@@ -147,3 +152,28 @@ def test_torch_is_not_where_a_stall_is(tmp_path: Path) -> None:
     with watch.running():
         torch.nn.Sequential(Stuck())(torch.zeros(1))
     assert "it is in test_torch_is_not_where_a_stall_is.<locals>.Stuck.forward" in said[0]
+
+
+@pytest.mark.parametrize("other", ["waits", "is_busy", "does_not_answer"])
+def test_of_ranks_that_wait_one_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    """Two ranks, of which this one waits in a collective. Would catch silence where both wait or the other is frozen,
+    and a line beside that of a rank that is named already."""
+    monkeypatch.setattr(stalls, "SECONDS_TO_ANSWER", 0.5)
+    store = dist.TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)
+    peers, others = Peers(store, 0, 2, 4), Peers(store.clone(), 1, 2, 4)
+    monkeypatch.setattr(distributed, "peers", lambda: peers)
+    monkeypatch.setattr(stalls, "_place", lambda thread: ("in all_reduce (a.py:1)", True))
+    said: list[str] = []
+    watch = StallWatch(tmp_path, 30.0, said.append, lambda: "")
+    if other != "does_not_answer":
+        others.publish("stall/7/30", json.dumps(["in all_gather (b.py:2)", other == "waits"]))
+    watch._report(0, 7, 30.0)
+    watch._report(0, 7, 30.0)
+    expected = {
+        "waits": ["all ranks wait for one another: rank 0 is in all_reduce (a.py:1); rank 1 is in all_gather (b.py:2)"],
+        "does_not_answer": ["no answer from rank 1 ("],
+        "is_busy": [],
+    }
+    assert len(said) == len(expected[other]), said
+    assert all(part in line for part, line in zip(expected[other], said, strict=True))
+    peers.close(), others.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from distill_benchmarks.captioned import Dci, Karpathy, Urban1k
 from distill_benchmarks.clip_benchmark import ClipBenchmark
+from distill_core.data.shard import Patience
 from distill_core.errors import BadSample, DataError
 from distill_core.evaluate.cache import fingerprint
 from distill_core.evaluate.sets import EvaluationSet
@@ -148,13 +150,31 @@ def test_clip_benchmark(tmp_path: Path) -> None:
     model: Any = type("Model", (), {"device": torch.device("cpu"), "augment": {"text": TEXT}})()
     assert dict(data.items(model, "text", "class")) == {0: "cat", 1: "dog"}
     assert list(data.skipped) == [("s0000000", "text")]
-    assert made.samples("train") == {}
+    assert made.sets("train") == {}
     (tmp_path / "classnames.txt").write_text("#\n\ndog\n")
     again = EvaluationSet("c", made.samples("test")[name])
     assert again.labels("class") == {0: "#", 2: "dog"}, "a name is its line, whatever it holds"
     before = fingerprint(made.samples("test")[name])
     (tmp_path / "classnames.txt").write_text("kitten\ndog\n")
     assert fingerprint(made.samples("test")[name]) != before
+
+
+def test_clip_benchmark_trains(tmp_path: Path) -> None:
+    """By number, in another process, with the same json as in order. Would catch shards whose labels stay numbers, and
+    a damaged sample that gets a json and so looks good."""
+    tar(tmp_path / "train" / "0.tar", [{"webp": webp(i), "cls": str(i % 2).encode()} for i in range(3)])
+    tar(tmp_path / "test" / "0.tar", [{"webp": webp(5), "cls": b"0"}])
+    (tmp_path / "classnames.txt").write_text("cat\ndog\n")
+    _, (shard,) = only(source(ClipBenchmark, folder=str(tmp_path)).sets("train"))
+    copied = pickle.loads(pickle.dumps(shard))
+    copied.prepare(Patience())
+    assert [(grey(copied[i]), json.loads(copied[i]["json"])["class"]) for i in (1, 0)] == [(1, "dog"), (0, "cat")]
+    assert [dict(sample) for sample in shard] == [dict(copied[i]) for i in range(3)]
+    data = (tmp_path / "train" / "0.tar").read_bytes()
+    (tmp_path / "train" / "0.tar").write_bytes(data[:4700])
+    _, (cut,) = only(source(ClipBenchmark, folder=str(tmp_path)).sets("train"))
+    with pytest.raises(BadSample, match=r"0\.tar: cannot be read"):
+        cut[len(cut) - 1]["json"]
 
 
 def test_numbers_that_are_no_plain_digits(tmp_path: Path) -> None:
@@ -183,7 +203,7 @@ def test_clip_benchmark_retrieval(tmp_path: Path) -> None:
     _, (found,) = only(made.samples("test"))
     assert TEXT.decode(found) == ["one", "two", "three"]
     (tmp_path / "dataset_type.txt").write_text("multilabel\n")
-    with pytest.raises(DataError, match="type 'multilabel' cannot be scored"):
+    with pytest.raises(DataError, match="of type 'multilabel' nothing is known"):
         made.samples("test")
 
 

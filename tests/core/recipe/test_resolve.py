@@ -336,10 +336,10 @@ def test_splits_that_are_evaluated_must_be_there(errors: Errors, check: Check) -
 def test_a_source_that_cannot_train_is_refused_as_training_data(errors: Errors, check: Check) -> None:
     """Would catch a source without shards that passes `validate` and then cannot train."""
     only_scored = (
-        "--set data.source: 'clip_benchmark' has no shards, so nothing can be trained on it; it is for evaluations: "
+        "--set data.source: 'winoground' has no shards, so nothing can be trained on it; it is for evaluations: "
         "name it as `evaluate.source`, or as a task's `source`"
     )
-    assert errors("data.source={name: clip_benchmark, folder: f}") == [only_scored]
+    assert errors("data.source={name: winoground, root: f}") == [only_scored]
     check("evaluate.source={name: class_folder, test: f}")
     assert errors("data.source={name: webdataset, test: y.tar}") == [
         "--set data.source: data.source has no split 'train' (it has test); give it one to train on"

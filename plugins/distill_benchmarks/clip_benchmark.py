@@ -72,10 +72,9 @@ class NumberedShard(TarShard):
     def __iter__(self) -> Iterator[Sample]:
         return map(self._described, super().__iter__())
 
-    def fingerprint(self) -> str | None:
+    def fingerprint(self) -> str:
         """That of the file, and the names."""
-        file = super().fingerprint()
-        return file and "\n".join([file, *(self.classes or ())])
+        return "\n".join([super().fingerprint(), *(self.classes or ())])
 
     def _described(self, sample: Sample) -> Sample:
         if isinstance(sample, Unusable):

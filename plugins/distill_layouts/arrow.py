@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Any
 
 from distill_core import DataError, cache_folder, make_room, require_extra
-from distill_layouts.tables import Location, TableFile, temporary_in
+from distill_layouts.tables import TOGETHER, Location, TableFile, temporary_in
 
 _BATCH = 1000
 """Rows of a copy that are read together."""
@@ -47,28 +48,29 @@ class ArrowTable(TableFile):
         return self._named(row)
 
     def extent(self) -> int:
-        return int(self._mapped(self.path).num_rows)
+        return self._mapped().rows
 
     def schema(self) -> Any:
         """Arrow's. Raises `DataError`."""
-        return self._mapped(self.path).schema
+        return self._mapped().schema
 
     def at(self, row: int) -> Any:
-        """An Arrow table of one row."""
-        return self._mapped(self.path).slice(row, 1).select(self._read())
+        """Arrow's batch of one row."""
+        return self._mapped().at(row).select(self._read())
 
     def _read(self) -> list[str]:
         names = self.columns()
         return [name for name in self.read if name in names]
 
-    def _keys(self) -> Iterator[list[Any]]:
+    def _keys(self) -> Iterator[Iterable[Any]]:
         """The key column, some rows at a time; None for each row without one."""
-        table = self._mapped(self.path)
+        mapped = self._mapped()
         if not self._has_text_key():
-            yield [None] * table.num_rows
+            yield repeat(None, mapped.rows)
             return
-        for chunk in table.column(self.key).chunks:
-            yield chunk.to_pylist()
+        for batch in mapped.batches:
+            for first in range(0, batch.num_rows, TOGETHER):
+                yield batch.column(self.key).slice(first, TOGETHER).to_pylist()
 
     def _has_text_key(self) -> bool:
         pyarrow = require_extra("pyarrow", "parquet")
@@ -77,12 +79,9 @@ class ArrowTable(TableFile):
         kind = self.schema().field(self.key).type
         return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
-    def _mapped(self, path: Path) -> Any:
-        """The whole file, mapped. Raises `DataError`, `OSError`."""
-        try:
-            return _mapped(str(path), os.stat(path).st_mtime_ns)
-        except ValueError as error:
-            raise DataError(f"{path}: not a readable Arrow file: {error}") from error
+    def _mapped(self) -> Mapped:
+        """The whole file. Raises `DataError`, `OSError`."""
+        return _readable(self.path, os.stat(self.path).st_mtime_ns)
 
     def _named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Hugging Face's classes by their names, not their numbers."""
@@ -108,14 +107,15 @@ class ParquetTable(ArrowTable):
         _, ends = self._parquet()
         group = bisect_right(ends, row)
         first = ends[group - 1] if group else 0
-        return self._mapped(self._copy(group)).slice(row - first, 1)
+        # the copy's name is its content's, and its time of change that of its last use
+        return _readable(self._copy(group), 0).at(row - first)
 
-    def _keys(self) -> Iterator[list[Any]]:
+    def _keys(self) -> Iterator[Iterable[Any]]:
         file, ends = self._parquet()
         if not self._has_text_key():
-            yield [None] * (ends[-1] if ends else 0)
+            yield repeat(None, ends[-1] if ends else 0)
             return
-        for batch in file.iter_batches(columns=[self.key], use_threads=False):
+        for batch in file.iter_batches(TOGETHER, columns=[self.key], use_threads=False):
             yield batch.column(0).to_pylist()
 
     def _parquet(self) -> tuple[Any, list[int]]:
@@ -124,6 +124,13 @@ class ParquetTable(ArrowTable):
             return _parquet(str(self.path), os.stat(self.path).st_mtime_ns)
         except ValueError as error:
             raise DataError(f"{self.path}: not a readable parquet file: {error}") from error
+
+    def _batches(self, group: int) -> Iterator[Any]:
+        """The rows of a row group, some at a time. Raises `DataError`."""
+        try:
+            yield from self._parquet()[0].iter_batches(_BATCH, [group], self._read(), use_threads=False)
+        except ValueError as error:
+            raise DataError(f"{self.path}: row group {group} cannot be read: {error}") from error
 
     def _copy(self, group: int) -> Path:
         """A row group in the cache, as an Arrow file. Raises `OSError`, `DataError`."""
@@ -136,14 +143,13 @@ class ParquetTable(ArrowTable):
         except FileNotFoundError:
             pass
         pyarrow = require_extra("pyarrow", "parquet")
-        try:
-            rows = self._parquet()[0].read_row_group(group, columns=self._read(), use_threads=False)
-        except ValueError as error:
-            raise DataError(f"{self.path}: row group {group} cannot be read: {error}") from error
+        batches = self._batches(group)  # one after another: a file may be a single group
+        first = next(batches)
         try:
             with temporary_in(folder) as file:
-                with pyarrow.ipc.new_file(file, rows.schema) as writer:
-                    writer.write_table(rows, max_chunksize=_BATCH)
+                with pyarrow.ipc.new_file(file, first.schema) as writer:
+                    for batch in chain((first,), batches):
+                        writer.write_batch(batch)
                 file.flush()
                 Path(file.name).replace(target)
         except OSError as error:
@@ -152,16 +158,38 @@ class ParquetTable(ArrowTable):
         return target
 
 
+class Mapped:
+    """A table whose columns lie in a mapped file."""
+
+    def __init__(self, table: Any) -> None:
+        self.schema = table.schema
+        self.batches = table.to_batches()
+        self._ends = list(accumulate(batch.num_rows for batch in self.batches))
+        self.rows: int = table.num_rows
+
+    def at(self, row: int) -> Any:
+        """A batch of this row; the table itself would look at all of its batches for it."""
+        number = bisect_right(self._ends, row)
+        return self.batches[number].slice(row - (self._ends[number - 1] if number else 0), 1)
+
+
+def _readable(path: Path, changed: int) -> Mapped:
+    """Raises `DataError` where it is no Arrow file, `OSError`."""
+    try:
+        return _mapped(str(path), changed)
+    except ValueError as error:
+        raise DataError(f"{path}: not a readable Arrow file: {error}") from error
+
+
 @lru_cache(maxsize=256)
-def _mapped(path: str, changed: int) -> Any:
-    """A table whose columns lie in the mapped file."""
+def _mapped(path: str, changed: int) -> Mapped:
     pyarrow = require_extra("pyarrow", "parquet")
     file = pyarrow.memory_map(path)
     try:
-        return pyarrow.ipc.open_file(file).read_all()
+        return Mapped(pyarrow.ipc.open_file(file).read_all())
     except pyarrow.ArrowInvalid:  # the other of the two formats
         file.seek(0)
-        return pyarrow.ipc.open_stream(file).read_all()
+        return Mapped(pyarrow.ipc.open_stream(file).read_all())
 
 
 @lru_cache(maxsize=64)

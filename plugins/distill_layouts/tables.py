@@ -140,30 +140,37 @@ class TableFile(ABC):
 
     def _build(self) -> NDArray[np.int64]:
         stamp = _stamp(os.stat(self.path))
-        places: list[NDArray[np.int64]] = []
+        parts: list[NDArray[np.int64]] = []
+        """[4, some rows] each: start, length, line, hash of the key."""
         locations = self.locate()
         with _progress(f"index of {self.path.name}", self.extent()) as advance:
             while part := [(at.start, at.length, at.line, _hash(at)) for at in islice(locations, TOGETHER)]:
-                places.append(np.array(part, dtype=np.int64).T)
-                advance(int(places[-1][1].sum()))
-        rows = np.concatenate(places, axis=1) if places else np.empty((4, 0), np.int64)
-        samples = 0
-        if rows.shape[1]:
-            _, firsts, members = np.unique(rows[3], return_index=True, return_inverse=True)
-            samples = len(firsts)
-            rank = np.empty(samples, np.int64)
-            rank[np.argsort(firsts)] = np.arange(samples)
-            rows[3] = rank[members]
-            rows = rows[:, np.argsort(rows[3], kind="stable")]
-        index = np.concatenate([np.array([[*stamp, _FORMAT, samples]], np.int64).T, rows], axis=1)
+                parts.append(np.array(part, dtype=np.int64).T)
+                advance(int(parts[-1][1].sum()))
+
+        def column(number: int) -> NDArray[np.int64]:
+            return np.concatenate([part[number] for part in parts]) if parts else np.empty(0, np.int64)
+
+        order, samples = _by_sample(column(3))
+        head = (*stamp, _FORMAT, int(samples[-1]) + 1 if len(samples) else 0)
+
+        def pieces() -> Iterator[NDArray[np.int64]]:
+            """The index's rows, one after another, so that few copies are in memory at once."""
+            for number, first in enumerate(head):
+                yield np.array([first], np.int64)
+                yield samples if number == 3 else column(number)[order]
+
         with suppress(OSError):  # it is made again by the next run
             with temporary_in(self._index_file.parent) as file:
-                np.save(file, index)
+                shape = (len(head), 1 + len(samples))
+                np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": shape})
+                for piece in pieces():
+                    file.write(piece.astype("<i8", copy=False).data)
                 file.flush()
                 Path(file.name).replace(self._index_file)
             if (stored := self._stored()) is not None:
                 return stored
-        return index
+        return np.concatenate(list(pieces())).reshape(len(head), -1)
 
 
 class CsvTable(TableFile):
@@ -290,10 +297,23 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
 
 
 def _hash(at: Location) -> int:
-    """Equal for rows of one sample."""
-    text = f"\0{at.line}" if at.key is None else at.key
-    digest = blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    """Equal for rows of one sample. Python's own, of 64 bits, which differs between processes: only which are equal
+    is stored."""
+    return hash(f"\0{at.line}" if at.key is None else at.key)
+
+
+def _by_sample(hashes: NDArray[np.int64]) -> tuple[slice | NDArray[np.int64], NDArray[np.int64]]:
+    """The rows' order by sample, where samples are numbered by their first rows; and their samples in that order."""
+    ordered = np.sort(hashes)
+    if (ordered[1:] != ordered[:-1]).all():
+        return slice(None), np.arange(len(hashes))
+    del ordered
+    _, firsts, members = np.unique(hashes, return_index=True, return_inverse=True)
+    rank = np.empty(len(firsts), np.int64)
+    rank[np.argsort(firsts)] = np.arange(len(firsts))
+    samples = rank[members]
+    order = np.argsort(samples, kind="stable")
+    return order, samples[order]
 
 
 def _bytes(table: TableFile, start: int, length: int) -> bytes:

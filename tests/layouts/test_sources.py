@@ -16,6 +16,7 @@ from distill_core.data.shard import Unusable
 from distill_core.errors import DataError
 from distill_core.evaluate.cache import fingerprint
 from distill_core.evaluate.sets import EvaluationSet
+from distill_layouts.arrow import ParquetTable
 from distill_layouts.class_folder import ClassFolder
 from distill_layouts.folder import Folder
 from distill_layouts.table import Table
@@ -296,3 +297,19 @@ def test_what_is_wrong_is_one_clear_error(tmp_path: Path, cls: Any, options: dic
         if "open.csv" in options["test"]:
             csv.field_size_limit(old)
     assert "\n" not in str(error.value)
+
+
+def test_rows_of_parquet_are_mapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Would catch a copy that is opened for each row, and a row group that is copied in whole: batches of few rows."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": [f"{i}.png" for i in range(2500)], "caption": [f"caption {i}" for i in range(2500)]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    table = ParquetTable(tmp_path / "t.parquet", "image", ("image", "caption"))
+    opened: list[Any] = []
+    original = pyarrow.ipc.open_file
+    monkeypatch.setattr(pyarrow.ipc, "open_file", lambda file: opened.append(original(file)) or opened[-1])
+    for number in (2499, 0, 1000, 999, 1001):
+        ((line, row),) = table[number]
+        assert (line, row) == (number + 1, {"image": f"{number}.png", "caption": f"caption {number}"})
+    (reader,) = opened
+    assert max(reader.get_batch(i).num_rows for i in range(reader.num_record_batches)) <= 1000

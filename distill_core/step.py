@@ -17,6 +17,7 @@ from distill_core.gradients import GradientLimit, limit_gradients
 from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe
+from distill_core.run.parts import laid_out_like
 from distill_core.system import distributed
 from distill_core.system.transfer import Download
 
@@ -130,7 +131,7 @@ class TrainStep:
             group.update(saved["options"] | changed)
         parameters = {name: parameter for name, parameter, _ in self._named}
         own["state"] = {
-            number: {key: _spread_like(value, parameters[name]) for key, value in state["state"][name].items()}
+            number: {key: laid_out_like(value, parameters[name]) for key, value in state["state"][name].items()}
             for number, name in enumerate(names)
             if name in state["state"]
         }
@@ -181,9 +182,3 @@ class TrainStep:
             self.optimizer.step()
         elif finite.item():
             self.optimizer.step()
-
-
-def _spread_like(value: Any, parameter: Tensor) -> Any:
-    """What an optimiser holds of a parameter: a tensor of its shape is spread as it is."""
-    alike = isinstance(value, Tensor) and value.shape == parameter.shape
-    return distributed.spread_like(value, parameter) if alike else value

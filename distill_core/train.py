@@ -115,6 +115,7 @@ class Trainer:
             return Result(folder.path, evaluated.scores, evaluated.failed, unsaved=self.saver.unsaved)
         finally:
             self.loader.close()
+            self.saver.close()
             for line in folder.write_waiting():
                 display.warn(line)
             self.tracked.finish(complete)
@@ -163,12 +164,14 @@ class Trainer:
             results.settle()
             with log.paused():
                 if validates:
+                    self.saver.settle()  # which may change what the best score is
                     self.validation.validate()
                     state.mark()
                 if saves or state.best_step == state.step:
-                    self.saver.save()
+                    self.saver.begin()
         results.settle()
         if validate_every and state.step == steps:
+            self.saver.settle()
             self.validation.validate()
             state.mark()
 

@@ -122,6 +122,12 @@ def recipe_text() -> str:
     return RECIPE
 
 
+@pytest.fixture(scope="session")
+def tiny_recipe_text() -> str:
+    """The text of `tiny_recipe`; `.format(folder=...)` says where its shards lie."""
+    return RECIPE
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, write_shards: Callable[..., list[Path]]) -> Path:
     """`tmp_path/tiny.yaml`: COSMOS on 16 px, 4 steps of 4 samples on the CPU, without a tracker.

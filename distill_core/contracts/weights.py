@@ -109,7 +109,7 @@ class StateDictLoader(WeightLoader):
             if self.config.key is not None:
                 raise UserError(f"weights: {path}: `key` is for files; of a run, `to` and `prefix` name a part")
             remarks: list[str] = []
-            return Checkpoints(path).load(self.config.checkpoint, remarks.append).state["objective"], True, remarks
+            return Checkpoints(path).read(self.config.checkpoint, remarks.append)["objective"], True, remarks
         if not path.is_file():
             raise UserError(f"weights: {path}: no such file or run folder")
         content = read_tensors(path)

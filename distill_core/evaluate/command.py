@@ -63,7 +63,7 @@ def score(
 
     def load() -> None:
         if loaded is not None:
-            load_into(objective, loaded.state["objective"], str(folder))
+            load_into(objective, loaded.whole()["objective"], str(folder))
 
     distributed.raise_on_all_ranks(load)
     file, digest, step = distributed.gather_objects(loaded and (loaded.path, loaded.digest, loaded.state["step"]))[0]

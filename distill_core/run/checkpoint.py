@@ -1,14 +1,15 @@
 """Checkpoints: written atomically, the last k and the best; read without unpickling code, and only if undamaged.
 
 A checkpoint is the zip archive that `torch.save` writes, with the digest of that archive as its comment: both are in
-one file, which is complete or absent.
+one file, which is complete or absent. Where tensors are spread over ranks, each writes its part of them to a file
+first (`step-00000240.part-0-of-4.pt`); the checkpoint names their digests, so that they count from then on.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill_core.errors import UserError, warn
+from distill_core.run.parts import Parts, map_tree
 from distill_core.system.files import cannot_write, temporary_for
 
-VERSION = 1
-END_OF_ARCHIVE = b"PK\5\6"
-"""What the last 22 bytes of a zip archive without a comment begin with; they end with the comment's length, 0."""
+VERSION = 2
 COMMENT = b"sha256:"
 TAIL = 2 + len(COMMENT) + 64
 """Bytes of a comment with a digest, and of its length before it."""
@@ -31,11 +31,19 @@ TAIL = 2 + len(COMMENT) + 64
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a file when it was read. `digest` is that of the content, and identifies the checkpoint."""
+    """The content of a file when it was read. `digest` is that of the content, and identifies the checkpoint.
+
+    Tensors that ranks wrote in parts are `Parts`.
+    """
 
     path: Path
     digest: str
     state: dict[str, Any]
+
+    def whole(self) -> dict[str, Any]:
+        """The state with whole tensors."""
+        state: dict[str, Any] = map_tree(lambda x: x[:] if isinstance(x, Parts) else x, self.state)
+        return state
 
 
 class Checkpoints:
@@ -61,30 +69,40 @@ class Checkpoints:
         Raises `UserError` when it cannot be written; existing checkpoints are then unchanged.
         """
         path = self.path(step)
-        temporary = temporary_for(path)
-        size = 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                archive = _Hashed(file)
-                torch.save(state | {"version": VERSION, "step": step}, cast(IO[bytes], archive))
-                size = archive.size
-                archive.finish()
-                file.flush()
-                os.fsync(file.fileno())
-            if best:
-                _link(temporary, self.best)
-            temporary.replace(path)
-        except OSError as error:
-            raise UserError(cannot_write(path, error, size)) from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(path, state | {"version": VERSION, "step": step}, self.best if best else None)
         earlier = [other for other in self.steps() if other < step]
         for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
             with suppress(OSError):  # harmless if it stays
                 self.path(old).unlink()
+        self._drop_parts()
         return path
+
+    def save_part(self, step: int, number: int, count: int, tensors: Sequence[Tensor]) -> str:
+        """Write one of the parts that a checkpoint of this step will name; returns its digest. Raises `UserError`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _write(self.part(step, number, count), list(tensors))
+
+    def part(self, step: int, number: int, count: int) -> Path:
+        """The file of a part."""
+        return self.folder / f"step-{step:08d}.part-{number}-of-{count}.pt"
+
+    def _parts(self) -> Iterator[tuple[int, Path]]:
+        """(step, file) of the parts there are."""
+        for path in self.folder.glob("step-*.part-*.pt"):
+            yield int(path.name.removeprefix("step-").partition(".")[0]), path
+
+    def _drop_parts(self) -> None:
+        """Remove parts that no checkpoint names any more."""
+        if parts := list(self._parts()):
+            steps = set(self.steps())
+            if self.best.is_file():
+                with suppress(_Damaged):
+                    steps.add(_read(self.best).state["step"])
+            for step, path in parts:
+                if step not in steps:
+                    with suppress(OSError):  # harmless if it stays
+                        path.unlink()
 
     def later(self, step: int) -> list[Path]:
         """The files of later steps than `step`, and `best.pt` if it is from a later step or damaged.
@@ -93,13 +111,14 @@ class Checkpoints:
         write the same one again.
         """
         files = [self.path(other) for other in self.steps() if other > step]
+        parts = sorted(path for other, path in self._parts() if other > step)
         if files and self.best.is_file():
             try:
                 is_earlier = _read(self.best).state["step"] <= step
             except _Damaged:
                 is_earlier = False
             files += [] if is_earlier else [self.best]
-        return files
+        return files + parts if files else []
 
     def restart_from(self, checkpoint: Checkpoint) -> None:
         """Make it a step's file (it may have been only `best.pt`), so that `last` finds it. Raises `UserError`."""
@@ -142,7 +161,7 @@ class Checkpoints:
         while True:
             read_paths.add(path)
             try:
-                checkpoint = _read(path)
+                checkpoint = self._open(path)
             except FileNotFoundError:  # a running training has deleted it since, and saved another
                 pass
             except _Damaged as error:
@@ -164,9 +183,37 @@ class Checkpoints:
         hint = f" Try --checkpoint {readable[-1]}." if readable else ""
         raise UserError(f"{damaged[0]}.{hint}") from damaged[0]
 
-    def read(self, which: str = "last") -> dict[str, Any]:
-        """The state of `load`."""
-        return self.load(which).state
+    def reopen(self, checkpoint: Path) -> Checkpoint:
+        """One that another rank has loaded, and checked. Raises `UserError`."""
+        try:
+            return self._open(self.folder / checkpoint.name, check=False)
+        except (FileNotFoundError, _Damaged) as error:
+            raise UserError(f"{checkpoint}: is not there on all ranks; run folders must be shared") from error
+
+    def _open(self, path: Path, *, check: bool = True) -> Checkpoint:
+        """With the parts that it names. Raises as `_read` does."""
+        checkpoint = _read(path, check=check)
+        digests: list[str] = checkpoint.state.pop("parts", [])
+        parts = []
+        for number, digest in enumerate(digests):
+            part = self.part(checkpoint.state["step"], number, len(digests))
+            try:
+                parts.append(_read_part(part, digest, check=check))
+            except FileNotFoundError as error:
+                if not path.exists():
+                    raise
+                raise _Damaged(f"{path}: its part {part.name} is missing") from error
+        for places, shape, number in checkpoint.state.pop("spread", []):
+            *folders, name = places
+            inner = checkpoint.state
+            for folder in folders:
+                inner = inner[folder]
+            inner[name] = Parts(shape, [part[number] for part in parts])
+        return checkpoint
+
+    def read(self, which: str = "last", warn: Callable[[str], None] = warn) -> dict[str, Any]:
+        """The state of `load`, with whole tensors."""
+        return self.load(which, warn).whole()
 
 
 class _Damaged(Exception):
@@ -197,26 +244,56 @@ class _Hashed:
     def flush(self) -> None:
         """Does nothing: `save` flushes the file once the digest is written."""
 
-    def finish(self) -> None:
-        """Add the digest. Raises OSError when anything could not be written."""
+    def finish(self) -> str:
+        """Add the digest, which is returned. Raises OSError when anything could not be written."""
         if self._error is not None:
             raise self._error
-        comment = COMMENT + self._hash.hexdigest().encode()
+        digest = self._hash.hexdigest()
+        comment = COMMENT + digest.encode()
         self._file.seek(-2, os.SEEK_END)
         self._file.write(len(comment).to_bytes(2, "little") + comment)
+        return digest
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint's file. Raises `UserError` where it cannot be read."""
+    """The state in a checkpoint's file, with whole tensors. Raises `UserError` where it cannot be read."""
+    checkpoints = Checkpoints(path.parent.parent)
+    checkpoints.folder = path.parent
     try:
-        return _read(path).state
+        return checkpoints._open(path).whole()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except _Damaged as error:
         raise UserError(f"{error}.") from error
 
 
-def _read(path: Path) -> Checkpoint:
+def _write(path: Path, content: Any, link: Path | None = None) -> str:
+    """Write an archive and its digest, which is returned, completely or not at all; `link` is a second name for it.
+
+    Raises `UserError`.
+    """
+    temporary = temporary_for(path)
+    size = 0
+    try:
+        with temporary.open("wb") as file:
+            archive = _Hashed(file)
+            torch.save(content, cast(IO[bytes], archive))
+            size = archive.size
+            digest = archive.finish()
+            file.flush()
+            os.fsync(file.fileno())
+        if link is not None:
+            _link(temporary, link)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(cannot_write(path, error, size)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return digest
+
+
+def _read(path: Path, *, check: bool = True) -> Checkpoint:
     """Reads digest and content from one open file, since another file may take its name at any time.
 
     Raises `_Damaged`; FileNotFoundError; `UserError` for a file without read permission or of another format.
@@ -224,7 +301,8 @@ def _read(path: Path) -> Checkpoint:
     checked = False
     try:
         with path.open("rb") as file:
-            digest, checked = _digest(file)
+            digest = _digest(file, check=check)
+            checked = True
             file.seek(0)
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, MemoryError):
@@ -242,26 +320,41 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(path, digest, state)
 
 
-def _digest(file: IO[bytes]) -> tuple[str, bool]:
-    """The digest of the archive, and whether it was checked. Raises `_Damaged` where its comment differs.
+def _read_part(path: Path, digest: str, *, check: bool) -> list[Tensor]:
+    """A part's tensors, whose bytes are read when they are used. Raises `_Damaged` and FileNotFoundError."""
+    try:
+        with path.open("rb") as file:
+            if _digest(file, check=check) != digest:
+                raise _Damaged("damaged: it is of another checkpoint")
+        tensors: list[Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (FileNotFoundError, MemoryError):
+        raise
+    except _Damaged as error:
+        raise _Damaged(f"{path}: cannot be read ({error})") from error
+    return tensors
 
-    Checkpoints older than digests have no comment and cannot be checked.
-    """
+
+def _digest(file: IO[bytes], *, check: bool) -> str:
+    """The digest in the archive's comment. Raises `_Damaged` where there is none; if `check`, where it is not that of
+    the archive."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - TAIL))
     tail = file.read()
-    checked = tail[-22:-18] != END_OF_ARCHIVE
-    digest = sha256()
-    file.seek(0)
-    remaining = size - TAIL if checked else size
-    while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
-        digest.update(part)
-        remaining -= len(part)
-    if checked:
+    length = (TAIL - 2).to_bytes(2, "little")
+    if not tail.startswith(length + COMMENT):
+        raise _Damaged("damaged: its digest differs from the saved one, or it is no checkpoint")
+    saved = tail.removeprefix(length + COMMENT).decode(errors="replace")
+    if check:
+        digest = sha256()
+        file.seek(0)
+        remaining = size - TAIL
+        while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
+            digest.update(part)
+            remaining -= len(part)
         digest.update(b"\0\0")  # the comment's length, as it was before there was one
-        if tail != (TAIL - 2).to_bytes(2, "little") + COMMENT + digest.hexdigest().encode():
+        if digest.hexdigest() != saved:
             raise _Damaged("damaged: its digest differs from the saved one")
-    return digest.hexdigest(), checked
+    return saved
 
 
 def _link(source: Path, path: Path) -> None:

@@ -36,9 +36,14 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
     Raises `UserError` for a checkpoint that cannot be read or does not fit, `RecipeErrors` for a change of what is
     `FIXED`.
     """
-    checkpoint = distributed.raise_on_all_ranks(lambda: checkpoints.load(which, display.warn))
-    if len(set(distributed.gather_objects(checkpoint.digest))) > 1:
-        raise UserError(f"{checkpoint.path}: is not the same file on all ranks; run folders must be shared")
+    # the first rank reads and checks it all, each of the others its own part of that very one
+    first = distributed.raise_on_all_ranks(
+        lambda: checkpoints.load(which, display.warn) if distributed.rank() == 0 else None
+    )
+    file, digest = distributed.gather_objects(first and (first.path, first.digest))[0]
+    checkpoint = distributed.raise_on_all_ranks(lambda: first or checkpoints.reopen(file))
+    if set(distributed.gather_objects(checkpoint.digest)) != {digest}:
+        raise UserError(f"{file}: is not the same file on all ranks; run folders must be shared")
     saved = checkpoint.state
     changed: Mapping[str, tuple[Any, Any]] = {}
     if "recipe" in saved:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.run.checkpoint import Checkpoints
@@ -10,51 +12,97 @@ from distill_core.run.display import Display
 from distill_core.run.failures import is_consequence
 from distill_core.run.folder import RunFolder
 from distill_core.run.lockstep import announce_failure
+from distill_core.run.parts import Split, split
 from distill_core.run.state import RunState
 from distill_core.system import distributed
 from distill_core.system.process import Interrupt
 
 
+@dataclass(frozen=True)
+class _Writing:
+    """A checkpoint that is being written; `best` is its score where that is the best, `problem` why it failed."""
+
+    step: int
+    best: float | None
+    problem: Future[str | None]
+
+
 class Saver:
-    """Writes a run's state to its folder. Every rank calls the methods; the first one writes."""
+    """Writes a run's state to its folder while the run goes on. Every rank calls the methods.
+
+    The state is copied at once; a thread writes it, one checkpoint at a time.
+    """
 
     def __init__(
         self, state: RunState, folder: RunFolder, checkpoints: Checkpoints, interrupt: Interrupt, display: Display
     ) -> None:
         self.state, self.folder, self.checkpoints = state, folder, checkpoints
-        self.interrupt, self.display = interrupt, display
+        self.display = display
         self.saved = state.step if state.resumed is not None else None
         """The step of the last checkpoint that this process wrote or resumed from."""
         self.unsaved: str | None = None
-        """Why the step of the last `save` is in no checkpoint."""
+        """Why the step of the last checkpoint that was begun and settled is in none."""
         self._best = state.best
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+        interrupt.busy = lambda: self._writing is not None and not self._writing.problem.done()
+
+    def begin(self) -> None:
+        """Start writing a checkpoint, also as the best one if the step has the best score. Waits for the one before."""
+        self.settle()
+        state = self.state
+        best, content = state.best_step == state.step, split(state.state_dict())
+        problem = self._thread.submit(self._write, state.step, content, best)
+        self._writing = _Writing(state.step, state.best if best else None, problem)
+
+    def settle(self) -> bool:
+        """Wait for what is being written. Returns whether it was, the same on all ranks; True where nothing is."""
+        if self._writing is None:
+            return True
+        writing = self._writing
+        self.unsaved = writing.problem.result()
+        self._writing = None
+        if self.unsaved is None:
+            self.saved = writing.step
+            if writing.best is not None:
+                self._best = writing.best
+        elif writing.best is not None:
+            self.state.best, self.state.best_step = self._best, None  # that of the best checkpoint there is
+        return self.unsaved is None
 
     def save(self) -> bool:
-        """Write a checkpoint, also as the best one if the step has the best score.
+        """`begin` and `settle`. A failure is a warning; the next save may succeed."""
+        self.begin()
+        return self.settle()
 
-        Returns whether it was written, the same on all ranks. A failure is a warning; the next save may succeed.
-        """
-        state = self.state
-        content, best = state.state_dict(), state.best_step == state.step
-        problem = None
-        if distributed.rank() == 0:
+    def close(self) -> None:
+        """Let the thread end, once it has written what was begun."""
+        self._thread.shutdown()
+
+    def _write(self, step: int, content: Split, best: bool) -> str | None:
+        """In the thread: each rank its part, then the first the checkpoint that names them. Returns why that failed."""
+        number, digest, problem = distributed.rank(), None, None
+        if number < content.count > 1:
             try:
-                self.folder.restore(state.recipe)
-                with self.interrupt.finishing():
-                    self.checkpoints.save(state.step, content, best=best)
+                digest = self.checkpoints.save_part(step, number, content.count, content.parts)
             except UserError as error:
-                steps = self.checkpoints.steps()
-                last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-                problem = f"{error}. Step {state.step} is not saved; {last}"
-                self.display.warn(problem)
-        self.unsaved = distributed.gather_objects(problem)[0]
-        if self.unsaved is None:
-            self.saved = state.step
-        if best and self.unsaved is None:
-            self._best = state.best
-        elif best:
-            state.best, state.best_step = self._best, None  # that of the best checkpoint there is
-        return self.unsaved is None
+                problem = str(error)
+        digests, problems = zip(*distributed.gather_objects((digest, problem), saving=True), strict=True)
+        problem = next(filter(None, problems), None)
+        if number == 0 and problem is None:
+            named = {"spread": content.spread, "parts": list(filter(None, digests))} if content.spread else {}
+            try:
+                self.folder.restore(self.state.recipe)
+                self.checkpoints.save(step, content.common | named, best=best)
+            except UserError as error:
+                problem = str(error)
+        if number == 0 and problem is not None:
+            steps = self.checkpoints.steps()
+            last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+            problem = f"{problem}. Step {step} is not saved; {last}"
+            self.display.warn(problem)
+        reason: str | None = distributed.gather_objects(problem, saving=True)[0]
+        return reason
 
     def save_before(self, error: Exception, settle: Callable[[], None]) -> None:
         """Save the last complete step before an error ends the run, if it is not saved yet, and report it.
@@ -73,6 +121,8 @@ class Saver:
                 why = "the other ranks are in the middle of a step"
                 display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {why}; {last}")
                 return
+        self.settle()
+        last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
         positions = distributed.gather_objects((step, self.state.train_step.whole))
         together = positions == [(step, True)] * distributed.world_size()
         if together:

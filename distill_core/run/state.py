@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill_core.data.loader import Loader
 from distill_core.objective import Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe, TrainConfig
 from distill_core.run.checkpoint import load_into
+from distill_core.run.parts import laid_out_like
 from distill_core.step import TrainStep
 from distill_core.system import distributed
 from distill_core.system.process import get_random, set_random
@@ -116,8 +116,8 @@ class RunState:
         """The checkpoint's content, except for `step`; every rank must call it."""
         return {
             "recipe": self.recipe.to_dict(),
-            "objective": _map_tensors(distributed.joined, self.objective.state_dict()),
-            "optimizer": _map_tensors(distributed.joined, self.train_step.optimizer_state()),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.train_step.optimizer_state(),
             "ranks": distributed.gather_objects(self._between_steps),
             "best": self.best,
             "skipped_steps": self.skipped_steps,
@@ -127,8 +127,8 @@ class RunState:
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
         """Call before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
         own = self.objective.state_dict()
-        spread = {name: distributed.spread_like(x, own.get(name, x)) for name, x in state["objective"].items()}
-        load_into(self.objective, spread, source)
+        weights = {name: laid_out_like(x, own[name]) if name in own else x for name, x in state["objective"].items()}
+        load_into(self.objective, weights, source)
         self.train_step.load_optimizer_state(state["optimizer"])
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
@@ -152,14 +152,6 @@ class RunState:
         counts = distributed.gather_objects((self.skipped_samples, self.samples_by_set, self.absences))
         skipped, by_set, absences = zip(*counts, strict=True)
         return sum(skipped), _total(by_set), _total(absences)
-
-
-def _map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(function, value) for key, value in tree.items()}
-    return [_map_tensors(function, value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _total(counts: Iterable[Mapping[str, int]]) -> Counter[str]:

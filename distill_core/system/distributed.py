@@ -29,6 +29,8 @@ _PATIENCE = timedelta(hours=6)
 """How long ranks wait for one another: the first may be writing a checkpoint."""
 _control_group: dist.ProcessGroup | None = None
 """For `highest`, so that a rank that calls it out of turn is never paired with another collective."""
+_saving_group: dist.ProcessGroup | None = None
+"""For the threads that write checkpoints while the ranks train."""
 _peers: Peers | None = None
 
 
@@ -62,8 +64,9 @@ def start(device: torch.device) -> torch.device:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         attempt_store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=attempt_store, rank=rank, world_size=ranks, timeout=_PATIENCE)
-        global _control_group, _peers
+        global _control_group, _saving_group, _peers
         _control_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _saving_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         connection = attempt_store.clone()  # type: ignore[attr-defined]
         _peers = Peers(connection, rank, ranks, OtherRankFailed.exit_code)
     return device
@@ -88,11 +91,11 @@ def restarted() -> bool:
 
 def stop() -> None:
     """Leave the process group."""
-    global _control_group, _peers
+    global _control_group, _saving_group, _peers
     if dist.is_initialized():
         if _peers is not None:
             _peers.close()
-        _control_group = _peers = None
+        _control_group = _saving_group = _peers = None
         dist.destroy_process_group()
 
 
@@ -179,14 +182,35 @@ def joined(tensor: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, tensor).full_tensor()) if is_spread(tensor) else tensor
 
 
-def spread_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that each rank has whole, spread as `like` is, without a collective."""
-    if not is_spread(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+def parts_of(tensor: Tensor) -> int:
+    """Over how many ranks its rows are split; 1 where each has a copy."""
+    return int(_split_dimension(tensor)[0])
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """First and last (exclusive) of the rows that this rank holds of a tensor that is spread."""
+    count, number = _split_dimension(tensor)
+    size = -(-len(tensor) // count)
+    return min(number * size, len(tensor)), min((number + 1) * size, len(tensor))
+
+
+def _split_dimension(tensor: Tensor) -> tuple[int, int]:
+    """(number of parts, this rank's)."""
+    spread = cast(Any, tensor)
+    for dimension, placement in enumerate(spread.placements if is_spread(tensor) else ()):
+        if placement.is_shard():
+            assert placement.dim == 0
+            return spread.device_mesh.size(dimension), spread.device_mesh.get_local_rank(dimension)
+    return 1, 0
+
+
+def spread_like(rows: Tensor, like: Tensor) -> Tensor:
+    """The tensor that is spread as `like` is, of which this rank holds `rows` (those of `rows_of`)."""
+    from torch.distributed.tensor import DTensor
 
     of = cast(Any, like)
-    return distribute_tensor(tensor.to(like.device), of.device_mesh, of.placements, src_data_rank=None)
+    rows = rows.to(like.device, copy=True)
+    return DTensor.from_local(rows, of.device_mesh, of.placements, shape=like.shape, stride=like.stride())
 
 
 def apart(tensors: Iterable[T]) -> list[list[T]]:
@@ -318,12 +342,12 @@ def gather_array(x: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return every.numpy().astype(bool)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Picklable values of all ranks, on every rank."""
+def gather_objects(value: Any, *, saving: bool = False) -> list[Any]:
+    """Picklable values of all ranks, on every rank. `saving`: among the threads that write checkpoints."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_saving_group if saving else None)
     return values
 
 

@@ -19,8 +19,8 @@ from distill_core.errors import UserError
 
 
 class Interrupt:
-    """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless
-    something is `finishing`.
+    """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless `busy`
+    says that a checkpoint is being written.
 
     `doing` is shown at the first one.
     """
@@ -29,7 +29,7 @@ class Interrupt:
         self.say = say
         self.doing = doing
         self.signal: int | None = None
-        self._finishing = False
+        self.busy: Callable[[], bool] = lambda: False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,21 +49,12 @@ class Interrupt:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    @contextmanager
-    def finishing(self) -> Iterator[None]:
-        """A second signal does not interrupt this context."""
-        self._finishing = True
-        try:
-            yield
-        finally:
-            self._finishing = False
-
     def _handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if self.signal is None:
             self.signal = number
             self.say(f"{name}: {self.doing}")
-        elif self._finishing:
+        elif self.busy():
             self.say(f"{name}: a checkpoint is being written; the run ends after it")
         else:
             raise KeyboardInterrupt

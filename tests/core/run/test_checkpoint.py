@@ -54,7 +54,7 @@ def test_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_none_to_read(tmp_path: Path) -> None:
+def test_none_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(UserError, match="the run has saved none yet"):
         checkpoints.read()
@@ -62,8 +62,10 @@ def test_none_to_read(tmp_path: Path) -> None:
     checkpoints.save(6, {})
     with pytest.raises(UserError, match="no checkpoint '4'; there are 3, 6"):
         checkpoints.read("4")
-    torch.save({"version": 99}, checkpoints.path(3))
-    with pytest.raises(UserError, match="written in format 99; this distill reads format 1"):
+    monkeypatch.setattr("distill_core.run.checkpoint.VERSION", 99)
+    checkpoints.save(3, {})
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="written in format 99; this distill reads format 2"):
         checkpoints.read("3")
 
 
@@ -118,19 +120,6 @@ def test_a_damaged_last_one_is_passed_over(tmp_path: Path) -> None:
     flip(checkpoints.path(2), 300)
     with pytest.raises(UserError, match=r"step-00000006\.pt: cannot be read"):
         checkpoints.load("last")
-
-
-def test_checkpoints_from_before_there_were_digests(tmp_path: Path) -> None:
-    """They load, and one that is cut off is passed over all the same."""
-    checkpoints, warnings = Checkpoints(tmp_path), []
-    checkpoints.folder.mkdir()
-    for step in (1, 2):
-        torch.save(state(step) | {"version": 1, "step": step}, checkpoints.path(step))
-    assert checkpoints.load("last", warnings.append).state["step"] == 2
-    assert warnings == []
-    checkpoints.path(2).write_bytes(checkpoints.path(2).read_bytes()[:500])
-    assert checkpoints.load("last", warnings.append).state["step"] == 1
-    assert len(warnings) == 1
 
 
 def test_a_checkpoint_is_a_file_of_torch(tmp_path: Path) -> None:
@@ -252,3 +241,72 @@ def test_going_back_to_the_best(tmp_path: Path) -> None:
     checkpoints.restart_from(best)
     assert checkpoints.load("last").state["step"] == 2
     assert checkpoints.load("last").digest == best.digest
+
+
+def save_in_parts(checkpoints: Checkpoints, step: int, *, best: bool = False, count: int = 3) -> None:
+    """As `count` ranks do: 7 rows x of value `step`, of which the last rank holds one."""
+    rows = torch.arange(14.0).reshape(7, 2) + 100 * step
+    parts = [checkpoints.save_part(step, i, count, [part]) for i, part in enumerate(rows.chunk(count))]
+    spread = [(["objective", "x"], [7, 2], 0)]
+    checkpoints.save(step, {"objective": {"x": None, "y": torch.ones(())}, "spread": spread, "parts": parts}, best=best)
+
+
+def test_a_checkpoint_in_parts(tmp_path: Path) -> None:
+    """Catches rows in another order, and parts that are read as a whole where a rank needs a few rows."""
+    checkpoints = Checkpoints(tmp_path)
+    save_in_parts(checkpoints, 2, best=True)
+    whole = torch.arange(14.0).reshape(7, 2) + 200
+    for state in (checkpoints.read(), checkpoints.read("best"), read_checkpoint(checkpoints.path(2))):
+        assert torch.equal(state["objective"]["x"], whole)
+        assert set(state) == {"objective", "step", "version"}
+    x = checkpoints.load().state["objective"]["x"]
+    assert x.shape == (7, 2)
+    for first in range(8):
+        for last in range(first, 8):
+            assert torch.equal(x[first:last], whole[first:last])
+    assert torch.equal(checkpoints.reopen(checkpoints.path(2)).state["objective"]["x"][2:5], whole[2:5])
+
+
+def test_parts_that_do_not_fit(tmp_path: Path) -> None:
+    """Any flipped bit, a missing part and one of another save: catches weights of two steps in one model."""
+    checkpoints, warnings = Checkpoints(tmp_path, keep=9), []
+    save_in_parts(checkpoints, 2)
+    save_in_parts(checkpoints, 4)
+    part = checkpoints.part(4, 1, 3)
+    good = part.read_bytes()
+    rng = random.Random(0)
+    for position in rng.sample(range(len(good)), 40):
+        part.write_bytes(good)
+        flip(part, position, rng.randrange(8))
+        assert checkpoints.load("last", warnings.append).state["step"] == 2
+        assert warnings.pop().startswith(f"{part}: cannot be read (damaged: its digest differs")
+    part.write_bytes(checkpoints.part(2, 1, 3).read_bytes())
+    with pytest.raises(UserError, match=r"part-1-of-3\.pt: cannot be read \(damaged: it is of another checkpoint\)"):
+        checkpoints.read("4")
+    part.unlink()
+    with pytest.raises(UserError, match=r"step-00000004\.pt: its part step-00000004\.part-1-of-3\.pt is missing\. Try"):
+        checkpoints.read("4")
+    with pytest.raises(UserError, match="run folders must be shared"):
+        checkpoints.reopen(checkpoints.path(4))
+
+
+def test_parts_go_with_their_checkpoint(tmp_path: Path) -> None:
+    """Catches parts that fill the disk, and the best checkpoint's that are dropped with the step's file."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+
+    def steps() -> set[int]:
+        return {step for step, _ in checkpoints._parts()}
+
+    checkpoints.save_part(1, 0, 3, [torch.ones(1)])  # killed before the checkpoint that names it
+    save_in_parts(checkpoints, 2, best=True)
+    assert steps() == {2}
+    save_in_parts(checkpoints, 4)
+    assert (steps(), checkpoints.steps()) == ({2, 4}, [4])
+    assert torch.equal(checkpoints.read("best")["objective"]["x"], torch.arange(14.0).reshape(7, 2) + 200)
+    later = checkpoints.later(2)
+    assert [path.name for path in later] == [
+        "step-00000004.pt",
+        *(f"step-00000004.part-{i}-of-3.pt" for i in range(3)),
+    ]
+    save_in_parts(checkpoints, 6, best=True)
+    assert steps() == {6}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from distill_core.evaluate.score import parse_address as parse_address
     from distill_core.evaluate.score import read_scores as read_scores
     from distill_core.model import evaluating as evaluating
+    from distill_core.parallel import lay_out as lay_out
     from distill_core.recipe.build import build_objective as build_objective
     from distill_core.recipe.checks import unmet as unmet
     from distill_core.recipe.document import Document as Document
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from distill_core.recipe.named_source import read_source as read_source
     from distill_core.recipe.resolve import Override as Override
     from distill_core.recipe.resolve import load_recipe as load_recipe
+    from distill_core.recipe.sections import ParallelConfig as ParallelConfig
     from distill_core.recipe.sections import Recipe as Recipe
     from distill_core.registry import Entry as Entry
     from distill_core.registry import Plugins as Plugins
@@ -65,12 +67,15 @@ if TYPE_CHECKING:
     from distill_core.run.showcase import words as words
     from distill_core.run.tracking import TrackerThread as TrackerThread
     from distill_core.system.extras import project as project
+    from distill_core.system.flops import flop_counter as flop_counter
+    from distill_core.system.flops import has_formula as has_formula
     from distill_core.system.process import Interrupt as Interrupt
     from distill_core.system.process import arithmetic as arithmetic
     from distill_core.system.process import end_with_parent as end_with_parent
     from distill_core.system.process import keep_freed_memory as keep_freed_memory
     from distill_core.system.process import resolve_device as resolve_device
     from distill_core.system.process import set_matmul_precision as set_matmul_precision
+    from distill_core.system.without_values import WithoutValues as WithoutValues
 
 HOMES = {
     "hookspecs": "distill_core",
@@ -101,6 +106,7 @@ HOMES = {
     "read_scores": "distill_core.evaluate.score",
     "TaskScore": "distill_core.evaluate.score",
     "evaluating": "distill_core.model",
+    "lay_out": "distill_core.parallel",
     "build_objective": "distill_core.recipe.build",
     "unmet": "distill_core.recipe.checks",
     "Document": "distill_core.recipe.document",
@@ -111,6 +117,7 @@ HOMES = {
     "read_source": "distill_core.recipe.named_source",
     "load_recipe": "distill_core.recipe.resolve",
     "Override": "distill_core.recipe.resolve",
+    "ParallelConfig": "distill_core.recipe.sections",
     "Recipe": "distill_core.recipe.sections",
     "Entry": "distill_core.registry",
     "Plugins": "distill_core.registry",
@@ -128,12 +135,15 @@ HOMES = {
     "words": "distill_core.run.showcase",
     "TrackerThread": "distill_core.run.tracking",
     "project": "distill_core.system.extras",
+    "flop_counter": "distill_core.system.flops",
+    "has_formula": "distill_core.system.flops",
     "arithmetic": "distill_core.system.process",
     "end_with_parent": "distill_core.system.process",
     "Interrupt": "distill_core.system.process",
     "keep_freed_memory": "distill_core.system.process",
     "resolve_device": "distill_core.system.process",
     "set_matmul_precision": "distill_core.system.process",
+    "WithoutValues": "distill_core.system.without_values",
 }
 """Each name -> the module that defines it, or the package whose module it is."""
 

@@ -1,7 +1,8 @@
 """What a step calls, what `auto` would choose for it, and why: on this device or as if on a GPU that is not here.
 
-A step on tensors without values (`WithoutValues`) costs next to nothing. Where choices are asked for as if on a GPU,
-each op's inputs are shown to its backends as tensors of that GPU, and the step continues with what runs here.
+A step on tensors without values (torch's FakeTensor) costs next to nothing. Where choices are asked for as if on a GPU,
+each op's inputs are shown to its backends as tensors of that GPU. The step continues with the choice, if that runs here
+or needs no device for tensors without values, else with what runs here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 
 from distill_kernels import dispatch, machine
 from distill_kernels.dispatch import Backend, Inputs, Op, choose_here, order_of
@@ -46,7 +46,8 @@ def recorded(device: torch.device | None = None, capability: tuple[int, int] = (
         shown = _moved(inputs, torch.device("cuda")) if elsewhere else inputs
         chosen = choose_here(op, backend, shown)
         choices.append(_choice(op, backend, chosen, shown))
-        if not elsewhere or chosen.why_not(inputs) is None:
+        traceable = chosen.traceable and isinstance(inputs.leading, FakeTensor)
+        if not elsewhere or traceable or chosen.why_not(inputs) is None:
             return chosen
         return Backend(chosen.name, lambda x: _unobserved(op, x))
 
@@ -122,28 +123,3 @@ def _moved(inputs: Inputs, device: torch.device) -> Inputs:
 def _detached(inputs: Inputs) -> Inputs:
     trains = torch.is_grad_enabled()
     return inputs.map(lambda tensor: tensor.detach().requires_grad_(trains and tensor.requires_grad))
-
-
-class WithoutValues(TorchFunctionMode):
-    """`convert` maps floating-point tensors of the CPU to ones without values, for modules and batches.
-
-    Integers and bools keep theirs: towers read lengths from token ids, and masks from positions. While the mode is on,
-    such a mask selects from tensors without values: as indices, whose number is known.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def convert(self, tensor: Tensor) -> Tensor:
-        """The tensor without values, or itself where it is not of floating point."""
-        return self._fake.from_tensor(tensor) if tensor.is_floating_point() else tensor
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and _is_mask(args[1]):
-            args = (args[0], args[1].nonzero(as_tuple=True))
-        return func(*args, **(kwargs or {}))
-
-
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)

@@ -97,12 +97,14 @@ class Backend:
     """One way to compute an op.
 
     `run(inputs)` computes it. `why_not(inputs)` is None when the backend can run, else the reason in words;
-    `why_not(None)` asks only whether this machine has it.
+    `why_not(None)` asks only whether this machine has it. `traceable`: it calls operators that have fake
+    implementations, and nothing that only its device has: with tensors without values it runs on any machine.
     """
 
     name: str
     run: Callable[[Any], Any]
     why_not: Callable[[Any], str | None] = anywhere
+    traceable: bool = False
 
 
 class Order(NamedTuple):

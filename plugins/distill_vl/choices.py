@@ -5,11 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from distill_core import Progress, UserError
-from distill_core.tools import Recipe, build_objective, example_batch, set_matmul_precision
-from distill_kernels.choices import Choice, WithoutValues, called, recorded
+from distill_core import Progress
+from distill_core.tools import Recipe, WithoutValues, build_objective, example_batch, set_matmul_precision
+from distill_kernels.choices import Choice, called, recorded
 from distill_kernels.dispatch import Inputs
 
 
@@ -36,9 +35,8 @@ def calls_of(recipe: Recipe) -> list[tuple[str, Inputs]]:
 
 
 def _step(recipe: Recipe) -> None:
-    objective = build_objective(recipe)
     without = WithoutValues()
-    objective._apply(without.convert)  # type: ignore[no-untyped-call]
+    objective = without.build(lambda: build_objective(recipe))
     batch = example_batch(recipe, recipe.data.batch_size)
     batch.views = {name: views.map(without.convert) for name, views in batch.views.items()}
     tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -47,10 +45,5 @@ def _step(recipe: Recipe) -> None:
     try:
         with without, bf16:
             objective.losses(objective.represent(batch, Progress(0, 1)))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UserError(
-            f"a component's forward pass reads the values of its tensors ({error.func}), which a step that is only "
-            "looked at has not: `distill kernels` without a recipe says what runs here"
-        ) from error
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -144,6 +144,7 @@ TOOLS = {
     "distill_composition",
     "distill_data",
     "distill_explore",
+    "distill_scale",
     "distill_segment",
     "distill_study",
     "distill_tasks",

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from distill_kernels.defaults import numbers_for
 
@@ -197,6 +198,20 @@ def _gradient(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None
 
 
 _forward.register_autograd(_gradient, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.distill.absorbed_attention)
+def _(x: torch.Size, tokens: torch.Size, *others: Any, **out: Any) -> int:
+    (v, b, d), heads = x, int(others[-2])
+    return 6 * v * b * d * d + 4 * b * heads * v * tokens[1] * d  # q, y, out; scores, z
+
+
+@register_flop_formula(torch.ops.distill.absorbed_attention_backward)
+def _(d_out: torch.Size, x: torch.Size, tokens: torch.Size, *others: Any, **out: Any) -> int:
+    (v, b, d), (for_tokens, for_weights) = x, map(bool, others[-2:])
+    square, scores = 2 * v * b * d * d, 2 * b * int(others[-4]) * v * tokens[1] * d
+    # y and dz, dq, dx; ds, dy and z; of the tokens; of W_k and W_v, of W_q
+    return 4 * square + 3 * scores + for_tokens * 2 * scores + for_weights * 3 * square
 
 
 def _attend(q: Tensor, tokens: Tensor, w: Tensor, valid: Tensor | None, eps: float, out: Tensor, p: Tensor) -> None:

@@ -210,7 +210,7 @@ OP = Op(
         Backend("matmul", _matmul),
         Backend("sdpa", _sdpa, _why_not_sdpa),
         Backend("xformers", _xformers, _why_not_xformers),
-        Backend("triton", _triton, _why_not_triton),
+        Backend("triton", _triton, _why_not_triton, traceable=True),
     ),
     shape="dtype N<= V<= L<= K masked train",
     cases=_cases,

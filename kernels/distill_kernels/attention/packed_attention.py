@@ -368,7 +368,7 @@ OP = Op(
         Backend("reference", _reference),
         Backend("loop", _loop),
         Backend("grouped", _grouped),
-        Backend("varlen", _varlen, _why_not_varlen),
+        Backend("varlen", _varlen, _why_not_varlen, traceable=True),
         Backend("xformers", _xformers, _why_not_xformers),
     ),
     shape="dtype N<= mean<= K causal train",

@@ -146,7 +146,7 @@ OP = Op(
     backends=(
         Backend("reference", _reference),
         Backend("chunked", _chunked),
-        Backend("triton", _triton, why_not_kernels),
+        Backend("triton", _triton, why_not_kernels, traceable=True),
     ),
     shape="dtype Va Vb B M D",
     cases=lambda device: cases(device, 1 / 0.07),

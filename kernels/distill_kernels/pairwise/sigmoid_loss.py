@@ -131,7 +131,7 @@ OP = Op(
     backends=(
         Backend("reference", _reference),
         Backend("chunked", _chunked),
-        Backend("triton", _triton, why_not_kernels),
+        Backend("triton", _triton, why_not_kernels, traceable=True),
     ),
     shape="dtype Va Vb B M D",
     cases=lambda device: cases(device, 10.0, -10.0),

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from distill_kernels.triton.cross_attention_kernels import (
     Blocks,
@@ -108,6 +109,21 @@ def _gradient(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
 
 
 _forward.register_autograd(_gradient, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.distill.cross_attention)
+def _(q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _product(q, k)
+
+
+@register_flop_formula(torch.ops.distill.cross_attention_backward)
+def _(dout: torch.Size, q: torch.Size, k: torch.Size, *_: Any, **__: Any) -> int:
+    return 5 * _product(q, k)  # the scores again, then of the weights, v, q and k
+
+
+def _product(q: torch.Size, k: torch.Size) -> int:
+    b, h, queries, width = q
+    return 2 * b * h * queries * k[2] * width
 
 
 def launch_forward(

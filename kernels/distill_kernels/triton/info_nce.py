@@ -67,4 +67,4 @@ def info_nce_triton_backward(
     return dx, dy, d_scale[0].to(scale.dtype, copy=True)
 
 
-register_gradients(info_nce_triton, info_nce_triton_backward)
+register_gradients(info_nce_triton, info_nce_triton_backward, sweep_a_side=True)

@@ -1,0 +1,15 @@
+"""What a recipe costs before it runs, and where the time of its steps goes."""
+
+import click
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_commands() -> list[click.Command]:
+    """`distill plan`."""
+    from distill_scale.commands import plan
+
+    return [plan]

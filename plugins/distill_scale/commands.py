@@ -1,0 +1,105 @@
+"""`distill plan`. Nothing heavy is imported until it runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from distill_core.tools import completion
+
+UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+class Quantity(click.ParamType[float]):
+    """`80GB`, `450e9`, `990T`: a number, perhaps with a metric prefix and a unit."""
+
+    name = "number"
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Raises click's usage error for what is no positive number."""
+        if isinstance(value, float):
+            return value
+        text = str(value).replace(" ", "").lower().removesuffix(self.unit.lower())
+        prefix = text[-1:] if text[-1:] in UNITS else ""
+        try:
+            number = float(text.removesuffix(prefix)) * UNITS[prefix]
+        except ValueError:
+            number = 0.0
+        if not 0 < number < float("inf"):
+            self.fail(f"{value!r} is no positive number of {self.unit}, as 80G{self.unit} or 80e9", param, ctx)
+        return number
+
+
+@click.command()
+@click.argument("recipe", shell_complete=completion.recipes)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that train.")
+@click.option("--memory", type=Quantity("B"), default="80GB", show_default=True, help="Of a device.")
+@click.option("--flops", type=Quantity("FLOP/s"), default="990T", show_default=True, help="Peak FLOP/s of a device.")
+@click.option(
+    "--utilization",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.35,
+    show_default=True,
+    help="Share of the peak that a step reaches.",
+)
+@click.option("--node", type=click.IntRange(min=1), default=8, show_default=True, help="Devices in a node.")
+@click.option("--bandwidth", type=Quantity("B/s"), default="450GB/s", show_default=True, help="In a node, one way.")
+@click.option(
+    "--network", type=Quantity("B/s"), default="50GB/s", show_default=True, help="Of a device to other nodes."
+)
+@click.option(
+    "--reserve",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the memory for what is not counted: driver, collectives, fragmentation.",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Of an epoch, for the GPU hours of a recipe with `epochs`.")
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    default="cuda",
+    show_default=True,
+    help="Whose kernels are planned for; no GPU need be there.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def plan(
+    recipe: str,
+    overrides: tuple[str, ...],
+    devices: int,
+    memory: float,
+    flops: float,
+    utilization: float,
+    node: int,
+    bandwidth: float,
+    network: float,
+    reserve: float,
+    samples: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """What RECIPE needs before it runs: parameters, FLOPs by part, memory and time by layout. Needs no GPU and no data.
+
+    Its step is run without values, with the kernels that a device of this kind would get. Defaults are those of an H100
+    with bf16, NVLink and a 400 Gb/s card.
+    """
+    import torch
+
+    from distill_core.tools import Registry, load_recipe
+    from distill_scale.hardware import Hardware
+    from distill_scale.plan import make_plan
+    from distill_scale.table import print_plan
+
+    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
+    hardware = Hardware(devices, memory, reserve, flops, utilization, node, bandwidth, network)
+    made = make_plan(loaded, hardware, torch.device(device), samples)
+    if as_json:
+        click.echo(json.dumps(made.to_dict()))
+    else:
+        print_plan(made)

@@ -1,0 +1,150 @@
+"""`distill plan`: states, layouts, times, and what it prints."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from distill_core.errors import UserError
+from distill_core.recipe.build import build_objective
+from distill_core.recipe.resolve import load_recipe
+from distill_core.registry import Registry
+from distill_core.step import TrainStep
+from distill_scale.commands import Quantity, plan
+from distill_scale.hardware import Hardware
+from distill_scale.plan import layouts, look, make_plan, states_of
+from distill_scale.step_costs import costs_of_step
+
+CPU = torch.device("cpu")
+
+
+def test_states_are_those_of_a_real_run(tiny_recipe: Path, registry: Registry) -> None:
+    """Numbers and bytes of weights, teacher, gradients, optimiser; what is frozen has neither of the last two."""
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["freeze=[backbone.text]"])
+    objective = build_objective(recipe)
+    step = TrainStep(recipe, objective, CPU)
+    for parameter in step.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step.optimizer.step()
+    held = [x.nbytes for state in step.optimizer.state.values() for x in state.values()]
+    own = [p for name, p in objective.named_parameters() if not name.startswith("teacher.")]
+
+    states = states_of(recipe)
+    assert objective.teacher is not None
+    assert states.on_a_device(1) == {
+        "weights": sum(p.nbytes for p in own),
+        "optimizer": sum(held),
+        "gradients": sum(p.nbytes for p in step.parameters),
+        "teacher": sum(p.nbytes for p in objective.teacher.parameters()),
+    }
+    assert states.trained == sum(p.numel() for p in step.parameters) < sum(p.numel() for p in own)
+    assert sum(states.parameters.values()) == sum(p.numel() for p in objective.parameters())
+    whole, split = states.on_a_device(1), states.on_a_device(4)
+    assert all(whole[kind] / 4 <= split[kind] < whole[kind] for kind in whole)
+
+
+@pytest.mark.slow
+def test_peak_at_other_batches(registry: Registry) -> None:
+    """The largest batch is read off a line through two sizes: a step of that size takes what was said."""
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/clip_tiny.yaml", registry=registry)
+    made = make_plan(recipe, Hardware(memory=1.5e9), CPU)
+    for layout in made.layouts:
+        assert layout.micro_batch > 2 * recipe.data.batch_size
+        costs = costs_of_step(recipe, layout.micro_batch, device=CPU, checkpointing=layout.checkpointing)
+        assert layout.states + costs.peak() + 2 * costs.batch_bytes == pytest.approx(1.5e9 * 0.9, rel=0.02)
+
+
+@pytest.mark.slow
+def test_layouts(tiny_recipe: Path, registry: Registry) -> None:
+    """Split over more devices less lasts on each; computing again takes more FLOPs, holds less and takes longer. A
+    batch that does not fit is cut in micro-batches, for another forward pass; weights that do not fit have no time."""
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["data.batch_size=16"])
+    fast_links = Hardware(devices=16, memory=1e9, bandwidth=1e18, network=1e18)
+    states = states_of(recipe)
+    costs = look(recipe, fast_links, torch.device("cuda"), states)
+    rows = {(x.shard, x.checkpointing): x for x in layouts(recipe, fast_links, states, costs, 4)}
+    assert [*dict.fromkeys(shard for shard, _ in rows)] == [1, 8, 16]
+    assert rows[1, "none"].states > rows[8, "none"].states > rows[16, "none"].states
+    for shard in (1, 8, 16):
+        none, selective, full = (rows[shard, kind] for kind in ("none", "selective", "full"))
+        assert none.tflops <= selective.tflops < full.tflops
+        assert none.activations > selective.activations > full.activations
+        assert none.fits
+        assert full.step_s is not None
+        assert none.step_s is not None
+        assert none.step_s < full.step_s
+        assert none.samples_per_s == pytest.approx(16 * 16 / none.step_s)
+        assert none.gpu_hours == pytest.approx(4 * none.step_s * 16 / 3600)
+
+    plenty = rows[1, "none"]
+    scarce = replace(fast_links, memory=(plenty.peak - 100) / (1 - fast_links.reserve))
+    tight = layouts(recipe, scarce, states, costs, 4)[0]
+    assert not tight.fits
+    assert 0 < tight.micro_batch < 16
+    assert tight.tflops > plenty.tflops
+    nothing = layouts(recipe, replace(fast_links, memory=plenty.states), states, costs, 4)[0]
+    assert (nothing.micro_batch, nothing.step_s, nothing.samples_per_s) == (0, None, None)
+
+
+def test_times_of_links() -> None:
+    """By hand: rings in a node, then between nodes, where a device's card carries its part alone."""
+    one_node = Hardware(devices=8, bandwidth=100.0, network=10.0)
+    assert one_node.seconds_to_gather(800, 8) == pytest.approx(7)  # 7 parts of 100 bytes at 100 bytes/s
+    assert one_node.seconds_to_sum(800, 1) == pytest.approx(14)
+    assert one_node.seconds_to_sum(800, 8) == 0
+    two_nodes = Hardware(devices=16, bandwidth=100.0, network=10.0)
+    assert two_nodes.seconds_to_gather(1600, 16) == pytest.approx(14 + 10)  # 100 bytes of the other node at 10 bytes/s
+    assert two_nodes.seconds_to_sum(1600, 1) == pytest.approx(2 * (14 + 10))
+    assert two_nodes.seconds_to_sum(200, 8) == pytest.approx(2 * 10)
+    assert two_nodes.seconds_to_sum(200, 16) == 0
+    assert Hardware(flops=100.0, utilization=0.5).seconds_of_products(200) == 4
+
+
+def run(*arguments: str) -> str:
+    """What the command prints."""
+    result = CliRunner().invoke(plan, [*arguments], env={"COLUMNS": "110"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.slow
+def test_printed(tiny_recipe: Path) -> None:
+    """Nothing is cut off at 110 columns; JSON has the same numbers; `--samples` gives hours to a run of epochs."""
+    epochs = ["--set", "train.steps=null", "--set", "train.epochs=2", "--set", "train.parallel.shard=2"]
+    text = run(str(tiny_recipe), "--devices", "8", *epochs)
+    assert "…" not in text
+    assert "say how many --samples" in text
+    assert "8 x 4 = 32" in text
+    assert text.count("none *") == 1
+    made = json.loads(run(str(tiny_recipe), "--devices", "8", *epochs, "--samples", "3200", "--json"))
+    assert made["steps"] == 200
+    assert made["hardware"]["memory"] == 80e9
+    assert {(x["shard"], x["checkpointing"]) for x in made["layouts"]} == {
+        (shard, kind) for shard in (1, 2, 8) for kind in ("none", "selective", "full")
+    }
+    for part, flops in made["flops_per_sample"].items():
+        assert f"{part} {flops / 1e9:.3g}" in text
+
+
+@pytest.mark.parametrize(("value", "number"), [("80GB", 80e9), ("1.5 TB", 1.5e12), ("80e9", 80e9), ("7B", 7.0)])
+def test_quantities(value: str, number: float) -> None:
+    assert Quantity("B").convert(value, None, None) == number
+
+
+@pytest.mark.parametrize("value", ["lots", "-1GB", "0", "nan", "B"])
+def test_what_is_no_quantity(value: str) -> None:
+    result = CliRunner().invoke(plan, ["clip_tiny", "--memory", value])
+    assert result.exit_code == 2
+    assert "no positive number of B" in result.output
+
+
+def test_devices_that_are_no_nodes(tiny_recipe: Path, registry: Registry) -> None:
+    recipe = load_recipe(tiny_recipe, registry=registry)
+    with pytest.raises(UserError, match="--devices 12 is not a number of nodes of 8"):
+        make_plan(recipe, Hardware(devices=12), CPU)
+    three = load_recipe(tiny_recipe, registry=registry, overrides=["train.parallel.shard=3"])
+    with pytest.raises(UserError, match="shard: 3 does not divide the devices, 8"):
+        make_plan(three, Hardware(devices=8), CPU)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import threading
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ def failures_named() -> Iterator[None]:
     An error of this rank is made known to the others. One that only follows from another rank's end becomes
     `OtherRankFailed`, which names that rank and its error; the first rank that comes so far says it.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     except KeyboardInterrupt:
@@ -38,13 +41,18 @@ def failures_named() -> Iterator[None]:
             if not isinstance(error, UserError):  # a bug: its traceback follows
                 click.echo(f"rank {peers.rank}: {line}", err=True)
             raise
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends the others: this one ends anyway
         first = peers.culprit()
         if first is None or first.ranks == (peers.rank,):
             raise
         line = f"{first}. All ranks end; what was saved last can be resumed"
         raise OtherRankFailed(line, speaks=peers.is_first("to name the error")) from None
+
+
+def _terminate(number: int, frame: object) -> None:
+    """By SIGTERM torchrun ends all ranks once one has failed: one that ends of that already is left to say so."""
+    error = sys.exception()
+    if not (isinstance(error, Exception) and is_consequence(error)):
+        raise SystemExit(128 + number)
 
 
 def is_consequence(error: Exception) -> bool:

@@ -7,12 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_core.batch import Batch, Group, Views
+from distill_core.batch import Batch
 from distill_core.objective import Losses, Objective
-from distill_core.outputs import Features, Fused, Outputs
+from distill_core.outputs import Outputs
+from distill_core.presence import Present
 from distill_core.system.process import get_random, set_random
 
 
@@ -80,7 +82,9 @@ class Inspection:
     def _losses(self, compute: Callable[[Outputs], Losses]) -> Callable[[Outputs], Losses]:
         def losses(outputs: Outputs) -> Losses:
             result = compute(outputs)
-            if self.alone:
+            if outputs.presence is not None:
+                self.no_contributions = "samples lack modalities"
+            elif self.alone:
                 self._leave_out(outputs, result, compute)
             return result
 
@@ -131,34 +135,17 @@ def _count(outputs: Outputs) -> int:
 
 
 def leave_out(outputs: Outputs, i: int) -> Outputs:
-    """The outputs of all samples but the i-th."""
-
-    def along(dim: int) -> Callable[[Tensor | None], Any]:
-        def some(x: Tensor | None) -> Tensor | None:
-            return (
-                None if x is None else torch.cat([x.narrow(dim, 0, i), x.narrow(dim, i + 1, x.shape[dim] - i - 1)], dim)
-            )
-
-        return some
-
-    of_first, of_second = along(0), along(1)
-
-    def features(f: Features) -> Features:
-        return Features(
-            of_second(f.pooled),
-            {view: of_first(x) for view, x in f.tokens.items()},
-            {view: of_first(x) for view, x in f.masks.items()},
-            of_second(f.class_tokens),
-        )
-
-    def group(g: Group) -> Group:
-        lengths = None if g.lengths is None else of_second(torch.as_tensor(g.lengths)).numpy()
-        return dataclasses.replace(g.map(of_second), lengths=lengths)
-
+    """The outputs of all samples but the i-th, where no sample lacks a modality."""
+    mask = np.ones((1, _count(outputs)), dtype=np.bool_)
+    mask[0, i] = False
+    some = Present(mask)
     return dataclasses.replace(
         outputs,
-        views={name: Views([group(g) for g in views.groups]) for name, views in outputs.views.items()},
-        student={name: features(f) for name, f in outputs.student.items()},
-        teacher={name: {m: features(f) for m, f in of.items()} for name, of in outputs.teacher.items()},
-        fused={name: Fused(of_second(f.pooled), of_first(f.tokens)) for name, f in outputs.fused.items()},
+        views={name: views.rows(some, None) for name, views in outputs.views.items()},
+        student={name: features.of(some) for name, features in outputs.student.items()},
+        teacher={side: {name: f.of(some) for name, f in of.items()} for side, of in outputs.teacher.items()},
+        fused={name: fused.of(some) for name, fused in outputs.fused.items()},
+        keys=[key for j, key in enumerate(outputs.keys) if j != i],
+        present=some,
+        _cut={},
     )

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from distill_core.errors import UserError
 from distill_core.interfaces import Backbone, FusionHead, Loss
 from distill_core.objective import Objective
-from distill_core.recipe.sections import ParallelConfig
+from distill_core.recipe.sections import ParallelConfig, Recipe
+from distill_core.step import TrainStep
 from distill_core.system import distributed
 
 PRODUCTS = (
@@ -31,6 +32,14 @@ PRODUCTS = (
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
 """What `checkpointing: selective` keeps: results that cost more to compute again than to hold."""
+
+
+def prepare(recipe: Recipe, objective: Objective, device: torch.device) -> TrainStep:
+    """The step of an objective whose weights are known: moved to the device, alike on all ranks, laid out."""
+    distributed.broadcast(objective.to(device))
+    objective.freeze(recipe.freeze)
+    lay_out(objective, recipe.train.parallel, device)
+    return TrainStep(recipe, objective, device)
 
 
 def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) -> None:

@@ -126,7 +126,9 @@ class TrainStep:
         group_of = {name: group for group in state["groups"] for name in group["names"]}
         names, own = self._names_in_order(), self.optimizer.state_dict()
         for group, built in zip(own["param_groups"], self.built, strict=True):
-            saved = group_of[names[group["params"][0]]]
+            saved = next((group_of[names[i]] for i in group["params"] if names[i] in group_of), None)
+            if saved is None:  # what a stage of the run has begun to train
+                continue
             changed = {key: value for key, value in built.items() if value != saved["built"].get(key)}
             group.update(saved["options"] | changed)
         parameters = {name: parameter for name, parameter, _ in self._named}

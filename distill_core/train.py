@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_core.batch import Batch
+from distill_core.data.loader import Loader
 from distill_core.evaluate.score import TaskScore
+from distill_core.objective import Objective
 from distill_core.outputs import Progress
 from distill_core.parallel import one_graph_each
 from distill_core.recipe.sections import Recipe
@@ -25,10 +28,11 @@ from distill_core.run.notices import Notices
 from distill_core.run.report import report_run
 from distill_core.run.resume import resume_run
 from distill_core.run.saving import Saver
+from distill_core.run.stages import due, enter
 from distill_core.run.stalls import StallWatch
 from distill_core.run.tracking import TrackedRun
 from distill_core.run.validation import Validation
-from distill_core.step import StepResult
+from distill_core.step import StepResult, TrainStep
 from distill_core.system import distributed
 from distill_core.system.process import Interrupt, garbage_at_fixed_steps
 from distill_core.system.transfer import Uploads
@@ -63,7 +67,6 @@ class Trainer:
         assembly = assemble(recipe, source, device, resuming=resume is not None, quiet=quiet)
         self.state = state = assembly.state
         self.shards, self.load_reports = assembly.shards, assembly.load_reports
-        self.objective, self.train_step, self.loader = state.objective, state.train_step, state.loader
 
         self.display = Display(state.length.steps, quiet=quiet, rank=distributed.rank())
         folder.warn = self.display.warn_here
@@ -73,12 +76,29 @@ class Trainer:
         if resume is not None:
             resume_run(self.state, folder, self.checkpoints, resume, self.display)
 
-        self.lockstep = Lockstep(self.loader, self.interrupt, self.display, recipe.data.stall_warning)
-        self.stalls = StallWatch(folder.path, recipe.train.stall_warning, self.display.warn_here, self.loader.stacks)
+        self.lockstep = Lockstep(state.loader, self.interrupt, self.display, recipe.data.stall_warning)
+        self.stalls = StallWatch(
+            folder.path, recipe.train.stall_warning, self.display.warn_here, lambda: self.loader.stacks()
+        )
         self.saver = Saver(self.state, folder, self.checkpoints, self.interrupt, self.display)
         self.nonfinite = NonfiniteSteps(self.state, folder, self.saver, self.display)
         self.notices = Notices(self.state, folder, self.display)
         self.validation = Validation(self.state, evaluation_source, folder, self.tracked, self.display)
+
+    @property
+    def objective(self) -> Objective:
+        """Of the stage that the run is in, as the next two."""
+        return self.state.objective
+
+    @property
+    def train_step(self) -> TrainStep:
+        """The objective's."""
+        return self.state.train_step
+
+    @property
+    def loader(self) -> Loader:
+        """The batches' source."""
+        return self.state.loader
 
     def run(self) -> Result:
         """Train to the end (or to a signal), evaluate, report."""
@@ -145,7 +165,7 @@ class Trainer:
         save_every, validate_every = self.recipe.train.checkpoint.every, self.recipe.evaluate.every
         upload = Uploads(self.device)
         self.stalls.step(state.step)
-        while state.step < steps and (batch := self.lockstep.next_batch()) is not None:
+        while state.step < steps and (batch := self._next_batch(log, results)) is not None:
             self.notices.batch(batch)
             state.skipped_samples += len(batch.skipped)
             state.samples_by_set.update(batch.sets)
@@ -174,6 +194,18 @@ class Trainer:
             self.saver.settle()
             self.validation.validate()
             state.mark()
+
+    def _next_batch(self, log: MetricsLog, results: LateResults) -> Batch | None:
+        """That of the next step, whose stage is entered first."""
+        state = self.state
+        if (stage := due(state)) != state.stage:
+            results.settle()
+            with log.paused():
+                enter(state, stage)
+            self.lockstep.loader = state.loader
+            options = ", ".join(f"{path} {value}" for path, value in self.recipe.stages[stage - 1].set.items())
+            self.display.say(f"step {state.step}: stage {stage} of {len(self.recipe.stages)} begins: {options}")
+        return self.lockstep.next_batch()
 
     def _track(self) -> dict[str, Any]:
         """Tell the tracker of the run; returns what the run is made with, for the report. {} but on the first rank."""

@@ -389,6 +389,16 @@ class Loader:
         finally:
             self.close()
 
+    def under(self, recipe: Recipe) -> Loader:
+        """A loader that continues at this one's place with the views of another recipe; this one is closed."""
+        loader = Loader(recipe, self.shards, self.lengths, self.sets, rank=self.rank, world=self.world, pin=self.pin)
+        loader.load_state_dict(self.state_dict())
+        started = self._reader is not None
+        self.close()
+        if started:
+            loader.start()
+        return loader
+
     def state_dict(self) -> dict[str, Any]:
         """Plain data, as of the last batch that was handed out. Not while a batch is waited for."""
         return {

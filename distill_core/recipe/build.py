@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -27,10 +28,15 @@ def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:
     """Load the weights that the recipe starts from, in order. A teacher starts as the student, but for what was loaded
     into it. Raises `UserError`."""
     reports: list[LoadReport] = [node.build().apply(objective) for node in recipe.weights]
-    if reports and objective.teacher is not None:
-        names = {name for report in reports for name in report.names}
-        objective.teacher.start_from_student({n.removeprefix("teacher.") for n in names if n.startswith("teacher.")})
+    if reports:
+        start_teachers(objective, {name for report in reports for name in report.names})
     return reports
+
+
+def start_teachers(objective: Objective, loaded: Collection[str]) -> None:
+    """Have teachers start as the student, but for the tensors of theirs that are `loaded`."""
+    if objective.teacher is not None:
+        objective.teacher.start_from_student({n.removeprefix("teacher.") for n in loaded if n.startswith("teacher.")})
 
 
 def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dict[str, Model]:

@@ -7,9 +7,10 @@ sees all errors at once; no check reports what only follows from another error.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import Loss
 from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
-from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, modality_plan, pools
+from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, changes, modality_plan, pools
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
 from distill_core.teacher import TeacherConfig
@@ -277,6 +278,60 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
         except UserError as error:
             return [(("freeze",), str(error).removeprefix("freeze: "))], []
     return unknown, []
+
+
+STAGE_MAY_CHANGE = (
+    "augment", "backbone", "fusion", "loss", "teacher", "freeze", "train.optimizer", "train.schedule",
+    "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
+)  # fmt: skip
+
+
+def stage_problems(recipe: Recipe, stages: Sequence[Recipe]) -> tuple[list[Problem], list[str]]:
+    """What a stage changes that belongs to the whole run, points that do not rise, and weights that would not fit, by
+    models that are built without memory; and a warning where they cannot be."""
+    found: list[Problem] = []
+    points = [_comparable(stage.at, recipe.train.steps) for stage in recipe.stages]
+    for i, (before, after) in enumerate(pairwise(points), 1):
+        if before[0] != after[0]:
+            line = "give all points as parts of the run, or all as steps (or give train.steps)"
+            found.append((("stages", i, "at"), line))
+        elif before[1] >= after[1]:
+            found.append((("stages", i, "at"), "comes no later than the stage before"))
+    for i, (old, new) in enumerate(pairwise([recipe, *stages])):
+        for path in changes(old.to_dict() | {"stages": []}, new.to_dict()):
+            allowed = any(path == part or path.startswith(f"{part}.") for part in STAGE_MAY_CHANGE)
+            if not allowed or path == "train.optimizer.name":
+                line = f"{path} holds for the whole run; a stage may change {', '.join(STAGE_MAY_CHANGE)}"
+                found.append((("stages", i), line))
+    if not stages:
+        return found, []
+    try:
+        shapes = [_shapes(one) for one in (recipe, *stages)]
+    except Exception as error:  # a component of a plugin may need memory
+        why = next(iter(str(error).splitlines()), "")
+        return found, [
+            "stages: whether weights fit is checked only when a stage begins, since a model cannot be built without "
+            f"memory: {type(error).__name__}: {why}"
+        ]
+    for i, (old_shapes, new_shapes) in enumerate(pairwise(shapes)):
+        for name, shape in old_shapes.items():
+            if (other := new_shapes.get(name, shape)) != shape:
+                line = f"{name} would be {other} in place of {shape}, and a stage keeps the weights"
+                found.append((("stages", i), line))
+    return found, []
+
+
+def _comparable(at: float, steps: int | None) -> tuple[str, float]:
+    if steps is not None:
+        return "steps", at * steps if at < 1 else at
+    return ("part" if at < 1 else "steps"), at
+
+
+def _shapes(recipe: Recipe) -> dict[str, list[int]]:
+    from distill_core.recipe.build import build_objective
+
+    with torch.device("meta"):
+        return {name: list(tensor.shape) for name, tensor in build_objective(recipe).state_dict().items()}
 
 
 def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from distill_core.contracts.slot import PLACE, Context, Slot
 from distill_core.errors import KeyPath, RecipeErrors
-from distill_core.recipe.checks import Draft, part_problems, problems, unknown_score, unread
+from distill_core.recipe.checks import Draft, part_problems, problems, stage_problems, unknown_score, unread
 from distill_core.recipe.document import Document, located, read_document, read_file
 from distill_core.recipe.messages import messages
 from distill_core.recipe.named import recipe_file
@@ -84,9 +84,12 @@ def parse_recipe(
 
 
 class _Resolver:
-    def __init__(self, document: Document, registry: Registry, allow_unset: bool, recorded: bool) -> None:
+    def __init__(
+        self, document: Document, registry: Registry, allow_unset: bool, recorded: bool, stage: str = ""
+    ) -> None:
         self.document = document
         self.registry = registry
+        self.stage = stage  # `stages.0: `, where the document is that of a stage
         self.allow_unset, self.recorded = allow_unset or recorded, recorded
         self.errors: list[tuple[str, str]] = []  # (where it was written, line)
         self.replaced: dict[KeyPath, dict[str, Any]] = {}  # components that a change replaced by another
@@ -150,7 +153,41 @@ class _Resolver:
         for path, message in wrong_parts:
             self._error(path, message)
         self._raise()
-        return recipe.with_warnings(*warnings, *self._own_defaults(context.slots), *unchecked, *unread(recipe))
+        stages, of_stages = self._stages(recipe)
+        unchecked += of_stages
+        return recipe.with_stages(*stages).with_warnings(
+            *warnings, *self._own_defaults(context.slots), *unchecked, *unread(recipe)
+        )
+
+    def _stages(self, recipe: Recipe) -> tuple[list[Recipe], list[str]]:
+        """The recipe of each stage, resolved and checked as if it were one by itself, and their own warnings."""
+        document = Document(copy.deepcopy(self.document.data), self.document.name, dict(self.document.origins))
+        document.data.pop("stages", None)
+        stages: list[Recipe] = []
+        wrong: dict[str, str] = {}
+        for i, stage in enumerate(recipe.stages):
+            document = Document(copy.deepcopy(document.data), document.name, dict(document.origins))
+            resolver = _Resolver(document, self.registry, self.allow_unset, self.recorded, f"stages.{i}: ")
+            lines: list[str] = []
+            for path, value in stage.set.items():
+                origin = self.document.origin(("stages", i, "set", path))
+                try:
+                    resolver.change(f"{path}={json.dumps(value)}", origin)
+                except RecipeErrors as error:
+                    lines += [line.replace(f"{origin}: ", f"{origin}: {resolver.stage}", 1) for line in error.lines]
+            try:
+                stages.append(resolver.resolve())
+            except RecipeErrors as error:
+                lines += error.lines
+            for line in lines:  # a later stage repeats what is wrong in one before it
+                wrong.setdefault(line.replace(resolver.stage, "", 1), line)
+        if wrong:
+            raise RecipeErrors([*wrong.values()])
+        wrong_stages, unchecked = stage_problems(recipe, stages)
+        for place, message in wrong_stages:
+            self._error(place, message)
+        self._raise()
+        return stages, list(dict.fromkeys([*unchecked, *(line for stage in stages for line in stage.warnings)]))
 
     def _written_out(self) -> dict[str, Any]:
         """The document with the place of each component beside its options, and defaults where none is written."""
@@ -192,7 +229,10 @@ class _Resolver:
             raise RecipeErrors([line for _, line in lines])
 
     def _line(self, path: KeyPath, message: str, at: KeyPath | None = None) -> str:
-        return f"{located(self.document.origin(at or path), path)}: {message}"
+        origin = self.document.origin(at or path)
+        if not self.stage:
+            return f"{located(origin, path)}: {message}"
+        return f"{origin}: {self.stage}{located('', path).removeprefix(': ')}: {message}"
 
     def _own_defaults(self, slots: dict[KeyPath, Slot[Any]]) -> Iterator[str]:
         """A line for each component that a bare name replaced, and that had options the new one has too.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
-from distill_core.contracts.schedule import NotNegative, Scheduled
+from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
 from distill_core.contracts.slot import NullIsDefault, Slot, default_component
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
@@ -24,6 +24,7 @@ from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
+from distill_core.outputs import Progress
 from distill_core.plan import ModalityPlan, Needs, Plan
 from distill_core.teacher import TeacherConfig
 
@@ -175,6 +176,22 @@ class EvaluateConfig(ComponentConfig):
     """What is scored; a task may have a `source` of its own."""
 
 
+class StageConfig(ComponentConfig):
+    """Changes of the recipe from a point of the run on."""
+
+    at: Annotated[float, Field(gt=0)]
+    """The point: a part of the run below 1, or a number of steps above 1."""
+    set: dict[str, Any]
+    """path -> value, as `--set` takes them, on top of the stages before: {loss.1.weight: 0.5}."""
+
+    @field_validator("at")
+    @classmethod
+    def _inside(cls, at: float) -> float:
+        if at == 1 or (at > 1 and not at.is_integer()):
+            raise ValueError("a part of the run below 1, or a whole number of steps above 1")
+        return at
+
+
 class Recipe(ComponentConfig):
     """Everything that defines a run."""
 
@@ -206,7 +223,10 @@ class Recipe(ComponentConfig):
     """Weights to start from, applied in order."""
     freeze: Annotated[list[str], NullIsDefault()] = []  # noqa: RUF012
     """Component paths that are not trained, as [backbone.text]."""
+    stages: Annotated[list[StageConfig], NullIsDefault()] = []  # noqa: RUF012
+    """Changes from points of the run on, in order. What two stages share keeps its weights."""
 
+    _later: tuple[Recipe, ...] = PrivateAttr(default=())
     _warnings: tuple[str, ...] = PrivateAttr(default=())
 
     @property
@@ -219,6 +239,20 @@ class Recipe(ComponentConfig):
         recipe = self.model_copy()
         recipe._warnings = lines
         return recipe
+
+    def with_stages(self, *recipes: Recipe) -> Recipe:
+        """The same recipe, with the recipe of each of its stages."""
+        recipe = self.model_copy()
+        recipe._later = recipes
+        return recipe
+
+    def stage(self, progress: Progress) -> int:
+        """How many of its stages a run has reached."""
+        return sum(progress.step >= step_of(stage.at, progress) for stage in self.stages)
+
+    def of_stage(self, number: int) -> Recipe:
+        """The recipe from stage `number` on, counted from 1; 0 is the recipe itself, which holds before them."""
+        return (self, *self._later)[number]
 
     def __eq__(self, other: object) -> bool:
         """Whether they describe the same run; warnings do not count."""

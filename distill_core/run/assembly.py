@@ -12,11 +12,10 @@ from distill_core.contracts.weights import LoadReport
 from distill_core.data.lengths import Lengths, measure
 from distill_core.data.loader import Loader, patience_of
 from distill_core.data.shard import Shard
-from distill_core.parallel import lay_out
+from distill_core.parallel import prepare
 from distill_core.recipe.build import build_objective, load_weights
 from distill_core.recipe.sections import Recipe
 from distill_core.run.state import Length, RunState
-from distill_core.step import TrainStep
 from distill_core.system import distributed
 from distill_core.system.process import (
     keep_freed_memory,
@@ -57,10 +56,7 @@ def assemble(recipe: Recipe, source: DataSource, device: torch.device, *, resumi
     seed_all(recipe.seed)
     objective = build_objective(recipe)
     reports = [] if resuming else load_weights(recipe, objective)
-    distributed.broadcast(objective.to(device))
-    objective.freeze(recipe.freeze)
-    lay_out(objective, recipe.train.parallel, device)
-    train_step = TrainStep(recipe, objective, device)
+    train_step = prepare(recipe, objective, device)
     names = [name for name, of_set in sets.items() for _ in of_set]
     loader = Loader(recipe, shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")
     length = Length.of(recipe.train, loader.batch_size, loader.samples)

@@ -21,8 +21,9 @@ def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "las
 
     folder = Path(run)
     recipe = run_recipe(folder, Registry.discover())
-    state = Checkpoints(folder).read(checkpoint)["objective"]
-    return model_of(recipe, state, str(folder), teacher=teacher, device=device)
+    content = Checkpoints(folder).read(checkpoint)
+    recipe = recipe.of_stage(content.get("stage", 0))
+    return model_of(recipe, content["objective"], str(folder), teacher=teacher, device=device)
 
 
 def model_of(

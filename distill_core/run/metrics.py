@@ -27,7 +27,7 @@ class MetricsLog:
         self.rate: float | None = None
         """Samples per second over all ranks, of the steps of the last row."""
         self._clock, self._step = time.perf_counter(), state.step  # of the last row
-        self._schedules = state.recipe.schedules()
+        self._stage, self._schedules = state.stage, state.recipe.of_stage(state.stage).schedules()
 
     def add(self, result: StepResult, progress: Progress) -> None:
         """Call for each step, as the last that `state` counts, on every rank, with the `progress` that it used."""
@@ -69,6 +69,8 @@ class MetricsLog:
         }
         if teacher is not None:
             row["momentum"] = teacher.momentum(progress)
+        if state.stage != self._stage:
+            self._stage, self._schedules = state.stage, state.recipe.of_stage(state.stage).schedules()
         if self._schedules:
             row["schedules"] = {path: option.value(progress) for path, option in self._schedules.items()}
         self.folder.log(row)

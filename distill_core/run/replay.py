@@ -15,6 +15,7 @@ from distill_core.run.capture import Capture, read_capture
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.inspection import Inspection
+from distill_core.run.stages import due, enter, load
 from distill_core.run.state import RunState
 from distill_core.step import StepResult
 from distill_core.system import distributed
@@ -73,7 +74,7 @@ def replay_step(recipe: Recipe, folder: RunFolder, step: int, *, quiet: bool = F
         raise UserError(f"{folder.path}: a run of {state.length.steps} steps has no step {step}")
     if earlier:
         checkpoint = distributed.raise_on_all_ranks(lambda: checkpoints.load(str(earlier[-1])))
-        state.load_state_dict(checkpoint.state, str(folder.path))
+        load(state, checkpoint.state, str(folder.path))
     start = state.step
     if capture is not None and start == step - 1:
         # the checkpoint of a run that stopped there is of the step before, but lies after this batch
@@ -89,9 +90,10 @@ def replay_step(recipe: Recipe, folder: RunFolder, step: int, *, quiet: bool = F
 
 
 def _run(state: RunState, folder: RunFolder, step: int, start: int, capture: Capture | None, advance: Any) -> Replay:
-    upload, train_step = Uploads(state.device), state.train_step
+    upload = Uploads(state.device)
     while state.step < step - 1:
         batch = _next(state)
+        train_step = state.train_step
         result = train_step(upload(batch), state.length.progress(state.step))
         if result.not_finite < train_step.allowed:
             state.step += 1
@@ -101,7 +103,7 @@ def _run(state: RunState, folder: RunFolder, step: int, start: int, capture: Cap
     batch = _next(state)
     inspection = Inspection(state.objective, batch, alone=distributed.world_size() == 1)
     with inspection:
-        result = train_step(upload(batch), state.length.progress(state.step))
+        result = state.train_step(upload(batch), state.length.progress(state.step))
     advance()
     return _replay(result, batch, inspection, folder, step, start, capture)
 
@@ -143,6 +145,8 @@ def _replay(
 
 
 def _next(state: RunState) -> Batch:
+    if (stage := due(state)) != state.stage:
+        enter(state, stage)
     while (batch := state.loader.wait(1.0)) is None:
         pass
     return batch

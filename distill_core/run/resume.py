@@ -11,6 +11,7 @@ from distill_core.recipe.sections import changes
 from distill_core.run.checkpoint import Checkpoint, Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.folder import RunFolder
+from distill_core.run.stages import load
 from distill_core.run.state import Resumed, RunState
 from distill_core.system import distributed
 
@@ -53,7 +54,7 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
         display.warn(
             "the checkpoint holds no recipe (an older distill saved it), so changes to the recipe are not detected"
         )
-    state.load_state_dict(saved, str(folder.path))
+    load(state, saved, str(folder.path))
     if "train.checkpoint.best" in changed:
         state.best = None  # it was another score's
 

@@ -75,6 +75,8 @@ class RunState:
         self.objective, self.train_step, self.loader = objective, train_step, loader
         self.step = 0
         """Steps done, including skipped ones."""
+        self.stage = 0
+        """The stage of the recipe that the objective, its step and the loader are of."""
         self.seconds = 0.0
         """Of training steps alone."""
         self.skipped_steps = 0
@@ -116,6 +118,7 @@ class RunState:
         """The checkpoint's content, except for `step`; every rank must call it."""
         return {
             "recipe": self.recipe.to_dict(),
+            "stage": self.stage,
             "objective": self.objective.state_dict(),
             "optimizer": self.train_step.optimizer_state(),
             "ranks": distributed.gather_objects(self._between_steps),

@@ -42,8 +42,8 @@ def limit_gradients(
     gradients = {name: p.grad for name, p in trained if p.grad is not None}
     norms: dict[str, Tensor] = {}
     for own in apart(gradients.values()):
-        found = dict(zip((id(gradient) for gradient in own), torch._foreach_norm(own), strict=True))
-        norms |= {name: joined(found[id(x)]).to(norm.device) for name, x in gradients.items() if id(x) in found}
+        own_norms = dict(zip((id(gradient) for gradient in own), torch._foreach_norm(own), strict=True))
+        norms |= {name: joined(own_norms[id(x)]).to(norm.device) for name, x in gradients.items() if id(x) in own_norms}
     if limit.by == "part":
         parts: dict[str, list[Tensor]] = {}
         for name, of_parameter in norms.items():

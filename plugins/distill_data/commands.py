@@ -62,16 +62,16 @@ def inspect_source(
     target = named(source, split, Registry.discover(), overrides)
     inspection, augment = inspect(target, samples, jobs or _cores())
     report = inspection.report(target.title)
-    shown = None
+    count = None
     if sheet is not None:
         seed = target.recipe.seed if target.recipe is not None else None
-        shown = contact_sheet.write(Path(sheet), inspection, augment, seed)
+        count = contact_sheet.write(Path(sheet), inspection, augment, seed)
     if as_json:
         click.echo(json.dumps(report))
         return
     print_report(report)
-    if shown is not None:
-        click.echo(f"{sheet}: {'views' if target.recipe is not None else 'pictures and texts'} of {shown} samples")
+    if count is not None:
+        click.echo(f"{sheet}: {'views' if target.recipe is not None else 'pictures and texts'} of {count} samples")
 
 
 @data.command()

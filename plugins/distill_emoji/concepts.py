@@ -103,8 +103,8 @@ def base(code: str) -> str:
             parts.append([])
         else:
             parts[-1].append(point)
-    kept = [part for i, part in enumerate(parts) if i == 0 or part[0] not in (*_GENDERS, _RIGHT)]
-    heads = [part[0] for part in kept]
+    ungendered = [part for i, part in enumerate(parts) if i == 0 or part[0] not in (*_GENDERS, _RIGHT)]
+    heads = [part[0] for part in ungendered]
     if heads[0] not in (_MAN, _WOMAN, _PERSON):
         return code_of(heads[:1])
     if 0x2764 in heads:  # couples: with a kiss mark, or with a heart only
@@ -113,7 +113,7 @@ def base(code: str) -> str:
         return "1F9D1-200D-1F91D-200D-1F9D1"
     if any(head in (0x1F466, 0x1F467, 0x1F9D2) for head in heads):
         return "1F46A"
-    code = "-200D-".join(code_of(part) for part in [[_PERSON], *kept[1:]])
+    code = "-200D-".join(code_of(part) for part in [[_PERSON], *ungendered[1:]])
     return _SAME.get(code, code)
 
 
@@ -168,9 +168,9 @@ def load(data: Path, limit: int | None = None) -> list[Concept]:
     unique: dict[str, Concept] = {}
     for _, concept in sorted(concepts.items()):
         unique.setdefault(concept.name.lower(), concept)
-    kept = sorted(unique.values(), key=lambda concept: concept.code)
+    by_code = sorted(unique.values(), key=lambda concept: concept.code)
     # a hash of its own: by the split's hash, the first concepts would all be training concepts
-    return sorted(kept, key=lambda concept: fraction(f"limit-{concept.code}"))[:limit] if limit else kept
+    return sorted(by_code, key=lambda concept: fraction(f"limit-{concept.code}"))[:limit] if limit else by_code
 
 
 def siblings(concepts: Sequence[Concept]) -> dict[str, list[Concept]]:
@@ -235,7 +235,7 @@ def _official(official: str, name: str, subcategory: str) -> str | None:
 
 def _keywords(words: Iterable[str], name: str, *, flag: bool) -> tuple[str, ...]:
     """At most `KEYWORDS`, without emoticons and without what the name or a keyword before says already."""
-    kept: list[str] = []
+    keywords: list[str] = []
     known = _words(name)
     for word in words:
         word = re.sub(r"[\s_]+", " ", word).strip().lower()
@@ -249,9 +249,9 @@ def _keywords(words: Iterable[str], name: str, *, flag: bool) -> tuple[str, ...]
         if re.search(r"[a-z]\d", word) or word in _NOISE or (flag and word in _FLAG_NOISE):
             continue
         if not parts <= known:
-            kept.append(word)
+            keywords.append(word)
             known |= parts
-    return tuple(kept[:KEYWORDS])
+    return tuple(keywords[:KEYWORDS])
 
 
 def _listed(words: Sequence[str]) -> str:

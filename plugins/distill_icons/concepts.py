@@ -72,13 +72,13 @@ class Concept:
     def captions(self) -> list[str]:
         """Sentences without a full stop; at least two."""
         name, category = self.icon.name, next(iter(self.icon.categories), None)
-        said = [name, f"an icon of {name}"]
+        sentences = [name, f"an icon of {name}"]
         if self.label and class_of(self.icon.categories) != self.label:  # other sets say so
-            said.append(f"it is a kind of {self.label}")
+            sentences.append(f"it is a kind of {self.label}")
         elif category:
-            said.append(f"this {self.label or 'icon'} belongs to {_readable(category)}")
+            sentences.append(f"this {self.label or 'icon'} belongs to {_readable(category)}")
         threes = [self.keywords[i : i + 3] for i in range(0, len(self.keywords), 3)]
-        return [*said, *(form.format(_listed(w)) for form, w in zip(_KEYWORD_TEMPLATES, threes, strict=False))]
+        return [*sentences, *(form.format(_listed(w)) for form, w in zip(_KEYWORD_TEMPLATES, threes, strict=False))]
 
 
 def load(icons: Iterable[Icon]) -> tuple[list[Concept], dict[tuple[str, str], str]]:

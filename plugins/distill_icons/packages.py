@@ -113,8 +113,8 @@ _PHOSPHOR = re.compile(
 
 def _phosphor(folder: Path) -> Iterator[Icon]:
     # its catalogue is code; the declarations of types hold it as plain literals
-    for found in _PHOSPHOR.finditer((folder / "dist/icons.d.ts").read_text(encoding="utf-8")):
-        name, categories, category, quoted = found.groups()
+    for match in _PHOSPHOR.finditer((folder / "dist/icons.d.ts").read_text(encoding="utf-8")):
+        name, categories, category, quoted = match.groups()
         if "IconCategory.BRAND" in categories or category == "BRAND":
             continue
         tags = tuple(tag for tag in re.findall(r'"([^"]*)"', quoted) if "*" not in tag)

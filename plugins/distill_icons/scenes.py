@@ -245,8 +245,8 @@ def _captions(placed: Sequence[Placed], ground: Colour, size: int, rng: np.rando
     related = []
     for i in rng.permutation(len(pairs)):
         one, other = pairs[int(i)] if rng.integers(2) else pairs[int(i)][::-1]
-        if found := relation(one, other):
-            related.append(f"{one.phrase} {found} {other.phrase}")
+        if words := relation(one, other):
+            related.append(f"{one.phrase} {words} {other.phrase}")
     phrases = [one.phrase for one in placed]
     article = "an" if ground.name[0] in "aeiou" else "a"
     whole = f"{', '.join(phrases[:-1])} and {phrases[-1]} on {article} {ground.name} ground"

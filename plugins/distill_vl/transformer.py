@@ -281,10 +281,10 @@ class Transformer(nn.Module):
             assert sequences.starts is not None
             each = sequences.starts.diff().to(x.device)
         rates = [self.drop_path * i / max(count - 1, 1) for i in range(count)]
-        kept = torch.rand(count, len(each), 2, device=x.device)
+        draws = torch.rand(count, len(each), 2, device=x.device)
         return [
             ((row >= rate) / (1 - rate)).repeat_interleave(each, dim=0, output_size=len(x)) if rate else None
-            for row, rate in zip(kept, rates, strict=True)
+            for row, rate in zip(draws, rates, strict=True)
         ]
 
     def weights(self, x: Tensor, index: Tensor, *, causal: bool = False) -> Tensor:

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, sweep_a_side: bool = False) -> None:
     """Make `forward` differentiable by `backward`, give that its fake implementation, and both their FLOPs.
 
-    forward(x, y, *scalars, *options) -> loss, or (loss, *kept); x and y are embeddings, scalars 0-dim tensors, options
-    no tensors. backward(grad, x, y, *scalars, *kept, *options) -> gradients of x, y and the scalars, contiguous.
+    forward(x, y, *scalars, *options) -> loss, or (loss, *saved); x and y are embeddings, scalars 0-dim tensors, options
+    no tensors. backward(grad, x, y, *scalars, *saved, *options) -> gradients of x, y and the scalars, contiguous.
 
     FLOPs are those of products, as `torch.utils.flop_counter` counts: all logits once in the forward pass, or with
     `sweep_a_side` once for each side whose log-sum-exps are asked for (`symmetric`, the last option); in the backward
@@ -24,9 +24,9 @@ def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, sweep_a_s
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         ctx.options = inputs[len(tensors) :]
-        kept = output[1:] if isinstance(output, tuple) else ()
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.mark_non_differentiable(*kept)
+        saved = output[1:] if isinstance(output, tuple) else ()
+        ctx.save_for_backward(*tensors, *saved)
+        ctx.mark_non_differentiable(*saved)
 
     def gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return (*backward(grad, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options))

@@ -68,6 +68,12 @@ def write_capture(run: Path, capture: Capture) -> Path | None:
     return path
 
 
+def later_captures(run: Path, step: int) -> list[Path]:
+    """The files of steps after `step`."""
+    files = (run / FOLDER).glob("step-*.json")
+    return [path for path in files if int(path.stem.removeprefix("step-")) > step]
+
+
 def read_capture(run: Path, step: int) -> Capture | None:
     """None where the run has not captured this step. Raises `UserError` for a file that is none."""
     path = run / FOLDER / f"step-{step:08d}.json"

@@ -17,11 +17,13 @@ from weakref import WeakSet
 from distill_core.batch import REST_OF_SHARD, WHOLE_SHARD, Skipped
 from distill_core.errors import UserError, counted, warn
 from distill_core.recipe.sections import Recipe
+from distill_core.run.capture import later_captures
 from distill_core.system.files import cannot_write, remove_temporaries, write_whole
 
 
 class RunFolder:
-    """`recipe.yaml`, `metrics.jsonl`, `skipped.jsonl`, `checkpoints/`, `report.json`, `report.png`."""
+    """`recipe.yaml`, `metrics.jsonl`, `skipped.jsonl`, `checkpoints/`, `report.json`, `report.png`; where there was a
+    reason, `bad-steps/` and `stalls/`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -168,8 +170,9 @@ class RunFolder:
         samples = {(row["shard"], row["key"]) for row in rows if row["key"] not in (WHOLE_SHARD, REST_OF_SHARD)}
         return len(samples), len(shards)
 
-    def set_aside(self, checkpoints: Sequence[Path]) -> Path:
-        """Move checkpoints and report to a new folder `set-aside-N`, with copies of recipe, metrics, skipped samples.
+    def set_aside(self, checkpoints: Sequence[Path], step: int) -> Path:
+        """Move checkpoints, report and captures of steps after `step` to a new folder `set-aside-N`, with copies of
+        recipe, metrics, skipped samples.
 
         It is a run folder itself, which can be scored and resumed. Raises `UserError`.
         """
@@ -184,6 +187,9 @@ class RunFolder:
                     (self.path / name).replace(folder / name)
             for path in checkpoints:
                 path.replace(folder / "checkpoints" / path.name)
+            for path in later_captures(self.path, step):
+                (folder / path.parent.name).mkdir(exist_ok=True)
+                path.replace(folder / path.parent.name / path.name)
         except OSError as error:
             raise UserError(cannot_write(folder, error)) from error
         return folder

@@ -85,7 +85,7 @@ def _rewind(
     """Set aside later checkpoints and delete later rows, which training will write again; returns the branch."""
     branch = None
     if later := checkpoints.later(state.step):
-        folder_aside = folder.set_aside(later)
+        folder_aside = folder.set_aside(later, state.step)
         checkpoints.restart_from(checkpoint)
         branch = {"step": state.step, "set_aside": str(folder_aside)}
         if checkpoints.best in later:

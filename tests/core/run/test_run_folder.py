@@ -496,7 +496,12 @@ def test_setting_aside_makes_a_run_folder(tmp_path: Path) -> None:
             (run / name).write_text(f"{name} {n}")
         folder = RunFolder(run)
         folder.log({"step": n})
-        aside = folder.set_aside([run / "checkpoints" / "step-00000009.pt", run / "checkpoints" / "best.pt"])
+        (run / "bad-steps").mkdir(exist_ok=True)
+        for step in (3, 8):
+            (run / "bad-steps" / f"step-{step:08d}.json").write_text(f"capture {n}")
+        aside = folder.set_aside([run / "checkpoints" / "step-00000009.pt", run / "checkpoints" / "best.pt"], 3)
+        assert (aside / "bad-steps" / "step-00000008.json").read_text() == f"capture {n}"
+        assert [path.name for path in (run / "bad-steps").iterdir()] == ["step-00000003.json"]
         assert aside == run / f"set-aside-{n}"
         for name in ("recipe.yaml", "report.json", "report.png", "checkpoints/step-00000009.pt", "checkpoints/best.pt"):
             assert (aside / name).read_text() == f"{name} {n}"

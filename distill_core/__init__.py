@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distill_core.batch import Skipped as Skipped
     from distill_core.batch import View as View
     from distill_core.batch import Views as Views
-    from distill_core.batch import stack_extra as stack_extra
+    from distill_core.batch import with_extra as with_extra
     from distill_core.contracts.cases import ConformanceCase as ConformanceCase
     from distill_core.contracts.component import Component as Component
     from distill_core.contracts.component import ComponentConfig as ComponentConfig
@@ -137,7 +137,7 @@ HOMES = {
     "Skipped": "distill_core.batch",
     "View": "distill_core.batch",
     "Views": "distill_core.batch",
-    "stack_extra": "distill_core.batch",
+    "with_extra": "distill_core.batch",
     "ConformanceCase": "distill_core.contracts.cases",
     "Component": "distill_core.contracts.component",
     "ComponentConfig": "distill_core.contracts.component",

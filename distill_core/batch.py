@@ -129,16 +129,21 @@ class Views:
         return Views([group.rows(present, outer) for group in self.groups])
 
 
-def stack_extra(samples: Sequence[Sequence[View]], members: Sequence[int]) -> dict[str, Tensor]:
-    """`Group.extra` [V, B, ...] of the views numbered `members` of B samples, for collators."""
+def with_extra(views: Views, samples: Sequence[Sequence[View]]) -> Views:
+    """The views of B samples as a collator has made them, with `Group.extra` [V, B, ...] of their `extra`.
+
+    What the collator has put there itself (padded, where shapes differ) stays. The loader does this for every modality.
+    """
     import numpy as np
     import torch
 
-    names = samples[0][members[0]].extra
-    return {
-        name: torch.from_numpy(np.array([[np.asarray(sample[i].extra[name]) for sample in samples] for i in members]))
-        for name in names
-    }
+    for start, group in views.numbered():
+        members = range(start, start + group.x.shape[0])
+        for name in samples[0][start].extra:
+            if name not in group.extra:
+                rows = [[np.asarray(sample[i].extra[name]) for sample in samples] for i in members]
+                group.extra[name] = torch.from_numpy(np.array(rows))
+    return views
 
 
 WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"

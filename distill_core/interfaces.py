@@ -50,6 +50,12 @@ class Augmentation(Component, ABC):
         cannot encode (`Backbone.view_problems`) before anything is read."""
         return None
 
+    @classmethod
+    def extras(cls, config: Any) -> tuple[str, ...]:
+        """The names in the `extra` of each of its training views, which losses ask for by `Needs.extra` and read in
+        `Group.extra`. Those that only its `on_device` reads are not named."""
+        return ()
+
     @abstractmethod
     def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
         """The sample's training views. Raises `BadSample` when it cannot be used, `AbsentModality` where it lacks the

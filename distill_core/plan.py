@@ -42,6 +42,8 @@ class ModalityPlan:
     """The options of its augmentation; None where they are not known."""
     shapes: tuple[tuple[int, ...], ...] | None = None
     """The shape of each view's data; None where the augmentation's options do not tell."""
+    extras: tuple[str, ...] = ()
+    """The names of the views' extras (`Augmentation.extras`)."""
     optional: bool = False
     """Whether a sample may lack it (`data.optional`)."""
 
@@ -90,6 +92,7 @@ class Needs:
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
+    `extra` asks for extras of views by name: {modality: names}.
     `pools`: it pools tokens with the fusion itself, and reads no fused views.
     """
 
@@ -102,12 +105,13 @@ class Needs:
     masked: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
     pools: bool = False
+    extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
         sides = (self.student, self.teacher, self.fused)
-        return frozenset({*chain(*sides), *self.tokens, *self.teacher_tokens, *self.views, *self.masked})
+        return frozenset({*chain(*sides), *self.tokens, *self.teacher_tokens, *self.views, *self.masked, *self.extra})
 
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:

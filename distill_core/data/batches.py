@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View
+from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, with_extra
 from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
 from distill_core.data.shard import Patience, Shard
@@ -122,7 +122,8 @@ class Collate:
         try:
             for name, collate in self.collators.items():
                 members = [item for item in items if name in item.views] or [(fillers or {})[name]]
-                views[name] = collate([item.views[name] for item in members], [item.seed for item in members])
+                samples = [item.views[name] for item in members]
+                views[name] = with_extra(collate(samples, [item.seed for item in members]), samples)
                 for group in views[name].groups:
                     group.locate_hidden()
         except Exception as error:

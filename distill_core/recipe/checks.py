@@ -361,6 +361,13 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
             yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
         if plan.teacher and name in needs.teacher and not modality.teacher_views:
             yield f"{component} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
+        missing_extras = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
+        if missing_extras:
+            made = "; ".join(f"{m!r}: {', '.join(p.extras) or 'none'}" for m, p in plan.modalities.items())
+            yield (
+                f"{component} needs the extra {', '.join(map(repr, missing_extras))} of views of {name!r}, which its "
+                f"augmentation does not make. Extras by modality: {made}"
+            )
         for role, number in needs.views.get(name, {}).items():
             count = len(modality.views(role))
             if count < number:

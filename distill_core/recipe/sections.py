@@ -327,6 +327,7 @@ def modality_plan(
         spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
         shapes=augment.cls.shapes(augment.config),
+        extras=augment.cls.extras(augment.config),
         optional=optional,
     )
 

@@ -31,7 +31,7 @@ from distill_core import (
     Sample,
     View,
     Views,
-    stack_extra,
+    with_extra,
 )
 from distill_vl.recolouring import Jitter, Recolouring, constant, radius_of, recolour
 
@@ -138,6 +138,11 @@ class PictureAugmentation(Augmentation):
 
     config: Any
 
+    @classmethod
+    def extras(cls, config: Any) -> tuple[str, ...]:
+        """The crop's `box`, and whether it is mirrored (`flip`)."""
+        return ("box", "flip")
+
     def decode(self, sample: Sample, field: str | None = None) -> list[Image.Image]:
         """The sample's picture, RGB."""
         return [self.open(self.item(sample, field))]
@@ -201,7 +206,7 @@ class PictureAugmentation(Augmentation):
             radius = radius_of(self.config.blur_radius[1])
             x = recolour(x.flatten(0, 1), stages, blur, solarise, radius=radius).view(x.shape)
         elif self._on_model and "box" not in extra:
-            raise ValueError(f"{self.name}: the backbone's collator drops `View.extra`; see `stack_extra`")
+            raise ValueError(f"{self.name}: the views came without their extras; see `with_extra`")
         mean, std = self._mean_std(x)
         return replace(group, x=x.sub_(mean).div_(std), extra=extra)
 
@@ -295,7 +300,7 @@ class PictureAugmentation(Augmentation):
         """The picture that the towers see, before it is normalised."""
         if not isinstance(view.data, Tensor):
             return None
-        group = Group(view.data[None, None], view.role, extra=stack_extra([[view]], [0]))
+        (group,) = with_extra(Views([Group(view.data[None, None], view.role)]), [[view]]).groups
         mean, std = self._mean_std(view.data)
         pixels = (self._finished(group).x[0, 0] * std + mean).round().clamp(0, 255).to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())

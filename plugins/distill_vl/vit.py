@@ -26,7 +26,6 @@ from distill_core import (
     TowerInput,
     View,
     Views,
-    stack_extra,
 )
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
@@ -279,8 +278,7 @@ class PictureCollator:
             if any(side % self.patch for side in shape[-2:]):
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-            group = Group(x, role, extra=stack_extra(samples, members))
-            result.append(self._masked(group, generators))
+            result.append(self._masked(Group(x, role), generators))
         return Views(result)
 
     def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:

@@ -12,7 +12,7 @@ import torchvision.transforms.functional as reference
 from PIL import Image
 from torch import Tensor
 
-from distill_core import Group, Views, stack_extra
+from distill_core import Group, Views, with_extra
 from distill_core.errors import BadSample
 from distill_slip.views import SlipViews
 from distill_vl import pictures, recolouring
@@ -46,16 +46,11 @@ def collated(samples: list[list[Any]]) -> Views:
     groups: dict[str, list[int]] = {}
     for i, view in enumerate(samples[0]):
         groups.setdefault(view.role, []).append(i)
-    return Views(
-        [
-            Group(
-                torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members]),
-                role,
-                extra=stack_extra(samples, members),
-            )
-            for role, members in groups.items()
-        ]
-    )
+    stacked = [
+        Group(torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members]), role)
+        for role, members in groups.items()
+    ]
+    return with_extra(Views(stacked), samples)
 
 
 OPERATIONS = {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, input_of, require
-from distill_core import GLOBAL, AbsentModality, BadSample, Group, View, Views, stack_extra
+from distill_core import GLOBAL, AbsentModality, BadSample, Group, View, Views, with_extra
 
 KIND = "augmentation"
 
@@ -76,7 +76,8 @@ def roles(case: Case) -> None:
 
 @checks(KIND)
 def extras(case: Case) -> None:
-    """The views of a role have the same extras, of the same shapes in all samples: a collator stacks them."""
+    """The views of a role have the same extras, of the same shapes in all samples, since they are stacked; all views
+    have those that `extras` names, whose work on the device leaves them."""
     augmentation = case.cls(case.config)
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for seed in range(3):
@@ -84,6 +85,8 @@ def extras(case: Case) -> None:
             own = {name: np.shape(value) for name, value in view.extra.items()}
             first = shapes.setdefault(view.role, own)
             require(own == first, f"the extras of {view.role} views differ, in names or shapes: {first} and {own}")
+            missing = sorted(set(case.cls.extras(case.config)) - set(own))
+            require(not missing, f"`extras` names {', '.join(missing)}, which {view.role} views do not have")
 
 
 @checks(KIND)
@@ -96,16 +99,11 @@ def device_work(case: Case) -> None:
     members: dict[tuple[str, torch.Size], list[int]] = {}
     for i, view in enumerate(made[0]):
         members.setdefault((view.role, view.data.shape), []).append(i)
-    collated = Views(
-        [
-            Group(
-                torch.stack([torch.stack([views[i].data for views in made]) for i in numbers]),
-                role,
-                extra=stack_extra(made, numbers),
-            )
-            for (role, _), numbers in members.items()
-        ]
-    )
+    groups = [
+        Group(torch.stack([torch.stack([views[i].data for views in made]) for i in numbers]), role)
+        for (role, _), numbers in members.items()
+    ]
+    collated = with_extra(Views(groups), made)
     before = copy.deepcopy(collated)
     torch.manual_seed(1)
     once = augmentation.on_device(collated)
@@ -122,6 +120,8 @@ def device_work(case: Case) -> None:
         "`on_device` must keep the groups and their roles",
     )
     require(alike(once, again), "`on_device` makes other views of the same batch: draw in `train_views`")
+    lost = [name for name in case.cls.extras(case.config) for group in once.groups if name not in group.extra]
+    require(not lost, f"`extras` names {', '.join(dict.fromkeys(lost))}, which `on_device` drops")
     require(alike(once, twice), "`on_device` must leave alone what it made: a batch may come there twice")
 
 

@@ -164,6 +164,7 @@ def _modalities_of(needs: Needs) -> list[str]:
         *needs.teacher_tokens,
         *needs.views,
         *needs.masked,
+        *needs.extra,
     ]
     return list(dict.fromkeys(names))
 
@@ -243,6 +244,7 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             roles=tuple(roles),
             teacher_views=tuple(sorted(seen)) if teacher else (),
             spec=replace(old.spec, can_mask=old.spec.can_mask or name in needs.masked),
+            extras=tuple(dict.fromkeys((*old.extras, *needs.extra.get(name, ())))),
         )
     return Plan(modalities, teacher, plan.fusion or bool(needs.fused))
 
@@ -316,7 +318,13 @@ def groups(
         for role in dict.fromkeys(modality.roles):
             shape = (len(modality.views(role)), batch, length(plan, name, role))
             x = torch.randint(1, 5, shape, generator=draw) if name in ids else torch.randn(shape, generator=draw)
-            group = Group(x, role)
+            extra = {
+                of: inputs.extra(config, name, of, shape[:2])
+                if inputs.extra is not None
+                else torch.rand(shape[:2], generator=draw)
+                for of in needs.extra.get(name, ())
+            }
+            group = Group(x, role, extra=extra)
             if name in needs.masked:
                 mask = torch.rand(shape, generator=draw) < 0.4
                 mask[..., 0] = True

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from distill_core.outputs import Rows as Rows
     from distill_core.outputs import wide as wide
     from distill_core.plan import BackboneSpec as BackboneSpec
+    from distill_core.plan import FieldPlan as FieldPlan
     from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
@@ -210,6 +211,7 @@ HOMES = {
     "Rows": "distill_core.outputs",
     "wide": "distill_core.outputs",
     "BackboneSpec": "distill_core.plan",
+    "FieldPlan": "distill_core.plan",
     "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",

@@ -171,6 +171,7 @@ class Batch:
     `presence` says of each modality that a sample may lack (`data.optional`) which samples have it, [B] on the host:
     its views are of these samples alone, in their order, or of one filler where there is none.
     `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
+    `fields` holds what belongs to a sample and not to a view (`data.fields`), [B, ...] each; zeros where one is absent.
     `sets` counts the samples by the set of the source that they come from.
     """
 
@@ -180,6 +181,7 @@ class Batch:
     measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
     sets: Mapping[str, int] = field(default_factory=dict)
     presence: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -212,4 +214,5 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         views = {name: views.map(function) for name, views in self.views.items()}
-        return Batch(views, self.keys, self.skipped, self.measures, self.sets, self.presence)
+        fields = {name: function(x) for name, x in self.fields.items()}
+        return Batch(views, self.keys, self.skipped, self.measures, self.sets, self.presence, fields)

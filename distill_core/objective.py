@@ -139,7 +139,9 @@ class Objective(nn.Module):
             for side in (student, *teacher.values()):
                 for name, features in side.items():
                     features.present = presence.of([name])
-        outputs = Outputs(batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, presence)
+        outputs = Outputs(
+            batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, batch.fields, presence
+        )
         if self.fusion is not None and self.fused_needed:
             whole = self._read_by(self.fusion, outputs)
             outputs.fused = self.fusion(dict(whole.student))
@@ -176,7 +178,7 @@ class Objective(nn.Module):
         if outputs.presence is None:
             return outputs
         needs = component.needs(component.config, self.plan)
-        names = needs.named or frozenset(self.plan.modalities)
+        names = (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
         if needs.fused and self.fusion is not None:
             return outputs.having(names | self.fusion.needs(self.fusion.config, self.plan).named, fused=True)
         return outputs.having(names)

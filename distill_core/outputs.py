@@ -335,6 +335,8 @@ class Outputs:
     """The teacher's copy of one of the loss's own `teacher_modules`."""
     keys: Sequence[str] = ()
     """Of the B samples."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """What `data.fields` reads of the samples, [B, ...] each."""
     presence: Presence | None = None
     """Which samples have what, where some lack a modality."""
     present: Present | None = None
@@ -384,6 +386,11 @@ class Outputs:
             teacher={name: of(side) for name, side in self.teacher.items()},
             fused={name: f.of(present) for name, f in self.fused.items()} if fused else {},
             keys=[self.keys[int(i)] for i in present.own],
+            fields={
+                name: present.of(x, 0, None)
+                for name, x in self.fields.items()
+                if name in names or name not in presence.masks
+            },
             present=present,
             _cut={},
         )

@@ -52,6 +52,17 @@ class ModalityPlan:
         return tuple(i for i, r in enumerate(self.roles) if r == role)
 
 
+@dataclass(frozen=True)
+class FieldPlan:
+    """What is known of a field of the samples."""
+
+    shape: tuple[int, ...]
+    """Of one sample's."""
+    dtype: str
+    optional: bool = False
+    """Whether a sample may lack it."""
+
+
 class MissingModality(LookupError):
     """A component asks a plan for a modality that the recipe lacks: who asked for the plan says so to the user."""
 
@@ -74,6 +85,8 @@ class Plan:
     fusion: bool
     fusion_pools: bool = True
     """Whether the fusion, if there is one, offers `TokenPooling`."""
+    fields: Mapping[str, FieldPlan] = field(default_factory=dict)
+    """The samples' fields (`data.fields`)."""
     complete: bool = True
     """False where a modality is left out because its own options are wrong: their number then says nothing."""
 
@@ -93,6 +106,7 @@ class Needs:
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
     `extra` asks for extras of views by name: {modality: names}.
+    `fields` names fields of the samples (`Outputs.fields`).
     `pools`: it pools tokens with the fusion itself, and reads no fused views.
     """
 
@@ -106,6 +120,7 @@ class Needs:
     embeddings: tuple[str, ...] | None = None
     pools: bool = False
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
 
     @property
     def named(self) -> frozenset[str]:

@@ -37,6 +37,8 @@ class ConformanceCase:
     """Of a loss that reads `Group.targets`: (config, modality, token mask [V, B, L]) -> targets [V, B, L, ...]."""
     extra: Callable[[Any, str, str, tuple[int, int]], Tensor] | None = None
     """Of a loss that reads extras of views: (config, modality, name, (V, B)) -> [V, B, ...]; else a number each."""
+    field: Callable[[Any, str, int], Tensor] | None = None
+    """Of a loss that reads fields of samples: (config, name, B) -> [B, ...]; else a number each."""
     fusion: Callable[[Any, Plan], FusionHead] | None = None
     """Of a loss that works with one fusion alone: (config, plan) -> that fusion."""
     scorable: Callable[[Any], tuple[Model, Sequence[Sample]]] | None = None

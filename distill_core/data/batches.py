@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import get_worker_info
 
 from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, with_extra
+from distill_core.data.fields import SampleFields
 from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
 from distill_core.data.shard import Patience, Shard
@@ -43,6 +46,8 @@ class Item:
     """The set of the source that it comes from."""
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)
     """By modality, of the first samples of each worker."""
+    fields: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    """Those of `data.fields` that it has."""
 
 
 @dataclass(slots=True)
@@ -108,10 +113,12 @@ class SampleViews:
 class Collate:
     """Items -> a batch, by each modality's collator. Picklable."""
 
-    def __init__(self, collators: Mapping[str, Collator], optional: Collection[str] = ()) -> None:
-        """`optional`: modalities that an item may lack."""
-        self.collators = dict(collators)
-        self.optional = [name for name in self.collators if name in optional]
+    def __init__(
+        self, collators: Mapping[str, Collator], optional: Collection[str] = (), fields: SampleFields | None = None
+    ) -> None:
+        """`optional`: modalities and fields that an item may lack."""
+        self.collators, self.optional = dict(collators), list(optional)
+        self.fields = fields or SampleFields({})
 
     def __call__(self, items: Sequence[Item], fillers: Mapping[str, Item] | None = None) -> Batch:
         """`fillers`: an item with each modality that none of the items has.
@@ -137,7 +144,12 @@ class Collate:
             skipped=[skip for item in items for skip in item.skipped],
             measures=[item.measures for item in items if item.measures],
             sets=Counter(item.set for item in items),
-            presence={name: np.array([name in item.views for item in items]) for name in self.optional},
+            presence={
+                name: np.array([name in item.views or name in item.fields for item in items]) for name in self.optional
+            },
+            fields={
+                name: torch.from_numpy(x) for name, x in self.fields.stacked([item.fields for item in items]).items()
+            },
         )
         if get_worker_info() is not None:
             try:
@@ -174,11 +186,13 @@ class BatchReader:
         patience: Patience,
         sets: Sequence[str] = (),
         reading: Callable[[str], None] | None = None,
+        fields: SampleFields | None = None,
     ) -> None:
         """`sets` names the set of each shard; `reading` is called with the name of each that is read from."""
         self.shards, self.lengths, self.sets = list(shards), list(lengths), list(sets)
         self.order, self.views, self.collate = order, views, collate
         self.patience, self.reading = patience, reading
+        self.fields = fields or SampleFields({})
         self.repeats: list[int] = []  # how often each shard stands before its place in the list
         listed: dict[str, int] = {}
         for shard in self.shards:
@@ -192,7 +206,11 @@ class BatchReader:
         """The samples at these positions; a `Failure` for what must stop the run."""
         try:
             items = [self.item(position) for position in positions]
-            lacking = [name for name in self.views.optional if not any(name in item.views for item in items)]
+            lacking = [
+                name
+                for name in self.views.augment
+                if name in self.views.optional and not any(name in item.views for item in items)
+            ]
             return self.collate(items, {name: self._filler(name) for name in lacking})
         except (DataError, _NothingToRead) as error:
             return Failure(str(error))
@@ -236,13 +254,13 @@ class BatchReader:
             return Skipped(WHOLE_SHARD, self.shards[place.shard].name, str(error))
         key = str(sample["__key__"])
         try:
+            fields = self.fields(sample)
             views = self.views(sample, place.epoch, repeat)
         except BadSample as error:
             return Skipped(key, str(sample["__url__"]), str(error))
         seed = stable_hash(self.views.seed, place.epoch, key, *repeat)
-        return Item(
-            key, views, seed, set=self.sets[place.shard] if self.sets else "", measures=self.views.measure(sample)
-        )
+        set_of = self.sets[place.shard] if self.sets else ""
+        return Item(key, views, seed, set=set_of, measures=self.views.measure(sample), fields=fields)
 
     def _sample(self, place: Place) -> Sample:
         """Raises `DataError` for a shard that cannot be read in this pass."""

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from distill_core.batch import Batch
 from distill_core.data.batches import LESS_SHARED, BatchReader, Collate, Failure, SampleViews, shared_memory
+from distill_core.data.fields import SampleFields
 from distill_core.data.lengths import Lengths
 from distill_core.data.order import Order, ShuffledOrder, WeightedOrder, stable_hash
 from distill_core.data.shard import Patience, Shard
@@ -236,15 +237,17 @@ class Loader:
         recipe = self.recipe
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+        fields = SampleFields(recipe.data.fields, recipe.data.optional)
         return BatchReader(
             self.shards,
             self.lengths.samples,
             self._order,
             SampleViews(augment, recipe.seed, recipe.data.optional),
-            Collate(collators, recipe.data.optional),
+            Collate(collators, recipe.data.optional, fields),
             patience=patience_of(recipe),
             sets=self.sets,
             reading=self.table,
+            fields=fields,
         )
 
     def _make_order(self) -> Order:

@@ -17,11 +17,20 @@ import torch
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.slot import Context, Slot, is_word
+from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import Loss
 from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
-from distill_core.recipe.sections import EvaluateConfig, Recipe, TrainConfig, changes, modality_plan, pools
+from distill_core.recipe.sections import (
+    EvaluateConfig,
+    Recipe,
+    TrainConfig,
+    changes,
+    field_plans,
+    modality_plan,
+    pools,
+)
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
 from distill_core.teacher import TeacherConfig
@@ -123,9 +132,14 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
     for name in (draft.teacher.modalities or ()) if draft.teacher is not None else ():
         if name not in draft.modalities:
             yield ("teacher", "modalities"), f"no modality {name!r}"
+    fields = draft.names("data", "fields")
+    for name in fields:
+        if name in draft.modalities:
+            yield ("data", "fields", name), f"{name!r} is a modality: give the field a name of its own"
     for name in draft.optional:
-        if name not in draft.modalities:
-            yield ("data", "optional"), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
+        if name not in draft.modalities and name not in fields:
+            near = did_you_mean(name, [*draft.modalities, *fields])
+            yield ("data", "optional"), f"no modality or field {name!r}{near}"
 
 
 def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
@@ -148,7 +162,13 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         modalities[name] = modality
     fusion = draft.document.get(("fusion",)) is not None
     complete = set(modalities) == set(draft.modalities)
-    return Plan(modalities, draft.teacher is not None, fusion, pools(draft.slots.get(("fusion",))), complete)
+    fields = {
+        name: FieldConfig.model_validate_json(json.dumps(draft.document.get(("data", "fields", name))))
+        for name in draft.names("data", "fields")
+        if not draft.is_wrong("data", "fields", name)
+    }
+    pooling = pools(draft.slots.get(("fusion",)))
+    return Plan(modalities, draft.teacher is not None, fusion, pooling, field_plans(fields, draft.optional), complete)
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
@@ -166,14 +186,27 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             continue
         if path[0] == "loss":
             lines += absence_problems(slot.cls, needs, plan)
+        lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
 
 
+def unknown_fields(name: str, needs: Needs, fields: Collection[str]) -> Iterator[str]:
+    """A line for each field that component `name` needs and `data.fields` does not give."""
+    for field in needs.fields:
+        if field not in fields:
+            near = did_you_mean(field, fields) if fields else ""
+            yield (
+                f"{name!r} needs the field {field!r} of each sample{near}; say where it stands: data.fields: "
+                f"{{{field}: {{member: npy}}}}"
+            )
+
+
 def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str]:
     """What is wrong where a loss needs all samples of a modality that some may lack."""
-    names = needs.named or set(plan.modalities)
-    optional = sorted(name for name in names if name in plan.modalities and plan.modalities[name].optional)
+    known = {**plan.modalities, **plan.fields}
+    names = (needs.named or set(plan.modalities)) | set(needs.fields)
+    optional = sorted(name for name in names if name in known and known[name].optional)
     if optional and not loss.partial:
         some = " and ".join(repr(name) for name in optional)
         yield (

@@ -22,10 +22,11 @@ from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
+from distill_core.data.fields import FieldConfig
 from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import ModalityPlan, Needs, Plan
+from distill_core.plan import FieldPlan, ModalityPlan, Needs, Plan
 from distill_core.teacher import TeacherConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -41,9 +42,11 @@ class DataConfig(ComponentConfig):
     read in passes of its own. Null reads every sample once a pass."""
     batches: Literal["mixed", "one_set"] = "mixed"
     """`one_set`: all samples of a step, over all ranks, come from the same set."""
+    fields: dict[str, FieldConfig] = {}  # noqa: RUF012
+    """What losses read of a sample beside its views, as {label: {member: cls, dtype: int64}}."""
     optional: tuple[str, ...] = ()
-    """Modalities that a sample may lack, as [text]: a loss that needs one is computed over the samples that have it. A
-    sample that lacks another is skipped and counted."""
+    """Modalities and fields that a sample may lack, as [text]: a loss that needs one is computed over the samples that
+    have it. A sample that lacks another is skipped and counted."""
     batch_size: Positive = 64
     """Samples a step on each rank; a resumed run keeps the size over all ranks, whatever their number."""
     workers: Annotated[int, Field(ge=0)] = 1
@@ -261,7 +264,7 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.teacher, self.fusion, self.data.optional)
+        return plan_of(self.augment, self.backbone, self.teacher, self.fusion, self.data)
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusion and each loss need."""
@@ -298,12 +301,20 @@ def plan_of(
     backbone: Mapping[str, Slot[Backbone]],
     teacher: TeacherConfig | None,
     fusion: Slot[FusionHead] | None,
-    optional: Collection[str] = (),
+    data: DataConfig,
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
-    modalities = {name: modality_plan(name, augment[name], backbone[name], teacher, name in optional) for name in names}
-    return Plan(modalities, teacher is not None, fusion is not None, pools(fusion))
+    modalities = {
+        name: modality_plan(name, augment[name], backbone[name], teacher, name in data.optional) for name in names
+    }
+    fields = field_plans(data.fields, data.optional)
+    return Plan(modalities, teacher is not None, fusion is not None, pools(fusion), fields)
+
+
+def field_plans(fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, FieldPlan]:
+    """What is known of the samples' fields."""
+    return {name: FieldPlan(field.shape, field.dtype, name in optional) for name, field in fields.items()}
 
 
 def pools(fusion: Slot[FusionHead] | None) -> bool:

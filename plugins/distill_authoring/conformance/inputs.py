@@ -23,6 +23,7 @@ from distill_core import (
     ComponentConfig,
     ConformanceCase,
     Features,
+    FieldPlan,
     Fused,
     Fusion,
     FusionHead,
@@ -246,7 +247,8 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             spec=replace(old.spec, can_mask=old.spec.can_mask or name in needs.masked),
             extras=tuple(dict.fromkeys((*old.extras, *needs.extra.get(name, ())))),
         )
-    return Plan(modalities, teacher, plan.fusion or bool(needs.fused))
+    fields = {**dict.fromkeys(needs.fields, FieldPlan((), "float32")), **plan.fields}
+    return Plan(modalities, teacher, plan.fusion or bool(needs.fused), fields=fields)
 
 
 def length(plan: Plan, name: str, role: str) -> int:
@@ -398,6 +400,11 @@ def example_outputs(
             fused[name] = Fused(pooled, tokens)
     heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}
+    draw = torch.Generator().manual_seed(seed + 5)
+    fields = {
+        name: inputs.field(config, name, batch) if inputs.field is not None else torch.rand(batch, generator=draw)
+        for name in needs.fields
+    }
     return Outputs(
         groups(fit, inputs, config, student, seed=seed + 2, hidden=hidden, ids=ids),
         student,
@@ -412,6 +419,8 @@ def example_outputs(
         any_fusion,
         PROGRESS,
         lambda module: copies[id(module)],
+        [str(i) for i in range(batch)],
+        fields,
     )
 
 
@@ -441,7 +450,9 @@ def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outpu
             name: Fused(cut(x.pooled, 1), None if x.tokens is None else cut(x.tokens, 0)) for name, x in fused.items()
         }
     views = {name: group.map(lambda x: cut(x, 1)) for name, group in outputs.views.items()}
-    return Outputs(views, student, teacher, fused, outputs.fusion, outputs.progress, outputs.ema)
+    fields = {name: x[start:end] for name, x in outputs.fields.items()}
+    changed = {"views": views, "student": student, "teacher": teacher, "fused": fused, "fields": fields}
+    return replace(outputs, **changed, keys=outputs.keys[start:end])
 
 
 def of_some(outputs: Outputs, counts: Sequence[int], rank: int) -> Outputs:

@@ -20,7 +20,7 @@ from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import Loss
-from distill_core.plan import MissingModality, ModalityPlan, Needs, Plan
+from distill_core.plan import FieldPlan, MissingModality, ModalityPlan, Needs, Plan
 from distill_core.recipe.document import Document
 from distill_core.recipe.sections import (
     EvaluateConfig,
@@ -191,7 +191,7 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             yield path, problem
 
 
-def unknown_fields(name: str, needs: Needs, fields: Collection[str]) -> Iterator[str]:
+def unknown_fields(name: str, needs: Needs, fields: Sequence[str]) -> Iterator[str]:
     """A line for each field that component `name` needs and `data.fields` does not give."""
     for field in needs.fields:
         if field not in fields:
@@ -204,7 +204,7 @@ def unknown_fields(name: str, needs: Needs, fields: Collection[str]) -> Iterator
 
 def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str]:
     """What is wrong where a loss needs all samples of a modality that some may lack."""
-    known = {**plan.modalities, **plan.fields}
+    known: dict[str, ModalityPlan | FieldPlan] = {**plan.modalities, **plan.fields}
     names = (needs.named or set(plan.modalities)) | set(needs.fields)
     optional = sorted(name for name in names if name in known and known[name].optional)
     if optional and not loss.partial:

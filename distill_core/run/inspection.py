@@ -146,6 +146,7 @@ def leave_out(outputs: Outputs, i: int) -> Outputs:
         teacher={side: {name: f.of(some) for name, f in of.items()} for side, of in outputs.teacher.items()},
         fused={name: fused.of(some) for name, fused in outputs.fused.items()},
         keys=[key for j, key in enumerate(outputs.keys) if j != i],
+        fields={name: some.of(x, 0, None) for name, x in outputs.fields.items()},
         present=some,
         _cut={},
     )

@@ -451,8 +451,8 @@ def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outpu
         }
     views = {name: group.map(lambda x: cut(x, 1)) for name, group in outputs.views.items()}
     fields = {name: x[start:end] for name, x in outputs.fields.items()}
-    changed = {"views": views, "student": student, "teacher": teacher, "fused": fused, "fields": fields}
-    return replace(outputs, **changed, keys=outputs.keys[start:end])
+    keys = outputs.keys[start:end]
+    return replace(outputs, views=views, student=student, teacher=teacher, fused=fused, keys=keys, fields=fields)
 
 
 def of_some(outputs: Outputs, counts: Sequence[int], rank: int) -> Outputs:

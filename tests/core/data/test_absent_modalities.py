@@ -225,7 +225,7 @@ def test_recipes_that_cannot_be_are_refused_with_a_line_each(recipe: Callable[..
         )
     lines = str(refused.value).splitlines()
     for message in (
-        "no modality 'txet', did you mean 'text'?",
+        "no modality or field 'txet', did you mean 'text'?",
         "'needs_all' needs 'text' of every sample, and data.optional lets some lack it",
         "exchange: ring passes as many rows from each rank, and text may be absent",
     ):

@@ -98,14 +98,14 @@ def _unobserved(op: Op, inputs: Any) -> Any:
         return choose_here(op, "auto", inputs).run(inputs)
 
 
-def _choice(op: Op, asked: str, chosen: Backend, inputs: Any) -> Choice:
+def _choice(op: Op, backend: str, chosen: Backend, inputs: Any) -> Choice:
     order = order_of(op, inputs)
     others = []
     for other in op.backends:
         if other.name != chosen.name:
-            behind = f"after {chosen.name} in the order" if other.name in order.names else "only when named"
-            others.append((other.name, other.why_not(inputs) or (behind if asked == "auto" else "another was named")))
-    why = order.why if asked == "auto" else "named"
+            rank = f"after {chosen.name} in the order" if other.name in order.names else "only when named"
+            others.append((other.name, other.why_not(inputs) or (rank if backend == "auto" else "another was named")))
+    why = order.why if backend == "auto" else "named"
     return Choice(op.name, chosen.name, op.shape_class(inputs), why, tuple(others))
 
 

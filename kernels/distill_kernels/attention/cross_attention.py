@@ -98,9 +98,9 @@ def check_valid_tokens(lengths: Tensor | None, mask: Tensor | None, tokens: Tens
         raise ValueError(f"lengths must be [{b}] int32 or int64, got {[*lengths.shape]} {lengths.dtype}")
     if mask is not None and (mask.shape != (b, n) or mask.dtype != torch.bool):
         raise ValueError(f"mask must be [{b}, {n}] bool, got {[*mask.shape]} {mask.dtype}")
-    for name, given in (("lengths", lengths), ("mask", mask)):
-        if given is not None and given.device != tokens.device:
-            raise ValueError(f"{name} is on {given.device}, the tokens on {tokens.device}")
+    for name, valid in (("lengths", lengths), ("mask", mask)):
+        if valid is not None and valid.device != tokens.device:
+            raise ValueError(f"{name} is on {valid.device}, the tokens on {tokens.device}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Tensor | None) -> None:

@@ -35,14 +35,12 @@ def failures_named() -> Iterator[None]:
     except Exception as error:
         if (peers := distributed.peers()) is None:
             raise
-        if not is_consequence(error):
+        first = peers.culprit() if is_consequence(error) else None
+        if first is None or first.ranks == (peers.rank,):
             line = one_line(error)
             peers.fail(line)
             if not isinstance(error, UserError):  # a bug: its traceback follows
                 click.echo(f"rank {peers.rank}: {line}", err=True)
-            raise
-        first = peers.culprit()
-        if first is None or first.ranks == (peers.rank,):
             raise
         line = f"{first}. All ranks end; what was saved last can be resumed"
         raise OtherRankFailed(line, speaks=peers.is_first("to name the error")) from None

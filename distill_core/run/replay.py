@@ -125,6 +125,8 @@ def _replay(
             f"{folder.path}: step {step} has other samples than the run noted ({keys[0]}, ..., not "
             f"{capture.keys[0]}, ...): has the data or the recipe changed since?"
         )
+    of_ranks = distributed.gather_objects((inspection.first_bad, inspection.bad_gradients))
+    who = [f"rank {rank}: " if len(of_ranks) > 1 else "" for rank in range(len(of_ranks))]
     rows = [row for row in folder.rows() if row["step"] == step and "terms" in row]
     return Replay(
         step=step,
@@ -136,8 +138,8 @@ def _replay(
         keys=keys,
         logged=rows[-1]["loss"] if rows and capture is None else None,
         captured=capture is not None,
-        first_bad=inspection.first_bad,
-        bad_gradients=inspection.bad_gradients,
+        first_bad=next((f"{of}{bad}" for of, (bad, _) in zip(who, of_ranks, strict=True) if bad is not None), None),
+        bad_gradients=list(dict.fromkeys(name for _, names in of_ranks for name in names)),
         contributions=dict(zip(batch.keys, inspection.contributions, strict=False)),
         no_contributions=inspection.no_contributions,
         culprits=[batch.keys[i] for i in inspection.culprits],

@@ -167,6 +167,7 @@ class Trainer:
         self.stalls.step(state.step)
         while state.step < steps and (batch := self._next_batch(log, results)) is not None:
             self.notices.batch(batch)
+            log.look(batch)
             state.skipped_samples += len(batch.skipped)
             state.samples_by_set.update(batch.sets)
             state.absences.update(batch.absences)
@@ -174,6 +175,7 @@ class Trainer:
             result = self.train_step(upload(batch), progress)
             results.add(batch, result, progress)  # which reads those of the step before
             state.step += 1
+            log.step_ended()
             self.stalls.step(state.step)
             state.mark()
             self.tracked.views(state.step, int(progress.epoch))
@@ -205,7 +207,8 @@ class Trainer:
             self.lockstep.loader = state.loader
             options = ", ".join(f"{path} {value}" for path, value in self.recipe.stages[stage - 1].set.items())
             self.display.say(f"step {state.step}: stage {stage} of {len(self.recipe.stages)} begins: {options}")
-        return self.lockstep.next_batch()
+        with log.waiting():
+            return self.lockstep.next_batch()
 
     def _track(self) -> dict[str, Any]:
         """Tell the tracker of the run; returns what the run is made with, for the report. {} but on the first rank."""

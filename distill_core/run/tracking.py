@@ -60,6 +60,7 @@ class TrackedRun:
         flat = {"loss": row["loss"], **{f"loss/{name}": value for name, value in row["terms"].items()}}
         flat |= {f"metric/{name}": value for name, value in row["metrics"].items()}
         flat |= {name: row[name] for name in ("lr", "grad_norm", "samples_per_s", "momentum") if name in row}
+        flat |= {f"timing/{name}": value for name, value in row.get("timing", {}).items()}
         flat |= {f"schedule/{path}": value for path, value in row.get("schedules", {}).items()}
         self._tracker.call("log", step, flat, self._context("train"))
 

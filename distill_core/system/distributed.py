@@ -38,14 +38,28 @@ class RanksApart(UserError):
     """Another rank has ended, or did not reach the collective that this one waits in."""
 
 
+_alone = False
+
+
 def rank() -> int:
     """This process's rank, 0 in one process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is one without others: a step that is only looked at reaches no collective."""
+    global _alone
+    _alone, before = True, _alone
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def start(device: torch.device) -> torch.device:

@@ -162,7 +162,9 @@ def assert_same_end(run: Path, whole: Path) -> None:
 
 
 def _without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in ("seconds", "samples_per_s")} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "samples_per_s", "timing")} for row in rows
+    ]
 
 
 def go_on(run: Path, registry: Registry) -> None:

@@ -88,6 +88,7 @@ def test_the_rule_warns_once_of_what_lasts() -> None:
     assert not any(few.check(row(0.5, 1.0)) for _ in range(2 * ROWS)), "two samples differ in one direction"
 
 
+@pytest.mark.slow
 def test_in_the_rows_of_a_run(
     tiny_recipe: Path, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

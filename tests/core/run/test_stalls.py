@@ -100,6 +100,7 @@ def train(tiny_recipe: Path, registry: Registry, tmp_path: Path, capsys: pytest.
     return make
 
 
+@pytest.mark.slow
 def test_a_component(train: Train) -> None:
     """Would catch a watch that stalls with what it watches, and a place in a library in place of the component's."""
     said, stack = train("wait_for", "loss=[{name: sleeps}]")
@@ -109,6 +110,7 @@ def test_a_component(train: Train) -> None:
     assert "in forward" in stack
 
 
+@pytest.mark.slow
 def test_a_data_worker(train: Train) -> None:
     """Whose stack is another process's. Would catch a worker that the signal ends, and files that stay behind."""
     said, stack = train(

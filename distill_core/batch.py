@@ -86,9 +86,7 @@ class Group:
         """The samples of `present` out of those of `outer`, which this holds; None stands for all samples."""
         if present is outer:
             return self
-        group = replace(self, hidden=None).map(
-            lambda x: present.of(x, 1, outer)
-        )  # `places` finds the hidden ones again
+        group = replace(self, hidden=None).map(lambda x: present.of(x, 1, outer))  # `places` looks for them again
         places = present.places(outer)
         if self.lengths is not None and places is not None:
             group.lengths = self.lengths[:, places]

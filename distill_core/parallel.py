@@ -109,8 +109,15 @@ def compile_units(objective: Objective, backend: str = "inductor") -> int:
     return len(units)
 
 
+GRAPHS = 64
+"""That one function may have. Torch allows 8, of all modules of a class together: a block serves towers of several
+widths, student and teacher, with tokens or without, of fixed lengths and then of any."""
+
+
 def compile_unit(unit: nn.Module, backend: str) -> None:
     """`unit.compile` as one graph, for torch's own modules too, whose frames it does not trace."""
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, GRAPHS)
     if not type(unit).forward.__module__.startswith("torch.nn."):
         unit.compile(backend=backend, fullgraph=True)
         return

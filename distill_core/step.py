@@ -25,23 +25,23 @@ from distill_core.system.transfer import Download
 class StepResult:
     """The numbers of a step. The host waits for the device when the first of them is read, and only then."""
 
-    def __init__(self, losses: Losses, norm: Tensor, not_finite: Tensor, lr: float) -> None:
+    def __init__(self, losses: Losses, norm: Tensor, not_finite: Tensor, meet: Tensor, lr: float) -> None:
         self.lr = lr
         """Of the first parameter group."""
         self._names = [*losses.terms], [*losses.metrics]
-        scalars = [losses.total, norm, not_finite, *losses.terms.values(), *losses.metrics.values()]
+        scalars = [losses.total, norm, not_finite, meet, *losses.terms.values(), *losses.metrics.values()]
         self._numbers = Download(torch.stack([x.detach().to(norm.device, torch.float32) for x in scalars]))
 
     @cached_property
-    def numbers(self) -> tuple[float, float, float, dict[str, float], dict[str, float]]:
+    def numbers(self) -> tuple[float, float, float, float, dict[str, float], dict[str, float]]:
         """All of them, in one piece."""
-        loss, norm, not_finite, *more = self._numbers.tolist()
+        loss, norm, not_finite, meet, *more = self._numbers.tolist()
         terms, metrics = self._names
         count = len(terms)
         of_terms, of_metrics = (
             dict(zip(n, x, strict=True)) for n, x in ((terms, more[:count]), (metrics, more[count:]))
         )
-        return loss, norm, not_finite, of_terms, of_metrics
+        return loss, norm, not_finite, meet, of_terms, of_metrics
 
     @property
     def loss(self) -> float:
@@ -59,6 +59,11 @@ class StepResult:
         return int(self.numbers[2])
 
     @property
+    def meet(self) -> bool:
+        """Whether some rank asks all of them to meet before the step after the next (`Lockstep`)."""
+        return bool(self.numbers[3])
+
+    @property
     def finite(self) -> bool:
         """Whether this one was."""
         return self.not_finite == 0
@@ -66,12 +71,12 @@ class StepResult:
     @property
     def terms(self) -> dict[str, float]:
         """The losses' terms."""
-        return self.numbers[3]
+        return self.numbers[4]
 
     @property
     def metrics(self) -> dict[str, float]:
         """The losses' metrics."""
-        return self.numbers[4]
+        return self.numbers[5]
 
 
 class TrainStep:
@@ -144,8 +149,8 @@ class TrainStep:
         names = {id(parameter): name for name, parameter, _ in self._named}
         return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def __call__(self, batch: Batch, progress: Progress) -> StepResult:
-        """One optimiser step, or none where a value is not finite."""
+    def __call__(self, batch: Batch, progress: Progress, *, meet: bool = False) -> StepResult:
+        """One optimiser step, or none where a value is not finite. `meet` reaches all ranks with the result."""
         self.running = True
         factor = self.schedule.value(progress)
         for group, built in zip(self.optimizer.param_groups, self.built, strict=True):
@@ -160,7 +165,7 @@ class TrainStep:
         losses.total.backward()  # type: ignore[no-untyped-call]
         distributed.average_gradients(self.parameters)
         norm = distributed.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
-        finite = self._judge(losses.total.detach(), norm)
+        finite, any_meets = self._judge(losses.total.detach(), norm, meet)
         if self.limit is not None:
             limit_gradients([(name, p) for name, p, _ in self._named], norm, self.limit, progress)
         self.whole = False
@@ -168,14 +173,16 @@ class TrainStep:
         self._update(finite)
         self.objective.after_step(outputs, progress, finite)
         self.whole, self.running = True, False
-        return StepResult(losses, norm, self.not_finite, self.optimizer.param_groups[0]["lr"])
+        return StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])
 
-    def _judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether this step may update anything, a 0-dim bool; counts it where not."""
-        bad = distributed.any_rank_on_device(~torch.isfinite(loss + norm))  # the norm is of all ranks, the loss is not
-        bad |= self.not_finite >= self.allowed
+    def _judge(self, loss: Tensor, norm: Tensor, meet: bool) -> tuple[Tensor, Tensor]:
+        """0-dim bools: whether this step may update anything, which counts it where not; whether some rank asks to
+        `meet`."""
+        bad = ~torch.isfinite(loss + norm)  # the norm is of all ranks, the loss is not
+        bad, any_meets = distributed.any_rank_on_device(torch.stack((bad, torch.full_like(bad, meet)))).unbind()
+        bad = bad | (self.not_finite >= self.allowed)
         self.not_finite = (self.not_finite + 1) * bad
-        return ~bad
+        return ~bad, any_meets
 
     def _update(self, finite: Tensor) -> None:
         """The optimiser's step where `finite`, which the host reads only for one that cannot."""

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from distill_core.evaluate.score import parse_address as parse_address
     from distill_core.evaluate.score import read_scores as read_scores
     from distill_core.model import evaluating as evaluating
+    from distill_core.parallel import compile_unit as compile_unit
+    from distill_core.parallel import compile_units as compile_units
     from distill_core.parallel import lay_out as lay_out
+    from distill_core.parallel import one_graph_each as one_graph_each
     from distill_core.recipe.build import build_objective as build_objective
     from distill_core.recipe.checks import unmet as unmet
     from distill_core.recipe.document import Document as Document
@@ -107,6 +110,9 @@ HOMES = {
     "TaskScore": "distill_core.evaluate.score",
     "evaluating": "distill_core.model",
     "lay_out": "distill_core.parallel",
+    "compile_unit": "distill_core.parallel",
+    "compile_units": "distill_core.parallel",
+    "one_graph_each": "distill_core.parallel",
     "build_objective": "distill_core.recipe.build",
     "unmet": "distill_core.recipe.checks",
     "Document": "distill_core.recipe.document",

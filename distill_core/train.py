@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from distill_core.run.tracking import TrackedRun
 from distill_core.run.validation import Validation
 from distill_core.step import StepResult, TrainStep
 from distill_core.system import distributed
-from distill_core.system.process import Interrupt, garbage_at_fixed_steps
+from distill_core.system.process import Garbage, Interrupt, garbage_at_fixed_steps
 from distill_core.system.transfer import Uploads
 
 
@@ -147,20 +146,21 @@ class Trainer:
         log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every, self.display.warn)
 
         def handle(keys: list[str], result: StepResult, progress: Progress) -> None:
+            self.lockstep.hear(result.meet)
             self.nonfinite.check(keys, result)
             log.add(result, progress)
             self.display.step(self.state.step, log.rate, result.terms)
 
         results = LateResults(handle)
         try:
-            with one_graph_each(), self.stalls.running(), garbage_at_fixed_steps() as collect:
-                self._loop(log, results, collect)
+            with one_graph_each(), self.stalls.running(), garbage_at_fixed_steps() as garbage:
+                self._loop(log, results, garbage)
             self.saver.save()
         except Exception as error:
             self.saver.save_before(error, results.settle)
             raise
 
-    def _loop(self, log: MetricsLog, results: LateResults, collect: Callable[[int], None]) -> None:
+    def _loop(self, log: MetricsLog, results: LateResults, garbage: Garbage) -> None:
         state, steps = self.state, self.state.length.steps
         save_every, validate_every = self.recipe.train.checkpoint.every, self.recipe.evaluate.every
         upload = Uploads(self.device)
@@ -172,19 +172,19 @@ class Trainer:
             state.samples_by_set.update(batch.sets)
             state.absences.update(batch.absences)
             progress = state.length.progress(state.step)
-            result = self.train_step(upload(batch), progress)
+            result = self.train_step(upload(batch), progress, meet=self.lockstep.must_meet())
             results.add(batch, result, progress)  # which reads those of the step before
             state.step += 1
             log.step_ended()
             self.stalls.step(state.step)
             state.mark()
             self.tracked.views(state.step, int(progress.epoch))
-            collect(state.step)
+            garbage.collect(state.step)
             validates, saves = (every and state.step % every == 0 for every in (validate_every, save_every))
             if state.step == steps or not (validates or saves):
                 continue
             results.settle()
-            with log.paused():
+            with log.paused(), garbage.automatic():
                 if validates:
                     self.saver.settle()  # which may change what the best score is
                     self.validation.validate()
@@ -194,7 +194,8 @@ class Trainer:
         results.settle()
         if validate_every and state.step == steps:
             self.saver.settle()
-            self.validation.validate()
+            with garbage.automatic():
+                self.validation.validate()
             state.mark()
 
     def _next_batch(self, log: MetricsLog, results: LateResults) -> Batch | None:
@@ -204,7 +205,7 @@ class Trainer:
             results.settle()
             with log.paused():
                 enter(state, stage)
-            self.lockstep.loader = state.loader
+            self.lockstep.follow(state.loader)
             options = ", ".join(f"{path} {value}" for path, value in self.recipe.stages[stage - 1].set.items())
             self.display.say(f"step {state.step}: stage {stage} of {len(self.recipe.stages)} begins: {options}")
         with log.waiting():

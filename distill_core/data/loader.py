@@ -16,8 +16,10 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,6 +41,8 @@ JUDGED = 1000
 """By fewer samples no share of bad ones is judged."""
 SECONDS_TO_WRITE = 0.5
 """For the workers, their stacks."""
+LOOK_AHEAD = 2
+"""Batches that a rank holds beside the one that it hands out, so that ranks need not ask one another at each step."""
 SECONDS_TO_END = 5.0
 """For the workers, before they are killed."""
 
@@ -111,19 +115,31 @@ class _StartWorker:
             os._exit(0)
 
 
-class _Reader:
-    """Takes from an iterator in a thread, one at a time, when asked: what blocks there blocks nobody else."""
+@dataclass(slots=True)
+class _Arrived:
+    """A batch that `wait` hands out next, with the samples judged by then; or the error that it raises."""
 
-    def __init__(self, batches: Iterator[Batch | Failure]) -> None:
+    batch: Batch | None
+    good: int
+    bad: int
+    error: Exception | None = None
+
+
+class _Reader:
+    """Takes from an iterator in a thread, `wanted` at a time, when asked: what blocks there blocks nobody else."""
+
+    def __init__(self, batches: Iterator[Batch | Failure], wanted: int) -> None:
         self._batches = batches
+        self._wanted = wanted
+        self._closed = False
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[Batch | Failure | Exception] = queue.SimpleQueue()
-        self._asked = False
+        self._asked = 0
         # a daemon: the process may end while a read is blocked
         threading.Thread(target=self._work, name="batches", daemon=True).start()
 
     def _work(self) -> None:
-        while self._requests.get():
+        while self._requests.get() and not self._closed:
             try:
                 self._answers.put(next(self._batches))
             except Exception as error:
@@ -131,20 +147,21 @@ class _Reader:
 
     def take(self, seconds: float) -> Batch | Failure | None:
         """The next one, or None where it takes longer: ask again then."""
-        if not self._asked:
-            self._asked = True
+        while self._asked < self._wanted:
+            self._asked += 1
             self._requests.put(True)
         try:
             answer = self._answers.get(timeout=seconds)
         except queue.Empty:
             return None
-        self._asked = False
+        self._asked -= 1
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
         """Let the thread end."""
+        self._closed = True
         self._requests.put(False)
 
 
@@ -199,6 +216,7 @@ class Loader:
         self._workers: list[BaseProcess] = []
         self._reader: _Reader | None = None
         self._handed_out = 0  # batches, since the start
+        self._arrived: deque[_Arrived] = deque()  # and not handed out
         self._child_ended: Any = None
 
     @property
@@ -231,7 +249,7 @@ class Loader:
         if self._workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises for a worker that died wherever the trainer is just then: in a save, in an update
             self._child_ended = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        self._reader = _Reader(iterator)
+        self._reader = _Reader(iterator, 1 if self.world == 1 else 1 + LOOK_AHEAD)
 
     def _batch_reader(self) -> BatchReader:
         recipe = self.recipe
@@ -276,6 +294,37 @@ class Loader:
 
         Raises `DataError` for what a worker met, for a worker that died, and for too many bad samples.
         """
+        if not self._arrived and not self._receive(seconds):
+            return None
+        following = self._arrived.popleft()
+        if following.batch is None:
+            assert following.error is not None
+            raise following.error
+        self.good, self.bad = following.good, following.bad
+        self.position += self.batch_size
+        self._handed_out += 1
+        return following.batch
+
+    def holds(self, count: int) -> bool:
+        """Whether `wait` will hand out the next `count` batches (up to LOOK_AHEAD) at once, and without an error."""
+        while len(self._arrived) < count and (not self._arrived or self._arrived[-1].error is None):
+            if not self._receive(0.0):
+                return False
+        return len(self._arrived) >= count and all(following.error is None for following in self._arrived)
+
+    def _receive(self, seconds: float) -> bool:
+        """Take one more batch, or an error in its place, into `_arrived`; False where none comes within `seconds`."""
+        last = self._arrived[-1] if self._arrived else _Arrived(None, self.good, self.bad)
+        try:
+            batch = self._take(seconds)
+            if batch is None:
+                return False
+            self._arrived.append(_Arrived(batch, *self._judge(batch, last.good, last.bad)))
+        except Exception as error:
+            self._arrived.append(_Arrived(None, last.good, last.bad, error))
+        return True
+
+    def _take(self, seconds: float) -> Batch | None:
         assert self._reader is not None, "not started"
         try:
             batch = self._reader.take(seconds)
@@ -285,32 +334,26 @@ class Loader:
             raise
         if isinstance(batch, Failure):
             raise DataError(batch.message)
-        if batch is None:
-            if problem := self._lost_worker():
-                raise DataError(problem)
-            return None
-        self._judge(batch)
-        self.position += self.batch_size
-        self._handed_out += 1
+        if batch is None and (problem := self._lost_worker()):
+            raise DataError(problem)
         return batch
 
-    def _judge(self, batch: Batch) -> None:
-        """Raises `DataError` where more samples of this pass are bad than the recipe allows."""
-        this_pass, next_pass = (
-            position // self.samples for position in (self.position, self.position + self.batch_size)
-        )
-        self.good += len(batch) - len(batch.skipped)
-        self.bad += len(batch.skipped)
-        total, allowed = self.good + self.bad, self.recipe.data.max_bad_fraction
+    def _judge(self, batch: Batch, good: int, bad: int) -> tuple[int, int]:
+        """The good and the bad samples, this batch's included. Raises `DataError` where more of this pass are bad than
+        the recipe allows."""
+        start = self.position + len(self._arrived) * self.batch_size
+        this_pass, next_pass = (position // self.samples for position in (start, start + self.batch_size))
+        good += len(batch) - len(batch.skipped)
+        bad += len(batch.skipped)
+        total, allowed = good + bad, self.recipe.data.max_bad_fraction
         if total < JUDGED and allowed > 0:
-            return
-        if self.bad > allowed * total:
+            return good, bad
+        if bad > allowed * total:
             raise DataError(
-                f"too many samples cannot be used: {self.bad} of the last {total}, where data.max_bad_fraction "
+                f"too many samples cannot be used: {bad} of the last {total}, where data.max_bad_fraction "
                 f"({allowed:g}) allows {int(allowed * total)}; the last: {batch.skipped[-1] if batch.skipped else '-'}"
             )
-        if this_pass < next_pass:
-            self.good = self.bad = 0
+        return (0, 0) if this_pass < next_pass else (good, bad)
 
     def waiting_for(self) -> str:
         """What the next batch waits for, as far as it can be known."""
@@ -318,7 +361,7 @@ class Loader:
             who, worker = "the reader", 0
         else:
             # batches are taken from the workers in turn
-            worker = self._handed_out % len(self._workers)
+            worker = (self._handed_out + len(self._arrived)) % len(self._workers)
             who = self.table.name(worker)
         shard = self.table.shard(worker)
         return f"{who} is reading {shard}" if shard is not None else f"{who} has opened no shard yet"

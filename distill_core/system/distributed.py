@@ -311,11 +311,11 @@ def any_rank(flag: bool) -> bool:
     return bool(value.item())
 
 
-def any_rank_on_device(flag: Tensor) -> Tensor:
-    """`flag`, a 0-dim bool on this rank's device, or that of any other rank; the host does not wait for it."""
+def any_rank_on_device(flags: Tensor) -> Tensor:
+    """Each of these bools, on this rank's device, or that of any other rank; the host does not wait for them."""
     if world_size() == 1:
-        return flag
-    value = flag.to(torch.uint8)
+        return flags
+    value = flags.to(torch.uint8)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.bool()
 

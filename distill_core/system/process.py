@@ -130,23 +130,36 @@ COLLECT_EVERY = 100
 """Steps between collections of garbage in training."""
 
 
+class Garbage:
+    """Python's cyclic garbage while `garbage_at_fixed_steps` is entered."""
+
+    def collect(self, step: int) -> None:
+        """Call after each step: collects it where that is due."""
+        if step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    @contextmanager
+    def automatic(self) -> Iterator[None]:
+        """Python collects by itself, inside: in a validation, where ranks do not step together and much may be made."""
+        gc.enable()
+        try:
+            yield
+        finally:
+            gc.disable()
+
+
 @contextmanager
-def garbage_at_fixed_steps() -> Iterator[Callable[[int], None]]:
+def garbage_at_fixed_steps() -> Iterator[Garbage]:
     """Python's cyclic garbage is collected only where what this yields is called with a step, and that every 100.
 
     So all ranks pause at the same steps, not each of them at its own while the others wait. What is alive already is
     not looked through again.
     """
     collects = gc.isenabled()
-
-    def collect(step: int) -> None:
-        if step % COLLECT_EVERY == 0:
-            gc.collect()
-
     gc.disable()
     gc.freeze()
     try:
-        yield collect
+        yield Garbage()
     finally:
         gc.unfreeze()
         if collects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import platform
 import statistics
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distill_core import Batch, Group, Objective, Progress, UserError, Views
-from distill_core.tools import Recipe, build_objective, keep_freed_memory
+from distill_core.tools import Recipe, build_objective, compile_units, keep_freed_memory
 from distill_cosmos import cosmos, official
 from distill_cosmos.fusion import CrossAttention
 from distill_cosmos.losses import CrossModalDistillation
@@ -194,7 +195,7 @@ def _step(side: Ours | Plain, precision: str) -> dict[str, Tensor]:
     return terms
 
 
-def agreement(ours: Ours, other: Plain) -> tuple[float, float]:
+def agreement(ours: Ours, other: Ours | Plain) -> tuple[float, float]:
     """Largest relative difference in fp32 of a loss, and of a parameter's gradient (key biases,
     whose gradients are noise, apart).
 
@@ -242,8 +243,11 @@ def bench_step(
     say: Callable[[str], None],
     precisions: Sequence[str] = ("fp32", "bf16"),
     device: torch.device = CPU,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Rows by precision and part: median seconds of both (`Clock`), and their ratio. One thread, interleaved.
+
+    With `compiled` ours, compiled, is compared with ours, eager: not with that of cosmos.py.
 
     Raises `UserError` for another recipe than `check` takes, for two steps that differ, and for a batch of one sample.
     """
@@ -260,15 +264,23 @@ def bench_step(
     objective = build_objective(recipe).to(device)
     batch = make_batch(recipe, batch_size, global_tokens, local_tokens).to(device)
     ours = Ours(recipe, objective, batch, Clock(device))
-    other = Plain(recipe, objective, batch, Clock(device))
+    other: Ours | Plain
+    if compiled:
+        names = ("compiled", "eager")
+        other = Ours(recipe, copy.deepcopy(objective), batch, Clock(device))
+        compile_units(objective)
+    else:
+        names = ("ours", "plain")
+        other = Plain(recipe, objective, batch, Clock(device))
     loss, gradient = agreement(ours, other)
     say(f"same step: losses agree to {loss:.1e}, gradients to {gradient:.1e} (relative, fp32)")
     for precision in precisions:
-        totals: dict[str, list[float]] = {"ours": [], "plain": []}
+        totals: dict[str, list[float]] = {name: [] for name in names}
+        pairs = list(zip(names, (ours, other), strict=True))
         ours.clock.parts.clear()
         other.clock.parts.clear()
         for i in range(rounds + 1):
-            for name, side in (("ours", ours), ("plain", other)) if i % 2 else (("plain", other), ("ours", ours)):
+            for name, side in pairs if i % 2 else reversed(pairs):
                 began = side.clock.now()
                 _step(side, precision)
                 side.update()
@@ -278,20 +290,20 @@ def bench_step(
                 else:
                     totals[name].append(side.clock.now() - began)
         for part in [*ours.clock.parts, "step"]:
-            a = statistics.median(totals["ours"] if part == "step" else ours.clock.parts[part])
-            b = statistics.median(totals["plain"] if part == "step" else other.clock.parts[part])
-            ratios = [y / x for x, y in zip(totals["ours"], totals["plain"], strict=True)]
+            a = statistics.median(totals[names[0]] if part == "step" else ours.clock.parts[part])
+            b = statistics.median(totals[names[1]] if part == "step" else other.clock.parts[part])
+            ratios = [y / x for x, y in zip(*totals.values(), strict=True)]
             row = {
                 "precision": precision,
                 "part": part,
-                "plain_s": round(b, 4),
-                "ours_s": round(a, 4),
+                f"{names[1]}_s": round(b, 4),
+                f"{names[0]}_s": round(a, 4),
                 "ratio": round(b / a, 3),
             }
             if part == "step":
                 row["ratio"] = round(statistics.median(ratios), 3)
             rows.append(row)
-            say(f"{precision}  {part:12}  plain {b:7.3f} s   ours {a:7.3f} s   {row['ratio']:.2f} x")
+            say(f"{precision}  {part:12}  {names[1]} {b:7.3f} s   {names[0]} {a:7.3f} s   {row['ratio']:.2f} x")
     return rows
 
 

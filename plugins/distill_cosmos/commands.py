@@ -27,6 +27,7 @@ def bench() -> None:
     help="Precisions to measure; bf16 is autocast.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where both run: cpu, cuda, cuda:1, or auto.")
+@click.option("--compile", "compiled", is_flag=True, help="Compare the framework's step, compiled, with itself, eager.")
 @click.option("--csv", "output", help="Write the rows to this file.")
 def step(
     recipe: str,
@@ -37,6 +38,7 @@ def step(
     rounds: int,
     precision: str,
     device: str,
+    compiled: bool,
     output: str | None,
 ) -> None:
     """COSMOS's step against distill_cosmos/cosmos.py, which is written from the equations.
@@ -48,6 +50,8 @@ def step(
     from distill_core.tools import Registry, load_recipe, resolve_device
     from distill_cosmos.bench import bench_step, write_csv
 
+    if compiled and output is not None:
+        raise click.UsageError("--csv is of the comparison with cosmos.py, --compile of another")
     where = resolve_device(device, "--device")
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
     rows = bench_step(
@@ -59,6 +63,7 @@ def step(
         precisions=("fp32", "bf16") if precision == "both" else (precision,),
         say=click.echo,
         device=where,
+        compiled=compiled,
     )
     if output is not None:
         write_csv(Path(output), rows, Path(recipe).name, batch, where)

@@ -52,7 +52,7 @@ class Dino(PrototypeLoss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term; metrics show a collapse."""
         term, metrics = self.class_term(outputs, self.targets, self.students, self.config.class_token)
-        return {"dino": term}, metrics | {"teacher_temperature": torch.tensor(self.temperature(outputs.progress))}
+        return {"dino": term}, metrics | {"teacher_temperature": term.new_full((), self.temperature(outputs.progress))}
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         self.targets.move()
@@ -139,7 +139,7 @@ class Ibot(PrototypeLoss):
         if self.config.shared_head:
             terms["class"], class_metrics = self.class_term(outputs, self.class_targets, self.students)
             metrics |= class_metrics
-        return terms, metrics | {"teacher_temperature": torch.tensor(temperature)}
+        return terms, metrics | {"teacher_temperature": logits.new_full((), temperature)}
 
     def _masks(self, outputs: Outputs) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The student's masked views -> [B, L], True where a patch is hidden; and where that is in [B * L]."""

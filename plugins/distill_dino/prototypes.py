@@ -110,8 +110,11 @@ def across_views(
     view does not count.
     """
     pairs = -torch.einsum("tbk,sbk->ts", teacher, student) / student.shape[1]
-    other = [[s != t for s in student_views] for t in teacher_views]
-    return pairs[torch.tensor(other, device=pairs.device)].mean()
+    other = torch.ones_like(pairs)
+    same = [(i, j) for i, t in enumerate(teacher_views) for j, s in enumerate(student_views) if s == t]
+    for i, j in same:  # filled where they are: a mask from the host would make it wait for the device
+        other[i, j] = 0.0
+    return (pairs * other).sum() / (pairs.numel() - len(same))
 
 
 def spread(targets: Tensor, name: str = "") -> dict[str, Tensor]:

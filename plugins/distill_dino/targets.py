@@ -48,11 +48,12 @@ class Targets(nn.Module):
             return
         total, count = self._seen
         self._seen = None
-        flat = torch.cat([total, total.new_tensor([count])])
+        flat = torch.cat([total, total.new_full((1,), count)])
         if world_size() > 1:
             dist.all_reduce(flat)
-        if flat[-1] > 0:
-            self.center.lerp_((flat[:-1] / flat[-1]).to(self.center.dtype), 1 - self.momentum)
+        mean = flat[:-1] / flat[-1].clamp(min=1)
+        moves = (flat[-1] > 0).to(flat.dtype) * (1 - self.momentum)  # only the device knows whether there was a row
+        self.center.lerp_(mean.to(self.center.dtype), moves.to(self.center.dtype))
 
 
 @torch.no_grad()

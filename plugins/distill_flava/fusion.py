@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import torch
@@ -30,7 +30,7 @@ class MultimodalEncoderConfig(ComponentConfig):
 
 
 class MultimodalEncoder(FusionHead):
-    """LN(transformer([class token; map(tokens of a); map(tokens of b)])); padding is never computed.
+    """LN(transformer([class token; map(tokens of a); map(tokens of b)])); no token attends to padding.
 
     `pooled[m]` [1, B, D] is the normalised class token, the same for both modalities; `tokens[m]` [B, L, D] the
     outputs at m's tokens, zeros at padding.
@@ -66,10 +66,6 @@ class MultimodalEncoder(FusionHead):
             if dim % config.heads:
                 yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
 
-    def units(self) -> Sequence[nn.Module]:
-        """The blocks: which tokens are real is counted on the host."""
-        return list(self.transformer.resblocks)
-
     def forward(self, features: Mapping[str, Features]) -> dict[str, Fused]:
         """The chosen view of both modalities, pair by pair."""
         first, second = self.config.modalities
@@ -87,13 +83,11 @@ class MultimodalEncoder(FusionHead):
         return {first: Fused(pooled, sequence[:, 1:middle]), second: Fused(pooled, sequence[:, middle:])}
 
     def _encode(self, sequence: Tensor, real: Tensor) -> Tensor:
-        """sequence [N, S, D], real [N, S] -> [N, S, D]; what is not real is neither seen nor computed."""
-        starts = torch.zeros(len(real) + 1, dtype=torch.long, device=real.device)
-        starts[1:] = real.sum(1).cumsum(0)
-        packed: Tensor = self.ln_post(self.transformer(sequence[real], Sequences(starts)))
-        padded = packed.new_zeros(sequence.shape)
-        padded[real] = packed
-        return padded
+        """sequence [N, S, D], real [N, S] -> [N, S, D]; zeros where it is not real, which no token sees."""
+        n, length, _ = sequence.shape
+        sequences = Sequences(shapes=((n, length),), mask=real)
+        out: Tensor = self.ln_post(self.transformer(sequence.flatten(0, 1), sequences))
+        return out.view(sequence.shape).masked_fill(~real[..., None], 0.0)
 
 
 def _real(tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -126,7 +126,7 @@ class ClipText(Backbone):
             raise ValueError(CANNOT_HIDE)
         ids = [self._padded(text.x) if text.tokens else text.x for text in inputs]
         device, sizes = ids[0].device, [len(x) for x in ids]
-        ends = torch.cat([_lengths(text) for text in inputs]) - 1
+        ends = torch.cat([lengths_of(text) for text in inputs]) - 1
         widths = torch.tensor([x.shape[1] for x in ids]).repeat_interleave(torch.tensor(sizes))
         whole = torch.tensor([text.tokens for text in inputs]).repeat_interleave(torch.tensor(sizes))
         lengths = torch.where(whole, widths, ends + 1)
@@ -136,7 +136,7 @@ class ClipText(Backbone):
         source = (widths.cumsum(0) - widths)[owner] + place
         is_read = whole[owner] | (place == ends[owner])
         rows, at_end = is_read.nonzero()[:, 0], (is_read.cumsum(0) - 1)[starts[:-1] + ends]
-        place, source, rows, at_end = _sent(device, place, source, rows, at_end)
+        place, source, rows, at_end = to_device(device, place, source, rows, at_end)
 
         packed = self.token_embedding(torch.cat([x.flatten() for x in ids])[source])
         packed = packed + embedding(place, self.positional_embedding)
@@ -188,12 +188,12 @@ class ClipText(Backbone):
         return self.transformer.weights(sequence, end, causal=True)
 
 
-def _lengths(texts: TowerInput) -> Tensor:
+def lengths_of(texts: TowerInput) -> Tensor:
     """[N] on the host, up to end-of-text, which is the largest id."""
     return texts.x.argmax(1).cpu() + 1 if texts.lengths is None else torch.from_numpy(texts.lengths).long()
 
 
-def _sent(device: torch.device, *indices: Tensor) -> tuple[Tensor, ...]:
+def to_device(device: torch.device, *indices: Tensor) -> tuple[Tensor, ...]:
     """Indices of the host on `device`, in one copy; on a GPU from pinned memory, so that the host does not wait."""
     if device.type == "cpu":
         return indices

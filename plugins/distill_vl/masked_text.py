@@ -19,10 +19,11 @@ from distill_core import (
     Encoded,
     ModalityPlan,
     Plan,
+    TowerInput,
     View,
     Views,
 )
-from distill_vl.clip_text import Positive, TextCollator
+from distill_vl.clip_text import Positive, TextCollator, lengths_of, to_device
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Sequences, Transformer
@@ -116,21 +117,25 @@ class BertText(Backbone):
         """The blocks."""
         return list(self.transformer.resblocks)
 
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
+        """As `encode`, one after the other; which tokens are real is worked out on the host, from the lengths."""
+        return [self._encode(text) for text in inputs]
+
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """ids x [N, L] -> pooled [N, D], tokens [N, L, W] and their mask, class tokens [N, 1, W].
 
         Raises ValueError for a `token_mask` [N, L] without the option `masking`.
         """
-        sequence, real, starts = self._embed(x, token_mask)
-        first = starts[:-1]
-        packed = self.transformer(sequence[real], Sequences(starts), None if tokens else first)
+        return self._encode(TowerInput(x, tokens, token_mask))
+
+    def _encode(self, text: TowerInput) -> Encoded:
+        sequence, real, starts, rows, first = self._embed(text)
+        packed = self.transformer(sequence.flatten(0, 1).index_select(0, rows), starts, None if text.tokens else first)
         packed = self.ln_final(packed)
-        classes = packed[first] if tokens else packed
+        classes = packed.index_select(0, first) if text.tokens else packed
         encoded = Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
-        if tokens:
-            padded = packed.new_zeros(*x.shape, packed.shape[-1])
-            padded[real] = packed
-            encoded.tokens, encoded.mask = padded, real
+        if text.tokens:
+            encoded.tokens, encoded.mask = _padded(packed, rows, text.x), real
         return encoded
 
     def token_layout(self, view: View) -> list[str]:
@@ -139,25 +144,32 @@ class BertText(Backbone):
 
     def class_attention(self, x: Tensor) -> Tensor:
         """ids [N, L] -> the start token's weights over all positions in the last block, [N, H, L]."""
-        sequence, real, starts = self._embed(x, None)
-        packed = self.transformer.body(sequence[real], Sequences(starts))
-        padded = packed.new_zeros(sequence.shape)
-        padded[real] = packed
-        return self.transformer.last.weights(padded, starts.new_zeros(len(x)), real)
+        sequence, real, sequences, rows, first = self._embed(TowerInput(x))
+        packed = self.transformer.body(sequence.flatten(0, 1).index_select(0, rows), sequences)
+        return self.transformer.last.weights(_padded(packed, rows, x), torch.zeros_like(first), real)
 
-    def _embed(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [N, L] -> the transformer's input [N, L, W], which of it is real [N, L], and `starts` of packed rows."""
-        lengths = x.argmax(1) + 1  # end-of-text is the largest id
-        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    def _embed(self, text: TowerInput) -> tuple[Tensor, Tensor, Sequences, Tensor, Tensor]:
+        """The transformer's input [N, L, W], which of it is real [N, L]; packed, which rows of [N * L] are taken, and
+        where in them each sequence begins, [N]."""
+        x = text.x
         embedded = self.token_embedding(x)
-        if token_mask is not None:
+        if text.token_mask is not None:
             if self.config.masking is None:
                 raise ValueError("bert_text hides tokens only with the option `masking`")
-            embedded = torch.where(token_mask[..., None], self.mask_token, embedded)
+            embedded = torch.where(text.token_mask[..., None], self.mask_token, embedded)
         sequence = self.ln_pre(embedded + self.positional_embedding[: x.shape[1]])
-        starts = torch.zeros(len(x) + 1, dtype=torch.long, device=x.device)
-        starts[1:] = lengths.cumsum(0)
-        return sequence, real, starts
+        lengths = lengths_of(text)
+        starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        rows = (torch.arange(x.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0]
+        lengths, rows, first = to_device(x.device, lengths, rows, starts[:-1])
+        real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        return sequence, real, Sequences(starts.int()), rows, first
+
+
+def _padded(packed: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """packed [T, W], of the rows [T] of ids [N, L] -> [N, L, W], zeros elsewhere."""
+    whole = packed.new_zeros(ids.numel(), packed.shape[-1])
+    return whole.index_copy(0, rows, packed).view(*ids.shape, packed.shape[-1])
 
 
 class MaskedTextCollator(TextCollator):

@@ -57,12 +57,16 @@ class Sequences:
     `value`: V, its own (MaskCLIP, Zhou et al. 2022). `value_value`: softmax(VV') V, the attention of CLIP Surgery
     (Li et al. 2023), which has it in several last layers, on a second path without the MLP; here it is a block's own,
     with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP)."""
+    mask: Tensor | None = None
+    """[N, L] bool of one group: False where no token attends to. For lengths that the host does not know."""
 
     def __post_init__(self) -> None:
         if self.attention not in _PAIRS:
             raise ValueError(f"no attention {self.attention!r} (there are: {', '.join(DENSE)})")
         if self.attention != "plain" and (self.causal or len(self.shapes) != 1):
             raise ValueError(f"{self.attention!r} attention is for one group of sequences of one length, not causal")
+        if self.mask is not None and len(self.shapes) != 1:
+            raise ValueError("a mask is for one group of sequences of one length")
         if self.starts is None and len(self.shapes) != 1:
             raise ValueError("sequences begin at `starts`; only one group of one length needs none")
 
@@ -151,14 +155,15 @@ class Attention(nn.Module):
         (q,), (k,), (v,) = split_heads(qkv, sequences.shapes)
         by = {"q": q, "k": k, "v": v}
         gathered = [
-            self_attention(by[a], by[b], v, causal=sequences.causal) for a, b in _PAIRS[sequences.attention]
+            self_attention(by[a], by[b], v, causal=sequences.causal, mask=sequences.mask)
+            for a, b in _PAIRS[sequences.attention]
         ] or [v]
         return rearrange(sum(gathered[1:], gathered[0]), "n h l k -> (n l) (h k)")
 
     def _mixed_at(self, x: Tensor, group: Sequences, positions: Tensor, norm: nn.LayerNorm) -> Tensor:
         """As `_mixed` of norm(x), at few positions [N, Q] of x [N * L, W] -> [N * Q, W]. Causal: Q is 1."""
-        if group.attention != "plain" or (group.causal and positions.shape[1] != 1):
-            raise ValueError("few rows are read by plain attention, and one of a causal sequence")
+        if group.attention != "plain" or group.mask is not None or (group.causal and positions.shape[1] != 1):
+            raise ValueError("few rows are read by plain attention without a mask, and one of a causal sequence")
         values = attend_to_tokens(
             norm(_at(x, group, positions)).transpose(0, 1),
             x.view(*group.shapes[0], x.shape[-1]),

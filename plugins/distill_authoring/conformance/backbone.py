@@ -22,6 +22,7 @@ from distill_authoring.conformance.modules import (
     require_single,
     require_state_dict,
     require_true_gradients,
+    require_units,
     require_weights,
     unmoved,
     untouched,
@@ -397,6 +398,13 @@ def autocast(case: Case) -> None:
     """bf16 autocast runs forward and backward, and stays near fp32."""
     module, views = generic(build(case)), collated(case)
     require_autocast(lambda: _features(case, module, views))
+
+
+@checks(KIND)
+def units(case: Case) -> None:
+    """Each of `units` is entered by `forward` alone, is one graph, and computes the same when it is compiled."""
+    module, views = generic(build(case)), collated(case)
+    require_units(module, lambda: _features(case, module, views))
 
 
 def _features(case: Case, module: nn.Module, views: Views) -> list[Tensor]:

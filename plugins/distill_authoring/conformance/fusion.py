@@ -22,6 +22,7 @@ from distill_authoring.conformance.modules import (
     require_single,
     require_state_dict,
     require_true_gradients,
+    require_units,
     require_weights,
     unmoved,
     untouched,
@@ -216,3 +217,10 @@ def autocast(case: Case) -> None:
     """bf16 autocast runs forward and backward, and stays near fp32."""
     module, features = ready(case)
     require_autocast(lambda: flat(module(features)))
+
+
+@checks(KIND)
+def units(case: Case) -> None:
+    """Each of `units` is entered by `forward` alone, is one graph, and computes the same when it is compiled."""
+    module, features = ready(case)
+    require_units(module, lambda: flat(module(features)))

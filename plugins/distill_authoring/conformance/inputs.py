@@ -333,6 +333,7 @@ def groups(
                 for i, view in enumerate(modality.views(role)):
                     mask[i] &= student[name].masks.get(view, mask[i])
                 group.token_mask = mask if hidden else torch.zeros_like(mask)
+                group.locate_hidden()  # as the loader's workers do
                 group.targets = inputs.targets(config, name, group.token_mask) if inputs.targets is not None else None
             parts.append(group)
         by_modality[name] = Views(parts)

@@ -30,6 +30,7 @@ from distill_authoring.conformance.modules import (
     require_gradients,
     require_lets_draw,
     require_state_dict,
+    require_units,
     tensors,
     unmoved,
     untouched,
@@ -622,3 +623,11 @@ def autocast(case: Case) -> None:
     require(near, f"the loss is {float(value):.4g} under bf16 autocast and {full:.4g} in fp32: compute logits in fp32")
     if value.requires_grad:
         value.backward()  # type: ignore[no-untyped-call]
+
+
+@checks(KIND)
+def units(case: Case) -> None:
+    """Each of `units` is entered by `forward` alone, is one graph, and computes the same when it is compiled."""
+    fit, module, _ = ready(case)
+    module.eval()
+    require_units(module, lambda: list(call(module, outputs_for(case, fit, module))[0].values()))

@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
-from distill_authoring.conformance.suite import CheckFailed, require
+from distill_authoring.conformance.suite import CheckFailed, NotApplicable, require
+from distill_core import UserError
+from distill_core.tools import compile_unit, one_graph_each
 
 Run = Callable[[nn.Module], list[Tensor]]
 """Calls a module on fixed inputs -> its outputs."""
@@ -233,6 +237,96 @@ def require_autocast(run: Callable[[], list[Tensor]]) -> None:
         require(a.shape == b.shape, "an output has another shape under bf16 autocast")
         cosine = float(nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0))
         require(cosine > 0.98, f"bf16 autocast is far from fp32 (cosine {cosine:.3f})")
+
+
+def require_units(module: Any, run: Callable[[], list[Tensor]]) -> None:
+    """Each of `units()` is entered by `forward` alone, is one graph, computes the same compiled, and keeps its names.
+
+    `run` calls the module (in evaluation mode) on fixed inputs. Raises `NotApplicable` where there are no units.
+    """
+    units, names = list(module.units()), {id(part): name or "itself" for name, part in module.named_modules()}
+    if not units:
+        raise NotApplicable("it has no units: it runs as it is under train.parallel.compile")
+    strangers = [type(unit).__name__ for unit in units if id(unit) not in names]
+    require(not strangers, f"`units` names {', '.join(strangers)}, which is no part of it")
+    require(len({id(unit) for unit in units}) == len(units), "`units` names a part twice")
+    with _Entries(units) as entries:
+        expected = _outputs_and_gradients(module, run)
+    for unit in units:
+        name = f"unit {names[id(unit)]!r}"
+        require(entries.count[id(unit)] > 0, f"{name} is not called in a step: call the module, not a method of it")
+        used = entries.used_outside.get(id(unit))
+        require(
+            used is None, f"{name} has a parameter that is used outside its `forward` ({used}): enter it by `forward`"
+        )
+    parameters = list(module.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    try:
+        for unit in units:
+            compile_unit(unit, "aot_eager")
+        with one_graph_each():
+            values, gradients = _outputs_and_gradients(module, run)
+    except UserError as error:
+        raise CheckFailed(str(error)) from error
+    finally:
+        breaks = dict(torch._dynamo.utils.counters["graph_break"])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        torch._dynamo.reset()
+    require(graphs > 0 and not breaks, f"the units are not one graph each: {breaks or 'no graph'}")
+    require(list(module.state_dict()) == parameters, "compiling its units changes the names of its parameters")
+    require(close(values, expected[0]), "compiled, its outputs differ")
+    scale = max((float(gradient.norm()) for gradient in expected[1].values()), default=0.0)
+    for name, gradient in expected[1].items():
+        off = float((gradients[name] - gradient).norm())
+        require(off <= 1e-3 * float(gradient.norm()) + 1e-6 * scale, f"compiled, the gradient of {name!r} differs")
+
+
+def _outputs_and_gradients(
+    module: nn.Module, run: Callable[[], list[Tensor]]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    module.zero_grad(set_to_none=True)
+    outputs, draw = run(), torch.Generator().manual_seed(5)
+    learned = [(x.float() * torch.randn(x.shape, generator=draw)).sum() for x in outputs if x.requires_grad]
+    if learned:
+        torch.stack(learned).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return [x.detach().clone() for x in outputs], gradients
+
+
+class _Entries(TorchFunctionMode):
+    """Counts the calls of some modules, and notes what uses a parameter of one outside its `forward`."""
+
+    def __init__(self, units: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.count = {id(unit): 0 for unit in units}
+        self.used_outside: dict[int, str] = {}
+        self._open: list[int] = []
+        # those of one element stay whole on every rank: code outside may read them
+        self._owner = {id(p): id(unit) for unit in units for p in unit.parameters() if p.numel() > 1}
+        self._hooks = [unit.register_forward_pre_hook(self._enter) for unit in units]
+        self._hooks += [unit.register_forward_hook(self._leave) for unit in units]
+
+    def _enter(self, unit: nn.Module, arguments: Any) -> None:
+        self.count[id(unit)] += 1
+        self._open.append(id(unit))
+
+    def _leave(self, unit: nn.Module, arguments: Any, out: Any) -> None:
+        self._open.remove(id(unit))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name not in ("__get__", "__set__"):  # an attribute, as its shape or its gradient
+            for x in tree_leaves((args, kwargs or {})):
+                owner = self._owner.get(id(x))
+                if owner is not None and owner not in self._open:
+                    self.used_outside.setdefault(owner, name)
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
 
 def require_single(outputs: Iterable[Tensor], what: str) -> None:

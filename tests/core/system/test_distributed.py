@@ -16,6 +16,7 @@ import torch
 from beside import load_beside
 from score_values import reported
 
+from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
@@ -69,6 +70,27 @@ def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleT
         assert rank["lonely"].tolist() == [1.0, 2.0], "a parameter without a gradient on one rank counts as 0 there"
         assert rank["any"] == [True, False]
         assert rank["objects"] == [{"rank": 0}, {"rank": 1}], i
+
+
+def test_ranks_wait_for_the_device_once_a_step_and_for_one_another_only_where_they_must(
+    tiny_recipe: Path, registry: Registry, tmp_path: Path
+) -> None:
+    """Rank 1 gets a signal in step 4, which the other hears of with that step's numbers, when step 5 has begun.
+
+    Catches a loss, a norm, a length or a parameter's use that is read of the device in a step, a collective on the host
+    at each step, and ranks that stop after different steps.
+    """
+    runs = tmp_path / "runs"
+    folder = RunFolder.create(runs, load_recipe(tiny_recipe, registry=registry))
+    script, support = SCRIPT.with_name("distributed_host_reads.py"), Path(__file__).parents[2] / "support"
+    done = two(str(script), str(tiny_recipe), str(folder.path), PYTHONPATH=str(support))
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        made = json.loads((runs / f"rank-{rank}.json").read_text())
+        assert made["met"] == [0, 1, 7], "before the first two steps nobody knows, and before the last that is not made"
+        assert made["step"] == 7
+        assert made["counts"] == [0, 0, 1, 2, 3, 4, 5], made["lines"]
+        assert all("transfer.py" in line for line in made["lines"])
 
 
 def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> None:

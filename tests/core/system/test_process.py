@@ -80,14 +80,19 @@ def test_garbage_is_collected_at_fixed_steps() -> None:
 
     gc.callbacks.append(note)
     try:
-        with garbage_at_fixed_steps() as collect:
+        with garbage_at_fixed_steps() as garbage:
             collected.clear()
             for step in range(1, 2 * COLLECT_EVERY + 1):
                 cycles: list[Any] = [[] for _ in range(100)]
                 for cycle in cycles:
                     cycle.append(cycle)
-                collect(step)
+                garbage.collect(step)
             assert collected == [2, 2]
+            with garbage.automatic():
+                cycles = [[] for _ in range(100_000)]
+                del cycles
+                assert len(collected) > 2
+            assert not gc.isenabled()
         assert gc.isenabled()
         assert gc.get_freeze_count() == 0
     finally:

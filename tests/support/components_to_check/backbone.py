@@ -204,3 +204,34 @@ class HashesSeeds(MaskingTower):
     @classmethod
     def collator(cls, config):
         return hashing_stack
+
+
+@broken("units", "unit 'mlp' has a parameter that is used outside its `forward`")
+class DecaysAUnit(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
+        return Encoded(encoded.pooled + 1e-3 * self.mlp[1].weight.square().sum(), encoded.tokens)
+
+
+@broken("units", "unit 'mlp' is not called in a step")
+class EntersByLayers(Tower):
+    def encode(self, x, *, tokens, token_mask):
+        patches = self.embed(x.unflatten(1, (-1, self.config.patch))) + self.position
+        y = patches
+        for layer in self.mlp:
+            y = layer(y)
+        return Encoded(self.project((patches + y).flatten(1)), patches + y if tokens else None)
+
+
+class Halting(nn.GELU):
+    """Not one graph."""
+
+    def forward(self, x):
+        return super().forward(x) if x.abs().max().item() < 1e6 else x
+
+
+@broken("units", r"a unit is not one graph .*components_to_check/backbone\.py:\d+")
+class BranchesOnAValue(Tower):
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp[2] = Halting()

@@ -107,3 +107,11 @@ for component, check, message in (
     (WrongBackward, "true_gradients", "moves by .* and its gradient says .*a backward pass is wrong"),
 ):
     broken(check, message)(component)
+
+
+@broken("units", "a unit is not one graph")
+class ReadsAnEmbedding(MeanFusion):
+    def forward(self, features):
+        fused = super().forward(features)
+        assert all(x.pooled.norm().item() >= 0 for x in fused.values())
+        return fused

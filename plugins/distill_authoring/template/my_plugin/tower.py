@@ -57,6 +57,10 @@ class Tower(Backbone):
         """A function of this module: it goes to the loader's workers."""
         return stack
 
+    def units(self):
+        """Parts that `train.parallel` compiles, each as one graph; a transformer would name its blocks."""
+        return [self.mlp]
+
     def encode(self, x, *, tokens, token_mask):
         """x [N, length] -> pooled [N, D], tokens [N, L, W]."""
         patches = self.embed(x.unflatten(1, (-1, self.config.patch))) + self.position

@@ -29,7 +29,7 @@ class Display:
     """
 
     def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0, rank: int = 0) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, emoji=False)  # a signal may print while rich imports them
         self.rank = rank
         self.quiet = quiet = quiet or rank > 0
         self.steps = steps

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from distill_core.registry import Entry as Entry
     from distill_core.registry import Plugins as Plugins
     from distill_core.registry import Registry as Registry
+    from distill_core.run.assembly import assemble as assemble
+    from distill_core.run.assembly import prepare_process as prepare_process
     from distill_core.run.checkpoint import Checkpoints as Checkpoints
     from distill_core.run.environment import environment as environment
     from distill_core.run.environment import installed as installed
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from distill_core.system.process import keep_freed_memory as keep_freed_memory
     from distill_core.system.process import resolve_device as resolve_device
     from distill_core.system.process import set_matmul_precision as set_matmul_precision
+    from distill_core.system.transfer import Uploads as Uploads
     from distill_core.system.without_values import WithoutValues as WithoutValues
 
 HOMES = {
@@ -128,6 +131,9 @@ HOMES = {
     "Entry": "distill_core.registry",
     "Plugins": "distill_core.registry",
     "Registry": "distill_core.registry",
+    "assemble": "distill_core.run.assembly",
+    "prepare_process": "distill_core.run.assembly",
+    "Uploads": "distill_core.system.transfer",
     "Checkpoints": "distill_core.run.checkpoint",
     "environment": "distill_core.run.environment",
     "installed": "distill_core.run.environment",

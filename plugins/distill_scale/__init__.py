@@ -9,7 +9,7 @@ distill_api = 1
 
 @hookimpl
 def distill_commands() -> list[click.Command]:
-    """`distill plan`."""
-    from distill_scale.commands import plan
+    """`distill plan` and `distill profile`."""
+    from distill_scale.commands import plan, profile
 
-    return [plan]
+    return [plan, profile]

@@ -1,4 +1,4 @@
-"""`distill plan`. Nothing heavy is imported until it runs."""
+"""`distill plan` and `distill profile`. Nothing heavy is imported until one runs."""
 
 from __future__ import annotations
 
@@ -103,3 +103,48 @@ def plan(
         click.echo(json.dumps(made.to_dict()))
     else:
         print_plan(made)
+
+
+@click.command()
+@click.argument("recipe", shell_complete=completion.recipes)
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
+@click.option("--warmup", type=click.IntRange(min=0), default=3, show_default=True, help="Steps before them.")
+@click.option("--trace", metavar="FILE.json", help="Write a trace of two more steps; .json.gz compresses it.")
+@click.option("--device", help="Where it runs, in place of the recipe's `train.device`: cpu, cuda, cuda:1.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def profile(
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: int,
+    warmup: int,
+    trace: str | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    """Where the time of RECIPE's steps goes: data, upload, towers, fusion, losses, backward pass, optimiser, teacher.
+
+    On a GPU each part is waited for, so that parts add up to more than a step that overlaps them; the trace has no such
+    waits. Open it in chrome://tracing or ui.perfetto.dev.
+    """
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from distill_core import UserError, rank
+    from distill_core.tools import Registry, load_recipe
+    from distill_scale.profile import profile as profile_recipe
+    from distill_scale.table import print_profile
+
+    if trace is not None and not trace.endswith((".json", ".json.gz")):
+        raise UserError(f"--trace {trace}: name a file that ends in .json or .json.gz")
+    moved = [*overrides, *([f"train.device={device}"] if device else [])]
+    loaded = load_recipe(recipe, registry=Registry.discover(), overrides=moved)
+    made = profile_recipe(
+        loaded, steps=steps, warmup=warmup, trace=Path(trace) if trace is not None else None, quiet=as_json
+    )
+    if rank() > 0:
+        return
+    if as_json:
+        click.echo(json.dumps(asdict(made)))
+    else:
+        print_profile(made, loaded.name)

@@ -1,4 +1,4 @@
-"""A plan at the terminal."""
+"""A plan and a profile at the terminal."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distill_scale.plan import Layout, Plan
+from distill_scale.profile import Profile
 
 
 def print_plan(plan: Plan) -> None:
@@ -127,3 +128,22 @@ def _hours(hours: float | None) -> str:
     if hours is None:
         return "-"
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+
+
+def print_profile(profile: Profile, name: str) -> None:
+    """A row for each part, then what no part has, and the step."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{name} on {profile.device}, {profile.batch_size} samples; mean of the timed steps")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("part")
+    for head in ("ms", "%"):
+        table.add_column(head, justify="right")
+    rest = profile.step - sum(profile.parts.values())
+    for part, seconds in (profile.parts | {"other": rest}).items():
+        table.add_row(part, f"{1000 * seconds:.1f}", f"{100 * seconds / profile.step:.0f}")
+    table.add_section()
+    table.add_row("step", f"{1000 * profile.step:.1f}", "100")
+    console.print(table)
+    console.print(f"{profile.batch_size / profile.step:,.1f} samples/s on this rank")
+    if profile.trace is not None:
+        console.print(f"{profile.trace}: open it in chrome://tracing or ui.perfetto.dev")

@@ -64,9 +64,9 @@ def test_the_host_reads_the_device_once_a_step_and_a_step_late(
         moved._map(lambda x: (reads.mark(x), x)[1])
         return moved
 
-    def stepping(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+    def stepping(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
         nonlocal launched
-        result = step(self, batch, progress)
+        result = step(self, batch, progress, **options)
         result.number = launched = launched + 1  # type: ignore[attr-defined]
         counts.append(len(reads.lines))
         return result
@@ -187,10 +187,10 @@ def test_an_error_in_the_step_after_one_that_is_logged(
     trainer = Trainer(recipe, folder, quiet=True)
     step = TrainStep.__call__
 
-    def failing(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+    def failing(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
         if progress.step == 3:
             raise ZeroDivisionError("a slip of the plugin")
-        return step(self, batch, progress)
+        return step(self, batch, progress, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", failing)
     with pytest.raises(ZeroDivisionError):

@@ -170,10 +170,10 @@ def test_what_stages_share_keeps_its_weights(
     seen: dict[int, dict[str, Any]] = {}
     step_of = TrainStep.__call__
 
-    def watched(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+    def watched(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
         weights = {name: x.clone() for name, x in self.objective.state_dict().items()}
         optimizer = copy.deepcopy(self.optimizer_state()["state"])
-        result = step_of(self, batch, progress)
+        result = step_of(self, batch, progress, **options)
         views = sum(len(group.x) for group in batch.views["image"].groups)
         after = {name: x.clone() for name, x in self.objective.state_dict().items()}
         rates = {name: group["lr"] for group in self.optimizer.param_groups for name in self.names_of(group)}

@@ -399,10 +399,10 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have training meet SIGTERM in that step."""
     make = TrainStep.__call__
 
-    def stopping(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+    def stopping(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
         if progress.step + 1 == step:
             signal.raise_signal(signal.SIGTERM)
-        return make(self, batch, progress)
+        return make(self, batch, progress, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", stopping)
 

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,10 +166,10 @@ def test_a_run_that_fails_later_keeps_its_folder(
     """Would catch a folder that is taken back with the steps in it."""
     step = TrainStep.__call__
 
-    def failing(self: TrainStep, batch: Batch, progress: Progress) -> StepResult:
+    def failing(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
         if progress.step == 2:
             raise DataError("made up")
-        return step(self, batch, progress)
+        return step(self, batch, progress, **options)
 
     monkeypatch.setattr(TrainStep, "__call__", failing)
     ended = distill("run", "tiny.yaml", "--quiet")

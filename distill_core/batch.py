@@ -82,6 +82,13 @@ class Group:
         hidden = None if self.hidden is None else tuple(function(x) for x in self.hidden)
         return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths, hidden=hidden)
 
+    def part(self, first: int, last: int) -> Group:
+        """As `Batch.part`."""
+        group = replace(self, hidden=None).map(lambda x: x[:, first:last])  # `places` finds the hidden ones again
+        if self.lengths is not None:
+            group.lengths = self.lengths[:, first:last]
+        return group
+
     def rows(self, present: Present, outer: Present | None) -> Group:
         """The samples of `present` out of those of `outer`, which this holds; None stands for all samples."""
         if present is outer:
@@ -121,6 +128,10 @@ class Views:
     def map(self, function: Callable[[Tensor], Tensor]) -> Views:
         """The same views with every tensor replaced."""
         return Views([group.map(function) for group in self.groups])
+
+    def part(self, first: int, last: int) -> Views:
+        """As `Batch.part`."""
+        return Views([group.part(first, last) for group in self.groups])
 
     def rows(self, present: Present, outer: Present | None) -> Views:
         """As `Group.rows`."""
@@ -183,6 +194,14 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def part(self, first: int, last: int) -> Batch:
+        """Some of its samples. Raises ValueError where samples may lack a modality."""
+        if self.presence:
+            raise ValueError("views of samples that lack a modality are not numbered as the samples are")
+        views = {name: views.part(first, last) for name, views in self.views.items()}
+        fields = {name: x[first:last] for name, x in self.fields.items()}
+        return Batch(views, self.keys[first:last], fields=fields)
 
     @property
     def absences(self) -> dict[str, int]:

@@ -92,12 +92,12 @@ class Objective(nn.Module):
             module.train(False)
         return self
 
-    def represent(self, batch: Batch, progress: Progress) -> Outputs:
-        """Encode the batch with student and teacher, and fuse the student's features."""
+    def represent(self, batch: Batch, progress: Progress, *, teachers: bool = True) -> Outputs:
+        """Encode the batch with student and, unless told otherwise, teacher, and fuse the student's features."""
         for module in self.backbone.values():
             cast(Backbone, module).before_step(progress)
         batch = self.on_device(batch)
-        teacher = self.represent_teachers(batch)
+        teacher = self.represent_teachers(batch) if teachers else {}
         student = {name: self.represent_student(batch, name) for name in self.backbone}
         return self.fuse(batch, student, teacher, progress)
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from distill_core.errors import UserError
+from distill_core.gradient_cache import batch_statistics
 from distill_core.interfaces import Backbone, FusionHead, Loss
 from distill_core.objective import Objective
 from distill_core.recipe.sections import ParallelConfig, Recipe
@@ -47,8 +48,11 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
 
     Call it once what is frozen is frozen, and before there is an optimiser. Over several ranks the towers' parameters
     become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, losses and scalars stay
-    plain tensors. Raises `UserError` where `shard` does not divide the ranks.
+    plain tensors. Raises `UserError` where `shard` does not divide the ranks, and for `micro_batch` with a tower that
+    reads its batch's statistics.
     """
+    if config.micro_batch is not None and (names := list(batch_statistics(objective))):
+        raise UserError(f"train.parallel.micro_batch: {names[0]} computes with statistics of its batch; take null")
     students = [cast(Backbone, tower) for tower in objective.backbone.values()]
     teachers = [cast(Backbone, tower) for tower in objective.teacher.backbone.values()] if objective.teacher else []
     if config.checkpointing != "none":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from distill_core.batch import Batch
 from distill_core.collapse import collapse_indicators
 from distill_core.contracts.schedule import Scheduled
+from distill_core.gradient_cache import GradientCache
 from distill_core.gradients import GradientLimit, limit_gradients
 from distill_core.objective import Losses, Objective
 from distill_core.outputs import Progress
@@ -90,6 +91,7 @@ class TrainStep:
         self.objective, self.device = objective, device
         self.bf16, limit = recipe.train.precision == "bf16", recipe.train.clip_grad
         self.limit = GradientLimit(max=Scheduled(limit)) if isinstance(limit, int | float) else limit
+        self.micro_batch = recipe.train.parallel.micro_batch
         self.allowed = recipe.train.max_nonfinite if recipe.train.nonfinite == "skip" else 1
         self._named = objective.trainable(recipe.freeze, recipe.train.lr_factors, recipe.train.lr_decay)
         self.parameters = [parameter for _, parameter, _ in self._named]
@@ -157,12 +159,17 @@ class TrainStep:
             group["lr"] = built["lr"] * factor
         self.maker.before_step(self.optimizer.param_groups, progress)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            outputs = self.objective.represent(batch, progress)
+        cache = None
+        if self.micro_batch is not None and len(batch) > self.micro_batch:
+            cache = GradientCache(self.objective, batch, progress, self.micro_batch, self._autocast)
+        with self._autocast():
+            outputs = self.objective.represent(batch, progress) if cache is None else cache.outputs
             losses = self.objective.losses(outputs)
         if progress.is_logged(self.log_every):
             losses.metrics |= collapse_indicators(outputs, self.untrained)
         losses.total.backward()  # type: ignore[no-untyped-call]
+        if cache is not None:
+            cache.backward()
         distributed.average_gradients(self.parameters)
         norm = distributed.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
         finite, any_meets = self._judge(losses.total.detach(), norm, meet)
@@ -174,6 +181,9 @@ class TrainStep:
         self.objective.after_step(outputs, progress, finite)
         self.whole, self.running = True, False
         return StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def _judge(self, loss: Tensor, norm: Tensor, meet: bool) -> tuple[Tensor, Tensor]:
         """0-dim bools: whether this step may update anything, which counts it where not; whether some rank asks to

@@ -186,6 +186,9 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             continue
         if path[0] == "loss":
             lines += absence_problems(slot.cls, needs, plan)
+            reads_tokens = needs.tokens or needs.teacher_tokens or needs.pools
+            if draft.train.parallel.micro_batch is not None and reads_tokens:
+                lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
@@ -222,6 +225,8 @@ def _training(draft: Draft) -> Iterator[Problem]:
     wrong = draft.is_wrong("train", "steps") or draft.is_wrong("train", "epochs")
     if written and train.steps is None and train.epochs is None and not wrong:
         yield ("train",), "give `steps` or `epochs`"
+    if train.parallel.micro_batch is not None and draft.optional:
+        yield ("train", "parallel", "micro_batch"), "samples that may lack a modality (data.optional) train at once"
     if train.checkpoint.best is None:
         return
     if draft.evaluate.every is None and not draft.is_wrong("evaluate", "every"):

@@ -96,6 +96,10 @@ class ParallelConfig(ComponentConfig):
     checkpointing: Literal["none", "selective", "full"] = "none"
     """What each unit of the student computes a second time in the backward pass, in place of holding it: all
     (`full`), or all but matrix products (`selective`)."""
+    micro_batch: Positive | None = None
+    """Samples of a rank whose activations are held at a time: embeddings of the whole batch come first, and each sample
+    is encoded a second time for its gradient (GradCache; the same gradients). For losses that read embeddings alone;
+    null encodes the batch at once."""
     compile: bool = False
     """Compile each unit with torch.compile, as one graph: each block of a tower, the fusion, each loss. Fewer passes
     over memory and fewer launches, after a start of a minute or more. What has no unit (a tower of another package, a

@@ -251,6 +251,19 @@ def whole(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+@contextmanager
+def gradients_stay(model: nn.Module, stay: bool) -> Iterator[None]:
+    """If `stay`, backward passes inside add up gradients on each rank, and leave it to a later one to average them."""
+    modules = list(_fsdp_modules(model)) if stay else []
+    for module in modules:
+        module.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_requires_gradient_sync(True, recurse=False)
+
+
 def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     if world_size() > 1:
         from torch.distributed.fsdp import FSDPModule

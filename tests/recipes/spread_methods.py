@@ -30,6 +30,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "parts of two": {"shard": 2},
     "full": {"checkpointing": "full", "shard": "all"},
     "selective": {"checkpointing": "selective"},
+    "few at a time": {"micro_batch": 2},
+    "few in parts": {"micro_batch": 2, "shard": "all", "checkpointing": "full"},
 }
 STEPS = 3
 
@@ -80,7 +82,8 @@ def main() -> None:
     registry = Registry.discover()
     results: dict[str, Any] = {}
     for layout in LAYOUTS:
-        for case in methods.CASES if layout == "parts" else ("cosmos", "flava"):
+        cases = methods.CASES if layout == "parts" else ("cosmos", "slip" if "few" in layout else "flava")
+        for case in cases:
             if case != "cosmos bf16":
                 results[f"{case}, {layout}"] = train(case, layout, registry, rank * share, (rank + 1) * share)
     torch.save(results, Path(sys.argv[1]) / f"rank-{rank}.pt")

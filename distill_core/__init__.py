@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from distill_core.contracts.source import DataSource as DataSource
     from distill_core.contracts.task import Task as Task
     from distill_core.contracts.task import TaskConfig as TaskConfig
+    from distill_core.contracts.teacher import Teacher as Teacher
+    from distill_core.contracts.teacher import TeacherConfig as TeacherConfig
+    from distill_core.contracts.teacher import TeacherReader as TeacherReader
+    from distill_core.contracts.teacher import Visit as Visit
     from distill_core.contracts.tracker import Tracker as Tracker
     from distill_core.contracts.tracker import TrackerConfig as TrackerConfig
     from distill_core.contracts.weights import LoadReport as LoadReport
@@ -81,7 +85,6 @@ if TYPE_CHECKING:
     from distill_core.interfaces import TowerInput as TowerInput
     from distill_core.model import FeatureKind as FeatureKind
     from distill_core.model import Model as Model
-    from distill_core.objective import DEFAULT_TEACHER as DEFAULT_TEACHER
     from distill_core.objective import Losses as Losses
     from distill_core.objective import Objective as Objective
     from distill_core.outputs import Encoded as Encoded
@@ -92,12 +95,14 @@ if TYPE_CHECKING:
     from distill_core.outputs import Progress as Progress
     from distill_core.outputs import Rows as Rows
     from distill_core.outputs import wide as wide
+    from distill_core.plan import DEFAULT_TEACHER as DEFAULT_TEACHER
     from distill_core.plan import BackboneSpec as BackboneSpec
     from distill_core.plan import FieldPlan as FieldPlan
     from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
     from distill_core.plan import Plan as Plan
+    from distill_core.plan import TeacherPlan as TeacherPlan
     from distill_core.plan import same_dim as same_dim
     from distill_core.presence import Presence as Presence
     from distill_core.presence import Present as Present
@@ -120,6 +125,8 @@ if TYPE_CHECKING:
     from distill_core.system.state_dicts import read_state_dict as read_state_dict
     from distill_core.system.state_dicts import read_tensors as read_tensors
     from distill_core.system.state_dicts import unwrapped as unwrapped
+    from distill_core.teachers.copies import CopiedTeacher as CopiedTeacher
+    from distill_core.teachers.copies import CopyConfig as CopyConfig
 
 __version__ = "0.1.0"
 
@@ -166,6 +173,10 @@ HOMES = {
     "DataSource": "distill_core.contracts.source",
     "Task": "distill_core.contracts.task",
     "TaskConfig": "distill_core.contracts.task",
+    "Teacher": "distill_core.contracts.teacher",
+    "TeacherConfig": "distill_core.contracts.teacher",
+    "TeacherReader": "distill_core.contracts.teacher",
+    "Visit": "distill_core.contracts.teacher",
     "Tracker": "distill_core.contracts.tracker",
     "TrackerConfig": "distill_core.contracts.tracker",
     "LoadReport": "distill_core.contracts.weights",
@@ -199,7 +210,6 @@ HOMES = {
     "TowerInput": "distill_core.interfaces",
     "FeatureKind": "distill_core.model",
     "Model": "distill_core.model",
-    "DEFAULT_TEACHER": "distill_core.objective",
     "Losses": "distill_core.objective",
     "Objective": "distill_core.objective",
     "Encoded": "distill_core.outputs",
@@ -211,11 +221,13 @@ HOMES = {
     "Rows": "distill_core.outputs",
     "wide": "distill_core.outputs",
     "BackboneSpec": "distill_core.plan",
+    "DEFAULT_TEACHER": "distill_core.plan",
     "FieldPlan": "distill_core.plan",
     "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",
     "Plan": "distill_core.plan",
+    "TeacherPlan": "distill_core.plan",
     "same_dim": "distill_core.plan",
     "Presence": "distill_core.presence",
     "Present": "distill_core.presence",
@@ -238,6 +250,8 @@ HOMES = {
     "read_tensors": "distill_core.system.state_dicts",
     "StateDict": "distill_core.system.state_dicts",
     "unwrapped": "distill_core.system.state_dicts",
+    "CopiedTeacher": "distill_core.teachers.copies",
+    "CopyConfig": "distill_core.teachers.copies",
 }
 """Each public name -> the module that defines it."""
 

@@ -191,6 +191,8 @@ class Batch:
     sets: Mapping[str, int] = field(default_factory=dict)
     presence: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher: dict[str, dict[str, Views]] = field(default_factory=dict)
+    """Teacher's name -> modality -> what it takes in place of `views`, where that differs (`Teacher.reader`)."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -232,4 +234,8 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         views = {name: views.map(function) for name, views in self.views.items()}
         fields = {name: function(x) for name, x in self.fields.items()}
-        return Batch(views, self.keys, self.skipped, self.measures, self.sets, self.presence, fields)
+        teacher = {
+            name: {modality: views.map(function) for modality, views in own.items()}
+            for name, own in self.teacher.items()
+        }
+        return replace(self, views=views, fields=fields, teacher=teacher)

@@ -1,4 +1,4 @@
-"""The whole method in one module: student, EMA teacher, fusion and losses; a batch in, losses out.
+"""The whole method in one module: student, teachers, fusion and losses; a batch in, losses out.
 
 outputs = objective.represent(batch, progress)     # student, teacher, fusion
 losses = objective.losses(outputs)                 # terms, metrics, total
@@ -7,7 +7,7 @@ losses.total.backward(); ...; objective.after_step(outputs, progress)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -17,16 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Features, Outputs, Progress, gather_rows
-from distill_core.plan import Needs, Plan
+from distill_core.plan import DEFAULT_TEACHER, Needs, Plan, TeacherPlan
 from distill_core.presence import Presence
 from distill_core.system.distributed import gather_array, rank
-from distill_core.teacher import Teacher, TeacherConfig
-
-DEFAULT_TEACHER = "default"
-"""The name of a recipe's one teacher in `Outputs.teacher`."""
 
 
 @dataclass(slots=True)
@@ -39,9 +36,9 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """Student backbones, teacher, fusion and losses of one recipe. Parameter names are recipe paths:
+    """Student backbones, teachers, fusion and losses of one recipe. Parameter names are recipe paths:
 
-    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`, `teacher.backbone.NAME.*`, `teacher.heads.*`.
+    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`; of a teacher's copies the same below `teacher.NAME`.
     """
 
     def __init__(
@@ -49,7 +46,6 @@ class Objective(nn.Module):
         backbone: Mapping[str, Backbone],
         fusion: FusionHead | None,
         loss: Mapping[str, Loss],
-        teacher: TeacherConfig | None,
         plan: Plan,
         needs: Sequence[Needs],
         augment: Mapping[str, Augmentation] | None = None,
@@ -65,25 +61,46 @@ class Objective(nn.Module):
         self.fusion = fusion
         self.loss = nn.ModuleDict(loss)
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
-        self.teacher_tokens_of = {name: _views_needed(name, [n.teacher_tokens for n in needs]) for name in backbone}
+        self.teacher_tokens_of = {
+            teacher: {
+                modality: [
+                    views.index(view) for view in _views_needed(modality, [n.teacher.get(teacher, {}) for n in needs])
+                ]
+                for modality, views in known.views.items()
+            }
+            for teacher, known in plan.teachers.items()
+        }
+        """Teacher -> modality -> views whose tokens are read, numbered among the teacher's own."""
         self.fused_needed = any(n.fused for n in needs)
         self.frozen: list[nn.Module] = []
-        self.teacher: Teacher | None = None
-        if teacher is not None:
-            teachable = {name: self.backbone[name] for name in backbone if plan.modalities[name].teacher_views}
-            heads = {
-                f"{id}.{head}": getattr(module, head) for id, module in loss.items() for head in module.teacher_modules
-            }
-            self.teacher = Teacher(teacher, teachable, heads)
+        self.teacher = nn.ModuleDict()
 
-    def ema(self, module: nn.Module) -> nn.Module:
-        """The teacher's copy of one of a loss's `teacher_modules`. Raises KeyError where there is none."""
-        if self.teacher is not None:
-            for id, loss in self.loss.items():
-                for head in cast(Loss, loss).teacher_modules:
-                    if getattr(loss, head) is module:
-                        return self.teacher.heads[f"{id}/{head}"]
-        raise KeyError("not one of this recipe's teacher_modules, or the recipe has no teacher")
+    def add_teacher(self, name: str, make: Callable[[str, TeacherPlan, nn.Module], Teacher]) -> None:
+        """Build a teacher of the plan; one that copies another stands after it."""
+        self.teacher[name] = make(name, self.plan.teachers[name], self)
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """By name, in the recipe's order."""
+        return {name: cast(Teacher, module) for name, module in self.teacher.items()}
+
+    def ema(self, module: nn.Module, teacher: str = DEFAULT_TEACHER) -> nn.Module:
+        """A teacher's copy of one of a loss's `teacher_modules`, or of the fusion. Raises KeyError where there is
+        none."""
+        path = self._paths_of_copied().get(id(module))
+        copied = self.teachers[teacher].copy_of(path) if teacher in self.teacher and path is not None else None
+        if copied is not None:
+            return copied
+        raise KeyError(f"the recipe has no teacher {teacher!r} with a copy of this module")
+
+    def _paths_of_copied(self) -> dict[int, str]:
+        """Identity -> path of the fusion and of the losses' `teacher_modules`."""
+        paths = {
+            id(getattr(loss, head)): f"loss.{name}.{head}"
+            for name, loss in self.loss.items()
+            for head in cast(Loss, loss).teacher_modules
+        }
+        return paths if self.fusion is None else {**paths, id(self.fusion): "fusion"}
 
     def train(self, mode: bool = True) -> Objective:
         """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""
@@ -113,15 +130,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def represent_teachers(self, batch: Batch) -> dict[str, dict[str, Features]]:
-        """Each teacher's features of the views it is given, numbered among themselves; {} without a teacher."""
-        features: dict[str, Features] = {}
-        if self.teacher is not None:
-            for name, module in self.teacher.backbone.items():
-                views = batch.views[name].only(self.teacher.config.views)
-                own = self.plan.modalities[name].teacher_views
-                tokens_of = [own.index(view) for view in self.teacher_tokens_of[name]]
-                features[name] = module(views, tokens_of=tokens_of)
-        return {DEFAULT_TEACHER: features} if self.teacher is not None else {}
+        """Each teacher's features of the views that it encodes, numbered among themselves; {} without a teacher."""
+        return {name: teacher.encode(batch, self.teacher_tokens_of[name]) for name, teacher in self.teachers.items()}
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""
@@ -185,11 +195,11 @@ class Objective(nn.Module):
 
     def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
         """Called between the backward pass and the optimiser; `finite` as in `after_step`."""
-        if self.teacher is not None and self.teacher.config.update == "before_optimizer":
-            self.teacher.move(progress, finite)
+        for teacher in self.teachers.values():
+            teacher.before_optimizer(progress, finite)
 
     def after_step(self, outputs: Outputs, progress: Progress, finite: Tensor | None = None) -> None:
-        """Called after the optimiser: the losses' own state, then a teacher that follows the new student.
+        """Called after the optimiser: the losses' own state, then teachers that follow the new student.
 
         Where `finite`, a 0-dim bool on the device, is False, nothing changes; the host does not read it.
         """
@@ -198,11 +208,11 @@ class Objective(nn.Module):
             if type(loss).after_step is not Loss.after_step:
                 with _undone_unless(finite, loss):
                     loss.after_step(self._read_by(loss, outputs), progress)
-        if self.teacher is not None and self.teacher.config.update == "after_optimizer":
-            self.teacher.move(progress, finite)
+        for teacher in self.teachers.values():
+            teacher.after_step(progress, finite)
 
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """All but the teacher's."""
+        """All but the teachers'."""
         return [(name, p) for name, p in self.named_parameters() if not name.startswith("teacher.")]
 
     def unknown_parts(self, paths: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -326,13 +326,14 @@ class Outputs:
     views: Mapping[str, Views]
     student: Mapping[str, Features]
     teacher: Mapping[str, Mapping[str, Features]] = field(default_factory=dict)
-    """Teacher's name -> modality; empty without a teacher. A teacher sees only the views whose role it is given."""
+    """Teacher's name -> modality; empty without a teacher. It encodes only the views of its `TeacherPlan`."""
     fused: Mapping[str, Fused] = field(default_factory=dict)
     """Empty where no loss reads fused views."""
     fusion: Fusion | None = None
     progress: Progress = Progress(0, 1)
-    ema: Callable[[nn.Module], nn.Module] = _no_teacher
-    """The teacher's copy of one of the loss's own `teacher_modules`."""
+    ema: Callable[..., nn.Module] = _no_teacher
+    """(module, teacher's name, `default` if left out) -> that teacher's copy of one of the loss's own
+    `teacher_modules`, or of `fusion`. Raises KeyError where there is none."""
     keys: Sequence[str] = ()
     """Of the B samples."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)

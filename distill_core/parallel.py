@@ -54,7 +54,7 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
     if config.micro_batch is not None and (names := list(batch_statistics(objective))):
         raise UserError(f"train.parallel.micro_batch: {names[0]} computes with statistics of its batch; take null")
     students = [cast(Backbone, tower) for tower in objective.backbone.values()]
-    teachers = [cast(Backbone, tower) for tower in objective.teacher.backbone.values()] if objective.teacher else []
+    teachers = [cast(Backbone, tower) for teacher in objective.teachers.values() for tower in teacher.towers()]
     if config.checkpointing != "none":
         for unit in _units(students):
             _checkpoint(unit, selective=config.checkpointing == "selective")
@@ -97,14 +97,14 @@ def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any)
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
-    """Have torch compile each unit of student, teacher, fusion and losses when it is first called; returns their
+    """Have torch compile each unit of student, teachers, fusion and losses when it is first called; returns their
     number. Where samples may lack a modality, fusion and losses see other numbers of samples, and other weights, at
     each step: they run as they are.
 
     In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
-    towers = [*objective.backbone.values(), *(objective.teacher.backbone.values() if objective.teacher else ())]
-    parts: list[nn.Module] = [*towers]
+    parts: list[nn.Module] = [*objective.backbone.values()]
+    parts += [tower for teacher in objective.teachers.values() for tower in teacher.towers()]
     if not any(modality.optional for modality in objective.plan.modalities.values()):
         parts += [*objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
     units = [unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units()]

@@ -34,8 +34,6 @@ class ModalityPlan:
 
     roles: tuple[str, ...]
     """The role of each view, globals first."""
-    teacher_views: tuple[int, ...]
-    """The views that the teacher encodes; empty without a teacher for this modality."""
     spec: BackboneSpec
     """What its backbone says of itself: widths, tokens."""
     augment: BaseModel | None = None
@@ -63,6 +61,26 @@ class FieldPlan:
     """Whether a sample may lack it."""
 
 
+DEFAULT_TEACHER = "default"
+"""The teacher of a recipe's section `teacher`, and the one that a loss reads unless its option names another."""
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """What is known of one teacher before anything is built."""
+
+    views: Mapping[str, tuple[int, ...]]
+    """Modality -> the views that it encodes, numbered as in `ModalityPlan.roles`; only those of which it sees some."""
+    specs: Mapping[str, BackboneSpec] = field(default_factory=dict)
+    """Modality -> widths of its features; the student's where nothing is said."""
+    parts: tuple[str, ...] | None = None
+    """Paths of the parts of the student that it has copies of; None: of every tower and head that is asked of it."""
+
+    def copies(self, path: str) -> bool:
+        """Whether it has a copy of this part of the student, or of one that holds it."""
+        return self.parts is None or any(path == part or path.startswith(f"{part}.") for part in self.parts)
+
+
 class MissingModality(LookupError):
     """A component asks a plan for a modality that the recipe lacks: who asked for the plan says so to the user."""
 
@@ -81,8 +99,8 @@ class Plan:
     """What is known of a recipe before anything is built. `modalities[NAME]` raises `MissingModality`."""
 
     modalities: Mapping[str, ModalityPlan]
-    teacher: bool
-    fusion: bool
+    teachers: Mapping[str, TeacherPlan] = field(default_factory=dict)
+    fusion: bool = False
     fusion_pools: bool = True
     """Whether the fusion, if there is one, offers `TokenPooling`."""
     fields: Mapping[str, FieldPlan] = field(default_factory=dict)
@@ -93,15 +111,20 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", _Modalities(self.modalities))
 
+    def teacher_views(self, teacher: str, modality: str) -> tuple[int, ...]:
+        """The views of a modality that a teacher encodes; () of a teacher that the recipe lacks."""
+        return self.teachers[teacher].views.get(modality, ()) if teacher in self.teachers else ()
+
 
 @dataclass(frozen=True)
 class Needs:
     """What a component needs of the recipe around it.
 
-    `student`, `teacher` and `fused` name the modalities of which it reads the student's features, the teacher's, and
-    fused views. `tokens` and `teacher_tokens` name the views whose tokens are read, counted as `ModalityPlan.roles`
-    does (the teacher's features count only `teacher_views`); a backbone need not compute any other. `masked` names
-    modalities whose backbone must be able to hide tokens.
+    `student` and `fused` name the modalities of which it reads the student's features and fused views. `teacher` names
+    the teachers that it reads, the modalities of each, and of these the views whose tokens are read:
+    {"default": {"image": (0, 1), "text": ()}}. `tokens` names the views whose student's tokens are read. Views are
+    counted as `ModalityPlan.roles` does (a teacher's features count only `TeacherPlan.views`); a backbone need not
+    compute any other. `masked` names modalities whose backbone must be able to hide tokens.
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
@@ -111,10 +134,9 @@ class Needs:
     """
 
     student: tuple[str, ...] = ()
-    teacher: tuple[str, ...] = ()
+    teacher: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    teacher_tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
@@ -125,13 +147,17 @@ class Needs:
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
-        sides = (self.student, self.teacher, self.fused)
-        return frozenset({*chain(*sides), *self.tokens, *self.teacher_tokens, *self.views, *self.masked, *self.extra})
+        sides = (self.student, *self.teacher.values(), self.fused)
+        return frozenset({*chain(*sides), *self.tokens, *self.views, *self.masked, *self.extra})
 
 
-def same_dim(name: str, modalities: Sequence[str], plan: Plan) -> Iterable[str]:
-    """What is wrong when a component compares embeddings of several modalities: their widths D must agree."""
+def same_dim(name: str, modalities: Sequence[str], plan: Plan, teacher: str | None = None) -> Iterable[str]:
+    """What is wrong when a component compares embeddings of several modalities, and those of a teacher if one is named:
+    their widths D must agree."""
     dims = {m: plan.modalities[m].spec.dim for m in modalities if m in plan.modalities}
+    if teacher is not None and teacher in plan.teachers:
+        theirs = {m: spec.dim for m, spec in plan.teachers[teacher].specs.items() if m in dims}
+        dims |= {f"{m} of the teacher {teacher!r}": dim for m, dim in theirs.items() if dim != dims[m]}
     if len(set(dims.values())) > 1:
         listed = ", ".join(f"{modality} {dim}" for modality, dim in dims.items())
         yield f"{name!r} compares embeddings of one width D; the backbones give {listed}"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.cases import ConformanceCases as ConformanceCases
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
     from distill_core.contracts.slot import NONE as NONE
+    from distill_core.contracts.slot import UNNAMED_KEY as UNNAMED_KEY
     from distill_core.contracts.slot import Context as Context
     from distill_core.data.batches import SampleViews as SampleViews
     from distill_core.data.example import example_batch as example_batch
@@ -95,6 +96,7 @@ HOMES = {
     "Context": "distill_core.contracts.slot",
     "JSON_KEY": "distill_core.contracts.slot",
     "NONE": "distill_core.contracts.slot",
+    "UNNAMED_KEY": "distill_core.contracts.slot",
     "SampleViews": "distill_core.data.batches",
     "example_batch": "distill_core.data.example",
     "measure": "distill_core.data.lengths",

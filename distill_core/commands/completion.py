@@ -106,11 +106,15 @@ def update_cache(registry: Registry) -> None:
     """Write the names of components and options for `components` and `set_paths` to the cache, if they have changed."""
     from pydantic import BaseModel
 
+    from distill_core.contracts.slot import Unnamed
     from distill_core.recipe.sections import Recipe
 
     def paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for name, field in model.model_fields.items():
             yield prefix + (field.alias or name)
+            for mark in field.metadata:
+                if isinstance(mark, Unnamed):
+                    yield from (f"{prefix}{name}.{option}" for option in options.get(mark.name, ()))
             for inner in (field.annotation, *typing.get_args(field.annotation)):
                 if isinstance(inner, type) and issubclass(inner, BaseModel):
                     yield from paths(inner, f"{prefix}{name}.")
@@ -119,7 +123,7 @@ def update_cache(registry: Registry) -> None:
     for entry in registry.entries.values():
         fields = entry.cls.Config.model_fields
         options.setdefault(entry.cls.name, set()).update(field.alias or name for name, field in fields.items())
-    content = {"options": {name: sorted(names) for name, names in options.items()}, "sections": [*paths(Recipe)]}
+    content = {"options": {name: sorted(names) for name, names in options.items()}, "sections": sorted(paths(Recipe))}
     text, file = json.dumps(content, sort_keys=True), _file()
     with suppress(OSError):  # an unwritable cache must not prevent training
         if file.is_file() and file.read_text(encoding="utf-8") == text:

@@ -29,7 +29,8 @@ class ConformanceCase:
 
     component: type[Component]
     sample: Callable[[Any, np.random.Generator], Sample] | None = None
-    """Of every augmentation: (config, rng) -> a raw sample drawn from `rng`, bytes by field."""
+    """Of every augmentation, and of a teacher that reads samples: (config, rng) -> a raw sample drawn from `rng`, bytes
+    by field."""
     views: Callable[[Any, np.random.Generator], list[View]] | None = None
     """Of every backbone: (config, rng) -> one sample's views drawn from `rng`, as an augmentation hands them over.
     Roles and shapes are the same for every sample; a local view beside global ones checks more."""

@@ -7,6 +7,7 @@ from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Schedule
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
+from distill_core.contracts.teacher import Teacher
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
@@ -14,6 +15,7 @@ from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
-        Augmentation, Backbone, FusionHead, Loss, DataSource, Task, Optimizer, Schedule, Tracker, WeightLoader,
+        Augmentation, Backbone, FusionHead, Loss, Teacher, DataSource, Task, Optimizer, Schedule, Tracker,
+        WeightLoader,
     )
 }  # fmt: skip

@@ -34,6 +34,8 @@ PLACE = "@"
 `null` removes is written `{PLACE: null}`."""
 JSON_KEY = "x-component"
 """Key of a JSON schema that stands for any component of the kind that it holds."""
+UNNAMED_KEY = "x-unnamed"
+"""Key of a JSON schema of a slot that takes a component's options without its name: that component."""
 NONE = {"type": "string", "pattern": "^[Nn][Oo][Nn][Ee]$", "description": "As null."}
 """JSON schema of the word that a recipe may write for null, where null stands for no component or no section."""
 
@@ -141,6 +143,17 @@ def default_of(field: FieldInfo) -> Any:
     """An option's default as a recipe writes it, a component as {name: NAME}; None where it is required."""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
     return default.dump() if isinstance(default, Slot) else default
+
+
+@dataclass(frozen=True)
+class Unnamed:
+    """Marks an option (`Annotated[Slot[...] | None, Unnamed("NAME")]`): options that a recipe writes without a name are
+    those of this component. Unlike `default_component`, nothing written is no component."""
+
+    name: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), UNNAMED_KEY: self.name}
 
 
 class NullIsDefault:

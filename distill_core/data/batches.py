@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, with_extra
+from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, Views, with_extra
+from distill_core.contracts.teacher import TeacherReader, Visit
 from distill_core.data.fields import SampleFields
 from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
@@ -48,6 +49,8 @@ class Item:
     """By modality, of the first samples of each worker."""
     fields: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     """Those of `data.fields` that it has."""
+    teacher: dict[str, dict[str, list[View]]] = field(default_factory=dict)
+    """What teachers take in place of `views`, by teacher and modality."""
 
 
 @dataclass(slots=True)
@@ -114,25 +117,35 @@ class Collate:
     """Items -> a batch, by each modality's collator. Picklable."""
 
     def __init__(
-        self, collators: Mapping[str, Collator], optional: Collection[str] = (), fields: SampleFields | None = None
+        self,
+        collators: Mapping[str, Collator],
+        optional: Collection[str] = (),
+        fields: SampleFields | None = None,
+        teachers: Mapping[str, Mapping[str, Collator]] | None = None,
     ) -> None:
-        """`optional`: modalities and fields that an item may lack."""
+        """`optional`: modalities and fields that an item may lack; `teachers`: the collators of what each reads for
+        itself."""
         self.collators, self.optional = dict(collators), list(optional)
-        self.fields = fields or SampleFields({})
+        self.fields, self.teachers = fields or SampleFields({}), dict(teachers or {})
 
     def __call__(self, items: Sequence[Item], fillers: Mapping[str, Item] | None = None) -> Batch:
         """`fillers`: an item with each modality that none of the items has.
 
         Raises `DataError` where a collator fails, or a worker's shared memory is full.
         """
-        views = {}
+        views: dict[str, Views] = {}
+        teacher: dict[str, dict[str, Views]] = {id: {} for id in self.teachers}
         try:
             for name, collate in self.collators.items():
                 members = [item for item in items if name in item.views] or [(fillers or {})[name]]
-                samples = [item.views[name] for item in members]
-                views[name] = with_extra(collate(samples, [item.seed for item in members]), samples)
+                samples, seeds = [item.views[name] for item in members], [item.seed for item in members]
+                views[name] = with_extra(collate(samples, seeds), samples)
                 for group in views[name].groups:
                     group.locate_hidden()
+                for id, own in self.teachers.items():
+                    for key, collate_own in own.items():
+                        if key.rpartition("/")[2] == name:
+                            teacher[id][key] = collate_own([item.teacher[id][key] for item in members], seeds)
         except Exception as error:
             keys = ", ".join(item.key for item in items[:3])
             raise DataError(
@@ -150,6 +163,7 @@ class Collate:
             fields={
                 name: torch.from_numpy(x) for name, x in self.fields.stacked([item.fields for item in items]).items()
             },
+            teacher=teacher,
         )
         if get_worker_info() is not None:
             try:
@@ -187,12 +201,14 @@ class BatchReader:
         sets: Sequence[str] = (),
         reading: Callable[[str], None] | None = None,
         fields: SampleFields | None = None,
+        teachers: Mapping[str, TeacherReader] | None = None,
     ) -> None:
-        """`sets` names the set of each shard; `reading` is called with the name of each that is read from."""
+        """`sets` names the set of each shard; `reading` is called with the name of each that is read from; `teachers`
+        are those that read for themselves."""
         self.shards, self.lengths, self.sets = list(shards), list(lengths), list(sets)
         self.order, self.views, self.collate = order, views, collate
         self.patience, self.reading = patience, reading
-        self.fields = fields or SampleFields({})
+        self.fields, self.teachers = fields or SampleFields({}), dict(teachers or {})
         self.repeats: list[int] = []  # how often each shard stands before its place in the list
         listed: dict[str, int] = {}
         for shard in self.shards:
@@ -222,7 +238,7 @@ class BatchReader:
         for attempt in range(1, ATTEMPTS + 1):
             repeats = self.repeats[place.shard]
             repeat = (repeats, position) if attempt > 1 else (repeats,) if repeats else ()
-            item = self._read(place, repeat)
+            item = self._read(place, repeat, position)
             if isinstance(item, Item):
                 item.skipped = skipped
                 return item
@@ -237,7 +253,7 @@ class BatchReader:
         if name not in self._fillers:
             for attempt in range(ATTEMPTS):
                 position = stable_hash(self.views.seed, "filler", attempt) % self.order.samples
-                item = self._read(self.order.place(position), ())
+                item = self._read(self.order.place(position), (), position)
                 if isinstance(item, Item) and name in item.views:
                     self._fillers[name] = item
                     return item
@@ -247,7 +263,7 @@ class BatchReader:
             )
         return self._fillers[name]
 
-    def _read(self, place: Place, repeat: tuple[int, ...]) -> Item | Skipped:
+    def _read(self, place: Place, repeat: tuple[int, ...], position: int) -> Item | Skipped:
         try:
             sample = self._sample(place)
         except DataError as error:
@@ -256,11 +272,27 @@ class BatchReader:
         try:
             fields = self.fields(sample)
             views = self.views(sample, place.epoch, repeat)
+            visit = Visit(self.views.seed, place.epoch, key, repeat, position)
+            teacher = {id: self._for_teacher(id, sample, views, visit) for id in self.teachers}
         except BadSample as error:
             return Skipped(key, str(sample["__url__"]), str(error))
         seed = stable_hash(self.views.seed, place.epoch, key, *repeat)
-        set_of = self.sets[place.shard] if self.sets else ""
-        return Item(key, views, seed, set=set_of, measures=self.views.measure(sample), fields=fields)
+        set_of, measures = self.sets[place.shard] if self.sets else "", self.views.measure(sample)
+        return Item(key, views, seed, set=set_of, measures=measures, fields=fields, teacher=teacher)
+
+    def _for_teacher(
+        self, id: str, sample: Sample, views: Mapping[str, list[View]], visit: Visit
+    ) -> dict[str, list[View]]:
+        """Raises `BadSample`; `DataError` for what must end the run, a bug of the teacher's reader included."""
+        try:
+            return self.teachers[id](sample, views, visit)
+        except (BadSample, DataError):
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{sample.get('__url__')}: sample {visit.key!r}: the teacher {id!r} cannot read it: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _sample(self, place: Place) -> Sample:
         """Raises `DataError` for a shard that cannot be read in this pass."""

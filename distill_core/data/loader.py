@@ -256,16 +256,24 @@ class Loader:
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
         fields = SampleFields(recipe.data.fields, recipe.data.optional)
+        readers = {
+            name: node.cls.reader(node.config, name, recipe.plan.teachers[name], collators)
+            for name, node in recipe.all_teachers.items()
+        }
+        teachers = {name: reader for name, reader in readers.items() if reader is not None}
         return BatchReader(
             self.shards,
             self.lengths.samples,
             self._order,
             SampleViews(augment, recipe.seed, recipe.data.optional),
-            Collate(collators, recipe.data.optional, fields),
+            Collate(
+                collators, recipe.data.optional, fields, {name: reader.collators for name, reader in teachers.items()}
+            ),
             patience=patience_of(recipe),
             sets=self.sets,
             reading=self.table,
             fields=fields,
+            teachers=teachers,
         )
 
     def _make_order(self) -> Order:

@@ -10,18 +10,23 @@ import torch
 from distill_core.contracts.weights import LoadReport
 from distill_core.model import Model
 from distill_core.objective import Objective
+from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.sections import Recipe
+from distill_core.teachers.copies import CopiedTeacher
 
 
 def build_objective(recipe: Recipe) -> Objective:
-    """Student, teacher, fusion and losses; weights are drawn from torch's global generator. Raises `UserError`."""
+    """Student, teachers, fusion and losses; weights are drawn from torch's global generator. Raises `UserError`."""
     backbone = {name: node.build() for name, node in recipe.backbone.items()}
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
     augment = {name: node.build() for name, node in recipe.augment.items()}
     wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
-    return Objective(backbone, fusion, loss, recipe.teacher, recipe.plan, needs, augment, wire)
+    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire)
+    for name, node in recipe.all_teachers.items():
+        objective.add_teacher(name, node.build)
+    return objective
 
 
 def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:
@@ -35,17 +40,26 @@ def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:
 
 def start_teachers(objective: Objective, loaded: Collection[str]) -> None:
     """Have teachers start as the student, but for the tensors of theirs that are `loaded`."""
-    if objective.teacher is not None:
-        objective.teacher.start_from_student({n.removeprefix("teacher.") for n in loaded if n.startswith("teacher.")})
+    for id, teacher in objective.teachers.items():
+        own = f"teacher.{id}."
+        teacher.start({name.removeprefix(own) for name in loaded if name.startswith(own)})
+
+
+def prepare_teachers(objective: Objective) -> list[str]:
+    """Load what teachers take from outside the run, in each process that trains; lines for the user. Raises
+    `UserError`."""
+    return [line for teacher in objective.teachers.values() for line in teacher.prepare()]
 
 
 def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dict[str, Model]:
-    """`student`, and `teacher` with the modalities that it has; they share weights with the objective."""
+    """`student`, and `teacher` where the default teacher has towers that are copies; weights are shared with the
+    objective."""
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     sides: dict[str, Any] = {"student": objective.backbone}
-    if objective.teacher is not None and len(objective.teacher.backbone):
-        sides["teacher"] = objective.teacher.backbone
+    teacher = objective.teachers.get(DEFAULT_TEACHER)
+    if isinstance(teacher, CopiedTeacher) and teacher.backbone:
+        sides["teacher"] = teacher.backbone
     return {
         side: Model(
             dict(backbone.items()),

@@ -14,13 +14,23 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.slot import Context, Slot, is_word
+from distill_core.contracts.teacher import Teacher
 from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import Loss
-from distill_core.plan import FieldPlan, MissingModality, ModalityPlan, Needs, Plan
+from distill_core.plan import (
+    DEFAULT_TEACHER,
+    FieldPlan,
+    MissingModality,
+    ModalityPlan,
+    Needs,
+    Plan,
+    TeacherPlan,
+)
 from distill_core.recipe.document import Document
 from distill_core.recipe.sections import (
     EvaluateConfig,
@@ -30,10 +40,10 @@ from distill_core.recipe.sections import (
     field_plans,
     modality_plan,
     pools,
+    teacher_plan,
 )
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
-from distill_core.teacher import TeacherConfig
 
 Problem = tuple[KeyPath, str]
 """(place in the recipe, message)"""
@@ -48,17 +58,18 @@ class Draft:
     """The recipe as written."""
     slots: Mapping[KeyPath, Slot[Any]]
     """The valid components, by path."""
-    teacher: TeacherConfig | None
     train: TrainConfig
     evaluate: EvaluateConfig
-    """In `teacher`, `train` and `evaluate`, invalid options have their defaults."""
+    """In `train` and `evaluate`, invalid options have their defaults."""
+    teachers: Mapping[KeyPath, Slot[Teacher] | None]
+    """Those that the document names; their invalid options have their defaults. None: it is not known which."""
     wrong: Collection[KeyPath] = ()
     """Paths of the parts that are invalid by themselves."""
 
     @classmethod
     def of(cls, recipe: Recipe, document: Document, slots: Mapping[KeyPath, Slot[Any]]) -> Draft:
         """The draft of a recipe whose parts are all valid."""
-        return cls(document, slots, recipe.teacher, recipe.train, recipe.evaluate)
+        return cls(document, slots, recipe.train, recipe.evaluate, {at: slots[at] for at in _teacher_places(document)})
 
     @classmethod
     def without(
@@ -75,9 +86,19 @@ class Draft:
             }
             return model.model_validate_json(json.dumps(right), context=Context(registry))
 
-        teacher = section(TeacherConfig, "teacher") if document.get(("teacher",)) is not None else None
-        sections = section(TrainConfig, "train"), section(EvaluateConfig, "evaluate")
-        return cls(document, slots, teacher, *sections, wrong)
+        def teacher(at: KeyPath) -> Slot[Teacher] | None:
+            options = document.get(at)
+            if at in slots or not isinstance(options, dict):
+                return slots.get(at)
+            right = {k: v for k, v in options.items() if not any(path[: len(at) + 1] == (*at, k) for path in wrong)}
+            try:
+                slot: Slot[Teacher] = TypeAdapter(Slot[Teacher]).validate_python(right, context=Context(registry))
+            except ValidationError:
+                return None
+            return slot
+
+        teachers = {at: teacher(at) for at in _teacher_places(document)}
+        return cls(document, slots, section(TrainConfig, "train"), section(EvaluateConfig, "evaluate"), teachers, wrong)
 
     def names(self, *section: str) -> list[str]:
         """The keys of a mapping in the document."""
@@ -98,6 +119,17 @@ class Draft:
     def is_wrong(self, *path: str) -> bool:
         """Whether there is an error at this path or below it."""
         return any(other[: len(path)] == path for other in self.wrong)
+
+
+def _teacher_places(document: Document) -> list[KeyPath]:
+    """Where the document names a teacher."""
+    others = document.get(("teachers",))
+    default: list[KeyPath] = [("teacher",)] if document.get(("teacher",)) is not None else []
+    return [*default, *(("teachers", name) for name in (others if isinstance(others, dict) else ()))]
+
+
+def _teacher_name(at: KeyPath) -> str:
+    return DEFAULT_TEACHER if at == ("teacher",) else str(at[-1])
 
 
 def problems(draft: Draft) -> Iterator[Problem]:
@@ -129,9 +161,15 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
                 yield (one, name), f"{name!r} has no entry in {other}; a modality needs both"
             if not is_word(name):
                 yield (one, name), "a modality is a word of letters, digits, - and _"
-    for name in (draft.teacher.modalities or ()) if draft.teacher is not None else ():
-        if name not in draft.modalities:
-            yield ("teacher", "modalities"), f"no modality {name!r}"
+    for at, slot in draft.teachers.items():
+        id = _teacher_name(at)
+        if at != ("teacher",) and id == DEFAULT_TEACHER:
+            yield at, f"{id!r} is the name of the section `teacher`; choose another"
+        elif not is_word(id):
+            yield at, "a teacher's name is a word of letters, digits, - and _"
+        for name in (slot.config.modalities or ()) if slot is not None else ():
+            if name not in draft.modalities:
+                yield (*at, "modalities"), f"no modality {name!r}"
     fields = draft.names("data", "fields")
     for name in fields:
         if name in draft.modalities:
@@ -150,7 +188,7 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         if augment is None or backbone is None:
             continue
         try:
-            modality = modality_plan(name, augment, backbone, draft.teacher, name in draft.optional)
+            modality = modality_plan(augment, backbone, name in draft.optional)
         except UserError as error:
             yield ("backbone", name), str(error)
             continue
@@ -167,8 +205,17 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         for name in draft.names("data", "fields")
         if not draft.is_wrong("data", "fields", name)
     }
+    teachers: dict[str, TeacherPlan] = {}
+    for at, teacher in draft.teachers.items():
+        # one that is not known sees everything: what it might lack is no error of the parts that read it
+        plan = TeacherPlan({name: tuple(range(len(modality.roles))) for name, modality in modalities.items()})
+        try:
+            plan = teacher_plan(teacher, modalities) if teacher is not None else plan
+        except UserError as error:
+            yield at, str(error)
+        teachers[_teacher_name(at)] = plan
     pooling = pools(draft.slots.get(("fusion",)))
-    return Plan(modalities, draft.teacher is not None, fusion, pooling, field_plans(fields, draft.optional), complete)
+    return Plan(modalities, teachers, fusion, pooling, field_plans(fields, draft.optional), complete)
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
@@ -186,8 +233,9 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             continue
         if path[0] == "loss":
             lines += absence_problems(slot.cls, needs, plan)
-            reads_tokens = needs.tokens or needs.teacher_tokens or needs.pools
-            if draft.train.parallel.micro_batch is not None and reads_tokens:
+            lines += _uncopied(slot, needs, plan)
+            of_teachers = any(views for of_teacher in needs.teacher.values() for views in of_teacher.values())
+            if draft.train.parallel.micro_batch is not None and (needs.tokens or of_teachers or needs.pools):
                 lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
@@ -218,6 +266,17 @@ def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str
         )
 
 
+def _uncopied(slot: Slot[Any], needs: Needs, plan: Plan) -> Iterator[str]:
+    """Heads of which a loss reads a teacher's copy, where that teacher has none."""
+    for head in slot.cls.teacher_modules if issubclass(slot.cls, Loss) else ():
+        for name in needs.teacher:
+            if name in plan.teachers and not plan.teachers[name].copies(f"loss.{slot.id}.{head}"):
+                yield (
+                    f"{slot.cls.name!r} needs a copy of its {head!r}, which the teacher {name!r} has not: take a "
+                    f"teacher that copies (`ema`), with loss.{slot.id}.{head} in its `of`, if that is given"
+                )
+
+
 def _training(draft: Draft) -> Iterator[Problem]:
     """The length of the run, and the score that its best checkpoint is kept by."""
     train = draft.train
@@ -241,7 +300,7 @@ def unknown_score(draft: Draft) -> str | None:
         return None
     known: list[str] = []
     tasks = [slot for path, slot in draft.slots.items() if path[:-1] == ("evaluate", "tasks")]
-    for side in ("student", "teacher") if draft.teacher is not None else ("student",):
+    for side in ("student", "teacher") if ("teacher",) in draft.teachers else ("student",):
         for task in tasks:
             names, address = task.cls.means(task.config), f"{side}/{task.id}/"
             if best.startswith(address) and (names is None or "/" in best.removeprefix(address)):
@@ -378,8 +437,11 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
     `plan` lacks a modality whose own entries are wrong; `modalities` has all that the recipe names.
     """
     component = repr(name)
-    if needs.teacher and not plan.teacher:
-        yield f"{component} needs a teacher; this recipe has none"
+    for teacher in needs.teacher:
+        if teacher not in plan.teachers:
+            others = f"; there {'is' if len(plan.teachers) == 1 else 'are'} {', '.join(plan.teachers)}"
+            one = "a teacher" if teacher == DEFAULT_TEACHER else f"a teacher {teacher!r}"
+            yield f"{component} needs {one}; this recipe has none{others if plan.teachers else ''}"
     if needs.fused and not plan.fusion:
         yield f"{component} needs fused views; this recipe has no fusion"
     names = needs.named
@@ -387,18 +449,16 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         yield f"{component} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
     for name in sorted(names & set(plan.modalities)):
         modality = plan.modalities[name]
-        if (needs.tokens.get(name) or needs.teacher_tokens.get(name)) and not modality.spec.has_tokens:
+        if needs.tokens.get(name) and not modality.spec.has_tokens:
             yield f"{component} needs tokens of {name!r}; its backbone gives none"
         if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
             last = max(needs.tokens[name])
             yield f"{component} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
-        unseen = sorted(set(needs.teacher_tokens.get(name, ())) - set(modality.teacher_views))
-        if unseen and plan.teacher:
-            yield f"{component} needs the teacher's tokens of view {unseen[0]} of {name!r}; the teacher does not see it"
+        for teacher, read in needs.teacher.items():
+            if name in read and teacher in plan.teachers:
+                yield from _unseen(component, teacher, name, read[name], plan)
         if name in needs.masked and not modality.spec.can_mask:
             yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
-        if plan.teacher and name in needs.teacher and not modality.teacher_views:
-            yield f"{component} needs a teacher of {name!r}; this recipe's teacher sees none of its views"
         missing_extras = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
         if missing_extras:
             made = "; ".join(f"{m!r}: {', '.join(p.extras) or 'none'}" for m, p in plan.modalities.items())
@@ -412,8 +472,28 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
                 yield f"{component} needs {number} {role} view(s) of {name!r}; its augmentation makes {count}"
 
 
+def _unseen(component: str, id: str, modality: str, tokens: tuple[int, ...], plan: Plan) -> Iterator[str]:
+    """What a component reads of a teacher's modality that the teacher does not give."""
+    views = plan.teacher_views(id, modality)
+    who = "the teacher" if id == DEFAULT_TEACHER else f"the teacher {id!r}"
+    if not views:
+        whose = "this recipe's teacher" if id == DEFAULT_TEACHER else who
+        yield f"{component} needs a teacher of {modality!r}; {whose} sees none of its views"
+        return
+    spec = plan.teachers[id].specs.get(modality, plan.modalities[modality].spec)
+    if tokens and not spec.has_tokens:
+        yield f"{component} needs tokens of {modality!r}; {who} gives none"
+    elif unseen := sorted(set(tokens) - set(views)):
+        yield f"{component} needs the teacher's tokens of view {unseen[0]} of {modality!r}; {who} does not see it"
+
+
 def unread(recipe: Recipe) -> Iterator[str]:
-    """A warning where no loss reads the fusion: nothing trains it, and replacing it changes nothing."""
+    """A warning where no loss reads the fusion: nothing trains it, and replacing it changes nothing; or a teacher that
+    is no copy, which is encoded for nobody."""
     needs = [slot.cls.needs(slot.config, recipe.plan) for slot in recipe.loss]
     if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
         yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"
+    read = {name for need in needs for name in need.teacher}
+    for name, slot in recipe.all_teachers.items():
+        if name not in read and slot.cls.parts(slot.config) == ():
+            yield f"{slot.path}: no loss of this recipe reads the teacher {name!r}"

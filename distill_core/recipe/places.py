@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from distill_core.contracts.component import Component
 from distill_core.contracts.schedule import Schedule, Scheduled
-from distill_core.contracts.slot import NullIsDefault, Slot, default_of, interface_of
+from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_of, interface_of
 from distill_core.errors import KeyPath
 from distill_core.registry import Registry
 
@@ -27,7 +27,9 @@ class Place:
     interface: type[Component] | None = None
     """That of the components that may stand here; None for a section."""
     default: str | None = None
-    """The component that stands here where the document names none."""
+    """The component that stands here where the document has nothing."""
+    unnamed: str | None = None
+    """The component whose options stand here where the document names none."""
     nullable: bool = False
     item: bool = False
     """Whether it is one of a list or mapping, which null takes out."""
@@ -47,7 +49,9 @@ def places(model: type[BaseModel], data: Any, registry: Registry, path: KeyPath 
     if not isinstance(data, dict):
         return
     for key, field, empties in _holders(model):
-        place = Place((*path, key), default=_default_component(field))
+        default = _default_component(field)
+        unnamed = next((mark.name for mark in field.metadata if isinstance(mark, Unnamed)), default)
+        place = Place((*path, key), default=default, unnamed=unnamed)
         if empties:
             yield replace(place, nullable=True)
         yield from _inside(field.annotation, data.get(key), registry, place)
@@ -74,7 +78,7 @@ def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> It
     scheduled = origin is Scheduled and (isinstance(value, str | dict) or (value is None and place.default is not None))
     if origin is Slot or scheduled:  # a number is no component
         interface = interface_of(annotation) if origin is Slot else Schedule
-        name = value.get("name", place.default) if isinstance(value, dict) else None
+        name = value.get("name", place.unnamed) if isinstance(value, dict) else None
         component = registry.entries.get((interface.kind, str(name)))
         options = component.cls.Config if component is not None else None
         yield replace(place, interface=interface, options=options)

@@ -112,8 +112,8 @@ class _Resolver:
                 parent[place.path[-1]] = value = None
             elif isinstance(value, str) and slot and "${" not in value:
                 parent[place.path[-1]] = {"name": value}
-            elif isinstance(value, dict) and place.default is not None:
-                value.setdefault("name", place.default)
+            elif isinstance(value, dict) and place.unnamed is not None:
+                value.setdefault("name", place.unnamed)
             if value is None and place.item and isinstance(parent, dict):
                 del parent[place.path[-1]]
 

@@ -17,17 +17,17 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
-from distill_core.contracts.slot import NullIsDefault, Slot, default_component
+from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_component
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
+from distill_core.contracts.teacher import Teacher
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.data.fields import FieldConfig
 from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import FieldPlan, ModalityPlan, Needs, Plan
-from distill_core.teacher import TeacherConfig
+from distill_core.plan import DEFAULT_TEACHER, FieldPlan, ModalityPlan, Needs, Plan, TeacherPlan
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -216,8 +216,11 @@ class Recipe(ComponentConfig):
     """What combines the modalities' features."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
     """The losses; their terms are added up, each times its weight."""
-    teacher: Annotated[TeacherConfig | None, NullIsDefault()] = None
-    """The teacher's options; null trains without one."""
+    teacher: Annotated[Slot[Teacher] | None, Unnamed("ema")] = None
+    """The teacher named `default`, which losses read unless they name another; options without a name are those of
+    `ema`. Null trains without one."""
+    teachers: Annotated[dict[str, Slot[Teacher]], NullIsDefault()] = {}  # noqa: RUF012
+    """Further teachers, by the name that a loss's option `teacher` gives."""
     data: DataConfig
     """The training data."""
     train: TrainConfig
@@ -268,7 +271,12 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.teacher, self.fusion, self.data)
+        return plan_of(self.augment, self.backbone, self.all_teachers, self.fusion, self.data)
+
+    @property
+    def all_teachers(self) -> dict[str, Slot[Teacher]]:
+        """By name, that of the section `teacher` first."""
+        return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusion and each loss need."""
@@ -303,17 +311,16 @@ class Recipe(ComponentConfig):
 def plan_of(
     augment: Mapping[str, Slot[Augmentation]],
     backbone: Mapping[str, Slot[Backbone]],
-    teacher: TeacherConfig | None,
+    teachers: Mapping[str, Slot[Teacher]],
     fusion: Slot[FusionHead] | None,
     data: DataConfig,
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
-    modalities = {
-        name: modality_plan(name, augment[name], backbone[name], teacher, name in data.optional) for name in names
-    }
+    modalities = {name: modality_plan(augment[name], backbone[name], name in data.optional) for name in names}
+    plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
-    return Plan(modalities, teacher is not None, fusion is not None, pools(fusion), fields)
+    return Plan(modalities, plans, fusion is not None, pools(fusion), fields)
 
 
 def field_plans(fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, FieldPlan]:
@@ -326,25 +333,28 @@ def pools(fusion: Slot[FusionHead] | None) -> bool:
     return fusion is None or issubclass(fusion.cls, TokenPooling)
 
 
-def modality_plan(
-    name: str,
-    augment: Slot[Augmentation],
-    backbone: Slot[Backbone],
-    teacher: TeacherConfig | None,
-    optional: bool = False,
-) -> ModalityPlan:
+def modality_plan(augment: Slot[Augmentation], backbone: Slot[Backbone], optional: bool = False) -> ModalityPlan:
     """Raises `UserError` where the backbone cannot tell its widths."""
-    roles = augment.cls.roles(augment.config)
-    has_teacher = teacher is not None and (teacher.modalities is None or name in teacher.modalities)
     return ModalityPlan(
-        roles=roles,
-        teacher_views=tuple(i for i, role in enumerate(roles) if teacher and has_teacher and role in teacher.views),
+        roles=augment.cls.roles(augment.config),
         spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
         shapes=augment.cls.shapes(augment.config),
         extras=augment.cls.extras(augment.config),
         optional=optional,
     )
+
+
+def teacher_plan(teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan]) -> TeacherPlan:
+    """What a teacher encodes of these modalities. Raises `UserError` where its backbones cannot tell their widths."""
+    config = teacher.config
+    specs = teacher.cls.specs(config, {name: modality.spec for name, modality in modalities.items()})
+    views: dict[str, tuple[int, ...]] = {}
+    for name, modality in modalities.items():
+        own = tuple(i for i, role in enumerate(modality.roles) if role in config.views)
+        if own and name in specs and (config.modalities is None or name in config.modalities):
+            views[name] = own
+    return TeacherPlan(views, {name: specs[name] for name in views}, teacher.cls.parts(config))
 
 
 def _slots(value: Any) -> Iterator[Slot[Any]]:

@@ -13,7 +13,7 @@ from distill_core.data.lengths import Lengths, measure
 from distill_core.data.loader import Loader, patience_of
 from distill_core.data.shard import Shard
 from distill_core.parallel import prepare
-from distill_core.recipe.build import build_objective, load_weights
+from distill_core.recipe.build import build_objective, load_weights, prepare_teachers
 from distill_core.recipe.sections import Recipe
 from distill_core.run.state import Length, RunState
 from distill_core.system import distributed
@@ -34,7 +34,7 @@ class Assembly:
     state: RunState
     shards: list[Shard]
     load_reports: list[LoadReport]
-    """Of the weights that it starts from; none where it is resumed."""
+    """Of the weights that it starts from, none where it is resumed; and of what its teachers load in each process."""
 
 
 def prepare_process(recipe: Recipe) -> torch.device:
@@ -56,6 +56,7 @@ def assemble(recipe: Recipe, source: DataSource, device: torch.device, *, resumi
     seed_all(recipe.seed)
     objective = build_objective(recipe)
     reports = [] if resuming else load_weights(recipe, objective)
+    reports += [LoadReport(line, frozenset()) for line in prepare_teachers(objective)]
     train_step = prepare(recipe, objective, device)
     names = [name for name, of_set in sets.items() for _ in of_set]
     loader = Loader(recipe, shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")

@@ -10,6 +10,7 @@ from torch import Tensor
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Backbone
 from distill_core.model import Model
+from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.resolve import Override, load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
@@ -35,7 +36,7 @@ def model_of(
     """
     from distill_core.run.checkpoint import load_into
 
-    prefix = "teacher.backbone." if teacher else "backbone."
+    prefix = f"teacher.{DEFAULT_TEACHER}.backbone." if teacher else "backbone."
     backbone: dict[str, Backbone] = {}
     for name, node in recipe.backbone.items():
         start = f"{prefix}{name}."

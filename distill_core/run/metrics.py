@@ -10,6 +10,7 @@ from typing import Any
 from distill_core.batch import Batch
 from distill_core.collapse import CollapseRule
 from distill_core.outputs import Progress
+from distill_core.plan import DEFAULT_TEACHER
 from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
 from distill_core.run.tracking import TrackedRun
@@ -92,7 +93,7 @@ class MetricsLog:
         means = iter(distributed.mean([result.loss, *result.terms.values(), *result.metrics.values()]))
         if distributed.rank() > 0:
             return
-        epoch, teacher = state.length.epoch(state.step), state.objective.teacher
+        epoch = state.length.epoch(state.step)
         loss, terms = next(means), {name: next(means) for name in result.terms}
         metrics = {name: next(means) for name in result.metrics}
         row: dict[str, Any] = {
@@ -107,8 +108,9 @@ class MetricsLog:
             "seconds": round(state.seconds, 3),
             "timing": timing,
         }
-        if teacher is not None:
-            row["momentum"] = teacher.momentum(progress)
+        for id, teacher in state.objective.teachers.items():
+            prefix = "" if id == DEFAULT_TEACHER else f"teacher/{id}/"
+            row |= {prefix + name: value for name, value in teacher.metrics(progress).items()}
         if state.stage != self._stage:
             self._stage, self._schedules = state.stage, state.recipe.of_stage(state.stage).schedules()
         if self._schedules:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distill_core.parallel import prepare
-from distill_core.recipe.build import build_objective, start_teachers
+from distill_core.recipe.build import build_objective, prepare_teachers, start_teachers
 from distill_core.recipe.sections import Recipe
 from distill_core.run.parts import map_tree
 from distill_core.run.state import RunState
@@ -50,6 +50,7 @@ def rebuild(state: RunState, stage: int, tensors: dict[str, Tensor] | None = Non
                 if name in own:
                     own[name].copy_(tensor)
         start_teachers(objective, tensors)
+        prepare_teachers(objective)
         state.objective, state.train_step = objective, prepare(recipe, objective, state.device)
     finally:
         set_random(random, state.device)

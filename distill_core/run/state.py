@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from distill_core.data.loader import Loader
+from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Progress
 from distill_core.recipe.sections import Recipe, TrainConfig
@@ -120,6 +121,7 @@ class RunState:
             "recipe": self.recipe.to_dict(),
             "stage": self.stage,
             "objective": self.objective.state_dict(),
+            "teachers": self._teacher_digests(),
             "optimizer": self.train_step.optimizer_state(),
             "ranks": distributed.gather_objects(self._between_steps),
             "best": self.best,
@@ -129,6 +131,7 @@ class RunState:
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> None:
         """Call before `start`. Raises `UserError`, which begins with `source`, where the weights do not fit."""
+        self._check_teachers(state.get("teachers", {}), source)
         own = self.objective.state_dict()
         weights = {name: laid_out_like(x, own[name]) if name in own else x for name, x in state["objective"].items()}
         load_into(self.objective, weights, source)
@@ -148,6 +151,20 @@ class RunState:
             self.skipped_samples = sum(of_rank["skipped_samples"] for of_rank in ranks)
             self.samples_by_set = _total(of_rank["samples_by_set"] for of_rank in ranks)
             self.absences = _total(of_rank.get("absences", {}) for of_rank in ranks)
+
+    def _teacher_digests(self) -> dict[str, str]:
+        """Of those that a checkpoint only names."""
+        digests = {name: teacher.digest() for name, teacher in self.objective.teachers.items()}
+        return {name: digest for name, digest in digests.items() if digest is not None}
+
+    def _check_teachers(self, saved: Mapping[str, str], source: str) -> None:
+        """Raises `UserError` where a teacher that is not saved is not the one that the run has learned from."""
+        for name, digest in self._teacher_digests().items():
+            if name in saved and saved[name] != digest:
+                raise UserError(
+                    f"{source}: the teacher {name!r} is another than the run has learned from: its weights have the "
+                    f"digest {digest[:12]}, and had {saved[name][:12]}. Give it the same weights, or start a new run"
+                )
 
     def data_totals(self) -> tuple[int, Counter[str], Counter[str]]:
         """Of all ranks, every one of which must ask: how often a sample was skipped, the samples of each set, and those

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distill_core.tools import JSON_KEY, NONE, Entry, Recipe, Registry, summary
+from distill_core.tools import JSON_KEY, NONE, UNNAMED_KEY, Entry, Recipe, Registry, summary
 
 Schema = dict[str, Any]
 
@@ -71,9 +71,10 @@ def _slot(schema: Schema) -> Schema:
     """A slot: any component of its kind; options without a name are those of its default component."""
     kind, rest = schema[JSON_KEY], {key: value for key, value in schema.items() if key != JSON_KEY}
     choices: list[Schema] = [{"$ref": f"#/$defs/{kind}"}]
-    if isinstance(default := schema.get("default"), dict):
-        unnamed = {"not": {"required": ["name"]}}
-        choices.append({"allOf": [{"$ref": f"#/$defs/{kind}.{default['name']}"}, unnamed]})
+    default = schema.get("default")
+    name = rest.pop(UNNAMED_KEY, default["name"] if isinstance(default, dict) else None)
+    if name is not None:
+        choices.append({"allOf": [{"$ref": f"#/$defs/{kind}.{name}"}, {"not": {"required": ["name"]}}]})
     return {"anyOf": choices, **rest}
 
 
@@ -104,9 +105,10 @@ def _as_written(schema: Any) -> Any:
         return _slot(schema)
     choices = schema.get("anyOf", [])
     if any(JSON_KEY in choice for choice in choices):
-        default = {"default": schema["default"]} if "default" in schema else {}
-        slots = [_slot(choice | default) if JSON_KEY in choice else choice for choice in choices]
-        schema = {**schema, "anyOf": [*slots, *([NONE] if {"type": "null"} in choices else [])]}
+        inherited = {key: schema[key] for key in ("default", UNNAMED_KEY) if key in schema}
+        slots = [_slot(choice | inherited) if JSON_KEY in choice else choice for choice in choices]
+        rest = {key: value for key, value in schema.items() if key != UNNAMED_KEY}
+        schema = {**rest, "anyOf": [*slots, *([NONE] if {"type": "null"} in choices else [])]}
     result: Schema = {}
     for key, value in schema.items():
         if key in ("default", "const", "enum", "examples", "required"):

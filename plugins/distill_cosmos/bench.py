@@ -137,7 +137,8 @@ class Plain:
         # the teacher runs under no_grad; with requires_grad off as well, torch sends products of its padded, transposed
         # sequences through bmm with a copied weight (16 times slower in bf16), which would flatter ours
         self.clock = clock
-        self.momentum = recipe.teacher.momentum.value(Progress(0, 1)) if recipe.teacher is not None else 0.0
+        ema = recipe.teacher.config if recipe.teacher is not None else None
+        self.momentum = ema.momentum.value(Progress(0, 1)) if ema is not None else 0.0
         self.images = cosmos.Views(*(_views(batch, "image", role) for role in ROLES))
         captions = ([pad(x, (0, text.context - x.shape[1])) for x in _views(batch, "text", role)] for role in ROLES)
         self.texts = cosmos.Views(*captions)

@@ -9,7 +9,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill_core import ComponentConfig, Needs, Outputs, Plan, Rows, Scheduled, did_you_mean, same_dim
+from distill_core import (
+    DEFAULT_TEACHER,
+    ComponentConfig,
+    Needs,
+    Outputs,
+    Plan,
+    Rows,
+    Scheduled,
+    did_you_mean,
+    same_dim,
+)
 from distill_cosmos.soft_targets import soft_minus_hard, soft_targets
 from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss, ring_problems
 
@@ -17,6 +27,8 @@ from distill_vl.contrastive import ContrastiveConfig, ContrastiveLoss, ring_prob
 class DistillationConfig(ContrastiveConfig):
     """Options of the distillation between modalities."""
 
+    teacher: str = DEFAULT_TEACHER
+    """The teacher that it reads."""
     pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The blocks STUDENT_to_TEACHER that enter, as [image_to_image, text_to_image]; null is all four."""
     targets: Literal["hard", "soft"] = "hard"
@@ -50,7 +62,10 @@ class CrossModalDistillation(ContrastiveLoss):
         chosen = _chosen(config)
         soft = config.targets == "soft"
         teachers = tuple(dict.fromkeys(m for student, teacher in chosen for m in (teacher, *[student] * soft)))
-        return Needs(teacher=teachers, fused=tuple(dict.fromkeys(student for student, _ in chosen)))
+        return Needs(
+            teacher={config.teacher: dict.fromkeys(teachers, ())},
+            fused=tuple(dict.fromkeys(student for student, _ in chosen)),
+        )
 
     @classmethod
     def problems(cls, config: DistillationConfig, plan: Plan) -> Iterable[str]:
@@ -65,11 +80,12 @@ class CrossModalDistillation(ContrastiveLoss):
         if config.targets == "soft" and config.exchange == "ring":
             yield f"{cls.name!r} reads the teacher's rows of all ranks for soft targets: take exchange: gather"
         yield from ring_problems(cls.name, config, plan)
-        yield from same_dim(cls.name, list(dict.fromkeys(m for block in _chosen(config) for m in block)), plan)
+        modalities = list(dict.fromkeys(m for block in _chosen(config) for m in block))
+        yield from same_dim(cls.name, modalities, plan, config.teacher)
 
     def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
         """The fused views of some modalities, and the teacher's of some, for each of `products`."""
-        fused, seen = outputs.fused, outputs.teacher["default"]
+        fused, seen = outputs.fused, outputs.teacher[self.config.teacher]
         return [
             (Rows.cat([fused[m].rows for m in students]), Rows.cat([seen[m].rows for m in teachers]))
             for students, teachers in self.products
@@ -80,7 +96,7 @@ class CrossModalDistillation(ContrastiveLoss):
         yield from super().gathers(outputs)
         if self.config.targets == "soft":
             for students, _ in self.products:
-                yield from (outputs.teacher["default"][m].rows for m in students)
+                yield from (outputs.teacher[self.config.teacher][m].rows for m in students)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term: the mean of the chosen blocks of pairs, each a mean itself; a metric for each block."""
@@ -89,7 +105,7 @@ class CrossModalDistillation(ContrastiveLoss):
         for (students, teachers), sides in zip(self.products, self.sides(outputs), strict=True):
             pairs = self.pairs(*sides)
             heights = [len(outputs.fused[m].rows) for m in students]
-            widths = [len(outputs.teacher["default"][m].rows) for m in teachers]
+            widths = [len(outputs.teacher[self.config.teacher][m].rows) for m in teachers]
             for student, row in zip(students, torch.split(pairs, heights), strict=True):
                 for teacher, block in zip(teachers, torch.split(row, widths, dim=1), strict=True):
                     if self.config.targets == "soft":
@@ -105,8 +121,9 @@ class CrossModalDistillation(ContrastiveLoss):
 
     def soften(self, outputs: Outputs, student: str, teacher: str) -> tuple[Tensor, Tensor]:
         """What soft targets add to the block's InfoNCEs, [Vs, Vt], and the targets' mean entropy."""
-        queries, keys = outputs.teacher["default"][student], outputs.teacher["default"][teacher]
+        seen = outputs.teacher[self.config.teacher]
         temperature = self.config.teacher_temperature.value(outputs.progress)
+        queries, keys = seen[student], seen[teacher]
         targets = soft_targets(queries.embedding, keys.embedding, queries.gathered, keys.gathered, temperature)
         fused, scale = outputs.fused[student], self.logit_scale.exp()
         return soft_minus_hard(fused.embedding, fused.gathered, keys.embedding, targets, scale), targets.entropy

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_core import ComponentConfig, LoadReport, Objective, UserError, WeightLoader, read_tensors
+from distill_core import DEFAULT_TEACHER, ComponentConfig, LoadReport, Objective, UserError, WeightLoader, read_tensors
 from distill_cosmos.losses import CrossModalDistillation
 from distill_vl.contrastive import Contrastive
 
 StateDict = Mapping[str, Tensor]
+TEACHER = f"teacher.{DEFAULT_TEACHER}."
 
 _FUSION = {
     "visual.attn_cross_pool.": "fusion.pooler.image.",
@@ -61,7 +62,7 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Co
     token maps are not used by anything: their names and shapes are checked against the student's, and reported.
     """
     own = {name: p for name, p in objective.named_parameters() if not name.startswith("teacher.")}
-    teacher = {name: p for name, p in objective.named_parameters() if name.startswith("teacher.")}
+    teacher = {name: p for name, p in objective.named_parameters() if name.startswith(TEACHER)}
     problems: list[str] = []
     copies: list[tuple[Tensor, Tensor]] = []
     unused: list[str] = []
@@ -78,7 +79,7 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Co
                 problems.append(f"{who}: {raw}: not a key of this model")
                 continue
             used.add(name)
-            target = own[name] if who == "student" else teacher.get(f"teacher.{name}")
+            target = own[name] if who == "student" else teacher.get(TEACHER + name)
             expected = own[name]
             if value.shape != expected.shape:
                 problems.append(f"{who}: {raw}: shape {list(value.shape)}, this model has {list(expected.shape)}")
@@ -87,7 +88,7 @@ def load_state_dict(objective: Objective, states: Mapping[str, StateDict]) -> Co
             else:
                 copies.append((target, value))
                 counts[who] += 1
-        parameters = own if who == "student" else {name.removeprefix("teacher."): p for name, p in teacher.items()}
+        parameters = own if who == "student" else {name.removeprefix(TEACHER): p for name, p in teacher.items()}
         public = {name: key for key, name in public_names(objective).items()}
         problems += [f"{who}: {public.get(name, name)}: missing" for name in parameters if name not in used]
     if problems:
@@ -103,7 +104,7 @@ def public_state_dict(objective: Objective) -> dict[str, dict[str, Tensor]]:
     own = {name: p.detach() for name, p in objective.named_parameters()}
     names = public_names(objective)
     student = {key: own[name] for key, name in names.items()}
-    teacher = {key: own[f"teacher.{name}"] for key, name in names.items() if f"teacher.{name}" in own}
+    teacher = {key: own[TEACHER + name] for key, name in names.items() if TEACHER + name in own}
     return {"student": student, "teacher": teacher}
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from distill_core import ComponentConfig
+from distill_core import DEFAULT_TEACHER, ComponentConfig
 from distill_cosmos.losses import CrossModalDistillation
 from distill_vl.contrastive import Contrastive, Sigmoid, SigmoidConfig
 
@@ -20,6 +20,8 @@ class SigmoidContrastive(Sigmoid, Contrastive):
 class SigmoidDistillationConfig(SigmoidConfig):
     """Options of the distillation; its targets are always hard, since soft ones are a softmax's."""
 
+    teacher: str = DEFAULT_TEACHER
+    """The teacher that it reads."""
     pairs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """The blocks STUDENT_to_TEACHER that enter, as [image_to_image, text_to_image]; null is all four."""
     targets: ClassVar[str] = "hard"

@@ -38,7 +38,7 @@ class Dino(PrototypeLoss):
     @classmethod
     def needs(cls, config: DinoConfig, plan: Plan) -> Needs:
         """A teacher of the modality."""
-        return Needs(teacher=(config.modality,), embeddings=())
+        return Needs(teacher={config.teacher: {config.modality: ()}}, embeddings=())
 
     @classmethod
     def problems(cls, config: DinoConfig, plan: Plan) -> Iterable[str]:
@@ -47,7 +47,8 @@ class Dino(PrototypeLoss):
         for role in config.student_roles:
             if role not in (GLOBAL, LOCAL, *have):
                 yield f"{cls.name!r}: student_roles: no view has the role {role!r}{did_you_mean(role, have)}"
-        yield from class_problems(cls.name, config.modality, config.class_token, config.student_roles, plan)
+        roles = config.student_roles
+        yield from class_problems(cls.name, config.modality, config.class_token, roles, plan, config.teacher)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One term; metrics show a collapse."""
@@ -97,9 +98,8 @@ class Ibot(PrototypeLoss):
         target = config.target_role or config.role
         count = max(1, len(plan.modalities[m].views(config.role)))
         return Needs(
-            teacher=(m,),
+            teacher={config.teacher: {m: tuple(t for _, t in pairs)}},
             tokens={m: tuple(s for s, _ in pairs)},
-            teacher_tokens={m: tuple(t for _, t in pairs)},
             masked=(m,),
             views={m: {config.role: 1, target: count}},
             embeddings=(),
@@ -109,7 +109,7 @@ class Ibot(PrototypeLoss):
     def problems(cls, config: IbotConfig, plan: Plan) -> Iterable[str]:
         """A class token and two views for the shared head."""
         if config.shared_head:
-            yield from class_problems(cls.name, config.modality, 0, (GLOBAL, LOCAL), plan)
+            yield from class_problems(cls.name, config.modality, 0, (GLOBAL, LOCAL), plan, config.teacher)
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms `patch`, and `class` with a shared head. Raises `UserError` where no view of the role is masked.
@@ -117,7 +117,7 @@ class Ibot(PrototypeLoss):
         The metric `patch_cross_entropy` is the mean over all hidden patches, to be compared with ln K.
         """
         m = self.config.modality
-        student, teacher = outputs.student[m], outputs.teacher["default"][m]
+        student, teacher = outputs.student[m], outputs.teacher[self.config.teacher][m]
         masks, places = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
         seen = [teacher.tokens[self.teacher_views.index(t)] for _, t in self.pairs]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from distill_core import Loss, LossConfig, Outputs, Plan, Progress, Ramp, Scheduled
+from distill_core import DEFAULT_TEACHER, Loss, LossConfig, Outputs, Plan, Progress, Ramp, Scheduled
 from distill_dino.targets import Targets, entropy
 from distill_vl.heads import DINOHead
 
@@ -24,6 +24,8 @@ class PrototypeConfig(LossConfig):
 
     modality: str = "image"
     """The modality that learns from its own teacher."""
+    teacher: str = DEFAULT_TEACHER
+    """The teacher that it reads."""
     prototypes: Positive = 65536
     """Outputs K of the head."""
     hidden: Positive = 2048
@@ -67,7 +69,7 @@ class PrototypeLoss(Loss):
             layers=config.layers,
             norm_last_layer=config.norm_last_layer,
         )
-        self.teacher_views = plan.modalities[config.modality].teacher_views
+        self.teacher_views = plan.teacher_views(config.teacher, config.modality)
 
     def temperature(self, progress: Progress) -> float:
         """The teacher's temperature at this step."""
@@ -82,7 +84,7 @@ class PrototypeLoss(Loss):
     @torch.no_grad()
     def teacher_logits(self, x: Tensor, outputs: Outputs) -> Tensor:
         """[..., W] -> [..., K] by the teacher's copy of the head."""
-        logits: Tensor = outputs.ema(self.head)(x)
+        logits: Tensor = outputs.ema(self.head, self.config.teacher)(x)
         return logits
 
     def class_term(
@@ -90,7 +92,7 @@ class PrototypeLoss(Loss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """DINO's loss of one of the class tokens, and what shows a collapse."""
         m = self.config.modality
-        student, teacher = outputs.student[m].class_tokens, outputs.teacher["default"][m].class_tokens
+        student, teacher = outputs.student[m].class_tokens, outputs.teacher[self.config.teacher][m].class_tokens
         assert student is not None
         assert teacher is not None
         student_logits = self.student_logits(student[list(students), :, token], outputs.progress)
@@ -135,11 +137,13 @@ def views_of(modality: str, roles: Sequence[str], plan: Plan) -> tuple[int, ...]
     return tuple(i for i, role in enumerate(plan.modalities[modality].roles) if role in roles)
 
 
-def class_problems(name: str, modality: str, token: int, roles: Sequence[str], plan: Plan) -> Iterable[str]:
+def class_problems(
+    name: str, modality: str, token: int, roles: Sequence[str], plan: Plan, teacher: str = DEFAULT_TEACHER
+) -> Iterable[str]:
     """What class tokens across views need that the recipe lacks."""
-    m = plan.modalities[modality]
+    m, seen = plan.modalities[modality], plan.teacher_views(teacher, modality)
     if token >= m.spec.class_tokens:
         have = f"gives {m.spec.class_tokens or 'none'}"
         yield f"{name!r} needs class token {token} of {modality!r}; its backbone {have}"
-    if m.teacher_views and not any(s != t for s in views_of(modality, roles, plan) for t in m.teacher_views):
+    if seen and not any(s != t for s in views_of(modality, roles, plan) for t in seen):
         yield f"{name!r} needs a view of {modality!r} beside the teacher's own; its augmentation makes none"

@@ -64,8 +64,6 @@ def _without_defaults(recipe: Recipe) -> dict[tuple[str, ...], dict[str, Any]]:
     slots = recipe.slots()
     ids = {slot.place: slot.id for slot in slots}
     short: dict[tuple[str, ...], dict[str, Any]] = {}
-    if recipe.teacher is not None:
-        short["teacher",] = recipe.teacher.model_dump(mode="json", exclude_defaults=True)
     for slot in slots:
         options = slot.config.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         short[_by_ids(slot.place, ids)] = {"name": slot.cls.name, **options}

@@ -12,10 +12,12 @@ import components_to_check.backbone
 import components_to_check.fusion
 import components_to_check.general
 import components_to_check.loss
-import components_to_check.others  # noqa: F401
+import components_to_check.others
+import components_to_check.teacher
 import pytest
 from components_to_check.broken import BROKEN
-from components_to_check.good import CASES, GOOD
+from components_to_check.good import CASES
+from components_to_check.good import GOOD as GOOD_OTHERS
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
 from my_plugin.loss import Match, MatchConfig
@@ -30,6 +32,8 @@ from distill_core.errors import UserError
 from distill_core.interfaces import LossConfig
 from distill_core.outputs import Encoded
 from distill_core.registry import Plugins
+
+GOOD = (*GOOD_OTHERS, components_to_check.teacher.Fixed, components_to_check.teacher.Uniform)
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ train: {steps: 1}
 
 
 def loss(**options: Any) -> Clip:
-    modality = ModalityPlan(("global", "local"), (), BackboneSpec(8, 6))
-    return Clip(Clip.Config(**options), Plan({"image": modality, "text": modality}, False, False)).double()
+    modality = ModalityPlan(("global", "local"), BackboneSpec(8, 6))
+    return Clip(Clip.Config(**options), Plan({"image": modality, "text": modality})).double()
 
 
 def outputs(image: Tensor, text: Tensor) -> Outputs:

@@ -300,7 +300,7 @@ def test_what_the_task_refuses() -> None:
     assert said(several) == "evaluation set 'set': 'caption_0' holds several items in one sample"
     blind = {"image_0": b"", "json": json.dumps({"caption_0": "red", "caption_1": "blue"}).encode()}
     assert said(blind) == "evaluation set 'set': no sample with all of image_0, caption_0, caption_1"
-    plan = Plan({"image": ModalityPlan(("global",), (), BackboneSpec(8, 8))}, False, False)
+    plan = Plan({"image": ModalityPlan(("global",), BackboneSpec(8, 8))})
     assert list(Composition.problems(CompositionConfig(), plan)) == [
         "'composition' compares two modalities; the recipe has 'image' alone"
     ]

@@ -158,7 +158,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
         assert step(batch, Progress(3, 9)).not_finite == 0
     moved = {name for name, x in state().items() if not torch.equal(x, after[name])}
     assert {"loss.counts.centre", "loss.counts.scale"} <= moved
-    assert any(name.startswith("teacher.backbone.image") for name in moved)
+    assert any(name.startswith("teacher.default.backbone.image") for name in moved)
 
 
 def test_nothing_moves_after_the_last_step_that_is_allowed(tiny_recipe: Path, registry: Registry) -> None:

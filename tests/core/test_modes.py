@@ -70,7 +70,7 @@ class TeacherTokens(Loss):
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
-        return Needs(teacher=("image",), teacher_tokens={"image": (1,)}, masked=("image",))
+        return Needs(teacher={"default": {"image": (1,)}}, masked=("image",))
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         assert list(outputs.teacher["default"]["image"].tokens) == [1]
@@ -105,8 +105,8 @@ def test_the_teacher_is_in_evaluation_mode(load: Load) -> None:
     """Catches dropout in the teacher, and batch statistics that it gathers itself."""
     objective = build_objective(load(*NOISY))
     objective.train()
-    assert objective.teacher is not None
-    assert not any(module.training for module in objective.teacher.modules())
+    teacher: Any = objective.teachers["default"]
+    assert not any(module.training for module in teacher.modules())
     data = batch()
     first, second = (objective.represent_teachers(data)["default"]["image"].pooled for _ in range(2))
     assert torch.equal(first, second)
@@ -114,8 +114,8 @@ def test_the_teacher_is_in_evaluation_mode(load: Load) -> None:
     assert student.norm.num_batches_tracked == 0
     objective.represent(data, Progress(0, 1))
     assert student.norm.num_batches_tracked > 0
-    objective.teacher.move(Progress(0, 1))
-    taught: Any = objective.teacher.backbone["image"]
+    teacher.move(Progress(0, 1))
+    taught: Any = teacher.backbone["image"]
     assert torch.equal(taught.norm.running_mean, student.norm.running_mean)
 
 
@@ -145,8 +145,8 @@ def test_a_teacher_starts_from_loaded_weights(load: Load, tmp_path: Path) -> Non
     save_file({key: value.contiguous() for key, value in part.items()}, tmp_path / "image.safetensors")
     recipe = load(f"weights=[{{name: state_dict, source: {tmp_path / 'image.safetensors'}, to: backbone.image}}]")
     objective = Trainer(recipe, RunFolder.create(tmp_path / "runs", recipe), quiet=True).objective
-    assert objective.teacher is not None
-    for name, value in objective.teacher.backbone["image"].state_dict().items():
+    teacher: Any = objective.teachers["default"]
+    for name, value in teacher.backbone["image"].state_dict().items():
         assert torch.equal(value, part[name]), name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from distill_core.contracts.schedule import Cosine, Scheduled
 from distill_core.interfaces import Backbone, FusionHead, Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
-from distill_core.plan import BackboneSpec, ModalityPlan, Needs, Plan
-from distill_core.teacher import Teacher, TeacherConfig
+from distill_core.plan import BackboneSpec, ModalityPlan, Needs, Plan, TeacherPlan
+from distill_core.teachers.copies import CopiedTeacher, Ema, EmaConfig
 
 W, D, L, B = 3, 2, 4, 5
 
@@ -81,6 +82,10 @@ class Two(Loss):
         self.head = nn.Linear(D, D)
         self.other = nn.Linear(D, D)
 
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(teacher={"default": {"a": ()}})
+
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         mine = self.head(outputs.student["a"].pooled)
         with torch.no_grad():
@@ -90,26 +95,33 @@ class Two(Loss):
 
 def objective_of(
     *losses: Loss | type[Loss],
-    teacher: TeacherConfig | None = None,
+    teacher: EmaConfig | None = None,
     needs: Sequence[Needs] = (),
     taught: Sequence[str] = ("a", "b"),
     weights: Sequence[float] = (),
 ) -> Objective:
+    roles = teacher.views if teacher is not None else ()
+    views = tuple(i for i, role in enumerate(("global", "global", "local")) if role in roles)
     plan = Plan(
-        {
-            name: ModalityPlan(
-                ("global", "global", "local"), (0, 1) if teacher and name in taught else (), BackboneSpec(W, D)
-            )
-            for name in ("a", "b")
-        },
-        teacher is not None,
+        {name: ModalityPlan(("global", "global", "local"), BackboneSpec(W, D)) for name in ("a", "b")},
+        {"default": TeacherPlan(dict.fromkeys(taught, views))} if teacher is not None else {},
         True,
     )
     built = {}
     for i, cls in enumerate(losses):
         weight = weights[i] if weights else 1.0
         built[cls.name] = cls(LossConfig(weight=weight), plan)  # type: ignore[operator]
-    return Objective({"a": Mean(), "b": Mean()}, SumFusion(None, plan), built, teacher, plan, needs)
+    objective = Objective({"a": Mean(), "b": Mean()}, SumFusion(None, plan), built, plan, needs)
+    if teacher is not None:
+        objective.add_teacher("default", partial(Ema, teacher))
+    return objective
+
+
+def teacher_of(objective: Objective) -> Any:
+    """The one that losses read by default."""
+    teacher = objective.teachers["default"]
+    assert isinstance(teacher, CopiedTeacher)
+    return teacher
 
 
 @pytest.fixture
@@ -125,9 +137,15 @@ def batch() -> Batch:
 
 def test_momentum() -> None:
     """Hand-computed. Catches a cosine that runs the wrong way, or is measured in other than the whole run."""
-    fixed = Teacher(TeacherConfig(momentum=0.97), {}, {})
+
+    def ema(momentum: float | Scheduled[Any]) -> Ema:
+        teacher = teacher_of(objective_of(Pull, teacher=EmaConfig(momentum=momentum)))  # type: ignore[arg-type]
+        assert isinstance(teacher, Ema)
+        return teacher
+
+    fixed = ema(momentum=0.97)
     assert [fixed.momentum(Progress(step, 10)) for step in (0, 5, 9)] == [0.97] * 3
-    cosine = Teacher(TeacherConfig(momentum=Scheduled.by(Cosine, start=0.9, end=1.0)), {}, {})
+    cosine = ema(momentum=Scheduled.by(Cosine, start=0.9, end=1.0))
     expected = [1 - 0.1 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert [cosine.momentum(Progress(step, 8)) for step in range(8)] == pytest.approx(expected, rel=1e-12)
     assert cosine.momentum(Progress(0, 8)) == pytest.approx(0.9)
@@ -137,9 +155,9 @@ def test_momentum() -> None:
 @pytest.mark.parametrize("order", ["before_optimizer", "after_optimizer"])
 def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
     """teacher = m teacher + (1 - m) student, with the student from before or from after the step."""
-    config = TeacherConfig(momentum=Scheduled.by(Cosine, start=0.75, end=0.25), update=order)  # type: ignore[arg-type]
+    config = EmaConfig(momentum=Scheduled.by(Cosine, start=0.75, end=0.25), update=order)  # type: ignore[arg-type]
     objective = objective_of(Pull, teacher=config)
-    objective.teacher.backbone["a"].proj.data.add_(1.0)  # type: ignore[union-attr]
+    teacher_of(objective).backbone["a"].proj.data.add_(1.0)
     optimizer = torch.optim.SGD(objective.backbone.parameters(), lr=0.5)
     for step in range(3):
         progress = Progress(step, 4)
@@ -147,7 +165,7 @@ def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
         optimizer.zero_grad()
         outputs = objective.represent(batch, progress)
         objective.losses(outputs).total.backward()
-        old_teacher = objective.teacher.backbone["a"].proj.clone()  # type: ignore[union-attr]
+        old_teacher = teacher_of(objective).backbone["a"].proj.clone()
         old_student = objective.backbone["a"].proj.detach().clone()
         new_student = old_student - 0.5 * objective.backbone["a"].proj.grad
         objective.before_step(progress)
@@ -156,8 +174,8 @@ def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
         student = old_student if order == "before_optimizer" else new_student
         torch.testing.assert_close(objective.backbone["a"].proj.data, new_student)
         torch.testing.assert_close(
-            objective.teacher.backbone["a"].proj,
-            momentum * old_teacher + (1 - momentum) * student,  # type: ignore[union-attr]
+            teacher_of(objective).backbone["a"].proj,
+            momentum * old_teacher + (1 - momentum) * student,
         )
         assert (new_student - old_student).abs().max() > 1e-4
 
@@ -165,14 +183,13 @@ def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
 def test_teacher_is_out_of_the_gradients_reach(batch: Batch) -> None:
     """Catches gradients into the teacher, teacher parameters that are trained, a teacher in training mode, and buffers
     that it moves itself or never takes from the student."""
-    objective = objective_of(Pull, Two, teacher=TeacherConfig())
+    objective = objective_of(Pull, Two, teacher=EmaConfig())
     objective.train()
     outputs = objective.represent(batch, Progress(0, 1))
     assert not outputs.teacher["default"]["a"].pooled.requires_grad
     assert outputs.student["a"].pooled.requires_grad
     objective.losses(outputs).total.backward()
-    teacher = objective.teacher
-    assert teacher is not None
+    teacher = teacher_of(objective)
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert objective.backbone["a"].proj.grad is not None
     assert not any(name.startswith("teacher") for name, _, _ in objective.trainable([], {}))
@@ -184,26 +201,26 @@ def test_teacher_is_out_of_the_gradients_reach(batch: Batch) -> None:
 
 
 def test_teacher_starts_as_the_student_and_keeps_a_copy() -> None:
-    objective = objective_of(Pull, teacher=TeacherConfig())
-    assert objective.teacher is not None
-    mine, theirs = objective.backbone["a"].proj, objective.teacher.backbone["a"].proj
+    objective = objective_of(Pull, teacher=EmaConfig())
+    mine, theirs = objective.backbone["a"].proj, teacher_of(objective).backbone["a"].proj
     assert torch.equal(mine, theirs)
     assert mine.data_ptr() != theirs.data_ptr()
 
 
 def test_a_half_precision_student_has_a_float32_teacher() -> None:
     """Catches an average that never moves: 0.001 of a bf16 difference is below its resolution."""
-    student = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
-    nn.init.ones_(student.weight)
-    teacher = Teacher(TeacherConfig(momentum=0.999), {"a": student}, {})
-    nn.init.constant_(student.weight, 1.5)
+    objective = objective_of(Pull)
+    student = objective.backbone["a"].to(torch.bfloat16)
+    nn.init.ones_(student.proj)
+    teacher = Ema(EmaConfig(momentum=0.999), "default", TeacherPlan({"a": (0,)}), objective)
+    nn.init.constant_(student.proj, 1.5)
     teacher.move(Progress(0, 1))
-    torch.testing.assert_close(teacher.backbone["a"].weight, torch.full((2, 2), 1.0005))
+    torch.testing.assert_close(teacher.backbone["a"].proj, torch.full_like(teacher.backbone["a"].proj, 1.0005))
 
 
 def test_the_teachers_copy_of_a_losses_head(batch: Batch) -> None:
     """Catches a head that is not averaged, one that is though it was not asked for, and a lost copy in the state."""
-    objective = objective_of(Two, teacher=TeacherConfig(momentum=0.5))
+    objective = objective_of(Two, teacher=EmaConfig(momentum=0.5))
     loss = objective.loss["two"]
     copy = objective.ema(loss.head)
     assert torch.equal(copy.weight, loss.head.weight)
@@ -216,15 +233,15 @@ def test_the_teachers_copy_of_a_losses_head(batch: Batch) -> None:
     assert outputs.ema(loss.head) is copy
     objective.after_step(outputs, Progress(0, 1))
     torch.testing.assert_close(copy.weight, before + 1.0)
-    assert any(key.startswith("teacher.heads.") for key in objective.state_dict())
+    assert any(key.startswith("teacher.default.loss.two.head.") for key in objective.state_dict())
     with pytest.raises(KeyError):
         objective_of(Two).ema(loss.head)
 
 
 def test_tokens_of_the_needed_views_alone(batch: Batch) -> None:
     """Catches tokens computed for nobody, of the wrong view, or in the wrong rows, and masks lost on the way."""
-    needs = [Needs(tokens={"a": (1,)}), Needs(tokens={"a": (1, 2), "b": (0,)}, teacher_tokens={"a": (0,)})]
-    objective = objective_of(Pull, teacher=TeacherConfig(), needs=needs)
+    needs = [Needs(tokens={"a": (1,)}), Needs(tokens={"a": (1, 2), "b": (0,)}, teacher={"default": {"a": (0,)}})]
+    objective = objective_of(Pull, teacher=EmaConfig(), needs=needs)
     outputs = objective.represent(batch, Progress(0, 1))
     a, b = objective.backbone["a"], objective.backbone["b"]
     assert [(n, tokens) for n, tokens, _ in a.calls] == [(B, False), (B, True), (B, True)]
@@ -252,18 +269,18 @@ def test_views_without_tokens_go_in_one_call_a_group(batch: Batch) -> None:
 
 def test_only_the_student_sees_masks(batch: Batch) -> None:
     """As in masked modelling. Catches a teacher that is given masked input."""
-    objective = objective_of(Pull, teacher=TeacherConfig())
+    objective = objective_of(Pull, teacher=EmaConfig())
     outputs = objective.represent(batch, Progress(0, 1))
     assert [masked for _, _, masked in objective.backbone["a"].calls] == [True, False]
-    assert objective.teacher is not None
-    assert [masked for _, _, masked in objective.teacher.backbone["a"].calls] == [False]
+    teacher = teacher_of(objective)
+    assert [masked for _, _, masked in teacher.backbone["a"].calls] == [False]
     x = batch.views["a"].groups[0].x
-    torch.testing.assert_close(outputs.teacher["default"]["a"].pooled, x.mean(2) @ objective.teacher.backbone["a"].proj)
+    torch.testing.assert_close(outputs.teacher["default"]["a"].pooled, x.mean(2) @ teacher.backbone["a"].proj)
 
 
 def test_terms_are_weighted_and_named(batch: Batch) -> None:
     """Catches a weight that scales one term of several, or the logged value, and names that collide."""
-    objective = objective_of(Pull, Two, teacher=TeacherConfig(), weights=(0.5, 3.0))
+    objective = objective_of(Pull, Two, teacher=EmaConfig(), weights=(0.5, 3.0))
     losses = objective.losses(objective.represent(batch, Progress(0, 1)))
     assert set(losses.terms) == {"pull", "two/x", "two/y"}
     assert set(losses.metrics) == {"pull/one"}
@@ -273,15 +290,14 @@ def test_terms_are_weighted_and_named(batch: Batch) -> None:
 
 
 def test_modalities_of_the_teacher(batch: Batch) -> None:
-    objective = objective_of(Pull, teacher=TeacherConfig(modalities=("a",)), taught=("a",))
-    assert objective.teacher is not None
-    assert list(objective.teacher.backbone) == ["a"]
+    objective = objective_of(Pull, teacher=EmaConfig(modalities=("a",)), taught=("a",))
+    assert list(teacher_of(objective).backbone) == ["a"]
     assert list(objective.represent(batch, Progress(0, 1)).teacher["default"]) == ["a"]
 
 
 @pytest.mark.parametrize(("roles", "count"), [(("global",), 2), (("local",), 1), (("global", "local"), 3)])
 def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) -> None:
-    objective = objective_of(Pull, teacher=TeacherConfig(views=roles))
+    objective = objective_of(Pull, teacher=EmaConfig(views=roles))
     assert objective.represent(batch, Progress(0, 1)).teacher["default"]["b"].pooled.shape == (count, B, D)
 
 
@@ -295,7 +311,7 @@ def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
 
 def test_embeddings(batch: Batch) -> None:
     """Catches half-precision or un-normalised embeddings, and another tensor for each loss that asks."""
-    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))], teacher=TeacherConfig())
+    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))], teacher=EmaConfig())
     outputs = objective.represent(batch, Progress(0, 1))
     outputs.student["a"].pooled = outputs.student["a"].pooled.to(torch.bfloat16)
     embedding = outputs.student["a"].embedding

@@ -177,7 +177,7 @@ def test_not_finite_may_be_passed_over(run: Run, what: str) -> None:
     ):
         assert equal(before, after)
     for i in (0, 2, 3):
-        for part in ("backbone.image", "backbone.text", "fusion", "teacher.backbone.image"):
+        for part in ("backbone.image", "backbone.text", "fusion", "teacher.default.backbone.image"):
             a, b = saved[i]["objective"], saved[i + 1]["objective"]
             assert any(not torch.equal(a[key], b[key]) for key in a if key.startswith(part)), (i, part)
     assert all(torch.isfinite(value).all() for value in saved[-1]["objective"].values())

@@ -55,7 +55,7 @@ def test_frozen_parts_do_not_move(trainer: Make) -> None:
     made.run()
     frozen = ("backbone.text.", "backbone.image.conv1.", "loss.contrastive.")
     for name, value in made.objective.state_dict().items():
-        if name.startswith((*frozen, "teacher.backbone.text.", "teacher.backbone.image.conv1.")):
+        if name.startswith((*frozen, "teacher.default.backbone.text.", "teacher.default.backbone.image.conv1.")):
             torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7, msg=name)
         elif name.startswith(("backbone.image.proj", "fusion.token_map.text.weight", "loss.cross_modal")):
             assert not torch.equal(value, before[name]), name
@@ -87,7 +87,7 @@ def test_factors_of_the_learning_rate(trainer: Make) -> None:
             "train.lr_factors={backbone.image.transfomer: 0.1}",
             r"'backbone.image.transfomer' .*did you mean 'backbone.image.transformer'\?",
         ),
-        ("freeze=[teacher.backbone.image]", r"'teacher.backbone.image' names no part"),
+        ("freeze=[teacher.default.backbone.image]", r"'teacher.default.backbone.image' names no part"),
         ("freeze=[backbone, fusion, loss]", r"everything is frozen"),
     ],
 )
@@ -120,7 +120,7 @@ def test_weights_of_a_run(trainer: Make, other: Trainer) -> None:
     assert [loaded.line for loaded in whole.load_reports] == [
         f"{other.folder.path}: {len(theirs)} tensors into the model"
     ]
-    assert not torch.equal(theirs["teacher.backbone.image.proj"], theirs["backbone.image.proj"])
+    assert not torch.equal(theirs["teacher.default.backbone.image.proj"], theirs["backbone.image.proj"])
 
     part = trainer(init(other.folder.path, to="backbone.image")).objective.state_dict()
     for key in own:
@@ -129,9 +129,9 @@ def test_weights_of_a_run(trainer: Make, other: Trainer) -> None:
         expected = theirs if student.startswith("backbone.image.") else own
         assert torch.equal(part[key], expected[student]), key
     taught = trainer(
-        init(other.folder.path, to="backbone.image", prefix="teacher.backbone.image")
+        init(other.folder.path, to="backbone.image", prefix="teacher.default.backbone.image")
     ).objective.state_dict()
-    assert torch.equal(taught["backbone.image.proj"], theirs["teacher.backbone.image.proj"])
+    assert torch.equal(taught["backbone.image.proj"], theirs["teacher.default.backbone.image.proj"])
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt"])

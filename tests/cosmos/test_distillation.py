@@ -15,7 +15,7 @@ import distill_vl.contrastive
 from distill_core.batch import Batch, Group, Views
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Features, Fused, Outputs, Progress, Rows
-from distill_core.plan import BackboneSpec, ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan, TeacherPlan
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.recipe.sections import Recipe
@@ -31,11 +31,8 @@ SUBSETS = [subset for n in range(1, 5) for subset in itertools.combinations(NAME
 
 def make_loss(**options: Any) -> CrossModalDistillation:
     plan = Plan(
-        {
-            name: ModalityPlan(("global",) * views, tuple(range(TEACHER_VIEWS[name])), BackboneSpec(7, D))
-            for name, views in STUDENT_VIEWS.items()
-        },
-        teacher=True,
+        {name: ModalityPlan(("global",) * views, BackboneSpec(7, D)) for name, views in STUDENT_VIEWS.items()},
+        {"default": TeacherPlan({name: tuple(range(views)) for name, views in TEACHER_VIEWS.items()})},
         fusion=True,
     )
     loss = CrossModalDistillation(CrossModalDistillation.Config(**options), plan).double()

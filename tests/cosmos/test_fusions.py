@@ -27,8 +27,7 @@ WIDTH = {"image": 5, "text": 4}
 LENGTH = {"image": 7, "text": 9}
 OTHER = {"image": "text", "text": "image"}
 PLAN = Plan(
-    {name: ModalityPlan(("global",), (0,), BackboneSpec(width, D)) for name, width in WIDTH.items()},
-    teacher=True,
+    {name: ModalityPlan(("global",), BackboneSpec(width, D)) for name, width in WIDTH.items()},
     fusion=True,
 )
 CASES: list[tuple[type[FusionHead], dict[str, Any]]] = [

@@ -51,7 +51,7 @@ def test_every_weight_arrives_where_it_belongs(objective: Objective, states: dic
     assert torch.equal(ours["fusion.token_map.image.bias"], states["student"]["image_token_mapping.bias"])
     assert torch.equal(ours["loss.cross_modal_distillation.logit_scale"], states["student"]["distill_logit_scale"])
     teacher = states["teacher"]["transformer.resblocks.1.mlp.c_proj.weight"]
-    assert torch.equal(ours["teacher.backbone.text.transformer.resblocks.1.mlp.c_proj.weight"], teacher)
+    assert torch.equal(ours["teacher.default.backbone.text.transformer.resblocks.1.mlp.c_proj.weight"], teacher)
     written = official.public_state_dict(objective)
     assert set(written["student"]) == set(states["student"])
     for key, value in written["student"].items():

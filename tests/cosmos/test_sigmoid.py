@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Features, Fused, Outputs, Progress
-from distill_core.plan import BackboneSpec, ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Plan, TeacherPlan
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_cosmos.sigmoid import SigmoidContrastive, SigmoidDistillation
@@ -23,9 +23,11 @@ IMAGE_GLOBALS, IMAGES, TEXT_GLOBALS, TEXTS, BATCH, DIM = 2, 3, 1, 4, 3, 5
 def plan() -> Plan:
     def modality(globals_: int, views: int) -> ModalityPlan:
         roles = ("global",) * globals_ + ("local",) * (views - globals_)
-        return ModalityPlan(roles, tuple(range(globals_)), BackboneSpec(8, DIM))
+        return ModalityPlan(roles, BackboneSpec(8, DIM))
 
-    return Plan({"image": modality(IMAGE_GLOBALS, IMAGES), "text": modality(TEXT_GLOBALS, TEXTS)}, True, True)
+    teacher = TeacherPlan({"image": tuple(range(IMAGE_GLOBALS)), "text": tuple(range(TEXT_GLOBALS))})
+    modalities = {"image": modality(IMAGE_GLOBALS, IMAGES), "text": modality(TEXT_GLOBALS, TEXTS)}
+    return Plan(modalities, {"default": teacher}, fusion=True)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Said:
     def __init__(self, transcription: ModuleType, made: Any, id: str, outputs: Outputs) -> None:
         self.transcription, self.outputs = transcription, outputs
         self.student_head = made.loss[id].head
-        self.teacher_head = made.teacher.heads[f"{id}/head"]
+        self.teacher_head = made.get_submodule(f"teacher.default.loss.{id}.head")
 
     def logits(self, head: DINOHead, x: torch.Tensor) -> list[float]:
         layers = [(p.weight.tolist(), p.bias.tolist()) for p in head.mlp if isinstance(p, nn.Linear)]

@@ -23,8 +23,8 @@ BATCH, COUNT, PATCHES, WIDTH, DIM = 3, 4, 6, 7, 5
 
 
 def plan() -> Plan:
-    image = ModalityPlan(("global", "local"), (), BackboneSpec(WIDTH, DIM))
-    return Plan({"image": image, "text": ModalityPlan(("global",) * COUNT, (), BackboneSpec(8, DIM))}, False, False)
+    image = ModalityPlan(("global", "local"), BackboneSpec(WIDTH, DIM))
+    return Plan({"image": image, "text": ModalityPlan(("global",) * COUNT, BackboneSpec(8, DIM))})
 
 
 def outputs(mask: Tensor | None = None) -> Outputs:

@@ -27,8 +27,7 @@ from distill_vl.vit import VisionTransformer
 
 D, HEADS, LENGTH = 12, 3, 9
 PLAN = Plan(
-    {name: ModalityPlan(("global",), (0,), BackboneSpec(width, D)) for name, width in (("image", 10), ("text", 8))},
-    teacher=True,
+    {name: ModalityPlan(("global",), BackboneSpec(width, D)) for name, width in (("image", 10), ("text", 8))},
     fusion=True,
 )
 

@@ -27,9 +27,8 @@ from distill_flair.fusion import TextConditionedPool, TextConditionedPoolConfig
 from distill_flair.loss import Flair, FlairConfig
 
 PLAN = Plan(
-    {m: ModalityPlan(("global",) * 3, (), BackboneSpec(width, 6)) for m, width in (("image", 8), ("text", 5))},
-    False,
-    True,
+    {m: ModalityPlan(("global",) * 3, BackboneSpec(width, 6)) for m, width in (("image", 8), ("text", 5))},
+    fusion=True,
 )
 
 

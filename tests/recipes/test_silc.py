@@ -25,10 +25,10 @@ def test_both_global_crops_meet_the_caption_and_only_the_picture_has_a_teacher(r
     recipe = load_recipe(RECIPE, registry=registry)
     image, text = (recipe.plan.modalities[m] for m in ("image", "text"))
     assert image.roles == ("global", "global", "local", "local")
-    assert (image.teacher_views, text.teacher_views) == ((0, 1), ())
+    assert tuple(recipe.plan.teacher_views("default", name) for name in ("image", "text")) == ((0, 1), ())
     assert [node.cls.name for node in recipe.loss] == ["contrastive", "dino"]
     assert recipe.teacher is not None
-    assert not recipe.teacher.momentum.moves, "a fixed momentum"
+    assert not recipe.teacher.config.momentum.moves, "a fixed momentum"
     torch.manual_seed(0)
     pictures, captions = torch.randn(4, 5, image.spec.dim).double(), torch.randn(1, 5, text.spec.dim).double()
     student = {"image": Features(pictures), "text": Features(captions)}

@@ -288,6 +288,6 @@ def test_a_recipe_is_refused_before_data_are_touched(tiny_recipe: Path, registry
     )
     other_way = said("{name: segmentation, modalities: [text, image]}")
     assert "'segmentation' needs dense embeddings of 'text'; its backbone has no `dense`" in other_way
-    alone = Plan({"image": ModalityPlan(("global",), (), BackboneSpec(8, 8, dense=("plain",)))}, False, False)
+    alone = Plan({"image": ModalityPlan(("global",), BackboneSpec(8, 8, dense=("plain",)))})
     (line,) = Segmentation.problems(SegmentationConfig(), alone)
     assert line == "'segmentation' compares two modalities; the recipe has 'image' alone"

@@ -29,8 +29,8 @@ train: {steps: 1}
 
 
 def loss(**options: Any) -> SigLip:
-    modality = ModalityPlan(("global", "local"), (), BackboneSpec(8, 6))
-    return SigLip(SigLip.Config(**options), Plan({"image": modality, "text": modality}, False, False)).double()
+    modality = ModalityPlan(("global", "local"), BackboneSpec(8, 6))
+    return SigLip(SigLip.Config(**options), Plan({"image": modality, "text": modality})).double()
 
 
 def outputs(image: Tensor, text: Tensor) -> Outputs:

@@ -26,7 +26,7 @@ WIDTH, DIM = 7, 5
 
 def loss(**options: Any) -> SimClr:
     roles = ("global", "simclr", "simclr", "simclr")
-    plan = Plan({"image": ModalityPlan(roles, (), BackboneSpec(WIDTH, DIM))}, False, False)
+    plan = Plan({"image": ModalityPlan(roles, BackboneSpec(WIDTH, DIM))})
     torch.manual_seed(1)
     made = SimClr(SimClr.Config(hidden=6, dim=4, **options), plan).double()
     for parameter in made.parameters():  # away from weights of 1 and biases of 0

@@ -47,7 +47,7 @@ def finished(base: Path, name: str, recipe: Recipe, scores: dict[str, float] | N
         (["augment.text={name: caption, take: one}", "loss.0=clip"], {
             "augment.text": ["text_crop(local=1)", "caption(take=one)"],
             "loss.contrastive": ["contrastive", "-"], "loss.clip": ["-", "clip"]}),
-        (["teacher=null", "loss.1=null"], {"teacher": ["(momentum=0.9)", "none"],
+        (["teacher=null", "loss.1=null"], {"teacher": ["ema(momentum=0.9)", "none"],
          "loss.cross_modal_distillation": ["cross_modal_distillation", "-"]}),
         (["train.lr_factors={backbone.text: 0.1}"], {"train.lr_factors.backbone.text": ["-", "0.1"]}),
         (["evaluate.tasks=[]"], {"evaluate.tasks.retrieval": ["retrieval", "-"]}),

@@ -38,8 +38,8 @@ def bert() -> BertText:
 
 
 def flava() -> MultimodalEncoder:
-    plans = {m: ModalityPlan(("global",), (), BackboneSpec(8, 24)) for m in ("image", "text")}
-    return MultimodalEncoder(MultimodalEncoderConfig(layers=3, heads=3), Plan(plans, teacher=False, fusion=True))
+    plans = {m: ModalityPlan(("global",), BackboneSpec(8, 24)) for m in ("image", "text")}
+    return MultimodalEncoder(MultimodalEncoderConfig(layers=3, heads=3), Plan(plans, fusion=True))
 
 
 def images(*sizes: torch.Size) -> Views:

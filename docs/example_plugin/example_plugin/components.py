@@ -38,7 +38,11 @@ class FusedAgreement(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=tuple(plan.modalities), fused=tuple(plan.modalities))
+        return Needs(teacher={"default": dict.fromkeys(plan.modalities, ())}, fused=tuple(plan.modalities))
+
+    @classmethod
+    def problems(cls, config, plan):
+        return same_dim(cls.name, tuple(plan.modalities), plan, "default")
 
     def forward(self, outputs):
         pairs = [(outputs.fused[m].embedding, seen.embedding[:1]) for m, seen in outputs.teacher["default"].items()]

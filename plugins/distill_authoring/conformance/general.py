@@ -11,7 +11,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, require, validate_options
-from distill_core import GLOBAL, BackboneSpec, ComponentConfig, LossConfig, MissingModality, ModalityPlan, Needs, Plan
+from distill_core import (
+    DEFAULT_TEACHER,
+    GLOBAL,
+    BackboneSpec,
+    ComponentConfig,
+    LossConfig,
+    MissingModality,
+    ModalityPlan,
+    Needs,
+    Plan,
+    TeacherPlan,
+)
 from distill_core.tools import option_message
 
 
@@ -66,11 +77,13 @@ def named(cls: Any) -> None:
 @checks()
 def needs_and_problems(case: Case) -> None:
     """`needs` and `problems` accept plans that lack things: they return, or raise MissingModality."""
-    bare_modality = ModalityPlan((GLOBAL,), (), BackboneSpec(24, 16, has_tokens=False))
+    bare_modality = ModalityPlan((GLOBAL,), BackboneSpec(24, 16, has_tokens=False))
     plans = {
-        "no modality": Plan({}, False, False),
-        "one modality without tokens or teacher": Plan({"other": bare_modality}, False, False),
-        "a teacher that sees nothing": Plan({"other": bare_modality, "another": bare_modality}, True, True),
+        "no modality": Plan({}),
+        "one modality without tokens or teacher": Plan({"other": bare_modality}),
+        "a teacher that sees nothing": Plan(
+            {"other": bare_modality, "another": bare_modality}, {DEFAULT_TEACHER: TeacherPlan({})}, True
+        ),
     }
     for what, plan in plans.items():
         for method in (case.cls.needs, case.cls.problems):

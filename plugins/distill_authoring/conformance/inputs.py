@@ -35,6 +35,7 @@ from distill_core import (
     Plan,
     Present,
     Progress,
+    TeacherPlan,
     Views,
 )
 from distill_core.tools import unmet
@@ -116,15 +117,13 @@ def _fit(
     cls: Any, config: Any, roles: tuple[tuple[str, ...], tuple[str, ...]], teacher: bool, fusion: bool
 ) -> tuple[Fit, list[str]]:
     """Extend a plan until it has what `needs` names; returns also the remaining problems."""
-    plan = Plan({}, teacher, fusion)
+    plan = Plan({}, {DEFAULT_TEACHER: TeacherPlan({})} if teacher else {}, fusion)
     names: list[str] = []
     for _ in range(20):
         current = names or ["first", "second"]
         if tuple(plan.modalities) != tuple(current):
-            modalities = {
-                name: plan.modalities.get(name) or modality(roles[i % 2], teacher) for i, name in enumerate(current)
-            }
-            plan = replace(plan, modalities=modalities)
+            modalities = {name: plan.modalities.get(name) or modality(roles[i % 2]) for i, name in enumerate(current)}
+            plan = _seen(replace(plan, modalities=modalities))
         try:
             needs = cls.needs(config, plan)
             problems = list(cls.problems(config, plan))
@@ -150,6 +149,9 @@ def _fit_changed(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
             return None
         grown = _grow(plan, needs, sees_more=False)
         if grown == plan:
+            copies = all(t.parts is None for t in plan.teachers.values())  # what a recipe is refused without
+            if getattr(cls, "teacher_modules", ()) and not copies:
+                return None
             return None if problems else Fit(plan, needs, about, "all")
         plan = grown
     return None
@@ -159,10 +161,9 @@ def _modalities_of(needs: Needs) -> list[str]:
     """The modalities that `needs` names, without duplicates."""
     names = [
         *needs.student,
-        *needs.teacher,
+        *(modality for of_teacher in needs.teacher.values() for modality in of_teacher),
         *needs.fused,
         *needs.tokens,
-        *needs.teacher_tokens,
         *needs.views,
         *needs.masked,
         *needs.extra,
@@ -179,7 +180,7 @@ def _map_modalities(plan: Plan, change: Callable[[int, str, ModalityPlan], Modal
 
 
 def _with_third_modality(fit: Fit) -> Plan:
-    return replace(fit.plan, modalities={**fit.plan.modalities, "third": modality((GLOBAL, LOCAL), fit.plan.teacher)})
+    return _seen(replace(fit.plan, modalities={**fit.plan.modalities, "third": modality((GLOBAL, LOCAL))}))
 
 
 def _widths(width: int, dim: int) -> Change:
@@ -204,9 +205,21 @@ def _first_modality(fit: Fit) -> Plan:
 
 
 def _with_blind_teacher(fit: Fit) -> Plan:
-    """The teacher sees only the modalities that `needs` names for it."""
-    named = {*fit.needs.teacher, *fit.needs.teacher_tokens}
-    return _map_modalities(fit.plan, lambda _, name, m: m if name in named else replace(m, teacher_views=()))
+    """Each teacher sees only the modalities that `needs` names for it."""
+    teachers = {
+        name: replace(t, views={m: views for m, views in t.views.items() if m in fit.needs.teacher.get(name, ())})
+        for name, t in fit.plan.teachers.items()
+    }
+    return replace(fit.plan, teachers=teachers)
+
+
+def _with_wide_teacher(fit: Fit) -> Plan:
+    """Teachers with widths of their own, as frozen ones have."""
+    teachers = {
+        name: replace(t, specs={m: BackboneSpec(WIDTH + 24, DIM + 16, class_tokens=CLASSES) for m in t.views}, parts=())
+        for name, t in fit.plan.teachers.items()
+    }
+    return replace(fit.plan, teachers=teachers)
 
 
 _CHANGES: dict[str, tuple[Change, ...]] = {
@@ -216,19 +229,24 @@ _CHANGES: dict[str, tuple[Change, ...]] = {
     "one class token": (_class_tokens(1),),
     "one modality": (_first_modality,),
     "a teacher that sees only the modalities in Needs.teacher": (_with_blind_teacher,),
+    "a teacher of other widths W and D than the student's": (_with_wide_teacher,),
 }
 """What is special about a plan -> changes to the richest plan; the first accepted one is used."""
 
 
-def modality(roles: Sequence[str], teacher: bool) -> ModalityPlan:
-    """A modality with tokens, whose global views the teacher sees."""
-    seen = tuple(i for i, role in enumerate(roles) if teacher and role == GLOBAL)
-    return ModalityPlan(tuple(roles), seen, BackboneSpec(WIDTH, DIM, class_tokens=CLASSES))
+def modality(roles: Sequence[str]) -> ModalityPlan:
+    """A modality with tokens."""
+    return ModalityPlan(tuple(roles), BackboneSpec(WIDTH, DIM, class_tokens=CLASSES))
+
+
+def _seen(plan: Plan) -> Plan:
+    """The plan, each of whose teachers sees all global views."""
+    views = {name: m.views(GLOBAL) for name, m in plan.modalities.items() if m.views(GLOBAL)}
+    return replace(plan, teachers={name: replace(t, views=views) for name, t in plan.teachers.items()})
 
 
 def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
-    """The plan with the views that are needed; with `sees_more` the teacher sees all global ones."""
-    teacher = plan.teacher or bool(needs.teacher) or any(needs.teacher_tokens.values())
+    """The plan with the views and teachers that are needed; with `sees_more` each teacher sees all global ones."""
     modalities = {}
     for name, old in plan.modalities.items():
         roles = list(old.roles)
@@ -238,17 +256,23 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             roles[last + 1 : last + 1] = [role] * missing
         while len(roles) <= max(needs.tokens.get(name, ()), default=-1):
             roles.insert(0, GLOBAL)
-        seen = {i for i, role in enumerate(roles) if role == GLOBAL} if sees_more else set(old.teacher_views)
-        seen |= set(needs.teacher_tokens.get(name, ()))
         modalities[name] = replace(
             old,
             roles=tuple(roles),
-            teacher_views=tuple(sorted(seen)) if teacher else (),
             spec=replace(old.spec, can_mask=old.spec.can_mask or name in needs.masked),
             extras=tuple(dict.fromkeys((*old.extras, *needs.extra.get(name, ())))),
         )
     fields = {**dict.fromkeys(needs.fields, FieldPlan((), "float32")), **plan.fields}
-    return Plan(modalities, teacher, plan.fusion or bool(needs.fused), fields=fields)
+    teachers = {**dict.fromkeys(needs.teacher, TeacherPlan({})), **plan.teachers}
+    grown = Plan(modalities, teachers, plan.fusion or bool(needs.fused), fields=fields)
+    if sees_more or not teachers.keys() <= plan.teachers.keys():
+        grown = _seen(grown)
+    read = {
+        id: {m: tuple(sorted({*t.views.get(m, ()), *needs.teacher.get(id, {}).get(m, ())})) for m in modalities}
+        for id, t in grown.teachers.items()
+    }
+    seen = {id: {m: views for m, views in of_teacher.items() if views} for id, of_teacher in read.items()}
+    return replace(grown, teachers={id: replace(t, views=seen[id]) for id, t in grown.teachers.items()})
 
 
 def length(plan: Plan, name: str, role: str) -> int:
@@ -262,7 +286,7 @@ def example_features(
     *,
     batch: int = BATCH,
     seed: int = 0,
-    teacher: bool = False,
+    teacher: TeacherPlan | None = None,
     padding: Padding = "some",
     fill: float | None = None,
 ) -> dict[str, Features]:
@@ -274,21 +298,22 @@ def example_features(
     draw = torch.Generator().manual_seed(seed)
     by_modality = {}
     for number, (name, modality) in enumerate(plan.modalities.items()):
-        views = modality.teacher_views if teacher else tuple(range(len(modality.roles)))
-        if teacher and not views:
+        views = teacher.views.get(name, ()) if teacher is not None else tuple(range(len(modality.roles)))
+        if teacher is not None and not views:
             continue
+        spec = teacher.specs.get(name, modality.spec) if teacher is not None else modality.spec
 
         def leaf(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=draw).requires_grad_(not teacher)
+            return torch.randn(*shape, generator=draw).requires_grad_(teacher is None)
 
         tokens_by_view: dict[int, Tensor] = {}
         masks: dict[int, Tensor] = {}
-        current = Features(leaf(len(views), batch, modality.spec.dim), tokens_by_view, masks)
-        if modality.spec.class_tokens:
-            current.class_tokens = leaf(len(views), batch, modality.spec.class_tokens, modality.spec.width)
+        current = Features(leaf(len(views), batch, spec.dim), tokens_by_view, masks)
+        if spec.class_tokens:
+            current.class_tokens = leaf(len(views), batch, spec.class_tokens, spec.width)
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
-            tokens_by_view[place] = leaf(batch, count, modality.spec.width)
+            tokens_by_view[place] = leaf(batch, count, spec.width)
             if number % 2 or padding == "all":
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
                 masks[place] = torch.arange(count) < ends
@@ -410,16 +435,21 @@ def example_outputs(
         groups(fit, inputs, config, student, seed=seed + 2, hidden=hidden, ids=ids),
         student,
         {
-            DEFAULT_TEACHER: example_features(
-                plan, needs.teacher_tokens, batch=batch, seed=seed + 4, teacher=True, padding=padding, fill=fill
+            name: example_features(
+                plan,
+                needs.teacher.get(name, {}),
+                batch=batch,
+                seed=seed + 4 + number,
+                teacher=teacher,
+                padding=padding,
+                fill=fill,
             )
-        }
-        if plan.teacher
-        else {},
+            for number, (name, teacher) in enumerate(plan.teachers.items())
+        },
         fused,
         any_fusion,
         PROGRESS,
-        lambda module: copies[id(module)],
+        lambda module, teacher=DEFAULT_TEACHER: copies[id(module)],
         [str(i) for i in range(batch)],
         fields,
     )

@@ -305,7 +305,7 @@ def teacher_modules(case: Case) -> None:
         head: Any = getattr(module, name, None)
         require(isinstance(head, nn.Module), f"teacher_modules names {name!r}, and the loss has no module of that name")
         require(list(head.parameters()), f"teacher_modules names {name!r}, which has no parameters to average")
-    require(fit.needs.teacher, "it has teacher_modules and needs no teacher: return Needs(teacher=(...))")
+    require(fit.needs.teacher, "it has teacher_modules and needs no teacher: return Needs(teacher={...})")
 
 
 @checks(KIND)

@@ -106,7 +106,7 @@ class Sum(Loss):
 
 def plan() -> Plan:
     """Two modalities of one view."""
-    return Plan({name: modality((GLOBAL,), False) for name in NAMES}, teacher=False, fusion=False)
+    return Plan({name: modality((GLOBAL,)) for name in NAMES})
 
 
 def backbones() -> dict[str, Backbone]:
@@ -123,7 +123,7 @@ def model() -> Model:
 
 def objective() -> Objective:
     """Both backbones, no teacher, no fusion, one loss."""
-    return Objective(backbones(), None, {"sum": Sum(LossConfig(), plan())}, None, plan(), [])
+    return Objective(backbones(), None, {"sum": Sum(LossConfig(), plan())}, plan(), [])
 
 
 def shard(folder: Path, samples: int) -> str:

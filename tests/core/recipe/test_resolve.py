@@ -267,7 +267,7 @@ class _LocalLoss(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(views={"text": {"local": 3}}, tokens={"image": (2, 5)}, teacher_tokens={"text": (0,)})
+        return Needs(views={"text": {"local": 3}}, tokens={"image": (2, 5)}, teacher={"default": {"text": (0,)}})
 
     def forward(self, outputs):
         raise NotImplementedError
@@ -291,7 +291,7 @@ def test_needs_of_tokens_and_local_views(registry: Registry) -> None:
         "r.yaml:7: fusion: 'cross_attention' needs tokens of 'text'; its backbone gives none",
         "--set loss: loss.0: 'local_loss' needs 3 local view(s) of 'text'; its augmentation makes 1",
         "--set loss: loss.0: 'local_loss' needs the tokens of view 5 of 'image'; it has 3 views",
-        "--set loss: loss.0: 'local_loss' needs tokens of 'text'; its backbone gives none",
+        "--set loss: loss.0: 'local_loss' needs tokens of 'text'; the teacher gives none",
     ]
     enough = ["loss=[local_loss]", "augment.text.local=3", "augment.image.local=4"]
     recipe = parse_recipe(BASE, "r.yaml", registry=more, overrides=enough)

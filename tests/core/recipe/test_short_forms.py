@@ -11,7 +11,7 @@ def test_null_removes_nodes(check: Check, word: str) -> None:
     assert (recipe.fusion, recipe.teacher, recipe.tracking) == (None, None, None)
     assert [node.id for node in recipe.loss] == ["contrastive"]
     assert list(recipe.evaluate.tasks) == []
-    assert all(modality.teacher_views == () for modality in recipe.plan.modalities.values())
+    assert recipe.plan.teachers == {}
 
 
 def test_removing_the_last_loss_is_refused(errors: Errors) -> None:
@@ -25,7 +25,7 @@ def test_null_in_the_file_can_be_set_again(check: Check) -> None:
     )
     recipe = check("teacher.momentum=0.5", "evaluate.tasks.0=retrieval", text=text)
     assert recipe.teacher is not None
-    assert recipe.teacher.momentum == 0.5
+    assert recipe.teacher.config.momentum == 0.5
     assert [node.id for node in recipe.evaluate.tasks] == ["retrieval"]
 
 

@@ -28,7 +28,7 @@ from distill_tasks.probes import Knn
 from distill_tasks.zero_shot import ZeroShot
 from distill_vl import example
 
-PLAN = Plan({}, teacher=False, fusion=False)
+PLAN = Plan({})
 
 
 class Model:

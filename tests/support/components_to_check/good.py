@@ -19,7 +19,7 @@ from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.contracts.weights import LoadReport, WeightLoader
 from distill_core.interfaces import Backbone, Loss
 from distill_core.outputs import Encoded
-from distill_core.plan import BackboneSpec, Needs
+from distill_core.plan import BackboneSpec, Needs, same_dim
 from distill_core.system.distributed import all_gather, rank
 
 
@@ -112,7 +112,7 @@ class Fill(Loss):
     @classmethod
     def needs(cls, config, plan):
         return Needs(
-            teacher=("signal",), masked=("signal",), tokens={"signal": (0,)},
+            teacher={"default": {"signal": ()}}, masked=("signal",), tokens={"signal": (0,)},
             views={"signal": {"global": 2}},
         )  # fmt: skip
 
@@ -240,7 +240,11 @@ class Centred(Loss):
 
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=("left",))
+        return Needs(teacher={"default": {"left": ()}})
+
+    @classmethod
+    def problems(cls, config, plan):
+        return same_dim(cls.name, ("left",), plan, "default")
 
     def forward(self, outputs):
         goal = outputs.teacher["default"]["left"].embedding[0] - self.centre

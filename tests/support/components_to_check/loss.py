@@ -74,7 +74,7 @@ class TrainsNoEmbedding(ReadsIds):
 class TrainsAnother(Centred):
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=("left",), embeddings=())
+        return Needs(teacher={"default": {"left": ()}}, embeddings=())
 
 
 @broken("purity", "`forward` changes calls|changes when `forward` is called again")

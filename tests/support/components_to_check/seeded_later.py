@@ -94,7 +94,7 @@ class TeachersPadding(TokenMatch):
     def needs(cls, config, plan):
         names = tuple(dict.fromkeys(("left", "right", *plan.modalities)))
         each = dict.fromkeys(names, (0,))
-        return Needs(teacher=names, tokens=each, teacher_tokens=each, embeddings=())
+        return Needs(teacher={"default": each}, tokens=each, embeddings=())
 
     def forward(self, outputs):
         found, metrics = super().forward(outputs)

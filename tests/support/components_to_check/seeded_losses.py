@@ -102,7 +102,7 @@ class ReadsClassTokens(Match):
 class TeacherOfAnotherModality(Match):
     @classmethod
     def needs(cls, config, plan):
-        return Needs(teacher=config.modalities[:1], fused=config.modalities)
+        return Needs(teacher={"default": dict.fromkeys(config.modalities[:1], ())}, fused=config.modalities)
 
 
 @seeded("undeclared needs")

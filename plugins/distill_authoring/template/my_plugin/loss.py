@@ -34,12 +34,12 @@ class Match(Loss):
     @classmethod
     def needs(cls, config, plan):
         """A recipe without a teacher or a fusion is refused, with this loss's name."""
-        return Needs(teacher=config.modalities, fused=config.modalities)
+        return Needs(teacher={"default": dict.fromkeys(config.modalities, ())}, fused=config.modalities)
 
     @classmethod
     def problems(cls, config, plan):
-        """One width D on both sides."""
-        return same_dim(cls.name, config.modalities, plan)
+        """One width D on both sides, and the teacher's."""
+        return same_dim(cls.name, config.modalities, plan, "default")
 
     def gathers(self, outputs):
         """What is read of all ranks below: gathered together with what other losses read."""

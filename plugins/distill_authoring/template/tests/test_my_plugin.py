@@ -10,7 +10,7 @@ import torch
 from my_plugin.loss import Match, MatchConfig
 
 from distill_authoring.conformance import assert_conforms
-from distill_core import BackboneSpec, Features, Fused, ModalityPlan, Outputs, Plan, Progress
+from distill_core import BackboneSpec, Features, Fused, ModalityPlan, Outputs, Plan, Progress, TeacherPlan
 from distill_core.tools import Registry, main
 
 COMPONENTS = [entry.cls for entry in Registry.of(my_plugin).entries.values()]
@@ -24,18 +24,20 @@ def test_conforms(component):
 
 def test_the_loss_is_its_formula():
     """Against loops over views and samples: would catch a wrong pairing, axis or scale."""
-    modality = ModalityPlan(("global", "global"), (0, 1), BackboneSpec(8, 4))
-    loss = Match(MatchConfig(temperature=0.5), Plan({"left": modality, "right": modality}, True, True))
+    modality = ModalityPlan(("global", "global"), BackboneSpec(8, 4))
+    teacher = TeacherPlan({"left": (0, 1), "right": (0, 1)})
+    plan = Plan({"left": modality, "right": modality}, {"default": teacher}, fusion=True)
+    loss = Match(MatchConfig(temperature=0.5), plan)
     unit = {name: torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1) for name in ("left", "right")}
-    teacher = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}
+    seen = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}
     fused = {name: Fused(x) for name, x in unit.items()}
-    outputs = Outputs({}, {}, {"default": teacher}, fused, None, Progress(0, 1), lambda module: module)
+    outputs = Outputs({}, {}, {"default": seen}, fused, None, Progress(0, 1), lambda module: module)
     term = loss(outputs)[0]["match"].item()
     expected = []
     for name, other in (("left", "right"), ("right", "left")):
         for view in range(2):
             for i in range(3):
-                keys = [k / k.norm() for k in teacher[other].pooled[0]]
+                keys = [k / k.norm() for k in seen[other].pooled[0]]
                 logits = [2.0 * float(unit[name][view, i] @ key) for key in keys]
                 expected.append(math.log(sum(math.exp(x) for x in logits)) - logits[i])
     assert term == pytest.approx(sum(expected) / len(expected), rel=1e-5)

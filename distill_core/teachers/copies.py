@@ -1,0 +1,254 @@
+"""Teachers that are copies of parts of the student: a moving average, and snapshots."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from distill_core.batch import Batch
+from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.schedule import Scheduled
+from distill_core.contracts.teacher import Teacher, TeacherConfig
+from distill_core.model import evaluating
+from distill_core.outputs import Features, Progress
+from distill_core.plan import Plan, TeacherPlan
+from distill_core.system.distributed import local
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class CopyConfig(TeacherConfig):
+    """Options of a teacher that is made of the student's parts."""
+
+    of: tuple[str, ...] | None = None
+    """Paths of the parts that it copies, as [backbone.NAME, fusion, loss.ID.HEAD]; null: the towers of its
+    modalities, and of the losses that name it those heads that learn from a copy (`Loss.teacher_modules`). A tower that
+    is not copied encodes as the student's own, without gradients: [loss.ID.HEAD] averages the head alone."""
+
+
+class CopiedTeacher(Teacher):
+    """Base: copies of parts of the student, at the same paths below the teacher. A rule says how they move."""
+
+    Config: ClassVar[type[ComponentConfig]] = CopyConfig
+
+    def __init__(self, config: Any, name: str, plan: TeacherPlan, student: nn.Module) -> None:
+        super().__init__(config, name, plan, student)
+        paths = config.of if config.of is not None else (*(f"backbone.{m}" for m in plan.views), *_heads(name, student))
+        self._originals = {path: self.original(path, student) for path in paths}  # no submodules: a dict hides them
+        self.backbone = nn.ModuleDict()
+        """Its own towers, by modality."""
+        for path, original in self._originals.items():
+            *holders, last = path.split(".")
+            holder: nn.Module = self
+            for part in holders:
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = cast(nn.Module, holder._modules[part])
+            holder.add_module(last, _frozen_copy(original))
+        self._towers = {m: student.get_submodule(f"backbone.{m}") for m in plan.views}
+        super().train(False)
+
+    def original(self, path: str, student: nn.Module) -> nn.Module:
+        """What the copy at a path is a copy of."""
+        return student.get_submodule(path)
+
+    @classmethod
+    def parts(cls, config: Any) -> tuple[str, ...] | None:
+        """Those of the option `of`."""
+        parts: tuple[str, ...] | None = config.of
+        return parts
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterator[str]:
+        """Towers that there are."""
+        for path in config.of or ():
+            kind, _, rest = path.partition(".")
+            if kind == "backbone" and plan.complete and rest.partition(".")[0] not in plan.modalities:
+                yield f"{cls.name!r}: of: {path!r} names no modality of this recipe"
+            elif kind == "fusion" and not plan.fusion:
+                yield f"{cls.name!r}: of: {path!r}: this recipe has no fusion"
+            elif kind not in ("backbone", "fusion", "loss") or (kind != "fusion" and not rest):
+                yield f"{cls.name!r}: of: {path!r} names no part of the student (backbone.NAME, fusion, loss.ID.HEAD)"
+
+    def towers(self) -> Sequence[nn.Module]:
+        """Its own."""
+        return tuple(self.backbone.values())
+
+    def encode(self, batch: Batch, tokens_of: Mapping[str, Sequence[int]]) -> dict[str, Features]:
+        """By its own towers; by the student's, in evaluation mode, where it has none of its own."""
+        features = {}
+        for name in self.plan.views:
+            views, tokens = batch.views[name].only(self.config.views), tokens_of.get(name, ())
+            if name in self.backbone:
+                features[name] = self.backbone[name](views, tokens_of=tokens)
+            else:
+                with evaluating(self._towers[name]):
+                    features[name] = self._towers[name](views, tokens_of=tokens)
+        return features
+
+    def copy_of(self, path: str) -> nn.Module | None:
+        """See `Teacher`."""
+        try:
+            return self.get_submodule(path)
+        except AttributeError:
+            return None
+
+    @torch.no_grad()
+    def follow(self, weight: float, finite: Tensor | None = None) -> None:
+        """copy += weight * (student - copy) over parameters; buffers are the student's. For a rule to call.
+
+        Where `finite`, a 0-dim bool on the device, is False, nothing moves; the host does not read it.
+        """
+        copies, students = self._tensors
+        sources: list[Tensor] = [p.to(q.dtype) for p, q in zip(students, copies, strict=True)]
+        _average_in(copies, sources, weight, finite)
+        for copied, original in self._pairs():
+            for mine, theirs in zip(copied.buffers(), original.buffers(), strict=True):
+                mine.copy_(theirs if finite is None else torch.where(finite, theirs, mine))
+
+    @torch.no_grad()
+    def start(self, loaded: Collection[str]) -> None:
+        """Every tensor is the student's, but those loaded into the teacher."""
+        for path, original in self._originals.items():
+            state = original.state_dict()
+            for name, tensor in self.get_submodule(path).state_dict().items():
+                if f"{path}.{name}" not in loaded:
+                    tensor.copy_(state[name])
+
+    @cached_property
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's part of the copies' parameters and the student's, which are laid out alike (`parallel.py`)."""
+        copies, students = [], []
+        for copied, original in self._pairs():
+            copies += [local(p) for p in copied.parameters()]
+            students += [local(p) for p in original.parameters()]
+        return copies, students
+
+    def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """(own module, the one that it is a copy of)."""
+        return ((self.get_submodule(path), original) for path, original in self._originals.items())
+
+
+class EmaConfig(CopyConfig):
+    """An exponential moving average of the student's towers (and of losses' `teacher_modules`)."""
+
+    momentum: Scheduled[Annotated[float, Field(ge=0, le=1)]] = Scheduled(0.999)
+    """teacher = momentum * teacher + (1 - momentum) * student, each step; also a schedule."""
+    update: Literal["before_optimizer", "after_optimizer"] = "after_optimizer"
+    """Average in the student's weights from before or after this step's optimiser update."""
+
+
+class Ema(CopiedTeacher):
+    """An exponential moving average of the student (mean teacher, Tarvainen & Valpola 2017)."""
+
+    name = "ema"
+    Config = EmaConfig
+
+    def momentum(self, progress: Progress) -> float:
+        """The momentum at this step."""
+        momentum: Scheduled[float] = self.config.momentum
+        return momentum.value(progress)
+
+    def move(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student; `finite` as in `follow`."""
+        self.follow(1 - self.momentum(progress), finite)
+
+    def before_optimizer(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """Moves here, by option."""
+        if self.config.update == "before_optimizer":
+            self.move(progress, finite)
+
+    def after_step(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """Moves here, by option."""
+        if self.config.update == "after_optimizer":
+            self.move(progress, finite)
+
+    def metrics(self, progress: Progress) -> Mapping[str, float]:
+        """The momentum."""
+        return {"momentum": self.momentum(progress)}
+
+
+class SnapshotConfig(CopyConfig):
+    """A copy that stands still, and is renewed from time to time."""
+
+    every: Positive
+    """Steps after which the copy is renewed."""
+    source: str | None = None
+    """The teacher that it is a copy of, one that stands before it in the recipe; null: the student."""
+
+
+class Snapshot(CopiedTeacher):
+    """The student, or its average, as it was when the last multiple of `every` steps was reached; up to the first, as
+    the run started.
+    """
+
+    name = "snapshot"
+    Config = SnapshotConfig
+    examples = ({"every": 3}, {"every": 4})
+
+    def original(self, path: str, student: nn.Module) -> nn.Module:
+        """The student's part, or the source's copy of it."""
+        return student.get_submodule(path if self.config.source is None else f"teacher.{self.config.source}.{path}")
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterator[str]:
+        """A source that has copies of the same parts."""
+        yield from super().problems(config, plan)
+        if config.source is None:
+            return
+        source = plan.teachers.get(config.source)
+        if source is None:
+            yield f"{cls.name!r}: source: this recipe has no teacher {config.source!r}"
+            return
+        modalities = config.modalities or tuple(plan.modalities)
+        wanted = config.of or tuple(f"backbone.{m}" for m in modalities)
+        for path in wanted:
+            if not source.copies(path) or (path.startswith("backbone.") and path.split(".")[1] not in source.views):
+                yield f"{cls.name!r}: source: the teacher {config.source!r} has no copy of {path!r}"
+
+    @torch.no_grad()
+    def after_step(self, progress: Progress, finite: Tensor | None = None) -> None:
+        """Renews the copy after each `every` steps; where the last of them was not finite, after as many more."""
+        if (progress.step + 1) % self.config.every == 0:
+            self.follow(1.0, finite)
+
+
+def _heads(name: str, student: Any) -> Iterator[str]:
+    """Paths of the heads of which losses read this teacher's copy."""
+    for id, loss in student.loss.items():
+        if loss.teacher_modules and name in loss.needs(loss.config, student.plan).teacher:
+            yield from (f"loss.{id}.{head}" for head in loss.teacher_modules)
+
+
+def _average_in(averages: list[Tensor], sources: list[Tensor], weight: float, finite: Tensor | None) -> None:
+    """average += weight * (source - average), or nothing where `finite` is False."""
+    if weight == 1.0:  # exactly
+        new = (
+            sources if finite is None else [torch.where(finite, *pair) for pair in zip(sources, averages, strict=True)]
+        )
+        torch._foreach_copy_(averages, new)
+        return
+    if finite is None:
+        torch._foreach_lerp_(averages, sources, weight)
+    elif finite.device.type == "cpu":
+        weights = {x.dtype: torch.where(finite, weight, 0.0).to(x.dtype) for x in averages}
+        torch._foreach_lerp_(averages, sources, [weights[x.dtype] for x in averages])
+    else:  # lerp would be a launch for each tensor; on a CPU these three passes take nine times as long as its one
+        differences = torch._foreach_sub(sources, averages)
+        torch._foreach_mul_(differences, torch.where(finite, weight, 0.0))
+        torch._foreach_add_(averages, differences)
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    for parameter in copied.parameters():
+        # a half-precision average with momentum .999 would never move
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+        parameter.requires_grad_(False)
+    return copied

@@ -145,7 +145,8 @@ class Collate:
                 for id, own in self.teachers.items():
                     for key, collate_own in own.items():
                         if key.rpartition("/")[2] == name:
-                            teacher[id][key] = collate_own([item.teacher[id][key] for item in members], seeds)
+                            own_views = [item.teacher[id][key] for item in members]
+                            teacher[id][key] = with_extra(collate_own(own_views, seeds), own_views)
         except Exception as error:
             keys = ", ".join(item.key for item in items[:3])
             raise DataError(

@@ -203,7 +203,8 @@ class Batch:
             raise ValueError("views of samples that lack a modality are not numbered as the samples are")
         views = {name: views.part(first, last) for name, views in self.views.items()}
         fields = {name: x[first:last] for name, x in self.fields.items()}
-        return Batch(views, self.keys[first:last], fields=fields)
+        teacher = {id: {m: x.part(first, last) for m, x in own.items()} for id, own in self.teacher.items()}
+        return Batch(views, self.keys[first:last], fields=fields, teacher=teacher)
 
     @property
     def absences(self) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from absences import PAIR, PICTURE, RECIPES, WORDS, StepOutcome, batch_of, objective_of, step
+from tiers import cases_of
 from torch.testing import assert_close
 
 from distill_authoring.conformance.ranks import on_two_ranks
@@ -16,6 +17,9 @@ KINDS = [PAIR, PICTURE, PAIR, WORDS, PICTURE, PAIR, WORDS, PAIR]
 IMAGE_ALONE = ("simclr", "dino", "balanced dino", "ibot", "koleo", "flava_mim")
 OF_ONE_RANK = ("koleo", "flava_mlm", "flava_mim", "flava_mmm", "flava_itm", "grouping by sample")
 """Losses of each rank's rows alone, and those that do not show a difference."""
+
+
+FAST = ("clip", "dino")
 
 
 def complete(name: str) -> list[int]:
@@ -31,7 +35,7 @@ def same(one: StepOutcome, other: StepOutcome) -> None:
             assert_close(x, getattr(other, what)[name], rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", cases_of(RECIPES, lambda name: name in FAST))
 def test_the_loss_is_that_of_the_samples_that_have_what_it_needs(name: str) -> None:
     """Would catch a row of another sample beside a row, an absent one among the negatives, a mean over all B, a centre
     or batch norm that counts what is not there: terms, all gradients and the state after the step."""
@@ -41,7 +45,7 @@ def test_the_loss_is_that_of_the_samples_that_have_what_it_needs(name: str) -> N
     assert max(float(x.abs().max()) for x in absent.gradients.values()) > 1e-4
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", cases_of(RECIPES, lambda name: name in FAST))
 def test_a_batch_in_which_nobody_has_it_changes_nothing(name: str) -> None:
     """Would catch a loss of a filler that reaches the weights, or is not finite."""
     kinds = [PICTURE, PICTURE] if name not in IMAGE_ALONE else [WORDS, WORDS]
@@ -89,6 +93,7 @@ def test_every_loss_that_can_do_without_samples_is_tested_here(registry: Registr
     assert losses == tested
 
 
+@pytest.mark.slow
 def test_compiled_towers_take_what_is_there() -> None:
     """Would catch losses that are compiled anew for each number of samples, up to an error; towers are, once."""
     recipe, objective = objective_of(RECIPES["clip"])

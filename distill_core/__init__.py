@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from distill_core.contracts.component import Component as Component
     from distill_core.contracts.component import ComponentConfig as ComponentConfig
     from distill_core.contracts.diagnostic import Diagnostic as Diagnostic
+    from distill_core.contracts.hook import Computation as Computation
+    from distill_core.contracts.hook import Hook as Hook
     from distill_core.contracts.media import Distribution as Distribution
     from distill_core.contracts.media import Media as Media
     from distill_core.contracts.media import Picture as Picture
@@ -150,6 +152,8 @@ HOMES = {
     "Component": "distill_core.contracts.component",
     "ComponentConfig": "distill_core.contracts.component",
     "Diagnostic": "distill_core.contracts.diagnostic",
+    "Computation": "distill_core.contracts.hook",
+    "Hook": "distill_core.contracts.hook",
     "Distribution": "distill_core.contracts.media",
     "Media": "distill_core.contracts.media",
     "Picture": "distill_core.contracts.media",

@@ -33,6 +33,8 @@ class Losses:
     total: Tensor
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
+    weights: dict[str, float]
+    """Of each term."""
 
 
 class Objective(nn.Module):
@@ -165,6 +167,7 @@ class Objective(nn.Module):
         gather_rows((rows for id, loss in self.loss.items() for rows in cast(Loss, loss).gathers(parts[id])), self.wire)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
         total: Tensor | None = None
         for id, loss in self.loss.items():
             own, more = loss(parts[id])
@@ -172,7 +175,8 @@ class Objective(nn.Module):
             for name, term in own.items():
                 if parts[id].present is not None:
                     term = term * parts[id].weight
-                terms[id if len(own) == 1 else f"{id}/{name}"] = term
+                full_name = id if len(own) == 1 else f"{id}/{name}"
+                terms[full_name], weights[full_name] = term, weight
                 weighted = weight * term
                 total = weighted if total is None else total + weighted
             metrics |= {f"{id}/{name}": value for name, value in more.items()}
@@ -181,7 +185,7 @@ class Objective(nn.Module):
         if outputs.presence is not None:
             own = outputs.presence.shares()
             metrics |= {f"present/{name}": torch.tensor(share) for name, share in own.items()}
-        return Losses(total, terms, metrics)
+        return Losses(total, terms, metrics, weights)
 
     def _read_by(self, component: Loss | FusionHead, outputs: Outputs) -> Outputs:
         """The outputs of the samples that have all that it needs."""

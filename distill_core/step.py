@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 
 from distill_core.batch import Batch
 from distill_core.collapse import collapse_indicators
+from distill_core.contracts.hook import Computation, Hook
 from distill_core.contracts.schedule import Scheduled
+from distill_core.errors import UserError
 from distill_core.gradient_cache import GradientCache
 from distill_core.gradients import GradientLimit, limit_gradients
 from distill_core.objective import Losses, Objective
-from distill_core.outputs import Progress
+from distill_core.outputs import Outputs, Progress
 from distill_core.recipe.sections import Recipe
 from distill_core.run.parts import laid_out_like
 from distill_core.system import distributed
@@ -103,6 +105,7 @@ class TrainStep:
         self.built = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         """The optimiser's groups before the first step, without their parameters: `lr` is the peak."""
         self.schedule = recipe.train.schedule
+        self.hooks: dict[str, Hook] = {slot.id: slot.build() for slot in recipe.hooks}
         self.log_every, self.untrained = recipe.train.log_every, recipe.untrained_embeddings()
         self.not_finite = torch.zeros((), device=device)
         """Steps in a row that were not finite, on the device."""
@@ -146,6 +149,16 @@ class TrainStep:
         }
         self.optimizer.load_state_dict(own)
 
+    def load_hooks(self, states: Mapping[str, Any]) -> None:
+        """Take the hooks' states, by id; a hook that has none begins anew."""
+        for id, hook in self.hooks.items():
+            if id in states:
+                hook.load_state_dict(states[id])
+
+    def hook_states(self) -> dict[str, Any]:
+        """The hooks' states, by id."""
+        return {id: hook.state_dict() for id, hook in self.hooks.items()}
+
     def _names_in_order(self) -> list[str]:
         """Of the parameters, as the optimiser numbers them."""
         names = {id(parameter): name for name, parameter, _ in self._named}
@@ -159,18 +172,9 @@ class TrainStep:
             group["lr"] = built["lr"] * factor
         self.maker.before_step(self.optimizer.param_groups, progress)
         self.optimizer.zero_grad(set_to_none=True)
-        cache = None
-        if self.micro_batch is not None and len(batch) > self.micro_batch:
-            cache = GradientCache(self.objective, batch, progress, self.micro_batch, self._autocast)
-        with self._autocast():
-            outputs = self.objective.represent(batch, progress) if cache is None else cache.outputs
-            losses = self.objective.losses(outputs)
-        if progress.is_logged(self.log_every):
-            losses.metrics |= collapse_indicators(outputs, self.untrained)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        if cache is not None:
-            cache.backward()
-        distributed.average_gradients(self.parameters)
+        computation, losses = self._gradients(batch, progress)
+        outputs = computation.outputs
+        assert outputs is not None
         norm = distributed.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
         finite, any_meets = self._judge(losses.total.detach(), norm, meet)
         if self.limit is not None:
@@ -179,11 +183,51 @@ class TrainStep:
         self.objective.before_step(progress, finite)
         self._update(finite)
         self.objective.after_step(outputs, progress, finite)
+        for hook in self.hooks.values():
+            hook.after_step(computation, finite)
         self.whole, self.running = True, False
         return StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def _gradients(self, batch: Batch, progress: Progress) -> tuple[Computation, Losses]:
+        """Forward and backward pass, by way of the recipe's hooks."""
+        for hook in self.hooks.values():
+            batch = hook.before_forward(batch, progress)
+
+        cache: GradientCache | None = None
+
+        def forward() -> tuple[Outputs, Losses]:
+            nonlocal cache
+            cache = None
+            if self.micro_batch is not None and len(batch) > self.micro_batch:
+                cache = GradientCache(self.objective, batch, progress, self.micro_batch, self._autocast)
+            with self._autocast():
+                outputs = self.objective.represent(batch, progress) if cache is None else cache.outputs
+                losses = self.objective.losses(outputs)
+            if progress.is_logged(self.log_every):
+                losses.metrics |= collapse_indicators(outputs, self.untrained)
+            return outputs, losses
+
+        def backward(loss: Tensor) -> None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            if cache is not None:
+                cache.backward()
+            distributed.average_gradients(self.parameters)
+
+        def average() -> None:
+            if cache is not None:
+                raise UserError(
+                    "hooks: one of them makes gradients by itself, which train.parallel.micro_batch does not allow"
+                )
+            distributed.average_gradients(self.parameters)
+
+        computation = Computation([(name, p) for name, p, _ in self._named], progress, forward, backward, average)
+        compute = computation.plain
+        for hook in reversed(self.hooks.values()):
+            compute = partial(hook.gradients, computation, compute)
+        return computation, compute()
 
     def _judge(self, loss: Tensor, norm: Tensor, meet: bool) -> tuple[Tensor, Tensor]:
         """0-dim bools: whether this step may update anything, which counts it where not; whether some rank asks to

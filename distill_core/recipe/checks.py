@@ -144,8 +144,8 @@ def problems(draft: Draft) -> Iterator[Problem]:
 
 
 def _ids(draft: Draft) -> Iterator[Problem]:
-    """Losses and tasks with the same id."""
-    for section in (("loss",), ("evaluate", "tasks")):
+    """Losses, hooks and tasks with the same id."""
+    for section in (("loss",), ("hooks",), ("evaluate", "tasks")):
         ids = set()
         for path, slot in draft.slots.items():
             if path[:-1] == section:
@@ -378,7 +378,7 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "fusion", "loss", "teacher", "freeze", "train.optimizer", "train.schedule",
+    "augment", "backbone", "fusion", "loss", "teacher", "hooks", "freeze", "train.optimizer", "train.schedule",
     "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.hook import Hook
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
@@ -233,6 +234,8 @@ class Recipe(ComponentConfig):
     """Weights to start from, applied in order."""
     freeze: Annotated[list[str], NullIsDefault()] = []  # noqa: RUF012
     """Component paths that are not trained, as [backbone.text]."""
+    hooks: Annotated[list[Slot[Hook]], NullIsDefault()] = []  # noqa: RUF012
+    """What stands around each training step: other ways to the gradients, work before and after it."""
     stages: Annotated[list[StageConfig], NullIsDefault()] = []  # noqa: RUF012
     """Changes from points of the run on, in order. What two stages share keeps its weights."""
 

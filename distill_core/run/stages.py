@@ -32,8 +32,10 @@ def enter(state: RunState, stage: int) -> None:
     """
     tensors = map_tree(_whole, state.objective.state_dict())
     optimizer, not_finite = map_tree(_whole, state.train_step.optimizer_state()), state.train_step.not_finite
+    hooks = state.train_step.hook_states()
     rebuild(state, stage, tensors)
     state.train_step.load_optimizer_state(optimizer)
+    state.train_step.load_hooks(hooks)
     state.train_step.not_finite = not_finite
 
 

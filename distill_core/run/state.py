@@ -123,6 +123,7 @@ class RunState:
             "objective": self.objective.state_dict(),
             "teachers": self._teacher_digests(),
             "optimizer": self.train_step.optimizer_state(),
+            "hooks": self.train_step.hook_states(),
             "ranks": distributed.gather_objects(self._between_steps),
             "best": self.best,
             "skipped_steps": self.skipped_steps,
@@ -136,6 +137,7 @@ class RunState:
         weights = {name: laid_out_like(x, own[name]) if name in own else x for name, x in state["objective"].items()}
         load_into(self.objective, weights, source)
         self.train_step.load_optimizer_state(state["optimizer"])
+        self.train_step.load_hooks(state.get("hooks", {}))
         self.step, self.best = state["step"], state["best"]
         self.skipped_steps, self.seconds = state["skipped_steps"], state["seconds"]
         ranks, rank = state["ranks"], distributed.rank()

@@ -120,6 +120,10 @@ def trained(recipe: Recipe, base: Path) -> Path:
     return Trainer(recipe, RunFolder.create(base, recipe), quiet=True).run().folder
 
 
+def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s", "timing")} for row in rows]
+
+
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         return {k: v for key, item in tree.items() for k, v in flat(item, f"{path}.{key}").items()}
@@ -145,7 +149,7 @@ def test_a_run_through_stages_is_exact_wherever_it_stops(recipe: Recipe, registr
     misses or enters twice, new weights that are drawn otherwise, lost optimiser state, and batches that are skipped."""
     folder = trained(recipe, tmp_path)
     end = Checkpoints(folder).read()
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")} for row in RunFolder(folder).rows()]
+    rows = without_times(RunFolder(folder).rows())
     assert [Checkpoints(folder).read(str(step))["stage"] for step in range(1, 8)] == [0, 0, 0, 0, 1, 1, 2]
     for step in (3, 4, 5, 6, 7):
         again = run_recipe(folder, registry)
@@ -156,8 +160,7 @@ def test_a_run_through_stages_is_exact_wherever_it_stops(recipe: Recipe, registr
         if step == 4:
             finished["recipe"]["data"]["workers"] = 0
         assert_same(finished, end)
-        found = RunFolder(folder).rows()
-        assert [{k: v for k, v in row.items() if k not in ("seconds", "samples_per_s")} for row in found] == rows
+        assert without_times(RunFolder(folder).rows()) == rows
     assert load_model(folder, teacher=True).teacher
 
 

@@ -24,11 +24,15 @@ from distill_authoring.conformance import surroundings
 from distill_authoring.conformance.modules import close, unmoved, untouched
 from distill_authoring.conformance.suite import Case, CheckFailed, NotApplicable, checks, require
 from distill_core import (
+    Batch,
+    Computation,
     DataError,
     EvaluationSet,
     FeatureKind,
     LoadReport,
+    Losses,
     Model,
+    Outputs,
     Progress,
     Sample,
     Score,
@@ -70,6 +74,58 @@ def values(case: Case) -> None:
             )
         repeated = [case.cls(case.config).value(progress) for progress in reversed(run)]
         require(reached == repeated[::-1], "the value depends on earlier calls: a resumed run would differ")
+
+
+@checks("hook")
+def hooked(case: Case) -> None:
+    """A step leaves the losses and finite gradients, and weights where they were; two hooks with one state do the same,
+    and `state_dict` restores it."""
+    ends: list[list[Tensor]] = []
+    states: list[dict[str, Any]] = []
+    for resumed in (False, True):
+        module, hook = _terms(), case.cls(case.config)
+        for step in range(4):
+            if resumed and step == 2:
+                hook = case.cls(case.config)
+                hook.load_state_dict(copy.deepcopy(states[1]))
+            ends.append(_hooked_step(module, hook, Progress(step, 4)))
+            states.append(copy.deepcopy(hook.state_dict()))
+    for one, other in zip(ends[:4], ends[4:], strict=True):
+        same = all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        require(same, "a hook that takes the state of another does not continue as it did")
+
+
+def _terms() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 3)
+
+
+def _hooked_step(module: torch.nn.Module, hook: Any, progress: Progress) -> list[Tensor]:
+    """The weights after a step of plain descent on two terms."""
+    torch.manual_seed(progress.step)
+    x, y = torch.randn(8, 4), torch.randn(2, 8, 3)
+    batch = Batch({}, [str(i) for i in range(8)])
+    outputs = Outputs({}, {}, {}, {}, None, progress, lambda module: module)
+
+    def forward() -> tuple[Outputs, Losses]:
+        terms = {name: (module(x) - target).square().mean() for name, target in zip("ab", y, strict=True)}
+        return outputs, Losses(terms["a"] + 0.5 * terms["b"], terms, {}, {"a": 1.0, "b": 0.5})
+
+    module.zero_grad(set_to_none=True)
+    before = [p.detach().clone() for p in module.parameters()]
+    hook.before_forward(batch, progress)
+    computation = Computation([*module.named_parameters()], progress, forward, Tensor.backward, lambda: None)
+    losses = hook.gradients(computation, computation.plain)
+    require(isinstance(losses, Losses), "`gradients` must return the losses")
+    require(computation.outputs is not None, "`gradients` must make a forward pass")
+    for (name, p), old in zip(module.named_parameters(), before, strict=True):
+        require(torch.equal(p.detach(), old), f"`gradients` leaves {name} elsewhere: the optimiser alone moves weights")
+        require(p.grad is not None and bool(p.grad.isfinite().all()), f"`gradients` leaves {name} no finite gradient")
+    with torch.no_grad():
+        for p in module.parameters():
+            p.sub_(0.1 * cast(Tensor, p.grad))
+    hook.after_step(computation, torch.tensor(True))
+    return [p.detach().clone() for p in module.parameters()]
 
 
 def _optimizer(case: Case, factor: float = 1.0) -> tuple[torch.nn.Module, Any]:

@@ -4,6 +4,7 @@ import my_plugin.cases
 import torch
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
+from my_plugin.hook import Noise
 from my_plugin.loss import Match
 from my_plugin.schedule import Linear
 from my_plugin.task import Agreement
@@ -312,5 +313,5 @@ CASES = ConformanceCases(
 
 GOOD = (
     Noisy, Tower, MaskingTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds, Waves,
-    Agreement, Linear, Sgd, TwoRates, Silent, Zeros,
+    Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

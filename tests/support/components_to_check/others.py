@@ -7,6 +7,7 @@ from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
 from components_to_check.seeded_others import DecaysNorms, IgnoresTheSchedule
 from my_plugin.data import Waves
+from my_plugin.hook import Noise
 from my_plugin.schedule import Linear
 from my_plugin.task import Agreement
 
@@ -29,6 +30,26 @@ class Stateful(Linear):
     def value(self, progress):
         self.calls += 1
         return 1 / self.calls
+
+
+@broken("hooked", "leaves weight elsewhere: the optimiser alone moves weights")
+class LeavesThem(Noise):
+    def gradients(self, computation, compute):
+        losses = super().gradients(computation, compute)
+        with torch.no_grad():
+            computation.parameters[0][1].add_(0.1)
+        return losses
+
+
+@broken("hooked", "does not continue as it did")
+class Counts(Noise):
+    calls = 0
+
+    def gradients(self, computation, compute):
+        losses = compute()
+        self.calls += 1
+        computation.parameters[0][1].grad.mul_(self.calls)
+        return losses
 
 
 @broken("steps", "each parameter exactly once")

@@ -10,6 +10,7 @@ def distill_components():
     """One component of each kind."""
     from my_plugin.data import Waves
     from my_plugin.fusion import MeanFusion
+    from my_plugin.hook import Noise
     from my_plugin.loss import Match
     from my_plugin.optimizer import Sgd
     from my_plugin.schedule import Linear
@@ -19,7 +20,7 @@ def distill_components():
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Sgd, Linear, Csv, Zeros]
+    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
 
 
 @hookimpl

@@ -378,8 +378,8 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "fusion", "loss", "teacher", "hooks", "freeze", "train.optimizer", "train.schedule",
-    "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
+    "augment", "backbone", "fusion", "loss", "teacher", "teachers", "hooks", "freeze", "train.optimizer",
+    "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 
 

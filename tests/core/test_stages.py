@@ -204,10 +204,10 @@ def test_what_stages_share_keeps_its_weights(
         assert float(optimizer["backbone.text.token_embedding.weight"]["step"]) == step
     assert seen[4]["loss"] == pytest.approx(0.25 * seen[4]["terms"]["contrastive"])
     start = seen[6]["before"]
-    copies = [name for name in start if name.startswith("teacher.backbone.")]
+    copies = [name for name in start if name.startswith("teacher.default.backbone.")]
     assert copies
     for name in copies:
-        assert torch.equal(start[name], start[name.removeprefix("teacher.")]), name
+        assert torch.equal(start[name], start[name.removeprefix("teacher.default.")]), name
     assert torch.equal(start["backbone.image.conv1.weight"], seen[7]["after"]["backbone.image.conv1.weight"])
     assert not torch.equal(start["backbone.image.proj"], seen[7]["after"]["backbone.image.proj"])
     rates = seen[6]["lr"]

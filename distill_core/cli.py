@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -32,6 +32,14 @@ CHECKPOINT = click.option(
     shell_complete=completion.checkpoints,
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+NPROC = click.option(
+    "--nproc",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Train with N processes (ranks) on this machine, each on a GPU of its own if there are GPUs.",
+)
+ARGUMENTS = "distill_core.arguments"
+"""In a context's `meta`: what follows `distill` on the command line."""
 
 
 class _PipeClosed(Exception):
@@ -53,6 +61,7 @@ class _Commands(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         leave_out(ctx, named_without(args))  # before the commands of plugins are looked for
+        ctx.meta[ARGUMENTS] = tuple(args)
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -96,25 +105,41 @@ def _registry() -> Registry:
     return registry
 
 
-def _load(recipe: str, overrides: Sequence[str], registry: Registry, *, allow_unset: bool = False) -> Recipe:
+def _load(
+    recipe: str, overrides: Sequence[str], registry: Registry, *, allow_unset: bool = False, warn: bool = True
+) -> Recipe:
     from distill_core.recipe.resolve import load_recipe
 
     loaded = load_recipe(recipe, registry=registry, overrides=overrides, allow_unset=allow_unset)
-    for warning in loaded.warnings if os.environ.get("RANK", "0") == "0" else ():
+    for warning in loaded.warnings if warn and os.environ.get("RANK", "0") == "0" else ():
         click.echo(f"warning: {warning}", err=True)
     return loaded
+
+
+def _start_ranks(count: int, recipe: Recipe) -> NoReturn:
+    """Run this command line again as `count` ranks, and exit as they do."""
+    from distill_core.system import ranks
+
+    ranks.require_devices(count, recipe.train.device)
+    sys.exit(ranks.start_ranks(count, click.get_current_context().meta[ARGUMENTS]))
 
 
 @cli.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @SET
 @click.option("--runs", default="runs", show_default=True, help="Folder in which the run's folder is created.")
+@NPROC
 @click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
-def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None:
+def run(recipe: str, overrides: tuple[str, ...], runs: str, nproc: int | None, quiet: bool) -> None:
     """Train a recipe, evaluate it, and report."""
+    from distill_core.system import ranks
+
+    starts_ranks = ranks.are_to_start(nproc)
     registry = _registry()
-    loaded = _load(recipe, overrides, registry)
+    loaded = _load(recipe, overrides, registry, warn=not starts_ranks)
+    if nproc is not None and starts_ranks:
+        _start_ranks(nproc, loaded)
     from distill_core.commands import training
 
     training.run(loaded, Path(runs), registry, quiet=quiet)
@@ -123,16 +148,24 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, quiet: bool) -> None
 @cli.command()
 @click.argument("folder", shell_complete=completion.run_folders)
 @CHECKPOINT
+@NPROC
 @click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
-def resume(folder: str, checkpoint: str, quiet: bool) -> None:
+def resume(folder: str, checkpoint: str, nproc: int | None, quiet: bool) -> None:
     """Continue a stopped run from its last checkpoint, exactly as if it had not stopped.
 
     A run that is finished and scored is left unchanged.
     """
+    from distill_core.system import ranks
+
+    registry = _registry()
+    if nproc is not None and ranks.are_to_start(nproc):
+        from distill_core.run.load import run_recipe
+
+        _start_ranks(nproc, run_recipe(Path(folder), registry))
     from distill_core.commands import training
 
-    training.resume(Path(folder), checkpoint, _registry(), quiet=quiet)
+    training.resume(Path(folder), checkpoint, registry, quiet=quiet)
 
 
 @cli.command()

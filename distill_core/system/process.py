@@ -100,16 +100,21 @@ def cores() -> int:
 
 def reading_threads(device: torch.device) -> int:
     """Threads that read items for a model on `device`: none on a CPU, whose cores all compute."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return 0 if device.type == "cpu" else min(16, max(1, cores() // ranks_here))
+    return 0 if device.type == "cpu" else min(16, max(1, cores() // _ranks_here()))
+
+
+def _ranks_here() -> int:
+    """The ranks that share this machine's cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def set_threads(threads: int | None, workers: int, device: torch.device) -> None:
-    """Set torch's CPU threads. None: on a CPU the cores that the loader's workers leave, elsewhere torch's default."""
+    """Set torch's CPU threads. None: on a CPU this rank's share of the cores, less those that its loader's workers
+    take; elsewhere torch's default."""
     if threads is not None:
         torch.set_num_threads(threads)
     elif device.type == "cpu":
-        torch.set_num_threads(max(1, cores() - workers))
+        torch.set_num_threads(max(1, cores() // _ranks_here() - workers))
 
 
 def keep_freed_memory() -> None:

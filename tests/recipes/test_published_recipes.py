@@ -57,7 +57,7 @@ def test_a_recipe_validates_and_says_the_published_numbers(
     text = file.read_text(encoding="utf-8")
     resolved: dict[str, Any] = load_recipe(file, registry=registry).to_dict()
     ranks = 8
-    assert f"torchrun --nproc-per-node {ranks} -m distill_core.cli run {file.stem}\n" in text
+    assert f"distill run {file.stem} --nproc {ranks}\n" in text
     batch = ranks * resolved["data"]["batch_size"]
     source, train = resolved["data"]["source"], resolved["train"]
     pairs = 27_000_000 if file.stem == "flair_vitb16_merged30m" else PAIRS[data]

@@ -130,14 +130,22 @@ def look(recipe: Recipe, hardware: Hardware, device: torch.device, states: State
     costs: dict[Checkpointing, tuple[StepCosts, StepCosts]] = {}
     with progress_bar(2 * len(kinds), "steps are looked at") as advance:
 
-        def costs_at(size: int, checkpointing: Checkpointing) -> StepCosts:
-            made = costs_of_step(recipe, size, device=device, ranks=hardware.devices, checkpointing=checkpointing)
+        def costs_at(size: int, checkpointing: Checkpointing, *, count_flops: bool) -> StepCosts:
+            made = costs_of_step(
+                recipe,
+                size,
+                device=device,
+                ranks=hardware.devices,
+                checkpointing=checkpointing,
+                count_flops=count_flops,
+            )
             advance()
             return made
 
         for kind in kinds:
-            first = costs_at(recipe.data.batch_size, kind)
-            costs[kind] = first, costs_at(_second_size(hardware, states, first), kind)
+            first = costs_at(recipe.data.batch_size, kind, count_flops=True)
+            second = costs_at(_second_size(hardware, states, first), kind, count_flops=False)
+            costs[kind] = first, second
     return costs
 
 
@@ -237,7 +245,7 @@ def _layout(
     costs, (plain, _) = all_costs[checkpointing], all_costs["none"]
     lasting = _lasting(states, shard)
     # of the split towers, the unit that computes and the next one are whole, and what is outside of units
-    borrowed = 2 * states.unit + states.outside if shard > 1 else 0
+    borrowed = _in_use(recipe) * (2 * states.unit + states.outside) if shard > 1 else 0
     batch = recipe.data.batch_size
 
     def peak_at(samples: float) -> float:
@@ -252,7 +260,7 @@ def _layout(
     flops = costs[0].total_flops
     if peak > hardware.usable and most:  # embeddings first, without graph, then each micro-batch with its own
         flops += sum(n for part, n in plain.flops.items() if part.endswith("tower"))
-    overlapped = _seconds_of_traffic(hardware, states, shard)
+    overlapped = _seconds_of_traffic(hardware, states, shard, _in_use(recipe))
     products = hardware.seconds_of_products(flops)
     ranks = hardware.devices
     # what a rank receives is all but its own part of what is gathered
@@ -275,12 +283,17 @@ def _layout(
     )
 
 
-def _seconds_of_traffic(hardware: Hardware, states: States, shard: int) -> float:
+def _in_use(recipe: Recipe) -> float:
+    """Size of split weights while a unit computes with them, in that of the weights that are updated."""
+    return 0.5 if recipe.train.parallel.weight_precision == "bf16" else 1.0
+
+
+def _seconds_of_traffic(hardware: Hardware, states: States, shard: int, in_use: float) -> float:
     """Of links, for weights and gradients of a step."""
     if hardware.devices == 1:
         return 0.0
     towers, rest = states.towers, states.rest
-    gathered = 2 * towers["weights"] + towers["teacher"]  # forward and backward; the teacher's forward
+    gathered = in_use * (2 * towers["weights"] + towers["teacher"])  # forward and backward; the teacher's forward
     scattered = towers["gradients"]
     seconds = 0.0
     if shard > 1:

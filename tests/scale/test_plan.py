@@ -78,6 +78,18 @@ def test_layouts(tiny_recipe: Path, registry: Registry) -> None:
         assert none.samples_per_s == pytest.approx(16 * 16 / none.step_s)
         assert none.gpu_hours == pytest.approx(4 * none.step_s * 16 / 3600)
 
+    links = replace(fast_links, bandwidth=1e9, network=1e9)
+    half = load_recipe(
+        tiny_recipe, registry=registry, overrides=["data.batch_size=16", "train.parallel.weight_precision=bf16"]
+    )
+    in_fp32, in_bf16 = (
+        {x.shard: x for x in layouts(r, links, states, costs, 4) if x.checkpointing == "none"} for r in (recipe, half)
+    )
+    assert in_bf16[1].sent_s == in_fp32[1].sent_s  # gradients, which stay fp32
+    # of all devices: weights twice, the teacher's and gradients, of one size each but for what is not trained
+    assert in_bf16[16].sent_s == pytest.approx(in_fp32[16].sent_s * 2.5 / 4, rel=0.02)
+    assert in_bf16[16].peak < in_fp32[16].peak
+
     plenty = rows[1, "none"]
     scarce = replace(fast_links, memory=(plenty.peak - 100) / (1 - fast_links.reserve))
     tight = layouts(recipe, scarce, states, costs, 4)[0]

@@ -21,8 +21,7 @@ class MaxPooling(FusionHead):
         return same_dim(cls.name, tuple(plan.modalities), plan)
 
     def forward(self, features):
-        here = list(features.items())  # however many modalities there are, each is asked by the one before it
-        pairs = zip(here, here[1:] + here[:1], strict=True)
+        pairs = zip(here := list(features.items()), here[1:] + here[:1], strict=True)
         fused = {m: self.pool(n, f.pooled, g.tokens[0], g.masks.get(0)) for (m, f), (n, g) in pairs}
         return {m: Fused(nn.functional.normalize(x.float(), dim=-1)) for m, x in fused.items()}
 

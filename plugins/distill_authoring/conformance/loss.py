@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -551,17 +550,15 @@ def gathered_step(
 
 @contextmanager
 def _watched(seen: Callable[[Rows], None]) -> Iterator[None]:
-    """Calls `seen` with all rows whose `gathered` is read for the first time."""
+    """Calls `seen` with all rows whose `gathered` is read."""
     original: Any = vars(Rows)["gathered"]
 
     def gathered(rows: Rows) -> Tensor:
         seen(rows)
-        result: Tensor = original.func(rows)
+        result: Tensor = original.fget(rows)
         return result
 
-    watching: Any = cached_property(gathered)
-    watching.__set_name__(Rows, "gathered")
-    Rows.gathered = watching  # type: ignore[method-assign]
+    Rows.gathered = property(gathered)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -32,7 +32,8 @@ PRODUCTS = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-"""What `checkpointing: selective` keeps: results that cost more to compute again than to hold."""
+"""Of torch's own operators, those whose results `checkpointing: selective` keeps: they cost more to compute again than
+to hold. It keeps those of operators from elsewhere too, which are attention's kernels."""
 
 
 def prepare(recipe: Recipe, objective: Objective, device: torch.device) -> TrainStep:
@@ -57,7 +58,7 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
     teachers = [cast(Backbone, tower) for teacher in objective.teachers.values() for tower in teacher.towers()]
     if config.checkpointing != "none":
         for unit in _units(students):
-            _checkpoint(unit, selective=config.checkpointing == "selective")
+            checkpoint_unit(unit, selective=config.checkpointing == "selective")
     if config.compile:
         compile_units(objective)
     ranks = distributed.world_size()
@@ -75,7 +76,7 @@ def _units(towers: Sequence[Backbone]) -> list[nn.Module]:
     return [unit for tower in towers for unit in tower.units()]
 
 
-def _checkpoint(unit: nn.Module, *, selective: bool) -> None:
+def checkpoint_unit(unit: nn.Module, *, selective: bool) -> None:
     """Compute the unit's activations again in the backward pass, in place of holding them.
 
     Its `forward` is replaced, not wrapped in a module: names stay, and hooks run once.
@@ -93,7 +94,8 @@ def _checkpoint(unit: nn.Module, *, selective: bool) -> None:
 
 
 def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    kept = operator in PRODUCTS or operator.namespace not in ("aten", "prims")
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:

@@ -20,7 +20,7 @@ from distill_core.errors import UserError
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Outputs, Progress
-from distill_core.parallel import compile_units, lay_out
+from distill_core.parallel import checkpoint_unit, compile_units, lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import ParallelConfig, Recipe
@@ -207,3 +207,33 @@ def test_checkpointed_units_hold_less_and_compute_the_same(
         for name, gradient in steps["none"][1].items():
             torch.testing.assert_close(steps[kind][1][name], gradient, rtol=1e-3, atol=1e-5)
     assert compiled or memory["full"] < 0.5 * memory["selective"] < 0.4 * memory["none"]
+
+
+CALLS: list[int] = []
+
+
+@torch.library.custom_op("parallel_test::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    CALLS.append(1)
+    return 2 * x
+
+
+twice.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Twice(torch.nn.Module):
+    """A unit that calls an operator that is not torch's own, as a kernel of attention is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return twice(torch.exp(x)).sin()
+
+
+@pytest.mark.parametrize(("selective", "calls"), [(True, 1), (False, 2)])
+def test_selective_checkpointing_calls_kernels_once(selective: bool, calls: int) -> None:
+    """Would catch a GPU's attention that is computed again, where its result was to be kept."""
+    unit, x = Twice(), torch.ones(3, requires_grad=True)
+    checkpoint_unit(unit, selective=selective)
+    CALLS.clear()
+    unit(x).sum().backward()
+    assert len(CALLS) == calls
+    torch.testing.assert_close(x.grad, 2 * x.exp().detach() * torch.cos(2 * x.exp()).detach())

@@ -12,7 +12,7 @@ import click
 
 from distill_core import __version__
 from distill_core.commands import completion
-from distill_core.commands.options import leave_out, named_without, without_option
+from distill_core.commands.options import leave_out, named_without, slurm_option, without_option
 from distill_core.commands.recipes import recipes
 from distill_core.errors import OtherRankFailed, UserError
 
@@ -36,7 +36,7 @@ NPROC = click.option(
     "--nproc",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Train with N processes (ranks) on this machine, each on a GPU of its own if there are GPUs.",
+    help="Train with N processes (ranks) on this machine, or on each of a job's; each on a GPU of its own, if any.",
 )
 ARGUMENTS = "distill_core.arguments"
 """In a context's `meta`: what follows `distill` on the command line."""
@@ -129,19 +129,25 @@ def _start_ranks(count: int, recipe: Recipe) -> NoReturn:
 @SET
 @click.option("--runs", default="runs", show_default=True, help="Folder in which the run's folder is created.")
 @NPROC
+@slurm_option
 @click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
-def run(recipe: str, overrides: tuple[str, ...], runs: str, nproc: int | None, quiet: bool) -> None:
-    """Train a recipe, evaluate it, and report."""
+def run(
+    recipe: str, overrides: tuple[str, ...], runs: str, nproc: int | None, slurm: tuple[str, ...], quiet: bool
+) -> None:
+    """Train a recipe, evaluate it, and report. With --slurm, submit a job that does."""
     from distill_core.system import ranks
 
-    starts_ranks = ranks.are_to_start(nproc)
+    starts_ranks = not slurm and ranks.are_to_start(nproc)
     registry = _registry()
     loaded = _load(recipe, overrides, registry, warn=not starts_ranks)
     if nproc is not None and starts_ranks:
         _start_ranks(nproc, loaded)
     from distill_core.commands import training
 
+    if slurm:
+        training.submit_new(loaded, Path(runs), slurm, nproc, quiet=quiet)
+        return
     training.run(loaded, Path(runs), registry, quiet=quiet)
 
 
@@ -149,9 +155,10 @@ def run(recipe: str, overrides: tuple[str, ...], runs: str, nproc: int | None, q
 @click.argument("folder", shell_complete=completion.run_folders)
 @CHECKPOINT
 @NPROC
+@slurm_option
 @click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
 @without_option
-def resume(folder: str, checkpoint: str, nproc: int | None, quiet: bool) -> None:
+def resume(folder: str, checkpoint: str, nproc: int | None, slurm: tuple[str, ...], quiet: bool) -> None:
     """Continue a stopped run from its last checkpoint, exactly as if it had not stopped.
 
     A run that is finished and scored is left unchanged.
@@ -159,12 +166,17 @@ def resume(folder: str, checkpoint: str, nproc: int | None, quiet: bool) -> None
     from distill_core.system import ranks
 
     registry = _registry()
-    if nproc is not None and ranks.are_to_start(nproc):
-        from distill_core.run.load import run_recipe
-
-        _start_ranks(nproc, run_recipe(Path(folder), registry))
     from distill_core.commands import training
+    from distill_core.run.load import run_recipe
 
+    if slurm:
+        run_recipe(Path(folder), registry)
+        if checkpoint != "last":
+            raise UserError("--slurm: leave --checkpoint out; a job that is queued again would go back again")
+        training.submit(Path(folder), slurm, nproc, quiet=quiet)
+        return
+    if nproc is not None and ranks.are_to_start(nproc):
+        _start_ranks(nproc, run_recipe(Path(folder), registry))
     training.resume(Path(folder), checkpoint, registry, quiet=quiet)
 
 

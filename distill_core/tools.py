@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from distill_core.commands import catalogue as catalogue
     from distill_core.commands import completion as completion
     from distill_core.commands.catalogue import summary as summary
+    from distill_core.commands.options import slurm_option as slurm_option
+    from distill_core.commands.options import slurm_parameters as slurm_parameters
     from distill_core.commands.options import without_option as without_option
     from distill_core.contracts.cases import ConformanceCases as ConformanceCases
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
@@ -75,9 +77,11 @@ if TYPE_CHECKING:
     from distill_core.system.extras import project as project
     from distill_core.system.flops import flop_counter as flop_counter
     from distill_core.system.flops import has_formula as has_formula
+    from distill_core.system.jobs import Process as Process
+    from distill_core.system.jobs import Slurm as Slurm
+    from distill_core.system.jobs import Task as Task
     from distill_core.system.process import Interrupt as Interrupt
     from distill_core.system.process import arithmetic as arithmetic
-    from distill_core.system.process import end_with_parent as end_with_parent
     from distill_core.system.process import keep_freed_memory as keep_freed_memory
     from distill_core.system.process import resolve_device as resolve_device
     from distill_core.system.process import set_matmul_precision as set_matmul_precision
@@ -91,6 +95,8 @@ HOMES = {
     "catalogue": "distill_core.commands",
     "completion": "distill_core.commands",
     "summary": "distill_core.commands.catalogue",
+    "slurm_option": "distill_core.commands.options",
+    "slurm_parameters": "distill_core.commands.options",
     "without_option": "distill_core.commands.options",
     "ConformanceCases": "distill_core.contracts.cases",
     "Context": "distill_core.contracts.slot",
@@ -151,8 +157,10 @@ HOMES = {
     "project": "distill_core.system.extras",
     "flop_counter": "distill_core.system.flops",
     "has_formula": "distill_core.system.flops",
+    "Process": "distill_core.system.jobs",
+    "Slurm": "distill_core.system.jobs",
+    "Task": "distill_core.system.jobs",
     "arithmetic": "distill_core.system.process",
-    "end_with_parent": "distill_core.system.process",
     "Interrupt": "distill_core.system.process",
     "keep_freed_memory": "distill_core.system.process",
     "resolve_device": "distill_core.system.process",

@@ -1,4 +1,4 @@
-"""`--without NAME`: leave out a plugin that is broken, too old or unwanted."""
+"""Options of several commands: `--slurm`, and `--without NAME` for a plugin that is broken, too old or unwanted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,30 @@ def without_option(command: Command) -> Command:
         expose_value=False,
         help="Leave out this plugin (or all of a package's). Repeatable.",
     )(command)
+
+
+def slurm_option(command: Command) -> Command:
+    """Add `--slurm`; its values are for `slurm_parameters`."""
+    return click.option(
+        "--slurm",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Submit to SLURM, with this option of submitit, as timeout_min=60. Repeatable.",
+    )(command)
+
+
+def slurm_parameters(options: Sequence[str]) -> dict[str, Any]:
+    """The values of `--slurm`, read as YAML. Raises `UserError`."""
+    from distill_core.errors import UserError
+    from distill_core.recipe.document import read_document
+
+    parameters = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
+        parameters[key.strip()] = read_document(f"value: {value}", "--slurm").data["value"]
+    return parameters
 
 
 def named_without(arguments: Sequence[str]) -> Iterator[str]:

@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from distill_core.commands.options import slurm_parameters
 from distill_core.errors import UserError, counted
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
@@ -19,6 +21,7 @@ from distill_core.run.failures import failures_named
 from distill_core.run.folder import RunFolder, read_report
 from distill_core.run.load import run_recipe
 from distill_core.system import distributed
+from distill_core.system.jobs import RankTask, Slurm
 from distill_core.system.process import resolve_device
 from distill_core.train import Result, Trainer
 
@@ -74,7 +77,52 @@ def _resume(folder: Path, checkpoint: str, registry: Registry, *, quiet: bool) -
                 scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
                 click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
             return
-    _finish(Trainer(recipe, RunFolder(folder), resume=checkpoint, quiet=quiet).run())
+    distributed.start(resolve_device(recipe.train.device))
+    run = RunFolder(folder)
+    # a run that was stopped before its first checkpoint begins again; the first rank says for all whether it was
+    begins = distributed.raise_on_all_ranks(
+        lambda: distributed.rank() == 0 and checkpoint == "last" and not _is_saved(folder) and _begin(run)
+    )
+    begins = distributed.gather_objects(begins)[0]
+    _finish(Trainer(recipe, run, resume=None if begins else checkpoint, quiet=quiet).run())
+
+
+def _is_saved(folder: Path) -> bool:
+    checkpoints = Checkpoints(folder)
+    return bool(checkpoints.steps()) or checkpoints.best.exists()
+
+
+def _begin(run: RunFolder) -> bool:
+    """Delete the rows of a run without a checkpoint, which it will write again."""
+    run.lock()  # another process may be about to save its first checkpoint
+    try:
+        if run.metrics.exists():
+            click.echo(f"{run.path}: has no checkpoint, so the run starts from its first step", err=True)
+        run.rewind(0, 0)
+    finally:
+        run.unlock()
+    return True
+
+
+def submit(folder: Path, options: Sequence[str], nproc: int | None, *, quiet: bool) -> None:
+    """Submit a SLURM job that starts or continues the run in `folder`, with `nproc` ranks on each of its machines."""
+    parameters = slurm_parameters(options)
+    if nproc is not None:
+        parameters["tasks_per_node"] = nproc
+    files = folder.absolute() / "slurm"
+    command = ["resume", str(folder.absolute()), *(["--quiet"] if quiet else [])]
+    job = Slurm(files, parameters).submit(RankTask(command))
+    click.echo(f"job {job.job_id}: {folder}; its output: {folder}/slurm/{job.job_id}_*_log.*", err=True)
+
+
+def submit_new(recipe: Recipe, runs: Path, options: Sequence[str], nproc: int | None, *, quiet: bool) -> None:
+    """The same for a new folder of `runs`."""
+    folder = RunFolder.create(runs, recipe).path
+    try:
+        submit(folder, options, nproc, quiet=quiet)
+    except UserError:
+        shutil.rmtree(folder)
+        raise
 
 
 def _remove_empty(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,10 +18,13 @@ import torch
 
 from distill_core.errors import UserError
 
+SAME_SIGNAL = 5.0
+"""A scheduler sends SIGTERM to all processes of a job, and a launcher among them passes it on: that is one signal."""
+
 
 class Interrupt:
     """SIGINT, SIGTERM and SIGHUP set `signal`; the loop saves and stops. A second one stops at once, unless `busy`
-    says that a checkpoint is being written.
+    says that a checkpoint is being written, or it is SIGTERM again within `SAME_SIGNAL` seconds.
 
     `doing` is shown at the first one.
     """
@@ -29,6 +33,7 @@ class Interrupt:
         self.say = say
         self.doing = doing
         self.signal: int | None = None
+        self._since = 0.0
         self.busy: Callable[[], bool] = lambda: False
 
     @contextmanager
@@ -52,8 +57,10 @@ class Interrupt:
     def _handle(self, number: int, frame: object) -> None:
         name = signal.Signals(number).name
         if self.signal is None:
-            self.signal = number
+            self.signal, self._since = number, time.monotonic()
             self.say(f"{name}: {self.doing}")
+        elif number == self.signal == signal.SIGTERM and time.monotonic() - self._since < SAME_SIGNAL:
+            return
         elif self.busy():
             self.say(f"{name}: a checkpoint is being written; the run ends after it")
         else:

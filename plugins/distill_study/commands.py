@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from distill_core import UserError, counted
-from distill_core.tools import RecipeErrors, TrainingStopped, completion, without_option
+from distill_core.tools import (
+    RecipeErrors,
+    TrainingStopped,
+    completion,
+    slurm_option,
+    slurm_parameters,
+    without_option,
+)
 
 if TYPE_CHECKING:
     from distill_study.compare import Comparison
@@ -46,13 +53,7 @@ if TYPE_CHECKING:
 @click.option("--name", help="The study's folder in --runs.")
 @click.option("--runs", default="runs", show_default=True, help="Folder in which the study's folder is created.")
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at the same time; by default 1, with --slurm all.")
-@click.option(
-    "--slurm",
-    "slurm",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Submit runs to SLURM; options of submitit. Repeatable.",
-)
+@slurm_option
 @click.option("--retry", is_flag=True, help="Retry runs that failed before.")
 @click.option("--check", is_flag=True, help="Check and list all variants; train nothing.")
 @click.option("--quiet", is_flag=True, help="Print only warnings and the final table.")
@@ -99,20 +100,13 @@ def ablate(
         _print_variants(plan, as_json)
         return
     folder = Path(runs) / study.name
-    from distill_study.launch import Local, Slurm
+    from distill_core.tools import Slurm
+    from distill_study.launch import Local, SlurmJobs
     from distill_study.live import StudyDisplay
     from distill_study.run import StudyRunner
 
     run_count = len(plan.variants) * len(study.seeds)
-    launcher: Local | Slurm = Local()
-    if slurm:
-        parameters = {}
-        for option in slurm:
-            key, equals, value = option.partition("=")
-            if not equals:
-                raise UserError(f"--slurm {option}: write it as key=value, as timeout_min=60 or slurm_partition=gpu")
-            parameters[key.strip()] = option_values(value, "--slurm")[0]
-        launcher = Slurm(folder / "slurm", parameters)
+    launcher = SlurmJobs(Slurm(folder / "slurm", slurm_parameters(slurm))) if slurm else Local()
     display = StudyDisplay(f"{study.name}: {counted(run_count, 'run')}", folder, study.scores, quiet=quiet or as_json)
     at_once = jobs or (run_count if slurm else 1)
     runner = StudyRunner(plan, folder, launcher, registry, display, jobs=at_once, retry=retry)

@@ -7,19 +7,12 @@ its output. Whether it starts or continues is decided on the machine that runs i
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from distill_core import UserError, install
-from distill_core.tools import Checkpoints, RunFolder, end_with_parent, read_report
+from distill_core import UserError
+from distill_core.tools import Checkpoints, Process, RunFolder, Slurm, Task, read_report
 
 State = Literal["new", "half", "done"]
 
@@ -83,28 +76,15 @@ class Launcher(Protocol):
 class Local:
     """Starts runs on this machine."""
 
-    def start(self, study: Path, name: str) -> LocalJob:
-        """Start the run in a separate session: Ctrl-C reaches only the study, which forwards it once."""
+    def start(self, study: Path, name: str) -> Process:
+        """Start the run in a separate process, which saves and ends if the study is killed."""
         folder = study / name
         if state(folder) != "new":
             arguments = ["resume", str(folder)]
         else:
             _clear(folder)
             arguments = ["run", str(study / "recipes" / f"{name}.yaml"), "--runs", str(study)]
-        log = study / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            # -P: the folder that the study was started in must not hide an installed package
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "distill_core.cli", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                # if the study is killed, its runs save and end instead of training on (the study has no threads yet)
-                preexec_fn=partial(end_with_parent, os.getpid(), signal.SIGTERM),
-            )
-        return LocalJob(process)
+        return Process(arguments, study / "logs" / f"{name}.log")
 
 
 def _clear(folder: Path) -> None:
@@ -129,83 +109,27 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-class LocalJob:
-    """A run in a child process."""
+class SlurmJobs:
+    """Starts runs through SLURM."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-
-    def poll(self) -> int | None:
-        """As `Job.poll`; -n when signal n killed it."""
-        return self.process.poll()
-
-    def stop(self, number: int) -> None:
-        """Send the child the signal, on which it saves and stops."""
-        self.process.send_signal(number)
-
-
-class Slurm:
-    """Starts runs through submitit. `parameters`: those of `submitit.AutoExecutor`, and `cluster` (slurm, or local)."""
-
-    def __init__(self, folder: Path, parameters: Mapping[str, Any]) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise UserError(f"--slurm needs submitit: {install('slurm')}") from None
-        options = dict(parameters)
-        cluster = str(options.pop("cluster", "slurm"))
-        if cluster == "slurm" and shutil.which("sbatch") is None:
-            raise UserError("--slurm: no sbatch on this machine; start the study on a machine that can submit jobs")
-        try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-            self.executor.update_parameters(**options)
-        except (NameError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            raise UserError(f"--slurm: {' '.join(str(error).split())}") from error
+    def __init__(self, slurm: Slurm) -> None:
+        self.slurm = slurm
 
     def start(self, study: Path, name: str) -> SlurmJob:
         """Submit the run as a job."""
-        return SlurmJob(self.executor.submit(SlurmRun(study.absolute(), name)), study / "logs" / f"{name}.log")
+        return SlurmJob(self.slurm.submit(StudyTask(study.absolute(), name)), study / "logs" / f"{name}.log")
 
 
-class SlurmRun:
-    """The function of a job: one run, which continues from its checkpoint when the job is requeued."""
+class StudyTask(Task):
+    """One run of a study, in a job."""
 
     def __init__(self, study: Path, name: str) -> None:
         self.study, self.name = study, name
-        self.job: LocalJob | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"study": self.study, "name": self.name, "job": None}
-
-    def __call__(self) -> int:
-        """The run's exit code; run by submitit on the machine that SLURM gives."""
+    def start(self) -> Process | None:
         if state(self.study / self.name) == "done":  # by another job, while this one was in the queue
-            return 0
-        self.job = Local().start(self.study, self.name)
-        try:
-            return self._wait()
-        except KeyboardInterrupt:
-            return self._save()
-
-    def checkpoint(self) -> Any:
-        """Called by submitit before the job's time is up or another takes its place."""
-        from submitit.helpers import DelayedSubmission
-
-        self._save()
-        return DelayedSubmission(self)
-
-    def _save(self) -> int:
-        assert self.job is not None
-        if self.job.poll() is None:
-            self.job.stop(signal.SIGTERM)
-        return self._wait()
-
-    def _wait(self) -> int:
-        assert self.job is not None
-        # not Popen.wait: it holds a lock that `checkpoint`, called in a signal's handler, would wait for
-        while (code := self.job.poll()) is None:
-            time.sleep(0.1)
-        return code
+            return None
+        return Local().start(self.study, self.name)
 
 
 class SlurmJob:

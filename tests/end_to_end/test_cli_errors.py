@@ -18,6 +18,7 @@ from distill_core.batch import Batch
 from distill_core.cli import main
 from distill_core.errors import DataError
 from distill_core.outputs import Progress
+from distill_core.run.folder import RunFolder
 from distill_core.step import StepResult, TrainStep
 
 
@@ -264,7 +265,30 @@ def test_a_folder_that_is_no_run(distill: Distill, tmp_path: Path, command: str)
     (tmp_path / "runs" / "first").mkdir(parents=True)
     shutil.copy(tmp_path / "tiny.yaml", tmp_path / "runs" / "first" / "recipe.yaml")
     assert one_line(distill(command, "runs/frist")) == ("runs/frist: no such run folder, did you mean 'first'?")
-    assert one_line(distill(command, "runs/first")) == "runs/first: no checkpoint 'last': the run has saved none yet"
+    if command == "eval":
+        assert one_line(distill("eval", "runs/first")) == "runs/first: no checkpoint 'last': the run has saved none yet"
+
+
+def test_a_run_without_a_checkpoint_begins_again(distill: Distill, tmp_path: Path) -> None:
+    """As when it was killed early, or waits in a queue for its first start. Catches rows of the first attempt that are
+    left, and metrics that are deleted while another process trains."""
+    folder = tmp_path / "runs" / "first"
+    folder.mkdir(parents=True)
+    changes = ("train.steps=2", "train.log_every=1", "evaluate.tasks=[]")
+    shown = distill("show", "tiny.yaml", *(part for change in changes for part in ("--set", change)))
+    (folder / "recipe.yaml").write_text(shown.out)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0, "terms": {}}\n')
+    other = RunFolder(folder)
+    other.lock()
+    assert one_line(distill("resume", "runs/first")) == "runs/first: another process is training in this run folder"
+    other.unlock()
+    assert len(other.rows()) == 1
+    resumed = distill("resume", "runs/first")
+    assert resumed.code == 0, resumed.err
+    assert "runs/first: has no checkpoint, so the run starts from its first step" in resumed.err
+    rows = [row for row in other.rows() if "terms" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] != 9.0
 
 
 def test_what_a_run_cannot_be_asked_for(distill: Distill, tmp_path: Path) -> None:

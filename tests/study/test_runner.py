@@ -18,7 +18,7 @@ from distill_core.recipe.document import read_document
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
 from distill_study.grammar import make_study
-from distill_study.launch import Local, SlurmRun, _clear
+from distill_study.launch import Local, StudyTask, _clear
 from distill_study.live import StudyDisplay
 from distill_study.plan import check_study
 from distill_study.run import StudyRunner
@@ -323,7 +323,7 @@ def test_a_run_that_another_process_trains_is_not_removed(tmp_path: Path) -> Non
     other = RunFolder(folder)
     other.lock()
     with pytest.raises(UserError, match="another process is training in this run folder"):
-        SlurmRun(tmp_path, "a-seed0")()
+        StudyTask(tmp_path, "a-seed0")()
     assert (folder / "recipe.yaml").read_text() == "seed: 1\n"
 
 
@@ -332,7 +332,7 @@ def test_a_job_whose_run_is_done_leaves_it(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("recipe.yaml", "report.json"):
         (folder / name).write_text("{}")
-    assert SlurmRun(tmp_path, "a-seed0")() == 0
+    assert StudyTask(tmp_path, "a-seed0")() == 0
     assert sorted(path.name for path in folder.iterdir()) == ["recipe.yaml", "report.json"]
 
 

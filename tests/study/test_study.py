@@ -177,7 +177,8 @@ def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pyt
     submitit = pytest.importorskip("submitit")
     from distill_core.recipe.resolve import load_recipe
     from distill_core.registry import Registry
-    from distill_study.launch import Slurm
+    from distill_core.system.jobs import Slurm
+    from distill_study.launch import SlurmJobs
 
     for key, value in {"PYTHONPATH": str(GATE), "GATE": str(tmp_path), "GATE_STEP": "1"}.items():
         monkeypatch.setenv(key, value)
@@ -186,7 +187,7 @@ def test_requeued_jobs_go_on(tiny_recipe: Path, tmp_path: Path, monkeypatch: pyt
     recipe = load_recipe(tiny_recipe, registry=Registry.discover(), overrides=changes)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "one.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    job = Slurm(tmp_path / "slurm", {"cluster": "local", "timeout_min": 10}).start(tmp_path, "one")
+    job = SlurmJobs(Slurm(tmp_path / "slurm", {"cluster": "local", "timeout_min": 10})).start(tmp_path, "one")
     wait_for(lambda: (tmp_path / "reached").exists())
     controller = job.job._process.pid
     task = int(Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0])

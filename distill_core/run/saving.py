@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from distill_core.errors import OtherRankFailed, UserError
@@ -16,6 +17,9 @@ from distill_core.run.parts import Split, split
 from distill_core.run.state import RunState
 from distill_core.system import distributed
 from distill_core.system.process import Interrupt
+
+SECONDS_TO_FINISH = 5.0
+"""How long a rank that ends for an error waits for the checkpoint that is being written."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,17 @@ class Saver:
             except UserError as error:
                 problem = str(error)
         if number == 0 and problem is not None:
-            steps = self.checkpoints.steps()
-            last = f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-            problem = f"{problem}. Step {step} is not saved; {last}"
+            problem = f"{problem}. Step {step} is not saved; {self._last_saved()}"
             self.display.warn(problem)
         reason: str | None = distributed.gather_objects(problem, saving=True)[0]
         return reason
+
+    def _last_saved(self) -> str:
+        """On the disk, where a thread may be about to finish one."""
+        if self._writing is not None and threading.current_thread() is threading.main_thread():
+            wait([self._writing.problem], SECONDS_TO_FINISH)
+        steps = self.checkpoints.steps()
+        return f"the last checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def save_before(self, error: Exception, settle: Callable[[], None]) -> None:
         """Save the last complete step before an error ends the run, if it is not saved yet, and report it.
@@ -110,19 +119,18 @@ class Saver:
         `settle` (`LateResults`) is called where all ranks stand between the same two steps.
         """
         step, display = self.state.step, self.display
-        last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
         if not isinstance(error, OtherRankFailed):
             if is_consequence(error):
-                display.warn(f"step {step} is not saved: another rank has ended; {last}")
+                display.warn(f"step {step} is not saved: another rank has ended; {self._last_saved()}")
                 return
             try:
                 announce_failure(in_step=self.state.train_step.running)
             except distributed.RanksApart:
                 why = "the other ranks are in the middle of a step"
-                display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {why}; {last}")
+                display.warn_here(f"rank {distributed.rank()}: step {step} is not saved: {why}; {self._last_saved()}")
                 return
         self.settle()
-        last = f"the last checkpoint is of step {self.saved}" if self.saved is not None else "there is no checkpoint"
+        last = self._last_saved()
         positions = distributed.gather_objects((step, self.state.train_step.whole))
         together = positions == [(step, True)] * distributed.world_size()
         if together:

@@ -196,12 +196,14 @@ def states_of(recipe: Recipe) -> States:
         optimizer.step()
     towers, rest = ({"weights": 0, "optimizer": 0, "gradients": 0, "teacher": 0} for _ in range(2))
     counts: dict[str, int] = {}
+    of_teachers = (tower for teacher in objective.teachers.values() for tower in teacher.towers())
+    split = {id(p) for tower in [*objective.backbone.values(), *of_teachers] for p in tower.parameters()}
     for name, parameter in objective.named_parameters():
-        group = towers if name.startswith(("backbone.", "teacher.backbone.")) else rest
+        group = towers if id(parameter) in split else rest
         group["teacher" if name.startswith("teacher.") else "weights"] += parameter.nbytes
         counts[_part(name)] = counts.get(_part(name), 0) + parameter.numel()
-    for name, parameter, _ in named:
-        group = towers if name.startswith("backbone.") else rest
+    for _, parameter, _ in named:
+        group = towers if id(parameter) in split else rest
         group["gradients"] += parameter.nbytes
         state = optimizer.state.get(parameter, {})
         group["optimizer"] += sum(x.nbytes for x in state.values() if isinstance(x, Tensor))

@@ -42,6 +42,12 @@ def test_states_are_those_of_a_real_run(tiny_recipe: Path, registry: Registry) -
     assert states.trained == sum(p.numel() for p in step.parameters) < sum(p.numel() for p in own)
     assert sum(states.parameters.values()) == sum(p.numel() for p in objective.parameters())
     whole, split = states.on_a_device(1), states.on_a_device(4)
+    towers = {
+        "weights": objective.backbone.parameters(),
+        "teacher": (p for tower in objective.teachers["default"].towers() for p in tower.parameters()),
+    }
+    for kind, parameters in towers.items():
+        assert whole[kind] - split[kind] == pytest.approx(3 / 4 * sum(p.nbytes for p in parameters), abs=1)
     assert all(whole[kind] / 4 <= split[kind] < whole[kind] for kind in whole)
 
 

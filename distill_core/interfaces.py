@@ -124,6 +124,8 @@ class TowerInput:
     """[N, L], True where the input token must be hidden."""
     lengths: np.ndarray[Any, Any] | None = None
     """[N] integers on the host, from `Group.lengths`."""
+    layers: tuple[int, ...] = ()
+    """Layers whose tokens are wanted too (`Encoded.layers`); only where `tokens` are."""
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -184,14 +186,23 @@ class Backbone(nn.Module, Component, ABC):
         """
 
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
-        """`encode` of several inputs. A backbone that packs sequences overrides this."""
+        """`encode` of several inputs. A backbone that packs sequences, or hands layers on, overrides this."""
         return [self.encode(x.x, tokens=x.tokens, token_mask=x.token_mask) for x in inputs]
 
-    def forward(self, views: Views, *, tokens_of: Sequence[int] = (), masked: bool = False) -> Features:
+    def forward(
+        self,
+        views: Views,
+        *,
+        tokens_of: Sequence[int] = (),
+        masked: bool = False,
+        layers_of: Mapping[int, Sequence[int]] | None = None,
+    ) -> Features:
         """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`.
 
+        `layers_of`: layer -> those of the views in `tokens_of` whose tokens are wanted as this layer gives them.
         Each group's needed and other views are an input of `encode_together` each.
         """
+        layers: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers_of or {}}
         pooled: list[Tensor] = []
         classes: list[Tensor] = []
         tokens: dict[int, Tensor] = {}
@@ -200,12 +211,19 @@ class Backbone(nn.Module, Component, ABC):
         places: list[tuple[int, int, int]] = []  # first view, end, batch
         for start, group in views.numbered():
             count, batch = group.x.shape[:2]
-            requested = [start + i in tokens_of for i in range(count)]
+            requested = [
+                (start + i in tokens_of, tuple(layer for layer, of in (layers_of or {}).items() if start + i in of))
+                for i in range(count)
+            ]
             spans = [i for i in range(count) if i == 0 or requested[i] != requested[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
                 lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
-                inputs.append(TowerInput(group.x[first:last].flatten(0, 1), requested[first], hidden, lengths))
+                inputs.append(
+                    TowerInput(
+                        group.x[first:last].flatten(0, 1), requested[first][0], hidden, lengths, requested[first][1]
+                    )
+                )
                 places.append((start + first, start + last, batch))
         for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
@@ -215,9 +233,12 @@ class Backbone(nn.Module, Component, ABC):
                 for i in range(first, last):
                     rows = slice((i - first) * batch, (i - first + 1) * batch)
                     tokens[i] = part.tokens[rows]
+                    for layer in source.layers:
+                        layers[layer][i] = part.layers[layer][rows]
                     if part.mask is not None:
                         masks[i] = part.mask[rows]
-        return Features(torch.cat(pooled), tokens, masks, torch.cat(classes) if len(classes) == len(pooled) else None)
+        joined = torch.cat(classes) if len(classes) == len(pooled) else None
+        return Features(torch.cat(pooled), tokens, masks, joined, layers)
 
 
 class FusionHead(nn.Module, Component, ABC):

@@ -63,6 +63,10 @@ class Objective(nn.Module):
         self.fusion = fusion
         self.loss = nn.ModuleDict(loss)
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
+        self.layers_of = {
+            name: _layers_needed([(n.layers.get(name, ()), n.tokens.get(name, ())) for n in needs]) for name in backbone
+        }
+        self.needs = needs
         self.teacher_tokens_of = {
             teacher: {
                 modality: [
@@ -79,7 +83,13 @@ class Objective(nn.Module):
 
     def add_teacher(self, name: str, make: Callable[[str, TeacherPlan, nn.Module], Teacher]) -> None:
         """Build a teacher of the plan; one that copies another stands after it."""
-        self.teacher[name] = make(name, self.plan.teachers[name], self)
+        plan = self.plan.teachers[name]
+        layers_of = {}
+        for modality, own in plan.views.items():
+            read = [(n.teacher_layers.get(name, {}), n.teacher.get(name, {})) for n in self.needs]
+            needed = _layers_needed([(layers.get(modality, ()), views.get(modality, ())) for layers, views in read])
+            layers_of[modality] = {layer: tuple(map(own.index, views)) for layer, views in needed.items()}
+        self.teacher[name] = make(name, replace(plan, layers_of=layers_of), self)
 
     @property
     def teachers(self) -> dict[str, Teacher]:
@@ -138,7 +148,10 @@ class Objective(nn.Module):
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""
         features: Features = self.backbone[modality](
-            batch.views[modality], tokens_of=self.tokens_of[modality], masked=True
+            batch.views[modality],
+            tokens_of=self.tokens_of[modality],
+            masked=True,
+            layers_of=self.layers_of[modality],
         )
         return features
 
@@ -318,3 +331,12 @@ def presence_of(batch: Batch) -> Presence | None:
 
 def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:
     return tuple(sorted({view for of_component in tokens for view in of_component.get(name, ())}))
+
+
+def _layers_needed(read: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, tuple[int, ...]]:
+    """Layer -> views, of the layers and the views that each component reads."""
+    needed: dict[int, set[int]] = {}
+    for layers, views in read:
+        for layer in layers:
+            needed.setdefault(layer, set()).update(views)
+    return {layer: tuple(sorted(views)) for layer, views in sorted(needed.items())}

@@ -33,12 +33,14 @@ class Encoded:
     tokens        [N, L, W]  where they were asked for
     mask          [N, L]     True where a token is real; None where none is padding
     class_tokens  [N, C, W]  what `pooled` was projected from (class or end-of-text tokens), where there is such
+    layers        layer -> [N, L, W]  those that were asked for: what the layer gives, before any final norm
     """
 
     pooled: Tensor
     tokens: Tensor | None = None
     mask: Tensor | None = None
     class_tokens: Tensor | None = None
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Rows:
@@ -228,12 +230,14 @@ class Features(_Embedded):
     tokens        view -> [B, L, W]  only of the views that something needs
     masks         view -> [B, L]     True where a token is real; a view without an entry has no padding
     class_tokens  [V, B, C, W]       what `pooled` was projected from (class or end-of-text tokens), where there is such
+    layers        layer -> view -> [B, L, W]  tokens as the layer gives them, before any final norm; only what is needed
     """
 
     pooled: Tensor
     tokens: Mapping[int, Tensor] = field(default_factory=dict)
     masks: Mapping[int, Tensor] = field(default_factory=dict)
     class_tokens: Tensor | None = None
+    layers: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
 
     def _make_rows(self) -> Rows:
         with torch.autocast(self.pooled.device.type, enabled=False):
@@ -249,8 +253,9 @@ class Features(_Embedded):
 
         classes = None if self.class_tokens is None else present.of(self.class_tokens, 1, self.present)
         tokens, masks = (Selected(x, cut) for x in (self.tokens, self.masks))
+        layers = {layer: Selected(views, cut) for layer, views in self.layers.items()}
         pooled = present.of(self.pooled, 1, self.present)
-        return Features(pooled, tokens, masks, classes, present=present, whole=self)
+        return Features(pooled, tokens, masks, classes, layers, present=present, whole=self)
 
 
 @dataclass

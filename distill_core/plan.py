@@ -24,6 +24,8 @@ class BackboneSpec:
     """Whether tokens can be hidden."""
     class_tokens: int = 0
     """Class tokens C that come with the embedding (`Features.class_tokens`)."""
+    layers: int = 0
+    """How many layers there are of whose tokens it hands on (`Needs.layers`), counted from 0; 0: of the last alone."""
     dense: tuple[str, ...] = ()
     """The kinds of attention that its `dense` takes (`DenseEmbeddings`); empty where it does not offer it."""
 
@@ -75,6 +77,9 @@ class TeacherPlan:
     """Modality -> widths of its features; the student's where nothing is said."""
     parts: tuple[str, ...] | None = None
     """Paths of the parts of the student that it has copies of; None: of every tower and head that is asked of it."""
+    layers_of: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    """Modality -> layer -> the views of which losses read it (`Needs.teacher_layers`), numbered among its own. Known
+    when it is built."""
 
     def copies(self, path: str) -> bool:
         """Whether it has a copy of this part of the student, or of one that holds it."""
@@ -125,6 +130,8 @@ class Needs:
     {"default": {"image": (0, 1), "text": ()}}. `tokens` names the views whose student's tokens are read. Views are
     counted as `ModalityPlan.roles` does (a teacher's features count only `TeacherPlan.views`); a backbone need not
     compute any other. `masked` names modalities whose backbone must be able to hide tokens.
+    `layers` names layers of the student's tower whose tokens are read, {"image": (3, 7)}, of the views in `tokens`;
+    `teacher_layers` those of teachers, {"default": {"image": (7, 11)}}, of the views in `teacher`.
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
@@ -137,6 +144,8 @@ class Needs:
     teacher: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     fused: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    teacher_layers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
     embeddings: tuple[str, ...] | None = None
@@ -148,7 +157,7 @@ class Needs:
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
         sides = (self.student, *self.teacher.values(), self.fused)
-        return frozenset({*chain(*sides), *self.tokens, *self.views, *self.masked, *self.extra})
+        return frozenset({*chain(*sides), *self.tokens, *self.layers, *self.views, *self.masked, *self.extra})
 
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan, teacher: str | None = None) -> Iterable[str]:

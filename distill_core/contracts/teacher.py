@@ -118,7 +118,7 @@ class Teacher(nn.Module, Component, ABC):
     @abstractmethod
     def encode(self, batch: Batch, tokens_of: Mapping[str, Sequence[int]]) -> dict[str, Features]:
         """Features of the views of its plan, numbered among themselves; tokens of those in `tokens_of`, by the same
-        numbers. Called without gradients, before the student's pass."""
+        numbers, and their layers in `plan.layers_of`. Called without gradients, before the student's pass."""
 
     def towers(self) -> Sequence[nn.Module]:
         """The backbones that it runs but the student does not: what `train.parallel` works on."""

@@ -24,6 +24,7 @@ from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import Loss
 from distill_core.plan import (
     DEFAULT_TEACHER,
+    BackboneSpec,
     FieldPlan,
     MissingModality,
     ModalityPlan,
@@ -454,9 +455,13 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):
             last = max(needs.tokens[name])
             yield f"{component} needs the tokens of view {last} of {name!r}; it has {len(modality.roles)} views"
+        yield from _no_layers(component, name, needs.layers.get(name, ()), needs.tokens.get(name, ()), modality.spec)
         for teacher, read in needs.teacher.items():
             if name in read and teacher in plan.teachers:
                 yield from _unseen(component, teacher, name, read[name], plan)
+                layers = needs.teacher_layers.get(teacher, {}).get(name, ())
+                spec = plan.teachers[teacher].specs.get(name, modality.spec)
+                yield from _no_layers(component, name, layers, read[name], spec, teacher)
         if name in needs.masked and not modality.spec.can_mask:
             yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
         missing_extras = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
@@ -485,6 +490,24 @@ def _unseen(component: str, id: str, modality: str, tokens: tuple[int, ...], pla
         yield f"{component} needs tokens of {modality!r}; {who} gives none"
     elif unseen := sorted(set(tokens) - set(views)):
         yield f"{component} needs the teacher's tokens of view {unseen[0]} of {modality!r}; {who} does not see it"
+
+
+def _no_layers(
+    component: str,
+    modality: str,
+    layers: Sequence[int],
+    views: Sequence[int],
+    spec: BackboneSpec,
+    teacher: str | None = None,
+) -> Iterator[str]:
+    """What is wrong with the layers that a component reads, of the student where no teacher is named."""
+    whose = "its backbone" if teacher is None else f"the teacher {teacher!r}"
+    if missing := [layer for layer in layers if not 0 <= layer < spec.layers]:
+        have = f"has layers 0 to {spec.layers - 1}" if spec.layers else "hands on its last layer's tokens alone"
+        yield f"{component} needs layer {missing[0]} of {modality!r}; {whose} {have}"
+    elif layers and not views:
+        field = "tokens" if teacher is None else "teacher"
+        yield f"{component} needs layers of {modality!r} of no view: name their views in Needs.{field}"
 
 
 def unread(recipe: Recipe) -> Iterator[str]:

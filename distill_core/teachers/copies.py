@@ -85,11 +85,12 @@ class CopiedTeacher(Teacher):
         features = {}
         for name in self.plan.views:
             views, tokens = batch.views[name].only(self.config.views), tokens_of.get(name, ())
+            layers = self.plan.layers_of.get(name)
             if name in self.backbone:
-                features[name] = self.backbone[name](views, tokens_of=tokens)
+                features[name] = self.backbone[name](views, tokens_of=tokens, layers_of=layers)
             else:
                 with evaluating(self._towers[name]):
-                    features[name] = self._towers[name](views, tokens_of=tokens)
+                    features[name] = self._towers[name](views, tokens_of=tokens, layers_of=layers)
         return features
 
     def copy_of(self, path: str) -> nn.Module | None:

@@ -146,7 +146,9 @@ class Frozen(Teacher):
                 views = self._augment[name].on_device(own) if name in self._augment else own
             else:
                 views = batch.views[name].only(self.config.views)
-            features[name] = tower(tower.on_device(views), tokens_of=tokens_of.get(name, ()))
+            features[name] = tower(
+                tower.on_device(views), tokens_of=tokens_of.get(name, ()), layers_of=self.plan.layers_of.get(name)
+            )
         return features
 
 

@@ -306,4 +306,5 @@ def take(features: Features, index: Tensor) -> Features:
         {view: x[index] for view, x in features.tokens.items()},
         {view: x[index] for view, x in features.masks.items()},
         None if classes is None else classes[:, index],
+        {layer: {view: x[index] for view, x in views.items()} for layer, views in features.layers.items()},
     )

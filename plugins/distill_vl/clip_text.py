@@ -25,7 +25,7 @@ from distill_core import (
     Views,
 )
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
-from distill_vl.transformer import Activation, Block, Sequences, Transformer
+from distill_vl.transformer import Activation, Block, LayerOutputs, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -97,7 +97,7 @@ class ClipText(Backbone):
     @classmethod
     def spec(cls, config: ClipTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
-        return BackboneSpec(config.width, config.dim, class_tokens=1)
+        return BackboneSpec(config.width, config.dim, class_tokens=1, layers=config.layers)
 
     @classmethod
     def problems(cls, config: ClipTextConfig, plan: Plan) -> Iterable[str]:
@@ -140,17 +140,22 @@ class ClipText(Backbone):
 
         packed = self.token_embedding(torch.cat([x.flatten() for x in ids])[source])
         packed = packed + embedding(place, self.positional_embedding)
-        out = self.ln_final(self.transformer(packed, Sequences(starts.int(), causal=True), rows))
+        seen = LayerOutputs(layer for text in inputs for layer in text.layers)
+        out = self.ln_final(self.transformer(packed, Sequences(starts.int(), causal=True), rows, seen))
         classes = out.index_select(0, at_end)
         pooled = classes @ self.text_projection
         counts = [x.numel() if text.tokens else len(x) for x, text in zip(ids, inputs, strict=True)]
+        packed_counts = [int(own.sum()) for own in torch.split(lengths, sizes)]
+        last = self.config.layers - 1
+        layers = {layer: torch.split(x, counts if layer == last else packed_counts) for layer, x in seen.items()}
         encoded = []
-        for x, text, one, at_its_end, computed in zip(
-            ids, inputs, pooled.split(sizes), classes.split(sizes), out.split(counts), strict=True
+        for i, (x, text, one, at_its_end, computed) in enumerate(
+            zip(ids, inputs, pooled.split(sizes), classes.split(sizes), out.split(counts), strict=True)
         ):
             encoded.append(Encoded(one, class_tokens=at_its_end[:, None]))
             if text.tokens:
                 encoded[-1].tokens, encoded[-1].mask = computed.view(*x.shape, computed.shape[-1]), _up_to_end(x)
+                encoded[-1].layers = {layer: layers[layer][i].view(*x.shape, packed.shape[-1]) for layer in text.layers}
         return encoded
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -169,10 +174,10 @@ class ClipText(Backbone):
             x = self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         if not tokens:
-            (read,) = self.transformer.together([sequence], [end[:, None]], causal=True)
+            (read,), _ = self.transformer.together([sequence], [end[:, None]], causal=True)
             classes = self.ln_final(read)
             return Encoded(classes[:, 0] @ self.text_projection, class_tokens=classes)
-        (sequence,) = self.transformer.together([sequence], [None], causal=True)
+        (sequence,), _ = self.transformer.together([sequence], [None], causal=True)
         sequence = self.ln_final(sequence)
         classes = sequence[torch.arange(x.shape[0], device=x.device), end]
         return Encoded(classes @ self.text_projection, sequence, _up_to_end(x), classes[:, None])

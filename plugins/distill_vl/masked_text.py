@@ -26,7 +26,7 @@ from distill_core import (
 from distill_vl.clip_text import Positive, TextCollator, lengths_of, to_device
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
-from distill_vl.transformer import Sequences, Transformer
+from distill_vl.transformer import LayerOutputs, Sequences, Transformer
 
 
 class TokenMaskingConfig(ComponentConfig):
@@ -95,7 +95,9 @@ class BertText(Backbone):
     @classmethod
     def spec(cls, config: BertTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
-        return BackboneSpec(config.width, config.dim, can_mask=config.masking is not None, class_tokens=1)
+        return BackboneSpec(
+            config.width, config.dim, can_mask=config.masking is not None, class_tokens=1, layers=config.layers
+        )
 
     @classmethod
     def problems(cls, config: BertTextConfig, plan: Plan) -> Iterable[str]:
@@ -130,12 +132,15 @@ class BertText(Backbone):
 
     def _encode(self, text: TowerInput) -> Encoded:
         sequence, real, starts, rows, first = self._embed(text)
-        packed = self.transformer(sequence.flatten(0, 1).index_select(0, rows), starts, None if text.tokens else first)
+        seen = LayerOutputs(text.layers)
+        packed = sequence.flatten(0, 1).index_select(0, rows)
+        packed = self.transformer(packed, starts, None if text.tokens else first, seen)
         packed = self.ln_final(packed)
         classes = packed.index_select(0, first) if text.tokens else packed
         encoded = Encoded(classes @ self.text_projection, class_tokens=classes[:, None])
         if text.tokens:
             encoded.tokens, encoded.mask = _padded(packed, rows, text.x), real
+            encoded.layers = {layer: _padded(x, rows, text.x) for layer, x in seen.items()}
         return encoded
 
     def token_layout(self, view: View) -> list[str]:

@@ -10,7 +10,7 @@ N sequences, L tokens of each, Q of them read, T tokens of all sequences, W widt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -244,6 +244,20 @@ class Block(nn.Module):
         return self.attn.weights(normed[torch.arange(len(x), device=x.device), index], normed, mask)
 
 
+class LayerOutputs(dict[int, Tensor]):
+    """What some blocks give, while a pass runs: number of the block -> [T, W], before any final norm; of the last block
+    at `rows` alone, [R, W]."""
+
+    def __init__(self, wanted: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.wanted = frozenset(wanted)
+
+    def see(self, block: int, x: Tensor) -> None:
+        """Hold `x` if this block's output is wanted."""
+        if block in self.wanted:
+            self[block] = x
+
+
 class Transformer(nn.Module):
     """A stack of blocks; of the last, few rows may be asked."""
 
@@ -263,15 +277,32 @@ class Transformer(nn.Module):
         assert isinstance(block, Block)
         return block
 
-    def forward(self, x: Tensor, sequences: Sequences, rows: RowIndex | None = None) -> Tensor:
-        """x [T, W] -> [T, W], or at `rows` alone [R, W]."""
+    def forward(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        rows: RowIndex | None = None,
+        layers: LayerOutputs | None = None,
+    ) -> Tensor:
+        """x [T, W] -> [T, W], or at `rows` alone [R, W]; `layers` sees what each block gives."""
         *_, of_last = scales = self._scales(x, sequences)
-        return self.last(self.body(x, sequences, scales), sequences, rows, of_last)  # type: ignore[no-any-return]
+        out: Tensor = self.last(self.body(x, sequences, scales, layers), sequences, rows, of_last)
+        if layers is not None:
+            layers.see(len(self.resblocks) - 1, out)
+        return out
 
-    def body(self, x: Tensor, sequences: Sequences, scales: Sequence[Tensor | None] = ()) -> Tensor:
+    def body(
+        self,
+        x: Tensor,
+        sequences: Sequences,
+        scales: Sequence[Tensor | None] = (),
+        layers: LayerOutputs | None = None,
+    ) -> Tensor:
         """All blocks but the last: x [T, W] -> [T, W]; `scales` as `Block.forward` takes them, of each block."""
         for i, block in enumerate(self.resblocks[:-1]):
             x = block(x, sequences, None, scales[i]) if scales else block(x, sequences)
+            if layers is not None:
+                layers.see(i, x)
         return x
 
     def _scales(self, x: Tensor, sequences: Sequences) -> list[Tensor | None]:
@@ -300,18 +331,32 @@ class Transformer(nn.Module):
         return self.last.weights(x, index, visible if causal else None)
 
     def together(
-        self, inputs: Sequence[Tensor], positions: Sequence[Tensor | None], *, causal: bool = False
-    ) -> list[Tensor]:
-        """Several [N, L, W] in one pass -> of each [N, L, W], or at `positions` [N, Q] alone [N, Q, W].
+        self,
+        inputs: Sequence[Tensor],
+        positions: Sequence[Tensor | None],
+        *,
+        causal: bool = False,
+        layers: Iterable[int] = (),
+    ) -> tuple[list[Tensor], list[dict[int, Tensor]]]:
+        """Several [N, L, W] in one pass -> of each [N, L, W], or at `positions` [N, Q] alone [N, Q, W]; and of each
+        what the blocks `layers` give, {block: [N, L, W]}, of the last one again at `positions`.
 
         So each weight is read once, and its gradient is one product instead of a sum of several.
         """
         # by length: sequences that attention takes together then stand together, and nothing is copied
         order = sorted(range(len(inputs)), key=lambda i: inputs[i].shape[1])
-        sequences = Sequences.of(*[(inputs[i].shape[0], inputs[i].shape[1]) for i in order], causal=causal)
+        whole = [(inputs[i].shape[0], inputs[i].shape[1]) for i in order]
+        sequences = Sequences.of(*whole, causal=causal)
         rows = None if all(at is None for at in positions) else [positions[i] for i in order]
-        out = self(_joined([inputs[i].flatten(0, 1) for i in order]), sequences, rows)
-        shapes = [inputs[i].shape[:2] if (at := positions[i]) is None else at.shape for i in order]
-        parts = [out] if len(order) == 1 else torch.split(out, [n * count for n, count in shapes])
-        by_input = {i: part.view(*shape, part.shape[-1]) for i, part, shape in zip(order, parts, shapes, strict=True)}
-        return [by_input[i] for i in range(len(inputs))]
+        seen = LayerOutputs(layers)
+        out = self(_joined([inputs[i].flatten(0, 1) for i in order]), sequences, rows, seen)
+        read = [whole[place] if (at := positions[i]) is None else tuple(at.shape) for place, i in enumerate(order)]
+
+        def by_input(packed: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+            parts = [packed] if len(order) == 1 else torch.split(packed, [n * count for n, count in shapes])
+            cut = [part.view(*shape, part.shape[-1]) for part, shape in zip(parts, shapes, strict=True)]
+            return [cut[order.index(i)] for i in range(len(inputs))]
+
+        last = len(self.resblocks) - 1
+        cut = {block: by_input(packed, read if block == last else whole) for block, packed in seen.items()}
+        return by_input(out, read), [{block: parts[i] for block, parts in cut.items()} for i in range(len(inputs))]

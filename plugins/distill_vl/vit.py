@@ -135,7 +135,14 @@ class VisionTransformer(Backbone):
     def spec(cls, config: VisionTransformerConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
         masked = config.masking is not None
-        return BackboneSpec(config.width, config.dim, can_mask=masked, class_tokens=config.class_tokens, dense=DENSE)
+        return BackboneSpec(
+            config.width,
+            config.dim,
+            can_mask=masked,
+            class_tokens=config.class_tokens,
+            layers=config.layers,
+            dense=DENSE,
+        )
 
     @classmethod
     def view_problems(cls, config: VisionTransformerConfig, views: ModalityPlan) -> Iterable[str]:
@@ -200,8 +207,13 @@ class VisionTransformer(Backbone):
         """Crops of all sizes go through the weights as one packed sequence."""
         sequences = [self._embed(crops.x, crops.token_mask) for crops in inputs]
         index = [None if crops.tokens else self._class_index(crops.x) for crops in inputs]
-        outs = self.transformer.together(sequences, index)
-        return [self._read(out, tokens=crops.tokens) for out, crops in zip(outs, inputs, strict=True)]
+        wanted = {layer for crops in inputs for layer in crops.layers}
+        outs, layers = self.transformer.together(sequences, index, layers=wanted)
+        encoded = []
+        for out, own, crops in zip(outs, layers, inputs, strict=True):
+            encoded.append(self._read(out, tokens=crops.tokens))
+            encoded[-1].layers = {layer: own[layer][:, self.config.class_tokens :] for layer in crops.layers}
+        return encoded
 
     def token_layout(self, view: View) -> tuple[int, int]:
         """The grid of patches."""

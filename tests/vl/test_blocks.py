@@ -188,9 +188,9 @@ def test_together_keeps_the_order_of_its_inputs() -> None:
     stack = Transformer(24, 2, 3, 4.0).double()
     inputs = [torch.randn(n, length, 24, dtype=torch.float64) for n, length in ((2, 6), (3, 3), (1, 4), (2, 3))]
     positions = [None, torch.tensor([[0, 2], [1, 1], [2, 0]]), torch.tensor([[3, 0]]), None]
-    outs = stack.together(inputs, positions)
+    outs, _ = stack.together(inputs, positions)
     for x, at, out in zip(inputs, positions, outs, strict=True):
-        (whole,) = stack.together([x], [None])
+        (whole,), _ = stack.together([x], [None])
         expected = whole if at is None else torch.stack([one[places] for one, places in zip(whole, at, strict=True)])
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
 

@@ -28,7 +28,7 @@ def test_a_sequence_takes_whole_branches_or_none() -> None:
     inputs = [torch.randn(n, length, 16) for n, length in shapes]
     positions = [None, torch.zeros(3, 1, dtype=torch.long)]
     torch.manual_seed(1)
-    outs = transformer.together(inputs, positions)
+    outs, _ = transformer.together(inputs, positions)
     torch.manual_seed(1)
     kept = torch.rand(3, 7, 2)  # by length: the three short sequences come first
     order = [(1, i) for i in range(3)] + [(0, i) for i in range(4)]

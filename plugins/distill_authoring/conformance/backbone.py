@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -224,10 +225,41 @@ def tokens_of(case: Case) -> None:
                 require(close([tokens], [expected]), f"the tokens of view {view} change with tokens_of={requested}")
 
 
+@checks(KIND)
+def layers(case: Case) -> None:
+    """Each layer of the spec gives [B, L, W] for exactly the views in `layers_of`; nothing else depends on that."""
+    count = case.cls.spec(case.config).layers
+    module, views = generic(build(case)), collated(case)
+    if not count:
+        raise NotApplicable("`spec` says that it hands on its last layer's tokens alone")
+    every = all_views(case, views)
+    wanted = {layer: every if layer % 2 else every[-1:] for layer in range(count)}
+    with torch.no_grad():
+        plain = module(views, tokens_of=every)
+        features = module(views, tokens_of=every, layers_of=wanted)
+        alone = module(views, tokens_of=every[-1:], layers_of={0: every[-1:]})
+    require(close(flat(plain), flat(features)), "the embedding or the tokens change with layers_of")
+    shapes = {layer: {view: list(x.shape) for view, x in of.items()} for layer, of in features.layers.items()}
+    expected = {layer: {view: list(plain.tokens[view].shape) for view in of} for layer, of in wanted.items()}
+    require(shapes == expected, f"with layers_of={wanted} the layers have the shapes {shapes}, not those of tokens")
+    for view in every[-1:]:
+        real = [torch.cat([_real_of(f.layers[0][view], f, view, i) for i in range(BATCH)]) for f in (features, alone)]
+        require(close(real[:1], real[1:]), "the tokens of a layer change with what else is asked for")
+        distinct = [features.layers[layer][view] for layer in range(count)]
+        require(
+            not any(close([a], [b], 1e-6) for a, b in pairwise(distinct)),
+            "two layers give the same tokens: hand on what each gives",
+        )
+
+
 def _real(features: Features, view: int, sample: int) -> Tensor:
     """The real tokens of one sample's view, [L, W]."""
-    tokens, mask = features.tokens[view][sample], features.masks.get(view)
-    return tokens if mask is None else tokens[mask[sample]]
+    return _real_of(features.tokens[view], features, view, sample)
+
+
+def _real_of(tokens: Tensor, features: Features, view: int, sample: int) -> Tensor:
+    mask = features.masks.get(view)
+    return tokens[sample] if mask is None else tokens[sample][mask[sample]]
 
 
 @checks(KIND)

@@ -48,7 +48,7 @@ def flat(fused: dict[str, Fused]) -> list[Tensor]:
 
 def student_features(fit: Fit, **options: Any) -> dict[str, Features]:
     """The student's features, with the tokens that the fusion needs."""
-    return example_features(fit.plan, fit.needs.tokens, padding=fit.padding, **options)
+    return example_features(fit.plan, fit.needs.tokens, padding=fit.padding, layers=fit.needs.layers, **options)
 
 
 def ready(case: Case) -> tuple[nn.Module, dict[str, Features]]:

@@ -216,7 +216,14 @@ def _with_blind_teacher(fit: Fit) -> Plan:
 def _with_wide_teacher(fit: Fit) -> Plan:
     """Teachers with widths of their own, as frozen ones have."""
     teachers = {
-        name: replace(t, specs={m: BackboneSpec(WIDTH + 24, DIM + 16, class_tokens=CLASSES) for m in t.views}, parts=())
+        name: replace(
+            t,
+            specs={
+                m: replace(fit.plan.modalities[m].spec, width=WIDTH + 24, dim=DIM + 16, class_tokens=CLASSES)
+                for m in t.views
+            },
+            parts=(),
+        )
         for name, t in fit.plan.teachers.items()
     }
     return replace(fit.plan, teachers=teachers)
@@ -259,7 +266,11 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
         modalities[name] = replace(
             old,
             roles=tuple(roles),
-            spec=replace(old.spec, can_mask=old.spec.can_mask or name in needs.masked),
+            spec=replace(
+                old.spec,
+                can_mask=old.spec.can_mask or name in needs.masked,
+                layers=max(old.spec.layers, *(layer + 1 for layer in _layers_read(needs, name)), 0),
+            ),
             extras=tuple(dict.fromkeys((*old.extras, *needs.extra.get(name, ())))),
         )
     fields = {**dict.fromkeys(needs.fields, FieldPlan((), "float32")), **plan.fields}
@@ -273,6 +284,11 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
     }
     seen = {id: {m: views for m, views in of_teacher.items() if views} for id, of_teacher in read.items()}
     return replace(grown, teachers={id: replace(t, views=seen[id]) for id, t in grown.teachers.items()})
+
+
+def _layers_read(needs: Needs, name: str) -> tuple[int, ...]:
+    """Of a modality, by the student's side or a teacher's."""
+    return (*needs.layers.get(name, ()), *(x for read in needs.teacher_layers.values() for x in read.get(name, ())))
 
 
 def length(plan: Plan, name: str, role: str) -> int:
@@ -289,8 +305,10 @@ def example_features(
     teacher: TeacherPlan | None = None,
     padding: Padding = "some",
     fill: float | None = None,
+    layers: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Features]:
-    """Random features of every modality, with the tokens of the views in `tokens` alone; leaves of the graph.
+    """Random features of every modality, with the tokens of the views in `tokens` alone, and of these what `layers`
+    give; leaves of the graph.
 
     `fill` is the value of padded tokens; None fills them with noise, as elsewhere. A teacher's features number its own
     views, as in `Outputs`.
@@ -308,17 +326,21 @@ def example_features(
 
         tokens_by_view: dict[int, Tensor] = {}
         masks: dict[int, Tensor] = {}
-        current = Features(leaf(len(views), batch, spec.dim), tokens_by_view, masks)
+        by_layer: dict[int, dict[int, Tensor]] = {layer: {} for layer in (layers or {}).get(name, ())}
+        current = Features(leaf(len(views), batch, spec.dim), tokens_by_view, masks, layers=by_layer)
         if spec.class_tokens:
             current.class_tokens = leaf(len(views), batch, spec.class_tokens, spec.width)
         for view in sorted(set(tokens.get(name, ()))):
             place, count = views.index(view), length(plan, name, modality.roles[view])
             tokens_by_view[place] = leaf(batch, count, spec.width)
+            for of_layer in by_layer.values():
+                of_layer[place] = leaf(batch, count, spec.width)
             if number % 2 or padding == "all":
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
                 masks[place] = torch.arange(count) < ends
                 if fill is not None:
-                    tokens_by_view[place].data.masked_fill_(~masks[place][..., None], fill)
+                    for of_view in (tokens_by_view, *by_layer.values()):
+                        of_view[place].data.masked_fill_(~masks[place][..., None], fill)
         by_modality[name] = current
     return by_modality
 
@@ -409,11 +431,16 @@ def example_outputs(
         torch.manual_seed(9)
         fusion = inputs.fusion(config, plan) if inputs.fusion is not None else None
         any_fusion = MeanFusion(ComponentConfig(), plan) if plan.fusion and fusion is None else fusion
-    fusion_tokens = fusion.needs(fusion.config, plan).tokens if fusion is not None else {}
+    of_fusion = fusion.needs(fusion.config, plan) if fusion is not None else Needs()
+    fusion_tokens = of_fusion.tokens
+    layers = {
+        name: sorted({*needs.layers.get(name, ()), *of_fusion.layers.get(name, ())})
+        for name in {**needs.layers, **of_fusion.layers}
+    }
     tokens_of = {
         name: (*needs.tokens.get(name, ()), *fusion_tokens.get(name, ())) for name in {**needs.tokens, **fusion_tokens}
     }
-    student = example_features(plan, tokens_of, batch=batch, seed=seed + 3, padding=padding, fill=fill)
+    student = example_features(plan, tokens_of, batch=batch, seed=seed + 3, padding=padding, fill=fill, layers=layers)
     fused: dict[str, Fused] = {}
     if needs.fused and fusion is not None:
         with torch.enable_grad():
@@ -443,6 +470,7 @@ def example_outputs(
                 teacher=teacher,
                 padding=padding,
                 fill=fill,
+                layers=needs.teacher_layers.get(name, {}),
             )
             for number, (name, teacher) in enumerate(plan.teachers.items())
         },
@@ -467,7 +495,8 @@ def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outpu
     def of(f: Features) -> Features:
         classes = None if f.class_tokens is None else cut(f.class_tokens, 1)
         tokens, masks = ({view: cut(x, 0) for view, x in values.items()} for values in (f.tokens, f.masks))
-        return Features(cut(f.pooled, 1), tokens, masks, classes)
+        layers = {layer: {view: cut(x, 0) for view, x in values.items()} for layer, values in f.layers.items()}
+        return Features(cut(f.pooled, 1), tokens, masks, classes, layers)
 
     student = {name: of(f) for name, f in outputs.student.items()}
     teacher = {
@@ -504,6 +533,6 @@ def leaves(outputs: Outputs, modality: str | None = None) -> list[Tensor]:
     for name in names:
         f = outputs.student[name]
         fused = outputs.fused.get(name)
-        tensors += [f.pooled, f.class_tokens, *f.tokens.values()]
+        tensors += [f.pooled, f.class_tokens, *f.tokens.values(), *(x for of in f.layers.values() for x in of.values())]
         tensors += [fused.pooled, fused.tokens] if fused is not None else []
     return [x for x in tensors if x is not None and x.is_leaf]

@@ -597,6 +597,7 @@ def _half(outputs: Mapping[str, Features]) -> dict[str, Features]:
             {view: x.bfloat16() for view, x in f.tokens.items()},
             f.masks,
             f.class_tokens.bfloat16() if f.class_tokens is not None else None,
+            {layer: {view: x.bfloat16() for view, x in views.items()} for layer, views in f.layers.items()},
         )
         for name, f in outputs.items()
     }

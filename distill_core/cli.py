@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,7 +36,7 @@ NPROC = click.option(
     "--nproc",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Train with N processes (ranks) on this machine, or on each of a job's; each on a GPU of its own, if any.",
+    help="Use N processes (ranks) on this machine, or on each of a SLURM job's; each has a GPU of its own, if any.",
 )
 ARGUMENTS = "distill_core.arguments"
 """In a context's `meta`: what follows `distill` on the command line."""
@@ -116,12 +116,13 @@ def _load(
     return loaded
 
 
-def _start_ranks(count: int, recipe: Recipe) -> NoReturn:
-    """Run this command line again as `count` ranks, and exit as they do."""
+def _start_ranks(nproc: int | None, recipe: Callable[[], Recipe]) -> None:
+    """Where `--nproc` asks for it: check the recipe, run this command line again as ranks, and exit as they do."""
     from distill_core.system import ranks
 
-    ranks.require_devices(count, recipe.train.device)
-    sys.exit(ranks.start_ranks(count, click.get_current_context().meta[ARGUMENTS]))
+    if nproc is not None and ranks.are_to_start(nproc):
+        ranks.require_devices(nproc, recipe().train.device)
+        sys.exit(ranks.start_ranks(nproc, click.get_current_context().meta[ARGUMENTS]))
 
 
 @cli.command()
@@ -136,13 +137,10 @@ def run(
     recipe: str, overrides: tuple[str, ...], runs: str, nproc: int | None, slurm: tuple[str, ...], quiet: bool
 ) -> None:
     """Train a recipe, evaluate it, and report. With --slurm, submit a job that does."""
-    from distill_core.system import ranks
-
-    starts_ranks = not slurm and ranks.are_to_start(nproc)
     registry = _registry()
-    loaded = _load(recipe, overrides, registry, warn=not starts_ranks)
-    if nproc is not None and starts_ranks:
-        _start_ranks(nproc, loaded)
+    if not slurm:
+        _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warn=False))
+    loaded = _load(recipe, overrides, registry)
     from distill_core.commands import training
 
     if slurm:
@@ -163,8 +161,6 @@ def resume(folder: str, checkpoint: str, nproc: int | None, slurm: tuple[str, ..
 
     A run that is finished and scored is left unchanged.
     """
-    from distill_core.system import ranks
-
     registry = _registry()
     from distill_core.commands import training
     from distill_core.run.load import run_recipe
@@ -175,8 +171,7 @@ def resume(folder: str, checkpoint: str, nproc: int | None, slurm: tuple[str, ..
             raise UserError("--slurm: leave --checkpoint out; a job that is queued again would go back again")
         training.submit(Path(folder), slurm, nproc, quiet=quiet)
         return
-    if nproc is not None and ranks.are_to_start(nproc):
-        _start_ranks(nproc, run_recipe(Path(folder), registry))
+    _start_ranks(nproc, lambda: run_recipe(Path(folder), registry))
     training.resume(Path(folder), checkpoint, registry, quiet=quiet)
 
 
@@ -184,18 +179,22 @@ def resume(folder: str, checkpoint: str, nproc: int | None, slurm: tuple[str, ..
 @click.argument("folder", metavar="RUN", shell_complete=completion.run_folders)
 @click.option("--step", type=int, required=True, help="The step, as in metrics.jsonl.")
 @SET
+@NPROC
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @JSON
 @without_option
-def replay(folder: str, step: int, overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
+def replay(folder: str, step: int, overrides: tuple[str, ...], nproc: int | None, quiet: bool, as_json: bool) -> None:
     """Run one step of a run again, and say what in it was not finite.
 
     With the same samples, views, weights and random numbers, from the nearest checkpoint before it: its loss is the one
     in metrics.jsonl. RUN is only read. --set changes the recipe, for a try: train.precision=fp32.
     """
     from distill_core.commands import replay as command
+    from distill_core.run.load import run_recipe
 
-    command.replay(Path(folder), step, overrides, _registry(), quiet=quiet, as_json=as_json)
+    registry = _registry()
+    _start_ranks(nproc, lambda: run_recipe(Path(folder), registry, overrides))
+    command.replay(Path(folder), step, overrides, registry, quiet=quiet, as_json=as_json)
 
 
 @cli.command("eval")
@@ -213,19 +212,22 @@ def replay(folder: str, step: int, overrides: tuple[str, ...], quiet: bool, as_j
 @click.option(
     "--cache/--no-cache", default=True, help="Reuse and store embeddings in RUN/embeddings.  [default: cache]"
 )
+@NPROC
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 @JSON
 @without_option
-def evaluate_run(run: str, **options: Any) -> None:
+def evaluate_run(run: str, nproc: int | None, **options: Any) -> None:
     """Score a run's checkpoint with the recipe's evaluation tasks, or with others.
 
     RUN is the run's folder, or a file in its checkpoints. The scores are also saved in RUN/evaluations.
 
     A task may have its own data: --task '{name: retrieval, source: {name: ..., ...}}' (docs/evaluation.md).
     """
-    from distill_core.evaluate.command import score
+    from distill_core.evaluate.command import recipe_to_score, score
 
-    score(run, _registry(), **options)
+    registry = _registry()
+    _start_ranks(nproc, lambda: recipe_to_score(run, registry, **options))
+    score(run, registry, **options)
 
 
 @cli.command()

@@ -49,8 +49,8 @@ def score(
 
     Raises `UserError` at the end if a task failed.
     """
+    recipe = recipe_to_score(run, registry, checkpoint=checkpoint, split=split, tasks=tasks, overrides=overrides)
     folder, checkpoint = locate_checkpoint(run, checkpoint)
-    recipe = _recipe(folder, registry, split, tasks, overrides)
     device = distributed.start(resolve_device(recipe.train.device))
     first = distributed.rank() == 0
     set_matmul_precision(recipe.train.matmul_precision)
@@ -106,9 +106,18 @@ def locate_checkpoint(run: str, checkpoint: str) -> tuple[Path, str]:
     return path.parent.parent, str(int(name)) if name.isdecimal() else name
 
 
-def _recipe(
-    folder: Path, registry: Registry, split: str | None, tasks: Sequence[str], overrides: Sequence[str]
+def recipe_to_score(
+    run: str,
+    registry: Registry,
+    *,
+    checkpoint: str = "last",
+    split: str | None = None,
+    tasks: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    **others: object,
 ) -> Recipe:
+    """The run's recipe with what the options of `score` change in it. Raises `UserError`."""
+    folder, _ = locate_checkpoint(run, checkpoint)
     changes: list[Override] = [*overrides]
     if split:
         changes.append((f"evaluate.split={split}", "--split"))

@@ -58,12 +58,33 @@ def test_a_mistake_is_said_once_and_starts_no_rank(
     assert not (tmp_path / "runs").exists()
 
 
-def test_resume_of_no_run_starts_no_rank(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+OF_A_RUN = [("resume",), ("eval",), ("replay", "--step", "3")]
+
+
+@pytest.mark.parametrize(("command", "options"), [(command, options) for command, *options in OF_A_RUN])
+def test_commands_of_a_run_check_it_first(
+    tiny_recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    options: list[str],
 ) -> None:
-    monkeypatch.setattr(ranks, "start_ranks", lambda count, arguments: pytest.fail("starts ranks"))
-    assert distill("resume", tmp_path / "nowhere", "--nproc", "2") == 2
+    started: list[int] = []
+
+    def start(count: int, arguments: tuple[str, ...]) -> int:
+        started.append(count)
+        return 143
+
+    monkeypatch.setattr(ranks, "start_ranks", start)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert distill(command, tmp_path / "nowhere", *options, "--nproc", "2") == 2
     assert len(capfd.readouterr().err.splitlines()) == 1
+    assert started == []
+    (tmp_path / "run").mkdir()
+    tiny_recipe.rename(tmp_path / "run" / "recipe.yaml")
+    assert distill(command, tmp_path / "run", *options, "--nproc", "2") == 143
+    assert started == [2]
 
 
 def test_ranks_get_the_command_line(tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

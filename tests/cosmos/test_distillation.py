@@ -343,7 +343,7 @@ def test_ranks_together_have_the_joint_batchs_loss_and_gradients(targets: str, m
         )
         for mine, whole_batch in ((own.fused, joint.fused), (own.teacher["default"], joint.teacher["default"])):
             for m in ("image", "text"):
-                mine[m].rows = Rows(mine[m].embedding, lambda f=whole_batch[m]: f.embedding)  # type: ignore[misc]
+                mine[m]._rows = Rows(mine[m].embedding, lambda f=whole_batch[m]: f.embedding)  # type: ignore[misc]
         terms.append(loss(own)[0]["cross_modal_distillation"])
     mean = torch.stack(terms).mean()
     torch.testing.assert_close(mean, whole, rtol=1e-10, atol=1e-10)

@@ -215,7 +215,7 @@ class Trainer:
         """Tell the tracker of the run; returns what the run is made with, for the report. {} but on the first rank."""
         if distributed.rank() > 0:
             return {}
-        facts = environment(self.device, [slot.package for slot in self.recipe.slots()])
+        facts = environment(self.device, [slot.package for slot in self.recipe.slots() if slot.package])
         resumed = self.state.resumed
         if resumed is not None and resumed.branch is not None:
             facts["branch"] = resumed.branch

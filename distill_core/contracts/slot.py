@@ -76,7 +76,7 @@ class Slot(Generic[C]):
         self.id = id or cls.name
         """What its terms, scores and paths are named after: its name, where the recipe gives none."""
         self.package = package
-        """The package that brought the component."""
+        """The package that brought the component; "" where a class names it as a default."""
         self.place = place
 
     def __eq__(self, other: object) -> bool:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from distill_core.batch import GLOBAL as GLOBAL
     from distill_core.batch import LOCAL as LOCAL
     from distill_core.batch import Batch as Batch
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     from distill_core.errors import AbsentModality as AbsentModality
     from distill_core.errors import BadSample as BadSample
     from distill_core.errors import DataError as DataError
+    from distill_core.errors import StopRun as StopRun
     from distill_core.errors import UserError as UserError
     from distill_core.errors import counted as counted
     from distill_core.errors import did_you_mean as did_you_mean
@@ -108,6 +112,7 @@ if TYPE_CHECKING:
     from distill_core.plan import same_dim as same_dim
     from distill_core.presence import Presence as Presence
     from distill_core.presence import Present as Present
+    from distill_core.recipe.sections import Recipe
     from distill_core.system.distributed import all_gather as all_gather
     from distill_core.system.distributed import gather_objects as gather_objects
     from distill_core.system.distributed import raise_on_all_ranks as raise_on_all_ranks
@@ -129,6 +134,8 @@ if TYPE_CHECKING:
     from distill_core.system.state_dicts import unwrapped as unwrapped
     from distill_core.teachers.copies import CopiedTeacher as CopiedTeacher
     from distill_core.teachers.copies import CopyConfig as CopyConfig
+    from distill_core.train import Callback as Callback
+    from distill_core.train import Result as Result
 
 __version__ = "0.1.0"
 
@@ -198,6 +205,7 @@ HOMES = {
     "counted": "distill_core.errors",
     "DataError": "distill_core.errors",
     "did_you_mean": "distill_core.errors",
+    "StopRun": "distill_core.errors",
     "UserError": "distill_core.errors",
     "fingerprint": "distill_core.evaluate.cache",
     "stamps": "distill_core.evaluate.cache",
@@ -256,11 +264,13 @@ HOMES = {
     "unwrapped": "distill_core.system.state_dicts",
     "CopiedTeacher": "distill_core.teachers.copies",
     "CopyConfig": "distill_core.teachers.copies",
+    "Callback": "distill_core.train",
+    "Result": "distill_core.train",
 }
 """Each public name -> the module that defines it."""
 
 
-def load(run: str, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
+def load(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
     """The trained model of a run folder, ready to encode.
 
     `checkpoint` is `last`, `best`, or a step's number. Raises `distill_core.errors.UserError` with one line when the
@@ -269,6 +279,37 @@ def load(run: str, *, teacher: bool = False, checkpoint: str = "last", device: s
     from distill_core.run.load import load_model
 
     return load_model(run, teacher=teacher, checkpoint=checkpoint, device=device)
+
+
+def fit(
+    recipe: str | Path | Recipe,
+    *,
+    overrides: str | Sequence[str] = (),
+    callbacks: Sequence[Callback] = (),
+    runs: str | Path = "runs",
+    quiet: bool = False,
+) -> Result:
+    """Train a recipe, evaluate it and report, as `distill run` does; the run's folder is `Result.folder`.
+
+    `recipe` is a file, the name of a recipe that a plugin provides, YAML text (a str of several lines) or a `Recipe`;
+    `overrides`, one or several, change it as `--set` does: ["train.steps=300", "fusion=mean_pooling"]. The folder is
+    a new one in `runs`, and `distill resume` continues what was stopped.
+
+    Each of the `callbacks` is called as callback(step, row) with every row that metrics.jsonl gets, on the first rank:
+    each `train.log_every` steps one with `loss`, `terms`, `metrics`, `lr` and more, after a validation one with `split`
+    and `scores`, for a step that is not finite one with `not_finite`. Training waits for it. One that raises `StopRun`
+    ends the run as Ctrl-C does: after the step under way, saved, with `Result.signal`. Any other exception does so too,
+    and then comes out of `fit`.
+
+    A task that cannot be scored is in `Result.failed`, a last step that could not be saved in `Result.unsaved`; both
+    are warned of. `quiet` prints nothing but warnings. Raises `UserError` with the text that `distill run` prints.
+    """
+    from pathlib import Path
+
+    from distill_core.commands import training
+
+    changes = [overrides] if isinstance(overrides, str) else overrides
+    return training.fit(recipe, changes, Path(runs), callbacks, quiet=quiet)
 
 
 def __getattr__(name: str) -> Any:

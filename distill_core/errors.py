@@ -58,6 +58,11 @@ class OtherRankFailed(UserError):
         """Whether this rank is the one to say it, of all those that end of it."""
 
 
+class StopRun(Exception):
+    """Raised by a callback of `distill_core.fit`: the run is saved after the step under way, and ends with this
+    message. `distill resume` continues it."""
+
+
 class BadSample(Exception):
     """Raised while a sample is read or augmented: the sample is skipped, counted, and named in the log."""
 

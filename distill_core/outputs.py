@@ -328,8 +328,8 @@ class Outputs:
     it needs.
     """
 
-    views: Mapping[str, Views]
-    student: Mapping[str, Features]
+    views: Mapping[str, Views] = field(default_factory=dict)
+    student: Mapping[str, Features] = field(default_factory=dict)
     teacher: Mapping[str, Mapping[str, Features]] = field(default_factory=dict)
     """Teacher's name -> modality; empty without a teacher. It encodes only the views of its `TeacherPlan`."""
     fused: Mapping[str, Fused] = field(default_factory=dict)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill_core.batch import Batch
 from distill_core.data.loader import Loader
+from distill_core.errors import StopRun
 from distill_core.evaluate.score import TaskScore
 from distill_core.objective import Objective
 from distill_core.outputs import Progress
@@ -36,15 +38,21 @@ from distill_core.system import distributed
 from distill_core.system.process import Garbage, Interrupt, garbage_at_fixed_steps
 from distill_core.system.transfer import Uploads
 
+Callback = Callable[[int, dict[str, Any]], object]
+"""(step, a row of metrics.jsonl), called when that is written; see `distill_core.fit`."""
+
 
 @dataclass
 class Result:
-    """How a run ended: `signal` is None when it came to its end; `failed` names tasks that could not be scored."""
+    """How a run ended."""
 
     folder: Path
     scores: list[TaskScore] = field(default_factory=list)
+    """Of the final split: each with `address` (SIDE/TASK/SET/NAME) and `value`."""
     failed: list[str] = field(default_factory=list)
+    """A line for each task that could not be scored."""
     signal: int | None = None
+    """What stopped it before its end (SIGTERM stands for a callback, too): it is saved, and not scored. Else None."""
     unsaved: str | None = None
     """Why its last step is in no checkpoint."""
 
@@ -52,8 +60,17 @@ class Result:
 class Trainer:
     """One run: build what the recipe describes, train it, score it, report."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, *, resume: str | None = None, quiet: bool = False) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        *,
+        resume: str | None = None,
+        quiet: bool = False,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.recipe, self.folder, self.callbacks = recipe, folder, callbacks
+        self._callback_error: Exception | None = None
         self.device = device = prepare_process(recipe)
         if distributed.rank() == 0:
             folder.lock()
@@ -68,7 +85,7 @@ class Trainer:
         self.shards, self.load_reports = assembly.shards, assembly.load_reports
 
         self.display = Display(state.length.steps, quiet=quiet, rank=distributed.rank())
-        folder.warn = self.display.warn_here
+        folder.warn, folder.on_row = self.display.warn_here, self._call_back
         self.interrupt = Interrupt(self.display.warn)
         self.tracked = TrackedRun(recipe)
         self.checkpoints = Checkpoints(folder.path, recipe.train.checkpoint.keep)
@@ -100,7 +117,13 @@ class Trainer:
         return self.state.loader
 
     def run(self) -> Result:
-        """Train to the end (or to a signal), evaluate, report."""
+        """Train to the end (or to a signal), evaluate, report. What a callback raised comes out when all is saved."""
+        result = self._run()
+        if self._callback_error is not None:
+            raise self._callback_error
+        return result
+
+    def _run(self) -> Result:
         state, folder, display = self.state, self.folder, self.display
         state.start()
         display.step(state.step, None, {})
@@ -113,8 +136,8 @@ class Trainer:
                 if distributed.any_rank(self.interrupt.signal is not None):
                     number = self.interrupt.signal or signal.SIGTERM
                     if self.saver.unsaved is None:
-                        name = signal.Signals(number).name
-                        display.warn(f"{name}: saved at step {state.step}. Continue with: distill resume {folder.path}")
+                        why = self.interrupt.reason or signal.Signals(number).name
+                        display.warn(f"{why}: saved at step {state.step}. Continue with: distill resume {folder.path}")
                     return Result(folder.path, signal=number)
                 self.loader.close()
             try:
@@ -139,6 +162,19 @@ class Trainer:
                 display.warn(line)
             self.tracked.finish(complete)
             folder.unlock()
+
+    def _call_back(self, row: Mapping[str, Any]) -> None:
+        """A row comes when the next step has changed the weights: what a callback raises waits until that is counted,
+        and the state is saved between two steps."""
+        for callback in self.callbacks:
+            try:
+                callback(row["step"], dict(row))
+            except StopRun as stop:
+                self.interrupt.stop(str(stop) or "stopped by a callback")
+            except Exception as error:
+                self.callbacks, self._callback_error = (), error
+                self.interrupt.stop(f"{type(error).__name__} in a callback")
+                return
 
     def _train(self) -> None:
         """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""

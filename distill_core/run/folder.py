@@ -30,6 +30,8 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.skipped = path / "skipped.jsonl"
         self.warn: Callable[[str], None] = warn
+        self.on_row: Callable[[Mapping[str, Any]], None] = lambda row: None
+        """Called with each row of metrics.jsonl, once it is written."""
         self._lock: IO[str] | None = None
         self._waiting: dict[Path, list[str]] = {}
 
@@ -122,6 +124,7 @@ class RunFolder:
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl; what is not finite is null there, which JSON has no number for."""
         self._append(self.metrics, [_finite(row)])
+        self.on_row(row)
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""

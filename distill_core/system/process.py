@@ -33,8 +33,15 @@ class Interrupt:
         self.say = say
         self.doing = doing
         self.signal: int | None = None
+        self.reason: str | None = None
+        """Why, where it was no signal."""
         self._since = 0.0
         self.busy: Callable[[], bool] = lambda: False
+
+    def stop(self, reason: str) -> None:
+        """As a first SIGTERM, from the program itself."""
+        if self.signal is None:
+            self.signal, self.reason, self._since = signal.SIGTERM, reason, time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -132,9 +131,7 @@ def compile_unit(unit: nn.Module, backend: str) -> None:
     def inlined(*args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
 
-    # a code object of its own: torch counts recompilations by code object, and allows few
-    own = FunctionType(inlined.__code__.replace(), globals(), "inlined", None, inlined.__closure__)
-    unit.forward = torch.compile(own, backend=backend, fullgraph=True)
+    unit.forward = torch.compile(inlined, backend=backend, fullgraph=True)
 
 
 @contextmanager

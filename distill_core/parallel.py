@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -160,6 +161,8 @@ def _spread(tower: Backbone, shard: int, config: ParallelConfig, device: torch.d
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # features are read, and never changed in place (`Loss.forward`)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.world_size() // shard, shard), mesh_dim_names=("copies", "parts"))
     policy = MixedPrecisionPolicy()
     if config.weight_precision == "bf16":

@@ -176,6 +176,29 @@ def resume(folder: str, checkpoint: str, nproc: int | None, slurm: tuple[str, ..
 
 
 @cli.command()
+@click.argument("recipe", shell_complete=completion.recipes)
+@click.option("--passes", type=click.IntRange(min=1), help="Over the data; by default as many as the recipe trains.")
+@SET
+@NPROC
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+@without_option
+def teach(recipe: str, passes: int | None, overrides: tuple[str, ...], nproc: int | None, quiet: bool) -> None:
+    """Write the features of a recipe's teachers that have a `cache`, of the views of every pass, for runs to read.
+
+    If it is stopped, the same command continues; with more --passes it adds to what is there.
+    """
+    from distill_core.system import ranks
+
+    starts_ranks = ranks.are_to_start(nproc)
+    loaded = _load(recipe, overrides, _registry(), warn=not starts_ranks)
+    if nproc is not None and starts_ranks:
+        _start_ranks(nproc, loaded)
+    from distill_core.commands import training
+
+    training.teach(loaded, passes, quiet=quiet)
+
+
+@cli.command()
 @click.argument("folder", metavar="RUN", shell_complete=completion.run_folders)
 @click.option("--step", type=int, required=True, help="The step, as in metrics.jsonl.")
 @SET

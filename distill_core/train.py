@@ -17,6 +17,7 @@ from distill_core.outputs import Progress
 from distill_core.parallel import one_graph_each
 from distill_core.recipe.sections import Recipe
 from distill_core.run.assembly import assemble, prepare_process
+from distill_core.run.caches import check_caches
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.environment import environment
@@ -91,6 +92,7 @@ class Trainer:
         self.checkpoints = Checkpoints(folder.path, recipe.train.checkpoint.keep)
         if resume is not None:
             resume_run(self.state, folder, self.checkpoints, resume, self.display)
+        check_caches(recipe, state.loader, state.length.steps * state.length.batch_size)
 
         self.lockstep = Lockstep(state.loader, self.interrupt, self.display, recipe.data.stall_warning)
         self.stalls = StallWatch(

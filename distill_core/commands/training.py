@@ -17,6 +17,7 @@ from distill_core.errors import UserError, counted, warn
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
+from distill_core.run import caches
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import per_second, print_scores
 from distill_core.run.failures import failures_named
@@ -169,6 +170,16 @@ def submit_new(recipe: Recipe, runs: Path, options: Sequence[str], nproc: int | 
     except UserError:
         shutil.rmtree(folder)
         raise
+
+
+@failures_named()
+def teach(recipe: Recipe, passes: int | None, *, quiet: bool) -> None:
+    """Write the caches of a recipe's teachers."""
+    written = caches.write(recipe, passes, quiet=quiet)
+    rank = distributed.rank()
+    distributed.stop()
+    for line in written if rank == 0 else ():
+        click.echo(line)
 
 
 def _remove_empty(folder: Path) -> None:

@@ -27,6 +27,9 @@ class TeacherConfig(ComponentConfig):
     """Roles of the views that the teacher encodes."""
     modalities: tuple[str, ...] | None = None
     """Modalities with a teacher; null means all that it can encode."""
+    cache: str | None = None
+    """Folder of its features, which `distill teach RECIPE` writes and a run then reads in place of encoding; for
+    teachers that do not change (`frozen`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,11 @@ class Visit:
     """Tells apart the times that a key comes in one pass."""
     position: int = 0
     """The place in the run's order for which it is read."""
+
+    @property
+    def seed_of_sample(self) -> int:
+        """For what collators draw; a number that tells this visit from all others."""
+        return stable_hash(self.seed, self.epoch, self.key, *self.repeat)
 
     def generator(self, modality: str) -> np.random.Generator:
         """That of the views of one modality."""

@@ -41,7 +41,7 @@ class Item:
     views: dict[str, list[View]]
     """By modality; those that the sample lacks, as it may, are left out."""
     seed: int
-    """For what its collators draw: a function of (seed, epoch, key), as the views are."""
+    """`Visit.seed_of_sample`."""
     skipped: list[Skipped] = field(default_factory=list)
     set: str = ""
     """The set of the source that it comes from."""
@@ -51,6 +51,16 @@ class Item:
     """Those of `data.fields` that it has."""
     teacher: dict[str, dict[str, list[View]]] = field(default_factory=dict)
     """What teachers take in place of `views`, by teacher and modality."""
+
+
+@dataclass(slots=True)
+class Visits:
+    """A batch of B positions, with what says which samples it holds: `seeds` (`Visit.seed_of_sample`) [B], and `passed`
+    [B], True where another sample was passed over for it."""
+
+    batch: Batch
+    seeds: np.ndarray[Any, Any]
+    passed: np.ndarray[Any, Any]
 
 
 @dataclass(slots=True)
@@ -221,6 +231,11 @@ class BatchReader:
 
     def batch(self, positions: Sequence[int]) -> Batch | Failure:
         """The samples at these positions; a `Failure` for what must stop the run."""
+        visits = self.visits(positions)
+        return visits if isinstance(visits, Failure) else visits.batch
+
+    def visits(self, positions: Sequence[int]) -> Visits | Failure:
+        """As `batch`."""
         try:
             items = [self.item(position) for position in positions]
             lacking = [
@@ -228,17 +243,18 @@ class BatchReader:
                 for name in self.views.augment
                 if name in self.views.optional and not any(name in item.views for item in items)
             ]
-            return self.collate(items, {name: self._filler(name) for name in lacking})
+            batch = self.collate(items, {name: self._filler(name) for name in lacking})
         except (DataError, _NothingToRead) as error:
             return Failure(str(error))
+        seeds = np.array([item.seed for item in items], dtype=np.int64)
+        return Visits(batch, seeds, np.array([bool(item.skipped) for item in items]))
 
     def item(self, position: int) -> Item:
         """The sample at a position, or what takes its place. Raises `DataError` where nothing can be used."""
         place = self.order.place(position)
         skipped: list[Skipped] = []
         for attempt in range(1, ATTEMPTS + 1):
-            repeats = self.repeats[place.shard]
-            repeat = (repeats, position) if attempt > 1 else (repeats,) if repeats else ()
+            repeat = (self.repeats[place.shard], position) if attempt > 1 else self._repeat(place)
             item = self._read(place, repeat, position)
             if isinstance(item, Item):
                 item.skipped = skipped
@@ -248,13 +264,19 @@ class BatchReader:
             place = self.order.substitute(position, attempt)
         raise DataError(f"no sample can be used: {ATTEMPTS} in a row were tried, the first one {skipped[0]}")
 
+    def _repeat(self, place: Place) -> tuple[int, ...]:
+        """`Visit.repeat` of a sample that comes when it is due."""
+        repeats = self.repeats[place.shard]
+        return (repeats,) if repeats else ()
+
     def _filler(self, name: str) -> Item:
         """A sample that has a modality, for a batch in which none does: the first of some drawn from a pass, the same
         for all workers. Raises `DataError` where none has it."""
         if name not in self._fillers:
             for attempt in range(ATTEMPTS):
                 position = stable_hash(self.views.seed, "filler", attempt) % self.order.samples
-                item = self._read(self.order.place(position), (), position)
+                place = self.order.place(position)
+                item = self._read(place, self._repeat(place), position)
                 if isinstance(item, Item) and name in item.views:
                     self._fillers[name] = item
                     return item
@@ -277,9 +299,8 @@ class BatchReader:
             teacher = {id: self._for_teacher(id, sample, views, visit) for id in self.teachers}
         except BadSample as error:
             return Skipped(key, str(sample["__url__"]), str(error))
-        seed = stable_hash(self.views.seed, place.epoch, key, *repeat)
         set_of, measures = self.sets[place.shard] if self.sets else "", self.views.measure(sample)
-        return Item(key, views, seed, set=set_of, measures=measures, fields=fields, teacher=teacher)
+        return Item(key, views, visit.seed_of_sample, set=set_of, measures=measures, fields=fields, teacher=teacher)
 
     def _for_teacher(
         self, id: str, sample: Sample, views: Mapping[str, list[View]], visit: Visit

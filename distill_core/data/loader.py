@@ -25,10 +25,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from distill_core.batch import Batch
-from distill_core.data.batches import LESS_SHARED, BatchReader, Collate, Failure, SampleViews, shared_memory
+from distill_core.data.batches import LESS_SHARED, BatchReader, Collate, Failure, SampleViews, Visits, shared_memory
 from distill_core.data.fields import SampleFields
 from distill_core.data.lengths import Lengths
 from distill_core.data.order import Order, ShuffledOrder, WeightedOrder, stable_hash
@@ -36,6 +36,7 @@ from distill_core.data.shard import Patience, Shard
 from distill_core.errors import DataError
 from distill_core.recipe.sections import Recipe
 from distill_core.system.process import end_with_parent
+from distill_core.teachers.cached import of_run
 
 JUDGED = 1000
 """By fewer samples no share of bad ones is judged."""
@@ -183,6 +184,25 @@ class _Batches(IterableDataset[Batch | Failure]):
             yield self.reader.batch(range(first, first + self.part))
 
 
+class _Ranges(Dataset[Visits | Failure]):
+    """A batch of each of some ranges of positions."""
+
+    def __init__(self, reader: BatchReader, ranges: Sequence[range]) -> None:
+        self.reader, self.ranges = reader, ranges
+        self.trainer = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+    def __getitem__(self, number: int) -> Visits | Failure:
+        return self.reader.visits(self.ranges[number])
+
+    def start_worker(self, worker: int) -> None:
+        """In each worker, which ends with the process that reads."""
+        end_with_parent(self.trainer, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Loader:
     """Endless batches: `start`, `wait` for each, `close`.
 
@@ -251,14 +271,50 @@ class Loader:
             self._child_ended = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._reader = _Reader(iterator, 1 if self.world == 1 else 1 + LOOK_AHEAD)
 
+    def visits(self, ranges: Sequence[range]) -> Iterator[Visits]:
+        """A batch of each range of positions, in this order, by workers of its own. Raises `DataError`."""
+        workers = self.recipe.data.workers
+        ranged = _Ranges(self._batch_reader(), ranges)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                ranged,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=self.recipe.data.prefetch if workers else None,
+                worker_init_fn=ranged.start_worker,
+            )
+            batches = iter(loader)
+        for visits in batches:
+            if isinstance(visits, Failure):
+                raise DataError(visits.message)
+            yield visits
+
+    def described(self, of: Recipe) -> dict[str, Any]:
+        """What the views at all positions depend on, under a recipe for the same data: plain data for `changes`."""
+        recipe = of.to_dict()
+        options = ("weights", "batches", "streams", "shuffle", "optional", "fields")
+        data = {option: recipe["data"][option] for option in options}
+        if data["batches"] == "one_set":
+            data["samples_of_a_step"] = self.batch_size
+        names, lengths = [shard.name for shard in self.shards], self.lengths.samples
+        shards = {
+            "count": len(names),
+            "names": digest(names),
+            "samples": sum(lengths),
+            "lengths": stable_hash(*lengths),
+        }
+        return {"seed": recipe["seed"], "data": {**data, "shards": shards}, "augment": recipe["augment"]}
+
     def _batch_reader(self) -> BatchReader:
         recipe = self.recipe
         augment = {name: node.build() for name, node in recipe.augment.items()}
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
         fields = SampleFields(recipe.data.fields, recipe.data.optional)
         readers = {
-            name: node.cls.reader(node.config, name, recipe.plan.teachers[name], collators)
-            for name, node in recipe.all_teachers.items()
+            name: of_run(node).cls.reader(node.config, name, recipe.plan.teachers[name], collators)
+            # what is cached comes last: it is of the samples that the others can read
+            for name, node in sorted(recipe.all_teachers.items(), key=lambda x: x[1].config.cache is not None)
         }
         teachers = {name: reader for name, reader in readers.items() if reader is not None}
         return BatchReader(
@@ -483,9 +539,9 @@ class Loader:
                 f"the run's batches of {state['batch_size']} samples cannot be shared by {self.world} ranks: resume it "
                 "with a number of ranks that divides them"
             )
-        self.__dict__.pop("samples", None)
         self.lengths = Lengths(lengths, unopened | dict.fromkeys(state["assumed"], ""))
         self.batch_size, self.position = state["batch_size"], state["position"]
+        self._order = self._make_order()
         self.good, self.bad = state["good"], state["bad"]
 
     def _check_names(self, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from distill_core.model import Model
 from distill_core.objective import Objective
 from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.sections import Recipe
+from distill_core.teachers.cached import of_run
 from distill_core.teachers.copies import CopiedTeacher
 
 
@@ -25,7 +26,7 @@ def build_objective(recipe: Recipe) -> Objective:
     wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
     objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire)
     for name, node in recipe.all_teachers.items():
-        objective.add_teacher(name, node.build)
+        objective.add_teacher(name, of_run(node).build)
     return objective
 
 

@@ -232,6 +232,11 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 near = did_you_mean(error.name, draft.modalities)
                 yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
             continue
+        if issubclass(slot.cls, Teacher) and slot.config.cache is not None and not slot.cls.cacheable(slot.config):
+            lines.append(
+                f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "
+                "(`frozen`), and this one changes with the student, or is read already; leave `cache` out"
+            )
         if path[0] == "loss":
             lines += absence_problems(slot.cls, needs, plan)
             lines += _uncopied(slot, needs, plan)

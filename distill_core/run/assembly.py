@@ -49,21 +49,26 @@ def prepare_process(recipe: Recipe) -> torch.device:
 
 def assemble(recipe: Recipe, source: DataSource, device: torch.device, *, resuming: bool, quiet: bool) -> Assembly:
     """Every rank calls it, with a `source` that is prepared; random numbers are then those of a run's first step."""
-    rank, world = distributed.rank(), distributed.world_size()
-    sets = source.sets("train")
-    shards = [shard for of_set in sets.values() for shard in of_set]
-    lengths = _measure(shards, recipe, resuming=resuming, quiet=quiet)
+    loader = make_loader(recipe, source, device, resuming=resuming, quiet=quiet)
     seed_all(recipe.seed)
     objective = build_objective(recipe)
     reports = [] if resuming else load_weights(recipe, objective)
     reports += [LoadReport(line, frozenset()) for line in prepare_teachers(objective)]
     train_step = prepare(recipe, objective, device)
-    names = [name for name, of_set in sets.items() for _ in of_set]
-    loader = Loader(recipe, shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")
     length = Length.of(recipe.train, loader.batch_size, loader.samples)
     state = RunState(recipe, length, objective, train_step, loader, device)
-    seed_all(recipe.seed + 1 + rank)
-    return Assembly(state, shards, reports)
+    seed_all(recipe.seed + 1 + distributed.rank())
+    return Assembly(state, loader.shards, reports)
+
+
+def make_loader(recipe: Recipe, source: DataSource, device: torch.device, *, resuming: bool, quiet: bool) -> Loader:
+    """Of this rank, at the run's start; every rank calls it, with a `source` that is prepared. Raises `DataError`."""
+    rank, world = distributed.rank(), distributed.world_size()
+    sets = source.sets("train")
+    shards = [shard for of_set in sets.values() for shard in of_set]
+    lengths = _measure(shards, recipe, resuming=resuming, quiet=quiet)
+    names = [name for name, of_set in sets.items() for _ in of_set]
+    return Loader(recipe, shards, lengths, names, rank=rank, world=world, pin=device.type == "cuda")
 
 
 def _measure(shards: Sequence[Shard], recipe: Recipe, *, resuming: bool, quiet: bool) -> Lengths:

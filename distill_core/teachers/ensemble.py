@@ -63,6 +63,8 @@ class Ensemble(Teacher):
         for id, node in config.members.items():
             if node.config.views != config.views:
                 yield f"{cls.name!r}: members.{id} sees the views {list(node.config.views)}, not {list(config.views)}"
+            if node.config.cache is not None:
+                yield f"{cls.name!r}: members.{id}: cache: give it to the ensemble, which is cached as a whole"
         if plan.modalities and not cls.specs(config, {m: modality.spec for m, modality in plan.modalities.items()}):
             yield f"{cls.name!r}: its members have no modality in common"
 

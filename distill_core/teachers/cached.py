@@ -176,7 +176,7 @@ class Chunk:
 
         self.file = file
         try:
-            self._handle = safe_open(file, framework="np")
+            self._handle: Any = safe_open(file, framework="np")
         except (OSError, SafetensorError) as error:
             raise DataError(f"{file}: cannot be read: {error}. Write it again: distill teach RECIPE") from error
         self.names = set(self._handle.keys())
@@ -225,8 +225,8 @@ def stack_rows(samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
         extra[f"tokens/{view}"] = tokens
         if not masks.all():
             extra[f"masks/{view}"] = masks
-    x = torch.from_numpy(np.stack([row.pooled for row in rows], axis=1))
-    return Views([Group(x, extra={name: torch.from_numpy(array) for name, array in extra.items()})])
+    pooled = torch.from_numpy(np.stack([row.pooled for row in rows], axis=1))
+    return Views([Group(pooled, extra={name: torch.from_numpy(array) for name, array in extra.items()})])
 
 
 def packed(

@@ -47,6 +47,8 @@ class Group:
     token_mask  [V, B, L]      True where the student must not see the token (masked modelling)
     hidden      V tensors [N]  where each view's token_mask is True, counted through its B * L tokens: `places`
     targets     [V, B, L, ..]  what a masked token should be predicted as
+    keep        [V, B, L']     which of the L tokens the student sees at all, as integers; a tower drops the others
+                before its first layer, and its tokens of the view are these L', in this order. Class tokens always stay
     extra       name -> [V, B, ...], each view's `View.extra`
     lengths     [V, B] integers that stay on the host: tokens up to the last real one, where the collator knows them, so
                 that a tower that packs sequences need not read them from the device
@@ -59,6 +61,7 @@ class Group:
     extra: dict[str, Tensor] = field(default_factory=dict)
     lengths: np.ndarray[Any, Any] | None = None
     hidden: tuple[Tensor, ...] | None = None
+    keep: Tensor | None = None
 
     def locate_hidden(self) -> None:
         """Set `hidden`: the loader's workers do, so that nobody has to count on the device how many there are."""
@@ -76,7 +79,7 @@ class Group:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""
-        others = {name: getattr(self, name) for name in ("token_mask", "targets")}
+        others = {name: getattr(self, name) for name in ("token_mask", "targets", "keep")}
         changed = {name: None if x is None else function(x) for name, x in others.items()}
         extra = {name: function(x) for name, x in self.extra.items()}
         hidden = None if self.hidden is None else tuple(function(x) for x in self.hidden)

@@ -126,6 +126,8 @@ class TowerInput:
     """[N] integers on the host, from `Group.lengths`."""
     layers: tuple[int, ...] = ()
     """Layers whose tokens are wanted too (`Encoded.layers`); only where `tokens` are."""
+    keep: Tensor | None = None
+    """[N, L'], from `Group.keep`."""
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -156,7 +158,7 @@ class Backbone(nn.Module, Component, ABC):
     def collator(cls, config: Any) -> Collator:
         """A picklable callable for the workers: the views of B samples, and B seeds -> `Views`.
 
-        Whatever it draws (masks, targets) it draws from generators of those seeds, one a sample.
+        Whatever it draws (masks, targets, tokens to keep) it draws from generators of those seeds, one a sample.
         """
 
     def on_device(self, views: Views) -> Views:
@@ -186,7 +188,7 @@ class Backbone(nn.Module, Component, ABC):
         """
 
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
-        """`encode` of several inputs. A backbone that packs sequences, or hands layers on, overrides this."""
+        """`encode` of several inputs. A backbone that packs, drops tokens or hands layers on overrides this."""
         return [self.encode(x.x, tokens=x.tokens, token_mask=x.token_mask) for x in inputs]
 
     def forward(
@@ -197,11 +199,14 @@ class Backbone(nn.Module, Component, ABC):
         masked: bool = False,
         layers_of: Mapping[int, Sequence[int]] | None = None,
     ) -> Features:
-        """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`.
+        """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`
+        and drops those that are not in `keep`, as the student does in training.
 
         `layers_of`: layer -> those of the views in `tokens_of` whose tokens are wanted as this layer gives them.
         Each group's needed and other views are an input of `encode_together` each.
         """
+        if masked and any(group.keep is not None for group in views.groups) and not self.spec(self.config).can_drop:
+            raise ValueError(f"{self.name} cannot drop tokens, yet a group of its views has `keep`")
         layers: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers_of or {}}
         pooled: list[Tensor] = []
         classes: list[Tensor] = []
@@ -218,12 +223,10 @@ class Backbone(nn.Module, Component, ABC):
             spans = [i for i in range(count) if i == 0 or requested[i] != requested[i - 1]] + [count]
             for first, last in pairwise(spans):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
+                keep = group.keep[first:last].flatten(0, 1) if masked and group.keep is not None else None
                 lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
-                inputs.append(
-                    TowerInput(
-                        group.x[first:last].flatten(0, 1), requested[first][0], hidden, lengths, requested[first][1]
-                    )
-                )
+                wanted, of_layers = requested[first]
+                inputs.append(TowerInput(group.x[first:last].flatten(0, 1), wanted, hidden, lengths, of_layers, keep))
                 places.append((start + first, start + last, batch))
         for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))

@@ -22,6 +22,8 @@ class BackboneSpec:
     has_tokens: bool = True
     can_mask: bool = False
     """Whether tokens can be hidden."""
+    can_drop: bool = False
+    """Whether it computes nothing of tokens that are not in `Group.keep`."""
     class_tokens: int = 0
     """Class tokens C that come with the embedding (`Features.class_tokens`)."""
     layers: int = 0

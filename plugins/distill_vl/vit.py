@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, linear
+from torch.nn.functional import embedding, interpolate, linear
 
 from distill_core import (
     Backbone,
@@ -65,6 +65,9 @@ class VisionTransformerConfig(ComponentConfig):
     first. Also a schedule."""
     masking: MaskingConfig | None = None
     """Patches that are hidden from the student, as {ratio: [0.1, 0.5]}; null for none."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each view's patches that the student never sees: drawn one by one, and dropped before the first block,
+    so that a step takes less time (FLIP, Li et al. 2023). Evaluation and teachers see all patches."""
 
     @model_validator(mode="after")
     def _fits(self) -> VisionTransformerConfig:
@@ -72,13 +75,18 @@ class VisionTransformerConfig(ComponentConfig):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.drop and self.masking is not None:
+            raise ValueError(
+                "drop and masking exclude each other: losses look for hidden patches among all of a view's"
+            )
         return self
 
 
 class VisionTransformer(Backbone):
     """ViT: pooled = class token after the final LayerNorm, times `proj`; tokens = patches after that LayerNorm.
 
-    With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT).
+    With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT). Of a view
+    with `Group.keep`, as `drop` makes them, the student's tokens are the kept patches.
 
     Crops of another size resize the position embeddings bicubically by the scale factor (size / patch + 0.1) / grid,
     class position apart, as DINO does: a fixed linear map, computed once a size.
@@ -93,6 +101,7 @@ class VisionTransformer(Backbone):
             "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "class_tokens": 2,
             "masking": {"share": 1.0, "ratio": [0.3, 0.6], "targets": "pixels"},
         },
+        {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "drop": 0.5},
     )  # fmt: skip
 
     def __init__(self, config: VisionTransformerConfig) -> None:
@@ -139,6 +148,7 @@ class VisionTransformer(Backbone):
             config.width,
             config.dim,
             can_mask=masked,
+            can_drop=True,
             class_tokens=config.class_tokens,
             layers=config.layers,
             dense=DENSE,
@@ -153,8 +163,8 @@ class VisionTransformer(Backbone):
 
     @classmethod
     def collator(cls, config: VisionTransformerConfig) -> Collator:
-        """Stacks pictures [3, S, S] of one size and role; draws masks."""
-        return PictureCollator(config.patch, config.masking)
+        """Stacks pictures [3, S, S] of one size and role; draws masks, or the patches that are kept."""
+        return PictureCollator(config.patch, config.masking, config.drop)
 
     def on_device(self, views: Views) -> Views:
         """Makes the pixels that hidden patches are predicted as."""
@@ -205,7 +215,7 @@ class VisionTransformer(Backbone):
 
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
-        sequences = [self._embed(crops.x, crops.token_mask) for crops in inputs]
+        sequences = [self._embed(crops.x, crops.token_mask, crops.keep) for crops in inputs]
         index = [None if crops.tokens else self._class_index(crops.x) for crops in inputs]
         wanted = {layer for crops in inputs for layer in crops.layers}
         outs, layers = self.transformer.together(sequences, index, layers=wanted)
@@ -226,17 +236,23 @@ class VisionTransformer(Backbone):
         weights = self.transformer.weights(sequence, self._class_index(x)[:, 0])
         return weights[..., self.config.class_tokens :]
 
-    def _embed(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """x [N, 3, S, S] -> the transformer's input [N, C + L, W]."""
+    def _embed(self, x: Tensor, token_mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
+        """x [N, 3, S, S] -> the transformer's input [N, C + L, W], or of the patches `keep` [N, L'] [N, C + L', W]."""
         patch, (height, width) = self.config.patch, x.shape[-2:]
         patches = rearrange(x, "n c (i p) (j q) -> n (i j) (c p q)", p=patch, q=patch)
+        positions = self.positions(height // patch, width // patch)
+        if keep is not None:
+            patches = patches.take_along_dim(keep[..., None], 1)
+            token_mask = None if token_mask is None else token_mask.gather(1, keep)
+            first = positions[:1].expand(x.shape[0], 1, -1)
+            positions = torch.cat([first, embedding(keep, positions[1:])], 1)
         embedded = linear(patches, self.conv1.weight.flatten(1))
         if token_mask is not None:
             if self.config.masking is None:
                 raise ValueError("vit hides patches only with the option `masking`")
             embedded = torch.where(token_mask[..., None], self.mask_token.to(embedded.dtype), embedded)
         start = self.class_embedding.to(embedded.dtype).expand(x.shape[0], 1, -1)
-        sequence = torch.cat([start, embedded], 1) + self.positions(height // patch, width // patch)
+        sequence = torch.cat([start, embedded], 1) + positions
         if self.config.class_tokens > 1:
             more = self.more_class_embeddings.to(sequence.dtype).expand(x.shape[0], -1, -1)
             sequence = torch.cat([sequence[:, :1], more, sequence[:, 1:]], 1)
@@ -273,14 +289,16 @@ def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
 
 
 class PictureCollator:
-    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks of patches."""
+    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks of patches or with `keep`."""
 
-    def __init__(self, patch: int, masking: MaskingConfig | None = None) -> None:
+    def __init__(self, patch: int, masking: MaskingConfig | None = None, drop: float = 0.0) -> None:
         self.patch = patch
         self.masking = masking
+        self.drop = drop
 
     def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
-        """Masks are drawn from the samples' seeds. Raises ValueError for a crop that patches do not tile."""
+        """Masks and what is kept are drawn from the samples' seeds. Raises ValueError for a crop that patches do not
+        tile."""
         generators = [np.random.default_rng(seed) for _, seed in zip(samples, seeds, strict=True)] if seeds else []
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for i, view in enumerate(samples[0]):
@@ -290,15 +308,14 @@ class PictureCollator:
             if any(side % self.patch for side in shape[-2:]):
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-            result.append(self._masked(Group(x, role), generators))
+            result.append(self._dropped(self._masked(Group(x, role), generators), generators))
         return Views(result)
 
     def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
         masking = self.masking
         if masking is None or group.role not in masking.roles:
             return group
-        if len(generators) != group.x.shape[1]:
-            raise ValueError("masks are drawn from a seed for each sample; no seeds were given")
+        _require_seeds(group, generators)
         rows, columns = (side // self.patch for side in group.x.shape[-2:])
         group.token_mask = torch.stack(
             [
@@ -307,3 +324,21 @@ class PictureCollator:
             ]
         )
         return group
+
+    def _dropped(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
+        """With `keep` [V, B, L'], ascending; at least one patch of each view."""
+        if not self.drop:
+            return group
+        _require_seeds(group, generators)
+        views, (rows, columns) = group.x.shape[0], (side // self.patch for side in group.x.shape[-2:])
+        count = max(1, round((1 - self.drop) * rows * columns))
+        drawn = [
+            [np.sort(generator.permutation(rows * columns)[:count]) for generator in generators] for _ in range(views)
+        ]
+        group.keep = torch.from_numpy(np.array(drawn))
+        return group
+
+
+def _require_seeds(group: Group, generators: Sequence[np.random.Generator]) -> None:
+    if len(generators) != group.x.shape[1]:
+        raise ValueError("masks and kept patches are drawn from a seed for each sample; no seeds were given")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -79,7 +80,7 @@ def all_views(case: Case, views: Views) -> tuple[int, ...]:
 
 def fields(group: Group) -> list[Tensor | None]:
     """The tensors of a group."""
-    return [group.x, group.token_mask, group.targets]
+    return [group.x, group.token_mask, group.targets, group.keep]
 
 
 @checks(KIND)
@@ -125,6 +126,15 @@ def collator(case: Case) -> None:
                 torch.equal(group.token_mask[:, 1, :shared], single_group.token_mask[:, 0, :shared]),
                 "a sample's token_mask depends on the other samples of its batch: draw it from the sample's seed",
             )
+        if group.keep is not None:
+            require(
+                group.keep.dtype == torch.int64 and group.keep.ndim == 3 and group.keep.shape[:2] == group.x.shape[:2],
+                "a group's keep is int64, [V, B, L']",
+            )
+            require(
+                single_group.keep is not None and torch.equal(group.keep[:, 1], single_group.keep[:, 0]),
+                "a sample's keep depends on the other samples of its batch: draw it from the sample's seed",
+            )
 
 
 @checks(KIND)
@@ -153,7 +163,7 @@ def _prefix(x: Tensor, y: Tensor) -> bool:
 def inputs_untouched(case: Case) -> None:
     """A call changes none of its views, in training or evaluation, and seeds no global generator."""
     module, views = build(case), collated(case)
-    masked = any(group.token_mask is not None for group in views.groups)
+    masked = any(group.token_mask is not None or group.keep is not None for group in views.groups)
     for mode in (True, False):
         for hide in {False, masked}:
             module.train(mode)
@@ -352,6 +362,42 @@ def hidden_tokens(case: Case) -> None:
 
 
 @checks(KIND)
+def dropped_tokens(case: Case) -> None:
+    """`masked=True` computes the tokens of `keep` alone, in its order; all of them are as many as none dropped."""
+    module, views = generic(build(case)), collated(case)
+    if not case.cls.spec(case.config).can_drop:
+        raise NotApplicable("`spec` says that it cannot drop tokens")
+    every = all_views(case, views)
+    require(bool(every), "a backbone that drops tokens has some: has_tokens in `spec`")
+
+    def kept(order: Callable[[int], Tensor]) -> Features:
+        groups = []
+        for start, group in views.numbered():
+            keep = order(whole.tokens[start].shape[1]).expand(*group.x.shape[:2], -1)
+            groups.append(replace(group, keep=keep, token_mask=None, targets=None, hidden=None))
+        features: Features = module(Views(groups), tokens_of=every, masked=True)
+        return features
+
+    with torch.no_grad():
+        whole = module(views, tokens_of=every)
+        all_kept = kept(torch.arange)
+        some, turned = kept(lambda n: torch.arange(0, n, 2)), kept(lambda n: torch.arange(0, n, 2).flip(0))
+    require(close(flat(whole), flat(all_kept)), "keeping every token is not the same as dropping none")
+    require(not close([whole.pooled], [some.pooled], 1e-6), "dropping tokens changes nothing: keep is not used")
+    for view in every:
+        expected = [BATCH, (whole.tokens[view].shape[1] + 1) // 2, whole.tokens[view].shape[2]]
+        require(
+            list(some.tokens[view].shape) == expected,
+            f"tokens of view {view} are {list(some.tokens[view].shape)}, not the kept ones, [B, L', W] = {expected}",
+        )
+        require(
+            close([some.tokens[view]], [turned.tokens[view].flip(1)]),
+            f"the tokens of view {view} do not follow keep's order",
+        )
+    require(finite(flat(some)), "an output is not finite with dropped tokens")
+
+
+@checks(KIND)
 def attention(case: Case) -> None:
     """`class_attention` and `token_layout`, if it has them: weights [N, H, L] and a position for each real token."""
     has_weights, has_layout = issubclass(case.cls, ClassAttention), issubclass(case.cls, LaidOutTokens)
@@ -375,7 +421,7 @@ def attention(case: Case) -> None:
 
 def _scalar(module: nn.Module, views: Views, tokens_of: tuple[int, ...]) -> Tensor:
     """A number that depends on all outputs, with tokens hidden where they can be."""
-    masked = any(group.token_mask is not None for group in views.groups)
+    masked = any(group.token_mask is not None or group.keep is not None for group in views.groups)
     outputs = [flat(module(views, tokens_of=tokens_of, masked=hide)) for hide in {False, masked}]
     return weighted_sum([x for part in outputs for x in part])
 
@@ -391,7 +437,7 @@ def gradients(case: Case) -> None:
 def true_gradients(case: Case) -> None:
     """Every output's gradient is that of finite differences, for every parameter."""
     module, views = generic(build(case)), collated(case)
-    masked = any(group.token_mask is not None for group in views.groups)
+    masked = any(group.token_mask is not None or group.keep is not None for group in views.groups)
     require_true_gradients(
         module, lambda m: flat(m(views, tokens_of=all_views(case, views), masked=masked)), (), "the parameters"
     )

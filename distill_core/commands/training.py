@@ -87,9 +87,11 @@ def _run(
         if not saved:
             previous.rewind(0, 0)
     # one folder for all ranks
-    folder, saved = distributed.gather_objects((previous or new, saved))[0]
+    own = previous or new
+    path, saved = distributed.gather_objects((own and own.path, saved))[0]
+    folder = own or RunFolder(path)
     if saved:
-        return _resume(folder.path, "last", registry, quiet=quiet, callbacks=callbacks)
+        return _resume(path, "last", registry, quiet=quiet, callbacks=callbacks)
     if new is not None and new.path.name != recipe.name:
         click.echo(f"{runs / recipe.name} exists; this run is {new.path}", err=True)
     trainer = None

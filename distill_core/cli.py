@@ -187,12 +187,9 @@ def teach(recipe: str, passes: int | None, overrides: tuple[str, ...], nproc: in
 
     If it is stopped, the same command continues; with more --passes it adds to what is there.
     """
-    from distill_core.system import ranks
-
-    starts_ranks = ranks.are_to_start(nproc)
-    loaded = _load(recipe, overrides, _registry(), warn=not starts_ranks)
-    if nproc is not None and starts_ranks:
-        _start_ranks(nproc, loaded)
+    registry = _registry()
+    _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warn=False))
+    loaded = _load(recipe, overrides, registry)
     from distill_core.commands import training
 
     training.teach(loaded, passes, quiet=quiet)

@@ -175,8 +175,9 @@ class Chunk:
         from safetensors import SafetensorError, safe_open
 
         self.file = file
+        open_file: Any = safe_open  # which has no types
         try:
-            self._handle: Any = safe_open(file, framework="np")
+            self._handle = open_file(file, framework="np")
         except (OSError, SafetensorError) as error:
             raise DataError(f"{file}: cannot be read: {error}. Write it again: distill teach RECIPE") from error
         self.names = set(self._handle.keys())

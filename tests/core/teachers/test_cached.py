@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan
 from distill_core.errors import DataError, RecipeErrors, UserError
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
-from distill_core.registry import Registry
+from distill_core.registry import Entry, Registry
 from distill_core.run import caches
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
@@ -24,6 +28,27 @@ OPTIONS = [
     "evaluate=null", "teacher=null", "loss.1={name: cross_modal_distillation, teacher: big}",
     "train.epochs=2", "train.steps=null",
 ]  # fmt: skip
+
+
+class Tokens(Loss):
+    """How far the student's embeddings are from the mean of some of the teacher's tokens."""
+
+    name = "tokens"
+    Config = LossConfig
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(student=("image", "text"), teacher={"big": {"image": (1,), "text": (0, 1)}})
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        total = torch.zeros(())
+        for m, view in (("image", 1), ("text", 0), ("text", 1)):
+            teacher = outputs.teacher["big"][m]
+            tokens = teacher.tokens[view]
+            real = teacher.masks.get(view, torch.ones(tokens.shape[:2], dtype=torch.bool))[..., None]
+            mean = (tokens * real).sum(1) / real.sum(1)
+            total = total + (outputs.student[m].pooled[view] - mean).square().mean()
+        return {"tokens": total}, {}
 
 
 class Runs:
@@ -50,7 +75,7 @@ class Runs:
         return self.made[-1]
 
     def train(self, *overrides: str, **options: Any) -> dict[int, float]:
-        """Step -> its loss of distillation (or of contrast, where it has no teacher)."""
+        """Step -> its last term."""
         trainer = self.trainer(*overrides, **options)
         trainer.run()
         return losses(trainer.folder.path)
@@ -66,7 +91,7 @@ class Runs:
 
 def losses(run: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["terms"].get("cross_modal_distillation", 0.0) for row in rows if "terms" in row}
+    return {row["step"]: list(row["terms"].values())[-1] for row in rows if "terms" in row}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -174,6 +199,48 @@ def test_samples_that_lack_a_modality(runs: Runs, write_shards: Callable[..., li
     live = runs.train("name=live", *options)
     runs.teach(*options)
     close(runs.train("name=cached", *options, cached=True), live)
+
+
+def test_tokens_are_written_where_a_loss_reads_them(runs: Runs, registry: Registry) -> None:
+    """Those of padded texts, and of one view of two. Catches padding that counts, and a cache without tokens that is
+    taken by a run that reads them."""
+    runs.teach()
+    runs.registry = Registry([*registry.entries.values(), Entry(Tokens, "outside", "outside")])
+    with pytest.raises(UserError, match=r"tokens of 'image' are read of the views \[1\], and were written of \[\]"):
+        runs.trainer("name=other", "loss.1={name: tokens}", cached=True)
+    runs.cache = runs.folder / "tokens"
+    live = runs.train("name=live", "loss.1={name: tokens}")
+    runs.teach("loss.1={name: tokens}")
+    close(runs.train("name=cached", "loss.1={name: tokens}", cached=True), live)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_same_chunks(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command. Catches chunks that two ranks write, that none does, or that depend on the number of ranks."""
+    monkeypatch.undo()
+    weights = f"weights: [{{name: state_dict, source: '{runs.source}', to: backbone}}]"
+    big = f"teachers={{big: {{name: frozen, backbone: {{image: {VIT}, text: {TEXT}}}, {weights}}}}}"
+    options = [*OPTIONS, big, f"teachers.big.cache={runs.cache}"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "distill_core.cli",
+        "teach",
+        str(runs.file),
+        "--passes",
+        "100",
+        "--nproc",
+        "2",
+    ]
+    done = subprocess.run(
+        [*command, *(x for option in options for x in ("--set", option))], capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2048 positions of the teacher 'big' (2 chunks written" in done.stdout
+    both, runs.cache = files(runs.cache), runs.folder / "single"
+    runs.teach(passes=100)
+    assert both == files(runs.cache)
 
 
 @pytest.mark.parametrize(

@@ -298,8 +298,8 @@ def fit(
     Each of the `callbacks` is called as callback(step, row) with every row that metrics.jsonl gets, on the first rank:
     each `train.log_every` steps one with `loss`, `terms`, `metrics`, `lr` and more, after a validation one with `split`
     and `scores`, for a step that is not finite one with `not_finite`. Training waits for it. One that raises `StopRun`
-    ends the run as Ctrl-C does: after the step under way, saved, with `Result.signal`. Any other exception does so too,
-    and then comes out of `fit`.
+    ends the run as Ctrl-C does: after the step under way (on several ranks up to three later), saved, with
+    `Result.signal` on every rank. Any other exception does so too, and then comes out of `fit`.
 
     A task that cannot be scored is in `Result.failed`, a last step that could not be saved in `Result.unsaved`; both
     are warned of. `quiet` prints nothing but warnings. Raises `UserError` with the text that `distill run` prints.

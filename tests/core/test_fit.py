@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,42 @@ def test_an_error_in_a_callback_comes_out_when_the_run_is_saved(tiny_recipe: Pat
     assert [path.name for path in (tmp_path / "tiny" / "checkpoints").glob("*.pt")] == ["step-00000002.pt"]
     main(["resume", str(tmp_path / "tiny"), "--quiet"])
     assert_same_end(tmp_path / "tiny", whole.folder)
+
+
+RANKS = """
+import os, sys, distill_core
+
+def stop(step, row):
+    seen.append(step)
+    raise distill_core.StopRun("enough")
+
+seen = []
+short = ["train.steps=12", "data.batch_size=2"]
+result = distill_core.fit(sys.argv[1], overrides=short, callbacks=[stop], runs=sys.argv[2], quiet=True)
+with open(f"{sys.argv[2]}/rank-{os.environ['RANK']}", "w") as file:
+    print(len(seen), result.signal, result.folder, file=file)
+"""
+
+
+def test_two_ranks_stop_together(tiny_recipe: Path, tmp_path: Path) -> None:
+    """The first rank's callback stops both, in one folder. Would catch a rank that trains on alone, or waits."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(tmp_path / "ranks.py"),
+    ]
+    done = subprocess.run([*launch, str(tiny_recipe), str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"rank-{rank}").read_text().split() for rank in (0, 1))
+    assert int(first[0]) > 0
+    assert second[0] == "0"
+    assert first[1:] == second[1:] == ["15", str(tmp_path / "tiny")]
+    (saved,) = (tmp_path / "tiny" / "checkpoints").glob("*.pt")
+    assert 2 <= int(saved.stem.removeprefix("step-")) <= 4
 
 
 @pytest.mark.parametrize(

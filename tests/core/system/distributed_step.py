@@ -43,14 +43,14 @@ def objective() -> Objective:
     return made
 
 
-def batch(first: int, last: int) -> Batch:
-    """Rows first..last of a batch of SAMPLES."""
+def batch(first: int, last: int, tokens: int = 7) -> Batch:
+    """Rows first..last of a batch of SAMPLES, whose texts have `tokens` tokens."""
     generator = torch.Generator().manual_seed(1)
 
     def pictures(views: int, size: int) -> torch.Tensor:
         return torch.randn(views, SAMPLES, 3, size, size, generator=generator, dtype=torch.float64)[:, first:last]
 
-    ids = torch.randint(1, 48, (3, SAMPLES, 7), generator=generator)
+    ids = torch.randint(1, 48, (3, SAMPLES, tokens), generator=generator)
     ids[..., -1] = 49407  # end of text
     ids = ids[:, first:last]
     image = Views([Group(pictures(2, 8), "global"), Group(pictures(1, 4), "local")])
@@ -58,10 +58,10 @@ def batch(first: int, last: int) -> Batch:
     return Batch({"image": image, "text": text}, [f"k{i}" for i in range(first, last)])
 
 
-def step(first: int, last: int) -> dict[str, Any]:
+def step(first: int, last: int, tokens: int = 7) -> dict[str, Any]:
     """Terms of these rows and the averaged gradients."""
     made = objective()
-    losses = made.losses(made.represent(batch(first, last), Progress(0, 1)))
+    losses = made.losses(made.represent(batch(first, last, tokens), Progress(0, 1)))
     losses.total.backward()
     named = [(name, p) for name, p in made.named_parameters() if not name.startswith("teacher.")]
     distributed.average_gradients([p for _, p in named])

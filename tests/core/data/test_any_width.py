@@ -211,6 +211,7 @@ def test_a_shard_of_assumed_length_may_come_back_with_another(tiny_recipe: Path,
     now = Loader(recipe, shards, Lengths([9, 5, 7], {2: "away"}))
     now.load_state_dict(state)
     assert now.lengths.samples == [9, 9, 4]
+    assert now.samples == 22, "the order is that of the run's start"
     assert set(now.lengths.unopened) == {1, 2}
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from distill_core import Loss, LossConfig, Needs, Outputs, Plan
+from distill_core import BadSample, Loss, LossConfig, Needs, Outputs, Plan, Sample, View
 from distill_core.errors import DataError, RecipeErrors, UserError
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
@@ -21,6 +22,7 @@ from distill_core.run import caches
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
+from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 
 VIT = "{name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
 TEXT = "{name: clip_text, width: 16, layers: 1, heads: 2, dim: 16, padding: longest}"
@@ -49,6 +51,18 @@ class Tokens(Loss):
             mean = (tokens * real).sum(1) / real.sum(1)
             total = total + (outputs.student[m].pooled[view] - mean).square().mean()
         return {"tokens": total}, {}
+
+
+class Picky(MultiCrop):
+    """An augmentation that cannot use one of the samples."""
+
+    name = "picky"
+    Config = MultiCropConfig
+
+    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
+        if sample["__key__"] == "train-1-2":
+            raise BadSample("not this one")
+        return super().train_views(sample, rng)
 
 
 class Runs:
@@ -212,6 +226,30 @@ def test_tokens_are_written_where_a_loss_reads_them(runs: Runs, registry: Regist
     live = runs.train("name=live", "loss.1={name: tokens}")
     runs.teach("loss.1={name: tokens}")
     close(runs.train("name=cached", "loss.1={name: tokens}", cached=True), live)
+
+
+def test_a_sample_that_the_teacher_cannot_use_is_passed_over_again(runs: Runs, registry: Registry) -> None:
+    """Of an ensemble, whose member has views of its own. Catches a run that trains on a sample without features."""
+    runs.registry = Registry([*registry.entries.values(), Entry(Picky, "outside", "outside")])
+    weights = f"weights: [{{name: state_dict, source: '{runs.source}', to: backbone}}]"
+    own = "augment: {image: {name: picky, size: 16, local_size: 8, global: 2, local: 1}}"
+    member = f"{{name: frozen, backbone: {{image: {VIT}, text: {TEXT}}}, {weights}, {own}}}"
+    both = [f"teachers.big={{name: ensemble, members: {{a: {member}}}}}", "data.max_bad_fraction=0.5"]
+    live = runs.trainer("name=live", *both)
+    live.run()
+    runs.teach(*both, f"teachers.big.cache={runs.cache}")
+    cached = runs.trainer("name=cached", *both, f"teachers.big.cache={runs.cache}")
+    cached.run()
+    close(losses(cached.folder.path), losses(live.folder.path))
+    assert cached.state.skipped_samples == live.state.skipped_samples > 0
+
+
+def test_a_stage_with_other_views_is_refused_at_the_start(runs: Runs) -> None:
+    runs.teach()
+    with pytest.raises(UserError, match=r"augment.image.local is 2, and was 1"):
+        runs.trainer("name=staged", "stages=[{at: 0.5, set: {augment.image.local: 2}}]", cached=True)
+    staged = runs.trainer("name=rate", "stages=[{at: 0.5, set: {loss.1.weight: 0.5}}]", cached=True)
+    staged.run()
 
 
 @pytest.mark.slow

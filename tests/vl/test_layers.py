@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from distill_authoring.conformance import assert_conforms
+from distill_authoring.conformance import assert_conforms, check
 from distill_core import (
     Backbone,
     BackboneSpec,
     Batch,
+    Features,
     Group,
     Loss,
     LossConfig,
@@ -26,6 +29,7 @@ from distill_core import (
     Views,
 )
 from distill_core.objective import Objective
+from distill_core.presence import Present
 from distill_core.recipe.checks import unmet
 from distill_core.teachers.copies import Ema, EmaConfig
 from distill_vl.clip_text import ClipText
@@ -123,6 +127,32 @@ class Regression(Loss):
 def test_a_loss_of_layers_conforms() -> None:
     """Its features hold the layers that it needs, and no others."""
     assert_conforms(Regression)
+
+
+def test_layers_of_some_samples() -> None:
+    """Where others lack the modality, and where a replayed step leaves one out: rows of the same samples as tokens."""
+    tokens = torch.randn(4, 3, 2)
+    present = Present(np.array([[True, False, True, True]]))
+    some = Features(torch.randn(1, 4, 2), {0: tokens}, layers={5: {0: tokens + 1}}).of(present)
+    assert torch.equal(some.layers[5][0], some.tokens[0] + 1)
+    assert torch.equal(some.layers[5][0], tokens[[0, 2, 3]] + 1)
+
+
+class Forgetful(Ema):
+    """A teacher that says that it has the student's layers, and does not hand them on."""
+
+    name = "forgetful"
+
+    def encode(self, batch: Batch, tokens_of: Any) -> dict[str, Features]:
+        return {name: replace(x, layers={}) for name, x in super().encode(batch, tokens_of).items()}
+
+
+def test_a_teacher_without_the_layers_that_it_says_does_not_conform() -> None:
+    """A loss would meet a KeyError in the first step."""
+    assert [result.status for result in check(Ema, only=["layers"])] == ["ok"]
+    (result,) = check(Forgetful, only=["layers"])
+    assert result.status == "failed"
+    assert "does not hand on the layer 0" in result.message
 
 
 def test_layers_of_student_and_teacher_reach_a_loss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from distill_core import (
     Outputs,
     Plan,
     Sample,
+    TowerInput,
     View,
     Views,
     stable_hash,
@@ -73,7 +75,7 @@ class Linear(Backbone):
     @classmethod
     def spec(cls, config: ComponentConfig) -> BackboneSpec:
         """W and D of the checks."""
-        return BackboneSpec(WIDTH, DIM)
+        return BackboneSpec(WIDTH, DIM, layers=1)
 
     @classmethod
     def collator(cls, config: ComponentConfig) -> Collator:
@@ -83,6 +85,13 @@ class Linear(Backbone):
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """x [N, W]; one token each."""
         return Encoded(self.map(x), x[:, None] if tokens else None, class_tokens=x[:, None])
+
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
+        """The token is its one layer's, too."""
+        return [
+            replace(one, layers=dict.fromkeys(x.layers, x.x[:, None]))
+            for x, one in zip(inputs, super().encode_together(inputs), strict=True)
+        ]
 
     def class_attention(self, x: Tensor) -> Tensor:
         """All of it on the one token."""
@@ -105,8 +114,9 @@ class Sum(Loss):
 
 
 def plan() -> Plan:
-    """Two modalities of one view."""
-    return Plan({name: modality((GLOBAL,)) for name in NAMES})
+    """Two modalities of one view, of towers of one layer."""
+    one = modality((GLOBAL,))
+    return Plan({name: replace(one, spec=replace(one.spec, layers=1)) for name in NAMES})
 
 
 def backbones() -> dict[str, Backbone]:

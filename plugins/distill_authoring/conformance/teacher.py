@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,26 @@ def features(case: Case) -> None:
     single = around.encode(around.teacher, around.batch((1,)))
     middle = [x[:, 1:2] for x in pooled(encoded)]
     require(close(middle, pooled(single), 1e-5), "a sample's features depend on the other samples of its batch")
+
+
+@checks("teacher")
+def layers(case: Case) -> None:
+    """It hands on the layers of `plan.layers_of`, where its `specs` say that it has some."""
+    around = Around(case)
+    read = {name: {0: (0,)} for name, spec in around.plan.specs.items() if spec.layers}
+    if not read:
+        raise NotApplicable("its `specs` have no layers")
+    around.plan = replace(around.plan, layers_of=read)
+    _, teacher = around.made()
+    with torch.no_grad():
+        encoded = teacher.encode(around.batch(), dict.fromkeys(read, (0,)))
+    for name in read:
+        tokens, layer = encoded[name].tokens.get(0), encoded[name].layers.get(0, {}).get(0)
+        require(
+            tokens is not None and layer is not None and layer.shape == tokens.shape,
+            f"{name}: its `specs` have layers, and it does not hand on the layer 0 that `plan.layers_of` asks for, "
+            "[B, L, W]; say `layers=0` in `specs` where it has none",
+        )
 
 
 @checks("teacher")

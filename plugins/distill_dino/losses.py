@@ -1,16 +1,24 @@
-"""Self-distillation onto prototypes: of class tokens across views (DINO), of hidden patches within a view (iBOT)."""
+"""Self-distillation onto prototypes: of class tokens across views (DINO), of patches within a view (iBOT, iBOT++)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from distill_core import GLOBAL, LOCAL, Needs, Outputs, Plan, Progress, UserError, did_you_mean
-from distill_dino.prototypes import Positive, PrototypeConfig, PrototypeLoss, class_problems, spread, views_of
+from distill_dino.prototypes import (
+    Positive,
+    PrototypeConfig,
+    PrototypeLoss,
+    class_problems,
+    mean_of,
+    spread,
+    views_of,
+)
 from distill_dino.targets import Targets
 from distill_vl.masking import tokens_at
 
@@ -68,6 +76,9 @@ class IbotConfig(PrototypeConfig):
     """The student's masked views; the backbone's `masking` must hide patches of them."""
     target_role: str | None = None
     """The teacher's views, the same pictures in the same order; null: the same views."""
+    patches: Literal["hidden", "all"] = "hidden"
+    """Which of a masked view's patches learn: those that are hidden, or the visible ones as well (iBOT++ of TIPSv2). A
+    view that is left whole learns nothing with `hidden`, and from all of its patches with `all`."""
     shared_head: bool = True
     """Class tokens across views (DINO's loss) by the same head, a second term; false: patches alone, to stand beside
     `dino` (as in DINOv2)."""
@@ -76,12 +87,14 @@ class IbotConfig(PrototypeConfig):
 class Ibot(PrototypeLoss):
     """A hidden patch predicts the teacher's distribution for it, which the teacher sees (iBOT, equation 2).
 
-    The mean over a view's hidden patches, then over all samples, those left whole counting 0. With `shared_head` also
-    DINO's loss of class tokens. The centre is that of hidden patches alone (as in DINOv2).
+    The mean over a view's hidden patches, then over all samples, those left whole counting 0. With `patches: all` every
+    patch of the masked view predicts the teacher's, and the mean is over all of them (iBOT++: TIPSv2, section 3.3).
+    With `shared_head` also DINO's loss of class tokens. The centre is that of the patches that learn (as in DINOv2).
     """
 
     name = "ibot"
     Config = IbotConfig
+    examples = (*PrototypeLoss.examples, PrototypeLoss.examples[0] | {"patches": "all", "shared_head": False})
 
     def __init__(self, config: IbotConfig, plan: Plan) -> None:
         super().__init__(config, plan)
@@ -114,28 +127,40 @@ class Ibot(PrototypeLoss):
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Terms `patch`, and `class` with a shared head. Raises `UserError` where no view of the role is masked.
 
-        The metric `patch_cross_entropy` is the mean over all hidden patches, to be compared with ln K.
+        The metric `patch_cross_entropy` is the mean over all patches that learn, to be compared with ln K;
+        `visible_cross_entropy`, with `patches: all`, is that over the visible ones.
         """
         m = self.config.modality
         student, teacher = outputs.student[m], outputs.teacher[self.config.teacher][m]
         masks, places = self._masks(outputs)
         hidden = torch.stack([masks[s] for s, _ in self.pairs])  # [P, B, L]
-        seen = [teacher.tokens[self.teacher_views.index(t)] for _, t in self.pairs]
+        whole = self.config.patches == "all"
+        views = [(s, self.teacher_views.index(t)) for s, t in self.pairs]
+        padded = whole and any(s in student.masks or t in teacher.masks for s, t in views)
+        learning = hidden  # [P, B, L]
+        if whole:
+            learning = torch.stack([_real(hidden[0], student.masks.get(s), teacher.masks.get(t)) for s, t in views])
         at = [places[s] for s, _ in self.pairs]
-        student_tokens = torch.cat([tokens_at(student.tokens[s], i) for (s, _), i in zip(self.pairs, at, strict=True)])
-        teacher_tokens = torch.cat([tokens_at(tokens, i) for tokens, i in zip(seen, at, strict=True)])  # [N, W]
+
+        def picked(tokens: Iterable[Tensor]) -> Tensor:
+            """Of each view [B, L, ...] the patches that learn, and with `all` the padding: [N, ...]."""
+            return torch.cat([x.flatten(0, 1) if whole else tokens_at(x, i) for x, i in zip(tokens, at, strict=True)])
+
         temperature = self.temperature(outputs.progress)
-        log_p = self.student_logits(student_tokens, outputs.progress)
-        logits = self.teacher_logits(teacher_tokens, outputs)
+        log_p = self.student_logits(picked([student.tokens[s] for s, _ in views]), outputs.progress)
+        logits = self.teacher_logits(picked([teacher.tokens[t] for _, t in views]), outputs)
         with torch.autocast(logits.device.type, enabled=False):
-            targets = self.targets(logits, temperature, filler=outputs.filler)
+            real = picked(learning) if padded else None
+            targets = self.targets(logits, temperature, filler=outputs.filler, real=real)
             per_patch = -(targets * log_p).sum(-1)
-            counts = hidden.sum(-1, keepdim=True).expand_as(hidden)  # hidden patches of the same picture
-            beside = torch.cat([tokens_at(count, i) for count, i in zip(counts, at, strict=True)])  # [N]
-            terms = {"patch": (per_patch / beside).sum() / (hidden.shape[0] * hidden.shape[1])}
+            beside = picked(learning.sum(-1, keepdim=True).clamp(min=1).expand_as(learning))  # [N], of the same picture
+            shares = per_patch / beside if real is None else (per_patch / beside).masked_fill(~real, 0)
+            terms = {"patch": shares.sum() / (hidden.shape[0] * hidden.shape[1])}
         metrics = {"masked": hidden.float().mean()}
         if len(targets):
-            metrics |= {"patch_cross_entropy": per_patch.detach().mean()} | spread(targets, "patch_")
+            metrics |= {"patch_cross_entropy": mean_of(per_patch.detach(), real)} | spread(targets, "patch_", real)
+        if whole:
+            metrics["visible_cross_entropy"] = mean_of(per_patch.detach(), picked(learning & ~hidden))
         if self.config.shared_head:
             terms["class"], class_metrics = self.class_term(outputs, self.class_targets, self.students)
             metrics |= class_metrics
@@ -167,3 +192,12 @@ def _pairs(config: IbotConfig, plan: Plan) -> tuple[tuple[int, int], ...]:
     """(the student's masked view, the teacher's whole one), by the plan's numbers."""
     m = plan.modalities[config.modality]
     return tuple(zip(m.views(config.role), m.views(config.target_role or config.role), strict=False))
+
+
+def _real(like: Tensor, *masks: Tensor | None) -> Tensor:
+    """[B, L] bool, as `like`: True where all of the masks are that there are."""
+    real = torch.ones_like(like)
+    for mask in masks:
+        if mask is not None:
+            real = real & mask
+    return real

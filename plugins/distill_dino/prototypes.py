@@ -119,17 +119,25 @@ def across_views(
     return (pairs * other).sum() / (pairs.numel() - len(same))
 
 
-def spread(targets: Tensor, name: str = "") -> dict[str, Tensor]:
-    """Metrics of targets [..., K], in nats, that show a collapse.
+def spread(targets: Tensor, name: str = "", real: Tensor | None = None) -> dict[str, Tensor]:
+    """Metrics of targets [..., K], in nats, that show a collapse; of rows [N, K] those where `real` [N] is True.
 
     `teacher_entropy` is the mean entropy of a target: at ln K the teacher says nothing. `mean_target_entropy` is that
     of this rank's mean target: near 0 one prototype has taken everything.
     """
     flat = targets.flatten(0, -2)
     return {
-        f"{name}teacher_entropy": entropy(flat).mean(),
-        f"{name}mean_target_entropy": entropy(flat.mean(0)),
+        f"{name}teacher_entropy": mean_of(entropy(flat), real),
+        f"{name}mean_target_entropy": entropy(mean_of(flat, real)),
     }
+
+
+def mean_of(x: Tensor, real: Tensor | None = None) -> Tensor:
+    """The mean over the rows of x [N, ...], or over those where `real` [N] is True; 0 where there is none."""
+    if real is None:
+        return x.mean(0)
+    apart = ~real.reshape(-1, *(1,) * (x.dim() - 1))
+    return x.masked_fill(apart, 0).sum(0) / real.sum().clamp(min=1)
 
 
 def views_of(modality: str, roles: Sequence[str], plan: Plan) -> tuple[int, ...]:

@@ -25,20 +25,25 @@ class Targets(nn.Module):
         self.centring = centring
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(prototypes))
-        self._seen: tuple[Tensor, int] | None = None
+        self._seen: tuple[Tensor, Tensor | int] | None = None
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float, *, filler: bool = False) -> Tensor:
+    def forward(
+        self, logits: Tensor, temperature: float, *, filler: bool = False, real: Tensor | None = None
+    ) -> Tensor:
         """Each row sums to 1. With `ema`, these logits are what `move` moves the centre by.
 
-        Rows that are a `filler` count for nothing, here and on other ranks.
+        Rows that are a `filler`, or where `real` [N] is False, count for nothing, here and on other ranks.
         """
         if filler:
             self(logits[:0], temperature)  # every rank must reach the collectives
             return torch.full_like(logits, 1 / logits.shape[-1])
         if self.centring == "sinkhorn_knopp":
-            return sinkhorn_knopp(logits, temperature)
-        self._seen = logits.sum(0), len(logits)
+            return sinkhorn_knopp(logits, temperature, real)
+        if real is None:
+            self._seen = logits.sum(0), len(logits)
+        else:
+            self._seen = logits.masked_fill(~real[:, None], 0).sum(0), real.sum()
         return ((logits - self.center) / temperature).softmax(-1)
 
     @torch.no_grad()
@@ -48,7 +53,7 @@ class Targets(nn.Module):
             return
         total, count = self._seen
         self._seen = None
-        flat = torch.cat([total, total.new_full((1,), count)])
+        flat = torch.cat([total, total.new_zeros(1) + count])
         if world_size() > 1:
             dist.all_reduce(flat)
         mean = flat[:-1] / flat[-1].clamp(min=1)
@@ -57,17 +62,18 @@ class Targets(nn.Module):
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temperature: float) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temperature: float, real: Tensor | None = None) -> Tensor:
     """exp(logits / temperature) [N, K] scaled until the prototypes share the rows of all ranks alike; rows sum to 1.
 
-    Ranks may have different numbers of rows, none included.
+    Ranks may have different numbers of rows, none included. Rows where `real` [N] is False have no share.
     """
     # in logarithms: at a low temperature a whole row of exponentials may be 0
     log_q = logits / temperature
     for _ in range(ITERATIONS):
-        top = log_q.amax(0) if len(log_q) else log_q.new_full(log_q.shape[1:], -torch.inf)
+        shared = log_q if real is None else log_q.masked_fill(~real[:, None], -torch.inf)
+        top = shared.amax(0) if len(shared) else shared.new_full(shared.shape[1:], -torch.inf)
         _reduce(top, dist.ReduceOp.MAX)
-        column = (log_q - top).exp().sum(0)
+        column = (shared - top).exp().sum(0)
         _reduce(column, dist.ReduceOp.SUM)
         log_q = (log_q - top - column.log()).log_softmax(1)
     return log_q.exp()

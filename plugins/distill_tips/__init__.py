@@ -1,4 +1,4 @@
-"""TIPS: text-image pre-training with spatial awareness (arXiv 2410.16512, ICLR 2025)."""
+"""TIPS: text-image pre-training with spatial awareness (arXiv 2410.16512), and TIPSv2 (arXiv 2604.12012)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Two captions a sample, and the contrastive loss of two class tokens; `dino` and `ibot` make the rest."""
+    """Two captions a sample, and the contrastive loss of two class tokens; `dino`, `ibot` and `ema` make the rest."""
     from distill_tips.captions import TwoCaptions
     from distill_tips.losses import TwoTokenContrastive
 

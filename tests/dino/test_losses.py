@@ -15,7 +15,7 @@ from distill_core.outputs import Outputs, Progress
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
 from distill_dino.prototypes import spread
-from distill_dino.targets import sinkhorn_knopp
+from distill_dino.targets import Targets, sinkhorn_knopp
 from distill_vl.heads import DINOHead
 
 CENTRINGS = ["ema", "sinkhorn_knopp"]
@@ -268,6 +268,21 @@ def test_sinkhorn_knopp_balances_and_does_not_overflow() -> None:
     assert logits.softmax(1).sum(0)[0] > 30
     assert p.sum(0).max() < 10
     assert torch.isfinite(sinkhorn_knopp(logits * 50, 0.04)).all()
+
+
+@pytest.mark.parametrize("centring", CENTRINGS)
+def test_padding_has_no_part_in_targets(centring: str) -> None:
+    """Catches padded rows in the moving mean, in the shares of prototypes, and in what is reported."""
+    torch.manual_seed(3)
+    logits, real = torch.randn(20, 5, dtype=torch.float64), torch.rand(20) < 0.6
+    logits[~real] += 9.0
+    padded, plain = (Targets(5, centring, 0.9).double() for _ in range(2))  # type: ignore[arg-type]
+    seen, expected = padded(logits, 0.5, real=real), plain(logits[real], 0.5)
+    torch.testing.assert_close(seen[real], expected, rtol=1e-10, atol=1e-10)
+    for targets in (padded, plain):
+        targets.move()
+    torch.testing.assert_close(padded.center, plain.center, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(spread(seen, real=real), spread(expected), rtol=1e-10, atol=1e-10)
 
 
 def test_metrics_tell_the_two_collapses() -> None:

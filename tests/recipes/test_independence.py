@@ -35,6 +35,7 @@ METHODS = {
     "silc": {"dino"},
     "slip": {"slip", "clip"},
     "tips": {"tips", "dino"},
+    "tips2": {"tips", "dino"},
 }
 """A recipe's method, the first word of its name -> the methods' plugins that it is composed of."""
 STUDIES_OF = {

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -124,6 +125,11 @@ def test_the_webs_caption_is_the_whole_one_of_its_field() -> None:
         (told(captions=["a cat"]), {"web": "name"}, "no text in the field 'name'"),
         (told(raw_caption="web"), {}, "no synthetic caption beside the web's"),
         (told(longIB_captions=["one"]), {}, "no caption of the web"),
+        (
+            told(raw_caption="web", longIB_captions=["one"]),
+            {"synthetic": ({"fields": ("short",)}, {"fields": ("long",)})},
+            "no synthetic caption beside the web's in the fields short",
+        ),
     ],
 )
 def test_a_sample_without_one_of_the_two_is_bad(
@@ -134,7 +140,7 @@ def test_a_sample_without_one_of_the_two_is_bad(
 
 
 def test_synthetic_sentences_are_drawn_and_stay_in_order() -> None:
-    drawn = TwoCaptions(TwoCaptionsConfig(sentences=3))
+    drawn = TwoCaptions(TwoCaptionsConfig.model_validate({"synthetic": ({"sentences": 3},)}))
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
         first, second = drawn.train_views(told(raw_caption="web", longIB_captions=[f"s {i}" for i in range(5)]), rng)
@@ -144,6 +150,18 @@ def test_synthetic_sentences_are_drawn_and_stay_in_order() -> None:
         assert parts == sorted(set(parts))
         seen.add(tuple(parts))
     assert len(seen) == 10, "all of the choices of 3 of 5"
+
+
+def test_one_of_several_synthetic_captions_is_drawn_at_a_time() -> None:
+    """TIPSv2's: catches captions that are joined, one that is drawn more often, and one that the web's slips into."""
+    sample = told(raw_caption="web", shortIB_captions=["s0"], shortSV_captions=["s1"], longIB_captions=["l0. l1"])
+    config = {"synthetic": ({"fields": ("short",), "sentences": 1}, {"fields": ("longIB_captions",)})}
+    augment = TwoCaptions(TwoCaptionsConfig.model_validate(config))
+    rng = np.random.default_rng(0)
+    seen = Counter(tuple(view.data for view in augment.train_views(sample, rng)) for _ in range(2000))
+    assert seen.keys() == {("web", "s0"), ("web", "s1"), ("web", "l0. l1")}
+    assert seen["web", "l0. l1"] == pytest.approx(1000, abs=90)  # 4 standard deviations
+    assert seen["web", "s0"] == pytest.approx(500, abs=80)
 
 
 def test_masked_copies_are_the_global_crops() -> None:

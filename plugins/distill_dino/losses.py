@@ -94,7 +94,10 @@ class Ibot(PrototypeLoss):
 
     name = "ibot"
     Config = IbotConfig
-    examples = (*PrototypeLoss.examples, PrototypeLoss.examples[0] | {"patches": "all", "shared_head": False})
+    examples = (
+        {"prototypes": 32, "hidden": 32, "bottleneck": 16, "patches": "all", "shared_head": False},
+        PrototypeLoss.examples[1],
+    )
 
     def __init__(self, config: IbotConfig, plan: Plan) -> None:
         super().__init__(config, plan)

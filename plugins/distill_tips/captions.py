@@ -69,7 +69,7 @@ class TwoCaptions(CaptionAugmentation):
 
     def _of(self, made: SyntheticConfig, captions: Mapping[str, list[str]]) -> list[str]:
         """The sentences of a synthetic caption, in the reader's order; none where its fields are not there."""
-        named = captions.keys()
+        named = set(captions)
         if made.fields is not None:
             named = {field for name in made.fields for field in (name, *self.reader.groups.get(name, ()))}
         return [text for field, texts in captions.items() if field in named for text in texts]

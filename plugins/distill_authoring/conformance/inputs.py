@@ -509,7 +509,7 @@ def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outpu
         fused = {
             name: Fused(cut(x.pooled, 1), None if x.tokens is None else cut(x.tokens, 0)) for name, x in fused.items()
         }
-    views = {name: group.map(lambda x: cut(x, 1)) for name, group in outputs.views.items()}
+    views = {name: of.part(start, end) for name, of in outputs.views.items()}
     fields = {name: x[start:end] for name, x in outputs.fields.items()}
     keys = outputs.keys[start:end]
     return replace(outputs, views=views, student=student, teacher=teacher, fused=fused, keys=keys, fields=fields)

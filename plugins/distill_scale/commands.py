@@ -35,10 +35,23 @@ class Quantity(click.ParamType[float]):
         return number
 
 
+class Counts(click.ParamType[tuple[int, ...]]):
+    """`8`, or `1,8,64`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Each number once. Raises click's usage error for what is no positive whole number."""
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is no positive number, nor several, as 1,8,64", param, ctx)
+        return tuple(dict.fromkeys(map(int, parts)))
+
+
 @click.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
-@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that train.")
+@click.option("--devices", type=Counts(), default="1", show_default=True, help="Devices that train; 1,8,64 for each.")
 @click.option("--memory", type=Quantity("B"), default="80GB", show_default=True, help="Of a device.")
 @click.option("--flops", type=Quantity("FLOP/s"), default="990T", show_default=True, help="Peak FLOP/s of a device.")
 @click.option(
@@ -68,11 +81,11 @@ class Quantity(click.ParamType[float]):
     show_default=True,
     help="Whose kernels are planned for; no GPU need be there.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON, a line for each number of devices.")
 def plan(
     recipe: str,
     overrides: tuple[str, ...],
-    devices: int,
+    devices: tuple[int, ...],
     memory: float,
     flops: float,
     utilization: float,
@@ -93,16 +106,17 @@ def plan(
 
     from distill_core.tools import Registry, load_recipe
     from distill_scale.hardware import Hardware
-    from distill_scale.plan import make_plan
-    from distill_scale.table import print_plan
+    from distill_scale.plan import make_plans
+    from distill_scale.table import print_plans
 
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
-    hardware = Hardware(devices, memory, reserve, flops, utilization, node, bandwidth, network)
-    made = make_plan(loaded, hardware, torch.device(device), samples)
+    hardware = [Hardware(n, memory, reserve, flops, utilization, node, bandwidth, network) for n in devices]
+    plans = make_plans(loaded, hardware, torch.device(device), samples)
     if as_json:
-        click.echo(json.dumps(made.to_dict()))
+        for each in plans:
+            click.echo(json.dumps(each.to_dict()))
     else:
-        print_plan(made)
+        print_plans(plans)
 
 
 @click.command()

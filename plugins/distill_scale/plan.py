@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
+from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
 from distill_core import Backbone, UserError, progress_bar
 from distill_core.tools import Recipe, WithoutValues, build_objective
 from distill_scale.hardware import Hardware
-from distill_scale.step_costs import Checkpointing, StepCosts, costs_of_step, example_lengths
+from distill_scale.step_costs import Checkpointing, StepCosts, costs_of_steps, example_lengths
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ class Layout:
     peak: int
     """Bytes of all, at their highest, with the recipe's batch."""
     fits: bool
+    largest_batch: int
+    """The most samples on a device that fit at once; 0 where none do."""
     micro_batch: int
-    """The most samples on a device that fit; 0 where none do."""
+    """Samples with a graph at a time: the batch; or the recipe's `micro_batch`; or, where that does not fit, as many as
+    do beside the losses of the whole batch; 0 where none do."""
     tflops: float
-    """TFLOPs of a step on a device; with the samples that fit at a time where the batch does not."""
+    """TFLOPs of a step on a device, with a second forward pass of towers and fusion where `micro_batch` is less than
+    the batch."""
     sent_s: float
     """Seconds of links for weights and gradients, while products run."""
     step_s: float | None
@@ -78,6 +84,9 @@ class Plan:
     """The recipe's own, as its `checkpointing`."""
     checkpointing: Checkpointing
     lengths: dict[str, float]
+    """Mean tokens of a view, by `MODALITY ROLE`."""
+    samples_from: str
+    """Whose they are."""
     parameters: dict[str, int]
     trained: int
     bytes: dict[str, int]
@@ -91,62 +100,74 @@ class Plan:
         return asdict(self)
 
 
-Costs = Mapping[Checkpointing, tuple[StepCosts, StepCosts]]
-"""Of the recipe's batch, and of one that takes about all of a device's memory."""
+Costs = Mapping[Checkpointing, Sequence[StepCosts]]
+"""Of the recipe's batch, and of one that takes about all of a device's memory; of "none" a third, for the losses."""
+
+MANY = 1 << 24
+"""Samples on a device: more than any has."""
 
 
-def make_plan(recipe: Recipe, hardware: Hardware, device: torch.device, samples: int | None = None) -> Plan:
-    """`samples` of an epoch are needed where the recipe's length is in epochs. Raises `UserError`."""
+def make_plans(
+    recipe: Recipe, hardware: Sequence[Hardware], device: torch.device, samples: int | None = None
+) -> list[Plan]:
+    """One for each; they differ in the number of devices alone. `samples` of an epoch are needed where the recipe's
+    length is in epochs. Raises `UserError`."""
     batch = recipe.data.batch_size
-    if hardware.devices > hardware.node and hardware.devices % hardware.node:
-        raise UserError(f"--devices {hardware.devices} is not a number of nodes of {hardware.node} devices (--node)")
-    own_shard = _own_shard(recipe, hardware)
+    for each in hardware:
+        if each.devices > each.node and each.devices % each.node:
+            raise UserError(f"--devices {each.devices} is not a number of nodes of {each.node} devices (--node)")
+        _own_shard(recipe, each)
     states = states_of(recipe)
-    costs = look(recipe, hardware, device, states)
-    plain = costs["none"][0]
-    steps = _steps(recipe, hardware.devices * batch, samples)
-    return Plan(
-        recipe.name,
-        device.type,
-        hardware,
-        batch,
-        steps,
-        own_shard,
-        recipe.train.parallel.checkpointing,
-        example_lengths(recipe),
-        states.parameters,
-        states.trained,
-        states.on_a_device(1),
-        {part: flops / batch for part, flops in plain.flops.items()},
-        plain.uncounted,
-        plain.gathered,
-        layouts(recipe, hardware, states, costs, steps),
-    )
-
-
-def look(recipe: Recipe, hardware: Hardware, device: torch.device, states: States) -> Costs:
-    """At steps of two sizes for each way of checkpointing."""
-    kinds: tuple[Checkpointing, ...] = get_args(Checkpointing)
-    costs: dict[Checkpointing, tuple[StepCosts, StepCosts]] = {}
-    with progress_bar(2 * len(kinds), "steps are looked at") as advance:
-
-        def costs_at(size: int, checkpointing: Checkpointing, *, count_flops: bool) -> StepCosts:
-            made = costs_of_step(
-                recipe,
-                size,
-                device=device,
-                ranks=hardware.devices,
-                checkpointing=checkpointing,
-                count_flops=count_flops,
+    lengths = example_lengths(recipe)
+    all_costs = look(recipe, hardware[0], [each.devices for each in hardware], device, states)
+    plans = []
+    for each in hardware:
+        costs = all_costs[each.devices]
+        plain, steps = costs["none"][0], _steps(recipe, each.devices * batch, samples)
+        plans.append(
+            Plan(
+                recipe.name,
+                device.type,
+                each,
+                batch,
+                steps,
+                _own_shard(recipe, each),
+                recipe.train.parallel.checkpointing,
+                lengths,
+                "example samples",
+                states.parameters,
+                states.trained,
+                states.on_a_device(1),
+                {part: flops / batch for part, flops in plain.flops.items()},
+                plain.uncounted,
+                plain.gathered,
+                layouts(recipe, each, states, costs, steps),
             )
-            advance()
-            return made
+        )
+    return plans
 
+
+def look(
+    recipe: Recipe, hardware: Hardware, ranks: Sequence[int], device: torch.device, states: States
+) -> dict[int, Costs]:
+    """At steps of two or three sizes for each way of checkpointing, by number of ranks."""
+    kinds: tuple[Checkpointing, ...] = get_args(Checkpointing)
+    costs: dict[int, dict[Checkpointing, list[StepCosts]]] = {number: {kind: [] for kind in kinds} for number in ranks}
+    batch = recipe.data.batch_size
+    with progress_bar(2 * len(kinds) + 1, "steps are looked at") as advance:
         for kind in kinds:
-            first = costs_at(recipe.data.batch_size, kind, count_flops=True)
-            second = costs_at(_second_size(hardware, states, first), kind, count_flops=False)
-            costs[kind] = first, second
-    return costs
+
+            def add(size: int, kind: Checkpointing = kind) -> StepCosts:
+                made = costs_of_steps(recipe, size, ranks, device=device, checkpointing=kind)
+                for number, of_number in made.items():
+                    costs[number][kind].append(of_number)
+                advance()
+                return made[ranks[0]]
+
+            add(_second_size(hardware, states, add(batch)))
+            if kind == "none":
+                add(2 * batch)
+    return {number: dict(of_number) for number, of_number in costs.items()}
 
 
 def layouts(recipe: Recipe, hardware: Hardware, states: States, costs: Costs, steps: int | None) -> list[Layout]:
@@ -168,19 +189,17 @@ def _own_shard(recipe: Recipe, hardware: Hardware) -> int:
 
 def _second_size(hardware: Hardware, states: States, costs: StepCosts) -> int:
     """Samples that take about all the memory there is: the line to them is good where it is read."""
-    left = hardware.usable - _lasting(states, 1)
-    about = int(costs.batch_size * left / _of_batch(costs, 1)) if left > 0 else 0
-    return min(about, 64 * costs.batch_size) if about > costs.batch_size else max(1, min(about, costs.batch_size - 1))
+    left, batch = hardware.usable - _lasting(states, 1), costs.batch_size
+    about = int(batch * left / (costs.peak() + 2 * costs.batch_bytes))
+    if 0 < about < batch / 2:
+        return about
+    about = min(max(about, 4 * batch), 64 * batch)
+    return about - about % 4  # examples in turn
 
 
 def _lasting(states: States, shard: int) -> int:
     on_a_device = states.on_a_device(shard)
     return sum(on_a_device[kind] for kind in ("weights", "optimizer", "teacher"))
-
-
-def _of_batch(costs: StepCosts, shard: int) -> int:
-    """Bytes that grow with the batch, gradients among them: the batch is there twice, the next on its way."""
-    return costs.peak(shard) + 2 * costs.batch_bytes
 
 
 def states_of(recipe: Recipe) -> States:
@@ -244,30 +263,46 @@ def _layout(
     all_costs: Costs,
     steps: int | None,
 ) -> Layout:
-    costs, (plain, _) = all_costs[checkpointing], all_costs["none"]
+    costs, plain = all_costs[checkpointing], all_costs["none"]
     lasting = _lasting(states, shard)
     # of the split towers, the unit that computes and the next one are whole, and what is outside of units
     borrowed = _in_use(recipe) * (2 * states.unit + states.outside) if shard > 1 else 0
     batch = recipe.data.batch_size
 
-    def peak_at(samples: float) -> float:
-        """On the line through the two sizes that were looked at."""
-        (n, of_n), (m, of_m) = ((c.batch_size, _of_batch(c, shard)) for c in costs)
-        slope = (of_m - of_n) / (m - n) if m != n else of_n / n
-        return lasting + borrowed + of_n + slope * (samples - n)
+    at_once, again, waiting = (
+        Polynomial.fit([c.batch_size for c in costs[:2]], values[:2], 1)
+        for values in (
+            [c.peak_of_towers(shard) for c in costs],
+            [c.peak_of_towers(shard, again=True) for c in costs],
+            [c.waiting for c in costs],
+        )
+    )
+    # pairs of samples, which the number of ranks multiplies
+    losses = Polynomial.fit([c.batch_size for c in plain], [c.peak_of_losses for c in plain], 2)
+    per_sample = 2 * plain[0].batch_bytes / batch  # the next batch is on its way
+    cached = 2 * plain[0].embeddings / batch  # and their gradients
 
-    fixed, slope = peak_at(0), peak_at(1) - peak_at(0)
-    most = max(0, int((hardware.usable - fixed) / slope)) if slope > 0 else batch
-    peak = peak_at(batch)
+    def peak_at(samples: int, micro_batch: int) -> float:
+        """Bytes, with so many samples on a device and `micro_batch` of them at a time."""
+        whole = lasting + borrowed + per_sample * samples
+        if micro_batch >= samples:
+            return float(whole + max(at_once(samples), waiting(samples) + losses(samples)))
+        return float(whole + cached * samples + max(again(micro_batch), losses(samples)))
+
+    largest = bisect_right(range(1, MANY), False, key=lambda n: peak_at(n, n) > hardware.usable)
+    micro_batch = min(batch, recipe.train.parallel.micro_batch or batch)
+    peak = peak_at(batch, micro_batch)
+    if peak > hardware.usable:
+        micro_batch = bisect_right(range(1, batch), False, key=lambda n: peak_at(batch, n) > hardware.usable)
     flops = costs[0].total_flops
-    if peak > hardware.usable and most:  # embeddings first, without graph, then each micro-batch with its own
-        flops += sum(n for part, n in plain.flops.items() if part.endswith("tower"))
+    if 0 < micro_batch < batch:  # embeddings first, without graph, then each micro-batch with its own
+        flops += sum(n for part, n in plain[0].flops.items() if part.endswith("tower") or part == "fusion")
     overlapped = _seconds_of_traffic(hardware, states, shard, _in_use(recipe))
     products = hardware.seconds_of_products(flops)
     ranks = hardware.devices
     # what a rank receives is all but its own part of what is gathered
-    exposed = sum(hardware.seconds_to_gather(size * ranks / max(ranks - 1, 1), ranks) for size in plain.gathered)
-    step = max(products, overlapped) + exposed if most else None
+    exposed = sum(hardware.seconds_to_gather(size * ranks / max(ranks - 1, 1), ranks) for size in plain[0].gathered)
+    step = max(products, overlapped) + exposed if micro_batch else None
     return Layout(
         shard,
         checkpointing,
@@ -276,7 +311,8 @@ def _layout(
         costs[0].held,
         round(peak),
         peak <= hardware.usable,
-        most,
+        largest,
+        micro_batch,
         flops / 1e12,
         overlapped,
         step,

@@ -2,12 +2,15 @@
 
 The step is that of the recipe on tensors without values, so that no data, weights or GPU are needed and a batch of
 thousands costs as little as one of two. Ranks are there in name only: a process group whose collectives do nothing.
+
+Losses are cut off from the towers: towers forward, losses forward and backward down to the embeddings, towers backward.
+The number of ranks changes the losses alone, so that they run once for each number, and the towers once.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -18,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_core import Batch, Group, Objective, Progress, Views
+from distill_core import Batch, Features, Fused, Group, Objective, Outputs, Progress, Views
 from distill_core.tools import (
     ParallelConfig,
     Recipe,
@@ -34,6 +37,7 @@ from distill_kernels.choices import recorded
 from distill_scale.live_bytes import LiveBytes
 
 T = TypeVar("T")
+History = tuple[tuple[int, int], ...]
 Checkpointing = Literal["none", "selective", "full"]
 
 TORCHS = {"aten", "prim", "prims", "c10d", "profiler", "torch_attn"}
@@ -52,8 +56,14 @@ class StepCosts:
     """Operators of plugins that torch has no formula for (`torch.utils.flop_counter.register_flop_formula`)."""
     held: int
     """Bytes alive between the forward and the backward pass: activations."""
-    history: tuple[tuple[int, int], ...]
-    """`LiveBytes.history`."""
+    waiting: int
+    """Of them, those of towers and fusion."""
+    towers: History
+    """`LiveBytes.history` of towers and fusion."""
+    losses: History
+    """That of the losses, which begins at `waiting`."""
+    embeddings: int
+    """Bytes of what the losses read."""
     batch_bytes: int
     """Of the batch, as it is uploaded."""
     gathered: tuple[int, int]
@@ -66,7 +76,17 @@ class StepCosts:
 
     def peak(self, shard: int = 1) -> int:
         """Bytes of activations, temporary tensors and gradients at their highest, gradients being split."""
-        return max(others + gradients // shard for others, gradients in self.history)
+        return max(self.peak_of_towers(shard), self.waiting + self.peak_of_losses)
+
+    def peak_of_towers(self, shard: int = 1, *, again: bool = False) -> int:
+        """Without the losses; `again`: with the gradients of a micro-batch from before, there throughout."""
+        of_all = max(gradients for _, gradients in self.towers)
+        return max(others + (of_all if again else gradients) // shard for others, gradients in self.towers)
+
+    @property
+    def peak_of_losses(self) -> int:
+        """Beside what `waiting` counts."""
+        return max((sum(bytes) for bytes in self.losses), default=self.waiting) - self.waiting
 
 
 class _Communication(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -91,16 +111,15 @@ class _Communication(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def costs_of_step(
+def costs_of_steps(
     recipe: Recipe,
     batch_size: int,
+    ranks: Iterable[int],
     *,
     device: torch.device,
-    ranks: int = 1,
     checkpointing: Checkpointing = "none",
-    count_flops: bool = True,
-) -> StepCosts:
-    """A step of `batch_size` samples on each of `ranks` devices, with the backends that `auto` chooses on `device`.
+) -> dict[int, StepCosts]:
+    """A step of `batch_size` samples on each of so many ranks, with the backends that `auto` chooses on `device`.
 
     A GPU need not be there: an H100 is assumed. Raises `UserError` for a component whose step reads values.
     """
@@ -112,69 +131,140 @@ def costs_of_step(
     tf32 = torch.backends.cuda.matmul.allow_tf32
     set_matmul_precision(recipe.train.matmul_precision)
     try:
-        with _ranks_in_name(ranks), recorded(device):
-            return measured_step(recipe, objective, batch, without, count_flops=count_flops)
+        with recorded(device):
+            return measured_steps(recipe, objective, batch, without, ranks)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def measured_step(
+def measured_steps(
     recipe: Recipe,
     objective: Objective,
     batch: Batch,
     without: WithoutValues | None = None,
-    *,
-    count_flops: bool = True,
-) -> StepCosts:
-    """Forward and backward pass of this batch; a real one where nothing is `without` values.
-
-    Without `count_flops` it is faster: those of packed attention are added up sequence by sequence.
-    """
+    ranks: Iterable[int] = (1,),
+) -> dict[int, StepCosts]:
+    """Forward and backward pass of this batch, by number of ranks; a real one where nothing is `without` values."""
     flops: dict[str, int] = {}
     x_of_batch = [group.x for views in batch.views.values() for group in views.groups]
     live = LiveBytes(objective.parameters(), [*objective.buffers(), *x_of_batch])
     traffic = _Communication()
 
     def counted(part: str, run: Callable[[], T]) -> T:
-        if not count_flops:
-            return run()
         with flop_counter() as counter:
             result = run()
         flops[part] = counter.get_total_flops()
         return result
 
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
+
+    of_losses: dict[int, dict[str, Any]] = {}
     with ExitStack() as stack:
         stack.enter_context(live)
         stack.enter_context(traffic)
         if without:
             stack.enter_context(without)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16"):
-            total = _forward(objective, batch, counted)
-        held, forward = live.now, traffic.received
-        counted("backward", total.backward)
-    flops = {part: n for part, n in flops.items() if n}
-    return StepCosts(
-        len(batch),
-        flops,
-        tuple(sorted(traffic.uncounted)),
-        held,
-        tuple(live.history),
-        sum(x.nbytes for x in x_of_batch),
-        (forward, traffic.received - forward),
-    )
+        with autocast():
+            outputs = _forward(objective, batch, counted)
+        waiting, forward = live.now, len(live.history)
+        for number in ranks:
+            gradients: list[tuple[Tensor, Tensor]] = []  # those of another number are gone
+            start, received = len(live.history), traffic.received
+            with _ranks_in_name(number):
+                read, leaves = _cut_off(outputs)
+                with autocast():
+                    total = counted("losses", lambda read=read: objective.losses(read).total)  # type: ignore[misc]
+                held, sent = live.now, traffic.received - received
+                counted("losses backward", total.backward)
+            gradients = [(tensor, leaf.grad) for tensor, leaf in leaves if leaf.grad is not None]
+            of_losses[number] = {
+                "flops": (flops.pop("losses"), flops.pop("losses backward")),
+                "held": held,
+                "losses": tuple(live.history[start:]),
+                "gathered": (sent, traffic.received - received - sent),
+            }
+            del total, read, leaves
+        embeddings, start = sum(x.nbytes for x in _tensors(outputs)), len(live.history)
+        tensors, their_gradients = zip(*gradients, strict=True)
+        del gradients
+        counted("backward", lambda: torch.autograd.backward(tensors, their_gradients))
+    towers = (*live.history[:forward], *live.history[start:])
+    backward = flops.pop("backward")
+
+    def costs(flops_of_losses: tuple[int, int], **others: Any) -> StepCosts:
+        parts = flops | {"losses": flops_of_losses[0], "backward": backward + flops_of_losses[1]}
+        return StepCosts(
+            batch_size=len(batch),
+            flops={part: n for part, n in parts.items() if n},
+            uncounted=tuple(sorted(traffic.uncounted)),
+            waiting=waiting,
+            towers=towers,
+            embeddings=embeddings,
+            batch_bytes=sum(x.nbytes for x in x_of_batch),
+            **others,
+        )
+
+    return {number: costs(values.pop("flops"), **values) for number, values in of_losses.items()}
 
 
-def _forward(objective: Objective, batch: Batch, counted: Callable[[str, Callable[[], Any]], Any]) -> Tensor:
-    """The total loss; each part of the step is `counted`. What only the forward pass holds is gone when it returns."""
+def _forward(objective: Objective, batch: Batch, counted: Callable[[str, Callable[[], Any]], Any]) -> Outputs:
+    """What losses read; each part of the step is `counted`. What only this pass holds is gone when it returns."""
     views = objective.on_device(batch)
     teacher = counted("teacher", lambda: objective.represent_teachers(views))
     student = {
         name: counted(f"{name} tower", functools.partial(objective.represent_student, views, name))
         for name in objective.backbone
     }
-    outputs = counted("fusion", lambda: objective.fuse(views, student, teacher, Progress(0, 1)))
-    total: Tensor = counted("losses", lambda: objective.losses(outputs)).total
-    return total
+    outputs: Outputs = counted("fusion", lambda: objective.fuse(views, student, teacher, Progress(0, 1)))
+    return outputs
+
+
+def _cut_off(outputs: Outputs) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
+    """The same without a graph; and each tensor that had one with what stands for it, a leaf."""
+    leaves: list[tuple[Tensor, Tensor]] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        if not x.requires_grad:
+            return x
+        leaves.append((x, x.detach().requires_grad_()))
+        return leaves[-1][1]
+
+    def features(x: Features) -> Features:
+        classes = None if x.class_tokens is None else leaf(x.class_tokens)
+        tokens = {view: leaf(of_view) for view, of_view in x.tokens.items()}
+        return replace(x, pooled=leaf(x.pooled), tokens=tokens, class_tokens=classes)
+
+    def fused(x: Fused) -> Fused:
+        return replace(x, pooled=leaf(x.pooled), tokens=None if x.tokens is None else leaf(x.tokens))
+
+    read = Outputs(
+        outputs.views,
+        {name: features(x) for name, x in outputs.student.items()},
+        {of: {name: features(x) for name, x in teacher.items()} for of, teacher in outputs.teacher.items()},
+        {name: fused(x) for name, x in outputs.fused.items()},
+        outputs.fusion,
+        outputs.progress,
+        outputs.ema,
+        outputs.keys,
+        outputs.fields,
+        outputs.presence,
+    )
+    return read, leaves
+
+
+def _tensors(outputs: Outputs) -> Iterator[Tensor]:
+    """Of student, teachers and fusion."""
+    for features in (outputs.student, *outputs.teacher.values()):
+        for x in features.values():
+            yield x.pooled
+            yield from x.tokens.values()
+            if x.class_tokens is not None:
+                yield x.class_tokens
+    for fused in outputs.fused.values():
+        yield fused.pooled
+        if fused.tokens is not None:
+            yield fused.tokens
 
 
 def batch_of_examples(recipe: Recipe, size: int, without: WithoutValues | None = None) -> Batch:

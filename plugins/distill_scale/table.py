@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -12,40 +12,49 @@ from distill_scale.plan import Layout, Plan
 from distill_scale.profile import Profile
 
 
-def print_plan(plan: Plan) -> None:
-    """What it is of, then a row for each layout."""
+def print_plans(plans: Sequence[Plan]) -> None:
+    """What they are of, then for each number of devices a row for each layout."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for line in lines(plan):
+    for line in lines(plans[0]):
         console.print(line)
-    console.print(layout_table(plan))
-    for line in notes(plan):
+    for plan in plans:
+        console.print()
+        for line in lines_of_devices(plan):
+            console.print(line)
+        console.print(layout_table(plan))
+    for line in notes(plans):
         console.print(line)
 
 
 def lines(plan: Plan) -> Iterator[str]:
-    """Parameters, FLOPs and bytes, which no layout changes."""
+    """Parameters and bytes, which neither devices nor layouts change."""
+    yield f"{plan.recipe}: estimated, nothing has run"
+    yield _row("parameters", {part: _count(n) for part, n in plan.parameters.items()}) + (
+        f"; {_count(plan.trained)} are trained"
+    )
+    yield _row("bytes", {kind: _size(n) for kind, n in plan.bytes.items()})
+    if plan.lengths:
+        texts = {name: f"{mean:g}" for name, mean in plan.lengths.items()}
+        yield _row(f"mean tokens of {plan.samples_from}", texts)
+    if plan.uncounted:
+        yield f"not counted, for want of a formula: {', '.join(plan.uncounted)}"
+
+
+def lines_of_devices(plan: Plan) -> Iterator[str]:
+    """The batch, FLOPs, what losses gather."""
     hardware = plan.hardware
     devices = "1 device" if hardware.devices == 1 else f"{hardware.devices} devices"
     whole = f"{hardware.devices} x {plan.batch_size} = " if hardware.devices > 1 else ""
+    forward, backward = plan.gathered
+    gathered = f"; gathered for losses: {_size(forward)} forward, {_size(backward)} backward"
     yield (
-        f"{plan.recipe} on {devices} of {hardware.memory / 1e9:g} GB and {hardware.flops / 1e12:g} TFLOP/s, batch "
-        f"{whole}{hardware.devices * plan.batch_size:,}; estimated, nothing has run"
-    )
-    yield _row("parameters", {part: _count(n) for part, n in plan.parameters.items()}) + (
-        f"; {_count(plan.trained)} are trained"
+        f"{devices} of {hardware.memory / 1e9:g} GB and {hardware.flops / 1e12:g} TFLOP/s, batch "
+        f"{whole}{hardware.devices * plan.batch_size:,}" + (gathered if hardware.devices > 1 else "")
     )
     total = sum(plan.flops_per_sample.values())
     yield _row("GFLOP a sample", {part: f"{n / 1e9:.3g}" for part, n in plan.flops_per_sample.items()}) + (
         f"; {total / 1e9:.4g} in all"
     )
-    yield _row("bytes", {kind: _size(n) for kind, n in plan.bytes.items()})
-    if hardware.devices > 1:
-        forward, backward = plan.gathered
-        yield f"gathered for losses each step: {_size(forward)} forward, {_size(backward)} backward"
-    if plan.lengths:
-        yield _row("tokens of the examples", {name: f"{mean:g}" for name, mean in plan.lengths.items()})
-    if plan.uncounted:
-        yield f"not counted, for want of a formula: {', '.join(plan.uncounted)}"
 
 
 def layout_table(plan: Plan) -> Table:
@@ -55,6 +64,9 @@ def layout_table(plan: Plan) -> Table:
     table.add_column("checkpointing")
     for head in ("states GB", "activations", "peak", "largest batch", "TFLOP a step", "samples/s"):
         table.add_column(head, justify="right")
+    parts = any(layout.micro_batch != plan.batch_size for layout in plan.layouts)
+    if parts:
+        table.add_column("micro-batch", justify="right")
     if plan.steps is not None:
         table.add_column("GPU hours", justify="right")
     previous = None
@@ -63,30 +75,34 @@ def layout_table(plan: Plan) -> Table:
             table.add_section()
         own = (layout.shard, layout.checkpointing) == (plan.shard, plan.checkpointing)
         shard = f"{layout.shard}" if layout.shard != previous else ""
-        table.add_row(shard, *cells(layout, own=own, hours=plan.steps is not None), style="bold" if own else None)
+        table.add_row(
+            shard, *cells(layout, own=own, parts=parts, hours=plan.steps is not None), style="bold" if own else None
+        )
         previous = layout.shard
     return table
 
 
-def cells(layout: Layout, *, own: bool, hours: bool) -> list[str]:
+def cells(layout: Layout, *, own: bool, parts: bool, hours: bool) -> list[str]:
     """Of one row, after the shard."""
     row = [
         layout.checkpointing + (" *" if own else ""),
         f"{(layout.states + layout.gradients) / 1e9:.1f}",
         f"{layout.activations / 1e9:.1f}",
         f"{layout.peak / 1e9:.1f}" + ("" if layout.fits else " !"),
-        f"{layout.micro_batch:,}" if layout.micro_batch else "none",
+        f"{layout.largest_batch:,}" if layout.largest_batch else "none",
         f"{layout.tflops:.1f}",
         f"{layout.samples_per_s:,.0f}" if layout.samples_per_s is not None else "-",
     ]
+    if parts:
+        row.append(f"{layout.micro_batch:,}" if layout.micro_batch else "none")
     if hours:
         row.append(_hours(layout.gpu_hours))
     return row
 
 
-def notes(plan: Plan) -> Iterator[str]:
+def notes(plans: Sequence[Plan]) -> Iterator[str]:
     """What the numbers are, and rest on."""
-    hardware = plan.hardware
+    hardware = plans[0].hardware
     yield (
         "states: weights, optimiser, teacher, gradients. activations: what waits for the backward pass. largest batch: "
         f"samples on a device that fit in {100 * (1 - hardware.reserve):g} % of its memory. *: the recipe's layout."
@@ -97,12 +113,14 @@ def notes(plan: Plan) -> Iterator[str]:
     )
     yield (
         f"samples/s: products at {100 * hardware.utilization:g} % of the peak"
-        + (links if hardware.devices > 1 else "")
+        + (links if any(plan.hardware.devices > 1 for plan in plans) else "")
         + "."
     )
-    if not all(layout.fits for layout in plan.layouts):
-        yield "!: the batch does not fit; samples/s are of micro-batches, with each tower's forward pass twice."
-    if plan.steps is None:
+    if any(layout.micro_batch != plan.batch_size for plan in plans for layout in plan.layouts):
+        yield "micro-batch: train.parallel.micro_batch, for losses that read embeddings alone; towers encode twice."
+    if not all(layout.fits for plan in plans for layout in plan.layouts):
+        yield "!: this does not fit; samples/s are of the micro-batches that do."
+    if any(plan.steps is None for plan in plans):
         yield "GPU hours: the recipe's length is in epochs; say how many --samples one has."
 
 

@@ -13,10 +13,10 @@ from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.step import TrainStep
-from distill_scale.commands import Quantity, plan
+from distill_scale.commands import Counts, Quantity, plan
 from distill_scale.hardware import Hardware
-from distill_scale.plan import layouts, look, make_plan, states_of
-from distill_scale.step_costs import costs_of_step
+from distill_scale.plan import layouts, look, make_plans, states_of
+from distill_scale.step_costs import costs_of_steps
 
 CPU = torch.device("cpu")
 
@@ -53,12 +53,14 @@ def test_states_are_those_of_a_real_run(tiny_recipe: Path, registry: Registry) -
 
 @pytest.mark.slow
 def test_peak_at_other_batches(registry: Registry) -> None:
-    """The largest batch is read off a line through two sizes: a step of that size takes what was said."""
+    """The largest batch is read off steps of other sizes, whose losses grow with pairs of samples: a step of that size
+    takes what was said."""
     recipe = load_recipe(Path(__file__).parents[2] / "recipes/clip_tiny.yaml", registry=registry)
-    made = make_plan(recipe, Hardware(memory=1.5e9), CPU)
+    (made,) = make_plans(recipe, [Hardware(memory=1.5e9)], CPU)
     for layout in made.layouts:
-        assert layout.micro_batch > 2 * recipe.data.batch_size
-        costs = costs_of_step(recipe, layout.micro_batch, device=CPU, checkpointing=layout.checkpointing)
+        size = layout.largest_batch
+        assert size > 2 * recipe.data.batch_size
+        costs = costs_of_steps(recipe, size, [1], device=CPU, checkpointing=layout.checkpointing)[1]
         assert layout.states + costs.peak() + 2 * costs.batch_bytes == pytest.approx(1.5e9 * 0.9, rel=0.02)
 
 
@@ -66,10 +68,10 @@ def test_peak_at_other_batches(registry: Registry) -> None:
 def test_layouts(tiny_recipe: Path, registry: Registry) -> None:
     """Split over more devices less lasts on each; computing again takes more FLOPs, holds less and takes longer. A
     batch that does not fit is cut in micro-batches, for another forward pass; weights that do not fit have no time."""
-    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["data.batch_size=16"])
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["data.batch_size=128"])
     fast_links = Hardware(devices=16, memory=1e9, bandwidth=1e18, network=1e18)
     states = states_of(recipe)
-    costs = look(recipe, fast_links, torch.device("cuda"), states)
+    costs = look(recipe, fast_links, [16], torch.device("cuda"), states)[16]
     rows = {(x.shard, x.checkpointing): x for x in layouts(recipe, fast_links, states, costs, 4)}
     assert [*dict.fromkeys(shard for shard, _ in rows)] == [1, 8, 16]
     assert rows[1, "none"].states > rows[8, "none"].states > rows[16, "none"].states
@@ -81,12 +83,12 @@ def test_layouts(tiny_recipe: Path, registry: Registry) -> None:
         assert full.step_s is not None
         assert none.step_s is not None
         assert none.step_s < full.step_s
-        assert none.samples_per_s == pytest.approx(16 * 16 / none.step_s)
+        assert none.samples_per_s == pytest.approx(16 * 128 / none.step_s)
         assert none.gpu_hours == pytest.approx(4 * none.step_s * 16 / 3600)
 
     links = replace(fast_links, bandwidth=1e9, network=1e9)
     half = load_recipe(
-        tiny_recipe, registry=registry, overrides=["data.batch_size=16", "train.parallel.weight_precision=bf16"]
+        tiny_recipe, registry=registry, overrides=["data.batch_size=128", "train.parallel.weight_precision=bf16"]
     )
     in_fp32, in_bf16 = (
         {x.shard: x for x in layouts(r, links, states, costs, 4) if x.checkpointing == "none"} for r in (recipe, half)
@@ -100,10 +102,16 @@ def test_layouts(tiny_recipe: Path, registry: Registry) -> None:
     scarce = replace(fast_links, memory=(plenty.peak - 100) / (1 - fast_links.reserve))
     tight = layouts(recipe, scarce, states, costs, 4)[0]
     assert not tight.fits
-    assert 0 < tight.micro_batch < 16
+    assert 0 < tight.micro_batch < 128
+    assert 0 < tight.largest_batch < 128
+    assert plenty.micro_batch == 128
     assert tight.tflops > plenty.tflops
+    own = load_recipe(tiny_recipe, registry=registry, overrides=["data.batch_size=128", "train.parallel.micro_batch=4"])
+    parts = layouts(own, fast_links, states, costs, 4)[0]
+    assert (parts.micro_batch, parts.fits, parts.tflops) == (4, True, tight.tflops)
+    assert parts.peak < plenty.peak
     nothing = layouts(recipe, replace(fast_links, memory=plenty.states), states, costs, 4)[0]
-    assert (nothing.micro_batch, nothing.step_s, nothing.samples_per_s) == (0, None, None)
+    assert (nothing.largest_batch, nothing.micro_batch, nothing.step_s, nothing.samples_per_s) == (0, 0, None, None)
 
 
 def test_times_of_links() -> None:
@@ -136,7 +144,11 @@ def test_printed(tiny_recipe: Path) -> None:
     assert "say how many --samples" in text
     assert "8 x 4 = 32" in text
     assert text.count("none *") == 1
-    made = json.loads(run(str(tiny_recipe), "--devices", "8", *epochs, "--samples", "3200", "--json"))
+    one, made = map(
+        json.loads, run(str(tiny_recipe), "--devices", "2,8", *epochs, "--samples", "3200", "--json").splitlines()
+    )
+    assert one["hardware"]["devices"] == 2
+    assert one["flops_per_sample"]["losses"] < made["flops_per_sample"]["losses"]
     assert made["steps"] == 200
     assert made["hardware"]["memory"] == 80e9
     assert {(x["shard"], x["checkpointing"]) for x in made["layouts"]} == {
@@ -151,6 +163,13 @@ def test_quantities(value: str, number: float) -> None:
     assert Quantity("B").convert(value, None, None) == number
 
 
+def test_several_numbers_of_devices() -> None:
+    assert Counts().convert("1, 8,8,64", None, None) == (1, 8, 64)
+    result = CliRunner().invoke(plan, ["clip_tiny", "--devices", "1,0"])
+    assert result.exit_code == 2
+    assert "'1,0' is no positive number, nor several, as 1,8,64" in result.output
+
+
 @pytest.mark.parametrize("value", ["lots", "-1GB", "0", "nan", "B"])
 def test_what_is_no_quantity(value: str) -> None:
     result = CliRunner().invoke(plan, ["clip_tiny", "--memory", value])
@@ -161,7 +180,7 @@ def test_what_is_no_quantity(value: str) -> None:
 def test_devices_that_are_no_nodes(tiny_recipe: Path, registry: Registry) -> None:
     recipe = load_recipe(tiny_recipe, registry=registry)
     with pytest.raises(UserError, match="--devices 12 is not a number of nodes of 8"):
-        make_plan(recipe, Hardware(devices=12), CPU)
+        make_plans(recipe, [Hardware(devices=8), Hardware(devices=12)], CPU)
     three = load_recipe(tiny_recipe, registry=registry, overrides=["train.parallel.shard=3"])
     with pytest.raises(UserError, match="shard: 3 does not divide the devices, 8"):
-        make_plan(three, Hardware(devices=8), CPU)
+        make_plans(three, [Hardware(devices=8)], CPU)

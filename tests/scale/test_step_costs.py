@@ -12,17 +12,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from distill_core import Batch, Objective, Progress
+from distill_core.gradient_cache import GradientCache
 from distill_core.parallel import lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import ParallelConfig, Recipe
 from distill_core.registry import Registry
+from distill_core.system.without_values import WithoutValues
 from distill_scale.live_bytes import LiveBytes
 from distill_scale.step_costs import (
     Checkpointing,
+    StepCosts,
     batch_of_examples,
-    costs_of_step,
-    measured_step,
+    costs_of_steps,
+    measured_steps,
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -39,6 +42,17 @@ def real(recipe: Recipe, size: int, checkpointing: Checkpointing = "none") -> tu
     objective.trainable(recipe.freeze, recipe.train.lr_factors)
     lay_out(objective, ParallelConfig(checkpointing=checkpointing), CPU)
     return objective, batch_of_examples(recipe, size)
+
+
+def costs_of_step(
+    recipe: Recipe,
+    size: int,
+    *,
+    device: torch.device = CPU,
+    ranks: int = 1,
+    checkpointing: Checkpointing = "none",
+) -> StepCosts:
+    return costs_of_steps(recipe, size, [ranks], device=device, checkpointing=checkpointing)[ranks]
 
 
 def saved_bytes(recipe: Recipe, objective: Objective, batch: Batch) -> int:
@@ -62,6 +76,55 @@ def tensors(objective: Objective, batch: Batch) -> Iterator[Tensor]:
     yield from (group.x for views in batch.views.values() for group in views.groups)
 
 
+@pytest.mark.slow
+def test_as_a_step_whose_losses_are_not_cut_off(registry: Registry) -> None:
+    """What is alive at most in one backward pass from losses to towers, with other ranks too; the number of ranks that
+    ran before changes nothing."""
+    recipe = recipe_of(registry, "cosmos_tiny")
+    planned = costs_of_steps(recipe, 16, [1, 64], device=CPU)
+    objective, batch = real(recipe, 16)
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
+    with LiveBytes(objective.parameters(), [*tensors(objective, batch)]) as live:
+        with bf16:
+            outputs = objective.represent(batch, Progress(0, 1))
+            total = objective.losses(outputs).total
+        held = live.now
+        total.backward()
+    assert planned[1].peak() == pytest.approx(live.peak(), rel=0.02)
+    assert planned[1].held == pytest.approx(held, rel=0.02)
+    alone = costs_of_step(recipe, 16, ranks=64)
+    assert (planned[64].flops, planned[64].gathered) == (alone.flops, alone.gathered)
+    assert planned[64].peak_of_losses == pytest.approx(alone.peak_of_losses, rel=0.01)
+    assert planned[64].peak_of_losses > 2 * planned[1].peak_of_losses
+    assert planned[64].peak_of_towers() == pytest.approx(planned[1].peak_of_towers(), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [3, 8])
+def test_as_a_step_in_micro_batches(registry: Registry, size: int) -> None:
+    """`train.parallel.micro_batch`, on tensors without values too: the losses of the whole batch beside no graph of the
+    towers, then micro-batches beside all gradients."""
+    recipe = recipe_of(registry, "cosmos_tiny", "backbone.image.layers=4")
+    whole, part = costs_of_step(recipe, 64), costs_of_step(recipe, size)
+    without = WithoutValues()
+    objective = without.build(lambda: build_objective(recipe))
+    objective.trainable(recipe.freeze, recipe.train.lr_factors)
+    batch = batch_of_examples(recipe, 64, without)
+    with LiveBytes(objective.parameters(), [*tensors(objective, batch)]) as live, without:
+
+        def bf16() -> torch.autocast:
+            return torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
+
+        cache = GradientCache(objective, batch, Progress(0, 1), size, bf16)
+        with bf16():
+            total = objective.losses(cache.outputs).total
+        total.backward()
+        cache.backward()
+    planned = max(part.peak_of_towers(again=True), whole.peak_of_losses) + 2 * whole.embeddings
+    assert planned == pytest.approx(live.peak(), rel=0.1)
+    assert planned < whole.peak() / 2
+
+
 METHODS = ["clip_tiny", "flava_tiny", "ibot_tiny", "siglip_tiny", "tips_tiny"]
 
 
@@ -72,7 +135,7 @@ def test_as_a_real_step(registry: Registry, name: str) -> None:
     recipe = recipe_of(registry, name)
     planned = costs_of_step(recipe, 16, device=CPU)
     objective, batch = real(recipe, 16)
-    measured = measured_step(recipe, objective, batch)
+    measured = measured_steps(recipe, objective, batch)[1]
     assert planned.flops == measured.flops
     assert planned.uncounted == ()
     assert planned.peak() == pytest.approx(measured.peak(), rel=0.02)
@@ -87,7 +150,7 @@ def test_as_a_real_step_that_computes_again(registry: Registry, checkpointing: C
     recipe = recipe_of(registry, "cosmos_tiny", "backbone.image.layers=8")
     plain = costs_of_step(recipe, 16, device=CPU)
     planned = costs_of_step(recipe, 16, device=CPU, checkpointing=checkpointing)
-    measured = measured_step(recipe, *real(recipe, 16, checkpointing))
+    measured = measured_steps(recipe, *real(recipe, 16, checkpointing))[1]
     assert planned.flops == measured.flops
     assert planned.peak() == pytest.approx(measured.peak(), rel=0.02)
     assert planned.held == pytest.approx(measured.held, rel=0.02)

@@ -12,7 +12,7 @@ from distill_kernels.attention import memory_efficient
 from distill_scale.commands import plan
 
 PAGE = (Path(__file__).parents[2] / "docs/scale.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\n\$ distill plan ([^\n]+)\n(.*?)```", PAGE, flags=re.DOTALL)
+BLOCKS = re.findall(r"```\n\$ distill plan ((?:[^\n]*\\\n)*[^\n]+)\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +26,14 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_plans_are_there() -> None:
     """Guards the test below against an empty list."""
-    devices = [re.search(r"--devices (\d+)", arguments) for arguments, _ in BLOCKS]
-    assert [match.group(1) for match in devices if match] == ["8"]
+    devices = [re.search(r"--devices (\S+)", arguments) for arguments, _ in BLOCKS]
+    assert [match.group(1) for match in devices if match] == ["1,8,64,512"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arguments", "printed"), BLOCKS, ids=[arguments for arguments, _ in BLOCKS])
+@pytest.mark.parametrize(("arguments", "printed"), BLOCKS, ids=[arguments.split()[0] for arguments, _ in BLOCKS])
 def test_a_plan_is_what_the_command_prints(arguments: str, printed: str) -> None:
-    result = CliRunner().invoke(plan, shlex.split(arguments), env={"COLUMNS": "110"})
+    result = CliRunner().invoke(plan, shlex.split(arguments.replace("\\\n", " ")), env={"COLUMNS": "110"})
     assert result.exit_code == 0, result.output
     assert lines(result.output) == lines(printed)
 

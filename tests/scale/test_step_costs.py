@@ -100,12 +100,11 @@ def test_as_a_step_whose_losses_are_not_cut_off(registry: Registry) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [3, 8])
-def test_as_a_step_in_micro_batches(registry: Registry, size: int) -> None:
+def test_as_a_step_in_micro_batches(registry: Registry) -> None:
     """`train.parallel.micro_batch`, on tensors without values too: the losses of the whole batch beside no graph of the
     towers, then micro-batches beside all gradients."""
     recipe = recipe_of(registry, "cosmos_tiny", "backbone.image.layers=4")
-    whole, part = costs_of_step(recipe, 64), costs_of_step(recipe, size)
+    whole, part = costs_of_step(recipe, 64), costs_of_step(recipe, 8)
     without = WithoutValues()
     objective = without.build(lambda: build_objective(recipe))
     objective.trainable(recipe.freeze, recipe.train.lr_factors)
@@ -115,7 +114,7 @@ def test_as_a_step_in_micro_batches(registry: Registry, size: int) -> None:
         def bf16() -> torch.autocast:
             return torch.autocast("cpu", torch.bfloat16, enabled=recipe.train.precision == "bf16")
 
-        cache = GradientCache(objective, batch, Progress(0, 1), size, bf16)
+        cache = GradientCache(objective, batch, Progress(0, 1), 8, bf16)
         with bf16():
             total = objective.losses(cache.outputs).total
         total.backward()

@@ -116,8 +116,8 @@ def test_sigterm_of_one_rank_or_of_all(tmp_path: Path, tiny_recipe: Path, where:
     assert codes == [128 + signal.SIGTERM] * 2, said
     folder = tmp_path / "runs" / "tiny"
     step = int(re.search(rf"SIGTERM: saved at step (\d)\. Continue with: distill resume {folder}", said[0])[1])  # type: ignore[index]
-    assert step in (3, 4), "the step in which it came, or the next"
-    assert Checkpoints(folder).steps() == [2, step]
+    assert step in (3, 4, 5), "the step in which it came, or one of the two after it: ranks hear of it a step late"
+    assert Checkpoints(folder).steps() == [*range(2, step, 2), step]
     assert "\n".join(said).count("saved at step") == 1
     assert len(Checkpoints(folder).read()["ranks"]) == 2
 

@@ -117,7 +117,7 @@ def test_sigterm_of_one_rank_or_of_all(tmp_path: Path, tiny_recipe: Path, where:
     folder = tmp_path / "runs" / "tiny"
     step = int(re.search(rf"SIGTERM: saved at step (\d)\. Continue with: distill resume {folder}", said[0])[1])  # type: ignore[index]
     assert step in (3, 4, 5), "the step in which it came, or one of the two after it: ranks hear of it a step late"
-    assert Checkpoints(folder).steps() == [*range(2, step, 2), step]
+    assert Checkpoints(folder).steps() == [*range(2, step, 2), step][-2:], "two are kept"
     assert "\n".join(said).count("saved at step") == 1
     assert len(Checkpoints(folder).read()["ranks"]) == 2
 

@@ -58,7 +58,7 @@ def reader_of(shards: list[Shard], *, image: bool = True, text: bool = True) -> 
     if text:
         augment["text"] = WholeCaption(WholeCaption.Config(take="one"))
     views = SampleViews(augment, 0)
-    return BatchReader(shards, lengths, order, views, lambda items: items, patience=patience)  # type: ignore[arg-type, return-value]
+    return BatchReader(shards, lengths, order, views, lambda items, fillers: items, patience=patience)  # type: ignore[arg-type, return-value]
 
 
 def a_pass(shards: list[Shard], *, text: bool = True) -> tuple[list[str], list[Skipped]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,9 @@ class ByWords(Loss):
     @classmethod
     def needs(cls, config: LossConfig, plan: Plan) -> Needs:
         return Needs(student=("text",), extra={"text": ("words",), "image": ("box",)}, embeddings=("text",))
+
+    def units(self) -> Sequence[torch.nn.Module]:
+        return ()  # it reads values on the host
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         words = outputs.views["text"].groups[0].extra["words"][0].float()  # [B]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -41,9 +42,12 @@ def failures_named() -> Iterator[None]:
             peers.fail(line)
             if not isinstance(error, UserError):  # a bug: its traceback follows
                 click.echo(f"rank {peers.rank}: {line}", err=True)
+            _end_without_waiting(error)
             raise
         line = f"{first}. All ranks end; what was saved last can be resumed"
-        raise OtherRankFailed(line, speaks=peers.is_first("to name the error")) from None
+        consequence = OtherRankFailed(line, speaks=peers.is_first("to name the error"))
+        _end_without_waiting(consequence)
+        raise consequence from None
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -51,6 +55,17 @@ def _terminate(number: int, frame: object) -> None:
     error = sys.exception()
     if not (isinstance(error, Exception) and is_consequence(error)):
         raise SystemExit(128 + number)
+
+
+def _end_without_waiting(error: Exception) -> None:
+    """Once it has been printed: threads of torch end with their collectives, which other ranks may never reach."""
+
+    def end(code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(end, error.exit_code if isinstance(error, UserError) else 1)
 
 
 def is_consequence(error: Exception) -> bool:

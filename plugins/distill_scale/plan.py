@@ -11,7 +11,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
-from distill_core import Backbone, UserError, progress_bar
+from distill_core import Backbone, CopiedTeacher, UserError, progress_bar
 from distill_core.tools import Recipe, WithoutValues, build_objective
 from distill_scale.hardware import Hardware
 from distill_scale.step_costs import Checkpointing, StepCosts, costs_of_steps, example_lengths
@@ -112,6 +112,12 @@ def make_plans(
 ) -> list[Plan]:
     """One for each; they differ in the number of devices alone. `samples` of an epoch are needed where the recipe's
     length is in epochs. Raises `UserError`."""
+    for name, teacher in recipe.all_teachers.items():
+        if not issubclass(teacher.cls, CopiedTeacher):
+            raise UserError(
+                f"the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student are planned; "
+                f"plan without it and the losses that read it (--set teachers.{name}=null)"
+            )
     batch = recipe.data.batch_size
     for each in hardware:
         if each.devices > each.node and each.devices % each.node:

@@ -177,6 +177,16 @@ def test_what_is_no_quantity(value: str) -> None:
     assert "no positive number of B" in result.output
 
 
+def test_a_teacher_with_towers_of_its_own_is_not_planned(tiny_recipe: Path, registry: Registry) -> None:
+    """Would catch a traceback, and a plan that leaves its towers out."""
+    tower = "{name: vit, image_size: 16, patch: 8, width: 16, layers: 1, heads: 2, dim: 8}"
+    weights = "[{name: state_dict, source: none.pt}]"
+    frozen = f"teachers.wise={{name: frozen, backbone: {{image: {tower}}}, weights: {weights}}}"
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=[frozen])
+    with pytest.raises(UserError, match="'wise' is 'frozen': only teachers that follow the student are planned"):
+        make_plans(recipe, [Hardware()], CPU)
+
+
 def test_devices_that_are_no_nodes(tiny_recipe: Path, registry: Registry) -> None:
     recipe = load_recipe(tiny_recipe, registry=registry)
     with pytest.raises(UserError, match="--devices 12 is not a number of nodes of 8"):

@@ -15,12 +15,13 @@ def distill_components():
     from my_plugin.optimizer import Sgd
     from my_plugin.schedule import Linear
     from my_plugin.task import Agreement
+    from my_plugin.teacher import Average
     from my_plugin.tower import Tower
     from my_plugin.tracker import Csv
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, MeanFusion, Match, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
+    return [Noisy, Tower, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
 
 
 @hookimpl

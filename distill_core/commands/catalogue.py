@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -32,7 +33,7 @@ def options(config: type[BaseModel]) -> list[dict[str, Any]]:
                 "name": field.alias or name,
                 "type": type_name(field.annotation),
                 "required": field.is_required(),
-                "default": list(default) if isinstance(default, tuple) else default,
+                "default": to_jsonable_python(default),
                 "doc": " ".join((field.description or "").split()),
             }
         )

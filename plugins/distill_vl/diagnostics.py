@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from distill_core import Diagnostic
+from distill_core import Diagnostic, install
 from distill_kernels.attention.memory_efficient import why_not_built
 from distill_kernels.defaults import table_path, why_not_readable
 from distill_kernels.dispatch import listing
@@ -39,7 +39,7 @@ def _xformers() -> list[Diagnostic]:
     if reason is None:
         return [Diagnostic("kernels", "xformers", f"{pair}: its kernels load")]
     advice = (
-        "distill leaves its backends alone. On a machine with a GPU, `pip install 'selfdistill[gpu]'` installs a pair "
+        f"distill leaves its backends alone. On a machine with a GPU, `{install('gpu')}` installs a pair "
         "that fits; so does any torch from PyTorch's index for that CUDA"
     )
     return [Diagnostic("kernels", "xformers", f"{pair}: its kernels do not load", f"{reason}: {advice}")]

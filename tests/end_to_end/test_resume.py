@@ -196,7 +196,8 @@ def test_kill_then_resume(place: Place, with_gate: Registry, tmp_path: Path, wor
     metrics (twice, then), and a last row that the kill cut off."""
     run, code, _ = stop(place, workers, 8, signal.SIGKILL, tmp_path)
     assert code == -signal.SIGKILL
-    assert Checkpoints(run).steps()[-1] == 6
+    saved = Checkpoints(run).steps()[-1]
+    assert saved in (3, 6), "that of step 6 may be half written"
     last = RunFolder(run).rows()[-1]
     assert last["step"] == 6, "a step's row is written during the next"
     with (run / "metrics.jsonl").open("a") as file:
@@ -208,7 +209,7 @@ def test_kill_then_resume(place: Place, with_gate: Registry, tmp_path: Path, wor
         process = distill("resume", str(run))
         output, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert f"resumed at step 6 of {STEPS} steps" in errors
+        assert f"resumed at step {saved} of {STEPS} steps" in errors
         assert re.search(r"skipped: \d+ samples? that could not be used, \d+ times?", output)
     assert_same_end(run, place.whole[workers])
 

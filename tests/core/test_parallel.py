@@ -127,6 +127,7 @@ def test_the_trainer_compiles_with_inductor(
     """Two steps, the second of which reads what the first has made of the weights: the eager losses. Not the eager
     weights: AdamW makes full steps of gradients that are rounding. Would catch a backend that is not torch's own
     default, and generated code that fails under the trainer. One tower, one length: compiling is what takes long."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # which another test may have imported
     monkeypatch.setattr(parallel, "compile_units", compile_units)
     mine = Registry([*registry.entries.values(), Entry(Square, "mine", "mine")])
     text = tiny_recipe.read_text(encoding="utf-8")

@@ -103,8 +103,9 @@ def test_compiled_is_eager(path: Path, registry: Registry) -> None:
     assert list(objective.state_dict()) == list(start)
 
 
-def test_inductor_makes_the_eager_step(registry: Registry) -> None:
+def test_inductor_makes_the_eager_step(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """COSMOS as it is compiled in training. Would catch what only generated code gets wrong."""
+    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")  # which another test may have imported
     recipe = load_recipe(ROOT / "cosmos_tiny.yaml", registry=registry, overrides=DATA)
     torch.manual_seed(0)
     objective = build_objective(recipe)

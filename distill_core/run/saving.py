@@ -49,13 +49,15 @@ class Saver:
         self._best = state.best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
-        interrupt.busy = lambda: self._writing is not None and not self._writing.problem.done()
+        self._busy = False
+        interrupt.busy = lambda: self._busy
 
     def begin(self) -> None:
         """Start writing a checkpoint, also as the best one if the step has the best score. Waits for the one before."""
         self.settle()
         state = self.state
         best, content = state.best_step == state.step, split(state.state_dict())
+        self._busy = True  # before the thread starts, which a signal may come before
         problem = self._thread.submit(self._write, state.step, content, best)
         self._writing = _Writing(state.step, state.best if best else None, problem)
 
@@ -84,7 +86,14 @@ class Saver:
         self._thread.shutdown()
 
     def _write(self, step: int, content: Split, best: bool) -> str | None:
-        """In the thread: each rank its part, then the first the checkpoint that names them. Returns why that failed."""
+        """In the thread: `_write_whole`."""
+        try:
+            return self._write_whole(step, content, best)
+        finally:
+            self._busy = False
+
+    def _write_whole(self, step: int, content: Split, best: bool) -> str | None:
+        """Each rank its part, then the first the checkpoint that names them. Returns why that failed."""
         number, digest, problem = distributed.rank(), None, None
         if number < content.count > 1:
             try:

@@ -273,13 +273,16 @@ def test_a_signal_while_a_checkpoint_is_written(
     save = Checkpoints.save
     trainer = start(*PLAIN, "train.checkpoint.every=2", "loss=[{name: contrastive}]")
 
+    heard: list[str] = []
+    say = trainer.interrupt.say
+    trainer.interrupt.say = lambda line: (heard.append(line), say(line))[1]
+
     def slow(self: Checkpoints, step: int, *arguments: Any, **options: Any) -> Any:
-        if step == 2:
-            for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
-                os.kill(os.getpid(), number)
-                while trainer.interrupt.signal is None:  # which the main thread sets
-                    time.sleep(0.01)
-            time.sleep(0.5)
+        for number in (signal.SIGTERM, signal.SIGINT) if step == 2 else ():
+            os.kill(os.getpid(), number)
+            until = time.monotonic() + 20
+            while time.monotonic() < until and not any(signal.Signals(number).name in line for line in heard):
+                time.sleep(0.01)  # which the main thread, busy with the next step, is told between two of its lines
         return save(self, step, *arguments, **options)
 
     monkeypatch.setattr(Checkpoints, "save", slow)

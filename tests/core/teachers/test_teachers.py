@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import my_plugin.teacher
 import numpy as np
 import pytest
 import torch
-import uniform_teacher
 
 from distill_authoring.conformance import assert_conforms
 from distill_core.errors import RecipeErrors, UserError
@@ -34,7 +34,7 @@ DISTILL = "{name: cross_modal_distillation, teacher: %s}"
 
 @pytest.fixture
 def more(registry: Registry) -> Registry:
-    return Registry([*registry.entries.values(), Entry(uniform_teacher.Uniform, "outside", "outside")])
+    return Registry([*registry.entries.values(), Entry(my_plugin.teacher.Average, "outside", "outside")])
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def equal(teacher: Any, student: dict[str, torch.Tensor], tolerance: float = 0.0
     return all(torch.allclose(x, student[name], rtol=0, atol=tolerance) for name, x in own.items())
 
 
-@pytest.mark.parametrize("component", [Ema, Snapshot, Frozen, Stored, Ensemble, uniform_teacher.Uniform])
+@pytest.mark.parametrize("component", [Ema, Snapshot, Frozen, Stored, Ensemble, my_plugin.teacher.Average])
 def test_conforms(component: type) -> None:
     assert_conforms(component)
 
@@ -341,13 +341,13 @@ def test_an_ensembles_similarities_are_the_members_mean(trainer: Make, source: P
 
 def test_a_strangers_rule(trainer: Make) -> None:
     """From the public surface, in 30 lines: the mean of the students after each step, exactly resumed."""
-    made = trainer("teacher={name: uniform}", "train.steps=4")
+    made = trainer("teacher={name: my_plugin_average}", "train.steps=4")
     states = students(made)[1:]
     mean = {name: torch.stack([state[name].float() for state in states]).mean(0) for name in states[0]}
     assert equal(made.objective.teachers["default"], mean, 1e-6)
     assert made.objective.teachers["default"].count == 4
-    source = Path(str(uniform_teacher.__file__)).read_text()
-    assert len(source[source.index("class UniformConfig") :].splitlines()) < 30
+    source = Path(str(my_plugin.teacher.__file__)).read_text()
+    assert len(source[source.index("class AverageConfig") :].splitlines()) < 30
 
 
 def test_teachers_may_be_exchanged_while_a_run_stands() -> None:

@@ -1,9 +1,11 @@
 """Broken backbones."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from components_to_check.broken import broken
-from components_to_check.good import MaskingTower, Telling, masking_stack
+from components_to_check.good import DeepTower, MaskingTower, Telling, masking_stack
 from components_to_check.seeded_backbones import PooledFromDetached, ScalesImages
 from my_plugin.tower import Tower, stack
 from torch import nn
@@ -235,3 +237,16 @@ class BranchesOnAValue(Tower):
     def __init__(self, config):
         super().__init__(config)
         self.mlp[2] = Halting()
+
+
+@broken("layers", "two layers give the same tokens")
+class HandsTheLastOn(DeepTower):
+    def encode_one(self, one):
+        encoded = super().encode_one(replace(one, tokens=True))
+        return replace(encoded, layers=dict.fromkeys(one.layers, encoded.tokens))
+
+
+@broken("dropped_tokens", "dropping tokens changes nothing: keep is not used")
+class DropsNothing(DeepTower):
+    def encode_one(self, one):
+        return super().encode_one(replace(one, keep=None))

@@ -18,7 +18,7 @@ from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.tracker import Tracker, TrackerConfig
 from distill_core.contracts.weights import LoadReport, WeightLoader
-from distill_core.interfaces import Backbone, Loss
+from distill_core.interfaces import Backbone, Loss, TowerInput
 from distill_core.outputs import Encoded
 from distill_core.plan import BackboneSpec, Needs, same_dim
 from distill_core.system.distributed import all_gather, rank
@@ -95,6 +95,36 @@ def masking_stack(samples, seeds=()):
         draws = [torch.rand(len(group.x), 4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         group.token_mask = torch.stack(draws, 1) < 0.5
     return views
+
+
+class DeepTower(Tower):
+    """Hands on two layers, and drops tokens."""
+
+    name = "deep"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.second = nn.Linear(config.width, config.width)
+        self.project = nn.Linear(config.width, config.dim)
+
+    @classmethod
+    def spec(cls, config):
+        return BackboneSpec(config.width, config.dim, layers=2, can_drop=True)
+
+    def encode(self, x, *, tokens, token_mask):
+        return self.encode_together([TowerInput(x, tokens, token_mask)])[0]
+
+    def encode_together(self, inputs):
+        return [self.encode_one(one) for one in inputs]
+
+    def encode_one(self, one):
+        patches = self.embed(one.x.unflatten(1, (-1, self.config.patch))) + self.position
+        if one.keep is not None:
+            patches = patches.take_along_dim(one.keep[..., None], 1)
+        first = patches + self.mlp(patches)
+        last = first + self.second(first)
+        layers = {layer: (first, last)[layer] for layer in one.layers}
+        return Encoded(self.project(last.mean(1)), last if one.tokens else None, layers=layers)
 
 
 class Fill(Loss):
@@ -312,6 +342,6 @@ CASES = ConformanceCases(
 
 
 GOOD = (
-    Noisy, Tower, MaskingTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds, Waves,
-    Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
+    Noisy, Tower, MaskingTower, DeepTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds,
+    Waves, Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

@@ -1,10 +1,10 @@
 """A teacher that conforms, and broken ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from components_to_check.broken import broken
-from uniform_teacher import Uniform
+from my_plugin.teacher import Average
 
 from distill_core import BackboneSpec, Features, Group, Teacher, View, Views
 
@@ -77,13 +77,13 @@ class DrawsAnew(Fixed):
 
 
 @broken("not_finite", "a step that is not finite moves it")
-class MovesAnyway(Uniform):
+class MovesAnyway(Average):
     def after_step(self, progress, finite=None):
         self.follow(0.5)
 
 
 @broken("resumed", "hold what moves in buffers")
-class CountsOnItsOwn(Uniform):
+class CountsOnItsOwn(Average):
     def __init__(self, config, name, plan, student):
         super().__init__(config, name, plan, student)
         self.steps = 0
@@ -94,14 +94,20 @@ class CountsOnItsOwn(Uniform):
 
 
 @broken("frozen", "it is `cacheable`, and what it says moves")
-class NotFrozen(Uniform):
+class NotFrozen(Average):
     @classmethod
     def cacheable(cls, config):
         return True
 
 
 @broken("copied_parts", "is the student's own tensor, which trains")
-class Shares(Uniform):
+class Shares(Average):
     def __init__(self, config, name, plan, student):
         super().__init__(config, name, plan, student)
         self.shared = next(student.parameters())
+
+
+@broken("layers", "does not hand on the layer 0")
+class DropsLayers(Average):
+    def encode(self, batch, tokens_of):
+        return {name: replace(features, layers={}) for name, features in super().encode(batch, tokens_of).items()}

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -253,18 +253,7 @@ class Loader:
             self._start_worker = _StartWorker(self.table, name)
         batches = _Batches(self._batch_reader(), self.position, self.batch_size, self.rank, self.world)
         before = multiprocessing.active_children()
-        with warnings.catch_warnings():
-            # more workers than cores: the trainer says it, in a recipe's terms
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader = DataLoader(
-                batches,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=self.recipe.data.prefetch if workers else None,
-                pin_memory=self.pin,
-                worker_init_fn=self._start_worker,
-            )
-            iterator = iter(loader)
+        iterator = self._in_workers(batches, self._start_worker, pin=self.pin)
         self._workers = [child for child in multiprocessing.active_children() if child not in before]
         if self._workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises for a worker that died wherever the trainer is just then: in a save, in an update
@@ -273,22 +262,30 @@ class Loader:
 
     def visits(self, ranges: Sequence[range]) -> Iterator[Visits]:
         """A batch of each range of positions, in this order, by workers of its own. Raises `DataError`."""
-        workers = self.recipe.data.workers
         ranged = _Ranges(self._batch_reader(), ranges)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create")
-            loader = DataLoader(
-                ranged,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=self.recipe.data.prefetch if workers else None,
-                worker_init_fn=ranged.start_worker,
-            )
-            batches = iter(loader)
-        for visits in batches:
+        for visits in self._in_workers(ranged, ranged.start_worker):
             if isinstance(visits, Failure):
                 raise DataError(visits.message)
             yield visits
+
+    def _in_workers(
+        self, dataset: Dataset[Any], start_worker: Callable[[int], None] | None, *, pin: bool = False
+    ) -> Iterator[Any]:
+        """What the dataset gives, made by workers that start now."""
+        workers = self.recipe.data.workers
+        with warnings.catch_warnings():
+            # more workers than cores: the trainer says it, in a recipe's terms
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            return iter(
+                DataLoader(
+                    dataset,
+                    batch_size=None,
+                    num_workers=workers,
+                    prefetch_factor=self.recipe.data.prefetch if workers else None,
+                    pin_memory=pin,
+                    worker_init_fn=start_worker,
+                )
+            )
 
     def described(self, of: Recipe) -> dict[str, Any]:
         """What the views at all positions depend on, under a recipe for the same data: plain data for `changes`."""

@@ -392,27 +392,27 @@ STAGE_MAY_CHANGE = (
 def stage_problems(recipe: Recipe, stages: Sequence[Recipe]) -> tuple[list[Problem], list[str]]:
     """What a stage changes that belongs to the whole run, points that do not rise, and weights that would not fit, by
     models that are built without memory; and a warning where they cannot be."""
-    found: list[Problem] = []
+    mistakes: list[Problem] = []
     points = [_comparable(stage.at, recipe.train.steps) for stage in recipe.stages]
     for i, (before, after) in enumerate(pairwise(points), 1):
         if before[0] != after[0]:
             line = "give all points as parts of the run, or all as steps (or give train.steps)"
-            found.append((("stages", i, "at"), line))
+            mistakes.append((("stages", i, "at"), line))
         elif before[1] >= after[1]:
-            found.append((("stages", i, "at"), "comes no later than the stage before"))
+            mistakes.append((("stages", i, "at"), "comes no later than the stage before"))
     for i, (old, new) in enumerate(pairwise([recipe, *stages])):
         for path in changes(old.to_dict() | {"stages": []}, new.to_dict()):
             allowed = any(path == part or path.startswith(f"{part}.") for part in STAGE_MAY_CHANGE)
             if not allowed or path == "train.optimizer.name":
                 line = f"{path} holds for the whole run; a stage may change {', '.join(STAGE_MAY_CHANGE)}"
-                found.append((("stages", i), line))
+                mistakes.append((("stages", i), line))
     if not stages:
-        return found, []
+        return mistakes, []
     try:
         shapes = [_shapes(one) for one in (recipe, *stages)]
     except Exception as error:  # a component of a plugin may need memory
         why = next(iter(str(error).splitlines()), "")
-        return found, [
+        return mistakes, [
             "stages: whether weights fit is checked only when a stage begins, since a model cannot be built without "
             f"memory: {type(error).__name__}: {why}"
         ]
@@ -420,8 +420,8 @@ def stage_problems(recipe: Recipe, stages: Sequence[Recipe]) -> tuple[list[Probl
         for name, shape in old_shapes.items():
             if (other := new_shapes.get(name, shape)) != shape:
                 line = f"{name} would be {other} in place of {shape}, and a stage keeps the weights"
-                found.append((("stages", i), line))
-    return found, []
+                mistakes.append((("stages", i), line))
+    return mistakes, []
 
 
 def _comparable(at: float, steps: int | None) -> tuple[str, float]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -70,14 +71,14 @@ def _requeue_signal() -> int | None:
     return int(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))
 
 
-class Task:
+class Task(ABC):
     """The function of a job's task: starts a run, or continues it when the job is queued again."""
 
     process: Process | None = None
 
+    @abstractmethod
     def start(self) -> Process | None:
         """Start or continue it; None if there is nothing left to do."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process": None}

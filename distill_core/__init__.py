@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from distill_core.data.shard import ShardError as ShardError
     from distill_core.data.shard import Shards as Shards
     from distill_core.data.shard import Unusable as Unusable
+    from distill_core.data.shard import load_index as load_index
     from distill_core.data.tar_shards import TarShard as TarShard
     from distill_core.data.tar_shards import tar_shards as tar_shards
     from distill_core.errors import AbsentModality as AbsentModality
@@ -195,6 +196,7 @@ HOMES = {
     "Patience": "distill_core.data.shard",
     "Shard": "distill_core.data.shard",
     "ShardError": "distill_core.data.shard",
+    "load_index": "distill_core.data.shard",
     "Shards": "distill_core.data.shard",
     "TarShard": "distill_core.data.tar_shards",
     "Unusable": "distill_core.data.shard",

@@ -5,7 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distill_core.batch import Sample
 from distill_core.errors import BadSample, DataError
@@ -22,6 +28,24 @@ class Patience:
 
 
 PATIENCE = Patience()
+
+
+_NUMPY_HEADER = Lock()
+"""Shards are prepared in threads, and in CPython 3.11 `ast`, by which numpy reads a header, fails in two at once
+(python/cpython#106905)."""
+
+
+def load_index(content: Path | bytes) -> NDArray[np.int64] | None:
+    """The array of an .npy file, mapped, or of its bytes; None where there is none, or it is cut off."""
+    try:
+        with _NUMPY_HEADER:
+            if isinstance(content, bytes):
+                index: NDArray[np.int64] = np.load(BytesIO(content), allow_pickle=False)
+            else:
+                index = np.load(content, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return index.view(np.ndarray)
 
 
 class ShardError(DataError):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from distill_core.batch import REST_OF_SHARD, Sample
 from distill_core.data.opening import compressed, is_local, open_shard, served_size
-from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable
+from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable, load_index
 from distill_core.data.tar import BLOCK, Damaged, members, scan
 from distill_core.data.tar_samples import DAMAGED, UNREADABLE, Broken, read_shard, reason, runs
 from distill_core.errors import DataError, warn
@@ -205,11 +205,8 @@ class TarShard(Shard):
 
     def _stored_index(self) -> NDArray[np.int64] | None:
         """That of the cache, if it is of the file as it is now; of a file that has gone, as it was."""
-        try:
-            index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r")
-        except (OSError, ValueError, EOFError):  # not there, or cut off: made again
-            return None
-        if not _is_index(index):
+        index = load_index(self._index_file)
+        if index is None or not _is_index(index):
             return None
         if not self.is_copied:
             with suppress(FileNotFoundError):
@@ -344,11 +341,8 @@ def _is_index(index: NDArray[np.int64]) -> bool:
 
 def _loaded(data: bytes) -> NDArray[np.int64] | None:
     """An index from its bytes; None where they are none."""
-    try:
-        index: NDArray[np.int64] = np.load(BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError):
-        return None
-    return index if _is_index(index) else None
+    index = load_index(data)
+    return index if index is not None and _is_index(index) else None
 
 
 def _ends_digest(file: BinaryIO, index: NDArray[np.int64]) -> int:

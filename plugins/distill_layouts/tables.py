@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distill_core import DataError, ShardError, cache_folder
+from distill_core import DataError, ShardError, cache_folder, load_index
 
 csv.field_size_limit(100_000_000)
 _FORMAT = 1
@@ -131,9 +131,8 @@ class TableFile(ABC):
 
     def _stored(self) -> NDArray[np.int64] | None:
         stamp = _stamp(os.stat(self.path))
-        try:
-            index: NDArray[np.int64] = np.load(self._index_file, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError, EOFError):  # not there, or cut off: made again
+        index = load_index(self._index_file)
+        if index is None:
             return None
         fits = index.ndim == 2 and len(index) == 4 and tuple(index[:3, 0]) == (*stamp, _FORMAT)
         return index if fits else None

@@ -185,8 +185,9 @@ class TrainStep:
         self.objective.after_step(outputs, progress, finite)
         for hook in self.hooks.values():
             hook.after_step(computation, finite)
+        result = StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])
         self.whole, self.running = True, False
-        return StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])
+        return result
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_core.batch import Batch
 from distill_core.data.loader import Loader
-from distill_core.errors import StopRun
+from distill_core.errors import StopRun, TrainingStopped
 from distill_core.evaluate.score import TaskScore
 from distill_core.objective import Objective
 from distill_core.outputs import Progress
@@ -21,6 +21,7 @@ from distill_core.run.caches import check_caches
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.environment import environment
+from distill_core.run.failures import is_consequence
 from distill_core.run.folder import RunFolder
 from distill_core.run.late_results import LateResults
 from distill_core.run.lockstep import Lockstep
@@ -71,7 +72,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.recipe, self.folder, self.callbacks = recipe, folder, callbacks
-        self._callback_error: Exception | None = None
+        self._held: Exception | None = None
         self.device = device = prepare_process(recipe)
         if distributed.rank() == 0:
             folder.lock()
@@ -119,10 +120,11 @@ class Trainer:
         return self.state.loader
 
     def run(self) -> Result:
-        """Train to the end (or to a signal), evaluate, report. What a callback raised comes out when all is saved."""
+        """Train to the end (or to a signal), evaluate, report. What a callback or a row raised comes out when all is
+        saved."""
         result = self._run()
-        if self._callback_error is not None:
-            raise self._callback_error
+        if self._held is not None:
+            raise self._held
         return result
 
     def _run(self) -> Result:
@@ -166,17 +168,21 @@ class Trainer:
             folder.unlock()
 
     def _call_back(self, row: Mapping[str, Any]) -> None:
-        """A row comes when the next step has changed the weights: what a callback raises waits until that is counted,
-        and the state is saved between two steps."""
         for callback in self.callbacks:
             try:
                 callback(row["step"], dict(row))
             except StopRun as stop:
                 self.interrupt.stop(str(stop) or "stopped by a callback")
             except Exception as error:
-                self.callbacks, self._callback_error = (), error
-                self.interrupt.stop(f"{type(error).__name__} in a callback")
+                self.callbacks = ()
+                self._hold(error, "in a callback")
                 return
+
+    def _hold(self, error: Exception, where: str) -> None:
+        """Let an error end the run on all ranks, as a signal does. A row comes when the next step has changed the
+        weights: what is raised then waits until that step is counted, and the state is saved between two steps."""
+        self._held = self._held or error
+        self.interrupt.stop(f"{type(error).__name__} {where}")
 
     def _train(self) -> None:
         """To the last step or a signal, and save; after an error too, where all ranks stand between two steps."""
@@ -184,10 +190,17 @@ class Trainer:
         log = MetricsLog(self.state, self.folder, self.tracked, self.recipe.train.log_every, self.display.warn)
 
         def handle(keys: list[str], result: StepResult, progress: Progress) -> None:
-            self.lockstep.hear(result.meet)
-            self.nonfinite.check(keys, result)
-            log.add(result, progress)
-            self.display.step(self.state.step, log.rate, result.terms)
+            try:
+                self.lockstep.hear(result.meet)
+                self.nonfinite.check(keys, result)
+                log.add(result, progress)
+                self.display.step(self.state.step, log.rate, result.terms)
+            except TrainingStopped:  # the step after it has changed nothing
+                raise
+            except Exception as error:
+                if is_consequence(error):  # nothing is saved
+                    raise
+                self._hold(error, f"in the row of step {self.state.step}")
 
         results = LateResults(handle)
         try:
@@ -213,9 +226,9 @@ class Trainer:
             result = self.train_step(upload(batch), progress, meet=self.lockstep.must_meet())
             results.add(batch, result, progress)  # which reads those of the step before
             state.step += 1
+            state.mark()
             log.step_ended()
             self.stalls.step(state.step)
-            state.mark()
             self.tracked.views(state.step, int(progress.epoch))
             garbage.collect(state.step)
             validates, saves = (every and state.step % every == 0 for every in (validate_every, save_every))

@@ -29,7 +29,17 @@ def enter(state: RunState, stage: int) -> None:
 
     Parameters, buffers and the optimiser's state go over by name. What is new is drawn from a seed of the stage's own,
     and a new teacher starts as the student is: so a run that is resumed just before is the same as one that was not.
+    Where that fails, `state` has what it had, and can be saved.
     """
+    before = state.objective, state.train_step, state.stage
+    try:
+        _enter(state, stage)
+    except Exception:
+        state.objective, state.train_step, state.stage = before
+        raise
+
+
+def _enter(state: RunState, stage: int) -> None:
     tensors = map_tree(_whole, state.objective.state_dict())
     optimizer, not_finite = map_tree(_whole, state.train_step.optimizer_state()), state.train_step.not_finite
     hooks = state.train_step.hook_states()

@@ -3,7 +3,8 @@
 `python -m torch.distributed.run --nproc-per-node 2 distributed_failures.py RECIPE RUNS WHERE STEP [RANK]`: rank RANK
 (1) fails at step STEP (from 0), WHERE its batch is made (`batch`) or in the step, where the others are in a collective
 (`step`; `killed`: by SIGKILL; `once`: killed at torchrun's first attempt alone; `term`: it gets a SIGTERM; `term_all`:
-all ranks get one; `stalls`: it waits for the file RUNS/go).
+all ranks get one; `stalls`: it waits for the file RUNS/go). `row`: rank 0 fails where it writes the step's row, in the
+step after it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,9 +25,10 @@ import distill_core.cli
 import distill_core.run.lockstep
 from distill_core.batch import Sample, View
 from distill_core.interfaces import Loss
-from distill_core.outputs import Outputs
+from distill_core.outputs import Outputs, Progress
 from distill_core.registry import Entry, Registry
 from distill_core.system import distributed
+from distill_core.teachers.copies import Ema
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
 
 RECIPE, RUNS, WHERE, STEP = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
@@ -57,6 +60,17 @@ class Slips(CaptionAugmentation):
         return [View("a bird")]
 
 
+class SlipsLate(Ema):
+    """Cannot say its metrics."""
+
+    name = "slips_late"
+
+    def metrics(self, progress: Progress) -> Mapping[str, float]:
+        if progress.step == STEP:
+            raise ZeroDivisionError("a slip of the plugin")
+        return super().metrics(progress)
+
+
 class RankLoss(Loss):
     """The rank's number, as its value and as a metric."""
 
@@ -78,18 +92,18 @@ class RankLoss(Loss):
 
 
 def main() -> None:
-    mine = [Entry(cls, "mine", "mine") for cls in (Slips, RankLoss)]
+    mine = [Entry(cls, "mine", "mine") for cls in (Slips, SlipsLate, RankLoss)]
     registry = Registry([*Registry.discover().entries.values(), *mine])
     patch: Any = distill_core.cli
     patch._registry = lambda: registry
     distill_core.run.lockstep.SECONDS_TO_ANSWER = 3.0
     settings = (
         "fusion=null",
-        "teacher=null",
+        "teacher=slips_late" if WHERE == "row" else "teacher=null",
         "evaluate=null",
         "augment.text={name: slips}",
         "loss=[{name: rank_loss}]",
-        "train.steps=6",
+        "train.steps=8" if WHERE == "row" else "train.steps=6",
         "train.checkpoint.every=2",
         "train.stall_warning=4",
     )

@@ -21,6 +21,7 @@ from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
+from distill_core.run.lockstep import LOOK_AHEAD
 from distill_core.train import Trainer
 
 pytestmark = pytest.mark.slow
@@ -142,16 +143,23 @@ def test_an_evaluation_of_two_ranks_never_falls_out_of_step(tmp_path: Path) -> N
     assert first["learned"]["top1"] == 100.0, "each sample's nearest is itself, whichever rank encoded it"
 
 
-@pytest.mark.parametrize("where", ["batch", "step"])
+@pytest.mark.parametrize("where", ["batch", "step", "row"])
 def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> None:
     """Catches a rank that waits for ever for one that failed; steps that are lost though both stood between two; a
-    checkpoint of one rank alone; and rows of metrics.jsonl with the losses of rank 0 alone."""
+    checkpoint of one rank alone, or of one step's weights under another's number; and rows of metrics.jsonl with the
+    losses of rank 0 alone."""
     runs = tmp_path / "runs"
     done = two(str(SCRIPT.with_name("distributed_failures.py")), str(tiny_recipe), str(runs), where, "3")
     assert done.returncode != 0
     assert "a slip of the plugin" in done.stderr
     folder = RunFolder(runs / "tiny")
-    if where == "batch":
+    if where == "row":  # of step 4: the ranks have step 5, and meet before step 7 at the latest
+        state, step = Checkpoints(folder.path).read(), Checkpoints(folder.path).steps()[-1]
+        assert 5 <= step <= 5 + LOOK_AHEAD
+        assert {float(of["step"]) for of in state["optimizer"]["state"].values()} == {float(step)}
+        assert [rank["data"]["position"] for rank in state["ranks"]] == [8 * step] * 2
+        assert f"ZeroDivisionError in the row of step 4: saved at step {step}. Continue with" in done.stderr
+    elif where == "batch":
         assert len(Checkpoints(folder.path).read()["ranks"]) == 2
         assert Checkpoints(folder.path).steps() == [2, 3]
         assert "saved at step 3, before the error below" in done.stderr
@@ -164,7 +172,8 @@ def test_a_rank_that_fails(tmp_path: Path, tiny_recipe: Path, where: str) -> Non
         assert "the last checkpoint is of step 2" in done.stderr
     rows = [row for row in folder.rows() if "terms" in row]
     # the numbers of step 3 would have been read, by both ranks, in the step that failed: it is lost with its row
-    assert [row["step"] for row in rows] == ([1, 2, 3] if where == "batch" else [1, 2])
+    written = {"batch": [1, 2, 3], "step": [1, 2], "row": [1, 2, 3, *range(5, rows[-1]["step"] + 1)]}
+    assert [row["step"] for row in rows] == written[where]
     for row in rows:  # of losses 0 and 2, and metrics 0 and 1
         assert (row["loss"], row["terms"], row["metrics"]["rank_loss/rank"]) == (1.0, {"rank_loss": 1.0}, 0.5)
 

@@ -8,7 +8,7 @@ rest of a recipe it says in `needs`, before any data or weights are touched.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -297,6 +297,17 @@ class Loss(nn.Module, Component, ABC):
         super().__init__()
         self.config = config
 
+    def nested(self) -> dict[str, Loss]:
+        """The losses that this one is made of, by the path of the module, which is that of the option: `inner`,
+        `of.0`. Those inside them are theirs."""
+        return dict(_losses_below(self))
+
+    def weighted(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As the loss itself, the terms times its `weight` at this step: what a loss around this one calls."""
+        terms, metrics = self(outputs)
+        weight = self.config.weight.value(outputs.progress)
+        return {name: weight * term for name, term in terms.items()}, metrics
+
     @abstractmethod
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(terms, metrics): 0-dim tensors by name, terms in fp32 or wider. The framework weights and adds them.
@@ -307,21 +318,42 @@ class Loss(nn.Module, Component, ABC):
         """
 
     def units(self) -> Sequence[nn.Module]:
-        """What `train.parallel.compile` compiles, each as one graph; here the loss itself.
+        """What `train.parallel.compile` compiles, each as one graph; here the loss itself, or what the losses inside it
+        name.
 
         A `forward` that is not one graph (one that reads a tensor on the host, or waits for other ranks) names those of
         its parts that are.
         """
-        return (self,)
+        nested = self.nested().values()
+        return [unit for loss in nested for unit in loss.units()] if nested else (self,)
 
     def gathers(self, outputs: Outputs) -> Iterable[Rows]:
         """The rows whose `gathered` it reads: over several ranks, those of all losses are gathered in one collective
-        before the losses are called. Rows that are not named are gathered when they are read, one by one."""
-        return ()
+        before the losses are called. Rows that are not named are gathered when they are read, one by one. Here those of
+        the losses inside it, of these outputs."""
+        return [rows for loss in self.nested().values() for rows in loss.gathers(outputs)]
 
     def after_step(self, outputs: Outputs, progress: Progress) -> None:
         """Move what is not learned by gradient (clamp scales, move centres); called after each optimiser step.
 
         Gradients are recorded then: decorate it with `torch.no_grad()`. State must stay equal on all ranks.
         It moves buffers and parameters of one element, which are put back where the step turns out not to be finite.
+        Here those of the losses inside it move, by these outputs.
         """
+        for loss in self.nested().values():
+            loss.after_step(outputs, progress)
+
+
+def _losses_below(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Loss]]:
+    for name, child in module.named_children():
+        if isinstance(child, Loss):
+            yield prefix + name, child
+        else:
+            yield from _losses_below(child, f"{prefix}{name}.")
+
+
+def losses_with_paths(losses: Mapping[str, Loss], prefix: str = "loss.") -> Iterator[tuple[str, Loss]]:
+    """(path of the module, loss) of losses by id, each before those inside it."""
+    for name, loss in losses.items():
+        yield prefix + name, loss
+        yield from losses_with_paths(loss.nested(), f"{prefix}{name}.")

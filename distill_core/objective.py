@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.nested import needs_of
 from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss, losses_with_paths
 from distill_core.outputs import Features, Outputs, Progress, gather_rows
 from distill_core.plan import DEFAULT_TEACHER, Needs, Plan, TeacherPlan
 from distill_core.presence import Presence
@@ -108,11 +109,15 @@ class Objective(nn.Module):
     def _paths_of_copied(self) -> dict[int, str]:
         """Identity -> path of the fusion and of the losses' `teacher_modules`."""
         paths = {
-            id(getattr(loss, head)): f"loss.{name}.{head}"
-            for name, loss in self.loss.items()
-            for head in cast(Loss, loss).teacher_modules
+            id(getattr(loss, head)): f"{path}.{head}"
+            for path, loss in self.losses_with_paths()
+            for head in loss.teacher_modules
         }
         return paths if self.fusion is None else {**paths, id(self.fusion): "fusion"}
+
+    def losses_with_paths(self) -> Iterator[tuple[str, Loss]]:
+        """(path, loss) of every loss, each before those inside it."""
+        return losses_with_paths({name: cast(Loss, loss) for name, loss in self.loss.items()})
 
     def train(self, mode: bool = True) -> Objective:
         """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""
@@ -204,10 +209,11 @@ class Objective(nn.Module):
         """The outputs of the samples that have all that it needs."""
         if outputs.presence is None:
             return outputs
-        needs = component.needs(component.config, self.plan)
+        needs = needs_of(type(component), component.config, self.plan)
         names = (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
         if needs.fused and self.fusion is not None:
-            return outputs.having(names | self.fusion.needs(self.fusion.config, self.plan).named, fused=True)
+            of_fusion = needs_of(type(self.fusion), self.fusion.config, self.plan)
+            return outputs.having(names | of_fusion.named, fused=True)
         return outputs.having(names)
 
     def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
@@ -222,7 +228,7 @@ class Objective(nn.Module):
         """
         for loss in self.loss.values():
             assert isinstance(loss, Loss)
-            if type(loss).after_step is not Loss.after_step:
+            if type(loss).after_step is not Loss.after_step or loss.nested():
                 with _undone_unless(finite, loss):
                     loss.after_step(self._read_by(loss, outputs), progress)
         for teacher in self.teachers.values():

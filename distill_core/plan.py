@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -155,11 +157,50 @@ class Needs:
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
 
+    @staticmethod
+    def union(parts: Sequence[Needs]) -> Needs:
+        """What several components need together."""
+        explicit = any(part.embeddings is not None for part in parts)
+        trained = [name for part in parts for name in (part.named if part.embeddings is None else part.embeddings)]
+        views: dict[str, dict[str, int]] = {}
+        for part in parts:
+            for modality, numbers in part.views.items():
+                of_modality = views.setdefault(modality, {})
+                for role, number in numbers.items():
+                    of_modality[role] = max(number, of_modality.get(role, 0))
+        return Needs(
+            student=_joined(part.student for part in parts),
+            teacher=_by_teacher([part.teacher for part in parts]),
+            fused=_joined(part.fused for part in parts),
+            tokens=_by_key([part.tokens for part in parts]),
+            layers=_by_key([part.layers for part in parts]),
+            teacher_layers=_by_teacher([part.teacher_layers for part in parts]),
+            views=views,
+            masked=_joined(part.masked for part in parts),
+            embeddings=tuple(sorted(set(trained))) if explicit else None,
+            pools=any(part.pools for part in parts),
+            extra=_by_key([part.extra for part in parts]),
+            fields=_joined(part.fields for part in parts),
+        )
+
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
         sides = (self.student, *self.teacher.values(), self.fused)
         return frozenset({*chain(*sides), *self.tokens, *self.layers, *self.views, *self.masked, *self.extra})
+
+
+def _joined(parts: Iterable[Iterable[Item]]) -> tuple[Item, ...]:
+    """Each item once, in order."""
+    return tuple(dict.fromkeys(chain(*parts)))
+
+
+def _by_key(parts: Sequence[Mapping[str, tuple[Item, ...]]]) -> dict[str, tuple[Item, ...]]:
+    return {key: _joined(part.get(key, ()) for part in parts) for key in _joined(parts)}
+
+
+def _by_teacher(parts: Sequence[Mapping[str, Mapping[str, tuple[int, ...]]]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {name: _by_key([part.get(name, {}) for part in parts]) for name in _joined(parts)}
 
 
 def same_dim(name: str, modalities: Sequence[str], plan: Plan, teacher: str | None = None) -> Iterable[str]:

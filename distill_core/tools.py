@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from distill_core.commands.options import slurm_parameters as slurm_parameters
     from distill_core.commands.options import without_option as without_option
     from distill_core.contracts.cases import ConformanceCases as ConformanceCases
+    from distill_core.contracts.nested import needs_of as needs_of
+    from distill_core.contracts.nested import places_in as places_in
+    from distill_core.contracts.nested import problems_of as problems_of
+    from distill_core.contracts.nested import slots_in as slots_in
     from distill_core.contracts.slot import JSON_KEY as JSON_KEY
     from distill_core.contracts.slot import NONE as NONE
     from distill_core.contracts.slot import UNNAMED_KEY as UNNAMED_KEY
@@ -100,6 +104,10 @@ HOMES = {
     "without_option": "distill_core.commands.options",
     "ConformanceCases": "distill_core.contracts.cases",
     "Context": "distill_core.contracts.slot",
+    "needs_of": "distill_core.contracts.nested",
+    "places_in": "distill_core.contracts.nested",
+    "problems_of": "distill_core.contracts.nested",
+    "slots_in": "distill_core.contracts.nested",
     "JSON_KEY": "distill_core.contracts.slot",
     "NONE": "distill_core.contracts.slot",
     "UNNAMED_KEY": "distill_core.contracts.slot",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from distill_core.batch import Sample, Skipped
 from distill_core.contracts.media import Media
+from distill_core.contracts.nested import needs_of
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
@@ -117,7 +118,7 @@ def _scorable(node: Slot[Task], recipe: Recipe, model: Model) -> bool:
     if len(modalities) == len(recipe.plan.modalities):
         return True
     try:
-        needed = node.cls.needs(node.config, recipe.plan).named
+        needed = needs_of(node.cls, node.config, recipe.plan).named
         return needed <= modalities.keys() and not list(
             node.cls.problems(node.config, replace(recipe.plan, modalities=modalities))
         )

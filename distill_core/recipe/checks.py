@@ -17,6 +17,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.nested import needs_of
 from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.contracts.teacher import Teacher
 from distill_core.data.fields import FieldConfig
@@ -237,9 +238,9 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "
                 "(`frozen`), and this one changes with the student, or is read already; leave `cache` out"
             )
-        if path[0] == "loss":
-            lines += absence_problems(slot.cls, needs, plan)
-            lines += _uncopied(slot, needs, plan)
+        if issubclass(slot.cls, Loss):
+            lines += absence_problems(slot.cls, needs_of(slot.cls, slot.config, plan), plan)
+            lines += _uncopied(draft, slot, needs, plan)
             of_teachers = any(views for of_teacher in needs.teacher.values() for views in of_teacher.values())
             if draft.train.parallel.micro_batch is not None and (needs.tokens or of_teachers or needs.pools):
                 lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
@@ -272,14 +273,16 @@ def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str
         )
 
 
-def _uncopied(slot: Slot[Any], needs: Needs, plan: Plan) -> Iterator[str]:
+def _uncopied(draft: Draft, slot: Slot[Any], needs: Needs, plan: Plan) -> Iterator[str]:
     """Heads of which a loss reads a teacher's copy, where that teacher has none."""
-    for head in slot.cls.teacher_modules if issubclass(slot.cls, Loss) else ():
+    outer = draft.slots.get(slot.place[:2], slot)
+    path = ".".join(("loss", outer.id, *map(str, slot.place[2:])))
+    for head in slot.cls.teacher_modules:
         for name in needs.teacher:
-            if name in plan.teachers and not plan.teachers[name].copies(f"loss.{slot.id}.{head}"):
+            if name in plan.teachers and not plan.teachers[name].copies(f"{path}.{head}"):
                 yield (
                     f"{slot.cls.name!r} needs a copy of its {head!r}, which the teacher {name!r} has not: take a "
-                    f"teacher that copies (`ema`), with loss.{slot.id}.{head} in its `of`, if that is given"
+                    f"teacher that copies (`ema`), with {path}.{head} in its `of`, if that is given"
                 )
 
 
@@ -518,7 +521,7 @@ def _no_layers(
 def unread(recipe: Recipe) -> Iterator[str]:
     """A warning where no loss reads the fusion: nothing trains it, and replacing it changes nothing; or a teacher that
     is no copy, which is encoded for nobody."""
-    needs = [slot.cls.needs(slot.config, recipe.plan) for slot in recipe.loss]
+    needs = [needs_of(slot.cls, slot.config, recipe.plan) for slot in recipe.loss]
     if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
         yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"
     read = {name for need in needs for name in need.teacher}

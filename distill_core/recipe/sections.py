@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.hook import Hook
+from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
@@ -282,21 +283,21 @@ class Recipe(ComponentConfig):
         return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
-        """What the fusion and each loss need."""
+        """What the fusion and each loss need, with what is inside them."""
         slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.loss]
-        return [(slot, slot.cls.needs(slot.config, self.plan)) for slot in slots]
+        return [(slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots]
 
     def untrained_embeddings(self) -> frozenset[str]:
         """The modalities whose embedding no loss trains: their projection keeps its initial weights."""
         trained: set[str] = set()
         for slot in self.loss:
-            needs = slot.cls.needs(slot.config, self.plan)
+            needs = needs_of(slot.cls, slot.config, self.plan)
             trained |= set((needs.named or self.plan.modalities) if needs.embeddings is None else needs.embeddings)
         return frozenset(self.plan.modalities) - trained
 
     def slots(self) -> list[Slot[Any]]:
         """Every component that it is made of, those inside other components' options too, in the recipe's order."""
-        return list(_slots(self))
+        return list(slots_in(self))
 
     def schedules(self) -> dict[str, Scheduled[Any]]:
         """Path -> each option that moves over the run, the learning rate's schedule aside."""
@@ -358,23 +359,6 @@ def teacher_plan(teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan])
         if own and name in specs and (config.modalities is None or name in config.modalities):
             views[name] = own
     return TeacherPlan(views, {name: specs[name] for name in views}, teacher.cls.parts(config))
-
-
-def _slots(value: Any) -> Iterator[Slot[Any]]:
-    if isinstance(value, Slot):
-        yield value
-        yield from _slots(value.config)
-    elif isinstance(value, Scheduled):
-        yield from _slots(value.source)
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _slots(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _slots(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _slots(item)
 
 
 def _schedules(value: Any, path: str = "") -> Iterator[tuple[str, Scheduled[Any]]]:

@@ -222,9 +222,9 @@ class Snapshot(CopiedTeacher):
 
 def _heads(name: str, student: Any) -> Iterator[str]:
     """Paths of the heads of which losses read this teacher's copy."""
-    for id, loss in student.loss.items():
+    for path, loss in student.losses_with_paths():
         if loss.teacher_modules and name in loss.needs(loss.config, student.plan).teacher:
-            yield from (f"loss.{id}.{head}" for head in loss.teacher_modules)
+            yield from (f"{path}.{head}" for head in loss.teacher_modules)
 
 
 def _average_in(averages: list[Tensor], sources: list[Tensor], weight: float, finite: Tensor | None) -> None:

@@ -38,7 +38,7 @@ from distill_core import (
     TeacherPlan,
     Views,
 )
-from distill_core.tools import unmet
+from distill_core.tools import needs_of, problems_of, slots_in, unmet
 
 WIDTH, DIM = 48, 32
 """W and D: different, and both divisible by common numbers of heads."""
@@ -125,8 +125,8 @@ def _fit(
             modalities = {name: plan.modalities.get(name) or modality(roles[i % 2]) for i, name in enumerate(current)}
             plan = _seen(replace(plan, modalities=modalities))
         try:
-            needs = cls.needs(config, plan)
-            problems = list(cls.problems(config, plan))
+            needs = needs_of(cls, config, plan)
+            problems = list(problems_of(cls, config, plan))
         except MissingModality as error:
             names.append(error.name)
             continue
@@ -143,14 +143,15 @@ def _fit_changed(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
     """The plan, extended by what `needs` names on it; None if the component refuses it."""
     for _ in range(20):
         try:
-            needs = cls.needs(config, plan)
-            problems = [*cls.problems(config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
+            needs = needs_of(cls, config, plan)
+            problems = [*problems_of(cls, config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
         except MissingModality:
             return None
         grown = _grow(plan, needs, sees_more=False)
         if grown == plan:
             copies = all(t.parts is None for t in plan.teachers.values())  # what a recipe is refused without
-            if getattr(cls, "teacher_modules", ()) and not copies:
+            of_copies = [cls, *(slot.cls for slot in slots_in(config))]
+            if any(getattr(part, "teacher_modules", ()) for part in of_copies) and not copies:
                 return None
             return None if problems else Fit(plan, needs, about, "all")
         plan = grown
@@ -431,7 +432,7 @@ def example_outputs(
         torch.manual_seed(9)
         fusion = inputs.fusion(config, plan) if inputs.fusion is not None else None
         any_fusion = MeanFusion(ComponentConfig(), plan) if plan.fusion and fusion is None else fusion
-    of_fusion = fusion.needs(fusion.config, plan) if fusion is not None else Needs()
+    of_fusion = needs_of(type(fusion), fusion.config, plan) if fusion is not None else Needs()
     fusion_tokens = of_fusion.tokens
     layers = {
         name: sorted({*needs.layers.get(name, ()), *of_fusion.layers.get(name, ())})
@@ -451,7 +452,7 @@ def example_outputs(
             pooled = normalize(torch.randn(len(m.roles), batch, m.spec.dim, generator=draw), dim=-1).requires_grad_()
             tokens = torch.randn(batch, length(plan, name, GLOBAL), m.spec.dim, generator=draw).requires_grad_()
             fused[name] = Fused(pooled, tokens)
-    heads = [getattr(loss, name) for name in getattr(loss, "teacher_modules", ())]
+    heads = [getattr(part, name) for _, part in losses_in(loss) for name in part.teacher_modules]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}
     draw = torch.Generator().manual_seed(seed + 5)
     fields = {
@@ -481,6 +482,14 @@ def example_outputs(
         [str(i) for i in range(batch)],
         fields,
     )
+
+
+def losses_in(loss: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(path with a dot behind it, loss) of a loss and of those inside it."""
+    if loss is not None:
+        yield prefix, loss
+        for name, inner in loss.nested().items():
+            yield from losses_in(inner, f"{prefix}{name}.")
 
 
 def part(outputs: Outputs, start: int, end: int, fusion: Fusion | None) -> Outputs:

@@ -17,6 +17,7 @@ from distill_authoring.conformance.inputs import (
     example_outputs,
     fits,
     leaves,
+    losses_in,
     of_some,
     on,
     part,
@@ -36,7 +37,8 @@ from distill_authoring.conformance.modules import (
 )
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
-from distill_core import ConformanceCase, Features, Fused, Outputs, Rows, counted
+from distill_core import ConformanceCase, Features, Fused, Outputs, Rows, Scheduled, counted
+from distill_core.tools import places_in
 
 KIND = "loss"
 
@@ -126,7 +128,8 @@ def inputs_untouched(case: Case) -> None:
     fit = replace(richest(case), padding="all")
     module: Any = generic(case.cls(case.config, fit.plan)).train()
     outputs = outputs_for(case, fit, module)
-    heads = {name: outputs.ema(getattr(module, name)) for name in case.cls.teacher_modules}
+    losses = dict(losses_in(module))
+    heads = {at + name: outputs.ema(getattr(losses[at], name)) for at in losses for name in losses[at].teacher_modules}
     with ExitStack() as stack:
         for name, head in heads.items():
             stack.enter_context(unmoved(head, f"the loss, in the teacher's copy of {name!r},"))
@@ -294,6 +297,41 @@ def after_step(case: Case) -> None:
 
 
 @checks(KIND)
+def nested(case: Case) -> None:
+    """Losses in its options are modules at the options' paths; their `weight` counts, and `after_step` reaches them."""
+    slots = {".".join(path): slot for path, slot in places_in(case.config) if slot.cls.kind == KIND}
+    if not slots:
+        raise NotApplicable("there is no loss in its options")
+    _, module, outputs = ready(case)
+    inside = module.nested()
+    for path, slot in slots.items():
+        require(
+            type(inside.get(path)) is slot.cls,
+            f"the loss of the option {path!r} must be the module of that path: self.{path.split('.')[0]} = ..., a "
+            "nn.ModuleList of a list, a nn.ModuleDict of a mapping",
+        )
+    expected = total(module, outputs)
+    for path, inner in inside.items():
+        config = inner.config
+        moved: list[bool] = []
+        inner.config = config.model_copy(update={"weight": Scheduled(3.0)})
+        heavier = total(module, outputs)
+        inner.config = config
+        require(
+            not close([expected], [heavier], 1e-6),
+            f"the option `weight` of the loss {path!r} changes no term: take its terms from self.{path}.weighted(...)",
+        )
+        inner.after_step = lambda *_, moved=moved: moved.append(True)  # type: ignore[method-assign]
+        module.after_step(outputs, PROGRESS)
+        require(moved, f"`after_step` does not call that of the loss {path!r}: its state would never move")
+
+
+def _all(module: Any, what: str) -> bool:
+    """Whether this holds of a loss and of all those inside it."""
+    return all(getattr(loss, what) for _, loss in losses_in(module))
+
+
+@checks(KIND)
 def teacher_modules(case: Case) -> None:
     """Each name in `teacher_modules` is a module of the loss, with parameters."""
     if not case.cls.teacher_modules:
@@ -373,7 +411,7 @@ def ranks(case: Case) -> None:
         close(results[0].state, results[1].state, 1e-6),
         "after `after_step` two ranks hold different states: take the mean over ranks (distributed.all_gather)",
     )
-    if not case.cls.across_ranks:
+    if not _all(module, "across_ranks"):
         return
     expected = rank_step(*step, 0, 2 * BATCH)
     require(
@@ -397,6 +435,8 @@ def absence(case: Case) -> None:
     if not case.cls.partial:
         raise NotApplicable("it is not partial: a recipe that lets samples lack what it needs is refused")
     fit, module, outputs = ready(case, batch=2 * BATCH)
+    if not _all(module, "partial"):
+        raise NotApplicable("a loss inside it is not partial: a recipe that lets samples lack what it needs is refused")
     if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
         raise NotApplicable("it draws random numbers, which differ between ranks and one process")
     step = (case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
@@ -411,7 +451,7 @@ def absence(case: Case) -> None:
             close(results[0].state, results[1].state, 1e-6),
             f"after `after_step`, {what} hold different states: take the mean over ranks, by outputs.weight",
         )
-        if not case.cls.across_ranks:
+        if not _all(module, "across_ranks"):
             continue
         require(
             close([a + b for a, b in zip(results[0].terms, results[1].terms, strict=True)], expected.terms),

@@ -11,6 +11,7 @@ from my_plugin.task import Agreement
 from my_plugin.tower import Tower, stack
 from my_plugin.views import Noisy
 from torch import nn
+from wrapping_losses import Ramped
 
 from distill_core.batch import Group, View, Views
 from distill_core.contracts.cases import ConformanceCase, ConformanceCases
@@ -343,5 +344,5 @@ CASES = ConformanceCases(
 
 GOOD = (
     Noisy, Tower, MaskingTower, DeepTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds,
-    Waves, Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
+    Ramped, Waves, Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

@@ -13,6 +13,7 @@ from components_to_check.seeded_losses import (
 )
 from my_plugin.loss import Match
 from torch import nn
+from wrapping_losses import Ramped
 
 from distill_core.outputs import Fused
 from distill_core.plan import Needs
@@ -208,3 +209,37 @@ class ReadsItsTerm(Match):
     def forward(self, outputs):
         terms, metrics = super().forward(outputs)
         return ({"match": -terms["match"]}, metrics) if terms["match"].item() > 1e6 else (terms, metrics)
+
+
+class Wrapper(Ramped):
+    name = "wrapper"
+    examples = ({"inner": {"name": "contrastive"}},)
+
+
+@broken("nested", "the option `weight` of the loss 'inner' changes no term")
+class DropsTheInnerWeight(Wrapper):
+    def forward(self, outputs):
+        return self.inner(outputs)
+
+
+@broken("nested", "must be the module of that path: self.inner")
+class HidesTheInnerLoss(Wrapper):
+    def __init__(self, config, plan):
+        super().__init__(config, plan)
+        self.elsewhere = self.inner
+        del self.inner
+
+    def forward(self, outputs):
+        return self.elsewhere.weighted(outputs)
+
+
+@broken("nested", "`after_step` does not call that of the loss 'inner'")
+class StillsTheInnerLoss(Wrapper):
+    def after_step(self, outputs, progress):
+        return
+
+
+@broken("gathers", "which `gathers` does not name")
+class GathersNothing(Wrapper):
+    def gathers(self, outputs):
+        return ()

@@ -186,7 +186,7 @@ class Attention(nn.Module):
         return attention_weights(q, k, mask)[:, :, 0]
 
 
-Activation = Literal["gelu", "quick_gelu"]
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh"]
 
 
 class QuickGELU(nn.Module):
@@ -198,12 +198,14 @@ class QuickGELU(nn.Module):
 
 
 class MLP(nn.Module):
-    """W -> ratio * W -> W with erf GELU, or the sigmoid's approximation of it."""
+    """W -> ratio * W -> W with erf GELU, or the sigmoid's or tanh's approximation of it."""
 
     def __init__(self, width: int, ratio: float, activation: Activation = "gelu") -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, int(width * ratio))
-        self.gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.gelu = (
+            QuickGELU() if activation == "quick_gelu" else nn.GELU("tanh" if activation == "gelu_tanh" else "none")
+        )
         self.c_proj = nn.Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from distill_core import (
     View,
     Views,
 )
+from distill_vl.attention_pooling import AttentionPooling
 from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
 
@@ -51,11 +52,14 @@ class VisionTransformerConfig(ComponentConfig):
     dim: Positive = 512
     """Width D of the embedding."""
     activation: Activation = "gelu"
-    """Of the blocks' MLPs; OpenAI's CLIP has `quick_gelu`."""
+    """Of the MLPs; OpenAI's CLIP has `quick_gelu`, SigLIP `gelu_tanh`."""
     pre_norm: bool = True
     """LayerNorm before the first block, as CLIP has it; timm's and DINO's ViTs have none."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the variance in every LayerNorm; timm's and DINO's ViTs have 1e-6."""
+    pooling: Literal["class_token", "attention"] = "class_token"
+    """What the embedding is made of: the class token; or, without one, what a learned query gathers from all patches
+    (`attention`: the MAP head of SigLIP), which then is the class token for losses and probes."""
     class_tokens: Positive = 1
     """Class tokens C; the first makes the embedding. Further ones have no position (TIPS has two)."""
     initialization: Literal["clip", "trunc_normal"] = "clip"
@@ -75,6 +79,8 @@ class VisionTransformerConfig(ComponentConfig):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch {self.patch}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.pooling == "attention" and self.class_tokens > 1:
+            raise ValueError("pooling: attention has one query in place of class tokens; class_tokens must be 1")
         if self.drop and self.masking is not None:
             raise ValueError(
                 "drop and masking exclude each other: losses look for hidden patches among all of a view's"
@@ -85,6 +91,8 @@ class VisionTransformerConfig(ComponentConfig):
 class VisionTransformer(Backbone):
     """ViT: pooled = class token after the final LayerNorm, times `proj`; tokens = patches after that LayerNorm.
 
+    With `pooling: attention` there is no class token: `attention_pool` reads the patches after that LayerNorm.
+
     With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT). Of a view
     with `Group.keep`, as `drop` makes them, the student's tokens are the kept patches.
 
@@ -94,7 +102,7 @@ class VisionTransformer(Backbone):
 
     name = "vit"
     Config = VisionTransformerConfig
-    after_units = ("ln_post", "proj")
+    after_units = ("ln_post", "attention_pool", "proj")
     examples = (
         {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24},
         {
@@ -102,21 +110,32 @@ class VisionTransformer(Backbone):
             "masking": {"share": 1.0, "ratio": [0.3, 0.6], "targets": "pixels"},
         },
         {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "drop": 0.5},
+        {
+            "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "pooling": "attention",
+            "masking": {"share": 1.0, "ratio": [0.3, 0.6]},
+        },
     )  # fmt: skip
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__(config)
         width, grid = config.width, config.image_size // config.patch
         self.grid = grid
+        self.leading = config.class_tokens if config.pooling == "class_token" else 0
+        """Class tokens that stand before the patches."""
         self.conv1 = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
         scale = width**-0.5
-        self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, width))
+        if self.leading:
+            self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + min(self.leading, 1), width))
         self.ln_pre = nn.LayerNorm(width, config.norm_eps) if config.pre_norm else nn.Identity()
         self.transformer = Transformer(
             width, config.layers, config.heads, config.mlp_ratio, config.activation, config.norm_eps
         )
         self.ln_post = nn.LayerNorm(width, config.norm_eps)
+        if config.pooling == "attention":
+            self.attention_pool = AttentionPooling(
+                width, config.heads, config.mlp_ratio, config.activation, config.norm_eps
+            )
         self.proj = nn.Parameter(scale * torch.randn(width, config.dim))
         if config.class_tokens > 1:
             self.more_class_embeddings = nn.Parameter(scale * torch.randn(config.class_tokens - 1, width))
@@ -129,10 +148,11 @@ class VisionTransformer(Backbone):
     def _start_small(self) -> None:
         """All but the convolution, LayerNorms and the projection."""
         for name, parameter in self.named_parameters():
-            if name.startswith("transformer.") and parameter.ndim == 1 and ".ln_" not in name:
+            in_blocks = name.startswith(("transformer.", "attention_pool."))
+            if in_blocks and name.endswith("bias") and ".ln" not in name:
                 nn.init.zeros_(parameter)
-            elif (name.startswith("transformer.") and parameter.ndim == 2) or name.endswith(
-                ("class_embedding", "class_embeddings", "positional_embedding", "mask_token")
+            elif (in_blocks and parameter.ndim == 2) or name.endswith(
+                ("class_embedding", "class_embeddings", "positional_embedding", "mask_token", "probe")
             ):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
@@ -179,15 +199,16 @@ class VisionTransformer(Backbone):
         )
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """Position embeddings [1 + rows * columns, W] for a grid of patches."""
-        table = self.positional_embedding
+        """Position embeddings [1 + rows * columns, W] for the class token and a grid of patches; without a class token
+        [rows * columns, W]."""  # fmt: skip
+        table, first = self.positional_embedding, min(self.leading, 1)
         if (rows, columns) == (self.grid, self.grid):
             return table
         key = (rows, columns, table.device, table.dtype)
         if key not in self._maps:
             self._maps[key] = position_map(self.grid, rows, columns).to(table.device, table.dtype)
         with torch.autocast(table.device.type, enabled=False):
-            return torch.cat([table[:1], self._maps[key] @ table[1:]])
+            return torch.cat([table[:first], self._maps[key] @ table[first:]])
 
     def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
         """x [N, 3, S, S] -> pooled [N, D], tokens [N, L, W], class tokens [N, C, W].
@@ -199,15 +220,18 @@ class VisionTransformer(Backbone):
     def dense(self, x: Tensor, *, attention: str) -> tuple[Tensor, Tensor]:
         """x [N, 3, S, S] -> [N, D], and of the patches [N, rows, columns, D]: all tokens after `ln_post`, times `proj`.
 
-        What the last block attends by: `transformer.Sequences.attention`.
+        With `pooling: attention` a patch's is what the pooling makes of it alone (MaskCLIP). What the last block
+        attends by: `transformer.Sequences.attention`.
         """
         sequence = self._embed(x, None)
         plain = Sequences.of((sequence.shape[0], sequence.shape[1]))
         body = self.transformer.body(sequence.flatten(0, 1), plain)
-        out = self.transformer.last(body, replace(plain, attention=attention))
-        out = self.ln_post(out.view(sequence.shape)) @ self.proj
+        out = self.transformer.last(body, replace(plain, attention=attention)).view(sequence.shape)
         rows, columns = (side // self.config.patch for side in x.shape[-2:])
-        return out[:, 0], out[:, self.config.class_tokens :].unflatten(1, (rows, columns))
+        pooled, patches = self._classes(out)[:, 0], self.ln_post(out[:, self.leading :])
+        if self.config.pooling == "attention":
+            patches = self.attention_pool.each(patches)
+        return pooled @ self.proj, (patches @ self.proj).unflatten(1, (rows, columns))
 
     def units(self) -> Sequence[nn.Module]:
         """The blocks."""
@@ -216,13 +240,14 @@ class VisionTransformer(Backbone):
     def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
         """Crops of all sizes go through the weights as one packed sequence."""
         sequences = [self._embed(crops.x, crops.token_mask, crops.keep) for crops in inputs]
-        index = [None if crops.tokens else self._class_index(crops.x) for crops in inputs]
+        # of the last block, no patch's output is needed where class tokens alone are read
+        index = [None if crops.tokens or not self.leading else self._class_index(crops.x) for crops in inputs]
         wanted = {layer for crops in inputs for layer in crops.layers}
         outs, layers = self.transformer.together(sequences, index, layers=wanted)
         encoded = []
         for out, own, crops in zip(outs, layers, inputs, strict=True):
             encoded.append(self._read(out, tokens=crops.tokens))
-            encoded[-1].layers = {layer: own[layer][:, self.config.class_tokens :] for layer in crops.layers}
+            encoded[-1].layers = {layer: own[layer][:, self.leading :] for layer in crops.layers}
         return encoded
 
     def token_layout(self, view: View) -> tuple[int, int]:
@@ -231,10 +256,14 @@ class VisionTransformer(Backbone):
         return rows, columns
 
     def class_attention(self, x: Tensor) -> Tensor:
-        """x [N, 3, S, S] -> the first class token's weights over the patches in the last block, [N, H, L]."""
+        """x [N, 3, S, S] -> weights over the patches, [N, H, L]: the first class token's in the last block, or those of
+        the attention pooling."""  # fmt: skip
         sequence = self._embed(x, None)
+        if self.config.pooling == "attention":
+            (out,), _ = self.transformer.together([sequence], [None])
+            return self.attention_pool.weights(self.ln_post(out))
         weights = self.transformer.weights(sequence, self._class_index(x)[:, 0])
-        return weights[..., self.config.class_tokens :]
+        return weights[..., self.leading :]
 
     def _embed(self, x: Tensor, token_mask: Tensor | None, keep: Tensor | None = None) -> Tensor:
         """x [N, 3, S, S] -> the transformer's input [N, C + L, W], or of the patches `keep` [N, L'] [N, C + L', W]."""
@@ -244,16 +273,20 @@ class VisionTransformer(Backbone):
         if keep is not None:
             patches = patches.take_along_dim(keep[..., None], 1)
             token_mask = None if token_mask is None else token_mask.gather(1, keep)
-            first = positions[:1].expand(x.shape[0], 1, -1)
-            positions = torch.cat([first, embedding(keep, positions[1:])], 1)
+            first = min(self.leading, 1)
+            of_class = positions[:first].expand(x.shape[0], first, -1)
+            positions = torch.cat([of_class, embedding(keep, positions[first:])], 1)
         embedded = linear(patches, self.conv1.weight.flatten(1))
         if token_mask is not None:
             if self.config.masking is None:
                 raise ValueError("vit hides patches only with the option `masking`")
             embedded = torch.where(token_mask[..., None], self.mask_token.to(embedded.dtype), embedded)
+        if not self.leading:
+            without_class: Tensor = self.ln_pre(embedded + positions)
+            return without_class
         start = self.class_embedding.to(embedded.dtype).expand(x.shape[0], 1, -1)
         sequence = torch.cat([start, embedded], 1) + positions
-        if self.config.class_tokens > 1:
+        if self.leading > 1:
             more = self.more_class_embeddings.to(sequence.dtype).expand(x.shape[0], -1, -1)
             sequence = torch.cat([sequence[:, :1], more, sequence[:, 1:]], 1)
         normed: Tensor = self.ln_pre(sequence)
@@ -261,14 +294,22 @@ class VisionTransformer(Backbone):
 
     def _class_index(self, x: Tensor) -> Tensor:
         """Where the class tokens stand in each of N sequences, [N, C]."""
-        return torch.arange(self.config.class_tokens, device=x.device).expand(x.shape[0], -1)
+        return torch.arange(self.leading, device=x.device).expand(x.shape[0], -1)
 
     def _read(self, out: Tensor, *, tokens: bool) -> Encoded:
-        """The transformer's output, [N, C + L, W] with `tokens`, else the class tokens' [N, C, W]."""
+        """The transformer's output [N, C + L, W]; without `tokens` that of the class tokens alone, if there are any."""
+        if not self.leading:
+            classes = self._classes(out)
+            return Encoded(classes[:, 0] @ self.proj, self.ln_post(out) if tokens else None, class_tokens=classes)
         out = self.ln_post(out)
-        count = self.config.class_tokens
-        classes = out[:, :count]
-        return Encoded(classes[:, 0] @ self.proj, out[:, count:] if tokens else None, class_tokens=classes)
+        classes = out[:, : self.leading]
+        return Encoded(classes[:, 0] @ self.proj, out[:, self.leading :] if tokens else None, class_tokens=classes)
+
+    def _classes(self, out: Tensor) -> Tensor:
+        """What embeddings are made of: the transformer's output [N, C + L, W] -> [N, C, W]."""
+        if self.config.pooling == "attention":
+            return self.attention_pool(out, self.ln_post)[:, None]  # type: ignore[no-any-return]
+        return self.ln_post(out[:, : self.leading])  # type: ignore[no-any-return]
 
 
 def position_map(grid: int, rows: int, columns: int) -> Tensor:

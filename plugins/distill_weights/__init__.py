@@ -1,4 +1,4 @@
-"""Loads weights (open_clip, OpenAI, Hugging Face CLIP, timm's ViTs) and exports them (open_clip, HF, ONNX)."""
+"""Loads weights (open_clip, OpenAI, Hugging Face, timm's ViTs) and exports them (open_clip, HF, ONNX)."""
 
 import click
 
@@ -10,9 +10,9 @@ distill_api = 1
 @hookimpl
 def distill_components() -> list[type]:
     """Weights of other libraries to start from."""
-    from distill_weights.initializers import HfClip, OpenClip, TimmVit
+    from distill_weights.initializers import HfClip, HfSiglip, OpenClip, TimmVit
 
-    return [OpenClip, HfClip, TimmVit]
+    return [OpenClip, HfClip, HfSiglip, TimmVit]
 
 
 @hookimpl

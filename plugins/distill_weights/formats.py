@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from distill_core import FeatureKind, UserError, require_extra
-from distill_weights.layouts import open_clip_config, to_hf
+from distill_weights.layouts import HF_ACTIVATIONS, open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 
 MOST_INSIDE = 1_500_000_000
@@ -160,7 +160,7 @@ class HfFormat(Format):
                 "num_attention_heads": image.heads,
                 "image_size": clip.pictures.size,
                 "patch_size": image.patch,
-                "hidden_act": image.activation,
+                "hidden_act": HF_ACTIVATIONS.get(image.activation, image.activation),
                 "layer_norm_eps": image.norm_eps,
             },
             text_config=common
@@ -171,7 +171,7 @@ class HfFormat(Format):
                 "num_hidden_layers": text.layers,
                 "num_attention_heads": text.heads,
                 "max_position_embeddings": text.context,
-                "hidden_act": text.activation,
+                "hidden_act": HF_ACTIVATIONS.get(text.activation, text.activation),
                 "layer_norm_eps": 1e-5,
                 "bos_token_id": 49406,
                 "eos_token_id": 49407,

@@ -26,7 +26,7 @@ from distill_vl.clip_text import ClipText
 from distill_vl.contrastive import ContrastiveLoss
 from distill_vl.pictures import other_pixels
 from distill_vl.vit import VisionTransformer, position_map
-from distill_weights.layouts import Pixels, Source, from_hf, from_open_clip, from_timm, pixels
+from distill_weights.layouts import Pixels, Source, from_hf, from_hf_siglip, from_open_clip, from_timm, pixels
 
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 HF_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -127,6 +127,9 @@ def fit(module: nn.Module, source: Source, tower: str, path: str) -> tuple[State
             problems.append(f"{path}.{error}")
             del state["positional_embedding"], parameters["positional_embedding"]
     optional = (*NEW, "proj", "text_projection")
+    if "proj" in state and getattr(config, "pooling", None) == "attention" and config.dim != config.width:
+        del state["proj"]
+        notes.append(f"its embedding is what it pools, {config.width} wide: the projection to {config.dim} is new")
     problems += _some(
         [f"{path}.{key}: missing in it" for key in parameters if key not in state and key not in optional]
     )
@@ -157,13 +160,15 @@ def _positions(table: Tensor, config: Any, tower: str) -> tuple[Tensor, list[str
         return table[: config.context], [
             f"{config.context} of {count} text positions"
         ] if count > config.context else []
-    old, new = round((count - 1) ** 0.5), config.image_size // config.patch
-    if old < 1 or old * old + 1 != count:
-        raise ValueError(f"positional_embedding: the source's {count} positions are no square and a class token")
+    first = int(config.pooling == "class_token")
+    old, new = round((count - first) ** 0.5), config.image_size // config.patch
+    if old < 1 or old * old + first != count:
+        square = "no square and a class token" if first else "no square"
+        raise ValueError(f"positional_embedding: the source's {count} positions are {square}")
     if old == new:
         return table, []
-    resized = (position_map(old, new, new) @ table[1:].double()).to(table.dtype)
-    return torch.cat([table[:1], resized]), [f"image positions resized from {old} x {old} to {new} x {new}"]
+    resized = (position_map(old, new, new) @ table[first:].double()).to(table.dtype)
+    return torch.cat([table[:first], resized]), [f"image positions resized from {old} x {old} to {new} x {new}"]
 
 
 def _scales(objective: Objective, source: Source) -> dict[str, tuple[Tensor, str]]:
@@ -240,16 +245,49 @@ class HfClip(Towers):
             raise UserError(f"weights: {path}: no such folder")
         state, notes = read_folder(path, HF_FILES)
         source = from_hf(unwrapped(state), read_json(path / "config.json"), str(path))
-        source.notes, source.pixels = notes, self._pixels(path)
+        source.notes, source.pixels = notes, _hf_pixels(path)
         return source
 
-    def _pixels(self, path: Path) -> Pixels | None:
-        """Of the image processor, which newer folders keep within the processor's own config."""
-        for file in ("preprocessor_config.json", "processor_config.json"):
-            if (path / file).is_file():
-                config = read_json(path / file)
-                return pixels(config.get("image_processor", config), "image_mean", "image_std")
-        return None
+
+class HfSiglipConfig(ComponentConfig):
+    """A SigLIP's folder, and the tower that takes its image tower."""
+
+    source: str
+    """The folder."""
+    image: str = "image"
+    """The modality whose backbone (`vit`) takes it."""
+
+
+class HfSiglip(Towers):
+    """Start the picture tower from a folder that `save_pretrained` of a Hugging Face `SiglipModel` wrote (SigLIP, and
+    SigLIP 2 of one image size). `vit` wants `pooling: attention`, `activation: gelu_tanh`, `pre_norm: false` and
+    `norm_eps: 1e-6`; with `dim` as its width the embedding is SigLIP's, else the projection to it is new.
+
+    The text tower, which is not causal and has its own tokenizer, is left.
+    """
+
+    name = "hf_siglip"
+    Config = HfSiglipConfig
+    examples = ({"source": "no-such-folder"},)
+
+    def read(self) -> Source:
+        """The folder's tensors and config."""
+        path = Path(self.config.source)
+        if not path.is_dir():
+            raise UserError(f"weights: {path}: no such folder")
+        state, notes = read_folder(path, HF_FILES)
+        source = from_hf_siglip(unwrapped(state), read_json(path / "config.json"), str(path))
+        source.notes, source.pixels = notes, _hf_pixels(path)
+        return source
+
+
+def _hf_pixels(path: Path) -> Pixels | None:
+    """Of the image processor, which newer folders keep within the processor's own config."""
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        if (path / file).is_file():
+            config = read_json(path / file)
+            return pixels(config.get("image_processor", config), "image_mean", "image_std")
+    return None
 
 
 class TimmVitConfig(ComponentConfig):
@@ -264,7 +302,8 @@ class TimmVitConfig(ComponentConfig):
 
 
 class TimmVit(Towers):
-    """Start the picture tower from a ViT of timm, DINO or DINOv2; the projection to the embedding is new.
+    """Start the picture tower from a ViT of timm, DINO or DINOv2; the projection to the embedding is new. Those with
+    attention pooling (SigLIP's, of open_clip too) go into a `vit` with `pooling: attention`.
 
     LayerScale is folded into the weights. Those ViTs have no LayerNorm in front: `vit` wants `pre_norm: false` and
     `norm_eps: 1e-6`.

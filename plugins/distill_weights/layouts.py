@@ -1,4 +1,5 @@
-"""Names of the same tensors in open_clip (OpenAI's too), Hugging Face CLIP and timm, and what their configs say.
+"""Names of the same tensors in open_clip (OpenAI's too), Hugging Face CLIP and SigLIP, and timm, and what their configs
+say.
 
 The layout in the middle is open_clip's: `visual.*` for the picture's tower, the text's tower bare. Our `vit` and
 `clip_text` name their parameters the same.
@@ -124,6 +125,8 @@ def open_clip_config(
         raise UserError(
             f"open_clip has one activation for both towers; activation is {image.activation} and {text.activation}"
         )
+    if image.activation == "gelu_tanh":
+        raise UserError("open_clip's own towers have gelu or quick_gelu; activation is gelu_tanh. Try --to onnx")
     vision: dict[str, Any] = {
         "image_size": size,
         "patch_size": image.patch,
@@ -186,7 +189,8 @@ def _rename(state: Mapping[str, Tensor], names: Names) -> tuple[StateDict, set[s
     return {ours: torch.cat([state[key] for key in theirs]) for ours, theirs in complete.items()}, used
 
 
-def _hf_names(tower: str, layers: int) -> Names:
+def _hf_blocks(layers: int) -> Names:
+    """Of the towers of CLIP and SigLIP, with their positions."""
     names = _blocks(
         layers,
         "encoder.layers",
@@ -199,7 +203,16 @@ def _hf_names(tower: str, layers: int) -> Names:
         },
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     )
-    names["positional_embedding"] = ("embeddings.position_embedding.weight",)
+    return names | {"positional_embedding": ("embeddings.position_embedding.weight",)}
+
+
+HF_ACTIVATIONS = {"gelu_tanh": "gelu_pytorch_tanh"}
+"""Ours -> theirs, where the names differ."""
+_OUR_ACTIVATIONS = {theirs: ours for ours, theirs in HF_ACTIVATIONS.items()}
+
+
+def _hf_names(tower: str, layers: int) -> Names:
+    names = _hf_blocks(layers)
     if tower == "text":
         return (
             names
@@ -236,7 +249,7 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -
             part[our_name] = state[their_name].T
             used.add(their_name)
         source.options[tower] = {
-            "activation": section_config.get("hidden_act", "quick_gelu"),
+            "activation": _our_activation(section_config.get("hidden_act", "quick_gelu")),
             "heads": section_config.get("num_attention_heads", heads),
             "norm_eps": section_config.get("layer_norm_eps", 1e-5),
             "pre_norm": True,
@@ -245,6 +258,64 @@ def from_hf(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -
     if unknown:
         raise UserError(f"weights: {what}: {unknown[0]} is no tensor of a CLIPModel")
     return source
+
+
+def _our_activation(theirs: str) -> str:
+    return _OUR_ACTIVATIONS.get(theirs, theirs)
+
+
+def from_hf_siglip(state: Mapping[str, Tensor], config: Mapping[str, Any], what: str) -> Source:
+    """The image tower in the state dict and config of a Hugging Face `SiglipModel` or `SiglipVisionModel`.
+
+    Raises `UserError`. The patches' bias goes into the positions, as with timm's.
+    """
+    kind = config.get("model_type")
+    if kind not in ("siglip", "siglip_vision_model"):
+        raise UserError(f"weights: {what}: config.json says model_type {kind!r}, not 'siglip' or 'siglip_vision_model'")
+    section: Mapping[str, Any] = (config.get("vision_config") or {}) if kind == "siglip" else config
+    tensors = {
+        key.removeprefix("vision_model."): value
+        for key, value in state.items()
+        if key not in SCALES and not key.startswith("text_model.")
+    }
+    names = _hf_blocks(_layers(tensors, "encoder.layers."))
+    names |= {"conv1.weight": ("embeddings.patch_embedding.weight",)} | _norm("ln_post", "post_layernorm")
+    names |= _pool_names("head", ("attention.in_proj_",), {"attn.out_proj": "attention.out_proj", "ln": "layernorm"})
+    image, used = _rename(tensors, names)
+    bias, probe = "embeddings.patch_embedding.bias", "head.probe"
+    unknown = [
+        key for key in tensors if key not in used and key not in (bias, probe) and not key.endswith("position_ids")
+    ]
+    if unknown or probe not in tensors or "positional_embedding" not in image:
+        reason = f"{unknown[0]} is no tensor" if unknown else "it lacks the pooling head or the positions"
+        raise UserError(f"weights: {what}: {reason} of SigLIP's image tower")
+    if bias in tensors:
+        image["positional_embedding"] = image["positional_embedding"].float() + tensors[bias].float()
+    source = Source(what, {"image": _with_probe(image, tensors[probe]), "text": {}})
+    source.options["image"] = {
+        "activation": _our_activation(section.get("hidden_act", "gelu_pytorch_tanh")),
+        "heads": section.get("num_attention_heads", 12),
+        "norm_eps": section.get("layer_norm_eps", 1e-6),
+        "pre_norm": False,
+        "pooling": "attention",
+    }
+    return source
+
+
+def _pool_names(theirs: str, projections: tuple[str, ...], parts: Mapping[str, str]) -> Names:
+    """Of `vit`'s `attention_pool`, but for its query: `projections`, each with `weight` or `bias` after it, make our
+    `attn.in_proj`."""
+    parts = {**parts, "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names: Names = {}
+    for kind in ("weight", "bias"):
+        names[f"attention_pool.attn.in_proj_{kind}"] = tuple(f"{theirs}.{part}{kind}" for part in projections)
+        names |= {f"attention_pool.{ours}.{kind}": (f"{theirs}.{part}.{kind}",) for ours, part in parts.items()}
+    return names
+
+
+def _with_probe(image: StateDict, probe: Tensor) -> StateDict:
+    """With the pooling's query, and the projection that leaves its result as it is: SigLIP's has none."""
+    return image | {"attention_pool.probe": probe.flatten(), "proj": torch.eye(probe.shape[-1])}
 
 
 def to_hf(towers: Mapping[str, Mapping[str, Tensor]]) -> StateDict:
@@ -289,6 +360,10 @@ _LACKS = (
 """What other ViTs may have and `vit` does not, by their tensors' names."""
 
 
+_POOL = "attn_pool.latent"
+"""The query of timm's attention pooling (SigLIP's ViTs): [1, 1, W]."""
+
+
 def _unlike_vit(state: Mapping[str, Tensor], used: Collection[str]) -> str | None:
     """Why a timm ViT does not fit `vit`, or None."""
     for pattern, what in _LACKS:
@@ -297,24 +372,28 @@ def _unlike_vit(state: Mapping[str, Tensor], used: Collection[str]) -> str | Non
     fc1, fc2 = (state.get(f"blocks.0.mlp.{part}.weight") for part in ("fc1", "fc2"))
     if fc1 is not None and fc2 is not None and fc1.shape[0] == 2 * fc2.shape[1]:
         return "it has a gated MLP (SwiGLU) (blocks.0.mlp.fc1.weight)"
-    if "pos_embed" not in state and "cls_token" in state:
+    pooled_by = _POOL if _POOL in state else "cls_token"
+    if "pos_embed" not in state and pooled_by in state:
         return "it has no table of positions (pos_embed), as with rotary ones"
-    if lacking := next(
-        (key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight") if key not in state), None
-    ):
+    if lacking := next((key for key in (pooled_by, "pos_embed", "patch_embed.proj.weight") if key not in state), None):
         return f"it has no {lacking}"
+    if _POOL in state and state[_POOL].shape[1] > 1:
+        return f"its pooling has {state[_POOL].shape[1]} queries (attn_pool.latent)"
     unknown = next((key for key in state if key not in used), None)
     return f"it has {unknown}" if unknown else None
 
 
 def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
-    """A Vision Transformer of timm, DINO or DINOv2 (the same names); the head is left. Raises `UserError`.
+    """A Vision Transformer of timm, DINO or DINOv2 (the same names); the head is left. Of open_clip's models with such
+    a tower (SigLIP) the text is, too. Raises `UserError`.
 
     The patches' bias goes into the position embeddings: it is added at the same place, and resizing keeps constants.
     LayerScale goes into the layers whose outputs it scales. A class token without position (DeiT III) gets zeros.
     Register tokens (Darcet et al. 2024) are further class tokens of `vit`: neither has a position.
     """
-    tensors = {key.removeprefix("backbone."): value for key, value in state.items()}
+    trunk = "visual.trunk."
+    tensors = {key.removeprefix(trunk): value for key, value in state.items() if key.startswith(trunk)} or state
+    tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
     tensors = {key: value for key, value in tensors.items() if not key.startswith(("head.", "fc_norm.", "last_layer."))}
     tensors, scales = fold_layer_scale(tensors)
     names = _blocks(
@@ -330,23 +409,31 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
         ("attn.qkv",),
     )
     names |= {"conv1.weight": ("patch_embed.proj.weight",)} | _norm("ln_pre", "norm_pre") | _norm("ln_post", "norm")
+    names |= _pool_names("attn_pool", ("q.", "kv."), {"attn.out_proj": "proj", "ln": "norm"})
     image, used = _rename(tensors, names)
-    used |= {"cls_token", "pos_embed", "patch_embed.proj.bias", "mask_token", *_REGISTERS}
+    used |= {"cls_token", _POOL, "pos_embed", "patch_embed.proj.bias", "mask_token", *_REGISTERS}
     if unlike := _unlike_vit(tensors, used):
         raise UserError(
             f"weights: {what}: {unlike}, unlike `vit`: take weights that are like it, or the backbone "
             "{name: timm, model: MODEL} with the weights {name: timm, source: ...}, which takes any model of timm"
         )
     table = tensors["pos_embed"][0].float()  # sums in half precision would lose some of it
-    if round(len(table) ** 0.5) ** 2 == len(table):
+    has_class = _POOL not in tensors
+    if has_class and round(len(table) ** 0.5) ** 2 == len(table):
         table = torch.cat([torch.zeros_like(table[:1]), table])
     if "patch_embed.proj.bias" in tensors:
-        table = torch.cat([table[:1], table[1:] + tensors["patch_embed.proj.bias"].float()])
-    image |= {"class_embedding": tensors["cls_token"].flatten(), "positional_embedding": table}
+        first = int(has_class)
+        table = torch.cat([table[:first], table[first:] + tensors["patch_embed.proj.bias"].float()])
+    image["positional_embedding"] = table
+    if has_class:
+        image["class_embedding"] = tensors["cls_token"].flatten()
+    else:
+        image = _with_probe(image, tensors[_POOL])
     is_plain_vit = "norm_pre.weight" not in tensors
     options: dict[str, Any] = {
         "pre_norm": not is_plain_vit,
         "norm_eps": 1e-6 if is_plain_vit else 1e-5,
+        "pooling": "class_token" if has_class else "attention",
     }  # heads show nowhere
     if (registers := next((tensors[key][0] for key in _REGISTERS if key in tensors), None)) is not None:
         image["more_class_embeddings"] = registers
@@ -354,5 +441,6 @@ def from_timm(state: Mapping[str, Tensor], what: str) -> Source:
     source = Source(what, {"image": image, "text": {}})
     if scales:
         source.notes.append(f"LayerScale was folded into {scales} layers (attn.proj, mlp.fc2)")
-    source.options["image"] = options | ({"activation": "gelu"} if is_plain_vit else {})
+    # timm has SigLIP's first models with gelu, the later ones with gelu_tanh, under the same names
+    source.options["image"] = options | ({"activation": "gelu"} if is_plain_vit and has_class else {})
     return source

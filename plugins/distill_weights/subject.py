@@ -92,6 +92,10 @@ class Subject:
         image, text = (self._only(kind, to) for kind in (VisionTransformer, ClipText))
         vit: Any = self.model.backbone[image]
         text_tower: Any = self.model.backbone[text]
+        if vit.config.pooling != "class_token":
+            raise UserError(
+                f"--to {to}: backbone.{image}.pooling is {vit.config.pooling}; CLIP has a class token. Try --to onnx"
+            )
         if vit.config.class_tokens > 1:
             raise UserError(f"--to {to}: backbone.{image}.class_tokens is {vit.config.class_tokens}; CLIP has one")
         if vit.config.dim != text_tower.config.dim:

@@ -239,6 +239,7 @@ def test_what_was_exported_starts_another_run(
     ("overrides", "to", "message"),
     [
         (["backbone.image.class_tokens=2"], "open_clip", r"backbone\.image\.class_tokens is 2"),
+        (["backbone.image.pooling=attention"], "hf", r"backbone\.image\.pooling is attention; CLIP has a class token"),
         (["backbone.image.pre_norm=false"], "hf", r"backbone\.image\.pre_norm is false.*--to onnx"),
         (["backbone.image.activation=quick_gelu"], "open_clip", "one activation for both towers"),
         (

@@ -116,6 +116,107 @@ def test_deit3(registry: Registry, tmp_path: Path) -> None:
     same(built, model, torch.randn(3, 3, 16, 16))
 
 
+SIGLIP = (
+    "backbone.image.pooling=attention", "backbone.image.pre_norm=false", "backbone.image.norm_eps=1e-6",
+    "backbone.image.mlp_ratio=4.0",
+)  # fmt: skip
+
+
+def pooled_like(built: Any, model: Any, x: Tensor, dim: int) -> None:
+    """The pooling's result, which is SigLIP's embedding and our class token, and the tokens."""
+    with torch.no_grad():
+        ours, theirs = built.backbone["image"](Views([Group(x[None])]), tokens_of=(0,)), model.forward_features(x)
+        pooled = model.forward_head(theirs)
+    torch.testing.assert_close(ours.class_tokens[0, :, 0], pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.tokens[0], theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.pooled, ours.class_tokens[:, :, 0]) == (dim == 24)
+
+
+@pytest.mark.parametrize("dim", [24, 10])
+def test_siglip(registry: Registry, tmp_path: Path, dim: int) -> None:
+    """timm's attention pooling; open_clip's file of the same tower beside a text tower. Where D is W the embedding is
+    the source's own; where it is not, the projection is new and the line says so."""
+    model = vit("vit_base_patch16_siglip_224", img_size=16, patch_size=4, num_classes=0)
+    state = model.state_dict()
+    torch.save(state, tmp_path / "timm.pth")
+    beside = {"text.token_embedding.weight": torch.zeros(3, 2), "logit_scale": torch.zeros(())}
+    torch.save({f"visual.trunk.{key}": value for key, value in state.items()} | beside, tmp_path / "open_clip.pth")
+    for file in ("timm.pth", "open_clip.pth"):
+        built = objective(registry, *SIGLIP, f"backbone.image.dim={dim}", f"backbone.text.dim={dim}")
+        loaded = apply(registry, built, "timm_vit", source=str(tmp_path / file))
+        pooled_like(built, model, torch.randn(3, 3, 16, 16), dim)
+        assert ("24 wide: the projection to 10 is new" in loaded.line) == (dim == 10)
+    with pytest.raises(UserError, match="set pooling: attention"):
+        apply(registry, objective(registry, *LIKE_TIMM), "timm_vit", source=str(tmp_path / "timm.pth"))
+
+
+def test_siglip_of_another_size(registry: Registry, tmp_path: Path) -> None:
+    """Its positions, none of them a class token's, are resized as the tower resizes them; a tower with a class token
+    does not go into one with pooling."""
+    model = vit("vit_base_patch16_siglip_224", img_size=32, patch_size=4, num_classes=0)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    wanted = vit("vit_base_patch16_siglip_224", img_size=16, patch_size=4, num_classes=0)
+    table = model.state_dict()["pos_embed"].reshape(1, 8, 8, 24).permute(0, 3, 1, 2)
+    table = nn.functional.interpolate(table, scale_factor=4.1 / 8, mode="bicubic", recompute_scale_factor=False)
+    wanted.load_state_dict(model.state_dict() | {"pos_embed": table.flatten(2).mT})
+    built = objective(registry, *SIGLIP, "backbone.image.dim=24", "backbone.text.dim=24")
+    loaded = apply(registry, built, "timm_vit", source=str(tmp_path / "w.pth"))
+    assert "image positions resized from 8 x 8 to 4 x 4" in loaded.line
+    pooled_like(built, wanted, torch.randn(2, 3, 16, 16), 24)
+    dino = vit("vit_tiny_patch16_224", img_size=16, patch_size=4)
+    torch.save(dino.state_dict(), tmp_path / "dino.pth")
+    with pytest.raises(UserError, match="set pooling: class_token"):
+        apply(registry, objective(registry, *SIGLIP), "timm_vit", source=str(tmp_path / "dino.pth"))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_hf_siglip(registry: Registry, tmp_path: Path, whole: bool) -> None:
+    """A SiglipModel or its image tower alone: Hugging Face's own pooled output and tokens; what differs is said."""
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.SiglipVisionConfig(image_size=16, patch_size=4, **shape)
+    if whole:
+        text = transformers.SiglipTextConfig(vocab_size=30, max_position_embeddings=8, **shape)
+        model = transformers.SiglipModel(
+            transformers.SiglipConfig(text_config=text.to_dict(), vision_config=config.to_dict())
+        )
+    else:
+        model = transformers.SiglipVisionModel(config)
+    scatter(model).save_pretrained(tmp_path)
+    like = (*SIGLIP[:3], "backbone.image.mlp_ratio=2.0", "backbone.image.dim=24", "backbone.text.dim=24")
+    built = objective(registry, *like, "backbone.image.activation=gelu_tanh")
+    loaded = apply(registry, built, "hf_siglip", source=str(tmp_path))
+    x = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        ours = built.backbone["image"](Views([Group(x[None])]), tokens_of=(0,))
+        theirs = (model.vision_model if whole else model)(pixel_values=x)
+    torch.testing.assert_close(ours.pooled[0], theirs.pooler_output, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.tokens[0], theirs.last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert "loss.contrastive" in loaded.line, "the scale learned with another text tower is not taken"
+    with pytest.raises(UserError, match="set activation: gelu_tanh"):
+        apply(registry, objective(registry, *like), "hf_siglip", source=str(tmp_path))
+    with pytest.raises(UserError, match=r"backbone\.image\.heads is 4, the source was trained with 3"):
+        apply(registry, objective(registry, *like, "backbone.image.heads=4"), "hf_siglip", source=str(tmp_path))
+
+
+def test_what_hf_siglip_does_not_read(registry: Registry, tmp_path: Path) -> None:
+    """A CLIP's folder, and one that lacks the head: one line, before anything is loaded."""
+    transformers: Any = pytest.importorskip("transformers")
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3}
+    clip = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(image_size=16, patch_size=4, **shape))
+    clip.save_pretrained(tmp_path / "clip")
+    config = transformers.SiglipVisionConfig(image_size=16, patch_size=4, vision_use_head=False, **shape)
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "headless")
+    for folder, message in (
+        ("clip", "model_type 'clip_vision_model', not 'siglip'"),
+        ("headless", "lacks the pooling"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            apply(registry, objective(registry, *SIGLIP), "hf_siglip", source=str(tmp_path / folder))
+        assert str(caught.value).count("\n") == 0
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -123,7 +224,6 @@ def test_deit3(registry: Registry, tmp_path: Path) -> None:
         ("vit_little_patch16_reg4_gap_256", "it has no cls_token"),
         ("vit_relpos_small_patch16_224", r"it has relative positions \(blocks\.0\.attn\.rel_pos"),
         ("beit_base_patch16_224", r"it has relative positions \(blocks\.0\.attn\.relative_position"),
-        ("vit_base_patch16_siglip_224", "it has no cls_token"),
     ],
 )
 def test_what_vit_has_not_is_refused(registry: Registry, tmp_path: Path, model: str, message: str) -> None:

@@ -46,6 +46,7 @@ from distill_core.recipe.sections import (
 )
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
+from distill_core.teachers.copies import CopiedTeacher
 
 Problem = tuple[KeyPath, str]
 """(place in the recipe, message)"""
@@ -233,6 +234,12 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 near = did_you_mean(error.name, draft.modalities)
                 yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
             continue
+        if issubclass(slot.cls, CopiedTeacher):
+            for name, own in slot.cls.own_views(slot.config, plan).items():
+                tower = draft.slots[("backbone", name)]
+                lines += (
+                    f"{slot.cls.name!r}: augment.{name}: {line}" for line in tower.cls.view_problems(tower.config, own)
+                )
         if issubclass(slot.cls, Teacher) and slot.config.cache is not None and not slot.cls.cacheable(slot.config):
             lines.append(
                 f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "

@@ -11,14 +11,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core.batch import Batch
+from distill_core.batch import Batch, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.schedule import Scheduled
-from distill_core.contracts.teacher import Teacher, TeacherConfig
+from distill_core.contracts.slot import Slot
+from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
+from distill_core.interfaces import Augmentation, Collator
 from distill_core.model import evaluating
 from distill_core.outputs import Features, Progress
-from distill_core.plan import Plan, TeacherPlan
+from distill_core.plan import ModalityPlan, Plan, TeacherPlan
 from distill_core.system.distributed import local
+from distill_core.teachers.own_views import OwnViews, count_problems, own_plan
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -30,6 +33,9 @@ class CopyConfig(TeacherConfig):
     """Paths of the parts that it copies, as [backbone.NAME, fusion, loss.ID.HEAD]; null: the towers of its
     modalities, and of the losses that name it those heads that learn from a copy (`Loss.teacher_modules`). A tower that
     is not copied encodes as the student's own, without gradients: [loss.ID.HEAD] averages the head alone."""
+    augment: dict[str, Slot[Augmentation]] = {}  # noqa: RUF012
+    """Modality -> views of its own, as {NAME: {name: ..., size: 448}}: the student's crops at another size, since they
+    are drawn from the same random numbers. Its towers are the student's, and so is the collator."""
 
 
 class CopiedTeacher(Teacher):
@@ -52,6 +58,7 @@ class CopiedTeacher(Teacher):
                 holder = cast(nn.Module, holder._modules[part])
             holder.add_module(last, _frozen_copy(original))
         self._towers = {m: student.get_submodule(f"backbone.{m}") for m in plan.views}
+        self._augment: dict[str, Augmentation] = {m: node.build() for m, node in config.augment.items()}
         super().train(False)
 
     def original(self, path: str, student: nn.Module) -> nn.Module:
@@ -65,8 +72,28 @@ class CopiedTeacher(Teacher):
         return parts
 
     @classmethod
+    def reader(
+        cls, config: Any, name: str, plan: TeacherPlan, collators: Mapping[str, Collator]
+    ) -> TeacherReader | None:
+        """Reads its own views."""
+        augment = {m: node.build() for m, node in config.augment.items() if m in plan.views}
+        return OwnViews({m: collators[m] for m in augment}, augment, config.views) if augment else None
+
+    @classmethod
+    def own_views(cls, config: Any, plan: Plan) -> dict[str, ModalityPlan]:
+        """What its towers, which are the student's, are given in place of the student's views."""
+        known = {m: node for m, node in config.augment.items() if m in plan.modalities}
+        return {m: own_plan(plan.modalities[m], node, config.views) for m, node in known.items()}
+
+    @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterator[str]:
-        """Towers that there are."""
+        """Towers that there are; of its own views as many as the student has."""
+        for name in config.augment:
+            if plan.complete and name not in plan.modalities:
+                yield f"{cls.name!r}: augment: {name!r} is no modality of this recipe"
+        for name, own in cls.own_views(config, plan).items():
+            lines = count_problems(name, plan.modalities[name], own, config.views)
+            yield from (f"{cls.name!r}: {line}" for line in lines)
         for path in config.of or ():
             kind, _, rest = path.partition(".")
             if kind == "backbone" and plan.complete and rest.partition(".")[0] not in plan.modalities:
@@ -84,7 +111,7 @@ class CopiedTeacher(Teacher):
         """By its own towers; by the student's, in evaluation mode, where it has none of its own."""
         features = {}
         for name in self.plan.views:
-            views, tokens = batch.views[name].only(self.config.views), tokens_of.get(name, ())
+            views, tokens = self._views(batch, name), tokens_of.get(name, ())
             layers = self.plan.layers_of.get(name)
             if name in self.backbone:
                 features[name] = self.backbone[name](views, tokens_of=tokens, layers_of=layers)
@@ -92,6 +119,12 @@ class CopiedTeacher(Teacher):
                 with evaluating(self._towers[name]):
                     features[name] = self._towers[name](views, tokens_of=tokens, layers_of=layers)
         return features
+
+    def _views(self, batch: Batch, name: str) -> Views:
+        """Those that it sees of a modality: its own, or the student's."""
+        if name in self._augment:
+            return self._augment[name].on_device(batch.teacher[self.id][name])
+        return batch.views[name].only(self.config.views)
 
     def copy_of(self, path: str) -> nn.Module | None:
         """See `Teacher`."""

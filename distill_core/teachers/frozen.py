@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from distill_core.batch import Batch, Sample, View
+from distill_core.batch import Batch
 from distill_core.contracts.slot import Slot
-from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader, Visit
+from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
 from distill_core.contracts.weights import WeightLoader
 from distill_core.errors import UserError, counted
 from distill_core.interfaces import Augmentation, Backbone, Collator
 from distill_core.objective import Objective
 from distill_core.outputs import Features
 from distill_core.plan import BackboneSpec, Plan, TeacherPlan
+from distill_core.teachers.own_views import OwnViews, count_problems, own_plan
 
 
 class FrozenConfig(TeacherConfig):
@@ -78,20 +79,9 @@ class Frozen(Teacher):
         for name, node in config.backbone.items():
             if name not in plan.modalities:
                 continue
-            student = plan.modalities[name]
-            own = replace(student, spec=node.cls.spec(node.config))
-            if (augment := config.augment.get(name)) is not None:
-                roles, shapes = augment.cls.roles(augment.config), augment.cls.shapes(augment.config)
-                own = replace(own, roles=roles, augment=augment.config, shapes=shapes)
-                counts = [len([r for r in x if r in config.views]) for x in (roles, student.roles)]
-                if counts[0] != counts[1]:
-                    yield (
-                        f"{cls.name!r}: augment.{name} makes {counted(counts[0], 'view')} of the roles "
-                        f"{', '.join(config.views)}, and the student has {counts[1]}"
-                    )
-            seen = [i for i, role in enumerate(own.roles) if role in config.views]
-            shapes = tuple(own.shapes[i] for i in seen) if own.shapes is not None else None
-            own = replace(own, roles=tuple(own.roles[i] for i in seen), shapes=shapes)
+            student, augment = plan.modalities[name], config.augment.get(name)
+            own = own_plan(replace(student, spec=node.cls.spec(node.config)), augment, config.views)
+            yield from (f"{cls.name!r}: {line}" for line in count_problems(name, student, own, config.views))
             yield from node.cls.view_problems(node.config, own)
 
     @classmethod
@@ -150,24 +140,6 @@ class Frozen(Teacher):
                 tower.on_device(views), tokens_of=tokens_of.get(name, ()), layers_of=self.plan.layers_of.get(name)
             )
         return features
-
-
-@dataclass(frozen=True)
-class OwnViews:
-    """A `TeacherReader` of views that are drawn as the student's are, or that are the student's own."""
-
-    collators: Mapping[str, Collator]
-    augment: Mapping[str, Augmentation]
-    roles: tuple[str, ...]
-
-    def __call__(self, sample: Sample, views: Mapping[str, list[View]], visit: Visit) -> dict[str, list[View]]:
-        """The views of its roles."""
-        drawn = {
-            m: self.augment[m].train_views(sample, visit.generator(m)) if m in self.augment else views[m]
-            for m in self.collators
-            if m in views
-        }
-        return {m: [view for view in of_modality if view.role in self.roles] for m, of_modality in drawn.items()}
 
 
 def digest_of(module: nn.Module) -> str:

@@ -1,4 +1,5 @@
-"""Zero-shot semantic segmentation: the task, folders of pictures and masks, the layouts of published sets, overlays."""
+"""Semantic segmentation, zero-shot or by a probe of patches: tasks, folders of pictures and masks, the layouts of
+published sets, overlays."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type[Component]]:
-    """The task and its sources."""
+    """The tasks and their sources."""
     from distill_segment.folders import ImageMaskFolder, SegmentationSet
+    from distill_segment.patch_probe import PatchProbe
     from distill_segment.task import Segmentation
 
-    return [Segmentation, ImageMaskFolder, SegmentationSet]
+    return [Segmentation, PatchProbe, ImageMaskFolder, SegmentationSet]
 
 
 @hookimpl

@@ -7,9 +7,10 @@ import io
 import numpy as np
 from PIL import Image
 
-from distill_core import ConformanceCase, Model, Sample
+from distill_core import ConformanceCase, Model, Sample, TaskConfig
 from distill_segment.classes import write_mask
-from distill_segment.task import Segmentation, SegmentationConfig
+from distill_segment.patch_probe import PatchProbe
+from distill_segment.task import Segmentation
 from distill_vl.example import model
 
 CLASSES = b"background\nsquare, box\ndisc\n"
@@ -29,9 +30,9 @@ def samples(count: int, seed: int = 0) -> list[Sample]:
     return result
 
 
-def scorable(config: SegmentationConfig) -> tuple[Model, list[Sample]]:
-    """A small ViT and text tower, and two images."""
-    return model(), samples(2)
+def scorable(config: TaskConfig) -> tuple[Model, list[Sample]]:
+    """A small ViT and text tower, and a few images."""
+    return model(), samples(4)
 
 
-CASES = [ConformanceCase(Segmentation, scorable=scorable)]
+CASES = [ConformanceCase(task, scorable=scorable) for task in (Segmentation, PatchProbe)]

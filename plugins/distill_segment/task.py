@@ -28,10 +28,11 @@ from distill_core import (
     mean_over_sets,
     raise_on_all_ranks,
 )
-from distill_segment.classes import IGNORE, Classes, parse_classes, read_classes, read_mask
+from distill_segment.classes import Classes
 from distill_segment.overlays import panel
 from distill_segment.scores import confusion, scores_of
 from distill_segment.segmenter import Segmenter
+from distill_segment.truth import classes_of, truth_of
 from distill_tasks.prompts import Templates
 from distill_tasks.retrieval import two_modalities
 
@@ -144,14 +145,7 @@ class Segmentation(Task):
 
     def classes(self, samples: EvaluationSet) -> Classes:
         """Those of the option, or of the set's samples. Raises `DataError`."""
-        if self.config.classes is not None:
-            return parse_classes(read_classes(self.config.classes).decode(), self.config.classes)
-        first = next(iter(samples), {})
-        if (classes := _classes_of(first, f"evaluation set {samples.name!r}")) is not None:
-            return classes
-        raise DataError(
-            f"evaluation set {samples.name!r}: no sample, or none with `classes.txt`; give the task `classes: FILE`"
-        )
+        return classes_of(samples, self.config.classes)
 
     def _segmenter(self, model: Model, samples: EvaluationSet) -> Segmenter:
         return Segmenter(model, self.config, self.classes(samples))
@@ -183,31 +177,4 @@ class Segmentation(Task):
         return matrix, pictures, skipped
 
     def _truth(self, sample: Sample, picture: Image.Image, segmenter: Segmenter) -> Tensor:
-        """Class numbers [H, W]. Raises `BadSample`, or `DataError` where the classes are not the mask's."""
-        classes = segmenter.count
-        if self.config.classes is None and _classes_of(sample, str(sample["__url__"])) not in (None, segmenter.classes):
-            raise DataError(
-                f"{sample['__url__']}: classes.txt of {sample['__key__']!r} is not that of the set's first sample; a "
-                "set has one list of classes. Split it, or give the task `classes: FILE`."
-            )
-        if "mask.png" not in sample:
-            raise BadSample("no mask: no field mask.png")
-        mask = torch.from_numpy(read_mask(bytes(sample["mask.png"])))
-        if mask.shape != (picture.height, picture.width):
-            sizes = f"{mask.shape[1]} x {mask.shape[0]}, the picture {picture.width} x {picture.height}"
-            raise BadSample(f"the mask is {sizes} pixels")
-        largest = int(mask[mask != IGNORE].max()) if (mask != IGNORE).any() else 0
-        if largest >= classes:
-            raise DataError(
-                f"{sample['__url__']}: the mask of {sample['__key__']!r} has class {largest}; there are {classes} "
-                "classes. Check the file of classes, `ignore` and `reduce_zero_label`."
-            )
-        return mask
-
-
-def _classes_of(sample: Sample, where: str) -> list[tuple[str, ...]] | None:
-    """Those that come with a sample, if any do. Raises `DataError`."""
-    if "classes.txt" not in sample:
-        return None
-    text = bytes(sample["classes.txt"]).decode("utf-8", "replace")
-    return parse_classes(text, f"{where}: classes.txt of {sample['__key__']!r}")
+        return truth_of(sample, picture, segmenter.classes, self.config.classes)

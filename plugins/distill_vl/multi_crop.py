@@ -31,6 +31,8 @@ class MultiCropConfig(RecolourConfig):
     """Probability of Gaussian blur on the first global crop, further globals, and locals."""
     solarise: Probability = 0.2
     """Probability of solarising (at 128) a global crop after the first."""
+    recolour: bool = True
+    """false leaves colours as they are, and the crops where they would be with it: for a teacher's views of its own."""
 
     @model_validator(mode="after")
     def _fits(self) -> MultiCropConfig:
@@ -65,13 +67,11 @@ class MultiCrop(PictureAugmentation):
             first, large = number == 0, number < config.globals_
             blur = config.blur[0 if first else 1 if large else 2]
             solarise = config.solarise if large and not first else 0.0
-            return Crop(
-                crop_box(width, height, config.global_scale if large else config.local_scale, rng),
-                config.size if large else config.local_size,
-                rng.random() < config.flip,
-                GLOBAL if large else LOCAL,
-                draw_colours(config, rng, blur=blur, solarise=solarise),
-            )
+            box = crop_box(width, height, config.global_scale if large else config.local_scale, rng)
+            flip = rng.random() < config.flip
+            colours = draw_colours(config, rng, blur=blur, solarise=solarise)
+            side = config.size if large else config.local_size
+            return Crop(box, side, flip, GLOBAL if large else LOCAL, colours if config.recolour else None)
 
         count = config.globals_ + config.local
         views = self.train_crops(sample, lambda width, height: [crop(i, width, height) for i in range(count)])

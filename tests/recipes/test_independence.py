@@ -29,6 +29,7 @@ METHODS = {
     "dreamlip": {"dreamlip"},
     "flair": {"flair"},
     "flava": {"flava", "clip"},
+    "gram": {"dino"},
     "ibot": {"dino"},
     "lit": {"clip", "pretrained"},
     "siglip": {"siglip"},

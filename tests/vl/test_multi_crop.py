@@ -110,6 +110,27 @@ def test_probabilities() -> None:
     assert 30 < different({"flip": 0.5})[0] < 70
 
 
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_teachers_views_are_the_same_crops_in_their_own_colours(device: str) -> None:
+    """`recolour: false` draws what it leaves out. Catches crops after the first that are others, and colours that are
+    changed all the same."""
+    options = {"size": 32, "local_size": 16, "local": 2, "device": device}
+    sample, changed = png(picture(90, 70)), 0
+    for seed in range(5):
+        ours, plain = (
+            make(**options, recolour=recolour).train_views(sample, np.random.default_rng(seed))
+            for recolour in (True, False)
+        )
+        for a, b in zip(ours, plain, strict=True):
+            assert np.array_equal(a.extra["box"], b.extra["box"])
+            assert a.extra["flip"] == b.extra["flip"]
+            changed += not torch.equal(a.data, b.data)
+        none = {"jitter_p": 0.0, "grey": 0.0, "blur": (0.0, 0.0, 0.0), "solarise": 0.0}
+        first = make(**options, **none).train_views(sample, np.random.default_rng(seed))[0]
+        assert torch.equal(plain[0].data, first.data)
+    assert changed if device == "cpu" else not changed
+
+
 def test_transparent_pixels_take_the_background() -> None:
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
     view = make(size=16, background=[255, 0, 0], mean=[0, 0, 0], std=[1, 1, 1]).eval_view(clear)

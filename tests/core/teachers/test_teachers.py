@@ -242,9 +242,41 @@ def test_a_frozen_teacher_has_views_of_its_own(trainer: Make) -> None:
     made.run()
 
 
+def test_a_snapshot_has_views_of_its_own(trainer: Make) -> None:
+    """The student's crops at twice the size, without its changes of colour, as DINOv3's Gram teacher sees them. Catches
+    other crops, the student's pixels, views of other roles, and a tower that is not the copy."""
+    own = "{name: multi_crop, size: 32, local_size: 8, global: 2, local: 0, recolour: false}"
+    made = trainer(
+        "teacher.momentum=0.5", "train.steps=3",
+        f"teachers={{late: {{name: snapshot, every: 2, source: default, augment: {{image: {own}}}}}}}",
+        f"loss.1={DISTILL % 'late'}",
+    )  # fmt: skip
+    batch = next(iter(made.loader))
+    ours, theirs = batch.views["image"].groups[0], batch.teacher["late"]["image"].groups
+    assert [group.x.shape for group in theirs] == [(2, 4, 3, 32, 32)], "the teacher's views alone"
+    assert torch.equal(ours.extra["box"], theirs[0].extra["box"])
+    assert torch.equal(ours.extra["flip"], theirs[0].extra["flip"])
+    assert list(batch.teacher["late"]) == ["image"], "texts are the student's"
+    late: Any = made.objective.teachers["late"]
+    with torch.no_grad():
+        for p in late.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        outputs = made.objective.represent(batch, Progress(0, 3))
+        pixels = made.objective.augment["image"].on_device(batch.teacher["late"]["image"])
+        expected = late.backbone["image"](pixels).pooled
+    assert torch.equal(outputs.teacher["late"]["image"].pooled, expected)
+    made.run()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["teacher={augment: {image: {name: multi_crop, size: 20, local_size: 8, global: 2}}}"],
+         "teacher: 'ema': augment.image: global views of 20 x 20 px are not whole patches of 8 px"),
+        (["teacher={augment: {image: {name: multi_crop, size: 32, local_size: 8, global: 1}}}"],
+         "teacher: 'ema': augment.image makes 1 view of the roles global, and the student has 2"),
+        (["teacher={augment: {audio: {name: multi_crop}}}"],
+         "teacher: 'ema': augment: 'audio' is no modality of this recipe"),
         ([f"loss.1={DISTILL % 'big'}"],
          "loss.1: 'cross_modal_distillation' needs a teacher 'big'; this recipe has none; there is default"),
         (["teachers={default: {name: ema}}"],

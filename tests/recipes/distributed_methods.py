@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,10 @@ CASES: dict[str, dict[str, str]] = {
 SAMPLES, DIM = 12, 6
 
 
-def recipe(case: str, registry: Registry) -> Recipe:
-    text = RECIPE.format(
-        **{"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text", "wire": "fp32"} | CASES[case]
-    )
-    return parse_recipe(text, "r.yaml", registry=registry)
+def recipe(options: Mapping[str, str], registry: Registry) -> Recipe:
+    """Of a case, or of others like them."""
+    rest = {"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text", "wire": "fp32"}
+    return parse_recipe(RECIPE.format(**rest | dict(options)), "r.yaml", registry=registry)
 
 
 def batch(parsed: Recipe, first: int, last: int) -> Batch:
@@ -131,7 +130,7 @@ def batch(parsed: Recipe, first: int, last: int) -> Batch:
 
 def step(case: str, registry: Registry, first: int, last: int) -> dict[str, Any]:
     """Terms of these rows and the averaged gradients."""
-    parsed = recipe(case, registry)
+    parsed = recipe(CASES[case], registry)
     torch.manual_seed(0)
     made = build_objective(parsed).double()
     with torch.no_grad():

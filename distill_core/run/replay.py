@@ -16,7 +16,7 @@ from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.inspection import Inspection
 from distill_core.run.stages import due, enter, load
-from distill_core.run.state import RunState
+from distill_core.run.state import Length, RunState
 from distill_core.step import StepResult
 from distill_core.system import distributed
 from distill_core.system.process import set_random
@@ -70,11 +70,14 @@ def replay_step(recipe: Recipe, folder: RunFolder, step: int, *, quiet: bool = F
     source = recipe.data.source.build()
     source.prepare()
     state = assemble(recipe, source, device, resuming=bool(earlier), quiet=quiet).state
-    if step > state.length.steps:
-        raise UserError(f"{folder.path}: a run of {state.length.steps} steps has no step {step}")
     if earlier:
         checkpoint = distributed.raise_on_all_ranks(lambda: checkpoints.load(str(earlier[-1])))
         load(state, checkpoint.state, str(folder.path))
+    elif (batch_size := _batch_size(capture, checkpoints)) is not None:
+        state.loader.load_state_dict(state.loader.state_dict() | {"batch_size": batch_size})
+        state.length = Length.of(recipe.train, batch_size, state.loader.samples)
+    if step > state.length.steps:
+        raise UserError(f"{folder.path}: a run of {state.length.steps} steps has no step {step}")
     start = state.step
     if capture is not None and start == step - 1:
         # the checkpoint of a run that stopped there is of the step before, but lies after this batch
@@ -87,6 +90,16 @@ def replay_step(recipe: Recipe, folder: RunFolder, step: int, *, quiet: bool = F
             return _run(state, folder, step, start, capture, advance)
     finally:
         state.loader.close()
+
+
+def _batch_size(capture: Capture | None, checkpoints: Checkpoints) -> int | None:
+    """The run's, over all its ranks, which may be others than these; None where nothing says it."""
+    if capture is not None:
+        return len(capture.keys)
+    if not checkpoints.steps():
+        return None
+    saved = distributed.raise_on_all_ranks(lambda: checkpoints.load().state)
+    return int(saved["ranks"][0]["data"]["batch_size"])
 
 
 def _run(state: RunState, folder: RunFolder, step: int, start: int, capture: Capture | None, advance: Any) -> Replay:

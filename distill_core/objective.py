@@ -128,7 +128,7 @@ class Objective(nn.Module):
 
     def represent(self, batch: Batch, progress: Progress, *, teachers: bool = True) -> Outputs:
         """Encode the batch with student and, unless told otherwise, teacher, and fuse the student's features."""
-        for module in self.backbone.values():
+        for module in dict.fromkeys(self.backbone.values()):
             cast(Backbone, module).before_step(progress)
         batch = self.on_device(batch)
         teacher = self.represent_teachers(batch) if teachers else {}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from distill_core.contracts.shared import distinct, tied
 from distill_core.errors import UserError
 from distill_core.gradient_cache import batch_statistics
 from distill_core.interfaces import Backbone, FusionHead, Loss
@@ -54,10 +55,10 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
     """
     if config.micro_batch is not None and (names := list(batch_statistics(objective))):
         raise UserError(f"train.parallel.micro_batch: {names[0]} computes with statistics of its batch; take null")
-    students = [cast(Backbone, tower) for tower in objective.backbone.values()]
+    students = [cast(Backbone, tower) for tower in distinct(objective.backbone.values())]
     teachers = [cast(Backbone, tower) for teacher in objective.teachers.values() for tower in teacher.towers()]
     if config.checkpointing != "none":
-        for unit in _units(students):
+        for unit in distinct(_units(students)):
             checkpoint_unit(unit, selective=config.checkpointing == "selective")
     if config.compile:
         compile_units(objective)
@@ -67,8 +68,14 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
         raise UserError(
             f"train.parallel.shard: {shard} does not divide the number of ranks, {ranks}; take a divisor, or `all`"
         )
-    if ranks > 1:
-        for tower in students + teachers:
+    whole = tied(students) | tied(teachers)
+    if whole and shard > 1:
+        raise UserError(
+            "train.parallel.shard: towers that share all but some parts (`same` with `own`) are not split over ranks; "
+            "take 1, or share them whole"
+        )
+    for tower in students + teachers if ranks > 1 else ():
+        if tower not in whole:  # those stay as fusion and losses do
             _spread(tower, shard, config, device)
 
 
@@ -105,11 +112,11 @@ def compile_units(objective: Objective, backend: str = "inductor") -> int:
 
     In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
-    parts: list[nn.Module] = [*objective.backbone.values()]
+    parts: list[nn.Module] = distinct(objective.backbone.values())
     parts += [tower for teacher in objective.teachers.values() for tower in teacher.towers()]
     if not any(modality.optional for modality in objective.plan.modalities.values()):
         parts += [*objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
-    units = [unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units()]
+    units = distinct(unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units())
     for unit in units:
         compile_unit(unit, backend)
     return len(units)

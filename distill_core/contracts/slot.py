@@ -113,7 +113,7 @@ class Slot(Generic[C]):
 
         return core_schema.with_info_plain_validator_function(
             validate,
-            serialization=core_schema.plain_serializer_function_ser_schema(Slot.dump),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda slot: slot.dump()),
             metadata={"pydantic_js_functions": [lambda schema, handler: {JSON_KEY: interface.kind}]},
         )
 

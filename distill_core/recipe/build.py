@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from distill_core.contracts.shared import build_all
 from distill_core.contracts.weights import LoadReport
 from distill_core.model import Model
 from distill_core.objective import Objective
@@ -18,7 +19,7 @@ from distill_core.teachers.copies import CopiedTeacher
 
 def build_objective(recipe: Recipe) -> Objective:
     """Student, teachers, fusion and losses; weights are drawn from torch's global generator. Raises `UserError`."""
-    backbone = {name: node.build() for name, node in recipe.backbone.items()}
+    backbone = build_all(recipe.backbone)
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]

@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.nested import needs_of
+from distill_core.contracts.shared import SharedSlot, build_all, unknown_parts
 from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.contracts.teacher import Teacher
 from distill_core.data.fields import FieldConfig
@@ -341,7 +342,16 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
     parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
     parts += [*(["fusion"] if draft.document.get(("fusion",)) is not None else []), "backbone", "loss"]
     losses_are_wrong = draft.is_wrong("loss")
+    shared = {
+        f"backbone.{path[1]}": slot
+        for path, slot in draft.slots.items()
+        if path[:1] == ("backbone",) and isinstance(slot, SharedSlot) and not slot.own
+    }
     for at, part in _listed_parts(draft.document.get(("freeze",)), draft.train.lr_factors):
+        whole = ".".join(part.split(".")[:2])
+        if whole in shared:
+            yield at, f"the tower of {whole!r} is that of another modality: name backbone.{shared[whole].same}"
+            continue
         name = part if part in parts else ".".join(part.split(".")[: 1 if part.startswith("fusion.") else 2])
         if name not in parts and not (losses_are_wrong and part.startswith("loss.")):
             yield at, f"{part!r} names no part of the model{did_you_mean(part, parts)}"
@@ -361,10 +371,15 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
     built without memory; and a warning where it cannot be."""
     from distill_core.recipe.build import build_objective
 
-    if not recipe.freeze and not recipe.train.lr_factors and not recipe.train.lr_decay:
+    shared = {m: slot for m, slot in recipe.backbone.items() if isinstance(slot, SharedSlot) and slot.own}
+    if not recipe.freeze and not recipe.train.lr_factors and not recipe.train.lr_decay and not shared:
         return [], []
     try:
         with torch.device("meta"):
+            towers = build_all(recipe.backbone, {slot.same for slot in shared.values()})
+            wrong = [(m, line) for m, slot in shared.items() for line in unknown_parts(slot, towers[slot.same])]
+            if wrong:
+                return [(("backbone", m, "own"), line) for m, line in wrong], []
             objective = build_objective(recipe)
     except Exception as error:  # a component of a plugin may need memory
         why = next(iter(str(error).splitlines()), "")

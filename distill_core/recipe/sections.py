@@ -19,6 +19,7 @@ from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
+from distill_core.contracts.shared import MayShare
 from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_component
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
@@ -212,8 +213,9 @@ class Recipe(ComponentConfig):
     """What the run belongs to, as {study: NAME, variant: NAME}; sent to the tracker as context."""
     augment: Annotated[dict[str, Slot[Augmentation]], Field(min_length=1)]
     """Modality -> how its views are made."""
-    backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1)]
-    """Modality -> what encodes its views."""
+    backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1), MayShare()]
+    """Modality -> what encodes its views; {same: NAME} for the tower of another modality, the same weights, with
+    `own: [PART]` for parts of it that are not shared."""
     fusion: Slot[FusionHead] | None = None
     """What combines the modalities' features."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from distill_core.contracts.shared import build_all
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Backbone
 from distill_core.model import Model
@@ -38,12 +39,12 @@ def model_of(
 
     prefix = f"teacher.{DEFAULT_TEACHER}.backbone." if teacher else "backbone."
     backbone: dict[str, Backbone] = {}
-    for name, node in recipe.backbone.items():
+    for name, tower in build_all(recipe.backbone).items():
         start = f"{prefix}{name}."
         weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
         if not weights and teacher:  # it may have fewer modalities than the student
             continue
-        backbone[name] = node.build()
+        backbone[name] = tower
         load_into(backbone[name], weights, what)
         backbone[name].to(device).eval().requires_grad_(False)
     if not backbone:

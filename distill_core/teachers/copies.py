@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch, Views
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.schedule import Scheduled
+from distill_core.contracts.shared import distinct
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
 from distill_core.interfaces import Augmentation, Collator
@@ -47,6 +48,7 @@ class CopiedTeacher(Teacher):
         super().__init__(config, name, plan, student)
         paths = config.of if config.of is not None else (*(f"backbone.{m}" for m in plan.views), *_heads(name, student))
         self._originals = {path: self.original(path, student) for path in paths}  # no submodules: a dict hides them
+        copied: dict[int, Any] = {}  # what two parts share is copied once
         self.backbone = nn.ModuleDict()
         """Its own towers, by modality."""
         for path, original in self._originals.items():
@@ -56,7 +58,7 @@ class CopiedTeacher(Teacher):
                 if part not in holder._modules:
                     holder.add_module(part, nn.Module())
                 holder = cast(nn.Module, holder._modules[part])
-            holder.add_module(last, _frozen_copy(original))
+            holder.add_module(last, _frozen_copy(original, copied))
         self._towers = {m: student.get_submodule(f"backbone.{m}") for m in plan.views}
         self._augment: dict[str, Augmentation] = {m: node.build() for m, node in config.augment.items()}
         super().train(False)
@@ -105,7 +107,7 @@ class CopiedTeacher(Teacher):
 
     def towers(self) -> Sequence[nn.Module]:
         """Its own."""
-        return tuple(self.backbone.values())
+        return distinct(self.backbone.values())
 
     def encode(self, batch: Batch, tokens_of: Mapping[str, Sequence[int]]) -> dict[str, Features]:
         """By its own towers; by the student's, in evaluation mode, where it has none of its own."""
@@ -158,11 +160,10 @@ class CopiedTeacher(Teacher):
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's part of the copies' parameters and the student's, which are laid out alike (`parallel.py`)."""
-        copies, students = [], []
+        pairs: dict[nn.Parameter, nn.Parameter] = {}  # what two parts share moves once
         for copied, original in self._pairs():
-            copies += [local(p) for p in copied.parameters()]
-            students += [local(p) for p in original.parameters()]
-        return copies, students
+            pairs |= dict(zip(copied.parameters(), original.parameters(), strict=True))
+        return [local(p) for p in pairs], [local(p) for p in pairs.values()]
 
     def _pairs(self) -> Iterator[tuple[nn.Module, nn.Module]]:
         """(own module, the one that it is a copy of)."""
@@ -279,8 +280,9 @@ def _average_in(averages: list[Tensor], sources: list[Tensor], weight: float, fi
         torch._foreach_add_(averages, differences)
 
 
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    copied = copy.deepcopy(module)
+def _frozen_copy(module: nn.Module, others: dict[int, Any]) -> nn.Module:
+    """`others`: what has been copied, by identity."""
+    copied = copy.deepcopy(module, others)
     for parameter in copied.parameters():
         # a half-precision average with momentum .999 would never move
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))

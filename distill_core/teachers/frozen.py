@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.shared import MayShare, build_all, distinct
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
 from distill_core.contracts.weights import WeightLoader
@@ -25,7 +26,7 @@ from distill_core.teachers.own_views import OwnViews, count_problems, own_plan
 class FrozenConfig(TeacherConfig):
     """Towers, the weights at which they stay, and views of their own where they need others."""
 
-    backbone: dict[str, Slot[Backbone]] = {}  # noqa: RUF012
+    backbone: Annotated[dict[str, Slot[Backbone]], MayShare()] = {}  # noqa: RUF012
     """Modality -> what encodes its views; the modalities are among the student's."""
     weights: list[Slot[WeightLoader]] = []  # noqa: RUF012
     """Its weights, applied in order, as those of a recipe."""
@@ -46,7 +47,7 @@ class Frozen(Teacher):
         modalities = {m: replace(student.plan.modalities[m], spec=plan.specs[m]) for m in plan.views}
         with torch.random.fork_rng(devices=[]):  # a student's first weights do not depend on its teachers
             torch.manual_seed(0)
-            backbone = {m: config.backbone[m].build() for m in plan.views}
+            backbone = build_all(config.backbone, plan.views)
             # a student without losses, so that what loads weights into the one loads them into the other
             network = Objective(backbone, None, {}, Plan(modalities), [])
         network.requires_grad_(False).train(False)
@@ -107,7 +108,7 @@ class Frozen(Teacher):
 
     def towers(self) -> Sequence[nn.Module]:
         """Its own."""
-        return list(self.network.backbone.values())
+        return distinct(self.network.backbone.values())
 
     def prepare(self) -> Sequence[str]:
         """Load the weights. Raises `UserError` where a part of a tower has none."""

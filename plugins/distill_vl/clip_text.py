@@ -19,6 +19,7 @@ from distill_core import (
     ComponentConfig,
     Encoded,
     Group,
+    ModalityPlan,
     Plan,
     TowerInput,
     View,
@@ -104,6 +105,13 @@ class ClipText(Backbone):
         """Room for every id of the tokenizer."""
         if config.vocabulary < VOCABULARY:
             yield f"vocabulary {config.vocabulary} is too small: CLIP's tokenizer has {VOCABULARY} ids"
+
+    @classmethod
+    def view_problems(cls, config: ClipTextConfig, views: ModalityPlan) -> Iterable[str]:
+        """Views that are arrays."""
+        if views.shapes is not None:
+            shapes = ", ".join(" x ".join(map(str, shape)) for shape in dict.fromkeys(views.shapes))
+            yield f"{cls.name!r} reads texts, and the views of its modality are arrays ({shapes})"
 
     @classmethod
     def collator(cls, config: ClipTextConfig) -> Collator:

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, relu
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 
-from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled, all_gather
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled
+from distill_vl.heads import ProjectionHead
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -32,47 +33,6 @@ class SimClrConfig(LossConfig):
     """Cosines are divided by it; it is not learned. Also a schedule."""
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation by the rows of all ranks, each view by itself.
-
-    It keeps no moving statistics: the head is not used after training.
-    """
-
-    eps = 1e-5
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """x [V, B, C] -> [V, B, C], at least fp32; `weight` of this rank's mean in the mean over ranks."""
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            centred = x - _mean(x, weight)
-            return centred * (_mean(centred.square(), weight) + self.eps).rsqrt() * self.weight + self.bias
-
-
-def _mean(x: Tensor, weight: float) -> Tensor:
-    """[V, B, C] -> [V, 1, C], over the rows of all ranks."""
-    return all_gather(weight * x.mean(1, keepdim=True), dim=1).mean(1, keepdim=True)
-
-
-class Head(nn.Module):
-    """Linear, batch norm, ReLU, twice; then linear."""
-
-    def __init__(self, width: int, hidden: int, dim: int) -> None:
-        super().__init__()
-        self.layer1, self.bn1 = nn.Linear(width, hidden), BatchNorm(hidden)
-        self.layer2, self.bn2 = nn.Linear(hidden, hidden), BatchNorm(hidden)
-        self.layer3 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
-        """x [V, B, W] -> [V, B, dim]."""
-        x = relu(self.bn1(self.layer1(x), weight))
-        return self.layer3(relu(self.bn2(self.layer2(x), weight)))  # type: ignore[no-any-return]
-
-
 class SimClr(Loss):
     """NT-Xent: each of the 2B embeddings against the 2M - 1 others of all ranks, the other view of its sample right.
 
@@ -89,7 +49,7 @@ class SimClr(Loss):
         modality = plan.modalities[config.modality]
         self.views = list(modality.views(config.role)[:2])
         width = modality.spec.width if config.source == "class_tokens" else modality.spec.dim
-        self.head = Head(width, config.hidden, config.dim)
+        self.head = ProjectionHead(width, config.hidden, config.dim)
 
     @classmethod
     def needs(cls, config: SimClrConfig, plan: Plan) -> Needs:

@@ -1,4 +1,4 @@
-"""Projection heads on top of a backbone's tokens."""
+"""Projection heads on top of a backbone's tokens or embeddings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear, normalize, relu
+
+from distill_core import all_gather
 
 
 class DINOHead(nn.Module):
@@ -50,3 +52,44 @@ class DINOHead(nn.Module):
             if self.last_layer_length is not None:
                 weight = weight * self.last_layer_length[:, None]
             return linear(x, (weight.detach() if freeze_last_layer else weight).to(x.dtype))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation by the rows of all ranks, each view by itself.
+
+    It keeps no moving statistics: the head is not used after training.
+    """
+
+    eps = 1e-5
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """x [V, B, C] -> [V, B, C], at least fp32; `weight` of this rank's mean in the mean over ranks."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            centred = x - _mean(x, weight)
+            return centred * (_mean(centred.square(), weight) + self.eps).rsqrt() * self.weight + self.bias
+
+
+def _mean(x: Tensor, weight: float) -> Tensor:
+    """[V, B, C] -> [V, 1, C], over the rows of all ranks."""
+    return all_gather(weight * x.mean(1, keepdim=True), dim=1).mean(1, keepdim=True)
+
+
+class ProjectionHead(nn.Module):
+    """Linear, batch norm, ReLU, twice; then linear (SLIP, section 3.2; LeJEPA's public code)."""
+
+    def __init__(self, width: int, hidden: int, dim: int) -> None:
+        super().__init__()
+        self.layer1, self.bn1 = nn.Linear(width, hidden), BatchNorm(hidden)
+        self.layer2, self.bn2 = nn.Linear(hidden, hidden), BatchNorm(hidden)
+        self.layer3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        """x [V, B, W] -> [V, B, dim]."""
+        x = relu(self.bn1(self.layer1(x), weight))
+        return self.layer3(relu(self.bn2(self.layer2(x), weight)))  # type: ignore[no-any-return]

@@ -31,6 +31,7 @@ METHODS = {
     "flava": {"flava", "clip"},
     "gram": {"dino"},
     "ibot": {"dino"},
+    "lejepa": {"lejepa"},
     "lit": {"clip", "pretrained"},
     "siglip": {"siglip"},
     "silc": {"dino"},
@@ -42,7 +43,7 @@ METHODS = {
 STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
-    "images": {"dino"},
+    "images": {"dino", "lejepa"},
     "methods": set().union(*METHODS.values()) - {"pretrained"},
 }
 """A study -> the methods' plugins of what it compares."""

@@ -74,6 +74,8 @@ RECIPES = {
     "balanced dino": _recipe(f"dino, centring: sinkhorn_knopp, {PROTOTYPES}", TEACHER),
     "ibot": _recipe(f"ibot, {PROTOTYPES}", TEACHER, vit=f"{_MASKED}}}"),
     "koleo": _recipe("koleo"),
+    "lejepa": _recipe("lejepa, directions: 16, hidden: 16, dim: 8"),
+    "lejepa pairs": _recipe("lejepa, directions: 16, modalities: [image, text]"),
     "flava_mlm": _recipe("flava_mlm", **_FLAVA),
     "flava_mim": _recipe("flava_mim, patch: 4", **_FLAVA),
     "flava_mmm": _recipe("flava_mmm, patch: 4", _ENCODER, **_FLAVA),

@@ -42,4 +42,5 @@ def directions_of(step: int, width: int, count: int, like: Tensor) -> Tensor:
     """[width, count] columns of length 1, uniform on the sphere: the same on all ranks, others in each step."""
     generator = torch.Generator().manual_seed(step)
     drawn = torch.randn(width, count, generator=generator, dtype=like.dtype)
-    return (drawn / drawn.norm(dim=0)).to(like.device, non_blocking=True)
+    directions: Tensor = drawn / drawn.norm(dim=0)
+    return directions.to(like.device, non_blocking=True)

@@ -64,6 +64,8 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
     launcher_log.propagate = False
     launcher_log.addHandler(logging.NullHandler())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        _let_ranks_save()
     handled = [name for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if not _is_ignored(name)]
     with TemporaryDirectory(prefix="distill-ranks-") as logs:
         config = LaunchConfig(
@@ -86,6 +88,19 @@ def start_ranks(count: int, arguments: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _exit_code(error.failures.values())
     return 0
+
+
+def _let_ranks_save() -> None:
+    """Up to torch 2.11 the launcher kills ranks 30 s after it has passed a signal on, and has no option for that."""
+    from torch.distributed.elastic.multiprocessing import PContext, SignalException
+
+    close = PContext.close
+
+    def patient(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        signalled = isinstance(sys.exception(), SignalException)  # else one of them has failed
+        close(self, death_sig, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) if signalled else timeout)
+
+    PContext.close = patient  # type: ignore[method-assign]
 
 
 def _is_ignored(name: str) -> bool:

@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.launcher import api as launcher
+from torch.distributed.launcher.api import LaunchConfig
 
 from distill_core.cli import main
 from distill_core.errors import UserError
@@ -142,6 +146,36 @@ def test_the_exit_code_is_that_of_what_went_wrong(
     failures = [ProcessFailure(rank, 100 + rank, number, "<N/A>") for rank, number in enumerate(codes)]
     assert ranks._exit_code(failures) == code
     assert capsys.readouterr().err == said
+
+
+def test_torch_2_10_gives_ranks_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launcher has the option for signals, and none for how long ranks may take: 30 s, after which it kills them.
+    Catches a large model's checkpoint that is cut off, and a rank that hangs for an hour after another has failed."""
+    closed: list[tuple[int | None, int]] = []
+
+    def close(self: Any, death_sig: int | None = None, timeout: int = 30) -> None:
+        closed.append((death_sig, timeout))
+
+    def launched(config: LaunchConfig, command: str) -> Any:
+        assert set(config.signals_to_handle.split(",")) <= {"SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT"}
+
+        def run(*arguments: str) -> None:
+            try:
+                raise SignalException("", signal.SIGTERM)
+            except SignalException as end:  # as the agent does
+                PContext.close(object(), end.sigval)  # type: ignore[arg-type]
+                raise
+
+        return run
+
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # so that it is taken away again after the test
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    monkeypatch.setattr(PContext, "close", close)
+    monkeypatch.delattr(LaunchConfig, "shutdown_timeout", raising=False)
+    monkeypatch.setattr(launcher, "elastic_launch", launched)
+    assert ranks.start_ranks(2, ["run"]) == 143
+    PContext.close(object())  # type: ignore[arg-type]
+    assert closed == [(signal.SIGTERM, ranks.SECONDS_TO_SAVE), (None, 30)]
 
 
 def start(tmp_path: Path, step: int, *arguments: str | Path) -> subprocess.Popen[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from distill_core.batch import GLOBAL as GLOBAL
     from distill_core.batch import LOCAL as LOCAL
+    from distill_core.batch import REPEATED as REPEATED
     from distill_core.batch import Batch as Batch
     from distill_core.batch import Group as Group
     from distill_core.batch import Sample as Sample
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from distill_core.contracts.diagnostic import Diagnostic as Diagnostic
     from distill_core.contracts.hook import Computation as Computation
     from distill_core.contracts.hook import Hook as Hook
+    from distill_core.contracts.masker import PREDICTED as PREDICTED
+    from distill_core.contracts.masker import Mask as Mask
+    from distill_core.contracts.masker import Masker as Masker
+    from distill_core.contracts.masker import MaskerConfig as MaskerConfig
     from distill_core.contracts.media import Distribution as Distribution
     from distill_core.contracts.media import Media as Media
     from distill_core.contracts.media import Picture as Picture
@@ -105,6 +110,7 @@ if TYPE_CHECKING:
     from distill_core.plan import DEFAULT_TEACHER as DEFAULT_TEACHER
     from distill_core.plan import BackboneSpec as BackboneSpec
     from distill_core.plan import FieldPlan as FieldPlan
+    from distill_core.plan import MaskPlan as MaskPlan
     from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
@@ -151,6 +157,7 @@ HOMES = {
     "GLOBAL": "distill_core.batch",
     "Group": "distill_core.batch",
     "LOCAL": "distill_core.batch",
+    "REPEATED": "distill_core.batch",
     "Sample": "distill_core.batch",
     "Skipped": "distill_core.batch",
     "View": "distill_core.batch",
@@ -162,6 +169,10 @@ HOMES = {
     "Diagnostic": "distill_core.contracts.diagnostic",
     "Computation": "distill_core.contracts.hook",
     "Hook": "distill_core.contracts.hook",
+    "Mask": "distill_core.contracts.masker",
+    "Masker": "distill_core.contracts.masker",
+    "MaskerConfig": "distill_core.contracts.masker",
+    "PREDICTED": "distill_core.contracts.masker",
     "Distribution": "distill_core.contracts.media",
     "Media": "distill_core.contracts.media",
     "Picture": "distill_core.contracts.media",
@@ -237,6 +248,7 @@ HOMES = {
     "BackboneSpec": "distill_core.plan",
     "DEFAULT_TEACHER": "distill_core.plan",
     "FieldPlan": "distill_core.plan",
+    "MaskPlan": "distill_core.plan",
     "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",

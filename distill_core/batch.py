@@ -20,6 +20,10 @@ GLOBAL = "global"
 LOCAL = "local"
 
 
+REPEATED = "repeated"
+"""The role of the further times that the student sees a view, each with another mask (`Masker.times`)."""
+
+
 Sample = Mapping[str, Any]
 """One raw sample of a shard: `__key__`, `__url__`, and a field's name (its extension) -> bytes."""
 
@@ -52,6 +56,9 @@ class Group:
     extra       name -> [V, B, ...], each view's `View.extra`
     lengths     [V, B] integers that stay on the host: tokens up to the last real one, where the collator knows them, so
                 that a tower that packs sequences need not read them from the device
+
+    Where a masker draws K masks of each view, token_mask and keep are [K * V, B, ...], mask by mask, until the student
+    sees each of them as a group (`Masker.repeated`).
     """
 
     x: Tensor
@@ -76,6 +83,20 @@ class Group:
             self.locate_hidden()
         assert self.hidden is not None
         return self.hidden
+
+    def dropped(self, tokens: int) -> Tensor:
+        """Which of its L tokens the student does not see at all, [V, B, L - L'], ascending: the others than `keep`.
+
+        Raises ValueError without a `keep`.
+        """
+        if self.keep is None:
+            raise ValueError("a group without `keep` drops nothing")
+        import torch
+
+        kept = torch.zeros(*self.keep.shape[:2], tokens, dtype=torch.bool, device=self.keep.device)
+        kept.scatter_(-1, self.keep, True)
+        order = kept.to(torch.uint8).argsort(dim=-1, stable=True)
+        return order[..., : tokens - self.keep.shape[-1]]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
         """The same group with every tensor replaced."""

@@ -36,13 +36,17 @@ class GradientCache:
         self.objective, self.progress, self.context = objective, progress, context
         self.parts = [batch.part(first, first + size) for first in range(0, len(batch), size)]
         self._random: list[_Random] = []
-        made = []
+        made, masked = [], list[Batch]()
         with torch.no_grad(), context():
             for part in self.parts:
                 self._random.append(_Random.now())
-                made.append(objective.represent(part, progress))
+                prepared, teacher = objective.prepare(part)
+                made.append(objective.encode(prepared, teacher, progress))
+                masked.append(objective.with_masks(part, [prepared]))
+        self.parts = masked
+        batch = objective.repeated(objective.with_masks(batch, masked))
         student = {name: _joined([part.student[name] for part in made]) for name in made[0].student}
-        teacher = {
+        of_teachers = {
             of: {name: _joined([part.teacher[of][name] for part in made]) for name in features}
             for of, features in made[0].teacher.items()
         }
@@ -56,7 +60,7 @@ class GradientCache:
             keys=batch.keys,
             fields=batch.fields,
             student=student,
-            teacher=teacher,
+            teacher=of_teachers,
             fused=fused,
         )
 

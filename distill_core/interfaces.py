@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distill_core.batch import Sample, View, Views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered
+from distill_core.contracts.optional import ClassAttention, offers
 from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
@@ -198,11 +199,13 @@ class Backbone(nn.Module, Component, ABC):
         tokens_of: Sequence[int] = (),
         masked: bool = False,
         layers_of: Mapping[int, Sequence[int]] | None = None,
+        attention_of: Sequence[int] = (),
     ) -> Features:
         """Features of all views; tokens only of those in `tokens_of`; `masked` hides the tokens of `token_mask`
         and drops those that are not in `keep`, as the student does in training.
 
         `layers_of`: layer -> those of the views in `tokens_of` whose tokens are wanted as this layer gives them.
+        `attention_of`: the views whose `Features.attention` is wanted, of a backbone that offers `ClassAttention`.
         Each group's needed and other views are an input of `encode_together` each.
         """
         if masked and any(group.keep is not None for group in views.groups) and not self.spec(self.config).can_drop:
@@ -241,7 +244,13 @@ class Backbone(nn.Module, Component, ABC):
                     if part.mask is not None:
                         masks[i] = part.mask[rows]
         joined = torch.cat(classes) if len(classes) == len(pooled) else None
-        return Features(torch.cat(pooled), tokens, masks, joined, layers)
+        attention: dict[int, Tensor] = {}
+        if attention_of:
+            assert offers(self, ClassAttention)
+            for start, group in views.numbered():
+                own = [i for i in range(len(group.x)) if start + i in attention_of]
+                attention |= {start + i: self.class_attention(group.x[i]) for i in own}
+        return Features(torch.cat(pooled), tokens, masks, joined, layers, attention)
 
 
 class FusionHead(nn.Module, Component, ABC):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
 from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
@@ -53,12 +54,13 @@ class Objective(nn.Module):
         needs: Sequence[Needs],
         augment: Mapping[str, Augmentation] | None = None,
         wire: torch.dtype | None = None,
+        maskers: Mapping[str, Masker] | None = None,
     ) -> None:
         """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
-        dtype in which what losses read of other ranks travels, None for its own."""
+        dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality."""
         super().__init__()
         self.wire = wire
-        self.augment = dict(augment or {})
+        self.augment, self.maskers = dict(augment or {}), dict(maskers or {})
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
@@ -90,7 +92,9 @@ class Objective(nn.Module):
             read = [(n.teacher_layers.get(name, {}), n.teacher.get(name, {})) for n in self.needs]
             needed = _layers_needed([(layers.get(modality, ()), views.get(modality, ())) for layers, views in read])
             layers_of[modality] = {layer: tuple(map(own.index, views)) for layer, views in needed.items()}
-        self.teacher[name] = make(name, replace(plan, layers_of=layers_of), self)
+        attention = [n.attention.get(name, {}) for n in self.needs]
+        attention_of = {m: tuple(map(own.index, _views_needed(m, attention))) for m, own in plan.views.items()}
+        self.teacher[name] = make(name, replace(plan, layers_of=layers_of, attention_of=attention_of), self)
 
     @property
     def teachers(self) -> dict[str, Teacher]:
@@ -127,11 +131,24 @@ class Objective(nn.Module):
         return self
 
     def represent(self, batch: Batch, progress: Progress, *, teachers: bool = True) -> Outputs:
-        """Encode the batch with student and, unless told otherwise, teacher, and fuse the student's features."""
+        """Encode the batch with student and, unless told otherwise, teachers, and fuse the student's features.
+
+        Without teachers the masks are those that the batch has.
+        """
+        prepared, teacher = self.prepare(batch) if teachers else (self.on_device(batch), {})
+        return self.encode(prepared, teacher, progress)
+
+    def prepare(self, batch: Batch) -> tuple[Batch, dict[str, dict[str, Features]]]:
+        """The batch as the towers take it, with the masks that maskers choose; and the teachers' features."""
+        batch = self.on_device(batch)
+        teacher = self.represent_teachers(batch)
+        return self.mask(batch, teacher), teacher
+
+    def encode(self, batch: Batch, teacher: dict[str, dict[str, Features]], progress: Progress) -> Outputs:
+        """Encode a prepared batch with the student, and fuse its features."""
         for module in dict.fromkeys(self.backbone.values()):
             cast(Backbone, module).before_step(progress)
-        batch = self.on_device(batch)
-        teacher = self.represent_teachers(batch) if teachers else {}
+        batch = self.repeated(batch)
         student = {name: self.represent_student(batch, name) for name in self.backbone}
         return self.fuse(batch, student, teacher, progress)
 
@@ -149,6 +166,29 @@ class Objective(nn.Module):
     def represent_teachers(self, batch: Batch) -> dict[str, dict[str, Features]]:
         """Each teacher's features of the views that it encodes, numbered among themselves; {} without a teacher."""
         return {name: teacher.encode(batch, self.teacher_tokens_of[name]) for name, teacher in self.teachers.items()}
+
+    @torch.no_grad()
+    def mask(self, batch: Batch, teacher: Mapping[str, Mapping[str, Features]]) -> Batch:
+        """The batch with the masks that maskers choose when they have seen the teachers' features."""
+        views = dict(batch.views)
+        for name, masker in self.maskers.items():
+            own = {id: features[name] for id, features in teacher.items() if name in features}
+            views[name] = masker.chosen(views[name], own)
+        return replace(batch, views=views)
+
+    def with_masks(self, batch: Batch, parts: Sequence[Batch]) -> Batch:
+        """The batch with the masks of its parts."""
+        views = dict(batch.views)
+        for name, masker in self.maskers.items():
+            views[name] = masker.with_masks(views[name], [part.views[name] for part in parts])
+        return replace(batch, views=views)
+
+    def repeated(self, batch: Batch) -> Batch:
+        """The batch as the student sees it: each view once with each of its masks."""
+        views = dict(batch.views)
+        for name, masker in self.maskers.items():
+            views[name] = masker.repeated(views[name])
+        return replace(batch, views=views)
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""

@@ -231,6 +231,8 @@ class Features(_Embedded):
     masks         view -> [B, L]     True where a token is real; a view without an entry has no padding
     class_tokens  [V, B, C, W]       what `pooled` was projected from (class or end-of-text tokens), where there is such
     layers        layer -> view -> [B, L, W]  tokens as the layer gives them, before any final norm; only what is needed
+    attention     view -> [B, H, L]  the weights with which the last block reads the tokens for `pooled`; only of
+                  teachers, of the views that something needs
     """
 
     pooled: Tensor
@@ -238,6 +240,7 @@ class Features(_Embedded):
     masks: Mapping[int, Tensor] = field(default_factory=dict)
     class_tokens: Tensor | None = None
     layers: Mapping[int, Mapping[int, Tensor]] = field(default_factory=dict)
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
 
     def _make_rows(self) -> Rows:
         with torch.autocast(self.pooled.device.type, enabled=False):
@@ -252,10 +255,10 @@ class Features(_Embedded):
             return present.of(x, 0, self.present)
 
         classes = None if self.class_tokens is None else present.of(self.class_tokens, 1, self.present)
-        tokens, masks = (Selected(x, cut) for x in (self.tokens, self.masks))
+        tokens, masks, attention = (Selected(x, cut) for x in (self.tokens, self.masks, self.attention))
         layers = {layer: Selected(views, cut) for layer, views in self.layers.items()}
         pooled = present.of(self.pooled, 1, self.present)
-        return Features(pooled, tokens, masks, classes, layers, present=present, whole=self)
+        return Features(pooled, tokens, masks, classes, layers, attention, present=present, whole=self)
 
 
 @dataclass

@@ -32,6 +32,30 @@ class BackboneSpec:
     """How many layers there are of whose tokens it hands on (`Needs.layers`), counted from 0; 0: of the last alone."""
     dense: tuple[str, ...] = ()
     """The kinds of attention that its `dense` takes (`DenseEmbeddings`); empty where it does not offer it."""
+    attention: bool = False
+    """Whether it says how it reads its tokens (`ClassAttention`), and hands that on (`Features.attention`)."""
+    stride: tuple[int, ...] = ()
+    """How much of each of the last axes of a view's data makes a token, (16, 16) of an image in patches: its L tokens
+    then lie in a grid, row by row. Empty where they do not."""
+
+    def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How the tokens of a view of this shape lie; their product is L. Raises ValueError where they are in no
+        grid."""
+        if not self.stride:
+            raise ValueError("a backbone that gives no `stride` does not say how its tokens lie")
+        return tuple(side // step for side, step in zip(shape[-len(self.stride) :], self.stride, strict=True))
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """What is known of a modality's masker before anything is built."""
+
+    role: str
+    """Of the views that are masked."""
+    times: int
+    """Masks of each view: the student sees it so often."""
+    drops: bool
+    hides: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,18 @@ class ModalityPlan:
     """The names of the views' extras (`Augmentation.extras`)."""
     optional: bool = False
     """Whether a sample may lack it (`data.optional`)."""
+    mask: MaskPlan | None = None
+    """What its masker does, if it has one. Further times that the student sees a view are the last of `roles`, with the
+    role `repeated`."""
+
+    def shown(self, view: int) -> tuple[int, ...]:
+        """The numbers under which the student sees a view, one for each of its masks: its own, and those of its
+        repetitions."""
+        if self.mask is None or self.roles[view] != self.mask.role:
+            return (view,)
+        own = self.views(self.mask.role)
+        first = len(self.roles) - len(own) * (self.mask.times - 1) + own.index(view)
+        return (view, *(first + k * len(own) for k in range(self.mask.times - 1)))
 
     def views(self, role: str) -> tuple[int, ...]:
         """The numbers of the views of one role."""
@@ -81,6 +117,8 @@ class TeacherPlan:
     """Modality -> widths of its features; the student's where nothing is said."""
     parts: tuple[str, ...] | None = None
     """Paths of the parts of the student that it has copies of; None: of every tower and head that is asked of it."""
+    attention_of: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Modality -> the views whose `Features.attention` is read, numbered among its own. Known when it is built."""
     layers_of: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     """Modality -> layer -> the views of which losses read it (`Needs.teacher_layers`), numbered among its own. Known
     when it is built."""
@@ -136,6 +174,9 @@ class Needs:
     compute any other. `masked` names modalities whose backbone must be able to hide tokens.
     `layers` names layers of the student's tower whose tokens are read, {"image": (3, 7)}, of the views in `tokens`;
     `teacher_layers` those of teachers, {"default": {"image": (7, 11)}}, of the views in `teacher`.
+    `attention` names views of teachers, {"default": {"image": (0,)}}, of which is read how the tower reads their tokens
+    (`Features.attention`).
+    `dropped` names modalities of which it reads the tokens that the student does not see at all (`Group.keep`).
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
@@ -152,6 +193,8 @@ class Needs:
     teacher_layers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    attention: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     embeddings: tuple[str, ...] | None = None
     pools: bool = False
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -177,6 +220,8 @@ class Needs:
             teacher_layers=_by_teacher([part.teacher_layers for part in parts]),
             views=views,
             masked=_joined(part.masked for part in parts),
+            dropped=_joined(part.dropped for part in parts),
+            attention=_by_teacher([part.attention for part in parts]),
             embeddings=tuple(sorted(set(trained))) if explicit else None,
             pools=any(part.pools for part in parts),
             extra=_by_key([part.extra for part in parts]),
@@ -186,8 +231,8 @@ class Needs:
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
-        sides = (self.student, *self.teacher.values(), self.fused)
-        return frozenset({*chain(*sides), *self.tokens, *self.layers, *self.views, *self.masked, *self.extra})
+        sides = (self.student, *self.teacher.values(), *self.attention.values(), self.fused, self.masked, self.dropped)
+        return frozenset({*chain(*sides), *self.tokens, *self.layers, *self.views, *self.extra})
 
 
 def _joined(parts: Iterable[Iterable[Item]]) -> tuple[Item, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distill_core.contracts.component import Component
 from distill_core.contracts.hook import Hook
+from distill_core.contracts.masker import Masker
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.schedule import Schedule
 from distill_core.contracts.source import DataSource
@@ -16,7 +17,7 @@ from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
-        Augmentation, Backbone, FusionHead, Loss, Teacher, DataSource, Task, Optimizer, Schedule, Hook,
+        Augmentation, Backbone, Masker, FusionHead, Loss, Teacher, DataSource, Task, Optimizer, Schedule, Hook,
         Tracker, WeightLoader,
     )
 }  # fmt: skip

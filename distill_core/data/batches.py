@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, Views, with_extra
+from distill_core.contracts.masker import Masker
 from distill_core.contracts.teacher import TeacherReader, Visit
 from distill_core.data.fields import SampleFields
 from distill_core.data.lengths import retry
@@ -132,11 +133,13 @@ class Collate:
         optional: Collection[str] = (),
         fields: SampleFields | None = None,
         teachers: Mapping[str, Mapping[str, Collator]] | None = None,
+        maskers: Mapping[str, Masker] | None = None,
     ) -> None:
         """`optional`: modalities and fields that an item may lack; `teachers`: the collators of what each reads for
         itself."""
         self.collators, self.optional = dict(collators), list(optional)
         self.fields, self.teachers = fields or SampleFields({}), dict(teachers or {})
+        self.maskers = dict(maskers or {})
 
     def __call__(self, items: Sequence[Item], fillers: Mapping[str, Item] | None = None) -> Batch:
         """`fillers`: an item with each modality that none of the items has.
@@ -150,6 +153,8 @@ class Collate:
                 members = [item for item in items if name in item.views] or [(fillers or {})[name]]
                 samples, seeds = [item.views[name] for item in members], [item.seed for item in members]
                 views[name] = with_extra(collate(samples, seeds), samples)
+                if name in self.maskers:
+                    views[name] = self.maskers[name].drawn(views[name], seeds)
                 for group in views[name].groups:
                     group.locate_hidden()
                 for id, own in self.teachers.items():

@@ -34,4 +34,4 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
         views.append(draw(sample, 0))
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     items = [Item(views=views[i % len(views)], key=str(i), seed=i) for i in range(size)]
-    return Collate(collators)(items)
+    return Collate(collators, maskers=recipe.maskers())(items)

@@ -320,7 +320,11 @@ class Loader:
             self._order,
             SampleViews(augment, recipe.seed, recipe.data.optional),
             Collate(
-                collators, recipe.data.optional, fields, {name: reader.collators for name, reader in teachers.items()}
+                collators,
+                recipe.data.optional,
+                fields,
+                {name: reader.collators for name, reader in teachers.items()},
+                recipe.maskers(),
             ),
             patience=patience_of(recipe),
             sets=self.sets,

@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from distill_core.batch import REPEATED
 from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
 from distill_core.contracts.shared import SharedSlot, build_all, unknown_parts
 from distill_core.contracts.slot import Context, Slot, is_word
@@ -165,6 +167,9 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
                 yield (one, name), f"{name!r} has no entry in {other}; a modality needs both"
             if not is_word(name):
                 yield (one, name), "a modality is a word of letters, digits, - and _"
+    for name in draft.names("masker"):
+        if name not in draft.modalities:
+            yield ("masker", name), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
     for at, slot in draft.teachers.items():
         id = _teacher_name(at)
         if at != ("teacher",) and id == DEFAULT_TEACHER:
@@ -192,7 +197,7 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         if augment is None or backbone is None:
             continue
         try:
-            modality = modality_plan(augment, backbone, name in draft.optional)
+            modality = modality_plan(augment, backbone, name in draft.optional, draft.slots.get(("masker", name)))
         except UserError as error:
             yield ("backbone", name), str(error)
             continue
@@ -230,6 +235,9 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             lines = list(slot.cls.problems(slot.config, plan))
             if path[0] == "backbone" and path[1:] and path[1] in plan.modalities:
                 lines += slot.cls.view_problems(slot.config, plan.modalities[str(path[1])])
+            if issubclass(slot.cls, Masker) and path[1:] and path[1] in plan.modalities:
+                needs = slot.cls.reads(slot.config, str(path[1]), plan)
+                lines += mask_problems(slot.cls, slot.config, str(path[1]), plan.modalities[str(path[1])])
         except MissingModality as error:
             if error.name not in draft.modalities:
                 near = did_you_mean(error.name, draft.modalities)
@@ -246,6 +254,12 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "
                 "(`frozen`), and this one changes with the student, or is read already; leave `cache` out"
             )
+        if issubclass(slot.cls, Teacher) and REPEATED in slot.config.views:
+            lines.append(f"{slot.cls.name!r}: views: only the student sees a view a second time ({REPEATED!r})")
+        if needs.attention and draft.train.parallel.shard != 1:
+            lines.append(
+                f"{slot.id!r} reads how a teacher attends, which train.parallel.shard does not allow; make it 1"
+            )
         if issubclass(slot.cls, Loss):
             lines += absence_problems(slot.cls, needs_of(slot.cls, slot.config, plan), plan)
             lines += _uncopied(draft, slot, needs, plan)
@@ -255,6 +269,22 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
+
+
+def mask_problems(cls: type[Masker], config: Any, name: str, modality: ModalityPlan) -> Iterator[str]:
+    """Why a masker cannot mask the views of this modality."""
+    have, spec = sorted(set(modality.roles) - {REPEATED}), modality.spec
+    if config.role not in have:
+        yield f"{cls.name!r}: role: no view of {name!r} has the role {config.role!r}{did_you_mean(config.role, have)}"
+    if cls.drops and not spec.can_drop:
+        yield f"{cls.name!r} drops tokens of {name!r}, which its backbone cannot"
+    if cls.hides and not spec.can_mask:
+        yield f"{cls.name!r} hides tokens of {name!r}, which its backbone cannot with its options"
+    if not spec.stride:
+        yield f"{cls.name!r} needs tokens in a grid; the backbone of {name!r} does not say how its lie (`stride`)"
+    elif modality.shapes is not None:
+        for grid in dict.fromkeys(spec.grid(modality.shapes[view]) for view in modality.views(config.role)):
+            yield from cls.grid_problems(config, grid)
 
 
 def unknown_fields(name: str, needs: Needs, fields: Sequence[str]) -> Iterator[str]:
@@ -409,7 +439,7 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "fusion", "loss", "teacher", "teachers", "hooks", "freeze", "train.optimizer",
+    "augment", "backbone", "masker", "fusion", "loss", "teacher", "teachers", "hooks", "freeze", "train.optimizer",
     "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 
@@ -468,7 +498,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
     `plan` lacks a modality whose own entries are wrong; `modalities` has all that the recipe names.
     """
     component = repr(name)
-    for teacher in needs.teacher:
+    for teacher in {**needs.teacher, **needs.attention}:
         if teacher not in plan.teachers:
             others = f"; there {'is' if len(plan.teachers) == 1 else 'are'} {', '.join(plan.teachers)}"
             one = "a teacher" if teacher == DEFAULT_TEACHER else f"a teacher {teacher!r}"
@@ -492,6 +522,13 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
                 layers = needs.teacher_layers.get(teacher, {}).get(name, ())
                 spec = plan.teachers[teacher].specs.get(name, modality.spec)
                 yield from _no_layers(component, name, layers, read[name], spec, teacher)
+        for teacher, read in needs.attention.items():
+            if read.get(name) and teacher in plan.teachers:
+                yield from _unseen(component, teacher, name, read[name], plan)
+                if not plan.teachers[teacher].specs.get(name, modality.spec).attention:
+                    yield f"{component} needs the teacher {teacher!r}'s attention in {name!r}; its tower gives none"
+        if name in needs.dropped and (modality.mask is None or not modality.mask.drops):
+            yield f"{component} needs dropped tokens of {name!r}; add masker.{name}, one that drops some"
         if name in needs.masked and not modality.spec.can_mask:
             yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
         missing_extras = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
@@ -546,7 +583,7 @@ def unread(recipe: Recipe) -> Iterator[str]:
     needs = [needs_of(slot.cls, slot.config, recipe.plan) for slot in recipe.loss]
     if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
         yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"
-    read = {name for need in needs for name in need.teacher}
+    read = {name for _, need in recipe.needs() for name in (*need.teacher, *need.attention)}
     for name, slot in recipe.all_teachers.items():
         if name not in read and slot.cls.parts(slot.config) == ():
             yield f"{slot.path}: no loss of this recipe reads the teacher {name!r}"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -13,8 +14,10 @@ import torch
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
+from distill_core.batch import REPEATED
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.hook import Hook
+from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
@@ -30,7 +33,7 @@ from distill_core.data.fields import FieldConfig
 from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import DEFAULT_TEACHER, FieldPlan, ModalityPlan, Needs, Plan, TeacherPlan
+from distill_core.plan import DEFAULT_TEACHER, FieldPlan, MaskPlan, ModalityPlan, Needs, Plan, TeacherPlan
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -216,6 +219,8 @@ class Recipe(ComponentConfig):
     backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1), MayShare()]
     """Modality -> what encodes its views; {same: NAME} for the tower of another modality, the same weights, with
     `own: [PART]` for parts of it that are not shared."""
+    masker: Annotated[dict[str, Slot[Masker]], NullIsDefault()] = {}  # noqa: RUF012
+    """Modality -> which tokens of its views the student sees."""
     fusion: Slot[FusionHead] | None = None
     """What combines the modalities' features."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
@@ -277,7 +282,11 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.all_teachers, self.fusion, self.data)
+        return plan_of(self.augment, self.backbone, self.masker, self.all_teachers, self.fusion, self.data)
+
+    def maskers(self) -> dict[str, Masker]:
+        """By modality, built."""
+        return {name: slot.build(name, self.plan) for name, slot in self.masker.items()}
 
     @property
     def all_teachers(self) -> dict[str, Slot[Teacher]]:
@@ -285,9 +294,10 @@ class Recipe(ComponentConfig):
         return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
-        """What the fusion and each loss need, with what is inside them."""
+        """What the fusion and each loss need, with what is inside them, and each masker."""
         slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.loss]
-        return [(slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots]
+        of_maskers = [(slot, slot.cls.reads(slot.config, name, self.plan)) for name, slot in self.masker.items()]
+        return [*((slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots), *of_maskers]
 
     def untrained_embeddings(self) -> frozenset[str]:
         """The modalities whose embedding no loss trains: their projection keeps its initial weights."""
@@ -317,13 +327,16 @@ class Recipe(ComponentConfig):
 def plan_of(
     augment: Mapping[str, Slot[Augmentation]],
     backbone: Mapping[str, Slot[Backbone]],
+    masker: Mapping[str, Slot[Masker]],
     teachers: Mapping[str, Slot[Teacher]],
     fusion: Slot[FusionHead] | None,
     data: DataConfig,
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
-    modalities = {name: modality_plan(augment[name], backbone[name], name in data.optional) for name in names}
+    modalities = {
+        name: modality_plan(augment[name], backbone[name], name in data.optional, masker.get(name)) for name in names
+    }
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
     return Plan(modalities, plans, fusion is not None, pools(fusion), fields)
@@ -339,15 +352,34 @@ def pools(fusion: Slot[FusionHead] | None) -> bool:
     return fusion is None or issubclass(fusion.cls, TokenPooling)
 
 
-def modality_plan(augment: Slot[Augmentation], backbone: Slot[Backbone], optional: bool = False) -> ModalityPlan:
+def modality_plan(
+    augment: Slot[Augmentation],
+    backbone: Slot[Backbone],
+    optional: bool = False,
+    masker: Slot[Masker] | None = None,
+) -> ModalityPlan:
     """Raises `UserError` where the backbone cannot tell its widths."""
-    return ModalityPlan(
+    plan = ModalityPlan(
         roles=augment.cls.roles(augment.config),
         spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
         shapes=augment.cls.shapes(augment.config),
         extras=augment.cls.extras(augment.config),
         optional=optional,
+    )
+    return plan if masker is None else masked_plan(plan, masker)
+
+
+def masked_plan(plan: ModalityPlan, masker: Slot[Masker]) -> ModalityPlan:
+    """The plan with the views that the student sees of a modality that is masked."""
+    role, times = masker.config.role, masker.cls.times(masker.config)
+    own = plan.views(role) * (times - 1)
+    return replace(
+        plan,
+        roles=(*plan.roles, *(REPEATED for _ in own)),
+        shapes=None if plan.shapes is None else (*plan.shapes, *(plan.shapes[view] for view in own)),
+        extras=(*plan.extras, *masker.cls.extras(masker.config)),
+        mask=MaskPlan(role, times, masker.cls.drops, masker.cls.hides),
     )
 
 

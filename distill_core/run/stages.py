@@ -15,7 +15,7 @@ from distill_core.run.state import RunState
 from distill_core.system import distributed
 from distill_core.system.process import get_random, seed_all, set_random
 
-VIEWS = ("augment", "backbone", "teacher", "teachers")
+VIEWS = ("augment", "backbone", "masker", "teacher", "teachers")
 """Sections that the loader's workers read."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -114,12 +115,11 @@ class CopiedTeacher(Teacher):
         features = {}
         for name in self.plan.views:
             views, tokens = self._views(batch, name), tokens_of.get(name, ())
-            layers = self.plan.layers_of.get(name)
-            if name in self.backbone:
-                features[name] = self.backbone[name](views, tokens_of=tokens, layers_of=layers)
-            else:
-                with evaluating(self._towers[name]):
-                    features[name] = self._towers[name](views, tokens_of=tokens, layers_of=layers)
+            layers, attention = self.plan.layers_of.get(name), self.plan.attention_of.get(name, ())
+            own = name in self.backbone
+            tower = self.backbone[name] if own else self._towers[name]
+            with nullcontext() if own else evaluating(tower):
+                features[name] = tower(views, tokens_of=tokens, layers_of=layers, attention_of=attention)
         return features
 
     def _views(self, batch: Batch, name: str) -> Views:

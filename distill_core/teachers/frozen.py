@@ -138,7 +138,10 @@ class Frozen(Teacher):
             else:
                 views = batch.views[name].only(self.config.views)
             features[name] = tower(
-                tower.on_device(views), tokens_of=tokens_of.get(name, ()), layers_of=self.plan.layers_of.get(name)
+                tower.on_device(views),
+                tokens_of=tokens_of.get(name, ()),
+                layers_of=self.plan.layers_of.get(name),
+                attention_of=self.plan.attention_of.get(name, ()),
             )
         return features
 

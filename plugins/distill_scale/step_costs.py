@@ -212,6 +212,7 @@ def _forward(objective: Objective, batch: Batch, counted: Callable[[str, Callabl
     """What losses read; each part of the step is `counted`. What only this pass holds is gone when it returns."""
     views = objective.on_device(batch)
     teacher = counted("teacher", lambda: objective.represent_teachers(views))
+    views = objective.repeated(objective.mask(views, teacher))
     student = {
         name: counted(f"{name} tower", functools.partial(objective.represent_student, views, name))
         for name in objective.backbone

@@ -16,17 +16,19 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Views of images and captions, readers of captions, the towers, and the contrastive loss over all views."""
+    """Views of images and captions, readers of captions, a masker, towers, and the contrastive loss over all views."""
     from distill_vl.caption import WholeCaption
     from distill_vl.caption_readers import READERS
     from distill_vl.clip_text import ClipText
     from distill_vl.contrastive import Contrastive
     from distill_vl.masked_text import BertText
+    from distill_vl.maskers import RandomDrop
     from distill_vl.multi_crop import MultiCrop
     from distill_vl.random_crop import RandomCrop
     from distill_vl.vit import VisionTransformer
 
-    return [MultiCrop, RandomCrop, WholeCaption, VisionTransformer, ClipText, BertText, Contrastive, *READERS]
+    views = [MultiCrop, RandomCrop, WholeCaption, RandomDrop]
+    return [*views, VisionTransformer, ClipText, BertText, Contrastive, *READERS]
 
 
 @hookimpl

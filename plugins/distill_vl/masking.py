@@ -25,8 +25,8 @@ ATTEMPTS = 10
 class MaskingConfig(ComponentConfig):
     """Defaults are iBOT's: half of the views whole, the others with 10 to 50 % of their patches hidden, in blocks."""
 
-    roles: Annotated[tuple[str, ...], Field(min_length=1)] = (GLOBAL,)
-    """Views of these roles are masked, for the student only."""
+    roles: tuple[str, ...] = (GLOBAL,)
+    """Views of these roles are masked, for the student only; none where the recipe's `masker` says what is hidden."""
     targets: Literal["pixels"] | None = None
     """What is to be predicted: `pixels`, normalised by patch (MAE); null where a loss makes its own (iBOT)."""
     ratio: tuple[Share, Share] = (0.1, 0.5)
@@ -49,6 +49,8 @@ def role_problems(roles: Sequence[str], views: ModalityPlan) -> Iterable[str]:
     for role in roles:
         if role not in have:
             yield f"masking.roles: no view has the role {role!r}{did_you_mean(role, have)}"
+    if views.mask is not None and views.mask.role in roles:
+        yield f"masking.roles: {views.mask.role} views have a masker in this recipe; leave their role out here"
 
 
 def draw_mask(rows: int, columns: int, config: MaskingConfig, rng: np.random.Generator) -> Tensor:

@@ -69,9 +69,6 @@ class VisionTransformerConfig(ComponentConfig):
     first. Also a schedule."""
     masking: MaskingConfig | None = None
     """Patches that are hidden from the student, as {ratio: [0.1, 0.5]}; null for none."""
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each view's patches that the student never sees: drawn one by one, and dropped before the first block,
-    so that a step takes less time (FLIP, Li et al. 2023). Evaluation and teachers see all patches."""
 
     @model_validator(mode="after")
     def _fits(self) -> VisionTransformerConfig:
@@ -81,10 +78,6 @@ class VisionTransformerConfig(ComponentConfig):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.pooling == "attention" and self.class_tokens > 1:
             raise ValueError("pooling: attention has one query in place of class tokens; class_tokens must be 1")
-        if self.drop and self.masking is not None:
-            raise ValueError(
-                "drop and masking exclude each other: losses look for hidden patches among all of a view's"
-            )
         return self
 
 
@@ -94,7 +87,7 @@ class VisionTransformer(Backbone):
     With `pooling: attention` there is no class token: `attention_pool` reads the patches after that LayerNorm.
 
     With `masking`, a hidden patch's embedding is the learned `mask_token`, before positions are added (BEiT). Of a view
-    with `Group.keep`, as `drop` makes them, the student's tokens are the kept patches.
+    with `Group.keep`, which a masker makes, the student's tokens are the kept patches.
 
     Crops of another size resize the position embeddings bicubically by the scale factor (size / patch + 0.1) / grid,
     class position apart, as DINO does: a fixed linear map, computed once a size.
@@ -109,7 +102,6 @@ class VisionTransformer(Backbone):
             "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "class_tokens": 2,
             "masking": {"share": 1.0, "ratio": [0.3, 0.6], "targets": "pixels"},
         },
-        {"image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "drop": 0.5},
         {
             "image_size": 16, "patch": 4, "width": 32, "layers": 2, "heads": 2, "dim": 24, "pooling": "attention",
             "masking": {"share": 1.0, "ratio": [0.3, 0.6]},
@@ -172,6 +164,8 @@ class VisionTransformer(Backbone):
             class_tokens=config.class_tokens,
             layers=config.layers,
             dense=DENSE,
+            attention=True,
+            stride=(config.patch, config.patch),
         )
 
     @classmethod
@@ -183,8 +177,8 @@ class VisionTransformer(Backbone):
 
     @classmethod
     def collator(cls, config: VisionTransformerConfig) -> Collator:
-        """Stacks pictures [3, S, S] of one size and role; draws masks, or the patches that are kept."""
-        return PictureCollator(config.patch, config.masking, config.drop)
+        """Stacks pictures [3, S, S] of one size and role; draws masks."""
+        return PictureCollator(config.patch, config.masking)
 
     def on_device(self, views: Views) -> Views:
         """Makes the pixels that hidden patches are predicted as."""
@@ -330,16 +324,14 @@ def patch_problems(patch: int, views: ModalityPlan) -> Iterable[str]:
 
 
 class PictureCollator:
-    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks of patches or with `keep`."""
+    """The views of B samples -> groups [V, B, 3, S, S] by role and size, some with masks of patches."""
 
-    def __init__(self, patch: int, masking: MaskingConfig | None = None, drop: float = 0.0) -> None:
+    def __init__(self, patch: int, masking: MaskingConfig | None = None) -> None:
         self.patch = patch
         self.masking = masking
-        self.drop = drop
 
     def __call__(self, samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
-        """Masks and what is kept are drawn from the samples' seeds. Raises ValueError for a crop that patches do not
-        tile."""
+        """Masks are drawn from the samples' seeds. Raises ValueError for a crop that patches do not tile."""
         generators = [np.random.default_rng(seed) for _, seed in zip(samples, seeds, strict=True)] if seeds else []
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for i, view in enumerate(samples[0]):
@@ -349,14 +341,15 @@ class PictureCollator:
             if any(side % self.patch for side in shape[-2:]):
                 raise ValueError(f"crops of {shape[-2]} x {shape[-1]} px are not whole patches of {self.patch} px")
             x = torch.stack([torch.stack([sample[i].data for sample in samples]) for i in members])
-            result.append(self._dropped(self._masked(Group(x, role), generators), generators))
+            result.append(self._masked(Group(x, role), generators))
         return Views(result)
 
     def _masked(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
         masking = self.masking
         if masking is None or group.role not in masking.roles:
             return group
-        _require_seeds(group, generators)
+        if len(generators) != group.x.shape[1]:
+            raise ValueError("masks are drawn from a seed for each sample; no seeds were given")
         rows, columns = (side // self.patch for side in group.x.shape[-2:])
         group.token_mask = torch.stack(
             [
@@ -365,21 +358,3 @@ class PictureCollator:
             ]
         )
         return group
-
-    def _dropped(self, group: Group, generators: Sequence[np.random.Generator]) -> Group:
-        """With `keep` [V, B, L'], ascending; at least one patch of each view."""
-        if not self.drop:
-            return group
-        _require_seeds(group, generators)
-        views, (rows, columns) = group.x.shape[0], (side // self.patch for side in group.x.shape[-2:])
-        count = max(1, round((1 - self.drop) * rows * columns))
-        drawn = [
-            [np.sort(generator.permutation(rows * columns)[:count]) for generator in generators] for _ in range(views)
-        ]
-        group.keep = torch.from_numpy(np.array(drawn))
-        return group
-
-
-def _require_seeds(group: Group, generators: Sequence[np.random.Generator]) -> None:
-    if len(generators) != group.x.shape[1]:
-        raise ValueError("masks and kept patches are drawn from a seed for each sample; no seeds were given")

@@ -12,6 +12,7 @@ import components_to_check.backbone
 import components_to_check.fusion
 import components_to_check.general
 import components_to_check.loss
+import components_to_check.masker
 import components_to_check.others
 import components_to_check.teacher
 import pytest
@@ -33,7 +34,13 @@ from distill_core.interfaces import LossConfig
 from distill_core.outputs import Encoded
 from distill_core.registry import Plugins
 
-GOOD = (*GOOD_OTHERS, components_to_check.teacher.Fixed, components_to_check.teacher.Average)
+GOOD = (
+    *GOOD_OTHERS,
+    components_to_check.teacher.Fixed,
+    components_to_check.teacher.Average,
+    components_to_check.masker.Window,
+    components_to_check.masker.Attended,
+)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Patches that the student never sees: drawn from the samples' seeds, dropped before the first block."""
+"""Patches that the student never sees: drawn by a masker, dropped before the first block."""
 
 from __future__ import annotations
 
@@ -12,13 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from distill_core import Backbone, BackboneSpec, Batch, Collator, Encoded, Group, Progress, View, Views
+from distill_core import (
+    Backbone,
+    BackboneSpec,
+    Batch,
+    Collator,
+    Encoded,
+    Group,
+    ModalityPlan,
+    Plan,
+    Progress,
+    View,
+    Views,
+    stable_hash,
+)
 from distill_core.errors import RecipeErrors
 from distill_core.gradient_cache import GradientCache
 from distill_core.presence import Present
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
+from distill_vl.maskers import RandomDrop, RandomDropConfig
 from distill_vl.vit import PictureCollator, VisionTransformer, VisionTransformerConfig
 
 SMALL = {"image_size": 24, "patch": 4, "width": 24, "layers": 3, "heads": 3, "dim": 10}
@@ -39,24 +53,36 @@ def vit(**options: object) -> VisionTransformer:
     return tower
 
 
+def drop(share: float, role: str = "global") -> RandomDrop:
+    spec = VisionTransformer.spec(VisionTransformerConfig(**SMALL))  # type: ignore[arg-type]
+    plan = Plan({"image": ModalityPlan(("global", "global", "local"), spec)})
+    return RandomDrop(RandomDropConfig(share=share, role=role), "image", plan)
+
+
+def dropped(share: float, made: list[list[View]], seeds: list[int]) -> Views:
+    return drop(share, "local").drawn(drop(share).drawn(PictureCollator(4)(made), seeds), seeds)
+
+
 def test_what_is_kept_is_a_function_of_the_samples_seed() -> None:
     """Catches a draw that depends on the batch's other samples, their order, or the call; patches kept twice; views of
     a sample that keep the same; and a share that is not of the crop's own patches."""
-    collate = pickle.loads(pickle.dumps(PictureCollator(4, None, 0.75)))
     made, seeds = samples(6), list(range(50, 56))
-    first = collate(made, seeds).groups
+    first = dropped(0.75, made, seeds).groups
     order = [5, 3, 0]
-    again = collate([made[i] for i in order], [seeds[i] for i in order]).groups
+    again = dropped(0.75, [made[i] for i in order], [seeds[i] for i in order]).groups
     for group, count, total in zip(first, (9, 1), (36, 4), strict=True):
+        assert group.keep is not None
         assert group.keep.shape == (*group.x.shape[:2], count)
         assert int(group.keep.min()) >= 0
         assert int(group.keep.max()) < total
         assert bool((group.keep.diff(dim=-1) > 0).all()), "ascending, each once"
-    assert torch.equal(again[0].keep, first[0].keep[:, order])
-    assert len({tuple(row.tolist()) for row in first[0].keep.flatten(0, 1)}) == 12
-    assert PictureCollator(4)(made, seeds).groups[0].keep is None
-    with pytest.raises(ValueError, match="drawn from a seed for each sample"):
-        collate(made)
+    keep = cast(Tensor, first[0].keep)
+    assert torch.equal(cast(Tensor, again[0].keep), keep[:, order])
+    assert len({tuple(row.tolist()) for row in keep.flatten(0, 1)}) == 12
+    alone = pickle.loads(pickle.dumps(drop(0.75))).draw(
+        (6, 6), np.random.default_rng(stable_hash(53, "masker", "image"))
+    )
+    assert alone.keep.tolist() == keep[0, 3].tolist()
 
 
 def doubled(views: Views) -> Views:
@@ -110,7 +136,7 @@ def test_kept_patches_against_a_transcription(tokens_of: tuple[int, ...]) -> Non
     """Catches positions of other patches, a dropped class token, and patches of another sample. Two crops of other
     sizes are in the pass."""
     tower = vit(class_tokens=2)
-    views = doubled(PictureCollator(4, None, 0.6)(samples(3), [4, 5, 6]))
+    views = doubled(dropped(0.6, samples(3), [4, 5, 6]))
     features = tower(views, tokens_of=tokens_of, masked=True)
     group = views.groups[0]
     assert group.keep is not None
@@ -124,8 +150,8 @@ def test_kept_patches_against_a_transcription(tokens_of: tuple[int, ...]) -> Non
 
 def test_only_the_student_drops() -> None:
     """What a teacher and evaluation call: every patch is seen."""
-    tower = vit(drop=0.5)
-    views = doubled(PictureCollator(4, None, 0.5)(samples(2), [4, 5]))
+    tower = vit()
+    views = doubled(dropped(0.5, samples(2), [4, 5]))
     whole = tower(Views([Group(group.x, group.role) for group in views.groups]))
     assert torch.equal(tower(views).pooled, whole.pooled)
     assert not torch.allclose(tower(views, masked=True).pooled, whole.pooled)
@@ -172,8 +198,9 @@ augment:
   image: {name: random_crop, size: 16}
   text: {name: caption}
 backbone:
-  image: {name: vit, image_size: 16, patch: 4, width: 32, layers: 2, heads: 2, dim: 16, DROP}
+  image: {name: vit, image_size: 16, patch: 4, width: 32, layers: 2, heads: 2, dim: 16, MASKING}
   text: {name: clip_text, width: 32, layers: 1, heads: 2, dim: 16}
+masker: {image: {name: random_drop}}
 loss: [{name: clip}]
 data: {source: {name: webdataset, urls: none.tar}}
 train: {steps: 4}
@@ -182,14 +209,14 @@ train: {steps: 4}
 
 def test_drop_and_masking_exclude_each_other(registry: Registry) -> None:
     """A loss would look for hidden patches by numbers among all, in tokens that are only some."""
-    with pytest.raises(RecipeErrors, match="drop and masking exclude each other"):
-        parse_recipe(RECIPE.replace("DROP", "drop: 0.5, masking: {}"), "r.yaml", registry=registry)
+    with pytest.raises(RecipeErrors, match=r"masking.roles: global views have a masker"):
+        parse_recipe(RECIPE.replace("MASKING", "masking: {}"), "r.yaml", registry=registry)
 
 
 def test_flip_a_few_samples_at_a_time(registry: Registry) -> None:
-    """The recipe's step with `drop`: gradients by parts of the batch are those of the whole, so each part has its own
+    """The recipe's step with a masker: gradients by parts of the batch are those of the whole, so each part has its own
     samples' kept patches."""
-    recipe = parse_recipe(RECIPE.replace("DROP", "drop: 0.5"), "r.yaml", registry=registry)
+    recipe = parse_recipe(RECIPE.replace("MASKING", "masking: null"), "r.yaml", registry=registry)
     torch.manual_seed(0)
     whole = build_objective(recipe).double()
     parts = copy.deepcopy(whole)
@@ -197,7 +224,8 @@ def test_flip_a_few_samples_at_a_time(registry: Registry) -> None:
     pictures = [[View(torch.randn(3, 16, 16, dtype=torch.float64))] for _ in range(5)]
     texts = [[View(f"drawing number {i}")] for i in range(5)]
     views = {"image": collate["image"](pictures, range(5)), "text": collate["text"](texts, range(5))}
-    assert views["image"].groups[0].keep.shape == (1, 5, 8)
+    views["image"] = recipe.maskers()["image"].drawn(views["image"], range(5))
+    assert cast(Tensor, views["image"].groups[0].keep).shape == (1, 5, 8)
     batch, progress = Batch(views, list("abcde")), Progress(0, 4)
     whole.losses(whole.represent(batch, progress)).total.backward()
     cache = GradientCache(parts, batch, progress, 2)

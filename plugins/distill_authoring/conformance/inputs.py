@@ -19,6 +19,8 @@ from distill_core import (
     DEFAULT_TEACHER,
     GLOBAL,
     LOCAL,
+    PREDICTED,
+    REPEATED,
     BackboneSpec,
     ComponentConfig,
     ConformanceCase,
@@ -28,6 +30,7 @@ from distill_core import (
     Fusion,
     FusionHead,
     Group,
+    MaskPlan,
     MissingModality,
     ModalityPlan,
     Needs,
@@ -167,6 +170,7 @@ def _modalities_of(needs: Needs) -> list[str]:
         *needs.tokens,
         *needs.views,
         *needs.masked,
+        *needs.dropped,
         *needs.extra,
     ]
     return list(dict.fromkeys(names))
@@ -230,6 +234,17 @@ def _with_wide_teacher(fit: Fit) -> Plan:
     return replace(fit.plan, teachers=teachers)
 
 
+def _with_two_masks(fit: Fit) -> Plan:
+    """Each masked view is seen twice."""
+
+    def twice(_: int, __: str, m: ModalityPlan) -> ModalityPlan:
+        if m.mask is None:
+            return m
+        return replace(m, roles=(*m.roles, *(REPEATED for _ in m.views(m.mask.role))), mask=replace(m.mask, times=2))
+
+    return _map_modalities(fit.plan, twice)
+
+
 _CHANGES: dict[str, tuple[Change, ...]] = {
     "one modality more": (_with_third_modality,),
     "widths W and D that differ between modalities": (_widths(24, 16), _widths(24, 0), _widths(0, 16)),
@@ -237,6 +252,7 @@ _CHANGES: dict[str, tuple[Change, ...]] = {
     "one class token": (_class_tokens(1),),
     "one modality": (_first_modality,),
     "a teacher that sees only the modalities in Needs.teacher": (_with_blind_teacher,),
+    "two masks of each view": (_with_two_masks,),
     "a teacher of other widths W and D than the student's": (_with_wide_teacher,),
 }
 """What is special about a plan -> changes to the richest plan; the first accepted one is used."""
@@ -270,9 +286,12 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
             spec=replace(
                 old.spec,
                 can_mask=old.spec.can_mask or name in needs.masked,
+                can_drop=old.spec.can_drop or name in needs.dropped,
+                stride=(1, 1) if name in needs.dropped else old.spec.stride,
                 layers=max(old.spec.layers, *(layer + 1 for layer in _layers_read(needs, name)), 0),
             ),
             extras=tuple(dict.fromkeys((*old.extras, *needs.extra.get(name, ())))),
+            mask=old.mask or (MaskPlan(GLOBAL, 1, True, False) if name in needs.dropped else None),
         )
     fields = {**dict.fromkeys(needs.fields, FieldPlan((), "float32")), **plan.fields}
     teachers = {**dict.fromkeys(needs.teacher, TeacherPlan({})), **plan.teachers}
@@ -295,6 +314,12 @@ def _layers_read(needs: Needs, name: str) -> tuple[int, ...]:
 def length(plan: Plan, name: str, role: str) -> int:
     """The number of tokens L of a view, which differs by modality and role."""
     return 5 + 2 * list(plan.modalities).index(name) - (1 if role == LOCAL else 0)
+
+
+def kept(plan: Plan, name: str, role: str) -> int:
+    """Of so many tokens of a view, how many the student sees, L'."""
+    mask, count = plan.modalities[name].mask, length(plan, name, role)
+    return count - 2 if mask is not None and mask.drops and role in (mask.role, REPEATED) else count
 
 
 def example_features(
@@ -332,11 +357,12 @@ def example_features(
         if spec.class_tokens:
             current.class_tokens = leaf(len(views), batch, spec.class_tokens, spec.width)
         for view in sorted(set(tokens.get(name, ()))):
-            place, count = views.index(view), length(plan, name, modality.roles[view])
+            counted = length if teacher is not None else kept
+            place, count = views.index(view), counted(plan, name, modality.roles[view])
             tokens_by_view[place] = leaf(batch, count, spec.width)
             for of_layer in by_layer.values():
                 of_layer[place] = leaf(batch, count, spec.width)
-            if number % 2 or padding == "all":
+            if (number % 2 or padding == "all") and not modality.mask:
                 ends = torch.randint(2, count, (batch, 1), generator=draw)
                 masks[place] = torch.arange(count) < ends
                 if fill is not None:
@@ -375,6 +401,14 @@ def groups(
                 for of in needs.extra.get(name, ())
             }
             group = Group(x, role, extra=extra)
+            if modality.mask is not None and role in (modality.mask.role, REPEATED):
+                order = torch.rand(shape, generator=draw).argsort(-1)
+                group.x = x[:, :, None]  # a grid of one row
+                group.keep, dropped = (
+                    part.sort(-1).values for part in order.tensor_split([kept(plan, name, role)], -1)
+                )
+                if PREDICTED in extra:  # a block of two tokens, and one of the first of them alone
+                    group.extra[PREDICTED] = torch.stack([dropped, dropped.where(torch.arange(2) < 1, -1)], 2)
             if name in needs.masked:
                 mask = torch.rand(shape, generator=draw) < 0.4
                 mask[..., 0] = True

@@ -12,6 +12,7 @@ def distill_components():
     from my_plugin.fusion import MeanFusion
     from my_plugin.hook import Noise
     from my_plugin.loss import Match
+    from my_plugin.mask import Window
     from my_plugin.optimizer import Sgd
     from my_plugin.schedule import Linear
     from my_plugin.task import Agreement
@@ -21,7 +22,7 @@ def distill_components():
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
+    return [Noisy, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
 
 
 @hookimpl

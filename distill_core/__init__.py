@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distill_core.batch import View as View
     from distill_core.batch import Views as Views
     from distill_core.batch import with_extra as with_extra
+    from distill_core.contracts.balance import Balance as Balance
     from distill_core.contracts.cases import ConformanceCase as ConformanceCase
     from distill_core.contracts.component import Component as Component
     from distill_core.contracts.component import ComponentConfig as ComponentConfig
@@ -163,6 +164,7 @@ HOMES = {
     "View": "distill_core.batch",
     "Views": "distill_core.batch",
     "with_extra": "distill_core.batch",
+    "Balance": "distill_core.contracts.balance",
     "ConformanceCase": "distill_core.contracts.cases",
     "Component": "distill_core.contracts.component",
     "ComponentConfig": "distill_core.contracts.component",

@@ -19,8 +19,8 @@ class GradientLimit(ComponentConfig):
     """The norm above which gradients are scaled down."""
 
     by: Literal["global", "part", "parameter"] = "global"
-    """`global`: of all gradients together. `part`: of each backbone's, the fusion's and each loss's. `parameter`: of
-    each parameter's."""
+    """`global`: of all gradients together. `part`: of each backbone's, the fusion's, each loss's and the balance's.
+    `parameter`: of each parameter's."""
     max: Scheduled[Annotated[float, Field(gt=0)]]
     """The L2 norm above which gradients are scaled down to it; also a schedule."""
 
@@ -56,6 +56,6 @@ def limit_gradients(
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: `backbone.NAME`, `fusion`, `loss.ID`."""
+    """The part of the model that a parameter belongs to: `backbone.NAME`, `fusion`, `loss.ID`, `balance`."""
     words = name.split(".")
-    return words[0] if words[0] == "fusion" else ".".join(words[:2])
+    return words[0] if words[0] in ("fusion", "balance") else ".".join(words[:2])

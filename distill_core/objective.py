@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.balance import Balance
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
 from distill_core.contracts.teacher import Teacher
@@ -30,19 +31,19 @@ from distill_core.system.distributed import gather_array, rank
 
 @dataclass(slots=True)
 class Losses:
-    """0-dim tensors: `total` is the sum of weight * term."""
+    """0-dim tensors: `total` is the sum of weight * term, and of the balance's penalties, if the recipe has one."""
 
     total: Tensor
     terms: dict[str, Tensor]
     metrics: dict[str, Tensor]
-    weights: dict[str, float]
-    """Of each term."""
+    weights: dict[str, float | Tensor]
+    """Of each term, the balance's factor included; without a gradient."""
 
 
 class Objective(nn.Module):
     """Student backbones, teachers, fusion and losses of one recipe. Parameter names are recipe paths:
 
-    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`; of a teacher's copies the same below `teacher.NAME`.
+    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`, `balance.*`; of a teacher's copies the same below `teacher.NAME`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Objective(nn.Module):
         augment: Mapping[str, Augmentation] | None = None,
         wire: torch.dtype | None = None,
         maskers: Mapping[str, Masker] | None = None,
+        balance: Balance | None = None,
     ) -> None:
         """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
         dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality."""
@@ -65,6 +67,7 @@ class Objective(nn.Module):
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
         self.loss = nn.ModuleDict(loss)
+        self.balance = balance
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
         self.layers_of = {
             name: _layers_needed([(n.layers.get(name, ()), n.tokens.get(name, ())) for n in needs]) for name in backbone
@@ -225,7 +228,7 @@ class Objective(nn.Module):
         gather_rows((rows for id, loss in self.loss.items() for rows in cast(Loss, loss).gathers(parts[id])), self.wire)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
+        weights: dict[str, float | Tensor] = {}
         total: Tensor | None = None
         for id, loss in self.loss.items():
             own, more = loss(parts[id])
@@ -240,10 +243,27 @@ class Objective(nn.Module):
             metrics |= {f"{id}/{name}": value for name, value in more.items()}
         if total is None:
             raise UserError("the recipe's losses gave no term")
+        if self.balance is not None:
+            total, factors = self._balanced(self.balance, terms, outputs)
+            weights = {name: weights[name] * factors[_loss_of(name)] for name in terms}
+            metrics |= {f"balance/{id}": factor for id, factor in factors.items()}
         if outputs.presence is not None:
             own = outputs.presence.shares()
             metrics |= {f"present/{name}": torch.tensor(share) for name, share in own.items()}
         return Losses(total, terms, metrics, weights)
+
+    def _balanced(
+        self, balance: Balance, terms: Mapping[str, Tensor], outputs: Outputs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and each loss's factor, detached."""
+        sums = _by_loss(terms)
+        factors, penalties = balance(sums, outputs)
+        parts = []
+        for id, value in sums.items():
+            weight = cast(Loss, self.loss[id]).config.weight.value(outputs.progress)
+            part = factors[id] * value
+            parts.append(weight * (part + penalties[id] if id in penalties else part))
+        return torch.stack(parts).sum(), {id: factors[id].detach() for id in sums}
 
     def _read_by(self, component: Loss | FusionHead, outputs: Outputs) -> Outputs:
         """The outputs of the samples that have all that it needs."""
@@ -261,8 +281,11 @@ class Objective(nn.Module):
         for teacher in self.teachers.values():
             teacher.before_optimizer(progress, finite)
 
-    def after_step(self, outputs: Outputs, progress: Progress, finite: Tensor | None = None) -> None:
-        """Called after the optimiser: the losses' own state, then teachers that follow the new student.
+    def after_step(
+        self, outputs: Outputs, progress: Progress, finite: Tensor | None = None, losses: Losses | None = None
+    ) -> None:
+        """Called after the optimiser: the losses' own state, that of the balance by the `losses` of the step, then
+        teachers that follow the new student.
 
         Where `finite`, a 0-dim bool on the device, is False, nothing changes; the host does not read it.
         """
@@ -271,6 +294,10 @@ class Objective(nn.Module):
             if type(loss).after_step is not Loss.after_step or loss.nested():
                 with _undone_unless(finite, loss):
                     loss.after_step(self._read_by(loss, outputs), progress)
+        if self.balance is not None and losses is not None:
+            with _undone_unless(finite, self.balance):
+                sums = _by_loss({name: term.detach() for name, term in losses.terms.items()})
+                self.balance.after_step(sums, progress)
         for teacher in self.teachers.values():
             teacher.after_step(progress, finite)
 
@@ -339,24 +366,37 @@ class Objective(nn.Module):
         return [f"backbone.{name}" for name, module in self.backbone.items() if cast(Backbone, module).units()]
 
 
+def _loss_of(term: str) -> str:
+    """The id of the loss that a term is of."""
+    return term.partition("/")[0]
+
+
+def _by_loss(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each loss's sum of its terms."""
+    by_loss: dict[str, list[Tensor]] = {}
+    for name, term in terms.items():
+        by_loss.setdefault(_loss_of(name), []).append(term)
+    return {id: own[0] if len(own) == 1 else torch.stack(own).sum() for id, own in by_loss.items()}
+
+
 @contextmanager
-def _undone_unless(finite: Tensor | None, loss: Loss) -> Iterator[None]:
-    """Where `finite` is False, what the block changes of the loss's buffers and scalars is changed back.
+def _undone_unless(finite: Tensor | None, part: Loss | Balance) -> Iterator[None]:
+    """Where `finite` is False, what the block changes of the part's buffers and scalars is changed back.
 
     Raises `UserError` where it changes a larger parameter, of which no copy is made.
     """
     if finite is None:
         yield
         return
-    moving = [*loss.buffers(), *(p for p in loss.parameters() if p.numel() == 1)]
+    moving = [*part.buffers(), *(p for p in part.parameters() if p.numel() == 1)]
     before = [tensor.detach().clone() for tensor in moving]
-    others = [(name, p, p._version) for name, p in loss.named_parameters() if p.numel() > 1]
+    others = [(name, p, p._version) for name, p in part.named_parameters() if p.numel() > 1]
     yield
     for name, parameter, version in others:
         if parameter._version != version:
             raise UserError(
-                f"loss {loss.name!r}: after_step changes the parameter {name!r}, which has more than one element; "
-                "hold what it moves in a buffer"
+                f"{part.kind} {part.name!r}: after_step changes the parameter {name!r}, which has more than one "
+                "element; hold what it moves in a buffer"
             )
     with torch.no_grad():
         for tensor, old in zip(moving, before, strict=True):

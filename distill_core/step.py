@@ -182,7 +182,7 @@ class TrainStep:
         self.whole = False
         self.objective.before_step(progress, finite)
         self._update(finite)
-        self.objective.after_step(outputs, progress, finite)
+        self.objective.after_step(outputs, progress, finite, losses)
         for hook in self.hooks.values():
             hook.after_step(computation, finite)
         result = StepResult(losses, norm, self.not_finite, any_meets, self.optimizer.param_groups[0]["lr"])

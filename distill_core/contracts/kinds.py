@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from distill_core.contracts.balance import Balance
 from distill_core.contracts.component import Component
 from distill_core.contracts.hook import Hook
 from distill_core.contracts.masker import Masker
@@ -18,6 +19,6 @@ INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
         Augmentation, Backbone, Masker, FusionHead, Loss, Teacher, DataSource, Task, Optimizer, Schedule, Hook,
-        Tracker, WeightLoader,
+        Balance, Tracker, WeightLoader,
     )
 }  # fmt: skip

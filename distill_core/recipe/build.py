@@ -25,7 +25,8 @@ def build_objective(recipe: Recipe) -> Objective:
     needs = [needs for _, needs in recipe.needs()]
     augment = {name: node.build() for name, node in recipe.augment.items()}
     wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
-    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, recipe.maskers())
+    balance = recipe.balance.build(list(loss)) if recipe.balance else None
+    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, recipe.maskers(), balance)
     for name, node in recipe.all_teachers.items():
         objective.add_teacher(name, of_run(node).build)
     return objective

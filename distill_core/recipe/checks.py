@@ -370,7 +370,8 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
             yield ("train", "lr_decay", part), f"{part!r} is no backbone{did_you_mean(part, backbones)}"
     losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
     parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
-    parts += [*(["fusion"] if draft.document.get(("fusion",)) is not None else []), "backbone", "loss"]
+    single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
+    parts += [*single, "backbone", "loss"]
     losses_are_wrong = draft.is_wrong("loss")
     shared = {
         f"backbone.{path[1]}": slot
@@ -382,7 +383,8 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
         if whole in shared:
             yield at, f"the tower of {whole!r} is that of another modality: name backbone.{shared[whole].same}"
             continue
-        name = part if part in parts else ".".join(part.split(".")[: 1 if part.startswith("fusion.") else 2])
+        depth = 1 if part.startswith(("fusion.", "balance.")) else 2
+        name = part if part in parts else ".".join(part.split(".")[:depth])
         if name not in parts and not (losses_are_wrong and part.startswith("loss.")):
             yield at, f"{part!r} names no part of the model{did_you_mean(part, parts)}"
 
@@ -439,7 +441,8 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "masker", "fusion", "loss", "teacher", "teachers", "hooks", "freeze", "train.optimizer",
+    "augment", "backbone", "masker", "fusion", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
+    "train.optimizer",
     "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from distill_core.batch import REPEATED
+from distill_core.contracts.balance import Balance
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.hook import Hook
 from distill_core.contracts.masker import Masker
@@ -225,6 +226,8 @@ class Recipe(ComponentConfig):
     """What combines the modalities' features."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
     """The losses; their terms are added up, each times its weight."""
+    balance: Slot[Balance] | None = None
+    """What weighs the losses against one another, on top of their weights; null: their weights alone."""
     teacher: Annotated[Slot[Teacher] | None, Unnamed("ema")] = None
     """The teacher named `default`, which losses read unless they name another; options without a name are those of
     `ema`. Null trains without one."""

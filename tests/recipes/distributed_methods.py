@@ -32,6 +32,7 @@ backbone:
   text: {{name: {tower}, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
 fusion: {fusion}
 loss: {loss}
+balance: {balance}
 teacher: {teacher}
 data: {{source: {{name: webdataset, urls: none.tar}}}}
 train: {{steps: 1, gather_precision: {wire}}}
@@ -50,6 +51,11 @@ CASES: dict[str, dict[str, str]] = {
         "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}, {name: clip, weight: .3}]",
     },
     "cosmos bf16": {**COSMOS, "wire": "bf16", "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}]"},
+    "cosmos balanced": {
+        **COSMOS,
+        "balance": "uncertainty",
+        "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}]",
+    },
     "cosmos ring": {
         **COSMOS,
         "loss": "[{name: contrastive, exchange: ring}, "
@@ -98,7 +104,7 @@ SAMPLES, DIM = 12, 6
 
 def recipe(options: Mapping[str, str], registry: Registry) -> Recipe:
     """Of a case, or of others like them."""
-    rest = {"fusion": "null", "teacher": "null", "masking": "null", "tower": "clip_text", "wire": "fp32"}
+    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance"), "null") | {"tower": "clip_text", "wire": "fp32"}
     return parse_recipe(RECIPE.format(**rest | dict(options)), "r.yaml", registry=registry)
 
 

@@ -321,7 +321,7 @@ def nested(case: Case) -> None:
             not close([expected], [heavier], 1e-6),
             f"the option `weight` of the loss {path!r} changes no term: take its terms from self.{path}.weighted(...)",
         )
-        inner.after_step = lambda *_, moved=moved: moved.append(True)  # type: ignore[method-assign]
+        inner.after_step = lambda *_, moved=moved: moved.append(True)
         module.after_step(outputs, PROGRESS)
         require(moved, f"`after_step` does not call that of the loss {path!r}: its state would never move")
 

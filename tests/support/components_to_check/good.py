@@ -2,6 +2,7 @@
 
 import my_plugin.cases
 import torch
+from my_plugin.balance import Random
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
 from my_plugin.hook import Noise
@@ -344,5 +345,5 @@ CASES = ConformanceCases(
 
 GOOD = (
     Noisy, Tower, MaskingTower, DeepTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds,
-    Ramped, Waves, Agreement, Linear, Noise, Sgd, TwoRates, Silent, Zeros,
+    Ramped, Waves, Agreement, Linear, Noise, Random, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

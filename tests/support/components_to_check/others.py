@@ -6,6 +6,7 @@ import torch
 from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
 from components_to_check.seeded_others import DecaysNorms, IgnoresTheSchedule
+from my_plugin.balance import Random
 from my_plugin.data import Waves
 from my_plugin.hook import Noise
 from my_plugin.schedule import Linear
@@ -50,6 +51,42 @@ class Counts(Noise):
         self.calls += 1
         computation.parameters[0][1].grad.mul_(self.calls)
         return losses
+
+
+@broken("factors", "a gradient goes through a factor to a loss")
+class BalancesByTheGraph(Random):
+    def forward(self, losses, outputs):
+        return {name: 1 / (1 + value.abs()) for name, value in losses.items()}, {}
+
+
+@broken("factors", "gives factors of first; the losses: first, second, third")
+class BalancesOne(Random):
+    def forward(self, losses, outputs):
+        return {next(iter(losses)): torch.ones(())}, {}
+
+
+@broken("balanced", "one that takes the state dict of another gives other factors")
+class BalancesByAnAttribute(Random):
+    calls = 1.0
+
+    def forward(self, losses, outputs):
+        return {name: torch.tensor(self.calls) for name in losses}, {}
+
+    def after_step(self, losses, progress):
+        self.calls += 1
+
+
+@broken("equal_ranks", "two ranks have different factors or state")
+class BalancesEachRank(Random):
+    def __init__(self, config, losses):
+        super().__init__(config, losses)
+        self.register_buffer("size", torch.ones(()))
+
+    def forward(self, losses, outputs):
+        return dict.fromkeys(losses, self.size), {}
+
+    def after_step(self, losses, progress):
+        self.size.copy_(sum(losses.values()).abs())
 
 
 @broken("steps", "each parameter exactly once")

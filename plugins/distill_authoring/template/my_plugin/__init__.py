@@ -8,6 +8,7 @@ distill_api = 1
 @hookimpl
 def distill_components():
     """One component of each kind."""
+    from my_plugin.balance import Random
     from my_plugin.data import Waves
     from my_plugin.fusion import MeanFusion
     from my_plugin.hook import Noise
@@ -22,7 +23,7 @@ def distill_components():
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Csv, Zeros]
+    return [Noisy, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Random, Csv, Zeros]
 
 
 @hookimpl

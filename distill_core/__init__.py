@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.optimizer import Optimizer as Optimizer
     from distill_core.contracts.optional import ClassAttention as ClassAttention
     from distill_core.contracts.optional import DenseEmbeddings as DenseEmbeddings
+    from distill_core.contracts.optional import Detokenizes as Detokenizes
     from distill_core.contracts.optional import LaidOutTokens as LaidOutTokens
     from distill_core.contracts.optional import TokenAttention as TokenAttention
     from distill_core.contracts.optional import TokenPooling as TokenPooling
@@ -92,7 +93,9 @@ if TYPE_CHECKING:
     from distill_core.interfaces import Augmentation as Augmentation
     from distill_core.interfaces import Backbone as Backbone
     from distill_core.interfaces import Collator as Collator
+    from distill_core.interfaces import Decoder as Decoder
     from distill_core.interfaces import FusionHead as FusionHead
+    from distill_core.interfaces import Head as Head
     from distill_core.interfaces import Loss as Loss
     from distill_core.interfaces import LossConfig as LossConfig
     from distill_core.interfaces import TowerInput as TowerInput
@@ -111,12 +114,14 @@ if TYPE_CHECKING:
     from distill_core.plan import DEFAULT_TEACHER as DEFAULT_TEACHER
     from distill_core.plan import BackboneSpec as BackboneSpec
     from distill_core.plan import FieldPlan as FieldPlan
+    from distill_core.plan import HeadPlan as HeadPlan
     from distill_core.plan import MaskPlan as MaskPlan
     from distill_core.plan import MissingModality as MissingModality
     from distill_core.plan import ModalityPlan as ModalityPlan
     from distill_core.plan import Needs as Needs
     from distill_core.plan import Plan as Plan
     from distill_core.plan import TeacherPlan as TeacherPlan
+    from distill_core.plan import Vocabulary as Vocabulary
     from distill_core.plan import same_dim as same_dim
     from distill_core.presence import Presence as Presence
     from distill_core.presence import Present as Present
@@ -185,6 +190,7 @@ HOMES = {
     "Optimizer": "distill_core.contracts.optimizer",
     "ClassAttention": "distill_core.contracts.optional",
     "DenseEmbeddings": "distill_core.contracts.optional",
+    "Detokenizes": "distill_core.contracts.optional",
     "LaidOutTokens": "distill_core.contracts.optional",
     "TokenAttention": "distill_core.contracts.optional",
     "TokenPooling": "distill_core.contracts.optional",
@@ -231,7 +237,9 @@ HOMES = {
     "Augmentation": "distill_core.interfaces",
     "Backbone": "distill_core.interfaces",
     "Collator": "distill_core.interfaces",
+    "Decoder": "distill_core.interfaces",
     "FusionHead": "distill_core.interfaces",
+    "Head": "distill_core.interfaces",
     "Loss": "distill_core.interfaces",
     "LossConfig": "distill_core.interfaces",
     "TowerInput": "distill_core.interfaces",
@@ -251,11 +259,13 @@ HOMES = {
     "DEFAULT_TEACHER": "distill_core.plan",
     "FieldPlan": "distill_core.plan",
     "MaskPlan": "distill_core.plan",
+    "HeadPlan": "distill_core.plan",
     "MissingModality": "distill_core.plan",
     "ModalityPlan": "distill_core.plan",
     "Needs": "distill_core.plan",
     "Plan": "distill_core.plan",
     "TeacherPlan": "distill_core.plan",
+    "Vocabulary": "distill_core.plan",
     "same_dim": "distill_core.plan",
     "Presence": "distill_core.presence",
     "Present": "distill_core.presence",

@@ -1,8 +1,9 @@
-"""The four interfaces that make a method, each a component with a pydantic `Config`.
+"""The interfaces that make a method, each a component with a pydantic `Config`.
 
 `Augmentation` (one modality: a raw sample -> its views), `Backbone` (one modality: views -> features), `FusionHead`
-(all modalities) and `Loss`. The small contracts around a method stand in `contracts/`. What a component needs of the
-rest of a recipe it says in `needs`, before any data or weights are touched.
+(all modalities), `Head` (what losses and tasks call beside those) and `Loss`. The small contracts around a method stand
+in `contracts/`. What a component needs of the rest of a recipe it says in `needs`, before any data or weights are
+touched.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from distill_core.contracts.media import Rendered
 from distill_core.contracts.optional import ClassAttention, offers
 from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
-from distill_core.plan import BackboneSpec, ModalityPlan, Plan
+from distill_core.plan import BackboneSpec, ModalityPlan, Needs, Plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -272,6 +273,64 @@ class FusionHead(nn.Module, Component, ABC):
     @abstractmethod
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """For each modality its fused embeddings, `pooled` [V, B, D], L2-normalised."""
+
+
+class Head(nn.Module, Component, ABC):
+    """A module beside towers and fusion, which losses and tasks call: a decoder, a projection that several losses read.
+
+    A loss names it in `Needs.heads` and calls `Outputs.heads[NAME]`; a teacher may have a copy (`Outputs.ema`). Its
+    `needs` name what it is called with; what arguments it takes is between it and those that call it. It stands in the
+    recipe's `heads`, is trained where a loss calls it, and is part of the trained model (`Model.heads`).
+    """
+
+    kind: ClassVar[str] = "head"
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__()
+        self.config = config
+
+    def units(self) -> Sequence[nn.Module]:
+        """Its repeated parts, as `Backbone.units`."""
+        return ()
+
+
+class Decoder(Head):
+    """A head that writes one modality, token by token: `Model.generate` calls it, and losses that teach it."""
+
+    @classmethod
+    @abstractmethod
+    def writes(cls, config: Any) -> str:
+        """The modality whose tokens it predicts, over the ids of its backbone's `Vocabulary`."""
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, config: Any) -> tuple[str, ...]:
+        """The modalities whose tokens it is given, of their first view. The one that it writes is among them where it
+        continues what that tower makes of the tokens so far; the tower must be causal then."""
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        """The tokens of what it `reads`."""
+        return Needs(tokens=dict.fromkeys(cls.reads(config), (0,)), embeddings=())
+
+    @classmethod
+    def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
+        """Ids on the side that it writes, and a causal tower where it reads that side."""
+        name = cls.writes(config)
+        spec = plan.modalities[name].spec
+        if spec.vocabulary is None:
+            yield f"{cls.name!r} writes {name!r}, whose backbone takes no ids of a known vocabulary"
+        if name in cls.reads(config) and not spec.causal:
+            yield f"{cls.name!r} continues the tokens of {name!r}, whose backbone also looks at those that follow"
+
+    @abstractmethod
+    def forward(self, encoded: Mapping[str, Encoded], ids: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits, fp32 or wider, of the id that follows each of ids [N, L], which begin with `start`: [N, L, S], or at
+        `rows` [R] alone, counted through N * L, [R, S].
+
+        `encoded` holds what it `reads`, of the same N samples; tokens of the side that it writes may be more than L.
+        Logits depend on no id that follows.
+        """
 
 
 class LossConfig(ComponentConfig):

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.batch import View, Views
-from distill_core.contracts.optional import ClassAttention, offers
+from distill_core.batch import Group, View, Views
+from distill_core.contracts.optional import ClassAttention, Detokenizes, offers
 from distill_core.errors import BadSample, UserError, did_you_mean
-from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead
-from distill_core.outputs import Features
+from distill_core.generate import write
+from distill_core.interfaces import Augmentation, Backbone, Collator, Decoder, FusionHead, Head
+from distill_core.outputs import Encoded, Features
 from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
 
@@ -37,8 +38,11 @@ class Model:
         batch_size: int = 256,
         precision: str = "fp32",
         untrained: Collection[str] = (),
+        heads: Mapping[str, Head] | None = None,
     ) -> None:
-        """`untrained`: modalities whose embedding no loss trained (`Recipe.untrained_embeddings`)."""
+        """`untrained`: modalities whose embedding no loss trained (`Recipe.untrained_embeddings`); `heads`: those of
+        the recipe, of a teacher those that it has copies of."""
+        self.heads = dict(heads or {})
         self.untrained = frozenset(untrained)
         self.backbone = dict(backbone)
         self.augment = dict(augment)
@@ -82,6 +86,13 @@ class Model:
         spec = self.backbone[modality].spec(self.backbone[modality].config)
         if features == "class_token" and not spec.class_tokens:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")
+        parts = [self._encode(modality, views, features) for views in self._views(modality, items, self.batch_size)]
+        if not parts:
+            return torch.empty(0, spec.dim if features == "embedding" else spec.width)
+        return torch.cat(parts)
+
+    def _views(self, modality: str, items: Iterable[Any], size: int) -> Iterator[list[list[View]]]:
+        """The view of each item, so many at a time. Raises `UserError` for one that cannot be read."""
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
         eval_view = self.augment[modality].eval_view
@@ -92,17 +103,80 @@ class Model:
             except BadSample as error:
                 raise UserError(f"{modality} {numbered[0]}: {error}") from error
 
-        parts, waiting = [], []
+        waiting = []
         for view_of_item in prefetch_map(view, enumerate(items), reading_threads(self.device)):
             waiting.append([view_of_item])
-            if len(waiting) == self.batch_size:
-                parts.append(self._encode(modality, waiting, features))
+            if len(waiting) == size:
+                yield waiting
                 waiting = []
         if waiting:
-            parts.append(self._encode(modality, waiting, features))
-        if not parts:
-            return torch.empty(0, spec.dim if features == "embedding" else spec.width)
-        return torch.cat(parts)
+            yield waiting
+
+    def decoder(self, name: str | None = None) -> tuple[str, Decoder]:
+        """A decoder among `heads` and its name; None takes the only one. Raises `UserError` where there is none."""
+        known = {head_name: head for head_name, head in self.heads.items() if isinstance(head, Decoder)}
+        if name is None and len(known) != 1:
+            has = f"has several decoders, {', '.join(known)}; name one" if known else "has no decoder among its heads"
+            raise UserError(f"the {self.side} {has}")
+        chosen = name if name is not None else next(iter(known))
+        if chosen not in known:
+            raise UserError(f"the {self.side} has no decoder {chosen!r}{did_you_mean(chosen, list(known))}")
+        return chosen, known[chosen]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        modality: str,
+        items: Iterable[Any],
+        *,
+        head: str | None = None,
+        prompt: Any = None,
+        beams: int = 1,
+        longest: int | None = None,
+    ) -> list[Any]:
+        """What a decoder writes about each of N items: items of the modality that it writes (the captions of images).
+
+        `head` names the decoder, None takes the only one. What is written begins with `prompt`, an item of that
+        modality, and ends after `longest` tokens at the latest (None: as many as its backbone takes). `beams`: how many
+        continuations are followed at a time (`generate.write`); one is greedy. Raises `UserError` where the model
+        cannot write about this modality.
+        """
+        name, decoder = self.decoder(head)
+        writes, reads = decoder.writes(decoder.config), decoder.reads(decoder.config)
+        if set(reads) - {writes} != {modality} - {writes}:
+            raise UserError(
+                f"the decoder {name!r} does not write about {modality!r} alone: it reads {', '.join(reads)}"
+            )
+        for needed in (modality, writes):
+            if needed not in self.backbone:
+                raise UserError(f"the {self.side} has no modality {needed!r}, which the decoder {name!r} needs")
+        tower: Any = self.backbone[writes]
+        vocabulary = tower.spec(tower.config).vocabulary
+        if vocabulary is None or not offers(tower, Detokenizes):
+            raise UserError(f"the backbone {tower.name!r} of {writes!r} has no ids that can be read (`detokenize`)")
+        start = torch.tensor([[vocabulary.start]])
+        if prompt is not None:
+            (views,) = self._views(writes, [prompt], 1)
+            ids = self._batch(writes, views).groups[0].x[0].cpu()
+            start = ids[:, : int((ids[0] == vocabulary.end).nonzero()[0, 0])]
+        longest = min(longest or vocabulary.longest, vocabulary.longest)
+        written: list[Any] = []
+        for views in self._views(modality, items, max(1, self.batch_size // beams)):
+            with self._evaluating(modality) as module, evaluating(decoder), evaluating(tower):
+                encoded = module(self._batch(modality, views), tokens_of=(0,)).view(0).repeated(beams)
+
+                def follow(ids: Tensor, encoded: Encoded = encoded) -> Tensor:
+                    given = {modality: encoded}
+                    if writes in reads:
+                        given[writes] = tower(Views([Group(ids[None])]), tokens_of=(0,)).view(0)
+                    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+                    logits: Tensor = decoder(given, ids, last)
+                    return logits
+
+                begun = start.to(self.device).expand(len(views), -1)
+                ids = write(follow, begun, end=vocabulary.end, longest=longest, beams=beams)
+            written += tower.detokenize(ids.cpu())
+        return written
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
         outputs = self.features(modality, views)

@@ -1,4 +1,4 @@
-"""The whole method in one module: student, teachers, fusion and losses; a batch in, losses out.
+"""The whole method in one module: student, teachers, fusion, heads and losses; a batch in, losses out.
 
 outputs = objective.represent(batch, progress)     # student, teacher, fusion
 losses = objective.losses(outputs)                 # terms, metrics, total
@@ -22,7 +22,7 @@ from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
 from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss, losses_with_paths
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss, losses_with_paths
 from distill_core.outputs import Features, Outputs, Progress, gather_rows
 from distill_core.plan import DEFAULT_TEACHER, Needs, Plan, TeacherPlan
 from distill_core.presence import Presence
@@ -41,9 +41,10 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """Student backbones, teachers, fusion and losses of one recipe. Parameter names are recipe paths:
+    """Student backbones, teachers, fusion, heads and losses of one recipe. Parameter names are recipe paths:
 
-    `backbone.NAME.*`, `fusion.*`, `loss.ID.*`, `balance.*`; of a teacher's copies the same below `teacher.NAME`.
+    `backbone.NAME.*`, `fusion.*`, `heads.NAME.*`, `loss.ID.*`, `balance.*`; of a teacher's copies the same below
+    `teacher.NAME`.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Objective(nn.Module):
         wire: torch.dtype | None = None,
         maskers: Mapping[str, Masker] | None = None,
         balance: Balance | None = None,
+        heads: Mapping[str, Head] | None = None,
     ) -> None:
         """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
         dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality."""
@@ -66,6 +68,7 @@ class Objective(nn.Module):
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
+        self.heads = nn.ModuleDict(heads or {})
         self.loss = nn.ModuleDict(loss)
         self.balance = balance
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
@@ -105,8 +108,8 @@ class Objective(nn.Module):
         return {name: cast(Teacher, module) for name, module in self.teacher.items()}
 
     def ema(self, module: nn.Module, teacher: str = DEFAULT_TEACHER) -> nn.Module:
-        """A teacher's copy of one of a loss's `teacher_modules`, or of the fusion. Raises KeyError where there is
-        none."""
+        """A teacher's copy of one of a loss's `teacher_modules`, of a head, or of the fusion. Raises KeyError where
+        there is none."""
         path = self._paths_of_copied().get(id(module))
         copied = self.teachers[teacher].copy_of(path) if teacher in self.teacher and path is not None else None
         if copied is not None:
@@ -114,8 +117,9 @@ class Objective(nn.Module):
         raise KeyError(f"the recipe has no teacher {teacher!r} with a copy of this module")
 
     def _paths_of_copied(self) -> dict[int, str]:
-        """Identity -> path of the fusion and of the losses' `teacher_modules`."""
-        paths = {
+        """Identity -> path of the fusion, of the heads and of the losses' `teacher_modules`."""
+        paths = {id(head): f"heads.{name}" for name, head in self.heads.items()}
+        paths |= {
             id(getattr(loss, head)): f"{path}.{head}"
             for path, loss in self.losses_with_paths()
             for head in loss.teacher_modules
@@ -213,8 +217,9 @@ class Objective(nn.Module):
                 for name, features in side.items():
                     features.present = presence.of([name])
         outputs = Outputs(
-            batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, batch.fields, presence
-        )
+            batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, batch.fields, presence,
+            heads=dict(self.heads.items()),
+        )  # fmt: skip
         if self.fusion is not None and self.fused_needed:
             whole = self._read_by(self.fusion, outputs)
             outputs.fused = self.fusion(dict(whole.student))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,21 @@ class Encoded:
     mask: Tensor | None = None
     class_tokens: Tensor | None = None
     layers: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, rows: slice) -> Encoded:
+        """Some of the inputs."""
+        return self._map(lambda x: x[rows])
+
+    def repeated(self, times: int) -> Encoded:
+        """Each input so many times, one after the other."""
+        return self if times == 1 else self._map(lambda x: x.repeat_interleave(times, 0))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Encoded:
+        tokens, mask, classes = (
+            None if x is None else function(x) for x in (self.tokens, self.mask, self.class_tokens)
+        )
+        layers = {layer: function(x) for layer, x in self.layers.items()}
+        return Encoded(function(self.pooled), tokens, mask, classes, layers)
 
 
 class Rows:
@@ -246,6 +261,16 @@ class Features(_Embedded):
         with torch.autocast(self.pooled.device.type, enabled=False):
             return Rows(normalize(wide(self.pooled), dim=-1), present=self.present)
 
+    def view(self, number: int) -> Encoded:
+        """One view of the B samples; its tokens where they were asked for."""
+        return Encoded(
+            self.pooled[number],
+            self.tokens.get(number),
+            self.masks.get(number),
+            None if self.class_tokens is None else self.class_tokens[number],
+            {layer: views[number] for layer, views in self.layers.items() if number in views},
+        )
+
     def of(self, present: Present) -> Features:
         """Of the samples `present`, among those that this is of."""
         if present is self.present:
@@ -341,7 +366,7 @@ class Outputs:
     progress: Progress = Progress(0, 1)
     ema: Callable[..., nn.Module] = _no_teacher
     """(module, teacher's name, `default` if left out) -> that teacher's copy of one of the loss's own
-    `teacher_modules`, or of `fusion`. Raises KeyError where there is none."""
+    `teacher_modules`, of one of `heads`, or of `fusion`. Raises KeyError where there is none."""
     keys: Sequence[str] = ()
     """Of the B samples."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
@@ -350,6 +375,8 @@ class Outputs:
     """Which samples have what, where some lack a modality."""
     present: Present | None = None
     """The samples that these outputs are of, where they are not all."""
+    heads: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe's heads, by name, to be called."""
     _cut: dict[tuple[frozenset[str], bool], Outputs] = field(default_factory=dict, repr=False)
 
     @property

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from distill_core.contracts.shared import distinct, tied
 from distill_core.errors import UserError
 from distill_core.gradient_cache import batch_statistics
-from distill_core.interfaces import Backbone, FusionHead, Loss
+from distill_core.interfaces import Backbone, FusionHead, Head, Loss
 from distill_core.objective import Objective
 from distill_core.recipe.sections import ParallelConfig, Recipe
 from distill_core.step import TrainStep
@@ -49,16 +49,17 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
     """Prepare student and teacher for `config`, in place; names of parameters stay.
 
     Call it once what is frozen is frozen, and before there is an optimiser. Over several ranks the towers' parameters
-    become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, losses and scalars stay
-    plain tensors. Raises `UserError` where `shard` does not divide the ranks, and for `micro_batch` with a tower that
-    reads its batch's statistics.
+    become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, heads, losses and scalars
+    stay plain tensors. Raises `UserError` where `shard` does not divide the ranks, and for `micro_batch` with a tower
+    that reads its batch's statistics.
     """
     if config.micro_batch is not None and (names := list(batch_statistics(objective))):
         raise UserError(f"train.parallel.micro_batch: {names[0]} computes with statistics of its batch; take null")
     students = [cast(Backbone, tower) for tower in distinct(objective.backbone.values())]
     teachers = [cast(Backbone, tower) for teacher in objective.teachers.values() for tower in teacher.towers()]
     if config.checkpointing != "none":
-        for unit in distinct(_units(students)):
+        heads = [cast(Head, head) for head in objective.heads.values()]
+        for unit in distinct(_units([*students, *heads])):
             checkpoint_unit(unit, selective=config.checkpointing == "selective")
     if config.compile:
         compile_units(objective)
@@ -79,8 +80,8 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
             _spread(tower, shard, config, device)
 
 
-def _units(towers: Sequence[Backbone]) -> list[nn.Module]:
-    return [unit for tower in towers for unit in tower.units()]
+def _units(parts: Sequence[Backbone | Head]) -> list[nn.Module]:
+    return [unit for part in parts for unit in part.units()]
 
 
 def checkpoint_unit(unit: nn.Module, *, selective: bool) -> None:
@@ -106,17 +107,18 @@ def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any)
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
-    """Have torch compile each unit of student, teachers, fusion and losses when it is first called; returns their
-    number. Where samples may lack a modality, fusion and losses see other numbers of samples, and other weights, at
-    each step: they run as they are.
+    """Have torch compile each unit of student, teachers, fusion, heads and losses when it is first called; returns
+    their number. Where samples may lack a modality, fusion, heads and losses see other numbers of samples, and other
+    weights, at each step: they run as they are.
 
     In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
     parts: list[nn.Module] = distinct(objective.backbone.values())
     parts += [tower for teacher in objective.teachers.values() for tower in teacher.towers()]
     if not any(modality.optional for modality in objective.plan.modalities.values()):
-        parts += [*objective.loss.values(), *([objective.fusion] if objective.fusion is not None else [])]
-    units = distinct(unit for part in parts for unit in cast(Backbone | FusionHead | Loss, part).units())
+        parts += [*objective.heads.values(), *objective.loss.values()]
+        parts += [*([objective.fusion] if objective.fusion is not None else [])]
+    units = distinct(unit for part in parts for unit in cast(Backbone | FusionHead | Head | Loss, part).units())
     for unit in units:
         compile_unit(unit, backend)
     return len(units)

@@ -14,6 +14,21 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """The ids that a backbone takes for tokens: 0 to size - 1."""
+
+    size: int
+    start: int
+    """The first of a sequence."""
+    end: int
+    """The last of a sequence; what follows it is padding."""
+    padding: int
+    """Any id: a sequence ends at its first `end`."""
+    longest: int
+    """The most tokens of a sequence, start and end among them."""
+
+
+@dataclass(frozen=True)
 class BackboneSpec:
     """What a backbone says of itself before it is built."""
 
@@ -34,6 +49,10 @@ class BackboneSpec:
     """The kinds of attention that its `dense` takes (`DenseEmbeddings`); empty where it does not offer it."""
     attention: bool = False
     """Whether it says how it reads its tokens (`ClassAttention`), and hands that on (`Features.attention`)."""
+    vocabulary: Vocabulary | None = None
+    """Of the ids [V, B, L] that its collator makes; None where it takes something else than ids."""
+    causal: bool = False
+    """Whether a token depends on those before it alone."""
     stride: tuple[int, ...] = ()
     """How much of each of the last axes of a view's data makes a token, (16, 16) of an image in patches: its L tokens
     then lie in a grid, row by row. Empty where they do not."""
@@ -128,6 +147,18 @@ class TeacherPlan:
         return self.parts is None or any(path == part or path.startswith(f"{part}.") for part in self.parts)
 
 
+@dataclass(frozen=True)
+class HeadPlan:
+    """What is known of one of the recipe's heads before anything is built."""
+
+    component: type
+    """Its class, a `Head`."""
+    config: BaseModel
+    """Its options."""
+    needs: Needs
+    """What it reads where a loss or a task calls it."""
+
+
 class MissingModality(LookupError):
     """A component asks a plan for a modality that the recipe lacks: who asked for the plan says so to the user."""
 
@@ -152,6 +183,8 @@ class Plan:
     """Whether the fusion, if there is one, offers `TokenPooling`."""
     fields: Mapping[str, FieldPlan] = field(default_factory=dict)
     """The samples' fields (`data.fields`)."""
+    heads: Mapping[str, HeadPlan] = field(default_factory=dict)
+    """The recipe's heads; not known yet where a head itself is asked."""
     complete: bool = True
     """False where a modality is left out because its own options are wrong: their number then says nothing."""
 
@@ -182,6 +215,8 @@ class Needs:
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
     `extra` asks for extras of views by name: {modality: names}.
     `fields` names fields of the samples (`Outputs.fields`).
+    `heads` names heads of the recipe that it calls (`Outputs.heads`), which say themselves what they read;
+    `teacher_heads` those of which it reads a teacher's copy: {"default": ("projection",)}.
     `pools`: it pools tokens with the fusion itself, and reads no fused views.
     """
 
@@ -199,6 +234,8 @@ class Needs:
     pools: bool = False
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
+    teacher_heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @staticmethod
     def union(parts: Sequence[Needs]) -> Needs:
@@ -226,6 +263,8 @@ class Needs:
             pools=any(part.pools for part in parts),
             extra=_by_key([part.extra for part in parts]),
             fields=_joined(part.fields for part in parts),
+            heads=_joined(part.heads for part in parts),
+            teacher_heads=_by_key([part.teacher_heads for part in parts]),
         )
 
     @property

@@ -6,7 +6,7 @@ No other part of a run reads them, so they are no members of the interfaces; a p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from distill_core.batch import Sample, View
     from distill_core.contracts.component import Component
-    from distill_core.interfaces import FusionHead
+    from distill_core.interfaces import FusionHead, Head
     from distill_core.model import Model
     from distill_core.plan import Plan
 
@@ -42,6 +42,8 @@ class ConformanceCase:
     """Of a loss that reads fields of samples: (config, name, B) -> [B, ...]; else a number each."""
     fusion: Callable[[Any, Plan], FusionHead] | None = None
     """Of a loss that works with one fusion alone: (config, plan) -> that fusion."""
+    heads: Callable[[Any], Mapping[str, tuple[type[Head], Any]]] | None = None
+    """Of a loss that calls heads: (config) -> by name, a head's class and its options."""
     scorable: Callable[[Any], tuple[Model, Sequence[Sample]]] | None = None
     """Of a task that cannot score the checks' own samples, which have a number alone: (config) -> a small model, and
     samples that it can be scored on."""

@@ -39,7 +39,7 @@ def places_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[st
 
 
 def needs_of(cls: type[Component], config: Any, plan: Plan) -> Needs:
-    """What a component needs of the recipe, with the components in its options.
+    """What a component needs of the recipe, with the components in its options and the heads that they call.
 
     A loss that names no modality reads all of them; one around others reads what they do.
     """
@@ -48,6 +48,8 @@ def needs_of(cls: type[Component], config: Any, plan: Plan) -> Needs:
         needs = slot.cls.needs(slot.config, plan)
         reads_all = slot.cls.kind == "loss" and not needs.named and not has_nested(slot.cls, slot.config)
         parts.append(replace(needs, student=tuple(plan.modalities)) if reads_all else needs)
+    called = dict.fromkeys(name for part in parts for name in part.heads)
+    parts += [plan.heads[name].needs for name in called if name in plan.heads]
     return parts[0] if len(parts) == 1 else Needs.union(parts)
 
 

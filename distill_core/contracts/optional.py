@@ -7,7 +7,7 @@ fusion does not offer it (`Plan.fusion_pools`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 from distill_core.batch import View
 from distill_core.contracts.media import TokenLayout
@@ -57,6 +57,15 @@ class LaidOutTokens(Protocol):
 
     def token_layout(self, view: View) -> TokenLayout:
         """Where a view's tokens are in what `Augmentation.render` makes of it: rows and columns, or a str a token."""
+        ...
+
+
+@runtime_checkable
+class Detokenizes(Protocol):
+    """Of a backbone with a `BackboneSpec.vocabulary`: what its ids say, for `Model.generate`."""
+
+    def detokenize(self, ids: Tensor) -> list[Any]:
+        """The items that ids [N, L] stand for, each from `start` (left out) to its first `end`."""
         ...
 
 

@@ -18,15 +18,18 @@ from distill_core.teachers.copies import CopiedTeacher
 
 
 def build_objective(recipe: Recipe) -> Objective:
-    """Student, teachers, fusion and losses; weights are drawn from torch's global generator. Raises `UserError`."""
+    """Student, teachers, fusion, heads and losses; weights are drawn from torch's global generator. Raises
+    `UserError`."""
     backbone = build_all(recipe.backbone)
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
+    heads = {name: node.build(recipe.plan) for name, node in recipe.heads.items()}
     loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
     augment = {name: node.build() for name, node in recipe.augment.items()}
     wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
     balance = recipe.balance.build(list(loss)) if recipe.balance else None
-    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, recipe.maskers(), balance)
+    maskers = recipe.maskers()
+    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, maskers, balance, heads)
     for name, node in recipe.all_teachers.items():
         objective.add_teacher(name, of_run(node).build)
     return objective
@@ -63,6 +66,10 @@ def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dic
     teacher = objective.teachers.get(DEFAULT_TEACHER)
     if isinstance(teacher, CopiedTeacher) and teacher.backbone:
         sides["teacher"] = teacher.backbone
+    heads: dict[str, Any] = {"student": dict(objective.heads.items())}
+    if "teacher" in sides:
+        copies = {name: teacher.copy_of(f"heads.{name}") for name in objective.heads} if teacher is not None else {}
+        heads["teacher"] = {name: head for name, head in copies.items() if head is not None}
     return {
         side: Model(
             dict(backbone.items()),
@@ -74,6 +81,7 @@ def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dic
             batch_size=recipe.evaluate.batch_size,
             precision=recipe.train.precision,
             untrained=recipe.untrained_embeddings(),
+            heads=heads[side],
         )
         for side, backbone in sides.items()
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from distill_core.plan import (
     DEFAULT_TEACHER,
     BackboneSpec,
     FieldPlan,
+    HeadPlan,
     MissingModality,
     ModalityPlan,
     Needs,
@@ -43,6 +44,7 @@ from distill_core.recipe.sections import (
     TrainConfig,
     changes,
     field_plans,
+    head_plan,
     modality_plan,
     pools,
     teacher_plan,
@@ -142,6 +144,7 @@ def problems(draft: Draft) -> Iterator[Problem]:
     """Every unmet need of one part of a recipe in another."""
     yield from _ids(draft)
     yield from _modalities(draft)
+    yield from _head_names(draft)
     plan = yield from _plan(draft)
     yield from _components(draft, plan)
     yield from _training(draft)
@@ -189,6 +192,12 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
             yield ("data", "optional"), f"no modality or field {name!r}{near}"
 
 
+def _head_names(draft: Draft) -> Iterator[Problem]:
+    for name in draft.names("heads"):
+        if not is_word(name):
+            yield ("heads", name), "a head's name is a word of letters, digits, - and _"
+
+
 def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
     """Returns the plan of those modalities whose augmentation and backbone are valid."""
     modalities: dict[str, ModalityPlan] = {}
@@ -224,7 +233,15 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
             yield at, str(error)
         teachers[_teacher_name(at)] = plan
     pooling = pools(draft.slots.get(("fusion",)))
-    return Plan(modalities, teachers, fusion, pooling, field_plans(fields, draft.optional), complete)
+    whole = Plan(modalities, teachers, fusion, pooling, field_plans(fields, draft.optional), complete=complete)
+    heads: dict[str, HeadPlan] = {}
+    for name in draft.names("heads"):
+        if (head := draft.slots.get(("heads", name))) is not None:
+            try:
+                heads[name] = head_plan(head, whole)
+            except MissingModality:  # which `_components` reports
+                heads[name] = HeadPlan(head.cls, head.config, Needs())
+    return replace(whole, heads=heads)
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
@@ -263,8 +280,11 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
         if issubclass(slot.cls, Loss):
             lines += absence_problems(slot.cls, needs_of(slot.cls, slot.config, plan), plan)
             lines += _uncopied(draft, slot, needs, plan)
+            lines += head_problems(slot.cls.name, needs, plan, draft.names("heads"))
             of_teachers = any(views for of_teacher in needs.teacher.values() for views in of_teacher.values())
-            if draft.train.parallel.micro_batch is not None and (needs.tokens or of_teachers or needs.pools):
+            of_heads = any(plan.heads[head].needs.tokens for head in needs.heads if head in plan.heads)
+            reads_tokens = needs.tokens or of_teachers or of_heads or needs.pools
+            if draft.train.parallel.micro_batch is not None and reads_tokens:
                 lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
@@ -285,6 +305,22 @@ def mask_problems(cls: type[Masker], config: Any, name: str, modality: ModalityP
     elif modality.shapes is not None:
         for grid in dict.fromkeys(spec.grid(modality.shapes[view]) for view in modality.views(config.role)):
             yield from cls.grid_problems(config, grid)
+
+
+def head_problems(name: str, needs: Needs, plan: Plan, heads: Collection[str]) -> Iterator[str]:
+    """What is wrong with the heads that component `name` calls; `heads` has all that the recipe names."""
+    for head in dict.fromkeys((*needs.heads, *(head for of in needs.teacher_heads.values() for head in of))):
+        if head not in heads:
+            near = did_you_mean(head, sorted(heads)) if heads else "; this recipe has no `heads`"
+            yield f"{name!r} needs a head {head!r}{near}"
+    for teacher, copied in needs.teacher_heads.items():
+        known = plan.teachers.get(teacher)
+        for head in copied:
+            if known is not None and head in heads and not known.copies(f"heads.{head}"):
+                yield (
+                    f"{name!r} needs a copy of the head {head!r}, which the teacher {teacher!r} has not: take a "
+                    f"teacher that copies (`ema`), with heads.{head} in its `of`, if that is given"
+                )
 
 
 def unknown_fields(name: str, needs: Needs, fields: Sequence[str]) -> Iterator[str]:
@@ -371,7 +407,7 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
     losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
     parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
     single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
-    parts += [*single, "backbone", "loss"]
+    parts += [*(f"heads.{name}" for name in draft.names("heads")), *single, "backbone", "heads", "loss"]
     losses_are_wrong = draft.is_wrong("loss")
     shared = {
         f"backbone.{path[1]}": slot
@@ -441,9 +477,8 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "masker", "fusion", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
-    "train.optimizer",
-    "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
+    "augment", "backbone", "masker", "fusion", "heads", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
+    "train.optimizer", "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 
 
@@ -501,7 +536,7 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
     `plan` lacks a modality whose own entries are wrong; `modalities` has all that the recipe names.
     """
     component = repr(name)
-    for teacher in {**needs.teacher, **needs.attention}:
+    for teacher in {**needs.teacher, **needs.attention, **needs.teacher_heads}:
         if teacher not in plan.teachers:
             others = f"; there {'is' if len(plan.teachers) == 1 else 'are'} {', '.join(plan.teachers)}"
             one = "a teacher" if teacher == DEFAULT_TEACHER else f"a teacher {teacher!r}"
@@ -581,12 +616,16 @@ def _no_layers(
 
 
 def unread(recipe: Recipe) -> Iterator[str]:
-    """A warning where no loss reads the fusion: nothing trains it, and replacing it changes nothing; or a teacher that
-    is no copy, which is encoded for nobody."""
+    """A warning where no loss reads the fusion or a head: nothing trains it, and replacing it changes nothing; or a
+    teacher that is no copy, which is encoded for nobody."""
     needs = [needs_of(slot.cls, slot.config, recipe.plan) for slot in recipe.loss]
     if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
         yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"
-    read = {name for _, need in recipe.needs() for name in (*need.teacher, *need.attention)}
+    called = {name for need in needs for name in need.heads}
+    for name, head in recipe.heads.items():
+        if name not in called:
+            yield f"{head.path}: no loss of this recipe calls the head {name!r}: it is not trained"
+    read = {name for _, need in recipe.needs() for name in (*need.teacher, *need.attention, *need.teacher_heads)}
     for name, slot in recipe.all_teachers.items():
         if name not in read and slot.cls.parts(slot.config) == ():
             yield f"{slot.path}: no loss of this recipe reads the teacher {name!r}"

@@ -32,9 +32,9 @@ from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.data.fields import FieldConfig
 from distill_core.gradients import GradientLimit
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Loss
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import DEFAULT_TEACHER, FieldPlan, MaskPlan, ModalityPlan, Needs, Plan, TeacherPlan
+from distill_core.plan import DEFAULT_TEACHER, FieldPlan, HeadPlan, MaskPlan, ModalityPlan, Needs, Plan, TeacherPlan
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -224,6 +224,8 @@ class Recipe(ComponentConfig):
     """Modality -> which tokens of its views the student sees."""
     fusion: Slot[FusionHead] | None = None
     """What combines the modalities' features."""
+    heads: Annotated[dict[str, Slot[Head]], NullIsDefault()] = {}  # noqa: RUF012
+    """Modules beside towers and fusion, by the name under which losses and tasks call them."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
     """The losses; their terms are added up, each times its weight."""
     balance: Slot[Balance] | None = None
@@ -285,7 +287,7 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.masker, self.all_teachers, self.fusion, self.data)
+        return plan_of(self.augment, self.backbone, self.masker, self.all_teachers, self.fusion, self.data, self.heads)
 
     def maskers(self) -> dict[str, Masker]:
         """By modality, built."""
@@ -297,8 +299,8 @@ class Recipe(ComponentConfig):
         return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
-        """What the fusion and each loss need, with what is inside them, and each masker."""
-        slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.loss]
+        """What the fusion, the heads and each loss need, with what is inside them, and each masker."""
+        slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.heads.values(), *self.loss]
         of_maskers = [(slot, slot.cls.reads(slot.config, name, self.plan)) for name, slot in self.masker.items()]
         return [*((slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots), *of_maskers]
 
@@ -334,6 +336,7 @@ def plan_of(
     teachers: Mapping[str, Slot[Teacher]],
     fusion: Slot[FusionHead] | None,
     data: DataConfig,
+    heads: Mapping[str, Slot[Head]],
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
@@ -342,7 +345,13 @@ def plan_of(
     }
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
-    return Plan(modalities, plans, fusion is not None, pools(fusion), fields)
+    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields)
+    return replace(plan, heads={name: head_plan(slot, plan) for name, slot in heads.items()})
+
+
+def head_plan(head: Slot[Head], plan: Plan) -> HeadPlan:
+    """Raises `MissingModality` where it names one that the plan lacks."""
+    return HeadPlan(head.cls, head.config, needs_of(head.cls, head.config, plan))
 
 
 def field_plans(fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, FieldPlan]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill_core.contracts.shared import build_all
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone
+from distill_core.interfaces import Backbone, Head
 from distill_core.model import Model
 from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.resolve import Override, load_recipe
@@ -54,12 +54,21 @@ def model_of(
         fusion = recipe.fusion.build(recipe.plan)
         load_into(fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, what)
         fusion.to(device).eval().requires_grad_(False)
+    heads: dict[str, Head] = {}
+    for name, slot in recipe.heads.items():
+        start = f"teacher.{DEFAULT_TEACHER}.heads.{name}." if teacher else f"heads.{name}."
+        weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if not weights and teacher:  # it copies those that its recipe names
+            continue
+        heads[name] = slot.build(recipe.plan)
+        load_into(heads[name], weights, what)
+        heads[name].to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     batch_size = recipe.evaluate.batch_size
     return Model(
         backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size,
-        untrained=recipe.untrained_embeddings(),
+        untrained=recipe.untrained_embeddings(), heads=heads,
     )  # fmt: skip
 
 

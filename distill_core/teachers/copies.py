@@ -32,9 +32,10 @@ class CopyConfig(TeacherConfig):
     """Options of a teacher that is made of the student's parts."""
 
     of: tuple[str, ...] | None = None
-    """Paths of the parts that it copies, as [backbone.NAME, fusion, loss.ID.HEAD]; null: the towers of its
-    modalities, and of the losses that name it those heads that learn from a copy (`Loss.teacher_modules`). A tower that
-    is not copied encodes as the student's own, without gradients: [loss.ID.HEAD] averages the head alone."""
+    """Paths of the parts that it copies, as [backbone.NAME, heads.NAME, fusion, loss.ID.HEAD]; null: the towers of its
+    modalities, and of the losses that name it those heads that learn from a copy (`Needs.teacher_heads`,
+    `Loss.teacher_modules`). A tower that is not copied encodes as the student's own, without gradients:
+    [loss.ID.HEAD] averages the head alone."""
     augment: dict[str, Slot[Augmentation]] = {}  # noqa: RUF012
     """Modality -> views of its own, as {NAME: {name: ..., size: 448}}: the student's crops at another size, since they
     are drawn from the same random numbers. Its towers are the student's, and so is the collator."""
@@ -103,8 +104,11 @@ class CopiedTeacher(Teacher):
                 yield f"{cls.name!r}: of: {path!r} names no modality of this recipe"
             elif kind == "fusion" and not plan.fusion:
                 yield f"{cls.name!r}: of: {path!r}: this recipe has no fusion"
-            elif kind not in ("backbone", "fusion", "loss") or (kind != "fusion" and not rest):
-                yield f"{cls.name!r}: of: {path!r} names no part of the student (backbone.NAME, fusion, loss.ID.HEAD)"
+            elif kind == "heads" and rest.partition(".")[0] not in plan.heads and plan.complete:
+                yield f"{cls.name!r}: of: {path!r} names no head of this recipe"
+            elif kind not in ("backbone", "heads", "fusion", "loss") or (kind != "fusion" and not rest):
+                parts = "backbone.NAME, heads.NAME, fusion, loss.ID.HEAD"
+                yield f"{cls.name!r}: of: {path!r} names no part of the student ({parts})"
 
     def towers(self) -> Sequence[nn.Module]:
         """Its own."""
@@ -256,8 +260,10 @@ class Snapshot(CopiedTeacher):
 
 def _heads(name: str, student: Any) -> Iterator[str]:
     """Paths of the heads of which losses read this teacher's copy."""
-    for path, loss in student.losses_with_paths():
-        if loss.teacher_modules and name in loss.needs(loss.config, student.plan).teacher:
+    of_losses = [(path, loss, loss.needs(loss.config, student.plan)) for path, loss in student.losses_with_paths()]
+    yield from dict.fromkeys(f"heads.{head}" for _, _, needs in of_losses for head in needs.teacher_heads.get(name, ()))
+    for path, loss, needs in of_losses:
+        if loss.teacher_modules and name in needs.teacher:
             yield from (f"{path}.{head}" for head in loss.teacher_modules)
 
 

@@ -245,7 +245,7 @@ def states_of(recipe: Recipe) -> States:
 
 def _part(name: str) -> str:
     first, second = name.split(".")[:2]
-    return {"backbone": f"{second} tower", "loss": "losses"}.get(first, first)
+    return {"backbone": f"{second} tower", "heads": f"{second} head", "loss": "losses"}.get(first, first)
 
 
 def _size(module: nn.Module) -> int:

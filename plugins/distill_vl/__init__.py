@@ -16,11 +16,13 @@ distill_api = 1
 
 @hookimpl
 def distill_components() -> list[type]:
-    """Views of images and captions, readers of captions, a masker, towers, and the contrastive loss over all views."""
+    """Views of images and captions, readers of captions, a masker, towers, decoders of text, and losses."""
     from distill_vl.caption import WholeCaption
     from distill_vl.caption_readers import READERS
+    from distill_vl.captioning import Captioning
     from distill_vl.clip_text import ClipText
     from distill_vl.contrastive import Contrastive
+    from distill_vl.decoders import CaptionDecoder, PrefixDecoder
     from distill_vl.masked_text import BertText
     from distill_vl.maskers import RandomDrop
     from distill_vl.multi_crop import MultiCrop
@@ -28,7 +30,8 @@ def distill_components() -> list[type]:
     from distill_vl.vit import VisionTransformer
 
     views = [MultiCrop, RandomCrop, WholeCaption, RandomDrop]
-    return [*views, VisionTransformer, ClipText, BertText, Contrastive, *READERS]
+    towers = [VisionTransformer, ClipText, BertText]
+    return [*views, *towers, CaptionDecoder, PrefixDecoder, Contrastive, Captioning, *READERS]
 
 
 @hookimpl

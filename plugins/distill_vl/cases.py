@@ -15,8 +15,10 @@ from PIL import Image
 
 from distill_core import GLOBAL, LOCAL, BadSample, ConformanceCase, Sample, View
 from distill_vl.caption_readers import READERS, CaptionReader
+from distill_vl.captioning import Captioning, CaptioningConfig
 from distill_vl.captions import CaptionAugmentation, CaptionConfig
 from distill_vl.clip_text import ClipText
+from distill_vl.decoders import CaptionDecoder, CaptionDecoderConfig
 from distill_vl.masked_text import BertText
 from distill_vl.pictures import PictureAugmentation, PictureConfig
 from distill_vl.vit import VisionTransformer, VisionTransformerConfig
@@ -112,6 +114,12 @@ def texts(config: object, rng: np.random.Generator) -> list[View]:
     return [View(" ".join(rng.choice(WORDS, n)), role) for role, n in counts]
 
 
+def decoders(config: CaptioningConfig) -> dict[str, tuple[type[CaptionDecoder], CaptionDecoderConfig]]:
+    """The one that the loss names."""
+    options = CaptionDecoderConfig(width=32, layers=1, heads=2, parallel=config.parallel > 0)
+    return {config.head: (CaptionDecoder, options)}
+
+
 CASES = [
     ConformanceCase(PictureAugmentation, sample=noise_png),
     ConformanceCase(CaptionAugmentation, sample=captions),
@@ -120,4 +128,5 @@ CASES = [
     ConformanceCase(VisionTransformer, views=crops),
     ConformanceCase(ClipText, views=texts),
     ConformanceCase(BertText, views=texts),
+    ConformanceCase(Captioning, heads=decoders),
 ]

@@ -24,8 +24,9 @@ from distill_core import (
     TowerInput,
     View,
     Views,
+    Vocabulary,
 )
-from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
+from distill_vl.tokenizer import END, START, VOCABULARY, ClipTokenizer
 from distill_vl.transformer import Activation, Block, LayerOutputs, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
@@ -98,7 +99,10 @@ class ClipText(Backbone):
     @classmethod
     def spec(cls, config: ClipTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
-        return BackboneSpec(config.width, config.dim, class_tokens=1, layers=config.layers)
+        vocabulary = clip_vocabulary(config.vocabulary, config.context)
+        return BackboneSpec(
+            config.width, config.dim, class_tokens=1, layers=config.layers, vocabulary=vocabulary, causal=True
+        )
 
     @classmethod
     def problems(cls, config: ClipTextConfig, plan: Plan) -> Iterable[str]:
@@ -190,6 +194,10 @@ class ClipText(Backbone):
         classes = sequence[torch.arange(x.shape[0], device=x.device), end]
         return Encoded(classes @ self.text_projection, sequence, _up_to_end(x), classes[:, None])
 
+    def detokenize(self, ids: Tensor) -> list[str]:
+        """Texts."""
+        return ClipTokenizer(self.config.context).texts(ids)
+
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""
         return ClipTokenizer(self.config.context).pieces(view.data)
@@ -199,6 +207,11 @@ class ClipText(Backbone):
         end, x = x.argmax(1), self._padded(x)
         sequence = self.token_embedding(x) + self.positional_embedding[: x.shape[1]]
         return self.transformer.weights(sequence, end, causal=True)
+
+
+def clip_vocabulary(size: int, context: int) -> Vocabulary:
+    """CLIP's ids, in so many rows."""
+    return Vocabulary(size, start=START, end=END, padding=0, longest=context)
 
 
 def lengths_of(texts: TowerInput) -> Tensor:

@@ -23,7 +23,7 @@ from distill_core import (
     View,
     Views,
 )
-from distill_vl.clip_text import Positive, TextCollator, lengths_of, to_device
+from distill_vl.clip_text import Positive, TextCollator, clip_vocabulary, lengths_of, to_device
 from distill_vl.masking import role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import LayerOutputs, Sequences, Transformer
@@ -96,7 +96,12 @@ class BertText(Backbone):
     def spec(cls, config: BertTextConfig) -> BackboneSpec:
         """Widths of tokens and embedding."""
         return BackboneSpec(
-            config.width, config.dim, can_mask=config.masking is not None, class_tokens=1, layers=config.layers
+            config.width,
+            config.dim,
+            can_mask=config.masking is not None,
+            class_tokens=1,
+            layers=config.layers,
+            vocabulary=clip_vocabulary(config.vocabulary, config.context),
         )
 
     @classmethod
@@ -146,6 +151,10 @@ class BertText(Backbone):
     def token_layout(self, view: View) -> list[str]:
         """The words and pieces of words."""
         return ClipTokenizer(self.config.context).pieces(view.data)
+
+    def detokenize(self, ids: Tensor) -> list[str]:
+        """Texts."""
+        return ClipTokenizer(self.config.context).texts(ids)
 
     def class_attention(self, x: Tensor) -> Tensor:
         """ids [N, L] -> the start token's weights over all positions in the last block, [N, H, L]."""

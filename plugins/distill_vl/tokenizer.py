@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 49408
+START, END = 49406, 49407
 LONGEST = 32
 """No token stands for more characters than this: the longest of the vocabulary are of 24."""
 
@@ -41,6 +42,13 @@ class ClipTokenizer:
         """
         length = self.context * LONGEST
         return clean(text[: 32 * length])[:length]
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """What ids [N, L] say, in lower case, with a space between words and marks; up to the first end, if there is
+        one."""
+        rows = [row[: row.index(END)] if END in row else row for row in ids.tolist()]
+        words = ([token for token in row if token < START] for row in rows)
+        return [_tokenizer().decode(row).strip() for row in words]
 
     def pieces(self, text: str) -> list[str]:
         """What each token of a text stands for, `<start> ` and `<end> ` included; a space ends a word.

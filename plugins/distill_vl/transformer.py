@@ -58,7 +58,8 @@ class Sequences:
     (Li et al. 2023), which has it in several last layers, on a second path without the MLP; here it is a block's own,
     with the MLP. `correlative`: (softmax(QQ') + softmax(KK')) V (Wang et al. 2023, SCLIP)."""
     mask: Tensor | None = None
-    """[N, L] bool of one group: False where no token attends to. For lengths that the host does not know."""
+    """[N, L] bool of one group: False where no token attends to. For lengths that the host does not know. Or, in four
+    dimensions that broadcast to [N, H, L, L], what each token attends to."""
 
     def __post_init__(self) -> None:
         if self.attention not in _PAIRS:

@@ -111,7 +111,8 @@ def _name_alone(node: Any) -> Any:
 
 
 def _names(recipe: dict[str, Any]) -> list[str]:
-    nodes = [*recipe["backbone"].values(), *([recipe["fusion"]] if recipe.get("fusion") else []), *recipe["loss"]]
+    fusion = [recipe["fusion"]] if recipe.get("fusion") else []
+    nodes = [*recipe["backbone"].values(), *fusion, *recipe.get("heads", {}).values(), *recipe["loss"]]
     return [node["name"] for node in nodes]
 
 

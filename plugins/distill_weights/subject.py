@@ -62,6 +62,7 @@ class Subject:
             }
             scales = scales or {name: value.float().reshape(()) for name, value in loss_scales.items()}
         left_out = [f"fusion ({recipe.fusion.cls.name})"] if recipe.fusion is not None else []
+        left_out += [f"heads.{name} ({slot.cls.name})" for name, slot in recipe.heads.items()]
         return cls(run, model, teacher, int(saved["step"]), recipe.to_dict(), scales, left_out)
 
     @property

@@ -11,6 +11,7 @@ import components_to_check.augmentation
 import components_to_check.backbone
 import components_to_check.fusion
 import components_to_check.general
+import components_to_check.head
 import components_to_check.loss
 import components_to_check.masker
 import components_to_check.others
@@ -40,6 +41,7 @@ GOOD = (
     components_to_check.teacher.Average,
     components_to_check.masker.Window,
     components_to_check.masker.Attended,
+    components_to_check.head.Speller,
 )
 
 

@@ -73,7 +73,7 @@ def queries_and_tokens(fit: Fit) -> Iterator[tuple[str, Tensor, Tensor]]:
 @checks(KIND)
 def shapes(case: Case) -> None:
     """pooled[m] is [V, B, D] (or [1, B, D]), of norm 1, for each modality; on several plans, for one sample or none."""
-    for fit in fits(case.cls, case.config):
+    for fit in fits(case):
         with on(fit):
             _shapes(case, fit)
 
@@ -114,7 +114,7 @@ def _shapes(case: Case, fit: Fit) -> None:
 def masks(case: Case) -> None:
     """The values of padded tokens have no effect, whichever modality has padding."""
     applicable = False
-    for fit in (replace(richest(case), padding="all"), *fits(case.cls, case.config)):
+    for fit in (replace(richest(case), padding="all"), *fits(case)):
         with on(fit), torch.no_grad():
             module, features = generic(build(case, fit)), student_features(fit)
             if any(f.masks for f in features.values()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_authoring.conformance.modules import generic
-from distill_authoring.conformance.suite import Case, CheckFailed
+from distill_authoring.conformance.suite import Case, CheckFailed, require
 from distill_core import (
     DEFAULT_TEACHER,
     GLOBAL,
@@ -30,6 +30,7 @@ from distill_core import (
     Fusion,
     FusionHead,
     Group,
+    HeadPlan,
     MaskPlan,
     MissingModality,
     ModalityPlan,
@@ -40,6 +41,7 @@ from distill_core import (
     Progress,
     TeacherPlan,
     Views,
+    Vocabulary,
 )
 from distill_core.tools import needs_of, problems_of, slots_in, unmet
 
@@ -49,6 +51,8 @@ WIDTH, DIM = 48, 32
 BATCH = 3
 CLASSES = 2
 """Class tokens C of every view."""
+VOCABULARY = Vocabulary(size=7, start=1, end=4, padding=0, longest=16)
+"""Of each modality: its ids are 1 to 4."""
 PROGRESS = Progress(step=3, steps=10, epoch=0.5)
 
 _ROLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
@@ -85,7 +89,7 @@ def on(fit: Fit) -> Iterator[None]:
         raise
 
 
-def fits(cls: Any, config: Any) -> list[Fit]:
+def fits(case: Case) -> list[Fit]:
     """The richest and the barest plan that the component accepts, and the `_CHANGES` of the richest that it accepts.
 
     Raises `CheckFailed` where it accepts none.
@@ -94,7 +98,7 @@ def fits(cls: Any, config: Any) -> list[Fit]:
     first_problem = ""
     for roles in _ROLES:
         for teacher, fusion in ((False, False), (False, True), (True, True)):
-            fit, problems = _fit(cls, config, roles, teacher, fusion)
+            fit, problems = _fit(case, roles, teacher, fusion)
             if not problems:
                 accepted.append(fit)
                 break
@@ -106,20 +110,21 @@ def fits(cls: Any, config: Any) -> list[Fit]:
         )
     result = accepted[:1] if len(accepted) == 1 else [accepted[0], accepted[-1]]
     for about, changes in _CHANGES.items():
-        changed = (_fit_changed(cls, config, change(accepted[0]), about) for change in changes)
+        changed = (_fit_changed(case, change(accepted[0]), about) for change in changes)
         result += [fit for fit in changed if fit is not None and fit.plan != accepted[0].plan][:1]
     return result
 
 
 def richest(case: Case) -> Fit:
     """The richest plan that the component accepts."""
-    return fits(case.cls, case.config)[0]
+    return fits(case)[0]
 
 
 def _fit(
-    cls: Any, config: Any, roles: tuple[tuple[str, ...], tuple[str, ...]], teacher: bool, fusion: bool
+    case: Case, roles: tuple[tuple[str, ...], tuple[str, ...]], teacher: bool, fusion: bool
 ) -> tuple[Fit, list[str]]:
     """Extend a plan until it has what `needs` names; returns also the remaining problems."""
+    cls, config = case.cls, case.config
     plan = Plan({}, {DEFAULT_TEACHER: TeacherPlan({})} if teacher else {}, fusion)
     names: list[str] = []
     for _ in range(20):
@@ -128,6 +133,7 @@ def _fit(
             modalities = {name: plan.modalities.get(name) or modality(roles[i % 2]) for i, name in enumerate(current)}
             plan = _seen(replace(plan, modalities=modalities))
         try:
+            plan = _with_heads(case, plan)
             needs = needs_of(cls, config, plan)
             problems = list(problems_of(cls, config, plan))
         except MissingModality as error:
@@ -142,10 +148,12 @@ def _fit(
     raise CheckFailed("`needs` names more each time the plan has what it named before")
 
 
-def _fit_changed(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
+def _fit_changed(case: Case, plan: Plan, about: str) -> Fit | None:
     """The plan, extended by what `needs` names on it; None if the component refuses it."""
+    cls, config = case.cls, case.config
     for _ in range(20):
         try:
+            plan = _with_heads(case, plan)
             needs = needs_of(cls, config, plan)
             problems = [*problems_of(cls, config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
         except MissingModality:
@@ -159,6 +167,17 @@ def _fit_changed(cls: Any, config: Any, plan: Plan, about: str) -> Fit | None:
             return None if problems else Fit(plan, needs, about, "all")
         plan = grown
     return None
+
+
+def _with_heads(case: Case, plan: Plan) -> Plan:
+    """The plan with the heads that the case gives. Raises `MissingModality`, and `CheckFailed` where they refuse it."""
+    if case.inputs.heads is None:
+        return plan
+    made = {}
+    for name, (cls, config) in case.inputs.heads(case.config).items():
+        require(not (wrong := list(cls.problems(config, plan))), f"the case's head {name!r} is refused: {wrong[:1]}")
+        made[name] = HeadPlan(cls, config, cls.needs(config, plan))
+    return replace(plan, heads=made)
 
 
 def _modalities_of(needs: Needs) -> list[str]:
@@ -259,8 +278,9 @@ _CHANGES: dict[str, tuple[Change, ...]] = {
 
 
 def modality(roles: Sequence[str]) -> ModalityPlan:
-    """A modality with tokens."""
-    return ModalityPlan(tuple(roles), BackboneSpec(WIDTH, DIM, class_tokens=CLASSES))
+    """A modality with tokens, and ids that a decoder might write."""
+    spec = BackboneSpec(WIDTH, DIM, class_tokens=CLASSES, vocabulary=VOCABULARY, causal=True)
+    return ModalityPlan(tuple(roles), spec)
 
 
 def _seen(plan: Plan) -> Plan:
@@ -295,7 +315,7 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
         )
     fields = {**dict.fromkeys(needs.fields, FieldPlan((), "float32")), **plan.fields}
     teachers = {**dict.fromkeys(needs.teacher, TeacherPlan({})), **plan.teachers}
-    grown = Plan(modalities, teachers, plan.fusion or bool(needs.fused), fields=fields)
+    grown = Plan(modalities, teachers, plan.fusion or bool(needs.fused), fields=fields, heads=plan.heads)
     if sees_more or not teachers.keys() <= plan.teachers.keys():
         grown = _seen(grown)
     read = {
@@ -466,6 +486,7 @@ def example_outputs(
         torch.manual_seed(9)
         fusion = inputs.fusion(config, plan) if inputs.fusion is not None else None
         any_fusion = MeanFusion(ComponentConfig(), plan) if plan.fusion and fusion is None else fusion
+        heads_called = {name: generic(head.component(head.config, plan)) for name, head in plan.heads.items()}
     of_fusion = needs_of(type(fusion), fusion.config, plan) if fusion is not None else Needs()
     fusion_tokens = of_fusion.tokens
     layers = {
@@ -515,6 +536,7 @@ def example_outputs(
         lambda module, teacher=DEFAULT_TEACHER: copies[id(module)],
         [str(i) for i in range(batch)],
         fields,
+        heads=heads_called,
     )
 
 

@@ -98,7 +98,7 @@ def ids(case: Case) -> tuple[str, ...]:
 @checks(KIND)
 def terms(case: Case) -> None:
     """Terms and metrics are finite 0-dim tensors, metrics detached; on several plans, also for a single sample."""
-    for fit in fits(case.cls, case.config):
+    for fit in fits(case):
         with on(fit):
             _terms(case, fit)
 
@@ -172,7 +172,7 @@ def _require_memo(outputs: Outputs, who: str) -> None:
 def padding(case: Case) -> None:
     """The values of padded tokens, the student's and the teacher's, have no effect on any term."""
     applicable = False
-    for fit in (replace(richest(case), padding="all"), *fits(case.cls, case.config)):
+    for fit in (replace(richest(case), padding="all"), *fits(case)):
         with on(fit), torch.no_grad():
             module = generic(case.cls(case.config, fit.plan))
             outputs = outputs_for(case, fit, module)
@@ -532,7 +532,7 @@ class RankStep:
 def gathers(case: Case) -> None:
     """On two ranks, `gathers` names the rows whose `gathered` is read, and those alone."""
     applicable = False
-    for fit in fits(case.cls, case.config):
+    for fit in fits(case):
         with on(fit):
             state = generic(case.cls(case.config, fit.plan)).state_dict()
             step = (case.cls, case.config, case.inputs, fit, ids(case), state)

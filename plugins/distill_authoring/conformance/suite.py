@@ -95,7 +95,7 @@ class Check:
 
 
 _CHECKS: list[Check] = []
-_MODULES = ("general", "augmentation", "backbone", "fusion", "loss", "teacher", "masker", "balance", "others")
+_MODULES = ("general", "augmentation", "backbone", "fusion", "head", "loss", "teacher", "masker", "balance", "others")
 
 
 def checks(*kinds: str, once: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

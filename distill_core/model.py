@@ -150,9 +150,10 @@ class Model:
         for needed in (modality, writes):
             if needed not in self.backbone:
                 raise UserError(f"the {self.side} has no modality {needed!r}, which the decoder {name!r} needs")
-        tower: Any = self.backbone[writes]
+        tower = self.backbone[writes]
+        reader: object = tower
         vocabulary = tower.spec(tower.config).vocabulary
-        if vocabulary is None or not offers(tower, Detokenizes):
+        if vocabulary is None or not offers(reader, Detokenizes):
             raise UserError(f"the backbone {tower.name!r} of {writes!r} has no ids that can be read (`detokenize`)")
         start = torch.tensor([[vocabulary.start]])
         if prompt is not None:
@@ -175,7 +176,7 @@ class Model:
 
                 begun = start.to(self.device).expand(len(views), -1)
                 ids = write(follow, begun, end=vocabulary.end, longest=longest, beams=beams)
-            written += tower.detokenize(ids.cpu())
+            written += reader.detokenize(ids.cpu())
         return written
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distill_authoring.conformance.inputs import example_outputs, fits
+from distill_authoring.conformance.loss import ids
 from distill_authoring.conformance.suite import Case
 from distill_core.interfaces import Loss
 from distill_core.recipe.resolve import load_recipe
@@ -28,9 +29,10 @@ def test_a_gradient_reaches_the_embeddings_that_a_loss_says_it_trains(cls: type[
     """Would catch a loss that reads class tokens or tokens alone and does not say so, or says so and reads more."""
     for options in cls.examples:
         config = cls.Config.model_validate(dict(options), strict=False)
-        fit = fits(Case(cls, config, dict(options), CASES.of(cls)))[0]
+        case = Case(cls, config, dict(options), CASES.of(cls))
+        fit = fits(case)[0]
         loss = cls(config, fit.plan).train()
-        given = example_outputs(fit, CASES.of(cls), config, loss)
+        given = example_outputs(fit, case.inputs, config, loss, ids=ids(case))
         torch.stack(list(loss(given)[0].values())).sum().backward()
         reached = {name for name, f in given.student.items() if f.pooled.grad is not None and f.pooled.grad.any()}
         if fit.needs.embeddings is not None:

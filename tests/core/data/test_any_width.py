@@ -218,7 +218,7 @@ def test_a_shard_of_assumed_length_may_come_back_with_another(tiny_recipe: Path,
 def judged(loader: Loader, monkeypatch: pytest.MonkeyPatch, steps: int) -> tuple[int, str | None]:
     """How many batches pass, one sample in four of which is bad."""
     batch = Batch({}, list("abcd"), [Skipped("k", "u", "not this one")])
-    monkeypatch.setattr(loader, "_reader", SimpleNamespace(take=lambda seconds: batch))
+    monkeypatch.setattr(loader, "_workers", SimpleNamespace(take=lambda seconds: batch))
     for step in range(steps):
         try:
             loader.wait(1.0)
@@ -267,7 +267,7 @@ def test_whole_shards_count_against_the_tolerance(tiny_recipe: Path, registry: R
         loader = Loader(recipe, shards, Lengths([100] * 8))
         for step in range(60):
             batch = reader.batch(range(step * 50, step * 50 + 50))
-            loader._reader = SimpleNamespace(take=lambda seconds, batch=batch: batch)  # type: ignore[assignment]
+            loader._workers = SimpleNamespace(take=lambda seconds, batch=batch: batch)  # type: ignore[assignment]
             try:
                 loader.wait(1.0)
             except DataError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import Group, View, Views
-from distill_core.contracts.optional import ClassAttention, Detokenizes, offers
+from distill_core.contracts.optional import ClassAttention, Detokenizes, TokenPooling, offers
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.generate import write
 from distill_core.interfaces import Augmentation, Backbone, Collator, Decoder, FusionHead, Head
@@ -193,9 +193,24 @@ class Model:
 
         For evaluations that read tokens or call `fusion` (the student's; None for a teacher or without one).
         """
-        with self._evaluating(modality) as module:
+        with self._evaluating(self.backbone[modality]) as module:
             outputs: Features = module(self._batch(modality, views), tokens_of=tokens_of)
         return outputs
+
+    @torch.no_grad()
+    def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`TokenPooling.pool` of the fusion: queries [V, B, D] over one modality's tokens [B, L, W], mask [B, L] ->
+        [V, B, D], fp32, on the model's device.
+
+        Raises `UserError` for a side without a fusion (a teacher), and a fusion that does not offer it.
+        """
+        fusion = self.fusion
+        if fusion is None or not offers(fusion, TokenPooling):
+            lacks = "has no fusion" if fusion is None else f"has the fusion {fusion.name!r}, which has no `pool`"
+            raise UserError(f"the {self.side} {lacks}")
+        with self._evaluating(fusion) as module:
+            pooled: Tensor = module.pool(modality, queries, tokens, mask)
+        return pooled.float()
 
     @torch.no_grad()
     def dense(self, modality: str, views: Sequence[View], *, attention: str = "plain") -> Tensor:
@@ -209,7 +224,7 @@ class Model:
             raise UserError(f"the backbone of {modality!r} gives no dense embeddings with {attention!r} attention")
         try:
             (group,) = self._batch(modality, [[view] for view in views]).groups
-            with self._evaluating(modality) as module:
+            with self._evaluating(self.backbone[modality]) as module:
                 _, embedded = module.dense(group.x[0], attention=attention)
         except ValueError as error:
             raise UserError(f"{modality}: {error}") from error
@@ -219,9 +234,8 @@ class Model:
         return self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
 
     @contextmanager
-    def _evaluating(self, modality: str) -> Iterator[Any]:
-        """The backbone in evaluation mode and the run's precision; its modes come back."""
-        module = self.backbone[modality]
+    def _evaluating(self, module: nn.Module) -> Iterator[Any]:
+        """A backbone or the fusion in evaluation mode and the run's precision; its modes come back."""
         bf16 = self.precision == "bf16"
         with evaluating(module), torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
             yield module

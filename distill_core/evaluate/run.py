@@ -62,7 +62,8 @@ def evaluate(
     """Score every model on every task. A task that fails does not affect the scores of the others.
 
     A task with its own `source` is scored on that; during training it is skipped if that source has no such split.
-    A teacher with fewer modalities than the student is scored by the tasks that do not need the others, with a warning.
+    A teacher with fewer modalities than the student, or without its fusion, is scored by the tasks that do not need
+    what it lacks, with a warning.
     `media` is the approximate number of samples that each task draws; `watch` sees the samples as they are encoded.
     """
     result = EvaluationResult()
@@ -107,20 +108,21 @@ def evaluate(
     result.skipped = [skipped for samples in open_sets.all() for skipped in samples.skipped.values()]
     result.warnings = list(dict.fromkeys(line for samples in open_sets.all() for line in samples.warnings))
     for side, ids in unscorable.items():
-        missing = ", ".join(name for name in recipe.backbone if name not in models[side].modalities)
+        missing = ", ".join(name for name in recipe.backbone if name not in models[side].modalities) or "fusion"
         result.warnings.append(f"the {side} has no {missing}, so {', '.join(ids)} cannot score it")
     return result
 
 
 def _scorable(node: Slot[Task], recipe: Recipe, model: Model) -> bool:
-    """Whether a task needs no other modalities than this side has."""
+    """Whether a task needs no other modalities than this side has, and no fusion where it has none."""
     modalities = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
-    if len(modalities) == len(recipe.plan.modalities):
+    fusion = recipe.plan.fusion and model.fusion is not None
+    if len(modalities) == len(recipe.plan.modalities) and fusion == recipe.plan.fusion:
         return True
     try:
         needed = needs_of(node.cls, node.config, recipe.plan).named
         return needed <= modalities.keys() and not list(
-            node.cls.problems(node.config, replace(recipe.plan, modalities=modalities))
+            node.cls.problems(node.config, replace(recipe.plan, modalities=modalities, fusion=fusion))
         )
     except MissingModality:
         return False

@@ -122,8 +122,8 @@ class TextConditionedPool(FusionHead):
         if modality not in self.pooler:
             asks = self.other[modality]
             raise UserError(
-                f"fusion.queries: a loss lets {asks!r} pool the tokens of {modality!r}, but {asks} does not ask; "
-                f"add it to fusion.queries"
+                f"fusion.queries: {asks!r} is to pool the tokens of {modality!r}, but does not ask; add it to "
+                f"fusion.queries"
             )
         pooler: Any = self.pooler[modality]
         pooled: Tensor = pooler(queries, self.token_map[modality](tokens), mask)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -36,6 +38,17 @@ class RetrievalConfig(TaskConfig):
     """The k of each R@k."""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """The items of both sides of a set, without those whose sample has none on the other side."""
+
+    owners: Mapping[str, Tensor]
+    """Modality -> the samples' numbers of its items, [N]."""
+    rows: Callable[[str, slice], Tensor]
+    """(modality of the queries, a chunk of n of them) -> their similarities with all M items of the other side, [n, M].
+    """
+
+
 class Retrieval(Task):
     """R@k in percent: a query counts if a target of its sample is among the k nearest; `M` is the mean of R@1 and R@5,
     both directions; the median rank counts from 1. Ties count against the model. A sample may have several items on a
@@ -67,19 +80,13 @@ class Retrieval(Task):
         self._candidates: set[int] = set()
         for samples in sets:
             name = samples.name
-            embedded, owners = {}, {}
-            for modality in (a, b):
-                embedded[modality], owners[modality] = samples.embeddings(
-                    model, modality, self.config.fields.get(modality)
-                )
-            for modality, other in ((a, b), (b, a)):
-                paired = torch.isin(owners[modality], owners[other])
-                embedded[modality], owners[modality] = embedded[modality][paired], owners[modality][paired]
+            compared = self.compared(model, samples)
+            owners = compared.owners
             if not len(owners[a]):
                 raise DataError(f"evaluation set {name!r}: no sample with both {a} and {b}")
             recalls = []
             for query, target in ((a, b), (b, a)):
-                ranks = ranks_of(embedded[query], embedded[target], owners[query], owners[target])
+                ranks = ranks_in(partial(compared.rows, query), owners[query], owners[target])
                 matches_per_query = torch.bincount(owners[target])[owners[query]].double().mean().item()
                 chances.append(100 * matches_per_query / len(owners[target]))
                 self._candidates.add(len(owners[target]))
@@ -98,6 +105,18 @@ class Retrieval(Task):
         over_sets = [Score(None, f"R@{k}", sum(recalls) / len(recalls)) for k, recalls in of_k.items()]
         return [*scores, *over_sets, *mean_over_sets(scores, ("M",))]
 
+    def compared(self, model: Model, samples: EvaluationSet) -> Compared:
+        """By the cosines of the towers' own embeddings. Every rank must call this."""
+        a, b = self.config.modalities or model.modalities
+        embedded, owners = {}, {}
+        for modality in (a, b):
+            embedded[modality], owners[modality] = samples.embeddings(model, modality, self.config.fields.get(modality))
+        for modality, other in ((a, b), (b, a)):
+            paired = torch.isin(owners[modality], owners[other])
+            embedded[modality], owners[modality] = embedded[modality][paired], owners[modality][paired]
+        others = {a: b, b: a}
+        return Compared(owners, lambda query, rows: embedded[query][rows] @ embedded[others[query]].T)
+
     def note(self) -> str:
         """Unit, candidates, chance, and what `M` is."""
         candidates = " to ".join(map(str, sorted({min(self._candidates), max(self._candidates)})))
@@ -115,7 +134,14 @@ class Retrieval(Task):
 
 
 def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
-    """The rank (0 is best) of each query's best own target: queries [N, D], targets [M, D], owners [N] and [M] -> [N].
+    """`ranks_in` of queries [N, D] and targets [M, D] by their products."""
+    return ranks_in(lambda rows: queries[rows] @ targets.T, query_of, target_of, chunk)
+
+
+def ranks_in(rows: Callable[[slice], Tensor], query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
+    """The rank (0 is best) of each query's best own target: owners [N] of queries and [M] of targets -> [N].
+
+    `rows`: a chunk of n queries -> their similarities with all targets, [n, M].
 
     Another sample's target that is as near as the best own one ranks before it, and so does every target if a
     similarity is NaN.
@@ -125,8 +151,8 @@ def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tens
     first = torch.searchsorted(owners, query_of)
     counts = torch.searchsorted(owners, query_of, right=True) - first
     ranks = []
-    for start in range(0, len(queries), chunk):
-        similarity = queries[start : start + chunk] @ targets.T
+    for start in range(0, len(query_of), chunk):
+        similarity = rows(slice(start, start + chunk))
         count = counts[start : start + chunk]
         # the own targets of the chunk's queries, concatenated: the query of each, and its similarity
         row = torch.arange(len(similarity)).repeat_interleave(count)
@@ -135,7 +161,7 @@ def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tens
         best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce(0, row, own, "amax")
         below = (similarity < best[:, None]).count_nonzero(1)
         own_below = torch.zeros_like(count).scatter_add(0, row, (own < best[row]).long())
-        ranks.append((len(targets) - below) - (count - own_below))
+        ranks.append((len(target_of) - below) - (count - own_below))
     return torch.cat(ranks)
 
 

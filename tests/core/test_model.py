@@ -275,6 +275,22 @@ def test_tasks_of_the_first_modality_are_not_scored_with_a_teachers_own_first(
     assert found.warnings == ["the teacher has no text, so knn cannot score it"]
 
 
+def test_a_teacher_without_the_fusion_is_scored_by_what_it_can_do(tiny_recipe: Path, registry: Registry) -> None:
+    """Would catch a task that fails for both sides because the teacher has no fusion, and the student's fusion used
+    with the teacher's towers."""
+    tasks = "evaluate.tasks=[retrieval, conditioned_retrieval]"
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=[tasks])
+    models = models_of(recipe, build_objective(recipe), torch.device("cpu"))
+    assert models["student"].fusion is not None
+    assert models["teacher"].modalities == models["student"].modalities
+    found = evaluate(recipe, models, recipe.data.source.build(), "test")
+    assert found.failed == []
+    assert {(score.side, score.task) for score in found.scores} == {
+        ("student", "retrieval"), ("teacher", "retrieval"), ("student", "conditioned_retrieval"),
+    }  # fmt: skip
+    assert found.warnings == ["the teacher has no fusion, so conditioned_retrieval cannot score it"]
+
+
 def test_what_no_loss_trains_is_not_what_is_scored(tiny_recipe: Path, registry: Registry) -> None:
     """DINO, iBOT. Would catch a projection that stays as it was drawn, taken for the model's embedding."""
     alone = [

@@ -219,7 +219,7 @@ def test_a_fusion_in_which_texts_do_not_ask_is_named(registry: Registry, step: M
     recipe = parse_recipe(step.RECIPE, "r.yaml", registry=registry, overrides=["fusion.queries=[image]"])
     made = build_objective(recipe).double()
     outputs = made.represent(step.batch(), Progress(0, 1))
-    with pytest.raises(UserError, match=r"'text' pool the tokens of 'image', but text does not ask; add it to fusion"):
+    with pytest.raises(UserError, match=r"'text' is to pool the tokens of 'image', but does not ask; add it to fusion"):
         made.losses(outputs)
 
 

@@ -179,3 +179,36 @@ def test_the_recipe_resolves(registry: Registry) -> None:
     recipe = load_recipe(RECIPE, registry=registry)
     assert [node.cls for node in recipe.loss] == [MultiPositive, SubcaptionGrouping]
     assert recipe.plan.modalities["text"].roles == ("global",) * 4
+
+
+def test_what_is_always_there_is_whole_first_and_not_drawn_again() -> None:
+    """The public code: the raw caption, then sentences of the other fields. Catches sentences of the raw caption that
+    are drawn as well, also under the name of their group, and one that another field holds too."""
+    document = {
+        "raw_caption": "A gull. By the sea.",
+        "shortSV_captions": "a bird",
+        "longSV_captions": "A bird flies. A gull. By the sea. It cries. The sea is grey.",
+    }
+    sample = {"json": json.dumps(document).encode()}
+    for names in (("raw",), ("raw_caption",)):
+        augment = SubCaptions(SubCaptions.Config(count=4, always=names))
+        drawn = [[view.data for view in augment.train_views(sample, np.random.default_rng(i))] for i in range(60)]
+        assert {texts[0] for texts in drawn} == {"A gull. By the sea"}
+        others = {"a bird", "A bird flies", "A gull", "By the sea", "It cries", "The sea is grey"}
+        assert {text for texts in drawn for text in texts[1:]} == others, "of the other fields, each text"
+        assert all(len(set(texts)) == 4 for texts in drawn)
+    one = {"json": json.dumps(document | {"raw_caption": "It cries"}).encode()}
+    augment = SubCaptions(SubCaptions.Config(count=3, always=("raw",)))
+    drawn = [[view.data for view in augment.train_views(one, np.random.default_rng(i))] for i in range(40)]
+    assert all(texts[0] == "It cries" and "It cries" not in texts[1:] for texts in drawn)
+
+
+@pytest.mark.parametrize(
+    ("document", "expected"), [({"raw_caption": "A gull"}, {"A gull"}), ({"longSV_captions": "a"}, {"a"})]
+)
+def test_a_sample_with_the_raw_caption_alone_or_without_one(document: dict[str, str], expected: set[str]) -> None:
+    """K texts all the same, of what there is."""
+    augment = SubCaptions(SubCaptions.Config(count=3, always=("raw",)))
+    views = augment.train_views({"json": json.dumps(document).encode()}, np.random.default_rng(0))
+    assert len(views) == 3
+    assert {view.data for view in views} == expected

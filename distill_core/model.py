@@ -205,9 +205,10 @@ class Model:
         Raises `UserError` for a side without a fusion (a teacher), and a fusion that does not offer it.
         """
         fusion = self.fusion
-        if fusion is None or not offers(fusion, TokenPooling):
-            lacks = "has no fusion" if fusion is None else f"has the fusion {fusion.name!r}, which has no `pool`"
-            raise UserError(f"the {self.side} {lacks}")
+        if fusion is None:
+            raise UserError(f"the {self.side} has no fusion")
+        if not offers(self.fusion, TokenPooling):
+            raise UserError(f"the fusion {fusion.name!r} has no `pool`")
         with self._evaluating(fusion) as module:
             pooled: Tensor = module.pool(modality, queries, tokens, mask)
         return pooled.float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import Annotated, Any
@@ -35,7 +35,7 @@ class ConditionedRetrieval(Retrieval):
     Config = ConditionedRetrievalConfig
 
     @classmethod
-    def problems(cls, config: ConditionedRetrievalConfig, plan: Plan) -> Iterator[str]:
+    def problems(cls, config: RetrievalConfig, plan: Plan) -> Iterator[str]:
         """The recipe lacks a modality, tokens, or a fusion that pools."""
         yield from super().problems(config, plan)
         if not plan.fusion:
@@ -59,9 +59,9 @@ class ConditionedRetrieval(Retrieval):
         by_query = {a: matrix, b: matrix.T}
         return Compared({a: of_image[images], b: of_text[captions]}, lambda query, part: by_query[query][part])
 
-    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterable[Media]:
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
         """None: `retrieval` draws what the towers' own embeddings say."""
-        return ()
+        return iter(())
 
     def _texts(self, model: Model, samples: EvaluationSet, modality: str) -> tuple[Tensor, Tensor]:
         """This rank's share: what the pooling is asked with, [m, D] as the loss has it (not normalised), and whose."""
@@ -77,14 +77,15 @@ class ConditionedRetrieval(Retrieval):
         rows, owners = [torch.empty(0, len(texts))], [torch.empty(0, dtype=torch.long)]
         if not len(texts):
             return rows[0], owners[0]
-        texts, at_once = texts.to(model.device), max(1, self.config.pairs // len(texts))
+        pairs, at_once = self.config.pairs, max(1, self.config.pairs // len(texts))
+        chunks = [texts[first : first + pairs].to(model.device) for first in range(0, len(texts), pairs)]
         for of, features in self._encoded(model, samples, modality, (0,)):
             owners.append(of)
             tokens, mask = features.tokens[0], features.masks.get(0)
             for first in range(0, len(tokens), at_once):
                 part = slice(first, first + at_once)
                 of_part = tokens[part], None if mask is None else mask[part]
-                similarity = [_similarity(model, modality, some, *of_part) for some in texts.split(self.config.pairs)]
+                similarity = [_similarity(model, modality, some, *of_part) for some in chunks]
                 rows.append(torch.cat(similarity, 1).cpu())
         return torch.cat(rows), torch.cat(owners)
 

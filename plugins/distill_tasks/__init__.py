@@ -1,13 +1,6 @@
 """Evaluation tasks for any two modalities, or any labelled set."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from distill_core import hookimpl
-
-if TYPE_CHECKING:
-    from distill_core import ConformanceCase
 
 distill_api = 1
 
@@ -21,11 +14,3 @@ def distill_components() -> list[type]:
     from distill_tasks.zero_shot import ZeroShot
 
     return [Retrieval, ConditionedRetrieval, ZeroShot, Knn, LinearProbe]
-
-
-@hookimpl
-def distill_conformance_cases() -> list[ConformanceCase]:
-    """A model with a fusion that pools."""
-    from distill_tasks.cases import CASES
-
-    return CASES

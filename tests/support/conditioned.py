@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distill_core import EvaluationSet, Model, Sample
-from distill_tasks.cases import scorable
+from distill_flair.cases import scorable
 from distill_tasks.conditioned import ConditionedRetrieval
 
 

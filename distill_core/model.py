@@ -163,7 +163,7 @@ class Model:
         longest = min(longest or vocabulary.longest, vocabulary.longest)
         written: list[Any] = []
         for views in self._views(modality, items, max(1, self.batch_size // beams)):
-            with self._evaluating(modality) as module, evaluating(decoder), evaluating(tower):
+            with self._evaluating(self.backbone[modality]) as module, evaluating(decoder), evaluating(tower):
                 encoded = module(self._batch(modality, views), tokens_of=(0,)).view(0).repeated(beams)
 
                 def follow(ids: Tensor, encoded: Encoded = encoded) -> Tensor:

@@ -96,6 +96,7 @@ if TYPE_CHECKING:
     from distill_core.interfaces import Decoder as Decoder
     from distill_core.interfaces import FusionHead as FusionHead
     from distill_core.interfaces import Head as Head
+    from distill_core.interfaces import JointAugmentation as JointAugmentation
     from distill_core.interfaces import Loss as Loss
     from distill_core.interfaces import LossConfig as LossConfig
     from distill_core.interfaces import TowerInput as TowerInput
@@ -240,6 +241,7 @@ HOMES = {
     "Decoder": "distill_core.interfaces",
     "FusionHead": "distill_core.interfaces",
     "Head": "distill_core.interfaces",
+    "JointAugmentation": "distill_core.interfaces",
     "Loss": "distill_core.interfaces",
     "LossConfig": "distill_core.interfaces",
     "TowerInput": "distill_core.interfaces",

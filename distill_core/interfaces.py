@@ -1,9 +1,9 @@
 """The interfaces that make a method, each a component with a pydantic `Config`.
 
-`Augmentation` (one modality: a raw sample -> its views), `Backbone` (one modality: views -> features), `FusionHead`
-(all modalities), `Head` (what losses and tasks call beside those) and `Loss`. The small contracts around a method stand
-in `contracts/`. What a component needs of the rest of a recipe it says in `needs`, before any data or weights are
-touched.
+`Augmentation` (one modality: a raw sample -> its views; `JointAugmentation`: several at once), `Backbone` (one
+modality: views -> features), `FusionHead` (all modalities), `Head` (what losses and tasks call beside those) and
+`Loss`. The small contracts around a method stand in `contracts/`. What a component needs of the rest of a recipe it
+says in `needs`, before any data or weights are touched.
 """
 
 from __future__ import annotations
@@ -112,6 +112,40 @@ class Augmentation(Component, ABC):
 
 Collator = Callable[[list[list[View]], Sequence[int]], Views]
 """The views of B samples (V each, in the order of `roles`) and a seed for each sample -> their `Views`."""
+
+
+class JointAugmentation(Component, ABC):
+    """Several modalities at once: a raw sample -> the views of each, where those of one depend on another's.
+
+    A recipe names it beside the modalities' own augmentations, as `image+text`. Those stay in charge of all that
+    concerns one modality: evaluation, `on_device`, `render`. Picklable; runs in the loader's workers.
+
+    All randomness comes from `own`, whose views are drawn from each modality's own generator, and from `rng`, a
+    function of (seed, epoch, sample key, the name `image+text`).
+    """
+
+    kind = "joint_augmentation"
+
+    def __init__(self, config: Any, parts: Mapping[str, Augmentation]) -> None:
+        """`parts`: the modalities' own augmentations, in the order in which the recipe names them. Raises ValueError
+        for some that it cannot work with."""
+        self.config, self.parts = config, dict(parts)
+
+    @classmethod
+    def plans(cls, config: Any, own: Mapping[str, ModalityPlan]) -> Mapping[str, ModalityPlan]:
+        """What is known of the modalities (roles, shapes, extras) under this augmentation, of what is known under their
+        own. Raises ValueError for some that it cannot work with. The default: the same."""
+        return own
+
+    @abstractmethod
+    def train_views(
+        self, sample: Sample, own: Callable[[str], list[View]], rng: np.random.Generator
+    ) -> dict[str, list[View]]:
+        """The sample's training views, of each of the modalities. `own` makes those of a modality's own augmentation,
+        which may be returned as they are, and are not changed in place.
+
+        Raises `BadSample` when the sample cannot be used, `AbsentModality` where it lacks one of the modalities
+        altogether (as `own` does): the others then have their own augmentations' views."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
+def joined(key: str) -> tuple[str, ...]:
+    """The modalities that a key of `augment` names: `image+text` names two."""
+    return tuple(key.split("+"))
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """The ids that a backbone takes for tokens: 0 to size - 1."""
@@ -93,6 +98,8 @@ class ModalityPlan:
     """The names of the views' extras (`Augmentation.extras`)."""
     optional: bool = False
     """Whether a sample may lack it (`data.optional`)."""
+    joint: str | None = None
+    """The key in the recipe's `augment` of what makes its views together with those of others (`image+text`)."""
     mask: MaskPlan | None = None
     """What its masker does, if it has one. Further times that the student sees a view are the last of `roles`, with the
     role `repeated`."""

@@ -173,11 +173,13 @@ class Registry:
             plugins.add(name, module, name)
         return cls.discover(plugins)
 
-    def get(self, kind: str, name: str) -> Entry:
-        """The component of this kind and name. Raises KeyError with a message that suggests the nearest name."""
-        entry = self.entries.get((kind, name))
+    def get(self, kind: str, name: str, *others: str) -> Entry:
+        """The component of this name, of this kind or one of the others. Raises KeyError with a message that suggests
+        the nearest name."""
+        kinds = (kind, *others)
+        entry = next((self.entries[k, name] for k in kinds if (k, name) in self.entries), None)
         if entry is None:
-            names = [known for k, known in self.entries if k == kind]
+            names = [known for k, known in self.entries if k in kinds]
             elsewhere = sorted(k for k, known in self.entries if known == name)
             if elsewhere:
                 raise KeyError(f"{name!r} is a component of kind {elsewhere[0]}, not {kind}")

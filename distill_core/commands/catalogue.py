@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from distill_core.contracts.schedule import Schedule, Scheduled
-from distill_core.contracts.slot import Slot, default_of, interface_of
+from distill_core.contracts.slot import Slot, default_of, interfaces_of
 from distill_core.errors import UserError, did_you_mean
 from distill_core.registry import Entry, Registry
 from distill_core.system.extras import project
@@ -61,7 +61,7 @@ def type_name(annotation: Any) -> str:
             return f"[{type_name(arguments[0])}, ...]"
         return f"[{', '.join(type_name(argument) for argument in arguments)}]"
     if origin is Slot:
-        return interface_of(annotation).kind
+        return " | ".join(interface.kind for interface in interfaces_of(annotation))
     if origin is dict:
         return f"{{{type_name(arguments[0])}: {type_name(arguments[1])}}}"
     if origin is list:

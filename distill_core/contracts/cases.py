@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from distill_core.batch import Sample, View
     from distill_core.contracts.component import Component
-    from distill_core.interfaces import FusionHead, Head
+    from distill_core.interfaces import Augmentation, FusionHead, Head
     from distill_core.model import Model
     from distill_core.plan import Plan
 
@@ -29,8 +29,10 @@ class ConformanceCase:
 
     component: type[Component]
     sample: Callable[[Any, np.random.Generator], Sample] | None = None
-    """Of every augmentation, and of a teacher that reads samples: (config, rng) -> a raw sample drawn from `rng`, bytes
-    by field."""
+    """Of every augmentation, joint ones too, and of a teacher that reads samples: (config, rng) -> a raw sample drawn
+    from `rng`, bytes by field."""
+    parts: Callable[[Any], Mapping[str, Augmentation]] | None = None
+    """Of every joint augmentation: (config) -> the modalities' own augmentations."""
     views: Callable[[Any, np.random.Generator], list[View]] | None = None
     """Of every backbone: (config, rng) -> one sample's views drawn from `rng`, as an augmentation hands them over.
     Roles and shapes are the same for every sample; a local view beside global ones checks more."""

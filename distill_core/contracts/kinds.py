@@ -13,12 +13,12 @@ from distill_core.contracts.task import Task
 from distill_core.contracts.teacher import Teacher
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, JointAugmentation, Loss
 
 INTERFACES: dict[str, type[Component]] = {
     interface.kind: interface
     for interface in (
-        Augmentation, Backbone, Masker, FusionHead, Head, Loss, Teacher, DataSource, Task, Optimizer, Schedule, Hook,
-        Balance, Tracker, WeightLoader,
+        Augmentation, JointAugmentation, Backbone, Masker, FusionHead, Head, Loss, Teacher, DataSource, Task, Optimizer,
+        Schedule, Hook, Balance, Tracker, WeightLoader,
     )
 }  # fmt: skip

@@ -246,7 +246,7 @@ def _validate(value: Any, check: ValidatorFunctionWrapHandler, info: ValidationI
         except KeyError as error:
             message = f"must be a number or a schedule; there is {error.args[0]}"
             raise PydanticCustomError("unknown_schedule", "{message}", {"message": message}) from error
-    slot = resolve_slot(Schedule, value, info.context)
+    slot = resolve_slot((Schedule,), value, info.context)
     scheduled: Scheduled[Any] = Scheduled(slot)
     for steps in LENGTHS:
         for i in range(101):

@@ -1,17 +1,19 @@
 """A place that takes a component: `Slot[Loss]` is a field of a recipe's section, or of any component's `Config`.
 
-It is written `{name: NAME, ...the component's options}`, or as the bare name. Pydantic validates the options as part of
-whatever holds the slot, so that all errors come at once, each with its whole path. The component is looked up in the
-registry, which the validation's context holds: `Model.model_validate_json(text, context=Context(registry))`.
+It is written `{name: NAME, ...the component's options}`, or as the bare name; `Slot[A | B]` takes components of either
+kind. Pydantic validates the options as part of whatever holds the slot, so that all errors come at once, each with its
+whole path. The component is looked up in the registry, which the validation's context holds:
+`Model.model_validate_json(text, context=Context(registry))`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Generic, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
@@ -54,8 +56,9 @@ def is_word(value: Any) -> bool:
 class Components(Protocol):
     """Where components are looked up: the registry."""
 
-    def get(self, kind: str, name: str) -> Any:
-        """An entry, with the component's `cls` and `package`. Raises KeyError with a message for the user."""
+    def get(self, kind: str, name: str, *others: str) -> Any:
+        """An entry, with the component's `cls` and `package`; `others` are further kinds of which it may be. Raises
+        KeyError with a message for the user."""
 
 
 @dataclass
@@ -106,24 +109,27 @@ class Slot(Generic[C]):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        interface = interface_of(source)
+        interfaces = interfaces_of(source)
 
         def validate(value: Any, info: ValidationInfo) -> Slot[Any]:
-            return resolve_slot(interface, value, info.context)
+            return resolve_slot(interfaces, value, info.context)
+
+        slots: list[dict[str, Any]] = [{JSON_KEY: interface.kind} for interface in interfaces]
+        json_schema = slots[0] if len(slots) == 1 else {"anyOf": slots}
 
         return core_schema.with_info_plain_validator_function(
             validate,
             serialization=core_schema.plain_serializer_function_ser_schema(lambda slot: slot.dump()),
-            metadata={"pydantic_js_functions": [lambda schema, handler: {JSON_KEY: interface.kind}]},
+            metadata={"pydantic_js_functions": [lambda schema, handler: dict(json_schema)]},
         )
 
 
-def interface_of(annotation: Any) -> type[Component]:
-    """The T of `Slot[T]`. Raises TypeError for anything else."""
+def interfaces_of(annotation: Any) -> tuple[type[Component], ...]:
+    """The T of `Slot[T]`, or several. Raises TypeError for anything else."""
     if get_origin(annotation) is not Slot:
         raise TypeError(f"{annotation!r}: write the interface of the components that it takes, as Slot[Loss]")
-    interface: type[Component] = get_args(annotation)[0]
-    return interface
+    (interface,) = get_args(annotation)
+    return get_args(interface) if get_origin(interface) in (Union, types.UnionType) else (interface,)
 
 
 def default_component(component: str | type[Component]) -> Any:
@@ -175,9 +181,9 @@ def _default_for_null(value: Any) -> Any:
     return value
 
 
-def resolve_slot(interface: type[Component], value: Any, context: Any) -> Slot[Any]:
-    """A `Slot` of a component that implements the interface. Raises `ValidationError`."""
-    if isinstance(value, Slot) and issubclass(value.cls, interface):
+def resolve_slot(interfaces: Sequence[type[Component]], value: Any, context: Any) -> Slot[Any]:
+    """A `Slot` of a component that implements one of the interfaces. Raises `ValidationError`."""
+    if isinstance(value, Slot) and issubclass(value.cls, tuple(interfaces)):
         return value
     if not isinstance(context, Context):
         raise TypeError("a component is looked up in a registry: validate with context=Context(registry)")
@@ -189,23 +195,24 @@ def resolve_slot(interface: type[Component], value: Any, context: Any) -> Slot[A
     place = options.pop(PLACE, ())
     if place is None:
         raise PydanticOmit
+    kinds = [interface.kind for interface in interfaces]
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise PydanticCustomError(
-            "unnamed_component", f"needs a name: a component of kind {interface.kind}, as {{name: ...}}"
+            "unnamed_component", f"needs a name: a component of kind {kinds[0]}, as {{name: ...}}"
         )
     errors: list[InitErrorDetails] = []
     own_id = options.pop("id", None)
     if own_id is not None and not is_word(own_id):
         errors.append(_error("id", "an id is a word of letters, digits, - and _", ("id",), own_id))
     try:
-        entry = context.registry.get(interface.kind, name)
+        entry = context.registry.get(kinds[0], name, *kinds[1:])
     except KeyError as error:
         errors.append(_error("unknown_component", error.args[0], ("name",), name))
     else:
         config = _options(entry.cls.Config, options, context, errors)
     if errors:
-        raise ValidationError.from_exception_data(interface.kind, errors)
+        raise ValidationError.from_exception_data(kinds[0], errors)
     slot: Slot[Any] = Slot(entry.cls, config, own_id or name, entry.package, tuple(place))
     if slot.place:
         context.slots[slot.place] = slot

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
 from distill_core.data.shard import Patience, Shard
 from distill_core.errors import AbsentModality, BadSample, DataError
-from distill_core.interfaces import Augmentation, Collator
+from distill_core.interfaces import Augmentation, Collator, JointAugmentation
+from distill_core.plan import joined
 from distill_core.system.files import in_words
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -74,9 +76,15 @@ class Failure:
 class SampleViews:
     """Raw sample -> the views of every modality that it has. Picklable."""
 
-    def __init__(self, augment: Mapping[str, Augmentation], seed: int, optional: Collection[str] = ()) -> None:
-        """`optional`: modalities that a sample may lack."""
-        self.augment = dict(augment)
+    def __init__(
+        self,
+        augment: Mapping[str, Augmentation],
+        seed: int,
+        optional: Collection[str] = (),
+        joint: Mapping[str, JointAugmentation] | None = None,
+    ) -> None:
+        """`optional`: modalities that a sample may lack; `joint`: augmentations of several at once, as `image+text`."""
+        self.augment, self.joint = dict(augment), dict(joint or {})
         self.seed, self.optional = seed, frozenset(optional)
         self.measured = 0
 
@@ -101,27 +109,53 @@ class SampleViews:
         and for a sample that has none at all. Any other error of an augmentation is a bug, not
         the sample's fault: a `DataError` that names the sample.
         """
-        key = sample["__key__"]
-        views, absent = {}, []
-        for name, augmentation in self.augment.items():
-            rng = np.random.default_rng(stable_hash(self.seed, epoch, key, name, *repeat))
+
+        def generator(name: str) -> np.random.Generator:
+            return np.random.default_rng(stable_hash(self.seed, epoch, sample["__key__"], name, *repeat))
+
+        def own(name: str) -> list[View]:
+            with _bugs_named(sample, name, self.augment[name]):
+                return self.augment[name].train_views(sample, generator(name))
+
+        views: dict[str, list[View]] = {}
+        for key, joint in self.joint.items():
             try:
-                views[name] = augmentation.train_views(sample, rng)
+                with _bugs_named(sample, key, joint):
+                    made = joint.train_views(sample, own, generator(key))
+                    views |= {name: made[name] for name in joined(key)}
+            except AbsentModality:
+                if self.optional.isdisjoint(joined(key)):
+                    raise
+        absent = []
+        for name in self.augment:
+            try:
+                views[name] = views[name] if name in views else own(name)
             except AbsentModality as error:
                 if name not in self.optional:
                     raise
                 absent.append(f"{name}: {error}")
-            except BadSample:
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"{sample.get('__url__')}: sample {key!r}: augment.{name} ({augmentation.name}) failed: "
-                    f"{type(error).__name__}: {error}. An augmentation raises BadSample for a sample that is to be "
-                    "skipped; this is a bug of it."
-                ) from error
         if not views:
             raise BadSample(f"it has no modality at all ({'; '.join(absent)})")
-        return views
+        return {name: views[name] for name in self.augment if name in views}
+
+
+class _Bug(DataError):
+    """An augmentation's, named already."""
+
+
+@contextmanager
+def _bugs_named(sample: Sample, name: str, augmentation: Augmentation | JointAugmentation) -> Iterator[None]:
+    """Turns any error but a `BadSample` into one that names the sample."""
+    try:
+        yield
+    except (BadSample, _Bug):
+        raise
+    except Exception as error:
+        raise _Bug(
+            f"{sample.get('__url__')}: sample {sample['__key__']!r}: augment.{name} ({augmentation.name}) failed: "
+            f"{type(error).__name__}: {error}. An augmentation raises BadSample for a sample that is to be "
+            "skipped; this is a bug of it."
+        ) from error
 
 
 class Collate:

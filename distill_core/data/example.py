@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from distill_core.batch import Batch
+from distill_core.contracts.slot import Slot
 from distill_core.data.batches import Collate, Item, SampleViews
 from distill_core.errors import UserError
 from distill_core.recipe.sections import Recipe
@@ -20,11 +23,13 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
     `UserError` for an augmentation without such a sample.
     """
     cases = Plugins.discover().conformance_cases()
-    draw = SampleViews({name: node.build() for name, node in recipe.augment.items()}, recipe.seed)
+    augment, joint = recipe.build_augmentations()
+    draw = SampleViews(augment, recipe.seed, joint=joint)
     views = []
     for i in range(min(size, _DISTINCT)):
         sample = {"__key__": str(i), "__url__": "example"}
-        for node in recipe.augment.values():
+        nodes: list[Slot[Any]] = [*recipe.augment.values(), *recipe.joint.values()]
+        for node in nodes:
             make = cases.of(node.cls).sample
             if make is None:
                 raise UserError(

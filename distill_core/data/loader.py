@@ -148,7 +148,7 @@ class Loader:
 
     def _batch_reader(self, table: WorkerTable) -> BatchReader:
         recipe = self.recipe
-        augment = {name: node.build() for name, node in recipe.augment.items()}
+        augment, joint = recipe.build_augmentations()
         collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
         fields = SampleFields(recipe.data.fields, recipe.data.optional)
         readers = {
@@ -161,7 +161,7 @@ class Loader:
             self.shards,
             self.lengths.samples,
             self._order,
-            SampleViews(augment, recipe.seed, recipe.data.optional),
+            SampleViews(augment, recipe.seed, recipe.data.optional, joint),
             Collate(
                 collators,
                 recipe.data.optional,

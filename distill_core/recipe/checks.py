@@ -25,7 +25,7 @@ from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.contracts.teacher import Teacher
 from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
-from distill_core.interfaces import Loss
+from distill_core.interfaces import JointAugmentation, Loss
 from distill_core.plan import (
     DEFAULT_TEACHER,
     BackboneSpec,
@@ -36,6 +36,7 @@ from distill_core.plan import (
     Needs,
     Plan,
     TeacherPlan,
+    joined,
 )
 from distill_core.recipe.document import Document
 from distill_core.recipe.sections import (
@@ -45,6 +46,8 @@ from distill_core.recipe.sections import (
     changes,
     field_plans,
     head_plan,
+    joint_plans,
+    masked_plan,
     modality_plan,
     pools,
     teacher_plan,
@@ -122,7 +125,13 @@ class Draft:
     @property
     def modalities(self) -> list[str]:
         """All modalities that the document names."""
-        return list(dict.fromkeys([*self.names("augment"), *self.names("backbone")]))
+        names = [*self.names("augment"), *self.names("backbone")]
+        return [name for name in dict.fromkeys(names) if name not in self.joint]
+
+    @property
+    def joint(self) -> list[str]:
+        """The keys of `augment` that name several modalities."""
+        return [key for key in self.names("augment") if len(joined(key)) > 1]
 
     def is_wrong(self, *path: str) -> bool:
         """Whether there is an error at this path or below it."""
@@ -166,10 +175,16 @@ def _ids(draft: Draft) -> Iterator[Problem]:
 def _modalities(draft: Draft) -> Iterator[Problem]:
     for one, other in (("augment", "backbone"), ("backbone", "augment")):
         for name in draft.names(one):
+            if name in draft.joint and one == "augment":
+                continue
             if isinstance(draft.document.get((other,)), dict) and name not in draft.names(other):
                 yield (one, name), f"{name!r} has no entry in {other}; a modality needs both"
             if not is_word(name):
                 yield (one, name), "a modality is a word of letters, digits, - and _"
+            if one == "augment" and _is_joint(draft, name):
+                line = f"makes views of several modalities at once: write them as its key, {name}+OTHER"
+                yield (one, name), f"{draft.slots[one, name].cls.name!r} {line}"
+    yield from _joint(draft)
     for name in draft.names("masker"):
         if name not in draft.modalities:
             yield ("masker", name), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
@@ -198,24 +213,63 @@ def _head_names(draft: Draft) -> Iterator[Problem]:
             yield ("heads", name), "a head's name is a word of letters, digits, - and _"
 
 
+def _is_joint(draft: Draft, key: str) -> bool:
+    slot = draft.slots.get(("augment", key))
+    return slot is not None and issubclass(slot.cls, JointAugmentation)
+
+
+def _joint(draft: Draft) -> Iterator[Problem]:
+    """The keys of `augment` that name several modalities."""
+    named: dict[str, str] = {}
+    for key in draft.joint:
+        place, names = ("augment", key), joined(key)
+        if place in draft.slots and not _is_joint(draft, key):
+            yield place, f"{draft.slots[place].cls.name!r} makes the views of one modality, and {key!r} names several"
+        if len(set(names)) < len(names):
+            yield place, f"{key!r} names a modality twice"
+        for name in dict.fromkeys(names):
+            if name not in draft.names("augment"):
+                yield place, f"no augmentation of {name!r}: give it an entry of its own, which this one builds on"
+        if taken := [name for name in names if named.setdefault(name, key) != key]:
+            others = ", ".join(map(repr, dict.fromkeys(named[name] for name in taken)))
+            yield place, f"views of {', '.join(map(repr, taken))} are made by {others} already"
+
+
 def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
     """Returns the plan of those modalities whose augmentation and backbone are valid."""
     modalities: dict[str, ModalityPlan] = {}
-    for name in draft.names("augment"):
+    for name in draft.modalities:
         augment, backbone = draft.slots.get(("augment", name)), draft.slots.get(("backbone", name))
-        if augment is None or backbone is None:
+        if augment is None or backbone is None or _is_joint(draft, name):
             continue
         try:
-            modality = modality_plan(augment, backbone, name in draft.optional, draft.slots.get(("masker", name)))
+            modality = modality_plan(augment, backbone, name in draft.optional)
         except UserError as error:
             yield ("backbone", name), str(error)
             continue
-        roles = modality.roles
-        if len([role for i, role in enumerate(roles) if i == 0 or role != roles[i - 1]]) != len(set(roles)):
-            order = ", ".join(roles)
-            yield augment.place, f"{augment.cls.name!r} makes views in the order {order}; each role must be together"
+        if problem := _scattered(augment, modality):
+            yield augment.place, problem
             continue
         modalities[name] = modality
+    for key in draft.joint:
+        if not (_is_joint(draft, key) and all(name in modalities for name in joined(key))):
+            continue
+        slot = draft.slots["augment", key]
+        try:
+            plans = joint_plans(key, slot, modalities)
+        except UserError as error:
+            yield slot.place, str(error)
+            continue
+        for name, modality in plans.items():
+            if problem := _scattered(slot, modality):
+                yield slot.place, problem
+            if modality.roles != modalities[name].roles and any(other.optional for other in plans.values()):
+                line = f"makes views of {name!r} that its own augmentation does not, and data.optional lets samples"
+                yield slot.place, f"{slot.cls.name!r} {line} lack one of its modalities"
+        modalities |= plans
+    for name in modalities:
+        if (masker := draft.slots.get(("masker", name))) is not None:
+            modalities[name] = masked_plan(modalities[name], masker)
     fusion = draft.document.get(("fusion",)) is not None
     complete = set(modalities) == set(draft.modalities)
     fields = {
@@ -242,6 +296,14 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
             except MissingModality:  # which `_components` reports
                 heads[name] = HeadPlan(head.cls, head.config, Needs())
     return replace(whole, heads=heads)
+
+
+def _scattered(augment: Slot[Any], modality: ModalityPlan) -> str | None:
+    """What is wrong where views of a role are not together."""
+    roles = modality.roles
+    if len([role for i, role in enumerate(roles) if i == 0 or role != roles[i - 1]]) == len(set(roles)):
+        return None
+    return f"{augment.cls.name!r} makes views in the order {', '.join(roles)}; each role must be together"
 
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from distill_core.contracts.component import Component
 from distill_core.contracts.schedule import Schedule, Scheduled
-from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_of, interface_of
+from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_of, interfaces_of
 from distill_core.errors import KeyPath
 from distill_core.registry import Registry
 
@@ -24,8 +24,8 @@ class Place:
     """A part of a document that takes a component, a section's options, or something that null empties."""
 
     path: KeyPath
-    interface: type[Component] | None = None
-    """That of the components that may stand here; None for a section."""
+    interfaces: tuple[type[Component], ...] = ()
+    """Those of the components that may stand here; none for a section."""
     default: str | None = None
     """The component that stands here where the document has nothing."""
     unnamed: str | None = None
@@ -39,7 +39,7 @@ class Place:
     def option_names(self) -> list[str]:
         """What may be written here."""
         fields = self.options.model_fields if self.options is not None else {}
-        return [*(field.alias or name for name, field in fields.items()), *(["name", "id"] if self.interface else [])]
+        return [*(field.alias or name for name, field in fields.items()), *(["name", "id"] if self.interfaces else [])]
 
 
 def places(model: type[BaseModel], data: Any, registry: Registry, path: KeyPath = ()) -> Iterator[Place]:
@@ -77,11 +77,11 @@ def _inside(annotation: Any, value: Any, registry: Registry, place: Place) -> It
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     scheduled = origin is Scheduled and (isinstance(value, str | dict) or (value is None and place.default is not None))
     if origin is Slot or scheduled:  # a number is no component
-        interface = interface_of(annotation) if origin is Slot else Schedule
+        interfaces = interfaces_of(annotation) if origin is Slot else (Schedule,)
         name = value.get("name", place.unnamed) if isinstance(value, dict) else None
-        component = registry.entries.get((interface.kind, str(name)))
-        options = component.cls.Config if component is not None else None
-        yield replace(place, interface=interface, options=options)
+        entries = (registry.entries.get((interface.kind, str(name))) for interface in interfaces)
+        options = next((entry.cls.Config for entry in entries if entry is not None), None)
+        yield replace(place, interfaces=interfaces, options=options)
         if options is not None:
             # without the first, which is this place
             yield from list(places(options, value, registry, place.path))[1:]

@@ -107,7 +107,7 @@ class _Resolver:
         """`none` for a component or a section is `null`; a bare name is `{name: NAME}`."""
         for place in self._places():
             value, parent = self.document.get(place.path), self.document.get(place.path[:-1])
-            slot = place.interface is not None
+            slot = bool(place.interfaces)
             if isinstance(value, str) and value.lower() == "none" and (slot or place.nullable):
                 parent[place.path[-1]] = value = None
             elif isinstance(value, str) and slot and "${" not in value:
@@ -194,12 +194,12 @@ class _Resolver:
         data: dict[str, Any] = copy.deepcopy(self.document.data)
         document = Document(data, self.document.name)
         for place in self._places():
-            if place.interface is None:
+            if not place.interfaces:
                 continue
             parent: Any = document.get(place.path[:-1])
             key = place.path[-1]
             if place.default is not None and key not in parent:
-                installed = (place.interface.kind, place.default) in self.registry.entries
+                installed = any((one.kind, place.default) in self.registry.entries for one in place.interfaces)
                 parent[key] = {"name": place.default} if installed or not place.nullable else None
             value = document.get(place.path)
             if isinstance(value, dict):

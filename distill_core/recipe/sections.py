@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import yaml
@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from distill_core.batch import REPEATED
 from distill_core.contracts.balance import Balance
-from distill_core.contracts.component import ComponentConfig
+from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.hook import Hook
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of, slots_in
@@ -31,10 +31,21 @@ from distill_core.contracts.teacher import Teacher
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.data.fields import FieldConfig
+from distill_core.errors import UserError
 from distill_core.gradients import GradientLimit
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss
+from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, JointAugmentation, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import DEFAULT_TEACHER, FieldPlan, HeadPlan, MaskPlan, ModalityPlan, Needs, Plan, TeacherPlan
+from distill_core.plan import (
+    DEFAULT_TEACHER,
+    FieldPlan,
+    HeadPlan,
+    MaskPlan,
+    ModalityPlan,
+    Needs,
+    Plan,
+    TeacherPlan,
+    joined,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -215,8 +226,9 @@ class Recipe(ComponentConfig):
     """Seed of weights, shuffling and views."""
     tags: dict[str, str | int | float] = {}  # noqa: RUF012
     """What the run belongs to, as {study: NAME, variant: NAME}; sent to the tracker as context."""
-    augment: Annotated[dict[str, Slot[Augmentation]], Field(min_length=1)]
-    """Modality -> how its views are made."""
+    augmentations: Annotated[dict[str, Slot[Augmentation | JointAugmentation]], Field(alias="augment", min_length=1)]
+    """Modality -> how its views are made; `image+text` -> how those of both are made at once, where one depends on the
+    other, of what their own entries make."""
     backbone: Annotated[dict[str, Slot[Backbone]], Field(min_length=1), MayShare()]
     """Modality -> what encodes its views; {same: NAME} for the tower of another modality, the same weights, with
     `own: [PART]` for parts of it that are not shared."""
@@ -287,7 +299,30 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(self.augment, self.backbone, self.masker, self.all_teachers, self.fusion, self.data, self.heads)
+        return plan_of(
+            self.augment, self.joint, self.backbone, self.masker, self.all_teachers, self.fusion, self.data,
+            self.heads,
+        )
+
+    @property
+    def augment(self) -> dict[str, Slot[Augmentation]]:
+        """Modality -> its own augmentation."""
+        return {name: cast(Slot[Augmentation], slot) for name, slot in self._augmentations(Augmentation)}
+
+    @property
+    def joint(self) -> dict[str, Slot[JointAugmentation]]:
+        """`image+text` -> the augmentation of these modalities at once."""
+        return {name: cast(Slot[JointAugmentation], slot) for name, slot in self._augmentations(JointAugmentation)}
+
+    def build_augmentations(self) -> tuple[dict[str, Augmentation], dict[str, JointAugmentation]]:
+        """`augment` and `joint`, built. Raises `UserError`."""
+        augment = {name: node.build() for name, node in self.augment.items()}
+        return augment, {
+            key: node.build({name: augment[name] for name in joined(key)}) for key, node in self.joint.items()
+        }
+
+    def _augmentations(self, interface: type[Component]) -> Iterator[tuple[str, Slot[Any]]]:
+        return ((name, slot) for name, slot in self.augmentations.items() if issubclass(slot.cls, interface))
 
     def maskers(self) -> dict[str, Masker]:
         """By modality, built."""
@@ -331,6 +366,7 @@ class Recipe(ComponentConfig):
 
 def plan_of(
     augment: Mapping[str, Slot[Augmentation]],
+    joint: Mapping[str, Slot[JointAugmentation]],
     backbone: Mapping[str, Slot[Backbone]],
     masker: Mapping[str, Slot[Masker]],
     teachers: Mapping[str, Slot[Teacher]],
@@ -340,9 +376,10 @@ def plan_of(
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
-    modalities = {
-        name: modality_plan(augment[name], backbone[name], name in data.optional, masker.get(name)) for name in names
-    }
+    modalities = {name: modality_plan(augment[name], backbone[name], name in data.optional) for name in names}
+    for key, slot in joint.items():
+        modalities |= joint_plans(key, slot, modalities)
+    modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
     plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields)
@@ -364,14 +401,9 @@ def pools(fusion: Slot[FusionHead] | None) -> bool:
     return fusion is None or issubclass(fusion.cls, TokenPooling)
 
 
-def modality_plan(
-    augment: Slot[Augmentation],
-    backbone: Slot[Backbone],
-    optional: bool = False,
-    masker: Slot[Masker] | None = None,
-) -> ModalityPlan:
-    """Raises `UserError` where the backbone cannot tell its widths."""
-    plan = ModalityPlan(
+def modality_plan(augment: Slot[Augmentation], backbone: Slot[Backbone], optional: bool = False) -> ModalityPlan:
+    """Of one that is not masked. Raises `UserError` where the backbone cannot tell its widths."""
+    return ModalityPlan(
         roles=augment.cls.roles(augment.config),
         spec=backbone.cls.spec(backbone.config),
         augment=augment.config,
@@ -379,7 +411,6 @@ def modality_plan(
         extras=augment.cls.extras(augment.config),
         optional=optional,
     )
-    return plan if masker is None else masked_plan(plan, masker)
 
 
 def masked_plan(plan: ModalityPlan, masker: Slot[Masker]) -> ModalityPlan:
@@ -393,6 +424,18 @@ def masked_plan(plan: ModalityPlan, masker: Slot[Masker]) -> ModalityPlan:
         extras=(*plan.extras, *masker.cls.extras(masker.config)),
         mask=MaskPlan(role, times, masker.cls.drops, masker.cls.hides),
     )
+
+
+def joint_plans(
+    key: str, slot: Slot[JointAugmentation], modalities: Mapping[str, ModalityPlan]
+) -> dict[str, ModalityPlan]:
+    """The plans of the modalities that it names, of those of their own augmentations. Raises `UserError`."""
+    own = {name: modalities[name] for name in joined(key)}
+    try:
+        plans = slot.cls.plans(slot.config, own)
+    except ValueError as error:
+        raise UserError(f"{slot.cls.name!r}: {error}") from error
+    return {name: replace(plans[name], joint=key) for name in own}
 
 
 def teacher_plan(teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan]) -> TeacherPlan:

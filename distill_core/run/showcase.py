@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from distill_core.data.shard import Shard
-    from distill_core.interfaces import Augmentation
     from distill_core.recipe.sections import Recipe
 
 
@@ -32,8 +31,8 @@ class Showcase:
     def __init__(self, recipe: Recipe, shards: Sequence[Shard], count: int) -> None:
         from distill_core.data.batches import SampleViews
 
-        self.augment: dict[str, Augmentation] = {name: node.build() for name, node in recipe.augment.items()}
-        self.views = SampleViews(self.augment, recipe.seed, recipe.data.optional)
+        augment, joint = recipe.build_augmentations()
+        self.views = SampleViews(augment, recipe.seed, recipe.data.optional, joint)
         self.shards = list(shards)
         self.count = count
         self._samples: list[Sample] | None = None
@@ -47,7 +46,7 @@ class Showcase:
             rows: dict[str, list[Rendered]] = {}
             for name, views in self.views(sample, epoch).items():
                 for view in views:
-                    if (rendered := self.augment[name].render(view)) is not None:
+                    if (rendered := self.views.augment[name].render(view)) is not None:
                         rows.setdefault(f"{name}, {view.role}", []).append(rendered)
             if rows:
                 key = str(sample["__key__"])

@@ -23,7 +23,7 @@ from distill_core.model import evaluating
 from distill_core.outputs import Features, Progress
 from distill_core.plan import ModalityPlan, Plan, TeacherPlan
 from distill_core.system.distributed import local
-from distill_core.teachers.own_views import OwnViews, count_problems, own_plan
+from distill_core.teachers.own_views import OwnViews, own_problems, own_plan
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -96,7 +96,7 @@ class CopiedTeacher(Teacher):
             if plan.complete and name not in plan.modalities:
                 yield f"{cls.name!r}: augment: {name!r} is no modality of this recipe"
         for name, own in cls.own_views(config, plan).items():
-            lines = count_problems(name, plan.modalities[name], own, config.views)
+            lines = own_problems(name, plan.modalities[name], own, config.views)
             yield from (f"{cls.name!r}: {line}" for line in lines)
         for path in config.of or ():
             kind, _, rest = path.partition(".")

@@ -20,7 +20,7 @@ from distill_core.interfaces import Augmentation, Backbone, Collator
 from distill_core.objective import Objective
 from distill_core.outputs import Features
 from distill_core.plan import BackboneSpec, Plan, TeacherPlan
-from distill_core.teachers.own_views import OwnViews, count_problems, own_plan
+from distill_core.teachers.own_views import OwnViews, own_problems, own_plan
 
 
 class FrozenConfig(TeacherConfig):
@@ -82,7 +82,7 @@ class Frozen(Teacher):
                 continue
             student, augment = plan.modalities[name], config.augment.get(name)
             own = own_plan(replace(student, spec=node.cls.spec(node.config)), augment, config.views)
-            yield from (f"{cls.name!r}: {line}" for line in count_problems(name, student, own, config.views))
+            yield from (f"{cls.name!r}: {line}" for line in own_problems(name, student, own, config.views))
             yield from node.cls.view_problems(node.config, own)
 
     @classmethod

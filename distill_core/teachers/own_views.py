@@ -42,8 +42,14 @@ def own_plan(student: ModalityPlan, augment: Slot[Augmentation] | None, views: S
     return replace(own, roles=tuple(own.roles[i] for i in seen), shapes=shapes)
 
 
-def count_problems(name: str, student: ModalityPlan, own: ModalityPlan, views: Sequence[str]) -> Iterator[str]:
-    """A line where a teacher's augmentation of modality `name` makes more or fewer views than the student has."""
+def own_problems(name: str, student: ModalityPlan, own: ModalityPlan, views: Sequence[str]) -> Iterator[str]:
+    """Lines where a teacher's augmentation of modality `name` makes more or fewer views than the student has, or other
+    crops."""
+    if student.joint is not None and own.augment is not student.augment:
+        yield (
+            f"augment.{name}: the student's views are made by augment.{student.joint}, and views of its own would not be "
+            "the same crops; leave it out"
+        )
     has = len([role for role in student.roles if role in views])
     if len(own.roles) != has:
         yield (

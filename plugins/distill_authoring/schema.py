@@ -121,8 +121,9 @@ def _as_written(schema: Any) -> Any:
             result["items"] = [_value(_as_written(item)) for item in value]
             result["additionalItems"] = False
         elif key in ("items", "additionalProperties") and isinstance(value, dict):
-            if JSON_KEY in value:
-                value = {"anyOf": [value, {"type": "null"}]}  # null removes the item
+            slots = value.get("anyOf", [value])
+            if any(JSON_KEY in slot for slot in slots):
+                value = {"anyOf": [*slots, {"type": "null"}]}  # null removes the item
             result[key] = _value(_as_written(value))
         else:
             result[key] = _as_written(value)

@@ -64,8 +64,7 @@ def inspect_source(
     report = inspection.report(target.title)
     count = None
     if sheet is not None:
-        seed = target.recipe.seed if target.recipe is not None else None
-        count = contact_sheet.write(Path(sheet), inspection, augment, seed)
+        count = contact_sheet.write(Path(sheet), inspection, augment, target.recipe)
     if as_json:
         click.echo(json.dumps(report))
         return

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from distill_core import Augmentation, BadSample, Rendered, Sample, UserError
-from distill_core.tools import SampleViews, font_of, sheet
+from distill_core.tools import Recipe, SampleViews, font_of, sheet
 from distill_data.inspection import Inspection
 
 SAMPLES = 12
@@ -19,8 +19,8 @@ MOST_TEXT = 400
 """Characters of a text that are shown."""
 
 
-def write(path: Path, inspection: Inspection, augment: Mapping[str, Augmentation], seed: int | None) -> int:
-    """Write the page. With a `seed` views are drawn as a recipe's run draws them; else the items are shown as they are.
+def write(path: Path, inspection: Inspection, augment: Mapping[str, Augmentation], recipe: Recipe | None) -> int:
+    """Write the page. With a recipe, views are drawn as its run draws them; else the items are shown as they are.
 
     Returns how many samples it shows. Raises `UserError`.
     """
@@ -28,11 +28,15 @@ def write(path: Path, inspection: Inspection, augment: Mapping[str, Augmentation
     if not usable:
         raise UserError("no sample can be used: there is nothing to show on a sheet")
     chosen = [usable[int(i)] for i in np.unique(np.linspace(0, len(usable) - 1, SAMPLES).round())]
+    views = None
+    if recipe is not None:
+        own, joint = recipe.build_augmentations()
+        views = SampleViews(own, recipe.seed, recipe.data.optional, joint)
     blocks = []
     for position in chosen:
         sample = inspection.row.read(position)
         try:
-            rows = _views(sample, augment, seed) if seed is not None else _items(sample, augment)
+            rows = _views(sample, views) if views is not None else _items(sample, augment)
         except BadSample:  # some show only when views are drawn; training will count them
             continue
         blocks.append(_block(str(sample["__key__"]), rows))
@@ -46,11 +50,11 @@ def write(path: Path, inspection: Inspection, augment: Mapping[str, Augmentation
     return len(blocks)
 
 
-def _views(sample: Sample, augment: Mapping[str, Augmentation], seed: int) -> dict[str, list[Rendered]]:
+def _views(sample: Sample, draw: SampleViews) -> dict[str, list[Rendered]]:
     rows: dict[str, list[Rendered]] = {}
-    for name, views in SampleViews(augment, seed)(sample, 0).items():
+    for name, views in draw(sample, 0).items():
         for view in views:
-            if (rendered := augment[name].render(view)) is not None:
+            if (rendered := draw.augment[name].render(view)) is not None:
                 rows.setdefault(f"{name}, {view.role}", []).append(rendered)
     return rows
 

@@ -18,6 +18,7 @@ distill_api = 1
 def distill_components() -> list[type]:
     """Views of images and captions, readers of captions, a masker, towers, decoders of text, and losses."""
     from distill_vl.caption import WholeCaption
+    from distill_vl.caption_aware_flips import CaptionAwareFlips
     from distill_vl.caption_readers import READERS
     from distill_vl.captioning import Captioning
     from distill_vl.clip_text import ClipText
@@ -29,7 +30,7 @@ def distill_components() -> list[type]:
     from distill_vl.random_crop import RandomCrop
     from distill_vl.vit import VisionTransformer
 
-    views = [MultiCrop, RandomCrop, WholeCaption, RandomDrop]
+    views = [MultiCrop, RandomCrop, WholeCaption, CaptionAwareFlips, RandomDrop]
     towers = [VisionTransformer, ClipText, BertText]
     return [*views, *towers, CaptionDecoder, PrefixDecoder, Contrastive, Captioning, *READERS]
 

@@ -177,6 +177,8 @@ def bench_data(
     files = [photo(width, height, seed) for seed in range(images)]
     size = sum(map(len, files)) / images / 1000
     say(f"{images} JPEGs of {width} x {height}, {size:.0f} kB; views {views_of(node.cls.shapes(node.config) or ())}")
+    for joint in recipe.joint.values():
+        say(f"{joint.path} ({joint.cls.name}) changes what these make, and is in neither chain")
     texts = tokenizers(recipe, images)
     measured: dict[str, list[dict[str, float]]] = {"plain": [], "ours": []}
     for i in range(rounds + 1):

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill_core import GLOBAL, LOCAL, BadSample, ConformanceCase, Sample, View
+from distill_core import GLOBAL, LOCAL, Augmentation, BadSample, ConformanceCase, Sample, View
+from distill_vl.caption import WholeCaption
+from distill_vl.caption_aware_flips import CaptionAwareFlips
 from distill_vl.caption_readers import READERS, CaptionReader
 from distill_vl.captioning import Captioning, CaptioningConfig
-from distill_vl.captions import CaptionAugmentation, CaptionConfig
+from distill_vl.captions import CaptionAugmentation, CaptionConfig, TakeConfig
 from distill_vl.clip_text import ClipText
 from distill_vl.decoders import CaptionDecoder, CaptionDecoderConfig
 from distill_vl.masked_text import BertText
+from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 from distill_vl.pictures import PictureAugmentation, PictureConfig
 from distill_vl.vit import VisionTransformer, VisionTransformerConfig
 
@@ -120,7 +123,21 @@ def decoders(config: CaptioningConfig) -> dict[str, tuple[type[CaptionDecoder], 
     return {config.head: (CaptionDecoder, options)}
 
 
+def said_sides(config: object, rng: np.random.Generator) -> Sample:
+    """A picture, and a caption that says left or right every other time."""
+    said = ("a bird left of the old boat", "Right of the sea", "a boat by the sea")
+    picture = noise_png(PictureConfig(), rng)
+    return {**picture, "txt": str(rng.choice(said)).encode()}
+
+
+def picture_and_caption(config: object) -> dict[str, Augmentation]:
+    """Small crops, and the caption."""
+    crops = MultiCropConfig(size=16, local_size=8, local=1)
+    return {"image": MultiCrop(crops), "text": WholeCaption(TakeConfig())}
+
+
 CASES = [
+    ConformanceCase(CaptionAwareFlips, sample=said_sides, parts=picture_and_caption),
     ConformanceCase(PictureAugmentation, sample=noise_png),
     ConformanceCase(CaptionAugmentation, sample=captions),
     ConformanceCase(CaptionReader, checks=(reads_captions, bad_captions)),

@@ -12,6 +12,7 @@ import components_to_check.backbone
 import components_to_check.fusion
 import components_to_check.general
 import components_to_check.head
+import components_to_check.joint_augmentation
 import components_to_check.loss
 import components_to_check.masker
 import components_to_check.others

@@ -157,6 +157,21 @@ def test_a_recipe_shows_the_views_of_training(
         assert np.asarray(page.convert("RGB")).std() > 10
 
 
+def test_the_sheet_shows_views_of_several_modalities_at_once(tmp_path: Path, tiny_recipe: Path) -> None:
+    """The page of a recipe whose flips depend on the captions is another one. Would catch a sheet of the modalities'
+    own draws."""
+    pages = {}
+    for words in ("[[no, such]]", "[[a, the]]"):
+        out = tmp_path / "sheet.png"
+        joint = f"augment.image+text={{name: caption_aware_flips, words: {words}}}"
+        main(["data", "inspect", str(tiny_recipe), "--sheet", str(out), "--set", joint])
+        with Image.open(out) as page:
+            pages[words] = np.asarray(page.convert("RGB"))
+    ours, own = pages["[[a, the]]"], pages["[[no, such]]"]
+    assert ours.shape == own.shape
+    assert not np.array_equal(ours, own)
+
+
 def test_what_is_asked_wrongly(tmp_path: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, what in (
         ([str(tiny_recipe), "--sheet", "s.jpg"], "name it FILE.png"),

@@ -95,7 +95,10 @@ class Check:
 
 
 _CHECKS: list[Check] = []
-_MODULES = ("general", "augmentation", "backbone", "fusion", "head", "loss", "teacher", "masker", "balance", "others")
+_MODULES = (
+    "general", "augmentation", "joint_augmentation", "backbone", "fusion", "head", "loss", "teacher", "masker",
+    "balance", "others",
+)  # fmt: skip
 
 
 def checks(*kinds: str, once: bool = False) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:

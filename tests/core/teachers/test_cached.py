@@ -149,6 +149,18 @@ def test_a_run_with_the_cache_is_the_run_with_the_teacher(runs: Runs) -> None:
     close(losses(half.folder.path), live)
 
 
+def test_views_of_several_modalities_at_once(runs: Runs) -> None:
+    """The cached run sees the student's views, which a joint augmentation changes. Catches a cache of the modalities'
+    own draws, and one that does for both."""
+    joint = ("augment.image+text={name: caption_aware_flips, words: [[a, the]], exchange: true}",)
+    live = runs.train("name=live", *joint)
+    assert live != runs.train("name=own")
+    runs.teach(*joint)
+    close(runs.train("name=cached", *joint, cached=True), live)
+    with pytest.raises(UserError, match=r"augment\.image\+text"):
+        runs.trainer("name=other", cached=True)
+
+
 def test_what_was_stopped_continues_to_the_same_bytes(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a half-written chunk that counts as one, and chunks that depend on where the writer began."""
     runs.teach(passes=3)

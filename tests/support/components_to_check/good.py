@@ -6,6 +6,7 @@ from my_plugin.balance import Random
 from my_plugin.data import Waves
 from my_plugin.fusion import MeanFusion
 from my_plugin.hook import Noise
+from my_plugin.joint import SharedGap
 from my_plugin.loss import Match
 from my_plugin.schedule import Linear
 from my_plugin.task import Agreement
@@ -344,6 +345,6 @@ CASES = ConformanceCases(
 
 
 GOOD = (
-    Noisy, Tower, MaskingTower, DeepTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred, ReadsIds,
-    Ramped, Waves, Agreement, Linear, Noise, Random, Sgd, TwoRates, Silent, Zeros,
+    Noisy, SharedGap, Tower, MaskingTower, DeepTower, Telling, Words, MeanFusion, Match, Fill, TokenMatch, Centred,
+    ReadsIds, Ramped, Waves, Agreement, Linear, Noise, Random, Sgd, TwoRates, Silent, Zeros,
 )  # fmt: skip

@@ -12,6 +12,7 @@ def distill_components():
     from my_plugin.data import Waves
     from my_plugin.fusion import MeanFusion
     from my_plugin.hook import Noise
+    from my_plugin.joint import SharedGap
     from my_plugin.loss import Match
     from my_plugin.mask import Window
     from my_plugin.optimizer import Sgd
@@ -23,7 +24,8 @@ def distill_components():
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    return [Noisy, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise, Random, Csv, Zeros]
+    components = [Noisy, SharedGap, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise]
+    return [*components, Random, Csv, Zeros]
 
 
 @hookimpl

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from distill_core import GLOBAL, LOCAL, ConformanceCase, View
+from my_plugin.joint import SharedGap
 from my_plugin.tower import Tower
-from my_plugin.views import Noisy
+from my_plugin.views import Noisy, NoisyConfig
 
 
 def sample(config, rng):
@@ -18,4 +19,18 @@ def views(config, rng):
     return [View(torch.from_numpy(rng.standard_normal(config.length, dtype=np.float32)), r) for r in (GLOBAL, LOCAL)]
 
 
-CASES = [ConformanceCase(Noisy, sample=sample), ConformanceCase(Tower, views=views)]
+def parts(config):
+    """The modalities' own augmentations."""
+    return {name: Noisy(NoisyConfig(field=name)) for name in ("left", "right")}
+
+
+def both(config, rng):
+    """A raw sample of both modalities."""
+    return {name: value for part in parts(config).values() for name, value in sample(part.config, rng).items()}
+
+
+CASES = [
+    ConformanceCase(Noisy, sample=sample),
+    ConformanceCase(SharedGap, sample=both, parts=parts),
+    ConformanceCase(Tower, views=views),
+]

@@ -20,7 +20,7 @@ from distill_core.interfaces import Augmentation, Backbone, Collator
 from distill_core.objective import Objective
 from distill_core.outputs import Features
 from distill_core.plan import BackboneSpec, Plan, TeacherPlan
-from distill_core.teachers.own_views import OwnViews, own_problems, own_plan
+from distill_core.teachers.own_views import OwnViews, own_plan, own_problems
 
 
 class FrozenConfig(TeacherConfig):

@@ -47,8 +47,8 @@ def own_problems(name: str, student: ModalityPlan, own: ModalityPlan, views: Seq
     crops."""
     if student.joint is not None and own.augment is not student.augment:
         yield (
-            f"augment.{name}: the student's views are made by augment.{student.joint}, and views of its own would not be "
-            "the same crops; leave it out"
+            f"augment.{name}: the student's views are made by augment.{student.joint}, and views of its own would not "
+            "be the same crops; leave it out"
         )
     has = len([role for role in student.roles if role in views])
     if len(own.roles) != has:

@@ -212,7 +212,7 @@ def test_options_carry_their_description_and_default(schema: dict[str, Any], reg
     heads = schema["$defs"]["fusion.cross_attention"]["properties"]["heads"]
     assert heads["default"] == 8
     assert heads["description"] == "Attention heads; they divide the embedding width D."
-    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert set(schema["properties"]) == {field.alias or name for name, field in Recipe.model_fields.items()}
     assert {f"{kind}.{name}" for kind, name in registry.entries} <= set(schema["$defs"])
 
 

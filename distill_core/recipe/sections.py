@@ -300,7 +300,13 @@ class Recipe(ComponentConfig):
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
         return plan_of(
-            self.augment, self.joint, self.backbone, self.masker, self.all_teachers, self.fusion, self.data,
+            self.augment,
+            self.joint,
+            self.backbone,
+            self.masker,
+            self.all_teachers,
+            self.fusion,
+            self.data,
             self.heads,
         )
 

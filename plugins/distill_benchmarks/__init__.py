@@ -11,5 +11,6 @@ def distill_components() -> list[type]:
     from distill_benchmarks.captioned import Dci, Karpathy, Urban1k
     from distill_benchmarks.clip_benchmark import ClipBenchmark
     from distill_benchmarks.tux_paint import TuxPaint
+    from distill_benchmarks.tux_paint_spoken import SpokenTuxPaint
 
-    return [Karpathy, Urban1k, Dci, ClipBenchmark, TuxPaint]
+    return [Karpathy, Urban1k, Dci, ClipBenchmark, TuxPaint, SpokenTuxPaint]

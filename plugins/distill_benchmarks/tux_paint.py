@@ -86,7 +86,7 @@ class TuxPaint(DataSource):
             return {}
         base = folder(self.config.folder, self.layout)
         base = base / UNPACKED if (base / UNPACKED).is_dir() else base
-        stamps = _stamps(base)
+        stamps = stamps_below(base)
         if not stamps:
             raise DataError(f"{base}: holds no stamp; expected {self.layout}")
         chosen = self._chosen(base, stamps)
@@ -155,7 +155,7 @@ class Stamps:
         return Stamp(row["key"], self.base / f"{row['key']}.png", row["about"], self.classes)
 
 
-def _stamps(base: Path) -> list[str]:
+def stamps_below(base: Path) -> list[str]:
     """The names of all below a folder, as animals/birds/crow, a folder's own before those of the folders in it.
 
     Without mirrored or flipped versions of other stamps.

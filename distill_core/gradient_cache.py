@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from distill_core.outputs import Features, Fused, Progress
+from distill_core.outputs import Features, Fused, NamedFusion, Progress
 from distill_core.system import distributed
 
 
@@ -51,7 +51,11 @@ class GradientCache:
             for of, features in made[0].teacher.items()
         }
         fused = {name: _joined_fused([part.fused[name] for part in made]) for name in made[0].fused}
-        self._leaves = _leaves(student, fused)
+        named = {
+            of: replace(fusion, fused={m: _joined_fused([p.fusions[of].fused[m] for p in made]) for m in fusion.fused})
+            for of, fusion in made[0].fusions.items()
+        }
+        self._leaves = _leaves(student, fused, named)
         for leaf in self._leaves:
             leaf.requires_grad_()
         self.outputs = replace(
@@ -62,6 +66,7 @@ class GradientCache:
             student=student,
             teacher=of_teachers,
             fused=fused,
+            fusions=named,
         )
 
     def backward(self) -> None:
@@ -73,17 +78,24 @@ class GradientCache:
                     made = self.objective.represent(part, self.progress, teachers=False)
                 pairs = [
                     (tensor, gradient[:, start : start + len(part)])
-                    for tensor, gradient in zip(_leaves(made.student, made.fused), gradients, strict=True)
+                    for tensor, gradient in zip(_leaves(made.student, made.fused, made.fusions), gradients, strict=True)
                     if gradient is not None and tensor.requires_grad
                 ]
                 torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
             start += len(part)
 
 
-def _leaves(student: Mapping[str, Features], fused: Mapping[str, Fused]) -> list[Tensor]:
+def _leaves(
+    student: Mapping[str, Features], fused: Mapping[str, Fused], named: Mapping[str, NamedFusion]
+) -> list[Tensor]:
     """What has a gradient, [V, B, ...] each."""
+    every = [fused, *(fusion.fused for fusion in named.values())]
     classes = [features.class_tokens for features in student.values() if features.class_tokens is not None]
-    return [*(features.pooled for features in student.values()), *classes, *(x.pooled for x in fused.values())]
+    return [
+        *(features.pooled for features in student.values()),
+        *classes,
+        *(x.pooled for of in every for x in of.values()),
+    ]
 
 
 def _joined(parts: list[Features]) -> Features:
@@ -131,5 +143,7 @@ class _Random:
 def batch_statistics(objective: Objective) -> Iterator[str]:
     """The modules of student and fusion that compute with statistics of their batch: a few samples have others."""
     for name, module in objective.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name.startswith(("backbone.", "fusion.")):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and name.startswith(
+            ("backbone.", "fusion.", "fusions.")
+        ):
             yield name

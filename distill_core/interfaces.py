@@ -23,7 +23,7 @@ from distill_core.contracts.media import Rendered
 from distill_core.contracts.optional import ClassAttention, offers
 from distill_core.contracts.schedule import NotNegative, Scheduled
 from distill_core.outputs import Encoded, Features, Fused, Outputs, Progress, Rows
-from distill_core.plan import BackboneSpec, ModalityPlan, Needs, Plan
+from distill_core.plan import DEFAULT_FUSION, BackboneSpec, ModalityPlan, Needs, Plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -372,6 +372,8 @@ class LossConfig(ComponentConfig):
 
     weight: Scheduled[NotNegative] = Scheduled(1.0)
     """Factor of all of this loss's terms in the total; also a schedule."""
+    fusion: str = DEFAULT_FUSION
+    """The fusion whose views it reads, if it reads fused views: `default`, or a name in `fusions`."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:

@@ -33,6 +33,7 @@ class Model:
         collators: Mapping[str, Collator],
         *,
         fusion: FusionHead | None = None,
+        fusions: Mapping[str, FusionHead] | None = None,
         teacher: bool = False,
         device: torch.device | str = "cpu",
         batch_size: int = 256,
@@ -40,14 +41,14 @@ class Model:
         untrained: Collection[str] = (),
         heads: Mapping[str, Head] | None = None,
     ) -> None:
-        """`untrained`: modalities whose embedding no loss trained (`Recipe.untrained_embeddings`); `heads`: those of
-        the recipe, of a teacher those that it has copies of."""
+        """`fusions`: those besides `fusion`, by name; `untrained`: modalities whose embedding no loss trained
+        (`Recipe.untrained_embeddings`); `heads`: those of the recipe, of a teacher those that it has copies of."""
         self.heads = dict(heads or {})
         self.untrained = frozenset(untrained)
         self.backbone = dict(backbone)
         self.augment = dict(augment)
         self.collators = dict(collators)
-        self.fusion = fusion
+        self.fusion, self.fusions = fusion, dict(fusions or {})
         self.teacher = teacher
         self.device = torch.device(device)
         self.batch_size = batch_size

@@ -23,8 +23,8 @@ from distill_core.contracts.nested import needs_of
 from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss, losses_with_paths
-from distill_core.outputs import Features, Outputs, Progress, gather_rows
-from distill_core.plan import DEFAULT_TEACHER, Needs, Plan, TeacherPlan
+from distill_core.outputs import Features, Fused, NamedFusion, Outputs, Progress, gather_rows
+from distill_core.plan import DEFAULT_FUSION, DEFAULT_TEACHER, Needs, Plan, TeacherPlan
 from distill_core.presence import Presence
 from distill_core.system.distributed import gather_array, rank
 
@@ -43,8 +43,8 @@ class Losses:
 class Objective(nn.Module):
     """Student backbones, teachers, fusion, heads and losses of one recipe. Parameter names are recipe paths:
 
-    `backbone.NAME.*`, `fusion.*`, `heads.NAME.*`, `loss.ID.*`, `balance.*`; of a teacher's copies the same below
-    `teacher.NAME`.
+    `backbone.NAME.*`, `fusion.*`, `fusions.NAME.*`, `heads.NAME.*`, `loss.ID.*`, `balance.*`; of a teacher's copies the
+    same below `teacher.NAME`.
     """
 
     def __init__(
@@ -59,9 +59,11 @@ class Objective(nn.Module):
         maskers: Mapping[str, Masker] | None = None,
         balance: Balance | None = None,
         heads: Mapping[str, Head] | None = None,
+        fusions: Mapping[str, FusionHead] | None = None,
     ) -> None:
         """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
-        dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality."""
+        dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality;
+        `fusions`: those besides `fusion`, by name."""
         super().__init__()
         self.wire = wire
         self.augment, self.maskers = dict(augment or {}), dict(maskers or {})
@@ -69,6 +71,7 @@ class Objective(nn.Module):
         self.backbone = nn.ModuleDict(backbone)
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads or {})
+        self.fusions = nn.ModuleDict(fusions or {})
         self.loss = nn.ModuleDict(loss)
         self.balance = balance
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
@@ -86,7 +89,9 @@ class Objective(nn.Module):
             for teacher, known in plan.teachers.items()
         }
         """Teacher -> modality -> views whose tokens are read, numbered among the teacher's own."""
-        self.fused_needed = any(n.fused for n in needs)
+        self.fusions_read = {
+            loss.config.fusion for loss in loss.values() if needs_of(type(loss), loss.config, plan).fused
+        }
         self.frozen: list[nn.Module] = []
         self.teacher = nn.ModuleDict()
 
@@ -101,6 +106,11 @@ class Objective(nn.Module):
         attention = [n.attention.get(name, {}) for n in self.needs]
         attention_of = {m: tuple(map(own.index, _views_needed(m, attention))) for m, own in plan.views.items()}
         self.teacher[name] = make(name, replace(plan, layers_of=layers_of, attention_of=attention_of), self)
+
+    @property
+    def named_fusions(self) -> dict[str, FusionHead]:
+        """Those besides `fusion`."""
+        return {name: cast(FusionHead, head) for name, head in self.fusions.items()}
 
     @property
     def teachers(self) -> dict[str, Teacher]:
@@ -124,7 +134,8 @@ class Objective(nn.Module):
             for path, loss in self.losses_with_paths()
             for head in loss.teacher_modules
         }
-        return paths if self.fusion is None else {**paths, id(self.fusion): "fusion"}
+        named = {id(head): f"fusions.{name}" for name, head in self.fusions.items()}
+        return {**paths, **named, **({} if self.fusion is None else {id(self.fusion): "fusion"})}
 
     def losses_with_paths(self) -> Iterator[tuple[str, Loss]]:
         """(path, loss) of every loss, each before those inside it."""
@@ -220,12 +231,20 @@ class Objective(nn.Module):
             batch.views, student, teacher, {}, self.fusion, progress, self.ema, batch.keys, batch.fields, presence,
             heads=dict(self.heads.items()),
         )  # fmt: skip
-        if self.fusion is not None and self.fused_needed:
-            whole = self._read_by(self.fusion, outputs)
-            outputs.fused = self.fusion(dict(whole.student))
-            for fused in outputs.fused.values():
-                fused.present = whole.present
+        if self.fusion is not None and DEFAULT_FUSION in self.fusions_read:
+            outputs.fused = self._fused(self.fusion, outputs)
+        outputs.fusions = {
+            name: NamedFusion(head, self._fused(head, outputs) if name in self.fusions_read else {})
+            for name, head in self.named_fusions.items()
+        }
         return outputs
+
+    def _fused(self, fusion: FusionHead, outputs: Outputs) -> dict[str, Fused]:
+        whole = self._read_by(fusion, outputs)
+        made: dict[str, Fused] = fusion(dict(whole.student))
+        for fused in made.values():
+            fused.present = whole.present
+        return made
 
     def losses(self, outputs: Outputs) -> Losses:
         """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
@@ -271,13 +290,15 @@ class Objective(nn.Module):
         return torch.stack(parts).sum(), {id: factors[id].detach() for id in sums}
 
     def _read_by(self, component: Loss | FusionHead, outputs: Outputs) -> Outputs:
-        """The outputs of the samples that have all that it needs."""
+        """The outputs of the samples that have all that it needs, with the fusion that it reads."""
+        if isinstance(component, Loss):
+            outputs = outputs.reading(component.config.fusion)
         if outputs.presence is None:
             return outputs
         needs = needs_of(type(component), component.config, self.plan)
         names = (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
-        if needs.fused and self.fusion is not None:
-            of_fusion = needs_of(type(self.fusion), self.fusion.config, self.plan)
+        if needs.fused and isinstance(fusion := outputs.fusion, FusionHead):
+            of_fusion = needs_of(type(fusion), fusion.config, self.plan)
             return outputs.having(names | of_fusion.named, fused=True)
         return outputs.having(names)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from distill_core.batch import Views
+from distill_core.plan import DEFAULT_FUSION
 from distill_core.presence import Presence, Present
 from distill_core.system.distributed import all_gather, all_gather_together, rank, world_size
 
@@ -322,6 +323,14 @@ class Fusion(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class NamedFusion:
+    """One of a recipe's `fusions`, and what it made of a step."""
+
+    head: Fusion
+    fused: Mapping[str, Fused]
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far the run is: `step` counts from 0, `steps` is the whole run, `epoch` is samples seen / samples."""
 
@@ -377,7 +386,10 @@ class Outputs:
     """The samples that these outputs are of, where they are not all."""
     heads: Mapping[str, Any] = field(default_factory=dict)
     """The recipe's heads, by name, to be called."""
+    fusions: Mapping[str, NamedFusion] = field(default_factory=dict)
+    """Those besides `fusion`, by name. A loss that names one is given it as `fusion` and `fused`."""
     _cut: dict[tuple[frozenset[str], bool], Outputs] = field(default_factory=dict, repr=False)
+    _reading: dict[str, Outputs] = field(default_factory=dict, repr=False)
 
     @property
     def weight(self) -> float:
@@ -393,6 +405,15 @@ class Outputs:
     def rows(self, embedding: Tensor, each: int = 1) -> Rows:
         """What a loss has made of the samples, [V, B * each, D] with `each` rows a sample, as `Rows` over all ranks."""
         return Rows(embedding, present=self.present, each=each)
+
+    def reading(self, fusion: str) -> Outputs:
+        """The outputs as a loss is given them that reads this fusion."""
+        if fusion == DEFAULT_FUSION:
+            return self
+        if fusion not in self._reading:
+            named = self.fusions[fusion]
+            self._reading[fusion] = replace(self, fused=named.fused, fusion=named.head, _cut={}, _reading={})
+        return self._reading[fusion]
 
     def having(self, names: Iterable[str], fused: bool = False) -> Outputs:
         """The outputs of those samples alone that have all these modalities, and with `fused` what the fusion reads.
@@ -429,4 +450,5 @@ class Outputs:
             },
             present=present,
             _cut={},
+            _reading={},
         )

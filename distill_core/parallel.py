@@ -116,7 +116,7 @@ def compile_units(objective: Objective, backend: str = "inductor") -> int:
     parts: list[nn.Module] = distinct(objective.backbone.values())
     parts += [tower for teacher in objective.teachers.values() for tower in teacher.towers()]
     if not any(modality.optional for modality in objective.plan.modalities.values()):
-        parts += [*objective.heads.values(), *objective.loss.values()]
+        parts += [*objective.heads.values(), *objective.loss.values(), *objective.fusions.values()]
         parts += [*([objective.fusion] if objective.fusion is not None else [])]
     units = distinct(unit for part in parts for unit in cast(Backbone | FusionHead | Head | Loss, part).units())
     for unit in units:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
@@ -133,6 +133,10 @@ DEFAULT_TEACHER = "default"
 """The teacher of a recipe's section `teacher`, and the one that a loss reads unless its option names another."""
 
 
+DEFAULT_FUSION = "default"
+"""The fusion of a recipe's section `fusion`, which a loss reads unless its option names another."""
+
+
 @dataclass(frozen=True)
 class TeacherPlan:
     """What is known of one teacher before anything is built."""
@@ -190,6 +194,8 @@ class Plan:
     """Whether the fusion, if there is one, offers `TokenPooling`."""
     fields: Mapping[str, FieldPlan] = field(default_factory=dict)
     """The samples' fields (`data.fields`)."""
+    fusions: Mapping[str, bool] = field(default_factory=dict)
+    """The fusions besides: whether each offers `TokenPooling`."""
     heads: Mapping[str, HeadPlan] = field(default_factory=dict)
     """The recipe's heads; not known yet where a head itself is asked."""
     complete: bool = True
@@ -197,6 +203,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", _Modalities(self.modalities))
+
+    def reading(self, fusion: str) -> Plan:
+        """The plan as a loss sees it that reads this fusion: `fusion` and `fusion_pools` are that one's."""
+        if fusion == DEFAULT_FUSION:
+            return self
+        return replace(self, fusion=fusion in self.fusions, fusion_pools=self.fusions.get(fusion, True))
 
     def teacher_views(self, teacher: str, modality: str) -> tuple[int, ...]:
         """The views of a modality that a teacher encodes; () of a teacher that the recipe lacks."""

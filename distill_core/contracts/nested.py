@@ -43,6 +43,7 @@ def needs_of(cls: type[Component], config: Any, plan: Plan) -> Needs:
 
     A loss that names no modality reads all of them; one around others reads what they do.
     """
+    plan = seen_by(cls, config, plan)
     parts = [cls.needs(config, plan)]
     for slot in slots_in(config):
         needs = slot.cls.needs(slot.config, plan)
@@ -53,8 +54,14 @@ def needs_of(cls: type[Component], config: Any, plan: Plan) -> Needs:
     return parts[0] if len(parts) == 1 else Needs.union(parts)
 
 
+def seen_by(cls: type[Component], config: Any, plan: Plan) -> Plan:
+    """The plan as a component sees it: a loss, with the fusion that it reads."""
+    return plan.reading(config.fusion) if cls.kind == "loss" else plan
+
+
 def problems_of(cls: type[Component], config: Any, plan: Plan) -> Iterator[str]:
     """Why a component, or one in its options, cannot work in the recipe."""
+    plan = seen_by(cls, config, plan)
     yield from cls.problems(config, plan)
     for slot in slots_in(config):
         yield from slot.cls.problems(slot.config, plan)

@@ -22,14 +22,15 @@ def build_objective(recipe: Recipe) -> Objective:
     `UserError`."""
     backbone = build_all(recipe.backbone)
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
+    fusions = {name: node.build(recipe.plan) for name, node in recipe.fusions.items()}
     heads = {name: node.build(recipe.plan) for name, node in recipe.heads.items()}
-    loss = {node.id: node.build(recipe.plan) for node in recipe.loss}
+    loss = {node.id: node.build(recipe.plan.reading(node.config.fusion)) for node in recipe.loss}
     needs = [needs for _, needs in recipe.needs()]
     augment = {name: node.build() for name, node in recipe.augment.items()}
     wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
     balance = recipe.balance.build(list(loss)) if recipe.balance else None
     maskers = recipe.maskers()
-    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, maskers, balance, heads)
+    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, maskers, balance, heads, fusions)
     for name, node in recipe.all_teachers.items():
         objective.add_teacher(name, of_run(node).build)
     return objective
@@ -76,6 +77,7 @@ def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dic
             augment,
             collators,
             fusion=objective.fusion if side == "student" else None,
+            fusions=objective.named_fusions if side == "student" else {},
             teacher=side == "teacher",
             device=device,
             batch_size=recipe.evaluate.batch_size,

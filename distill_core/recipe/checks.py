@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from distill_core.batch import REPEATED
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.masker import Masker
-from distill_core.contracts.nested import needs_of
+from distill_core.contracts.nested import needs_of, seen_by
 from distill_core.contracts.shared import SharedSlot, build_all, unknown_parts
 from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.contracts.teacher import Teacher
@@ -27,6 +27,7 @@ from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import JointAugmentation, Loss
 from distill_core.plan import (
+    DEFAULT_FUSION,
     DEFAULT_TEACHER,
     BackboneSpec,
     FieldPlan,
@@ -188,6 +189,11 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
     for name in draft.names("masker"):
         if name not in draft.modalities:
             yield ("masker", name), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
+    for name in draft.names("fusions"):
+        if name == DEFAULT_FUSION:
+            yield ("fusions", name), f"{name!r} is the name of the section `fusion`; choose another"
+        elif not is_word(name):
+            yield ("fusions", name), "a fusion's name is a word of letters, digits, - and _"
     for at, slot in draft.teachers.items():
         id = _teacher_name(at)
         if at != ("teacher",) and id == DEFAULT_TEACHER:
@@ -287,7 +293,9 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
             yield at, str(error)
         teachers[_teacher_name(at)] = plan
     pooling = pools(draft.slots.get(("fusion",)))
-    whole = Plan(modalities, teachers, fusion, pooling, field_plans(fields, draft.optional), complete=complete)
+    named = {name: pools(draft.slots.get(("fusions", name))) for name in draft.names("fusions")}
+    of_fields = field_plans(fields, draft.optional)
+    whole = Plan(modalities, teachers, fusion, pooling, of_fields, fusions=named, complete=complete)
     heads: dict[str, HeadPlan] = {}
     for name in draft.names("heads"):
         if (head := draft.slots.get(("heads", name))) is not None:
@@ -308,7 +316,9 @@ def _scattered(augment: Slot[Any], modality: ModalityPlan) -> str | None:
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
     """Problems that each component reports about the plan."""
+    every = plan
     for path, slot in draft.slots.items():
+        plan = seen_by(slot.cls, slot.config, every)
         try:
             needs = slot.cls.needs(slot.config, plan)
             lines = list(slot.cls.problems(slot.config, plan))
@@ -340,6 +350,7 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 f"{slot.id!r} reads how a teacher attends, which train.parallel.shard does not allow; make it 1"
             )
         if issubclass(slot.cls, Loss):
+            lines += _fusion_problems(draft, path, slot, needs_of(slot.cls, slot.config, every), every)
             lines += absence_problems(slot.cls, needs_of(slot.cls, slot.config, plan), plan)
             lines += _uncopied(draft, slot, needs, plan)
             lines += head_problems(slot.cls.name, needs, plan, draft.names("heads"))
@@ -351,6 +362,19 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem
+
+
+def _fusion_problems(draft: Draft, path: KeyPath, slot: Slot[Any], needs: Needs, plan: Plan) -> Iterator[str]:
+    """A fusion that a loss names and there is not, or does not read; another one than the loss around it reads."""
+    name, there = slot.config.fusion, [DEFAULT_FUSION, *plan.fusions]
+    around = next((draft.slots[path[:i]] for i in range(len(path) - 1, 0, -1) if path[:i] in draft.slots), None)
+    if around is not None and issubclass(around.cls, Loss):
+        if name not in (DEFAULT_FUSION, around.config.fusion):
+            yield f"{slot.id!r} reads the fusion of the loss around it, {around.id!r}: give its `fusion` there"
+    elif name not in there:
+        yield f"{slot.id!r}: no fusion {name!r}{did_you_mean(name, there)}"
+    elif name != DEFAULT_FUSION and not needs.fused and not needs.pools:
+        yield f"{slot.id!r} reads no fused views: leave its `fusion` out"
 
 
 def mask_problems(cls: type[Masker], config: Any, name: str, modality: ModalityPlan) -> Iterator[str]:
@@ -468,8 +492,9 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
             yield ("train", "lr_decay", part), f"{part!r} is no backbone{did_you_mean(part, backbones)}"
     losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
     parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
+    parts += [f"{kind}.{name}" for kind in ("fusions", "heads") for name in draft.names(kind)]
     single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
-    parts += [*(f"heads.{name}" for name in draft.names("heads")), *single, "backbone", "heads", "loss"]
+    parts += [*single, "backbone", "heads", "loss"]
     losses_are_wrong = draft.is_wrong("loss")
     shared = {
         f"backbone.{path[1]}": slot
@@ -539,7 +564,7 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "masker", "fusion", "heads", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
+    "augment", "backbone", "masker", "fusion", "fusions", "heads", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
     "train.optimizer", "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
 )  # fmt: skip
 
@@ -678,12 +703,15 @@ def _no_layers(
 
 
 def unread(recipe: Recipe) -> Iterator[str]:
-    """A warning where no loss reads the fusion or a head: nothing trains it, and replacing it changes nothing; or a
+    """A warning where no loss reads a fusion or a head: nothing trains it, and replacing it changes nothing; or a
     teacher that is no copy, which is encoded for nobody."""
-    needs = [needs_of(slot.cls, slot.config, recipe.plan) for slot in recipe.loss]
-    if recipe.fusion is not None and not any(need.fused or need.pools for need in needs):
-        yield f"fusion: no loss of this recipe reads {recipe.fusion.cls.name!r}: it is not trained, and changes nothing"
-    called = {name for need in needs for name in need.heads}
+    needs = [(slot.config.fusion, needs_of(slot.cls, slot.config, recipe.plan)) for slot in recipe.loss]
+    fusions = {**({DEFAULT_FUSION: recipe.fusion} if recipe.fusion is not None else {}), **recipe.fusions}
+    for name, fusion in fusions.items():
+        if not any(name == of and (need.fused or need.pools) for of, need in needs):
+            at = fusion.path
+            yield f"{at}: no loss of this recipe reads {fusion.cls.name!r}: it is not trained, and changes nothing"
+    called = {name for _, need in needs for name in need.heads}
     for name, head in recipe.heads.items():
         if name not in called:
             yield f"{head.path}: no loss of this recipe calls the head {name!r}: it is not trained"

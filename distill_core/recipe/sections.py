@@ -235,7 +235,9 @@ class Recipe(ComponentConfig):
     masker: Annotated[dict[str, Slot[Masker]], NullIsDefault()] = {}  # noqa: RUF012
     """Modality -> which tokens of its views the student sees."""
     fusion: Slot[FusionHead] | None = None
-    """What combines the modalities' features."""
+    """What combines the modalities' features; named `default`, which losses read unless they name another."""
+    fusions: Annotated[dict[str, Slot[FusionHead]], NullIsDefault()] = {}  # noqa: RUF012
+    """Further fusions, by the name that a loss's option `fusion` gives."""
     heads: Annotated[dict[str, Slot[Head]], NullIsDefault()] = {}  # noqa: RUF012
     """Modules beside towers and fusion, by the name under which losses and tasks call them."""
     loss: Annotated[list[Slot[Loss]], Field(min_length=1)]
@@ -308,6 +310,7 @@ class Recipe(ComponentConfig):
             self.fusion,
             self.data,
             self.heads,
+            self.fusions,
         )
 
     @property
@@ -340,8 +343,9 @@ class Recipe(ComponentConfig):
         return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
-        """What the fusion, the heads and each loss need, with what is inside them, and each masker."""
-        slots: list[Slot[Any]] = [*([self.fusion] if self.fusion else []), *self.heads.values(), *self.loss]
+        """What the fusions, the heads and each loss need, with what is inside them, and each masker."""
+        fusions = [*([self.fusion] if self.fusion else []), *self.fusions.values()]
+        slots: list[Slot[Any]] = [*fusions, *self.heads.values(), *self.loss]
         of_maskers = [(slot, slot.cls.reads(slot.config, name, self.plan)) for name, slot in self.masker.items()]
         return [*((slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots), *of_maskers]
 
@@ -379,6 +383,7 @@ def plan_of(
     fusion: Slot[FusionHead] | None,
     data: DataConfig,
     heads: Mapping[str, Slot[Head]],
+    fusions: Mapping[str, Slot[FusionHead]],
 ) -> Plan:
     """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
     names = [name for name in augment if name in backbone]
@@ -388,7 +393,8 @@ def plan_of(
     modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
-    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields)
+    named = {name: pools(slot) for name, slot in fusions.items()}
+    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named)
     return replace(plan, heads={name: head_plan(slot, plan) for name, slot in heads.items()})
 
 

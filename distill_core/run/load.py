@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill_core.contracts.shared import build_all
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone, Head
+from distill_core.interfaces import Backbone, FusionHead, Head
 from distill_core.model import Model
 from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.resolve import Override, load_recipe
@@ -49,11 +49,16 @@ def model_of(
         backbone[name].to(device).eval().requires_grad_(False)
     if not backbone:
         raise UserError(f"{what}: this run trained no teacher")
-    fusion = None
-    if recipe.fusion is not None and not teacher:
-        fusion = recipe.fusion.build(recipe.plan)
-        load_into(fusion, {k.removeprefix("fusion."): v for k, v in state.items() if k.startswith("fusion.")}, what)
-        fusion.to(device).eval().requires_grad_(False)
+    of_fusions = {"fusion": recipe.fusion} if recipe.fusion is not None else {}
+    of_fusions |= {f"fusions.{name}": slot for name, slot in recipe.fusions.items()}
+    fusions: dict[str, FusionHead] = {}
+    for path, node in of_fusions.items() if not teacher else ():
+        fusions[path] = node.build(recipe.plan)
+        own = {k.removeprefix(f"{path}."): v for k, v in state.items() if k.startswith(f"{path}.")}
+        load_into(fusions[path], own, what)
+        fusions[path].to(device).eval().requires_grad_(False)
+    fusion = fusions.pop("fusion", None)
+    named = {path.removeprefix("fusions."): head for path, head in fusions.items()}
     heads: dict[str, Head] = {}
     for name, slot in recipe.heads.items():
         start = f"teacher.{DEFAULT_TEACHER}.heads.{name}." if teacher else f"heads.{name}."
@@ -67,8 +72,8 @@ def model_of(
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     batch_size = recipe.evaluate.batch_size
     return Model(
-        backbone, augment, collators, fusion=fusion, teacher=teacher, device=device, batch_size=batch_size,
-        untrained=recipe.untrained_embeddings(), heads=heads,
+        backbone, augment, collators, fusion=fusion, fusions=named, teacher=teacher, device=device,
+        batch_size=batch_size, untrained=recipe.untrained_embeddings(), heads=heads,
     )  # fmt: skip
 
 

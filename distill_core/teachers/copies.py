@@ -106,8 +106,10 @@ class CopiedTeacher(Teacher):
                 yield f"{cls.name!r}: of: {path!r}: this recipe has no fusion"
             elif kind == "heads" and rest.partition(".")[0] not in plan.heads and plan.complete:
                 yield f"{cls.name!r}: of: {path!r} names no head of this recipe"
-            elif kind not in ("backbone", "heads", "fusion", "loss") or (kind != "fusion" and not rest):
-                parts = "backbone.NAME, heads.NAME, fusion, loss.ID.HEAD"
+            elif kind == "fusions" and rest.partition(".")[0] not in plan.fusions:
+                yield f"{cls.name!r}: of: {path!r} names no fusion of this recipe"
+            elif kind not in ("backbone", "heads", "fusion", "fusions", "loss") or (kind != "fusion" and not rest):
+                parts = "backbone.NAME, heads.NAME, fusion, fusions.NAME, loss.ID.HEAD"
                 yield f"{cls.name!r}: of: {path!r} names no part of the student ({parts})"
 
     def towers(self) -> Sequence[nn.Module]:

@@ -250,6 +250,10 @@ def _cut_off(outputs: Outputs) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
         outputs.keys,
         outputs.fields,
         outputs.presence,
+        fusions={
+            name: replace(named, fused={m: fused(x) for m, x in named.fused.items()})
+            for name, named in outputs.fusions.items()
+        },
     )
     return read, leaves
 
@@ -262,7 +266,8 @@ def _tensors(outputs: Outputs) -> Iterator[Tensor]:
             yield from x.tokens.values()
             if x.class_tokens is not None:
                 yield x.class_tokens
-    for fused in outputs.fused.values():
+    every = (outputs.fused, *(named.fused for named in outputs.fusions.values()))
+    for fused in (x for of in every for x in of.values()):
         yield fused.pooled
         if fused.tokens is not None:
             yield fused.tokens

@@ -130,7 +130,8 @@ class LogMel(Augmentation):
 
     @property
     def _length(self) -> int:
-        return round(self.config.seconds * self.config.rate)
+        config: LogMelConfig = self.config
+        return round(config.seconds * config.rate)
 
     def _members(self, sample: Sample, field: str | None) -> list[str]:
         named = (field,) if field is not None else self.config.fields

@@ -61,7 +61,8 @@ class Subject:
                 k: state[f"loss.{node.id}.{k}"] for k in ("logit_scale", "logit_bias") if f"loss.{node.id}.{k}" in state
             }
             scales = scales or {name: value.float().reshape(()) for name, value in loss_scales.items()}
-        left_out = [f"fusion ({recipe.fusion.cls.name})"] if recipe.fusion is not None else []
+        fusions = {**({"fusion": recipe.fusion} if recipe.fusion is not None else {}), **recipe.fusions}
+        left_out = [f"{name} ({node.cls.name})" for name, node in fusions.items()]
         left_out += [f"heads.{name} ({slot.cls.name})" for name, slot in recipe.heads.items()]
         return cls(run, model, teacher, int(saved["step"]), recipe.to_dict(), scales, left_out)
 

@@ -71,6 +71,14 @@ class Pull(Loss):
         return {"pull": (outputs.student["a"].pooled[:1] - target[:1]).square().mean()}, {"one": torch.ones(())}
 
 
+class PullFused(Pull):
+    """Reads fused views, too."""
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(fused=("a", "b"))
+
+
 class Two(Loss):
     """Two terms, and a head that the teacher keeps an average of."""
 
@@ -303,7 +311,7 @@ def test_views_of_the_teacher(batch: Batch, roles: tuple[str, ...], count: int) 
 
 def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
     assert objective_of(Pull).represent(batch, Progress(0, 1)).fused == {}
-    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))])
+    objective = objective_of(PullFused)
     outputs = objective.represent(batch, Progress(0, 1))
     assert outputs.fused
     assert objective.fusion.forwards == 1  # type: ignore[union-attr]

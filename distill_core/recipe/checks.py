@@ -564,8 +564,9 @@ def part_problems(recipe: Recipe) -> tuple[list[Problem], list[str]]:
 
 
 STAGE_MAY_CHANGE = (
-    "augment", "backbone", "masker", "fusion", "fusions", "heads", "loss", "balance", "teacher", "teachers", "hooks", "freeze",
-    "train.optimizer", "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad", "train.precision",
+    "augment", "backbone", "masker", "fusion", "fusions", "heads", "loss", "balance", "teacher", "teachers", "hooks",
+    "freeze", "train.optimizer", "train.schedule", "train.lr_factors", "train.lr_decay", "train.clip_grad",
+    "train.precision",
 )  # fmt: skip
 
 

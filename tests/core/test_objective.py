@@ -319,7 +319,7 @@ def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
 
 def test_embeddings(batch: Batch) -> None:
     """Catches half-precision or un-normalised embeddings, and another tensor for each loss that asks."""
-    objective = objective_of(Pull, needs=[Needs(fused=("a", "b"))], teacher=EmaConfig())
+    objective = objective_of(PullFused, teacher=EmaConfig())
     outputs = objective.represent(batch, Progress(0, 1))
     outputs.student["a"].pooled = outputs.student["a"].pooled.to(torch.bfloat16)
     embedding = outputs.student["a"].embedding

@@ -23,10 +23,10 @@ M = TypeVar("M", bound=nn.Module)
 class WithoutValues(TorchFunctionMode):
     """`build` and `convert` make modules and tensors of the CPU without values (torch's FakeTensor).
 
-    Integers and bools of a batch keep theirs: towers read lengths from token ids, and masks from positions. While the
-    mode is on, such a mask selects from tensors without values, and writes into them: as indices, whose number is
-    known. Leaving it turns torch's complaint about a component that reads values which are not there into a
-    `UserError`.
+    Integers and bools of a batch keep theirs, but for bytes (pixels, most of a batch's memory): towers read lengths
+    from token ids, and masks from positions. While the mode is on, such a mask selects from tensors without values, and
+    writes into them: as indices, whose number is known. Leaving it turns torch's complaint about a component that reads
+    values which are not there into a `UserError`.
     """
 
     def __init__(self) -> None:
@@ -34,8 +34,8 @@ class WithoutValues(TorchFunctionMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def convert(self, tensor: Tensor) -> Tensor:
-        """The tensor without values, or itself where it is not of floating point."""
-        return self._like(tensor) if tensor.is_floating_point() else tensor
+        """The tensor without values, or itself where it is neither of floating point nor of bytes."""
+        return self._like(tensor) if _has_no_index(tensor) else tensor
 
     def build(self, make: Callable[[], M]) -> M:
         """The module that `make` builds, on the meta device, so that no weight is ever in memory.
@@ -56,7 +56,7 @@ class WithoutValues(TorchFunctionMode):
         return whole
 
     def _like(self, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
+        if not _has_no_index(tensor):
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         with self._fake:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -74,6 +74,10 @@ class WithoutValues(TorchFunctionMode):
                 f"a component's step reads the values of its tensors ({error.func}), which a step that is only looked "
                 "at has not"
             ) from error
+
+
+def _has_no_index(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.dtype == torch.uint8
 
 
 def _is_mask(index: Any) -> bool:

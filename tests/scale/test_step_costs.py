@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from distill_core import Batch, Objective, Progress
@@ -122,6 +123,19 @@ def test_as_a_step_in_micro_batches(registry: Registry) -> None:
     planned = max(part.peak_of_towers(again=True), whole.peak_of_losses) + 2 * whole.embeddings
     assert planned == pytest.approx(live.peak(), rel=0.1)
     assert planned < whole.peak() / 2
+
+
+def test_pixels_take_no_memory(registry: Registry) -> None:
+    """A batch of thousands is planned on a laptop. Catches bytes that keep their values: what is computed of them then
+    is real, before the tower's first weights."""
+    recipe = recipe_of(registry, "dino_tiny")
+    batch = batch_of_examples(recipe, 50_000, without := WithoutValues())  # 2.9 GB as bytes
+    (first, *_) = batch.views["image"].groups
+    assert (first.x.dtype, first.x.shape[1]) == (torch.uint8, 50_000)
+    objective = without.build(lambda: build_objective(recipe))
+    pixels = objective.on_device(batch).views["image"].groups[0].x
+    assert type(first.x) is type(pixels) is FakeTensor
+    assert pixels.dtype == torch.float32
 
 
 METHODS = ["clip_tiny", "flava_tiny", "ibot_tiny", "siglip_tiny", "tips_tiny"]

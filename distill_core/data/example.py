@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from distill_core.batch import Batch
 from distill_core.contracts.slot import Slot
@@ -19,8 +20,8 @@ _DISTINCT = 4
 def example_batch(recipe: Recipe, size: int) -> Batch:
     """`size` samples as training's workers make them, of a few of the conformance cases' samples in turn.
 
-    The number of views, their sizes and roles are the recipe's; how long texts are is the samples' own. Raises
-    `UserError` for an augmentation without such a sample.
+    The number of views, their sizes and roles are the recipe's; how long texts are is the samples' own. Fields are
+    zeros. Raises `UserError` for an augmentation without such a sample.
     """
     cases = Plugins.discover().conformance_cases()
     augment, joint = recipe.build_augmentations()
@@ -39,4 +40,7 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
         views.append(draw(sample, 0))
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
     items = [Item(views=views[i % len(views)], key=str(i), seed=i) for i in range(size)]
-    return Collate(collators, maskers=recipe.maskers())(items)
+    batch = Collate(collators, maskers=recipe.maskers())(items)
+    for name, field in recipe.plan.fields.items():
+        batch.fields[name] = torch.from_numpy(np.zeros((size, *field.shape), field.dtype))
+    return batch

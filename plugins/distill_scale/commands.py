@@ -48,6 +48,19 @@ class Counts(click.ParamType[tuple[int, ...]]):
         return tuple(dict.fromkeys(map(int, parts)))
 
 
+class Tokens(click.ParamType[tuple[str, int]]):
+    """`text=40`, or `text.local=12`."""
+
+    name = "name=number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, int]:
+        """Raises click's usage error for what is no name and a whole number from 2 on."""
+        name, _, number = str(value).partition("=")
+        if not name or not number.isdecimal() or int(number) < 2:
+            self.fail(f"{value!r} is no name and number of tokens, as text=40 or text.local=12", param, ctx)
+        return name, int(number)
+
+
 @click.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Change the recipe.")
@@ -75,6 +88,13 @@ class Counts(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Of an epoch, for the GPU hours of a recipe with `epochs`.")
 @click.option(
+    "--tokens",
+    type=Tokens(),
+    multiple=True,
+    metavar="NAME=N",
+    help="Of a view, as text=40 or text.local=12; not those of example texts.",
+)
+@click.option(
     "--device",
     type=click.Choice(["cuda", "cpu"]),
     default="cuda",
@@ -94,6 +114,7 @@ def plan(
     network: float,
     reserve: float,
     samples: int | None,
+    tokens: tuple[tuple[str, int], ...],
     device: str,
     as_json: bool,
 ) -> None:
@@ -111,7 +132,7 @@ def plan(
 
     loaded = load_recipe(recipe, registry=Registry.discover(), overrides=overrides, allow_unset=True)
     hardware = [Hardware(n, memory, reserve, flops, utilization, node, bandwidth, network) for n in devices]
-    plans = make_plans(loaded, hardware, torch.device(device), samples)
+    plans = make_plans(loaded, hardware, torch.device(device), samples, dict(tokens))
     if as_json:
         for each in plans:
             click.echo(json.dumps(each.to_dict()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from distill_core import Backbone, CopiedTeacher, UserError, progress_bar
 from distill_core.tools import Recipe, WithoutValues, build_objective
 from distill_scale.hardware import Hardware
-from distill_scale.step_costs import Checkpointing, StepCosts, costs_of_steps, example_lengths
+from distill_scale.step_costs import NO_TOKENS, Checkpointing, StepCosts, Tokens, costs_of_steps, example_lengths
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,11 @@ MANY = 1 << 24
 
 
 def make_plans(
-    recipe: Recipe, hardware: Sequence[Hardware], device: torch.device, samples: int | None = None
+    recipe: Recipe,
+    hardware: Sequence[Hardware],
+    device: torch.device,
+    samples: int | None = None,
+    tokens: Tokens = NO_TOKENS,
 ) -> list[Plan]:
     """One for each; they differ in the number of devices alone. `samples` of an epoch are needed where the recipe's
     length is in epochs. Raises `UserError`."""
@@ -116,7 +120,7 @@ def make_plans(
         if not issubclass(teacher.cls, CopiedTeacher):
             raise UserError(
                 f"the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student are planned; "
-                f"plan without it and the losses that read it (--set teachers.{name}=null)"
+                f"plan without it and the losses that read it (--set {teacher.path}=null)"
             )
     batch = recipe.data.batch_size
     for each in hardware:
@@ -124,8 +128,8 @@ def make_plans(
             raise UserError(f"--devices {each.devices} is not a number of nodes of {each.node} devices (--node)")
         _own_shard(recipe, each)
     states = states_of(recipe)
-    lengths = example_lengths(recipe)
-    all_costs = look(recipe, hardware[0], [each.devices for each in hardware], device, states)
+    lengths = example_lengths(recipe, tokens)
+    all_costs = look(recipe, hardware[0], [each.devices for each in hardware], device, states, tokens)
     plans = []
     for each in hardware:
         costs = all_costs[each.devices]
@@ -140,7 +144,7 @@ def make_plans(
                 _own_shard(recipe, each),
                 recipe.train.parallel.checkpointing,
                 lengths,
-                "example samples",
+                "a view, by --tokens" if tokens else "example samples",
                 states.parameters,
                 states.trained,
                 states.on_a_device(1),
@@ -154,7 +158,12 @@ def make_plans(
 
 
 def look(
-    recipe: Recipe, hardware: Hardware, ranks: Sequence[int], device: torch.device, states: States
+    recipe: Recipe,
+    hardware: Hardware,
+    ranks: Sequence[int],
+    device: torch.device,
+    states: States,
+    tokens: Tokens = NO_TOKENS,
 ) -> dict[int, Costs]:
     """At steps of two or three sizes for each way of checkpointing, by number of ranks."""
     kinds: tuple[Checkpointing, ...] = get_args(Checkpointing)
@@ -164,7 +173,7 @@ def look(
         for kind in kinds:
 
             def add(size: int, kind: Checkpointing = kind) -> StepCosts:
-                made = costs_of_steps(recipe, size, ranks, device=device, checkpointing=kind)
+                made = costs_of_steps(recipe, size, ranks, device=device, checkpointing=kind, tokens=tokens)
                 for number, of_number in made.items():
                     costs[number][kind].append(of_number)
                 advance()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill_core import Batch, Features, Fused, Group, Objective, Outputs, Progress, Views
+from distill_core import Batch, Features, Fused, Group, Objective, Outputs, Progress, UserError, Views
 from distill_core.tools import (
     ParallelConfig,
     Recipe,
@@ -37,6 +37,9 @@ from distill_kernels.choices import recorded
 from distill_scale.live_bytes import LiveBytes
 
 T = TypeVar("T")
+Tokens = Mapping[str, int]
+"""`MODALITY` or `MODALITY.ROLE` -> tokens of a view, in place of the examples' own."""
+NO_TOKENS: Tokens = {}
 History = tuple[tuple[int, int], ...]
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -118,6 +121,7 @@ def costs_of_steps(
     *,
     device: torch.device,
     checkpointing: Checkpointing = "none",
+    tokens: Tokens = NO_TOKENS,
 ) -> dict[int, StepCosts]:
     """A step of `batch_size` samples on each of so many ranks, with the backends that `auto` chooses on `device`.
 
@@ -127,7 +131,7 @@ def costs_of_steps(
     objective = without.build(lambda: build_objective(recipe))
     objective.trainable(recipe.freeze, recipe.train.lr_factors)
     lay_out(objective, ParallelConfig(checkpointing=checkpointing), torch.device("cpu"))
-    batch = batch_of_examples(recipe, batch_size, without)
+    batch = batch_of_examples(recipe, batch_size, without, tokens)
     tf32 = torch.backends.cuda.matmul.allow_tf32
     set_matmul_precision(recipe.train.matmul_precision)
     try:
@@ -234,7 +238,8 @@ def _cut_off(outputs: Outputs) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
     def features(x: Features) -> Features:
         classes = None if x.class_tokens is None else leaf(x.class_tokens)
         tokens = {view: leaf(of_view) for view, of_view in x.tokens.items()}
-        return replace(x, pooled=leaf(x.pooled), tokens=tokens, class_tokens=classes)
+        layers = {layer: {view: leaf(of_view) for view, of_view in own.items()} for layer, own in x.layers.items()}
+        return replace(x, pooled=leaf(x.pooled), tokens=tokens, class_tokens=classes, layers=layers)
 
     def fused(x: Fused) -> Fused:
         return replace(x, pooled=leaf(x.pooled), tokens=None if x.tokens is None else leaf(x.tokens))
@@ -264,6 +269,8 @@ def _tensors(outputs: Outputs) -> Iterator[Tensor]:
         for x in features.values():
             yield x.pooled
             yield from x.tokens.values()
+            for of_layer in x.layers.values():
+                yield from of_layer.values()
             if x.class_tokens is not None:
                 yield x.class_tokens
     every = (outputs.fused, *(named.fused for named in outputs.fusions.values()))
@@ -273,31 +280,89 @@ def _tensors(outputs: Outputs) -> Iterator[Tensor]:
             yield fused.tokens
 
 
-def batch_of_examples(recipe: Recipe, size: int, without: WithoutValues | None = None) -> Batch:
+def batch_of_examples(
+    recipe: Recipe, size: int, without: WithoutValues | None = None, tokens: Tokens = NO_TOKENS
+) -> Batch:
     """`size` samples in the recipe's shapes, a few examples in turn; `without` values it takes no memory."""
-    few = example_batch(recipe, min(size, 4))
+    few = _examples(recipe, min(size, 4), tokens)
     turns = torch.arange(size) % len(few)
+
+    def in_turn(x: Tensor, dim: int) -> Tensor:
+        return (without.convert(x) if without else x).index_select(dim, turns)
 
     def repeated(group: Group) -> Group:
         lengths = None if group.lengths is None else group.lengths[:, np.asarray(turns)]
-        apart = replace(group, lengths=None, hidden=None)
-        grown = apart.map(lambda x: (without.convert(x) if without else x).index_select(1, turns))
+        grown = replace(group, lengths=None, hidden=None).map(lambda x: in_turn(x, 1))
         grown.lengths = lengths
         grown.locate_hidden()
         return grown
 
     views = {name: Views([repeated(group) for group in views.groups]) for name, views in few.views.items()}
-    return Batch(views, [str(i) for i in range(size)])
+    fields = {name: in_turn(x, 0) for name, x in few.fields.items()}
+    return Batch(views, [str(i) for i in range(size)], fields=fields)
 
 
-def example_lengths(recipe: Recipe) -> dict[str, float]:
-    """`MODALITY ROLE` -> mean tokens of a view of the examples, where its backbone tells their number."""
-    return {
-        f"{name} {group.role}": round(float(group.lengths.mean()), 1)
-        for name, views in example_batch(recipe, 4).views.items()
-        for group in views.groups
-        if group.lengths is not None
-    }
+def example_lengths(recipe: Recipe, tokens: Tokens = NO_TOKENS) -> dict[str, float]:
+    """`MODALITY ROLE` -> mean tokens of a view of the examples, where its backbone tells their number.
+
+    Raises `UserError` for a name in `tokens` that has no such view, and for more than its backbone takes.
+    """
+    groups = [(name, group) for name, views in _examples(recipe, 4, tokens).views.items() for group in views.groups]
+    counted = [(name, group) for name, group in groups if group.lengths is not None]
+    known = {known for name, group in counted for known in (name, f"{name}.{group.role}")}
+    if unknown := [name for name in tokens if name not in known]:
+        raise UserError(
+            f"--tokens {unknown[0]}: no view of that name has tokens that are counted"
+            + (f"; there are {', '.join(sorted(known))}" if known else "")
+        )
+    for name, count in tokens.items():
+        modality = name.partition(".")[0]
+        most = getattr(recipe.backbone[modality].config, "context", None)
+        if most is not None and count > most:
+            raise UserError(f"--tokens {name}={count}: backbone.{modality} takes {most} (context)")
+    return {f"{name} {group.role}": round(float(group.lengths.mean()), 1) for name, group in counted}  # type: ignore[union-attr]
+
+
+def _examples(recipe: Recipe, size: int, tokens: Tokens) -> Batch:
+    batch = example_batch(recipe, size)
+    for name, views in batch.views.items():
+        for i, group in enumerate(views.groups):
+            count = tokens.get(f"{name}.{group.role}", tokens.get(name))
+            if count is not None and group.lengths is not None:
+                views.groups[i] = of_length(group, count)
+    return batch
+
+
+def of_length(group: Group, count: int) -> Group:
+    """The same views with `count` tokens each, at least 2: the first, those between in turn, the last.
+
+    Where the longest view sets the width, `count` does; a fixed width stays.
+    """
+    lengths = group.lengths
+    assert lengths is not None
+    width = group.x.shape[2]
+    place = np.arange(max(count, width) if lengths.max() < width else count)
+    between = np.maximum(lengths - 2, 1)[..., None]
+    places = np.where(place == 0, 0, 1 + (place - 1) % between)
+    places = np.where(place >= count - 1, lengths[..., None] - 1, places)
+    places = np.where(place >= count, width - 1, places)  # padding
+    index = torch.from_numpy(places)
+
+    def taken(x: Tensor) -> Tensor:
+        shape = (*index.shape, *x.shape[3:])
+        return x.gather(2, index.reshape(*index.shape, *[1] * (x.dim() - 3)).expand(shape))
+
+    mask, targets = group.token_mask, group.targets
+    made = replace(
+        group,
+        x=taken(group.x),
+        token_mask=None if mask is None else taken(mask),
+        targets=None if targets is None else taken(targets),
+        lengths=np.full_like(lengths, count),
+        hidden=None,
+    )
+    made.locate_hidden()
+    return made
 
 
 @contextmanager

@@ -58,17 +58,18 @@ def lines_of_devices(plan: Plan) -> Iterator[str]:
 
 
 def layout_table(plan: Plan) -> Table:
-    """Gigabytes, samples/s, hours."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("shard", justify="right")
-    table.add_column("checkpointing")
-    for head in ("states GB", "activations", "peak", "largest batch", "TFLOP a step", "samples/s"):
-        table.add_column(head, justify="right")
+    """Gigabytes, samples/s, hours, in 80 columns."""
     parts = any(layout.micro_batch != plan.batch_size for layout in plan.layouts)
+    gap = 0 if parts and plan.steps is not None else 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap, 0, 0))
+    table.add_column("shard", justify="right")
+    table.add_column("check-\npointing")
+    for head in ("states\nGB", "activa-\ntions", "peak", "largest\nbatch", "TFLOP\na step", "samples\n/s"):
+        table.add_column(head, justify="right")
     if parts:
-        table.add_column("micro-batch", justify="right")
+        table.add_column("micro-\nbatch", justify="right")
     if plan.steps is not None:
-        table.add_column("GPU hours", justify="right")
+        table.add_column("GPU\nhours", justify="right")
     previous = None
     for layout in plan.layouts:
         if previous is not None and layout.shard != previous:

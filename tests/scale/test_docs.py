@@ -33,7 +33,7 @@ def test_the_plans_are_there() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "printed"), BLOCKS, ids=[arguments.split()[0] for arguments, _ in BLOCKS])
 def test_a_plan_is_what_the_command_prints(arguments: str, printed: str) -> None:
-    result = CliRunner().invoke(plan, shlex.split(arguments.replace("\\\n", " ")), env={"COLUMNS": "110"})
+    result = CliRunner().invoke(plan, shlex.split(arguments.replace("\\\n", " ")), env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert lines(result.output) == lines(printed)
 

@@ -130,17 +130,23 @@ def test_times_of_links() -> None:
 
 def run(*arguments: str) -> str:
     """What the command prints."""
-    result = CliRunner().invoke(plan, [*arguments], env={"COLUMNS": "110"})
+    result = CliRunner().invoke(plan, [*arguments], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     return result.output
 
 
+def tables(text: str) -> list[str]:
+    """The lines of the tables in it, which begin with a space."""
+    return [line.rstrip() for line in text.splitlines() if line.startswith(" ")]
+
+
 @pytest.mark.slow
 def test_printed(tiny_recipe: Path) -> None:
-    """Nothing is cut off at 110 columns; JSON has the same numbers; `--samples` gives hours to a run of epochs."""
+    """Tables fit 80 columns; JSON has the same numbers; `--samples` gives hours to a run of epochs."""
     epochs = ["--set", "train.steps=null", "--set", "train.epochs=2", "--set", "train.parallel.shard=2"]
     text = run(str(tiny_recipe), "--devices", "8", *epochs)
     assert "…" not in text
+    assert max(map(len, tables(text))) <= 80
     assert "say how many --samples" in text
     assert "8 x 4 = 32" in text
     assert text.count("none *") == 1
@@ -156,6 +162,34 @@ def test_printed(tiny_recipe: Path) -> None:
     }
     for part, flops in made["flops_per_sample"].items():
         assert f"{part} {flops / 1e9:.3g}" in text
+
+
+@pytest.mark.slow
+def test_a_source_that_is_absent(tiny_recipe: Path) -> None:
+    """Neither its files nor the variable in their names: texts are as long as is said. Catches a plan that looks for
+    data, a length that is printed and not planned, one that no tower takes, and a table that is wider where there are
+    micro-batches and hours."""
+    gone = ["--set", "data.source.urls=${NOWHERE}/x-*.tar", "--set", "data.batch_size=64"]
+    short, long = (
+        json.loads(run(str(tiny_recipe), *gone, "--tokens", f"text={n}", "--tokens", "text.local=9", "--json"))
+        for n in (9, 36)
+    )
+    assert long["lengths"] == {"text global": 36, "text local": 9}
+    assert long["flops_per_sample"]["text tower"] > 2 * short["flops_per_sample"]["text tower"]
+    text = run(str(tiny_recipe), *gone, "--tokens", "text=36", "--memory", "1MB")
+    assert "mean tokens of a view, by --tokens: text global 36, text local 36" in text
+    assert "micro-" in text
+    assert "hours" in text
+    assert max(map(len, tables(text))) <= 80
+    result = CliRunner().invoke(plan, [str(tiny_recipe), "--tokens", "text.local=900"])
+    assert str(result.exception) == "--tokens text.local=900: backbone.text takes 77 (context)"
+
+
+@pytest.mark.parametrize("value", ["text", "text=", "=4", "text=1", "text=many"])
+def test_what_is_no_number_of_tokens(value: str) -> None:
+    result = CliRunner().invoke(plan, ["clip_tiny", "--tokens", value])
+    assert result.exit_code == 2
+    assert "is no name and number of tokens, as text=40 or text.local=12" in result.output
 
 
 @pytest.mark.parametrize(("value", "number"), [("80GB", 80e9), ("1.5 TB", 1.5e12), ("80e9", 80e9), ("7B", 7.0)])
@@ -183,8 +217,11 @@ def test_a_teacher_with_towers_of_its_own_is_not_planned(tiny_recipe: Path, regi
     weights = "[{name: state_dict, source: none.pt}]"
     frozen = f"teachers.wise={{name: frozen, backbone: {{image: {tower}}}, weights: {weights}}}"
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[frozen])
-    with pytest.raises(UserError, match="'wise' is 'frozen': only teachers that follow the student are planned"):
+    with pytest.raises(UserError, match=r"'wise' is 'frozen': only .* are planned; .* \(--set teachers\.wise=null\)"):
         make_plans(recipe, [Hardware()], CPU)
+    stored = "teacher={name: stored, fields: {image: {field: i.npy, dim: 16}, text: {field: t.npy, dim: 16}}}"
+    with pytest.raises(UserError, match=r"'default' is 'stored': .* \(--set teacher=null\)"):
+        make_plans(load_recipe(tiny_recipe, registry=registry, overrides=[stored]), [Hardware()], CPU)
 
 
 def test_devices_that_are_no_nodes(tiny_recipe: Path, registry: Registry) -> None:

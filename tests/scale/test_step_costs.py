@@ -12,13 +12,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
-from distill_core import Batch, Objective, Progress
+from distill_core import Batch, Loss, LossConfig, Needs, Objective, Outputs, Plan, Progress
+from distill_core.errors import UserError
 from distill_core.gradient_cache import GradientCache
 from distill_core.parallel import lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import ParallelConfig, Recipe
-from distill_core.registry import Registry
+from distill_core.registry import Entry, Registry
 from distill_core.system.without_values import WithoutValues
 from distill_scale.live_bytes import LiveBytes
 from distill_scale.step_costs import (
@@ -26,6 +27,7 @@ from distill_scale.step_costs import (
     StepCosts,
     batch_of_examples,
     costs_of_steps,
+    example_lengths,
     measured_steps,
 )
 
@@ -154,6 +156,94 @@ def test_as_a_real_step(registry: Registry, name: str) -> None:
     assert planned.peak() == pytest.approx(measured.peak(), rel=0.02)
     assert planned.batch_bytes == sum(g.x.nbytes for views in batch.views.values() for g in views.groups)
     assert planned.held == pytest.approx(saved_bytes(recipe, objective, batch), rel=0.15)
+
+
+@pytest.mark.slow
+def test_as_a_real_step_that_drops_tokens(registry: Registry) -> None:
+    """`drop` (`Group.keep`): FLOPs exactly, bytes as above; half the patches take about half. Catches a plan of tokens
+    that the tower never sees."""
+    whole = costs_of_step(recipe_of(registry, "clip_tiny"), 16)
+    recipe = recipe_of(registry, "clip_tiny", "backbone.image.drop=0.5")
+    planned = costs_of_step(recipe, 16)
+    objective, batch = real(recipe, 16)
+    assert batch.views["image"].groups[0].keep is not None
+    measured = measured_steps(recipe, objective, batch)[1]
+    assert planned.flops == measured.flops
+    assert planned.peak() == pytest.approx(measured.peak(), rel=0.02)
+    assert planned.held == pytest.approx(saved_bytes(recipe, objective, batch), rel=0.15)
+    assert 0.45 < planned.flops["image tower"] / whole.flops["image tower"] < 0.6
+    assert planned.flops["text tower"] == whole.flops["text tower"]
+    assert planned.held < 0.75 * whole.held
+
+
+class Gram(Loss):
+    """Reads tokens of a layer in the middle, and labels."""
+
+    name = "reads_layers"
+
+    @classmethod
+    def needs(cls, config: LossConfig, plan: Plan) -> Needs:
+        return Needs(student=("image",), tokens={"image": (0,)}, layers={"image": (1,)}, fields=("label",))
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        tokens = outputs.student["image"].layers[1][0].float()
+        weight = 1 + outputs.fields["label"].to(tokens.dtype)
+        return {"gram": ((tokens @ tokens.mT).square().mean((1, 2)) * weight).mean()}, {}
+
+
+@pytest.mark.slow
+def test_as_a_real_step_that_reads_layers_and_fields(registry: Registry) -> None:
+    """Catches FLOPs of the tower that are taken for the losses', and a loss that finds no fields."""
+    mine = Registry([*registry.entries.values(), Entry(Gram, "mine", "mine")])
+    overrides = ["loss.1={name: reads_layers}", "data.fields={label: {member: cls, dtype: int64}}"]
+    recipe = recipe_of(mine, "clip_tiny", *overrides)
+    planned = costs_of_step(recipe, 16)
+    measured = measured_steps(recipe, *real(recipe, 16))[1]
+    assert planned.flops == measured.flops
+    image = recipe.backbone["image"].config
+    patches = (image.image_size // image.patch) ** 2
+    plain = costs_of_step(recipe_of(registry, "clip_tiny"), 16)
+    assert planned.flops["losses"] - plain.flops["losses"] == 2 * patches**2 * image.width * 16
+    assert planned.peak() == pytest.approx(measured.peak(), rel=0.02)
+
+
+@pytest.mark.slow
+def test_lengths_of_texts_that_are_stated(registry: Registry) -> None:
+    """`--tokens`: a step on texts of that length, of which a tower that packs computes each token once. Catches an end
+    of text that is lost, a width that stays, and a role that is taken for another."""
+    recipe = recipe_of(registry, "cosmos_tiny", "train.precision=fp32")
+    lengths = example_lengths(recipe, {"text": 30, "text.local": 10})
+    assert lengths == {"text global": 30, "text local": 10}
+    costs = {n: costs_of_steps(recipe, 8, [1], device=CPU, tokens={"text": n})[1] for n in (12, 24, 48)}
+    flops = [made.flops["text tower"] for made in costs.values()]
+    assert 1.9 < flops[1] / flops[0] < flops[2] / flops[1] < 2.2
+    assert costs[48].flops["image tower"] == costs[12].flops["image tower"]
+    batch = batch_of_examples(recipe, 8, tokens={"text": 24})
+    for group in batch.views["text"].groups:
+        assert group.x.shape[2] == 24
+        assert (group.x.argmax(2) == 23).all(), "the end of a text has the highest id"
+    objective, _ = real(recipe, 8)
+    assert measured_steps(recipe, objective, batch)[1].flops == costs[24].flops
+    with pytest.raises(UserError, match=r"--tokens texts: .*; there are text, text\.global, text\.local"):
+        example_lengths(recipe, {"texts": 9})
+
+
+@pytest.mark.slow
+def test_a_fixed_width_of_masked_texts_stays(registry: Registry) -> None:
+    """FLAVA's texts are padded to their context, and a part of the tokens is hidden."""
+    recipe = recipe_of(registry, "flava_tiny")
+    plain, longer = (batch_of_examples(recipe, 8, tokens=x) for x in ({}, {"text": 20}))
+    for before, after in zip(plain.views["text"].groups, longer.views["text"].groups, strict=True):
+        assert (after.lengths == 20).all()  # type: ignore[union-attr]
+        if (before.lengths < before.x.shape[2]).all():  # type: ignore[operator]
+            assert after.x.shape == before.x.shape
+        if after.token_mask is not None:
+            assert after.targets is not None
+            assert after.hidden is not None
+            assert 0 < after.token_mask.sum() < after.token_mask.numel() / 2
+            assert [len(places) for places in after.hidden] == after.token_mask.flatten(1).sum(1).tolist()
+    measured = measured_steps(recipe, real(recipe, 8)[0], longer)[1]
+    assert costs_of_steps(recipe, 8, [1], device=CPU, tokens={"text": 20})[1].flops == measured.flops
 
 
 @pytest.mark.slow

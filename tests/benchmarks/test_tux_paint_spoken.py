@@ -14,13 +14,15 @@ from distill_benchmarks.tux_paint import PHOTOGRAPHS
 from distill_benchmarks.tux_paint_spoken import SpokenTuxPaint, split_of
 from distill_core.errors import DataError
 
+THINGS = [f"things/{word}_{n}" for word in "abcdefghijkl" for n in (1, 2)]
+
 
 @pytest.fixture
 def stamps(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     base = tmp_path / "tux" / "usr/share/tuxpaint/stamps"
     photograph = next(line for line in PHOTOGRAPHS.read_text().splitlines() if line and not line.startswith("#"))
-    for i, name in enumerate([*(f"things/{word}_{n}" for word in "abcdefghijkl" for n in (1, 2)), photograph]):
+    for i, name in enumerate([*THINGS, photograph]):
         path = base / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from distill_core import Augmentation, BadSample, DataError, Patience, Sample, Unusable, stable_hash
+from distill_core import AbsentModality, Augmentation, BadSample, DataError, Patience, Sample, Unusable, stable_hash
 from distill_data.row import Named, Row, in_order, progress
 from distill_data.writing import grouped
 from distill_vl.caption import WholeCaption
@@ -42,6 +42,8 @@ class Facts:
     texts: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     """By modality, words and tokens of its texts."""
     measures: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+    """Modalities that it lacks, as it may (`data.optional`)."""
     problems: dict[str, str] = field(default_factory=dict)
     """By modality, why it cannot be used; "" for what no modality is to blame for."""
 
@@ -49,8 +51,9 @@ class Facts:
 class Look:
     """Position -> facts. Reads each modality as the augmentation of the recipe, or a plain one, does."""
 
-    def __init__(self, row: Row, augment: Mapping[str, Augmentation]) -> None:
-        self.row, self.augment = row, dict(augment)
+    def __init__(self, row: Row, augment: Mapping[str, Augmentation], optional: Collection[str] = ()) -> None:
+        """`optional`: modalities that a sample may lack, but not all of them."""
+        self.row, self.augment, self.optional = row, dict(augment), frozenset(optional)
         self._tokenizer = ClipTokenizer(LONGEST)
 
     def __call__(self, position: int) -> Facts:
@@ -65,11 +68,18 @@ class Look:
         except BadSample as error:
             facts.problems[""] = str(error)
             return facts
+        absent: dict[str, str] = {}
         for name, augmentation in self.augment.items():
             try:
                 self._decode(name, augmentation, sample, facts)
             except BadSample as error:
-                facts.problems[name] = str(error)
+                may_lack = isinstance(error, AbsentModality) and name in self.optional
+                (absent if may_lack else facts.problems)[name] = str(error)
+        if absent and len(absent) == len(self.augment):
+            why = "; ".join(f"{name}: {error}" for name, error in absent.items())
+            facts.problems[""] = f"it has no modality at all ({why})"
+        else:
+            facts.absent = tuple(absent)
         return facts
 
     def _fields(self, sample: Sample, facts: Facts) -> None:
@@ -112,9 +122,11 @@ class Inspection:
         self.measures: dict[str, dict[str, array[float]]] = {name: {} for name in modalities}
         self.good = dict.fromkeys(modalities, 0)
         """Samples of which a modality can be used."""
+        self.absences: Counter[str] = Counter()
+        """Samples that lack a modality, as they may."""
         self.bad: list[Bad] = []
         self.usable = array("Q")
-        """Positions of the samples of which every modality can be used."""
+        """Positions of the samples that training can use."""
         self._bad_positions = array("Q")
         self._hashes = array("Q")
         self._positions = array("Q")
@@ -124,6 +136,7 @@ class Inspection:
         self.looked += 1
         self.bytes += facts.bytes
         self.fields.update(facts.fields)
+        self.absences.update(facts.absent)
         self._hashes.append(stable_hash(self.row.sets[self.row.shard(position)], facts.key))
         self._positions.append(position)
         for name, sizes in facts.sizes.items():
@@ -178,6 +191,7 @@ class Inspection:
                 if words
             },
             "measures": {name: self._measures(measures) for name, measures in self.measures.items() if measures},
+            "absent": dict(self.absences),
             "lost_shards": self.row.lost,
             "bad": len(set(self._bad_positions)),
             "bad_by_reason": self._reasons(),
@@ -224,7 +238,7 @@ def inspect(source: Named, samples: int | None, jobs: int) -> tuple[Inspection, 
     positions = range(len(row))
     if samples is not None and samples < len(row):
         positions = [int(p) for p in np.unique(np.linspace(0, len(row) - 1, samples).round())]  # type: ignore[assignment]
-    look = Look(row, augment)
+    look = Look(row, augment, source.recipe.data.optional if source.recipe is not None else ())
     inspection = Inspection(row, list(augment))
     with progress(len(positions), "looking at samples") as advance:
         for position, facts in zip(positions, in_order(look, positions, jobs), strict=True):

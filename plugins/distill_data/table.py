@@ -28,6 +28,8 @@ def print_report(report: Mapping[str, Any]) -> None:
             f"{example['key']!r} of {example['shard']}: such samples get the same draws",
             soft_wrap=True,
         )
+    for name, count in report["absent"].items():
+        console.print(f"{counted(count, 'sample')} without {name}, as data.optional allows", soft_wrap=True)
     if not report["bad"]:
         console.print("every sample that was looked at can be used")
         return

@@ -125,6 +125,39 @@ def test_a_modality_that_nothing_has_is_nobodys_fault(tmp_path: Path, capsys: py
     assert (tmp_path / "s.png").is_file()
 
 
+def test_what_a_recipe_allows_to_be_absent(
+    tmp_path: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`data.optional`, as training reads it. Would catch a picture without a text among the bad samples, a text that
+    cannot be read taken for none, and a sample without anything that is taken for good."""
+    photo = picture(30, 30)
+    samples = [
+        ("both", {"png": photo, "txt": b"a boat"}),
+        ("photo", {"png": photo}),
+        ("words", {"txt": b"a tree"}),
+        ("broken", {"png": b"no picture", "txt": b"a boat"}),
+        ("none", {"cls": b"3"}),
+    ]
+    path = shard(tmp_path / "a.tar", samples)
+    source = ["--set", f"data.source={{name: webdataset, urls: {path}}}", "--set", "evaluate=null"]
+    strict = report(str(tiny_recipe), *source, capsys=capsys)
+    assert (strict["bad"], strict["absent"]) == (4, {})
+    some = report(str(tiny_recipe), *source, "--set", "data.optional=[text]", capsys=capsys)
+    assert {bad["key"] for bad in some["bad_samples"]} == {"words", "broken", "none"}
+    loose = [*source, "--set", "data.optional=[image, text]", "--set", "fusion=null", "--set", "teacher=null"]
+    loose += ["--set", "loss=[{name: clip}]"]
+    found = report(str(tiny_recipe), *loose, capsys=capsys)
+    assert found["absent"] == {"text": 1, "image": 1}
+    reasons = {bad["key"]: bad["reason"] for bad in found["bad_samples"]}
+    assert reasons.keys() == {"broken", "none"}
+    assert reasons["none"].startswith("it has no modality at all (image: ")
+    sheet = tmp_path / "views.png"
+    main(["data", "inspect", str(tiny_recipe), *loose, "--sheet", str(sheet)])
+    said = capsys.readouterr().out
+    assert "1 sample without text, as data.optional allows" in said
+    assert f"{sheet}: views of 3 samples" in said
+
+
 def test_keys_that_stand_twice_are_counted(
     tmp_path: Path, write_shards: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:

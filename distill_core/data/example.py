@@ -9,10 +9,12 @@ import torch
 
 from distill_core.batch import Batch
 from distill_core.contracts.slot import Slot
+from distill_core.contracts.teacher import Visit
 from distill_core.data.batches import Collate, Item, SampleViews
 from distill_core.errors import UserError
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Plugins
+from distill_core.teachers.copies import CopiedTeacher
 
 _DISTINCT = 4
 
@@ -20,13 +22,18 @@ _DISTINCT = 4
 def example_batch(recipe: Recipe, size: int) -> Batch:
     """`size` samples as training's workers make them, of a few of the conformance cases' samples in turn.
 
-    The number of views, their sizes and roles are the recipe's; how long texts are is the samples' own. Fields are
-    zeros. Raises `UserError` for an augmentation without such a sample.
+    The number of views, their sizes and roles are the recipe's, those that a copied teacher draws for itself included;
+    how long texts are is the samples' own. Fields are zeros. Raises `UserError` for an augmentation without such a
+    sample.
     """
     cases = Plugins.discover().conformance_cases()
     augment, joint = recipe.build_augmentations()
     draw = SampleViews(augment, recipe.seed, joint=joint)
-    views = []
+    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+    teachers = {id: node for id, node in recipe.all_teachers.items() if issubclass(node.cls, CopiedTeacher)}
+    made = {id: node.cls.reader(node.config, id, recipe.plan.teachers[id], collators) for id, node in teachers.items()}
+    readers = {id: reader for id, reader in made.items() if reader is not None}
+    examples = []
     for i in range(min(size, _DISTINCT)):
         sample = {"__key__": str(i), "__url__": "example"}
         nodes: list[Slot[Any]] = [*recipe.augment.values(), *recipe.joint.values()]
@@ -37,10 +44,14 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
                     f"{node.path}: its plugin gives no sample of {node.cls.name!r} (hook distill_conformance_cases)"
                 )
             sample |= make(node.config, np.random.default_rng(i))
-        views.append(draw(sample, 0))
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
-    items = [Item(views=views[i % len(views)], key=str(i), seed=i) for i in range(size)]
-    batch = Collate(collators, maskers=recipe.maskers())(items)
+        views, visit = draw(sample, 0), Visit(recipe.seed, 0, str(i))
+        examples.append((views, {id: read(sample, views, visit) for id, read in readers.items()}))
+    items = []
+    for i in range(size):
+        views, own = examples[i % len(examples)]
+        items.append(Item(views=views, key=str(i), seed=i, teacher=own))
+    of_teachers = {id: reader.collators for id, reader in readers.items()}
+    batch = Collate(collators, maskers=recipe.maskers(), teachers=of_teachers)(items)
     for name, field in recipe.plan.fields.items():
         batch.fields[name] = torch.from_numpy(np.zeros((size, *field.shape), field.dtype))
     return batch

@@ -297,9 +297,12 @@ def batch_of_examples(
         grown.locate_hidden()
         return grown
 
-    views = {name: Views([repeated(group) for group in views.groups]) for name, views in few.views.items()}
+    def all_of(views: Mapping[str, Views]) -> dict[str, Views]:
+        return {name: Views([repeated(group) for group in own.groups]) for name, own in views.items()}
+
+    teacher = {id: all_of(own) for id, own in few.teacher.items()}
     fields = {name: in_turn(x, 0) for name, x in few.fields.items()}
-    return Batch(views, [str(i) for i in range(size)], fields=fields)
+    return Batch(all_of(few.views), [str(i) for i in range(size)], fields=fields, teacher=teacher)
 
 
 def example_lengths(recipe: Recipe, tokens: Tokens = NO_TOKENS) -> dict[str, float]:

@@ -127,6 +127,16 @@ def test_as_a_step_in_micro_batches(registry: Registry) -> None:
     assert planned < whole.peak() / 2
 
 
+def test_a_teachers_own_views_are_planned(registry: Registry) -> None:
+    """At twice the side they are four times the patches. Catches a plan that gives it the student's, or nothing."""
+    own = "{name: multi_crop, size: 96, local: 0}"
+    plain, large = (
+        costs_of_step(recipe_of(registry, "dino_tiny", *changes), 4).flops["teacher"]
+        for changes in ((), (f"teacher={{augment: {{image: {own}}}}}",))
+    )
+    assert 4 < large / plain < 5
+
+
 def test_pixels_take_no_memory(registry: Registry) -> None:
     """A batch of thousands is planned on a laptop. Catches bytes that keep their values: what is computed of them then
     is real, before the tower's first weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from distill_core.outputs import Encoded, Features
 from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
 
-FeatureKind = Literal["embedding", "class_token"]
+FeatureKind = Literal["embedding", "class_token", "mean_token"]
 """What an item is turned into: see `Model.encode`."""
 
 
@@ -76,17 +76,20 @@ class Model:
         fp32, on the CPU. What is no collection, or is a str or bytes, is one item.
 
         `features: class_token` gives instead what the embedding is projected from, [N, W]; None, the default, does so
-        where no loss trained the embedding (`default_features`). Raises `UserError` for a modality that this side
-        lacks, a backbone without class tokens, or an item that cannot be read.
+        where no loss trained the embedding (`default_features`). `mean_token` gives the mean of the tokens, [N, W].
+        Raises `UserError` for a modality that this side lacks, a backbone without such tokens, or an item that cannot
+        be read.
         """
         if modality not in self.backbone:
             raise UserError(f"the {self.side} has no modality {modality!r}{did_you_mean(modality, self.modalities)}")
         features = features or self.default_features(modality)
-        if features not in ("embedding", "class_token"):
-            raise UserError(f"no features {features!r}; there are 'embedding' and 'class_token'")
+        if features not in get_args(FeatureKind):
+            raise UserError(f"no features {features!r}; there are {', '.join(get_args(FeatureKind))}")
         spec = self.backbone[modality].spec(self.backbone[modality].config)
         if features == "class_token" and not spec.class_tokens:
             raise UserError(f"the backbone of {modality!r} gives no class tokens")
+        if features == "mean_token" and not spec.has_tokens:
+            raise UserError(f"the backbone of {modality!r} gives no tokens")
         parts = [self._encode(modality, views, features) for views in self._views(modality, items, self.batch_size)]
         if not parts:
             return torch.empty(0, spec.dim if features == "embedding" else spec.width)
@@ -181,8 +184,11 @@ class Model:
         return written
 
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
-        outputs = self.features(modality, views)
+        outputs = self.features(modality, views, tokens_of=(0,) if features == "mean_token" else ())
         embedded = outputs.pooled
+        if features == "mean_token":
+            real = outputs.masks.get(0, torch.ones_like(outputs.tokens[0][..., 0], dtype=torch.bool))[..., None]
+            embedded = ((outputs.tokens[0].float() * real).sum(1) / real.sum(1).clamp(min=1))[None]
         if features == "class_token":
             assert outputs.class_tokens is not None
             embedded = outputs.class_tokens[:, :, 0]  # the first makes the embedding

@@ -47,9 +47,9 @@ class ProbeConfig(TaskConfig):
     modality: str | None = None
     """The modality whose features are classified; null takes the recipe's first."""
     features: FeatureKind | None = None
-    """`embedding`, as the other tasks compare it; or `class_token`, what the backbone projects it from (of texts their
-    end), which published linear probes read. null takes the embedding, or the class token where no loss of the recipe
-    trains the embedding (DINO, iBOT)."""
+    """`embedding`, as the other tasks compare it; `class_token`, what the backbone projects it from (of texts their
+    end), which published linear probes read; or `mean_token`, the mean of the tokens (I-JEPA, data2vec). null takes the
+    embedding, or the class token where no loss of the recipe trains the embedding (DINO, iBOT)."""
     label: str = "class"
     """Field of the sample, or of its json, that names its class."""
     learn: str | None = "train"
@@ -101,6 +101,8 @@ class Probe(Task):
         class_tokens = plan.modalities[modality].spec.class_tokens
         if config.features == "class_token" and not class_tokens:
             yield f"'features: class_token': the backbone of {modality!r} gives none; use 'embedding'"
+        if config.features == "mean_token" and not plan.modalities[modality].spec.has_tokens:
+            yield f"'features: mean_token': the backbone of {modality!r} gives no tokens; use 'embedding'"
 
     @classmethod
     def reads(cls, config: ProbeConfig) -> tuple[str, ...]:

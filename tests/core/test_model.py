@@ -111,7 +111,7 @@ def test_class_token_is_what_the_embedding_is_projected_from(trained: SimpleName
         projected = torch.nn.functional.normalize(classes @ getattr(model.backbone[modality], projection), dim=-1)
         torch.testing.assert_close(projected, model.encode(modality, items), rtol=0, atol=1e-5)
         assert model.encode(modality, [], features="class_token").shape == (0, width)
-    with pytest.raises(UserError, match="no features 'class_tokens'; there are 'embedding' and 'class_token'"):
+    with pytest.raises(UserError, match="no features 'class_tokens'; there are embedding, class_token, mean_token"):
         model.encode("image", pictures, features="class_tokens")
 
 

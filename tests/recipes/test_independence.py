@@ -25,12 +25,14 @@ PLUGINS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["e
 METHODS = {
     "clip": {"clip"},
     "cosmos": {"cosmos"},
+    "data2vec": {"data2vec"},
     "dino": {"dino"},
     "dreamlip": {"dreamlip"},
     "flair": {"flair"},
     "flava": {"flava", "clip"},
     "gram": {"dino"},
     "ibot": {"dino"},
+    "ijepa": {"ijepa"},
     "lejepa": {"lejepa"},
     "lit": {"clip", "pretrained"},
     "siglip": {"siglip"},
@@ -43,7 +45,7 @@ METHODS = {
 STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
-    "images": {"dino", "lejepa"},
+    "images": {"dino", "lejepa", "ijepa", "data2vec"},
     "methods": set().union(*METHODS.values()) - {"pretrained"},
 }
 """A study -> the methods' plugins of what it compares."""

@@ -74,6 +74,13 @@ RECIPES = {
     "balanced dino": _recipe(f"dino, centring: sinkhorn_knopp, {PROTOTYPES}", TEACHER),
     "ibot": _recipe(f"ibot, {PROTOTYPES}", TEACHER, vit=f"{_MASKED}}}"),
     "koleo": _recipe("koleo"),
+    "ijepa": _recipe(
+        "ijepa, width: 8, layers: 1, heads: 2", f"masker: {{image: {{name: multi_block, keep: 0.4}}}}\n{TEACHER}"
+    ),
+    "data2vec": _recipe(
+        "data2vec, top: 1, width: 16, layers: 1, groups: 2",
+        f"masker: {{image: {{name: inverse_blocks, masks: 2, block: 2}}}}\n{TEACHER}",
+    ),
     "lejepa": _recipe("lejepa, directions: 16, hidden: 16, dim: 8"),
     "lejepa pairs": _recipe("lejepa, directions: 16, modalities: [image, text]"),
     "flava_mlm": _recipe("flava_mlm", **_FLAVA),
@@ -108,7 +115,8 @@ def batch_of(recipe: Recipe, kinds: Sequence[str], numbers: Sequence[int] | None
     items = [Item(str(i), draw(sample(i, kind), 0), i) for i, kind in zip(numbers, kinds, strict=True)]
     spare = Item(str(filler), draw(sample(filler, PAIR), 0), filler)
     collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
-    return Collate(collators, optional)(items, dict.fromkeys(recipe.augment, spare))
+    collate = Collate(collators, optional, maskers=recipe.maskers())
+    return collate(items, dict.fromkeys(recipe.augment, spare))
 
 
 @dataclass

@@ -154,13 +154,14 @@ class Data2Vec(Loss):
         rows, columns = grid
         empty = tokens.new_zeros(tokens.shape[0], rows * columns, tokens.shape[-1])
         whole = empty.scatter(1, keep[..., None].expand_as(tokens), tokens)
-        decoded: Tensor = self.decoder(whole.unflatten(1, (rows, columns))).flatten(1, 2)
-        return decoded
+        decoded: Tensor = self.decoder(whole.view(-1, rows, columns, tokens.shape[-1]))
+        return decoded.flatten(1, 2)
 
 
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
     """The mean over tokens [..., W] of the sum of squared differences, by sqrt(W)."""
-    return (found - wanted).square().sum(-1).mean() / found.shape[-1] ** 0.5
+    total: Tensor = (found - wanted).square().sum(-1).mean()
+    return total / float(found.shape[-1]) ** 0.5
 
 
 def _views(config: Data2VecConfig, plan: Plan) -> dict[int, tuple[int, ...]]:

@@ -68,7 +68,7 @@ class Predictor(nn.Module):
         shape = (samples * blocks, context + count)
         out = self.transformer(x.flatten(0, 1), Sequences(shapes=(shape,), mask=real)).view(*shape, -1)
         predicted: Tensor = self.project(self.norm(out[:, context:]))
-        return predicted.unflatten(0, (samples, blocks))
+        return predicted.view(samples, blocks, count, -1)
 
 
 def sines(grid: tuple[int, ...], width: int, device: torch.device) -> Tensor:

@@ -1,0 +1,26 @@
+"""MobileCLIP (Vasu et al. 2024): affinities of an ensemble of teachers, which are stored, beside CLIP's loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill_core import hookimpl
+
+distill_api = 1
+
+
+@hookimpl
+def distill_components() -> list[type]:
+    """The loss `reinforced`, and the captions of DataCompDR."""
+    from distill_mobileclip.captions import DataCompDr
+    from distill_mobileclip.losses import Reinforced
+
+    return [Reinforced, DataCompDr]
+
+
+@hookimpl
+def distill_conformance_cases() -> list[Any]:
+    """A sample with a web's caption and synthetic ones."""
+    from distill_mobileclip.captions import CASES
+
+    return CASES

@@ -140,7 +140,7 @@ class Reinforced(ContrastiveLoss):
         )
         members = [
             (normalize(own, dim=-1) @ normalize(other, dim=-1).mT / temperature).softmax(-1)
-            for own, other, temperature in zip(x.split(widths, -1), y.split(widths, -1), temperatures, strict=True)
+            for own, other, temperature in zip(*(torch.split(z, widths, -1) for z in (x, y)), temperatures, strict=True)
         ]
         entropies = [torch.special.entr(member).sum(-1).mean() for member in members]
         return torch.stack(members).mean(0), torch.stack(entropies).mean()

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import torch
 
-from distill_core import Progress
+from distill_core import CopiedTeacher, Progress, UserError
 from distill_core.tools import Recipe, WithoutValues, build_objective, example_batch, set_matmul_precision
 from distill_kernels.choices import Choice, called, recorded
 from distill_kernels.dispatch import Inputs
@@ -19,7 +19,7 @@ def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int]
     (`example_batch`); modules and batch have no values, so that the step takes neither time nor memory.
 
     Raises:
-        UserError: a component whose forward pass reads the values of its tensors.
+        UserError: a component whose forward pass reads the values of its tensors; a teacher with weights of its own.
     """
     with recorded(device, capability) as choices:
         _step(recipe)
@@ -35,6 +35,12 @@ def calls_of(recipe: Recipe) -> list[tuple[str, Inputs]]:
 
 
 def _step(recipe: Recipe) -> None:
+    for name, teacher in recipe.all_teachers.items():
+        if not issubclass(teacher.cls, CopiedTeacher):
+            raise UserError(
+                f"{recipe.name}: the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student "
+                "are part of such a step; take an `ema` of towers like its own in its place"
+            )
     without = WithoutValues()
     objective = without.build(lambda: build_objective(recipe))
     batch = example_batch(recipe, recipe.data.batch_size)

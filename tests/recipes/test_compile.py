@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from other_runs import stand_ins
 from torch import Tensor
 
 from distill_core.batch import Batch
@@ -83,7 +84,7 @@ def test_compiled_is_eager(path: Path, registry: Registry) -> None:
     schedule that is a constant of a graph (a compilation at each step), state that a trace does not move (a centre),
     and renamed parameters.
     """
-    recipe = load_recipe(path, registry=registry, overrides=DATA)
+    recipe = load_recipe(path, registry=registry, overrides=[*DATA, *stand_ins(path)])
     torch.manual_seed(0)
     objective = build_objective(recipe)
     start = {name: x.clone() for name, x in objective.state_dict().items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from host_reads import HostReads
+from other_runs import stand_ins
 
 from distill_core.data.example import example_batch
 from distill_core.outputs import Progress
@@ -24,7 +25,7 @@ def test_a_step_reads_nothing_of_the_device(path: Path, registry: Registry) -> N
 
     Would catch a mask as an index, lengths that are counted where the tokens are, a temperature that is read back.
     """
-    recipe = load_recipe(path, registry=registry, overrides=DATA)
+    recipe = load_recipe(path, registry=registry, overrides=[*DATA, *stand_ins(path)])
     torch.manual_seed(0)
     objective, batch, progress = build_objective(recipe), example_batch(recipe, 4), Progress(1, 9)
     reads = HostReads()

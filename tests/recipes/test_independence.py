@@ -35,6 +35,7 @@ METHODS = {
     "ijepa": {"ijepa"},
     "lejepa": {"lejepa"},
     "lit": {"clip", "pretrained"},
+    "mobileclip": {"mobileclip", "tips"},
     "siglip": {"siglip"},
     "silc": {"dino"},
     "slip": {"slip", "clip"},
@@ -43,10 +44,11 @@ METHODS = {
 }
 """A recipe's method, the first word of its name -> the methods' plugins that it is composed of."""
 STUDIES_OF = {
+    "balance": {"flava", "clip"},
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
     "images": {"dino", "lejepa", "ijepa", "data2vec"},
-    "methods": set().union(*METHODS.values()) - {"pretrained"},
+    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip"},
 }
 """A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}

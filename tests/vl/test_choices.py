@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from other_runs import stand_ins
 
 from distill_core.errors import UserError
 from distill_core.recipe.resolve import load_recipe
@@ -111,12 +112,16 @@ def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml") if "vitb16" not in path.stem))
 def test_every_recipe_can_be_asked(registry: Registry, name: str) -> None:
-    made = choices(registry, name)
+    instead = stand_ins(RECIPES / name)
+    made = choices(registry, name, *instead)
     assert {c.op for c in made} <= set(dispatch.OPS)
     # The kernels take the widths of every recipe.
     written = {"cross_attention", "multi_view_info_nce", "multi_view_sigmoid"}
     assert {c.backend for c in made if c.op in written} <= {"triton"}
-    assert choices(registry, name, device=torch.device("cpu"))
+    assert choices(registry, name, *instead, device=torch.device("cpu"))
+    if instead:
+        with pytest.raises(UserError, match="the teacher 'default' is 'ensemble'"):
+            choices(registry, name)
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ from distill_core.recipe.sections import (
 from distill_core.recipe.splits import split_problems
 from distill_core.registry import Registry
 from distill_core.teachers.copies import CopiedTeacher
+from distill_core.teachers.own_views import with_others
 
 Problem = tuple[KeyPath, str]
 """(place in the recipe, message)"""
@@ -335,9 +336,9 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
         if issubclass(slot.cls, CopiedTeacher):
             for name, own in slot.cls.own_views(slot.config, plan).items():
                 tower = draft.slots[("backbone", name)]
-                lines += (
-                    f"{slot.cls.name!r}: augment.{name}: {line}" for line in tower.cls.view_problems(tower.config, own)
-                )
+                views = with_others(own, plan.modalities[name], slot.config.views)
+                reasons = tower.cls.view_problems(tower.config, views)
+                lines += (f"{slot.cls.name!r}: augment.{name}: {reason}" for reason in reasons)
         if issubclass(slot.cls, Teacher) and slot.config.cache is not None and not slot.cls.cacheable(slot.config):
             lines.append(
                 f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "

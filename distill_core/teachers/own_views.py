@@ -42,6 +42,16 @@ def own_plan(student: ModalityPlan, augment: Slot[Augmentation] | None, views: S
     return replace(own, roles=tuple(own.roles[i] for i in seen), shapes=shapes)
 
 
+def with_others(own: ModalityPlan, student: ModalityPlan, views: Sequence[str]) -> ModalityPlan:
+    """What a tower that both share is given of a modality: a teacher's own views of some roles, and all others of the
+    student's."""
+    others = [i for i, role in enumerate(student.roles) if role not in views]
+    shapes = None
+    if own.shapes is not None and student.shapes is not None:
+        shapes = (*own.shapes, *(student.shapes[i] for i in others))
+    return replace(own, roles=(*own.roles, *(student.roles[i] for i in others)), shapes=shapes)
+
+
 def own_problems(name: str, student: ModalityPlan, own: ModalityPlan, views: Sequence[str]) -> Iterator[str]:
     """Lines where a teacher's augmentation of modality `name` makes more or fewer views than the student has, or other
     crops."""

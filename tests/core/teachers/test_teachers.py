@@ -249,10 +249,11 @@ def test_a_snapshot_has_views_of_its_own(trainer: Make) -> None:
     made = trainer(
         "teacher.momentum=0.5", "train.steps=3",
         f"teachers={{late: {{name: snapshot, every: 2, source: default, augment: {{image: {own}}}}}}}",
-        f"loss.1={DISTILL % 'late'}",
+        f"loss.1={DISTILL % 'late'}", "augment.image.masked=1", "backbone.image.masking={roles: [masked]}",
     )  # fmt: skip
     batch = next(iter(made.loader))
     ours, theirs = batch.views["image"].groups[0], batch.teacher["late"]["image"].groups
+    assert any(group.role == "masked" for group in batch.views["image"].groups), "which it does not see"
     assert [group.x.shape for group in theirs] == [(2, 4, 3, 32, 32)], "the teacher's views alone"
     assert torch.equal(ours.extra["box"], theirs[0].extra["box"])
     assert torch.equal(ours.extra["flip"], theirs[0].extra["flip"])

@@ -290,7 +290,8 @@ def test_a_snapshot_has_views_of_its_own(trainer: Make) -> None:
          "teachers.x: 'snapshot': source: this recipe has no teacher 'y'"),
         (["teacher={of: [backbone.audio]}"], "teacher: 'ema': of: 'backbone.audio' names no modality of this recipe"),
         (["teacher={of: [fussion]}"],
-         "teacher: 'ema': of: 'fussion' names no part of the student (backbone.NAME, fusion, loss.ID.HEAD)"),
+         "teacher: 'ema': of: 'fussion' names no part of the student (backbone.NAME, heads.NAME, fusion, "
+         "fusions.NAME, loss.ID.HEAD)"),
         (["loss.1={name: dino, teacher: x}", "teachers={x: {name: stored, fields: {image: {field: a.npy, dim: 16}}}}"],
          "loss.1: 'dino' needs a copy of its 'head', which the teacher 'x' has not: take a teacher that copies (`ema`),"
          " with loss.dino.head in its `of`, if that is given"),

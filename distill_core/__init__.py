@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distill_core.batch import Skipped as Skipped
     from distill_core.batch import View as View
     from distill_core.batch import Views as Views
+    from distill_core.batch import stack_views as stack_views
     from distill_core.batch import with_extra as with_extra
     from distill_core.contracts.balance import Balance as Balance
     from distill_core.contracts.cases import ConformanceCase as ConformanceCase
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from distill_core.plan import same_dim as same_dim
     from distill_core.presence import Presence as Presence
     from distill_core.presence import Present as Present
+    from distill_core.raw import Raw as Raw
     from distill_core.recipe.sections import Recipe
     from distill_core.system.distributed import all_gather as all_gather
     from distill_core.system.distributed import gather_objects as gather_objects
@@ -169,6 +171,7 @@ HOMES = {
     "Skipped": "distill_core.batch",
     "View": "distill_core.batch",
     "Views": "distill_core.batch",
+    "stack_views": "distill_core.batch",
     "with_extra": "distill_core.batch",
     "Balance": "distill_core.contracts.balance",
     "ConformanceCase": "distill_core.contracts.cases",
@@ -237,6 +240,7 @@ HOMES = {
     "EvaluationSet": "distill_core.evaluate.sets",
     "Augmentation": "distill_core.interfaces",
     "Backbone": "distill_core.interfaces",
+    "Raw": "distill_core.raw",
     "Collator": "distill_core.interfaces",
     "Decoder": "distill_core.interfaces",
     "FusionHead": "distill_core.interfaces",

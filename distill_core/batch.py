@@ -179,6 +179,24 @@ def with_extra(views: Views, samples: Sequence[Sequence[View]]) -> Views:
     return views
 
 
+def stack_views(samples: Sequence[Sequence[View]], seeds: Sequence[int] = ()) -> Views:
+    """A collator of arrays, tensors and numbers: the views of B samples -> a group [V, B, ...] a role.
+
+    Raises ValueError where views of a role differ in shape.
+    """
+    import torch
+
+    roles = [view.role for view in samples[0]]
+    groups = []
+    for role in dict.fromkeys(roles):
+        numbers = [i for i, own in enumerate(roles) if own == role]
+        arrays = [[torch.as_tensor(sample[i].data) for sample in samples] for i in numbers]
+        if len(shapes := {tuple(x.shape) for row in arrays for x in row}) > 1:
+            raise ValueError(f"views of the role {role!r} differ in shape: {sorted(shapes)}")
+        groups.append(Group(torch.stack([torch.stack(row) for row in arrays]), role))
+    return Views(groups)
+
+
 WHOLE_SHARD, REST_OF_SHARD = "(whole shard)", "(rest of the shard)"
 """In place of a sample's key: its shard cannot be read; or all that follows the damage in one, however much it is."""
 

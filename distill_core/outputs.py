@@ -431,7 +431,7 @@ class Outputs:
         present = presence.of(names)
         if present is None:
             return self
-        known = [name for name in self.student if name in names or name not in presence.masks]
+        known = [name for name in self.views if name in names or name not in presence.masks]
 
         def of(features: Mapping[str, Features]) -> dict[str, Features]:
             return {name: f.of(present) for name, f in features.items() if name in known}

@@ -198,6 +198,8 @@ class Plan:
     """The fusions besides: whether each offers `TokenPooling`."""
     heads: Mapping[str, HeadPlan] = field(default_factory=dict)
     """The recipe's heads; not known yet where a head itself is asked."""
+    raw: Mapping[str, ModalityPlan] = field(default_factory=dict)
+    """The modalities that are only collated: no tower encodes their views."""
     complete: bool = True
     """False where a modality is left out because its own options are wrong: their number then says nothing."""
 
@@ -234,6 +236,7 @@ class Needs:
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
     `extra` asks for extras of views by name: {modality: names}.
     `fields` names fields of the samples (`Outputs.fields`).
+    `raw` names modalities whose views it reads as they are collated, with a tower or without one (`Outputs.views`).
     `heads` names heads of the recipe that it calls (`Outputs.heads`), which say themselves what they read;
     `teacher_heads` those of which it reads a teacher's copy: {"default": ("projection",)}.
     `pools`: it pools tokens with the fusion itself, and reads no fused views.
@@ -253,6 +256,7 @@ class Needs:
     pools: bool = False
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fields: tuple[str, ...] = ()
+    raw: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
     teacher_heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -282,6 +286,7 @@ class Needs:
             pools=any(part.pools for part in parts),
             extra=_by_key([part.extra for part in parts]),
             fields=_joined(part.fields for part in parts),
+            raw=_joined(part.raw for part in parts),
             heads=_joined(part.heads for part in parts),
             teacher_heads=_by_key([part.teacher_heads for part in parts]),
         )
@@ -289,8 +294,13 @@ class Needs:
     @property
     def named(self) -> frozenset[str]:
         """The modalities that it names anywhere."""
+        return self.encoded | frozenset({*self.raw, *self.views, *self.extra})
+
+    @property
+    def encoded(self) -> frozenset[str]:
+        """The modalities whose features it reads."""
         sides = (self.student, *self.teacher.values(), *self.attention.values(), self.fused, self.masked, self.dropped)
-        return frozenset({*chain(*sides), *self.tokens, *self.layers, *self.views, *self.extra})
+        return frozenset({*chain(*sides), *self.tokens, *self.layers})
 
 
 def _joined(parts: Iterable[Iterable[Item]]) -> tuple[Item, ...]:

@@ -11,11 +11,12 @@ distill_api = 1
 
 @hookimpl
 def distill_conformance_cases() -> list[Any]:
-    """Samples with embeddings for the stored teacher."""
+    """Samples with embeddings for the stored teacher, views without a tower."""
     from distill_core.contracts.cases import ConformanceCase
+    from distill_core.raw import Raw, example_views
     from distill_core.teachers.stored import Stored, example_sample
 
-    return [ConformanceCase(Stored, sample=example_sample)]
+    return [ConformanceCase(Stored, sample=example_sample), ConformanceCase(Raw, views=example_views)]
 
 
 @hookimpl
@@ -26,6 +27,7 @@ def distill_components() -> list[type]:
     from distill_core.contracts.weights import StateDictLoader
     from distill_core.data.mixture_source import MixtureSource
     from distill_core.data.webdataset_source import WebDatasetSource
+    from distill_core.raw import Raw
     from distill_core.teachers.copies import Ema, Snapshot
     from distill_core.teachers.ensemble import Ensemble
     from distill_core.teachers.frozen import Frozen
@@ -33,5 +35,5 @@ def distill_components() -> list[type]:
 
     return [
         *(AdamW, WarmupCosine, Constant, Ramp, Cosine, Steps, WebDatasetSource, MixtureSource, StateDictLoader),
-        *(Ema, Snapshot, Frozen, Stored, Ensemble),
+        *(Ema, Snapshot, Frozen, Stored, Ensemble, Raw),
     ]

@@ -149,7 +149,7 @@ class Loader:
     def _batch_reader(self, table: WorkerTable) -> BatchReader:
         recipe = self.recipe
         augment, joint = recipe.build_augmentations()
-        collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+        collators = recipe.collators()
         fields = SampleFields(recipe.data.fields, recipe.data.optional)
         readers = {
             name: of_run(node).cls.reader(node.config, name, recipe.plan.teachers[name], collators)

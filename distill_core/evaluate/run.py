@@ -108,7 +108,7 @@ def evaluate(
     result.skipped = [skipped for samples in open_sets.all() for skipped in samples.skipped.values()]
     result.warnings = list(dict.fromkeys(line for samples in open_sets.all() for line in samples.warnings))
     for side, ids in unscorable.items():
-        missing = ", ".join(name for name in recipe.backbone if name not in models[side].modalities) or "fusion"
+        missing = ", ".join(name for name in recipe.towers if name not in models[side].modalities) or "fusion"
         result.warnings.append(f"the {side} has no {missing}, so {', '.join(ids)} cannot score it")
     return result
 

@@ -20,7 +20,7 @@ from distill_core.teachers.copies import CopiedTeacher
 def build_objective(recipe: Recipe) -> Objective:
     """Student, teachers, fusion, heads and losses; weights are drawn from torch's global generator. Raises
     `UserError`."""
-    backbone = build_all(recipe.backbone)
+    backbone = build_all(recipe.backbone, recipe.towers)
     fusion = recipe.fusion.build(recipe.plan) if recipe.fusion else None
     fusions = {name: node.build(recipe.plan) for name, node in recipe.fusions.items()}
     heads = {name: node.build(recipe.plan) for name, node in recipe.heads.items()}
@@ -62,7 +62,7 @@ def models_of(recipe: Recipe, objective: Objective, device: torch.device) -> dic
     """`student`, and `teacher` where the default teacher has towers that are copies; weights are shared with the
     objective."""
     augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+    collators = recipe.collators()
     sides: dict[str, Any] = {"student": objective.backbone}
     teacher = objective.teachers.get(DEFAULT_TEACHER)
     if isinstance(teacher, CopiedTeacher) and teacher.backbone:

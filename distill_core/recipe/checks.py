@@ -47,6 +47,7 @@ from distill_core.recipe.sections import (
     changes,
     field_plans,
     head_plan,
+    is_raw,
     joint_plans,
     masked_plan,
     modality_plan,
@@ -274,11 +275,15 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
                 line = f"makes views of {name!r} that its own augmentation does not, and data.optional lets samples"
                 yield slot.place, f"{slot.cls.name!r} {line} lack one of its modalities"
         modalities |= plans
+    raw = {name: modalities.pop(name) for name in [*modalities] if is_raw(draft.slots["backbone", name])}
+    for name in raw:
+        if (masker := draft.slots.get(("masker", name))) is not None:
+            yield masker.place, f"{name!r} is only collated: there is no tower to hide its tokens from"
     for name in modalities:
         if (masker := draft.slots.get(("masker", name))) is not None:
             modalities[name] = masked_plan(modalities[name], masker)
     fusion = draft.document.get(("fusion",)) is not None
-    complete = set(modalities) == set(draft.modalities)
+    complete = {*modalities, *raw} == set(draft.modalities)
     fields = {
         name: FieldConfig.model_validate_json(json.dumps(draft.document.get(("data", "fields", name))))
         for name in draft.names("data", "fields")
@@ -296,7 +301,7 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
     pooling = pools(draft.slots.get(("fusion",)))
     named = {name: pools(draft.slots.get(("fusions", name))) for name in draft.names("fusions")}
     of_fields = field_plans(fields, draft.optional)
-    whole = Plan(modalities, teachers, fusion, pooling, of_fields, fusions=named, complete=complete)
+    whole = Plan(modalities, teachers, fusion, pooling, of_fields, fusions=named, raw=raw, complete=complete)
     heads: dict[str, HeadPlan] = {}
     for name in draft.names("heads"):
         if (head := draft.slots.get(("heads", name))) is not None:
@@ -329,7 +334,12 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 needs = slot.cls.reads(slot.config, str(path[1]), plan)
                 lines += mask_problems(slot.cls, slot.config, str(path[1]), plan.modalities[str(path[1])])
         except MissingModality as error:
-            if error.name not in draft.modalities:
+            if error.name in plan.raw:
+                yield (
+                    path,
+                    f"{slot.id!r} needs the embedding of {error.name!r}, which is only collated (it has no tower)",
+                )
+            elif error.name not in draft.modalities:
                 near = did_you_mean(error.name, draft.modalities)
                 yield path, f"{slot.id!r} needs a modality {error.name!r}{near}"
             continue
@@ -635,8 +645,11 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
     names = needs.named
     for missing in sorted(names - modalities):
         yield f"{component} needs a modality {missing!r}{did_you_mean(missing, sorted(modalities))}"
-    for name in sorted(names & set(plan.modalities)):
-        modality = plan.modalities[name]
+    for name in sorted(needs.encoded & set(plan.raw)):
+        yield f"{component} needs the embedding of {name!r}, which is only collated (it has no tower)"
+    known = {**plan.modalities, **plan.raw}
+    for name in sorted(names & set(known)):
+        modality = known[name]
         if needs.tokens.get(name) and not modality.spec.has_tokens:
             yield f"{component} needs tokens of {name!r}; its backbone gives none"
         if max(needs.tokens.get(name, ()), default=-1) >= len(modality.roles):

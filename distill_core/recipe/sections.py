@@ -33,7 +33,7 @@ from distill_core.contracts.weights import WeightLoader
 from distill_core.data.fields import FieldConfig
 from distill_core.errors import UserError
 from distill_core.gradients import GradientLimit
-from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, JointAugmentation, Loss
+from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead, Head, JointAugmentation, Loss
 from distill_core.outputs import Progress
 from distill_core.plan import (
     DEFAULT_TEACHER,
@@ -46,6 +46,7 @@ from distill_core.plan import (
     TeacherPlan,
     joined,
 )
+from distill_core.raw import Raw
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -333,6 +334,15 @@ class Recipe(ComponentConfig):
     def _augmentations(self, interface: type[Component]) -> Iterator[tuple[str, Slot[Any]]]:
         return ((name, slot) for name, slot in self.augmentations.items() if issubclass(slot.cls, interface))
 
+    @property
+    def towers(self) -> list[str]:
+        """The modalities that a tower encodes."""
+        return [name for name, slot in self.backbone.items() if not is_raw(slot)]
+
+    def collators(self) -> dict[str, Collator]:
+        """How the views of each modality are collated."""
+        return {name: slot.cls.collator(slot.config) for name, slot in self.backbone.items()}
+
     def maskers(self) -> dict[str, Masker]:
         """By modality, built."""
         return {name: slot.build(name, self.plan) for name, slot in self.masker.items()}
@@ -390,12 +400,18 @@ def plan_of(
     modalities = {name: modality_plan(augment[name], backbone[name], name in data.optional) for name in names}
     for key, slot in joint.items():
         modalities |= joint_plans(key, slot, modalities)
+    raw = {name: modalities.pop(name) for name in names if is_raw(backbone[name])}
     modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
     named = {name: pools(slot) for name, slot in fusions.items()}
-    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named)
+    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named, raw=raw)
     return replace(plan, heads={name: head_plan(slot, plan) for name, slot in heads.items()})
+
+
+def is_raw(backbone: Slot[Backbone]) -> bool:
+    """Whether its modality is only collated."""
+    return issubclass(backbone.cls, Raw)
 
 
 def head_plan(head: Slot[Head], plan: Plan) -> HeadPlan:

@@ -39,7 +39,7 @@ def model_of(
 
     prefix = f"teacher.{DEFAULT_TEACHER}.backbone." if teacher else "backbone."
     backbone: dict[str, Backbone] = {}
-    for name, tower in build_all(recipe.backbone).items():
+    for name, tower in build_all(recipe.backbone, recipe.towers).items():
         start = f"{prefix}{name}."
         weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
         if not weights and teacher:  # it may have fewer modalities than the student
@@ -69,7 +69,7 @@ def model_of(
         load_into(heads[name], weights, what)
         heads[name].to(device).eval().requires_grad_(False)
     augment = {name: node.build() for name, node in recipe.augment.items()}
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+    collators = recipe.collators()
     batch_size = recipe.evaluate.batch_size
     return Model(
         backbone, augment, collators, fusion=fusion, fusions=named, teacher=teacher, device=device,

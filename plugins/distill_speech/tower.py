@@ -16,11 +16,9 @@ from distill_core import (
     Collator,
     ComponentConfig,
     Encoded,
-    Group,
     ModalityPlan,
     TowerInput,
-    View,
-    Views,
+    stack_views,
 )
 from distill_vl.transformer import Activation, Transformer
 
@@ -98,7 +96,7 @@ class SpeechTransformer(Backbone):
     @classmethod
     def collator(cls, config: SpeechTransformerConfig) -> Collator:
         """Stacks spectrograms."""
-        return stacked
+        return stack_views
 
     def units(self) -> Sequence[nn.Module]:
         """The blocks."""
@@ -133,13 +131,3 @@ class SpeechTransformer(Backbone):
         start = self.class_embedding.to(steps.dtype).expand(len(x), 1, -1)
         embedded: Tensor = self.ln_pre(torch.cat([start, steps], 1) + self.positional_embedding)
         return embedded
-
-
-def stacked(samples: list[list[View]], seeds: Sequence[int]) -> Views:
-    """The views of B samples -> groups [V, B, mels, frames] by role."""
-    roles = [view.role for view in samples[0]]
-    groups = []
-    for role in dict.fromkeys(roles):
-        numbers = [i for i, of in enumerate(roles) if of == role]
-        groups.append(Group(torch.stack([torch.stack([views[i].data for views in samples]) for i in numbers]), role))
-    return Views(groups)

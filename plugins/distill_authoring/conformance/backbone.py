@@ -62,6 +62,8 @@ def collated(case: Case, batch: int = BATCH) -> Views:
 
 def build(case: Case, seed: int = 0) -> nn.Module:
     """A backbone with weights of this seed, in evaluation mode."""
+    if not case.cls.spec(case.config).dim:
+        raise NotApplicable("`spec` says that it encodes nothing")
     torch.manual_seed(seed)
     module: nn.Module = case.cls(case.config)
     return module.eval()

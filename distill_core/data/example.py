@@ -29,7 +29,7 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
     cases = Plugins.discover().conformance_cases()
     augment, joint = recipe.build_augmentations()
     draw = SampleViews(augment, recipe.seed, joint=joint)
-    collators = {name: node.cls.collator(node.config) for name, node in recipe.backbone.items()}
+    collators = recipe.collators()
     teachers = {id: node for id, node in recipe.all_teachers.items() if issubclass(node.cls, CopiedTeacher)}
     made = {id: node.cls.reader(node.config, id, recipe.plan.teachers[id], collators) for id, node in teachers.items()}
     readers = {id: reader for id, reader in made.items() if reader is not None}

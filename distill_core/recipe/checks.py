@@ -364,12 +364,12 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             lines += _fusion_problems(draft, path, slot, needs_of(slot.cls, slot.config, every), every)
             lines += absence_problems(slot.cls, needs_of(slot.cls, slot.config, plan), plan)
             lines += _uncopied(draft, slot, needs, plan)
-            lines += head_problems(slot.cls.name, needs, plan, draft.names("heads"))
             of_teachers = any(views for of_teacher in needs.teacher.values() for views in of_teacher.values())
             of_heads = any(plan.heads[head].needs.tokens for head in needs.heads if head in plan.heads)
             reads_tokens = needs.tokens or of_teachers or of_heads or needs.pools
             if draft.train.parallel.micro_batch is not None and reads_tokens:
                 lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
+        lines += head_problems(slot.cls.name, needs, plan, draft.names("heads"))
         lines += unknown_fields(slot.cls.name, needs, draft.names("data", "fields"))
         for problem in [*unmet(slot.cls.name, needs, plan, set(draft.modalities)), *lines]:
             yield path, problem

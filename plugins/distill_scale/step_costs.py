@@ -244,17 +244,11 @@ def _cut_off(outputs: Outputs) -> tuple[Outputs, list[tuple[Tensor, Tensor]]]:
     def fused(x: Fused) -> Fused:
         return replace(x, pooled=leaf(x.pooled), tokens=None if x.tokens is None else leaf(x.tokens))
 
-    read = Outputs(
-        outputs.views,
-        {name: features(x) for name, x in outputs.student.items()},
-        {of: {name: features(x) for name, x in teacher.items()} for of, teacher in outputs.teacher.items()},
-        {name: fused(x) for name, x in outputs.fused.items()},
-        outputs.fusion,
-        outputs.progress,
-        outputs.ema,
-        outputs.keys,
-        outputs.fields,
-        outputs.presence,
+    read = replace(
+        outputs,
+        student={name: features(x) for name, x in outputs.student.items()},
+        teacher={of: {name: features(x) for name, x in teacher.items()} for of, teacher in outputs.teacher.items()},
+        fused={name: fused(x) for name, x in outputs.fused.items()},
         fusions={
             name: replace(named, fused={m: fused(x) for m, x in named.fused.items()})
             for name, named in outputs.fusions.items()

@@ -24,6 +24,7 @@ PLUGINS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["e
 
 METHODS = {
     "clip": {"clip"},
+    "coca": {"coca", "clip"},
     "cosmos": {"cosmos"},
     "data2vec": {"data2vec"},
     "dino": {"dino"},
@@ -37,6 +38,7 @@ METHODS = {
     "lit": {"clip", "pretrained"},
     "mobileclip": {"mobileclip", "tips"},
     "siglip": {"siglip"},
+    "siglip2": {"siglip", "dino"},
     "silc": {"dino"},
     "slip": {"slip", "clip"},
     "tips": {"tips", "dino"},

@@ -71,7 +71,7 @@ class Detokenizes(Protocol):
 
 @runtime_checkable
 class TokenPooling(Protocol):
-    """Of a fusion: for losses that pair queries and tokens themselves."""
+    """Of a fusion: for losses that pair queries and tokens themselves, and for tasks (`Model.pool`)."""
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries [V, B, D] attend over one modality's tokens [B, L, W] (mask [B, L]) -> [V, B, D]."""

@@ -52,7 +52,7 @@ class AttentionPooling(nn.Module):
 
     def _queries(self, x: Tensor) -> Tensor:
         """[1, N, W]."""
-        return self.probe.expand(1, len(x), -1)
+        return self.probe.expand(1, x.shape[0], -1)
 
     def _read(self, gathered: Tensor) -> Tensor:
         y = self.attn.out_proj(gathered)

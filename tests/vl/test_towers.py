@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -71,9 +72,13 @@ def test_the_last_block_calls_its_modules(vit: VisionTransformer) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("tokens", [False, True])
-def test_vit_is_traced_and_mapped(vit: VisionTransformer, tokens: bool) -> None:
+@pytest.mark.parametrize(("tokens", "pooling"), [(False, "class_token"), (True, "class_token"), (False, "attention")])
+def test_vit_is_traced_and_mapped(
+    vit: VisionTransformer, tokens: bool, pooling: Literal["class_token", "attention"]
+) -> None:
     """torch.jit.trace for another batch size, with none of our operators inside, and torch.func.vmap."""
+    if pooling == "attention":
+        vit = VisionTransformer(vit.config.model_copy(update={"pooling": pooling})).double()
 
     class Tower(torch.nn.Module):
         def __init__(self) -> None:

@@ -98,6 +98,8 @@ if TYPE_CHECKING:
     from distill_core.interfaces import FusionHead as FusionHead
     from distill_core.interfaces import Head as Head
     from distill_core.interfaces import JointAugmentation as JointAugmentation
+    from distill_core.interfaces import JointTower as JointTower
+    from distill_core.interfaces import JointTowerConfig as JointTowerConfig
     from distill_core.interfaces import Loss as Loss
     from distill_core.interfaces import LossConfig as LossConfig
     from distill_core.interfaces import TowerInput as TowerInput
@@ -240,6 +242,8 @@ HOMES = {
     "EvaluationSet": "distill_core.evaluate.sets",
     "Augmentation": "distill_core.interfaces",
     "Backbone": "distill_core.interfaces",
+    "JointTower": "distill_core.interfaces",
+    "JointTowerConfig": "distill_core.interfaces",
     "Raw": "distill_core.raw",
     "Collator": "distill_core.interfaces",
     "Decoder": "distill_core.interfaces",

@@ -69,6 +69,9 @@ class Group:
     lengths: np.ndarray[Any, Any] | None = None
     hidden: tuple[Tensor, ...] | None = None
     keep: Tensor | None = None
+    parts: Mapping[str, Group] = field(default_factory=dict)
+    """Of views of several modalities at once (`join_views`): modality -> its own, whose view i belongs to this view i;
+    `x` is the first one's."""
 
     def locate_hidden(self) -> None:
         """Set `hidden`: the loader's workers do, so that nobody has to count on the device how many there are."""
@@ -104,11 +107,19 @@ class Group:
         changed = {name: None if x is None else function(x) for name, x in others.items()}
         extra = {name: function(x) for name, x in self.extra.items()}
         hidden = None if self.hidden is None else tuple(function(x) for x in self.hidden)
-        return Group(function(self.x), self.role, **changed, extra=extra, lengths=self.lengths, hidden=hidden)
+        parts = self._each(lambda group: group.map(function))
+        return Group(
+            function(self.x), self.role, **changed, extra=extra, lengths=self.lengths, hidden=hidden, parts=parts
+        )
+
+    def _each(self, function: Callable[[Group], Group]) -> dict[str, Group]:
+        return {name: function(group) for name, group in self.parts.items()}
 
     def part(self, first: int, last: int) -> Group:
         """As `Batch.part`."""
-        group = replace(self, hidden=None).map(lambda x: x[:, first:last])  # `places` finds the hidden ones again
+        parts = self._each(lambda group: group.part(first, last))
+        # `places` finds the hidden ones again
+        group = replace(replace(self, hidden=None, parts={}).map(lambda x: x[:, first:last]), parts=parts)
         if self.lengths is not None:
             group.lengths = self.lengths[:, first:last]
         return group
@@ -117,7 +128,9 @@ class Group:
         """The samples of `present` out of those of `outer`, which this holds; None stands for all samples."""
         if present is outer:
             return self
-        group = replace(self, hidden=None).map(lambda x: present.of(x, 1, outer))  # `places` looks for them again
+        parts = self._each(lambda group: group.rows(present, outer))
+        # `places` looks for the hidden ones again
+        group = replace(replace(self, hidden=None, parts={}).map(lambda x: present.of(x, 1, outer)), parts=parts)
         places = present.places(outer)
         if self.lengths is not None and places is not None:
             group.lengths = self.lengths[:, places]
@@ -177,6 +190,21 @@ def with_extra(views: Views, samples: Sequence[Sequence[View]]) -> Views:
                 rows = [[np.asarray(sample[i].extra[name]) for sample in samples] for i in members]
                 group.extra[name] = torch.from_numpy(np.array(rows))
     return views
+
+
+def join_views(parts: Mapping[str, Views], roles: Sequence[str]) -> Views:
+    """Views of several modalities at once, for a tower that reads them as one sequence: of each role view i of the one
+    with view i of the others, without what a masker hides or drops. Raises ValueError where a role's views are not of
+    one shape, or not as many."""
+    groups = []
+    for role in roles:
+        own = {name: [group for group in views.groups if group.role == role] for name, views in parts.items()}
+        if any(len(of) != 1 for of in own.values()) or len({len(of[0].x) for of in own.values()}) > 1:
+            counts = ", ".join(f"{name} {[tuple(group.x.shape) for group in of]}" for name, of in own.items())
+            raise ValueError(f"views of the role {role!r} are not as many of one shape in each modality: {counts}")
+        seen = {name: replace(of[0], token_mask=None, hidden=None, keep=None) for name, of in own.items()}
+        groups.append(Group(next(iter(seen.values())).x, role, parts=seen))
+    return Views(groups)
 
 
 def stack_views(samples: Sequence[Sequence[View]], seeds: Sequence[int] = ()) -> Views:

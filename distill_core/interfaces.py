@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from distill_core.batch import Sample, View, Views
+from distill_core.batch import GLOBAL, Group, Sample, View, Views, join_views, stack_views
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.media import Rendered
 from distill_core.contracts.optional import ClassAttention, offers
@@ -164,6 +164,8 @@ class TowerInput:
     """Layers whose tokens are wanted too (`Encoded.layers`); only where `tokens` are."""
     keep: Tensor | None = None
     """[N, L'], from `Group.keep`."""
+    parts: Mapping[str, TowerInput] = field(default_factory=dict)
+    """Of a `JointTower`'s: modality -> what its collator has made of these views."""
 
 
 class Backbone(nn.Module, Component, ABC):
@@ -264,7 +266,9 @@ class Backbone(nn.Module, Component, ABC):
                 keep = group.keep[first:last].flatten(0, 1) if masked and group.keep is not None else None
                 lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
                 wanted, of_layers = requested[first]
-                inputs.append(TowerInput(group.x[first:last].flatten(0, 1), wanted, hidden, lengths, of_layers, keep))
+                parts = {name: _whole(part, first, last) for name, part in group.parts.items()}
+                x = group.x[first:last].flatten(0, 1)
+                inputs.append(TowerInput(x, wanted, hidden, lengths, of_layers, keep, parts))
                 places.append((start + first, start + last, batch))
         for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
@@ -286,6 +290,48 @@ class Backbone(nn.Module, Component, ABC):
                 own = [i for i in range(len(group.x)) if start + i in attention_of]
                 attention |= {start + i: self.class_attention(group.x[i]) for i in own}
         return Features(torch.cat(pooled), tokens, masks, joined, layers, attention)
+
+
+def _whole(group: Group, first: int, last: int) -> TowerInput:
+    lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
+    return TowerInput(group.x[first:last].flatten(0, 1), lengths=lengths)
+
+
+class JointTowerConfig(ComponentConfig):
+    """Options that every joint tower has."""
+
+    views: tuple[str, ...] = (GLOBAL,)
+    """Roles of the views that it reads: view i of each modality with view i of the others."""
+
+
+class JointTower(Backbone):
+    """Several modalities as one sequence. Its place in a recipe's `backbone` names them, as `image+text`, and each of
+    them has an entry of its own there, which collates its views: a tower, or `raw`.
+
+    `encode_together` reads `TowerInput.parts`, {modality: TowerInput} in the order of the key, and sees every token,
+    whatever a masker hides from the modality's own tower.
+    """
+
+    Config: ClassVar[type[ComponentConfig]] = JointTowerConfig
+
+    @classmethod
+    def collator(cls, config: Any) -> Collator:
+        """For the conformance checks: `View.data` is {modality: array}, stacked by `stack_views`."""
+        return _stack_parts
+
+    def encode(self, x: Tensor, *, tokens: bool, token_mask: Tensor | None) -> Encoded:
+        """Raises TypeError: one modality is not enough."""
+        raise TypeError(f"{self.name!r} encodes several modalities at once: encode_together")
+
+    @abstractmethod
+    def encode_together(self, inputs: Sequence[TowerInput]) -> list[Encoded]:
+        """Of each of `inputs` the `parts` as one sequence."""
+
+
+def _stack_parts(samples: list[list[View]], seeds: Sequence[int] = ()) -> Views:
+    names, roles = samples[0][0].data, dict.fromkeys(view.role for view in samples[0])
+    parts = {n: stack_views([[View(v.data[n], v.role) for v in sample] for sample in samples]) for n in names}
+    return join_views(parts, tuple(roles))
 
 
 class FusionHead(nn.Module, Component, ABC):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from distill_core.batch import Group, View, Views
+from distill_core.batch import Group, View, Views, join_views
 from distill_core.contracts.optional import ClassAttention, Detokenizes, TokenPooling, offers
 from distill_core.errors import BadSample, UserError, did_you_mean
 from distill_core.generate import write
 from distill_core.interfaces import Augmentation, Backbone, Collator, Decoder, FusionHead, Head
 from distill_core.outputs import Encoded, Features
+from distill_core.plan import joined
 from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
 
@@ -61,8 +62,9 @@ class Model:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those of this side, in the recipe's order: a teacher may have fewer than the student."""
-        return tuple(self.backbone)
+        """Those of this side with a tower, in the recipe's order: a teacher may have fewer than the student. What reads
+        several at once (`NAME+OTHER`) is none of them, and encodes by its key."""
+        return tuple(name for name in self.backbone if len(joined(name)) == 1)
 
     def default_features(self, modality: str) -> FeatureKind:
         """`embedding`; `class_token`, from which it is projected, where no loss trained the embedding."""
@@ -99,11 +101,10 @@ class Model:
         """The view of each item, so many at a time. Raises `UserError` for one that cannot be read."""
         if isinstance(items, str | bytes) or not isinstance(items, Iterable):
             items = [items]
-        eval_view = self.augment[modality].eval_view
 
         def view(numbered: tuple[int, Any]) -> View:
             try:
-                return eval_view(numbered[1])
+                return self.eval_view(modality, numbered[1])
             except BadSample as error:
                 raise UserError(f"{modality} {numbered[0]}: {error}") from error
 
@@ -183,6 +184,16 @@ class Model:
             written += reader.detokenize(ids.cpu())
         return written
 
+    def eval_view(self, modality: str, item: Any) -> View:
+        """The deterministic view of an item; of several modalities at once, of {modality: item}. Raises `BadSample`."""
+        names = joined(modality)
+        if len(names) == 1:
+            return self.augment[modality].eval_view(item)
+        if not isinstance(item, Mapping) or set(item) != set(names):
+            raise BadSample(f"an item of {modality!r} is a mapping with {', '.join(names)}")
+        views = {name: self.augment[name].eval_view(item[name]) for name in names}
+        return View(views, next(iter(views.values())).role)
+
     def _encode(self, modality: str, views: list[list[View]], features: str) -> Tensor:
         outputs = self.features(modality, views, tokens_of=(0,) if features == "mean_token" else ())
         embedded = outputs.pooled
@@ -239,7 +250,12 @@ class Model:
         return normalize(embedded.float(), dim=-1)
 
     def _batch(self, modality: str, views: list[list[View]]) -> Views:
-        return self.collators[modality](views, [0] * len(views)).map(lambda x: x.to(self.device))
+        names, seeds = joined(modality), [0] * len(views)
+        if len(names) == 1:
+            return self.collators[modality](views, seeds).map(lambda x: x.to(self.device))
+        own = {name: [[view.data[name] for view in sample] for sample in views] for name in names}
+        parts = {name: self.collators[name](own[name], seeds) for name in names}
+        return join_views(parts, [view.role for view in views[0]]).map(lambda x: x.to(self.device))
 
     @contextmanager
     def _evaluating(self, module: nn.Module) -> Iterator[Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_core.batch import Batch
+from distill_core.batch import Batch, join_views
 from distill_core.contracts.balance import Balance
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
@@ -24,7 +24,7 @@ from distill_core.contracts.teacher import Teacher
 from distill_core.errors import UserError, did_you_mean
 from distill_core.interfaces import Augmentation, Backbone, FusionHead, Head, Loss, losses_with_paths
 from distill_core.outputs import Features, Fused, NamedFusion, Outputs, Progress, gather_rows
-from distill_core.plan import DEFAULT_FUSION, DEFAULT_TEACHER, Needs, Plan, TeacherPlan
+from distill_core.plan import DEFAULT_FUSION, DEFAULT_TEACHER, Needs, Plan, TeacherPlan, joined
 from distill_core.presence import Presence
 from distill_core.system.distributed import gather_array, rank
 
@@ -69,6 +69,8 @@ class Objective(nn.Module):
         self.augment, self.maskers = dict(augment or {}), dict(maskers or {})
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
+        self.joint = {name: joined(name) for name in backbone if len(joined(name)) > 1}
+        """Joint tower -> the modalities that it reads."""
         self.fusion = fusion
         self.heads = nn.ModuleDict(heads or {})
         self.fusions = nn.ModuleDict(fusions or {})
@@ -177,8 +179,25 @@ class Objective(nn.Module):
         for name, augmentation in self.augment.items():
             views[name] = augmentation.on_device(views[name])
         for name, module in self.backbone.items():
-            views[name] = cast(Backbone, module).on_device(views[name])
-        return replace(batch, views=views)
+            if name not in self.joint:
+                views[name] = cast(Backbone, module).on_device(views[name])
+        return self._joined(replace(batch, views=views))
+
+    def _joined(self, batch: Batch) -> Batch:
+        """The batch with the views of joint towers: of those samples that have all of their modalities."""
+        views, presence = dict(batch.views), dict(batch.presence)
+        for name, parts in self.joint.items():
+            masks = {part: batch.presence[part] for part in parts if part in batch.presence}
+            here = Presence({part: mask[None] for part, mask in masks.items()})
+            all_of_them = here.of(parts)
+            own = {
+                part: views[part] if all_of_them is None else views[part].rows(all_of_them, here.of([part]))
+                for part in parts
+            }
+            views[name] = join_views(own, tuple(dict.fromkeys(self.plan.modalities[name].roles)))
+            if masks:
+                presence[name] = np.logical_and.reduce([*masks.values()])
+        return replace(batch, views=views, presence=presence)
 
     @torch.no_grad()
     def represent_teachers(self, batch: Batch) -> dict[str, dict[str, Features]]:

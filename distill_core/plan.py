@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def joined(key: str) -> tuple[str, ...]:
-    """The modalities that a key of `augment` names: `image+text` names two."""
+    """The modalities that a key of `augment` or `backbone` names: `image+text` names two."""
     return tuple(key.split("+"))
 
 
@@ -100,6 +100,8 @@ class ModalityPlan:
     """Whether a sample may lack it (`data.optional`)."""
     joint: str | None = None
     """The key in the recipe's `augment` of what makes its views together with those of others (`image+text`)."""
+    parts: Mapping[str, ModalityPlan] = field(default_factory=dict)
+    """The modalities that a `JointTower` reads as this one; {} of any other."""
     mask: MaskPlan | None = None
     """What its masker does, if it has one. Further times that the student sees a view are the last of `roles`, with the
     role `repeated`."""

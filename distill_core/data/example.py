@@ -52,6 +52,6 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
         items.append(Item(views=views, key=str(i), seed=i, teacher=own))
     of_teachers = {id: reader.collators for id, reader in readers.items()}
     batch = Collate(collators, maskers=recipe.maskers(), teachers=of_teachers)(items)
-    for name, field in recipe.plan.fields.items():
-        batch.fields[name] = torch.from_numpy(np.zeros((size, *field.shape), field.dtype))
+    fields = recipe.plan.fields
+    batch.fields = {name: torch.from_numpy(np.zeros((size, *x.shape), x.dtype)) for name, x in fields.items()}
     return batch

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill_core.batch import Sample, Skipped
 from distill_core.model import Model
+from distill_core.plan import joined
 from distill_core.system.files import cannot_write, write_bytes
 
 
@@ -123,7 +124,8 @@ def identities(
     sides = {id(model): side for side, model in models.items()}
 
     def identify(model: Model, modality: str) -> tuple[str, str]:
-        parts = {part: recipe[part][modality] for part in ("augment", "backbone")}  # type: ignore[index]
+        names = dict.fromkeys([modality, *joined(modality)])
+        parts = [recipe[part].get(name) for part in ("augment", "backbone") for name in names]  # type: ignore[attr-defined]
         made_by = json.dumps([parts, model.precision, model.device.type], sort_keys=True)
         return f"{checkpoint} {sides[id(model)]}", f"{digest}\n{made_by}"
 

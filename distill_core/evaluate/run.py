@@ -108,7 +108,7 @@ def evaluate(
     result.skipped = [skipped for samples in open_sets.all() for skipped in samples.skipped.values()]
     result.warnings = list(dict.fromkeys(line for samples in open_sets.all() for line in samples.warnings))
     for side, ids in unscorable.items():
-        lost = [name for name in recipe.towers if name not in models[side].modalities]
+        lost = [name for name in recipe.towers if name not in models[side].backbone]
         lost += [f"head {name}" for name in recipe.heads if name not in models[side].heads]
         missing = ", ".join(lost) or "fusion"
         result.warnings.append(f"the {side} has no {missing}, so {', '.join(ids)} cannot score it")
@@ -119,7 +119,7 @@ def _scorable(node: Slot[Task], recipe: Recipe, model: Model) -> bool:
     """Whether a task needs no other modalities and heads than this side has, and no fusion where it has none."""
     if recipe.heads and set(needs_of(node.cls, node.config, recipe.plan).heads) - model.heads.keys():
         return False
-    modalities = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.modalities}
+    modalities = {name: plan for name, plan in recipe.plan.modalities.items() if name in model.backbone}
     fusion = recipe.plan.fusion and model.fusion is not None
     if len(modalities) == len(recipe.plan.modalities) and fusion == recipe.plan.fusion:
         return True

@@ -13,6 +13,7 @@ from distill_core.batch import Sample, Skipped
 from distill_core.errors import BadSample, DataError, UserError
 from distill_core.evaluate.cache import CachedEmbeddings, EmbeddingCache
 from distill_core.model import FeatureKind, Model
+from distill_core.plan import joined
 from distill_core.system import distributed
 from distill_core.system.prefetch import prefetch_map
 from distill_core.system.process import reading_threads
@@ -116,12 +117,21 @@ class EvaluationSet:
 
         With `share`, only those of this rank's share of the samples.
         """
-        augment = model.augment[modality]
+
+        def decode(sample: Sample) -> list[Any]:
+            names = joined(modality)
+            if len(names) == 1:
+                return model.augment[modality].decode(sample, field)
+            own = {name: model.augment[name].decode(sample) for name in names}
+            count = max(map(len, own.values()))  # one image with each of its captions
+            if any(len(items) not in (1, count) for items in own.values()):
+                raise BadSample(f"{', '.join(f'{len(x)} items of {n}' for n, x in own.items())} do not pair")
+            return [{name: items[i % len(items)] for name, items in own.items()} for i in range(count)]
 
         def read(numbered: tuple[int, Sample]) -> tuple[int, list[Any] | Skipped]:
             i, sample = numbered
             try:
-                return i, augment.decode(sample, field)
+                return i, decode(sample)
             except BadSample as error:
                 return i, Skipped(sample["__key__"], str(sample["__url__"]), f"{modality}: {error}")
 

@@ -25,7 +25,7 @@ from distill_core.contracts.slot import Context, Slot, is_word
 from distill_core.contracts.teacher import Teacher
 from distill_core.data.fields import FieldConfig
 from distill_core.errors import KeyPath, UserError, did_you_mean
-from distill_core.interfaces import JointAugmentation, Loss
+from distill_core.interfaces import JointAugmentation, JointTower, Loss
 from distill_core.plan import (
     DEFAULT_FUSION,
     DEFAULT_TEACHER,
@@ -49,6 +49,8 @@ from distill_core.recipe.sections import (
     head_plan,
     is_raw,
     joint_plans,
+    joint_tower_plan,
+    joint_towers,
     masked_plan,
     modality_plan,
     pools,
@@ -129,7 +131,12 @@ class Draft:
     def modalities(self) -> list[str]:
         """All modalities that the document names."""
         names = [*self.names("augment"), *self.names("backbone")]
-        return [name for name in dict.fromkeys(names) if name not in self.joint]
+        return [name for name in dict.fromkeys(names) if name not in self.joint or name in self.joint_towers]
+
+    @property
+    def joint_towers(self) -> list[str]:
+        """The keys of `backbone` that name several modalities."""
+        return joint_towers(self.names("backbone"))
 
     @property
     def joint(self) -> list[str]:
@@ -178,7 +185,7 @@ def _ids(draft: Draft) -> Iterator[Problem]:
 def _modalities(draft: Draft) -> Iterator[Problem]:
     for one, other in (("augment", "backbone"), ("backbone", "augment")):
         for name in draft.names(one):
-            if name in draft.joint and one == "augment":
+            if len(joined(name)) > 1:
                 continue
             if isinstance(draft.document.get((other,)), dict) and name not in draft.names(other):
                 yield (one, name), f"{name!r} has no entry in {other}; a modality needs both"
@@ -188,6 +195,7 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
                 line = f"makes views of several modalities at once: write them as its key, {name}+OTHER"
                 yield (one, name), f"{draft.slots[one, name].cls.name!r} {line}"
     yield from _joint(draft)
+    yield from _joint_towers(draft)
     for name in draft.names("masker"):
         if name not in draft.modalities:
             yield ("masker", name), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
@@ -210,7 +218,10 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
         if name in draft.modalities:
             yield ("data", "fields", name), f"{name!r} is a modality: give the field a name of its own"
     for name in draft.optional:
-        if name not in draft.modalities and name not in fields:
+        if name in draft.joint_towers:
+            parts = " and ".join(joined(name))
+            yield ("data", "optional"), f"{name!r} is read where a sample has {parts}: name one of these"
+        elif name not in draft.modalities and name not in fields:
             near = did_you_mean(name, [*draft.modalities, *fields])
             yield ("data", "optional"), f"no modality or field {name!r}{near}"
 
@@ -219,6 +230,23 @@ def _head_names(draft: Draft) -> Iterator[Problem]:
     for name in draft.names("heads"):
         if not is_word(name):
             yield ("heads", name), "a head's name is a word of letters, digits, - and _"
+
+
+def _joint_towers(draft: Draft) -> Iterator[Problem]:
+    """The keys of `backbone` that name several modalities."""
+    for name in draft.names("backbone"):
+        slot, names = draft.slots.get(("backbone", name)), joined(name)
+        if slot is not None and issubclass(slot.cls, JointTower) != (len(names) > 1):
+            line = "several modalities at once: write them as its key, NAME+OTHER"
+            if len(names) > 1:
+                line = f"one modality, and {name!r} names several"
+            yield slot.place, f"{slot.cls.name!r} reads {line}"
+        if len(set(names)) < len(names):
+            yield ("backbone", name), f"{name!r} names a modality twice"
+        for part in dict.fromkeys(names) if len(names) > 1 else ():
+            if part not in draft.names("backbone"):
+                line = f"no entry {part!r} in backbone, which collates its views: a tower of its own, or `raw`"
+                yield ("backbone", name), line
 
 
 def _is_joint(draft: Draft, key: str) -> bool:
@@ -279,9 +307,19 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
     for name in raw:
         if (masker := draft.slots.get(("masker", name))) is not None:
             yield masker.place, f"{name!r} is only collated: there is no tower to hide its tokens from"
+    together: dict[str, ModalityPlan] = {}
+    for key in draft.joint_towers:
+        tower = draft.slots.get(("backbone", key))
+        if tower is None or not issubclass(tower.cls, JointTower) or not {*joined(key)} <= {*modalities, *raw}:
+            continue
+        try:
+            together[key] = joint_tower_plan(key, tower, modalities | raw)
+        except UserError as error:
+            yield tower.place, str(error)
     for name in modalities:
         if (masker := draft.slots.get(("masker", name))) is not None:
             modalities[name] = masked_plan(modalities[name], masker)
+    modalities |= together
     fusion = draft.document.get(("fusion",)) is not None
     complete = {*modalities, *raw} == set(draft.modalities)
     fields = {

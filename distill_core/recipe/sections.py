@@ -341,7 +341,8 @@ class Recipe(ComponentConfig):
 
     def collators(self) -> dict[str, Collator]:
         """How the views of each modality are collated."""
-        return {name: slot.cls.collator(slot.config) for name, slot in self.backbone.items()}
+        own = {name: slot for name, slot in self.backbone.items() if len(joined(name)) == 1}
+        return {name: slot.cls.collator(slot.config) for name, slot in own.items()}
 
     def maskers(self) -> dict[str, Masker]:
         """By modality, built."""
@@ -401,12 +402,33 @@ def plan_of(
     for key, slot in joint.items():
         modalities |= joint_plans(key, slot, modalities)
     raw = {name: modalities.pop(name) for name in names if is_raw(backbone[name])}
+    together = {key: joint_tower_plan(key, backbone[key], modalities | raw) for key in joint_towers(backbone)}
     modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
+    modalities |= together
     plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
     fields = field_plans(data.fields, data.optional)
     named = {name: pools(slot) for name, slot in fusions.items()}
     plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named, raw=raw)
     return replace(plan, heads={name: head_plan(slot, plan) for name, slot in heads.items()})
+
+
+def joint_towers(names: Iterable[str]) -> list[str]:
+    """Those keys of `backbone` that name several modalities."""
+    return [key for key in names if len(joined(key)) > 1]
+
+
+def joint_tower_plan(key: str, slot: Slot[Backbone], modalities: Mapping[str, ModalityPlan]) -> ModalityPlan:
+    """Of a tower of several modalities, by the plans of these. Raises `UserError` where their views do not pair."""
+    parts = {name: modalities[name] for name in joined(key)}
+    roles: list[str] = []
+    for role in slot.config.views:
+        counts = {name: len(part.views(role)) for name, part in parts.items()}
+        if len(set(counts.values())) > 1 or 0 in counts.values():
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise UserError(f"{slot.cls.name!r} pairs the {role} views of its modalities, of which there are {listed}")
+        roles += [role] * next(iter(counts.values()))
+    optional = any(part.optional for part in parts.values())
+    return ModalityPlan(tuple(roles), slot.cls.spec(slot.config), optional=optional, parts=parts)
 
 
 def is_raw(backbone: Slot[Backbone]) -> bool:

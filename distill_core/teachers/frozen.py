@@ -19,7 +19,7 @@ from distill_core.errors import UserError, counted
 from distill_core.interfaces import Augmentation, Backbone, Collator
 from distill_core.objective import Objective
 from distill_core.outputs import Features
-from distill_core.plan import BackboneSpec, Plan, TeacherPlan
+from distill_core.plan import BackboneSpec, Plan, TeacherPlan, joined
 from distill_core.teachers.own_views import OwnViews, own_plan, own_problems
 
 
@@ -72,6 +72,9 @@ class Frozen(Teacher):
         for option in ("backbone", "weights"):
             if not getattr(config, option):
                 yield f"{cls.name!r}: give its `{option}`: it has none of the student's"
+        for name in config.backbone:
+            if len(joined(name)) > 1:
+                yield f"{cls.name!r}: backbone.{name}: a tower of several modalities is the student's, or a copy of it"
         for name in {**config.backbone, **config.augment}:
             if plan.complete and name not in plan.modalities:
                 yield f"{cls.name!r}: {name!r} is no modality of this recipe"

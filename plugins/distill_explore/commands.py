@@ -73,6 +73,7 @@ def embed(
 )
 @click.option("--like", is_flag=True, help="QUERY is of the searched modality (an image's path).")
 @click.option("--modality", help="Modality to search; by default the recipe's first.")
+@click.option("--by", help="Modality of QUERY, where there are several others than the searched one.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 @SPLIT
 @TEACHER
@@ -85,6 +86,7 @@ def search(
     out: str,
     like: bool,
     modality: str | None,
+    by: str | None,
     as_json: bool,
     split: str,
     teacher: bool,
@@ -92,7 +94,7 @@ def search(
 ) -> None:
     """Show the items of a collection that are nearest to QUERY, as a table and a contact sheet.
 
-    QUERY is of the recipe's other modality: a text, if images are searched.
+    QUERY is of the recipe's other modality: a text, if images are searched. Of several others --by names one.
 
     The collection's embeddings are cached in RUN/embeddings, until the checkpoint or a file changes.
     """
@@ -113,7 +115,11 @@ def search(
         raise UserError(
             f"{run}: the {model.side} has {searched} alone, so there is nothing to describe it in; use --like"
         )
-    query_modality = searched if like else others[-1]
+    if not like and len(others) > 1 and by is None:
+        raise UserError(f"--by: QUERY may be of {', '.join(others)}; name one of them")
+    if by is not None and (like or by not in others):
+        raise UserError(f"--by: QUERY is of {searched if like else ' or '.join(others)}")
+    query_modality = searched if like else by or others[0]
     features: FeatureKind = model.default_features(searched) if like else "embedding"
     query_embedding = model.encode(query_modality, query, features=features)
     query_shown = _render(model, query_modality, query)

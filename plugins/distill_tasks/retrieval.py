@@ -170,9 +170,10 @@ def two_modalities(name: str, modalities: tuple[str, str] | None, plan: Plan) ->
     for modality in modalities or ():
         if modality not in plan.modalities:
             raise MissingModality(modality)
-    if modalities is None and len(plan.modalities) > 2:
+    single = [modality for modality, known in plan.modalities.items() if not known.parts]
+    if modalities is None and len(single) > 2:
         yield f"{name!r} needs `modalities`: the recipe has {', '.join(plan.modalities)}"
-    if modalities is None and len(plan.modalities) == 1 and plan.complete:
-        yield f"{name!r} compares two modalities; the recipe has {next(iter(plan.modalities))!r} alone"
+    if modalities is None and len(single) == 1 and plan.complete:
+        yield f"{name!r} compares two modalities; the recipe has {single[0]!r} alone"
     if modalities is not None and modalities[0] == modalities[1]:
         yield f"{name!r} compares two modalities; `modalities` names {modalities[0]!r} twice"

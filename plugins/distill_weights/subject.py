@@ -107,10 +107,14 @@ class Subject:
         augmentation = self.model.augment[image]
         if not isinstance(augmentation, PictureAugmentation):
             raise UserError(f"--to {to}: augment.{image} is {augmentation.name!r}, whose preprocessing is not known")
+        others = [name for name in self.model.backbone if name not in (image, text)]
+        self.left_out += [f"backbone.{name} ({self.model.backbone[name].name})" for name in others]
         return Clip(image, text, vit, text_tower, augmentation.config)
 
     def _only(self, kind: type[Backbone], to: str) -> str:
-        names = [name for name, module in self.model.backbone.items() if type(module) is kind]
+        # of modalities that share a tower the first, which has it
+        towers = {id(module): name for name, module in reversed(self.model.backbone.items()) if type(module) is kind}
+        names = list(towers.values())
         if len(names) != 1:
             has = ", ".join(f"backbone.{name} {module.name!r}" for name, module in self.model.backbone.items())
             raise UserError(

@@ -15,7 +15,7 @@ import torch
 from collectives import Collectives
 from torch import Tensor
 
-from distill_core.batch import Batch, Group, Views
+from distill_core.batch import REPEATED, Batch, Group, Views
 from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
@@ -30,6 +30,7 @@ augment: {{image: {image}, text: {text}}}
 backbone:
   image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6, masking: {masking}}}
   text: {{name: {tower}, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
+masker: {masker}
 fusion: {fusion}
 loss: {loss}
 balance: {balance}
@@ -98,13 +99,30 @@ CASES: dict[str, dict[str, str]] = {
         "fusion": "{name: multimodal_encoder, role: masked, layers: 1, heads: 2}",
         "loss": "[clip, flava_mlm, {name: flava_mim, patch: 4}, {name: flava_mmm, patch: 4}]",
     },
+    "ijepa": {
+        "image": CROP,
+        "text": CAPTION,
+        "masker": "{image: {name: multi_block, keep: 0.5, target_scale: [0.25, 0.25], targets: 2}}",
+        "teacher": "{}",
+        "loss": "[{name: ijepa, width: 8, layers: 1, heads: 2}, {name: clip, weight: .3}]",
+    },
+    "data2vec": {
+        "image": CROP,
+        "text": CAPTION,
+        "masker": "{image: {name: inverse_blocks, masks: 3, ratio: 0.5, block: 1}}",
+        "teacher": "{}",
+        "loss": "[{name: data2vec, top: 1, width: 8, layers: 1, groups: 2}, {name: clip, weight: .3}]",
+    },
 }
 SAMPLES, DIM = 12, 6
 
 
 def recipe(options: Mapping[str, str], registry: Registry) -> Recipe:
     """Of a case, or of others like them."""
-    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance"), "null") | {"tower": "clip_text", "wire": "fp32"}
+    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance", "masker"), "null") | {
+        "tower": "clip_text",
+        "wire": "fp32",
+    }
     return parse_recipe(RECIPE.format(**rest | dict(options)), "r.yaml", registry=registry)
 
 
@@ -114,7 +132,7 @@ def batch(parsed: Recipe, first: int, last: int) -> Batch:
     views = {}
     for name, modality in parsed.plan.modalities.items():
         groups = []
-        for role, members in groupby(modality.roles):
+        for role, members in groupby(role for role in modality.roles if role != REPEATED):
             count = len(list(members))
             if name == "image":
                 side = 4 if role == "local" else 8
@@ -129,8 +147,10 @@ def batch(parsed: Recipe, first: int, last: int) -> Batch:
                 for i in range(SAMPLES):
                     group.token_mask[:, i, 1 + i % 3] = True
                 group.targets = patch_pixels(x, 4) if name == "image" else x
-            groups.append(group.map(lambda x: x[:, first:last]))
-        views[name] = Views(groups)
+            groups.append(group)
+        masker = parsed.maskers().get(name)
+        whole = Views(groups) if masker is None else masker.drawn(Views(groups), range(SAMPLES))
+        views[name] = whole.map(lambda x: x[:, first:last])
     return Batch(views, [f"k{i}" for i in range(first, last)])
 
 

@@ -52,7 +52,7 @@ def joint(methods: ModuleType, registry: Registry) -> dict[str, Any]:
 
 CASES = [
     *("clip", "cosmos", "cosmos ring", "cosmos soft", "cosmos sigmoid", "siglip gather", "siglip ring"),
-    *("slip", "dreamlip", "flair", "flava", "cosmos balanced"),
+    *("slip", "dreamlip", "flair", "flava", "cosmos balanced", "ijepa", "data2vec"),
 ]
 
 

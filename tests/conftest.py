@@ -3,15 +3,15 @@
 import io
 import os
 import shutil
-import tarfile
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 
 from distill_core.registry import Registry
 
@@ -67,18 +67,6 @@ def png(rng: np.random.Generator, size: int = 20) -> bytes:
     return file.getvalue()
 
 
-def write_tar(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> Path:
-    """A shard of (key, {extension: bytes})."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, fields in samples:
-            for extension, data in fields.items():
-                entry = tarfile.TarInfo(f"{key}.{extension}")
-                entry.size = len(data)
-                tar.addfile(entry, io.BytesIO(data))
-    return path
-
-
 @pytest.fixture(scope="session")
 def registry() -> Registry:
     """Every installed plugin's components."""
@@ -119,12 +107,6 @@ def write_shards() -> Callable[..., list[Path]]:
 @pytest.fixture(scope="session")
 def recipe_text() -> str:
     """`tiny_recipe`'s text, with {folder} for that of the shards."""
-    return RECIPE
-
-
-@pytest.fixture(scope="session")
-def tiny_recipe_text() -> str:
-    """The text of `tiny_recipe`; `.format(folder=...)` says where its shards lie."""
     return RECIPE
 
 

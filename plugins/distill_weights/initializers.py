@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +242,7 @@ class HfClip(Towers):
 
     def read(self) -> Source:
         """The folder's tensors and config."""
-        path = Path(self.config.source)
-        if not path.is_dir():
-            raise UserError(f"weights: {path}: no such folder")
-        state, notes = read_folder(path, HF_FILES)
-        source = from_hf(unwrapped(state), read_json(path / "config.json"), str(path))
-        source.notes, source.pixels = notes, _hf_pixels(path)
-        return source
+        return _read_hf(Path(self.config.source), from_hf)
 
 
 class HfSiglipConfig(ComponentConfig):
@@ -273,13 +268,17 @@ class HfSiglip(Towers):
 
     def read(self) -> Source:
         """The folder's tensors and config."""
-        path = Path(self.config.source)
-        if not path.is_dir():
-            raise UserError(f"weights: {path}: no such folder")
-        state, notes = read_folder(path, HF_FILES)
-        source = from_hf_siglip(unwrapped(state), read_json(path / "config.json"), str(path))
-        source.notes, source.pixels = notes, _hf_pixels(path)
-        return source
+        return _read_hf(Path(self.config.source), from_hf_siglip)
+
+
+def _read_hf(path: Path, convert: Callable[[Any, Any, str], Source]) -> Source:
+    """Raises `UserError`."""
+    if not path.is_dir():
+        raise UserError(f"weights: {path}: no such folder")
+    state, notes = read_folder(path, HF_FILES)
+    source = convert(unwrapped(state), read_json(path / "config.json"), str(path))
+    source.notes, source.pixels = notes, _hf_pixels(path)
+    return source
 
 
 def _hf_pixels(path: Path) -> Pixels | None:

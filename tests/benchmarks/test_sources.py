@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from grey_pictures import IMAGE, TEXT, grey, only, picture, source
 from PIL import Image
+from tars import write_tar
 
 from distill_benchmarks.captioned import Dci, Karpathy, Urban1k
 from distill_benchmarks.clip_benchmark import ClipBenchmark
@@ -119,13 +119,7 @@ def test_dci(tmp_path: Path) -> None:
 
 
 def tar(path: Path, samples: list[dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
-        for i, sample in enumerate(samples):
-            for suffix, data in sample.items():
-                entry = tarfile.TarInfo(f"s{i:07d}.{suffix}")
-                entry.size = len(data)
-                file.addfile(entry, io.BytesIO(data))
+    write_tar(path, [(f"s{i:07d}", sample) for i, sample in enumerate(samples)])
 
 
 def webp(value: int) -> bytes:

@@ -87,5 +87,5 @@ def test_what_is_imported_is_declared(folder: str) -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     """A plugin's module imports `hookimpl` from here, and every command imports every plugin."""
     code = "import sys, distill_core; print([m for m in ('torch', 'numpy', 'pydantic', 'click') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     assert done.stdout == "[]\n"

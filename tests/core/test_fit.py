@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launched
 from torch import Tensor
 
 import distill_core
@@ -153,16 +152,7 @@ with open(f"{sys.argv[2]}/rank-{os.environ['RANK']}", "w") as file:
 def test_two_ranks_stop_together(tiny_recipe: Path, tmp_path: Path) -> None:
     """The first rank's callback stops both, in one folder. Would catch a rank that trains on alone, or waits."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(tmp_path / "ranks.py"),
-    ]
-    done = subprocess.run([*launch, str(tiny_recipe), str(tmp_path)], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    launched(2, tmp_path / "ranks.py", tiny_recipe, tmp_path)
     first, second = ((tmp_path / f"rank-{rank}").read_text().split() for rank in (0, 1))
     assert int(first[0]) > 0
     assert second[0] == "0"

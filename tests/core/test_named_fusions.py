@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from trainers import trainers
 
 import distill_core
 from distill_core.outputs import Progress
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
-from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 TWO = (
@@ -31,18 +31,8 @@ def recipe(tiny_recipe: Path, registry: Registry) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def trainer(recipe: Callable[..., Recipe], tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    made: list[Trainer] = []
-
-    def make(*overrides: str, resume: Path | None = None) -> Trainer:
-        resolved = recipe(*overrides)
-        folder = RunFolder(resume) if resume is not None else RunFolder.create(tmp_path / "runs", resolved)
-        made.append(Trainer(resolved, folder, resume="last" if resume is not None else None, quiet=True))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.loader.close()
-        one.folder.unlock()
+    with trainers(tmp_path / "runs") as make:
+        yield lambda *overrides, resume=None: make(recipe(*overrides), resume)
 
 
 def test_each_loss_reads_and_trains_its_own(trainer: Callable[..., Trainer]) -> None:

@@ -380,7 +380,7 @@ def loaded_by(arguments: list[str], modules: Iterable[str]) -> list[str]:
         f"try: main({arguments!r})\nexcept SystemExit: pass\n"
         f"print('LOADED', *[name for name in {tuple(modules)!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=400)
     return done.stdout.splitlines()[-1].split()[1:]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainers import trainers
 
 import distill_core
 from distill_core.outputs import Progress
@@ -16,7 +17,6 @@ from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
-from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 Make = Callable[..., Trainer]
@@ -35,18 +35,8 @@ def recipe(tiny_recipe: Path, registry: Registry) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def trainer(recipe: Callable[..., Recipe], tmp_path: Path) -> Iterator[Make]:
-    made: list[Trainer] = []
-
-    def make(*overrides: str, resume: Path | None = None) -> Trainer:
-        resolved = recipe(*overrides)
-        folder = RunFolder(resume) if resume is not None else RunFolder.create(tmp_path / "runs", resolved)
-        made.append(Trainer(resolved, folder, resume="last" if resume is not None else None, quiet=True))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.loader.close()
-        one.folder.unlock()
+    with trainers(tmp_path / "runs") as make:
+        yield lambda *overrides, resume=None: make(recipe(*overrides), resume)
 
 
 def test_both_modalities_train_one_tower(recipe: Callable[..., Recipe]) -> None:

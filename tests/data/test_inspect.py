@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reading import Write
+from tars import write_tar
 
 from distill_core import TarShard
 from distill_core.cli import main
@@ -31,17 +31,6 @@ def picture(width: int, height: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def shard(path: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, fields in samples:
-            for extension, content in fields.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def report(*arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     capsys.readouterr()
     main(["data", "inspect", *arguments, "--json", "--jobs", "2"])
@@ -55,7 +44,7 @@ def test_sizes_and_lengths_are_counted(tmp_path: Path, capsys: pytest.CaptureFix
     sizes = [(40, 30), (100, 70), (31, 200)]
     pairs = enumerate(zip(sizes, captions, strict=True))
     samples = [(f"k{i}", {"jpg": picture(*size, "JPEG"), "txt": text}) for i, (size, text) in pairs]
-    found = report(str(shard(tmp_path / "a.tar", samples)), capsys=capsys)
+    found = report(str(write_tar(tmp_path / "a.tar", samples)), capsys=capsys)
     assert (found["samples"], found["looked_at"], found["shards"], found["bad"]) == (3, 3, 1, 0)
     assert found["fields"] == {"jpg": 3, "txt": 3}
     sides = found["pictures"]["image"]
@@ -88,7 +77,9 @@ def test_every_kind_of_bad_sample_is_named_with_its_shard(tmp_path: Path, capsys
         "json": ({"jpg": good["jpg"], "json": b"{"}, "json"),
         "nan": ({"jpg": good["jpg"], "json": b'{"captions": [NaN]}'}, ""),
     }
-    path = shard(tmp_path / "a.tar", [("g0", good), *((key, fields) for key, (fields, _) in bad.items()), ("g1", good)])
+    path = write_tar(
+        tmp_path / "a.tar", [("g0", good), *((key, fields) for key, (fields, _) in bad.items()), ("g1", good)]
+    )
     found = report(str(path), capsys=capsys)
     named = {one["key"]: one for one in found["bad_samples"]}
     assert set(named) == set(bad)
@@ -119,7 +110,7 @@ def test_shards_that_are_damaged_or_no_tar(
 def test_a_modality_that_nothing_has_is_nobodys_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Pictures without texts can be trained on; a broken one among them is bad all the same."""
     samples = [(f"k{i}", {"png": picture(8, 8)}) for i in range(5)] + [("broken", {"png": b"no"})]
-    found = report(str(shard(tmp_path / "a.tar", samples)), "--sheet", str(tmp_path / "s.png"), capsys=capsys)
+    found = report(str(write_tar(tmp_path / "a.tar", samples)), "--sheet", str(tmp_path / "s.png"), capsys=capsys)
     assert (found["bad"], [one["key"] for one in found["bad_samples"]]) == (1, ["broken"])
     assert found["texts"] == {}
     assert (tmp_path / "s.png").is_file()
@@ -138,7 +129,7 @@ def test_what_a_recipe_allows_to_be_absent(
         ("broken", {"png": b"no picture", "txt": b"a boat"}),
         ("none", {"cls": b"3"}),
     ]
-    path = shard(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     source = ["--set", f"data.source={{name: webdataset, urls: {path}}}", "--set", "evaluate=null"]
     strict = report(str(tiny_recipe), *source, capsys=capsys)
     assert (strict["bad"], strict["absent"]) == (4, {})
@@ -163,8 +154,8 @@ def test_keys_that_stand_twice_are_counted(
 ) -> None:
     """In two shards, where no reader notices: their views would be drawn alike."""
     fields = {"png": picture(8, 8), "txt": b"a"}
-    shard(tmp_path / "in" / "a.tar", [("x", fields), ("y", fields)])
-    shard(tmp_path / "in" / "b.tar", [("z", fields), ("x", fields)])
+    write_tar(tmp_path / "in" / "a.tar", [("x", fields), ("y", fields)])
+    write_tar(tmp_path / "in" / "b.tar", [("z", fields), ("x", fields)])
     repeated = report(str(tmp_path / "in"), capsys=capsys)["repeated_keys"]
     assert (repeated["keys"], repeated["samples"]) == (1, 2)
     assert [one["key"] for one in repeated["examples"]] == ["x", "x"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from launching import of_ranks
 
 from distill_core.cli import main
 from distill_core.run.checkpoint import Checkpoints
@@ -21,17 +19,7 @@ pytestmark = pytest.mark.slow
 def test_two_ranks_have_one_centre_and_the_joint_gradients(tmp_path: Path, steps: ModuleType) -> None:
     """Catches a centre of one rank's rows, a mean over ranks that see different numbers of hidden patches, and
     Sinkhorn-Knopp within a rank."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *command, str(Path(__file__).with_name("steps.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    ranks = of_ranks(2, Path(__file__).with_name("steps.py"), tmp_path)
     joint = steps.step(0, steps.SAMPLES)
     before = {name: x for name, x in steps.objective(steps.BOTH).named_buffers() if name in joint["centers"]}
     assert {"loss.dino.targets.center", "loss.ibot.targets.center"} <= set(joint["centers"])

@@ -208,7 +208,7 @@ def start(cache: Path, kill_at: int) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("kill_at", [5, 6])  # instead of a shard's rename, and of the manifest's after one
 def test_goes_on_after_a_kill(tmp_path: Path, small: EmojiSource, kill_at: int) -> None:
     killed = start(tmp_path, kill_at)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=400)
     assert killed.returncode == -signal.SIGKILL
     one = emoji(tmp_path)
     folder = one.folder
@@ -228,7 +228,7 @@ def test_goes_on_after_a_kill(tmp_path: Path, small: EmojiSource, kill_at: int) 
 @pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, small: EmojiSource) -> None:
     both = [start(tmp_path, 0) for _ in range(2)]
-    told = [one.communicate(timeout=60)[1] for one in both]
+    told = [one.communicate(timeout=400)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0], told
     if sys.platform != "win32":
         assert sum("pictures in" in text for text in told) == 1, "both rendered everything"

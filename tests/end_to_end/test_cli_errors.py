@@ -358,7 +358,7 @@ def test_a_plugin_that_fails_to_import(
         env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert one_line(Ended(done.returncode, done.stdout, done.stderr)) == (

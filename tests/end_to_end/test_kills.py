@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launched
 
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
@@ -42,15 +41,7 @@ def launch(recipe: Path, runs: Path, ranks: int, kills: int) -> tuple[RunFolder,
         *("-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks), "--max-restarts", str(kills)),
         *(str(SCRIPT), str(recipe), str(runs), str(kills), *OVERRIDES),
     ]
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=3000,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = launched(1, *command, timeout=3000)
     assert [path.name for path in runs.iterdir() if path.is_dir()] == ["tiny"]
     return RunFolder(runs / "tiny"), done.stderr
 

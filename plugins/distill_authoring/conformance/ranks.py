@@ -18,8 +18,10 @@ import torch
 
 from distill_authoring.conformance.suite import CheckFailed, NotApplicable
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds that ranks wait for each other."""
+TO_START = 600.0
+"""Seconds in which they import torch and meet, on however busy a machine."""
 _GRACE = 3.0
 """Seconds that the other rank has when one has raised an error."""
 
@@ -39,7 +41,7 @@ class _Ranks:
         store = str(Path(self.folder.name) / "store")
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-c", _RANK, str(rank), store, str(PATIENCE)],
+                [sys.executable, "-c", _RANK, str(rank), store, str(TO_START)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,  # gloo also reports here what is raised
@@ -47,6 +49,7 @@ class _Ranks:
             )
             for rank in (0, 1)
         ]
+        self._answers(TO_START)  # that they have met
 
     def run(self, jobs: list[bytes]) -> list[Any]:
         """The results of both ranks. Raises what a rank raised."""
@@ -54,11 +57,14 @@ class _Ranks:
             assert process.stdin is not None
             pickle.dump(job, process.stdin)
             process.stdin.flush()
+        return self._answers(PATIENCE)
+
+    def _answers(self, patience: float) -> list[Any]:
         pending: dict[BinaryIO, int] = {_out(process): rank for rank, process in enumerate(self.processes)}
         results: dict[int, Any] = {}
         problems: list[Exception] = []
         while pending:
-            ready = select(list(pending), [], [], _GRACE if problems else PATIENCE)[0]
+            ready = select(list(pending), [], [], _GRACE if problems else patience)[0]
             if not ready:
                 self.stop()
                 hang = CheckFailed("two ranks wait for each other: every rank must call the same collectives")
@@ -129,6 +135,8 @@ def serve(number: str, store: str, patience: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=float(patience)),
     )
+    pickle.dump((None, None), answers)
+    answers.flush()
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)

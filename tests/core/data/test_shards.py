@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 from faulty_server import Server
-from reading import Write, keys_in
+from reading import QUICK, Write, keys_in
 
 from distill_core.data.opening import open_shard
 from distill_core.data.shard import Patience
 from distill_core.data.tar_samples import read_shard
 from distill_core.data.tar_shards import TarShard
 from distill_core.errors import DataError
-
-QUICK = Patience(retries=2, timeout=0.3)
 
 
 @contextmanager
@@ -53,7 +51,7 @@ def test_a_url_that_fails_for_a_moment_loses_and_repeats_nothing(
     (path,) = write_shards(tmp_path, 1, 30)
     url = server.url(path)
     server.faults = [fault, fault]
-    with within(20):
+    with within(100):
         assert read(url) == (keys_in([path]), None)
     assert len(server.requests) == 3
 
@@ -75,7 +73,7 @@ def test_a_url_that_fails_for_good_is_named_after_its_retries(
     (path,) = write_shards(tmp_path, 1, 30)
     url = server.url(path)
     server.faults = [fault] * 20
-    with within(20):
+    with within(100):
         keys, error = read(url)
     assert error is not None
     assert error.startswith(f"{url}: cannot be read: ")
@@ -89,7 +87,7 @@ def test_nobody_listens(server: Server, tmp_path: Path, write_shards: Write) -> 
     (path,) = write_shards(tmp_path, 1, 3)
     url = server.url(path)
     server.close()
-    with within(20):
+    with within(100):
         keys, error = read(url)
     assert keys == []
     assert error is not None
@@ -109,13 +107,13 @@ def command(path: Path, first: str) -> str:
     return f"pipe:[ -e {mark} ] || {{ touch {mark}; {first}; }}; cat {shlex.quote(str(path))}"
 
 
-@pytest.mark.parametrize("first", ["exit 3", "head -c 20000 FILE; exit 3", "head -c 20000 FILE; exit 0", "sleep 30"])
+@pytest.mark.parametrize("first", ["exit 3", "head -c 20000 FILE; exit 3", "head -c 20000 FILE; exit 0", "sleep 300"])
 def test_a_command_that_fails_for_a_moment_loses_and_repeats_nothing(
     tmp_path: Path, write_shards: Write, first: str
 ) -> None:
     (path,) = write_shards(tmp_path, 1, 30)
     assert path.stat().st_size > 40_000
-    with within(20):
+    with within(100):
         assert read(command(path, first.replace("FILE", shlex.quote(str(path))))) == (keys_in([path]), None)
 
 
@@ -125,7 +123,7 @@ def test_a_command_that_fails_for_a_moment_loses_and_repeats_nothing(
         ("echo what is wrong >&2; exit 3", "the command ended with status 3: what is wrong"),
         ("head -c 20000 FILE; exit 3", "the command ended with status 3"),
         ("head -c 20000 FILE", "cut off"),
-        ("head -c 20000 FILE; sleep 30", "wrote nothing for 0.3 s"),
+        ("head -c 20000 FILE; sleep 300", f"wrote nothing for {QUICK.timeout:g} s"),
         ("cat FILE; exit 3", "the command ended with status 3"),
         ("no-such-command-here", "the command ended with status 127"),
     ],
@@ -136,7 +134,7 @@ def test_a_command_that_fails_for_good_is_named_after_its_retries(
     (path,) = write_shards(tmp_path, 1, 30)
     runs = tmp_path / "runs"
     shard = f"pipe:echo >> {shlex.quote(str(runs))}; {line.replace('FILE', shlex.quote(str(path)))}"
-    with within(20):
+    with within(100):
         keys, error = read(shard)
     assert error is not None
     assert reason in error
@@ -175,12 +173,12 @@ def test_a_command_ends_with_its_reader(tmp_path: Path, write_shards: Write) -> 
     """Catches a shell that is closed and a child of it that lives on, and a reader that waits for either."""
     (path,) = write_shards(tmp_path, 1, 3)
     pid = tmp_path / "pid"
-    shard = f"pipe:cat {shlex.quote(str(path))}; sleep 60 & echo $! > {shlex.quote(str(pid))}; wait"
-    with within(20), open_shard(shard, 5) as file:
+    shard = f"pipe:cat {shlex.quote(str(path))}; sleep 300 & echo $! > {shlex.quote(str(pid))}; wait"
+    with within(100), open_shard(shard, 5) as file:
         assert file.read(512) == path.read_bytes()[:512]
         while not pid.exists() or not pid.read_text().strip():
             time.sleep(0.01)
-    with within(20):
+    with within(100):
         while _lives(int(pid.read_text())):
             time.sleep(0.01)
 
@@ -246,7 +244,7 @@ def test_no_file_stays_open(tmp_path: Path, write_shards: Write, server: Server)
         for shard in shards:
             read(shard)
             next(iter(read_shard(shard)))
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < end:
         time.sleep(0.05)  # the server's own side
     assert len(os.listdir("/proc/self/fd")) <= before

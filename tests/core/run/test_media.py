@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tars import write_tar
 from torch.nn.functional import normalize
 
 from distill_core.batch import View
@@ -121,13 +120,7 @@ class Look:
 def test_what_a_retrieval_shows(tmp_path: Path) -> None:
     """By hand: two samples, the second with two items on the b side; `+` marks the query's own."""
     samples = [({"a": [[1, 0]], "b": [[1, 0]]}, "k0"), ({"a": [[0, 1]], "b": [[3, 4], [0, 1]]}, "k1")]
-    shard = tmp_path / "s.tar"
-    with tarfile.open(shard, "w") as tar:
-        for content, key in samples:
-            data = json.dumps(content).encode()
-            entry = tarfile.TarInfo(f"{key}.json")
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
+    shard = write_tar(tmp_path / "s.tar", [(key, {"json": json.dumps(content).encode()}) for content, key in samples])
     here, model = EvaluationSet("here", Shards([TarShard(shard)])), Look()
     task = Retrieval(RetrievalConfig())
     made = list(task.media(model, [here], 2))  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ class SleepsReading(CaptionAugmentation):
 
 
 def wait_for(path: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 400
     while not path.exists():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -70,7 +70,7 @@ def wait_for(path: Path) -> None:
 
 def let_go(stack: Path, inside: str, path: Path) -> None:
     """Make `path` once `stack` names the function in which the run is stuck."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end and not (stack.exists() and inside in stack.read_text()):
         time.sleep(0.05)
     path.touch()
@@ -121,22 +121,23 @@ def test_a_data_worker(train: Train) -> None:
     assert "in train_views" in stack
 
 
+@pytest.mark.slow
 def test_a_watch_that_has_nothing_to_say(tmp_path: Path) -> None:
     """Would catch a warning of steps that are slow but come, and a warning that does not double its time."""
     said: list[str] = []
-    watch = StallWatch(tmp_path, 0.4, said.append, lambda: "")
+    watch = StallWatch(tmp_path, 4.0, said.append, lambda: "")
     with watch.running():
-        for step in range(5):
-            time.sleep(0.15)
+        for step in range(10):
+            time.sleep(0.5)
             watch.step(step)
     assert said == []
     assert not (tmp_path / "stalls").exists()
     watch = StallWatch(tmp_path, 0.2, said.append, lambda: "")
     with watch.running():
-        end = time.monotonic() + 20
+        end = time.monotonic() + 200
         while len(said) < 3 and time.monotonic() < end:
             time.sleep(0.02)
-    assert [re.findall(r"no step for (\S+) s", line) for line in said] == [["0.2"], ["0.4"], ["0.8"]]
+    assert [re.findall(r"no step for (\S+) s", line) for line in said[:3]] == [["0.2"], ["0.4"], ["0.8"]]
 
 
 def test_torch_is_not_where_a_stall_is(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_torch_is_not_where_a_stall_is(tmp_path: Path) -> None:
 
     class Stuck(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            end = time.monotonic() + 20
+            end = time.monotonic() + 200
             while not said and time.monotonic() < end:
                 time.sleep(0.02)
             return x

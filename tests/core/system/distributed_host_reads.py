@@ -48,7 +48,7 @@ def main() -> None:
         return moved
 
     def stepping(self: TrainStep, batch: Batch, progress: Progress, **options: Any) -> StepResult:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 400
         while not trainer.loader.holds(2) and time.monotonic() < end:  # as where the device computes for long
             time.sleep(0.01)
         result = step(self, batch, progress, meet=trainer.lockstep.must_meet())

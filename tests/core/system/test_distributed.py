@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from beside import load_beside
+from launching import launched, of_ranks
 from score_values import reported
 
 from distill_core.recipe.resolve import load_recipe
@@ -29,20 +28,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("distributed_step.py")
 
 
-def one(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
-
-
-def two(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    ranks = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    return one(*ranks, *command, **environment)
+one, two = (partial(launched, ranks, succeeds=False) for ranks in (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +39,7 @@ def step() -> ModuleType:
 def test_two_ranks_have_the_joint_batchs_gradients(tmp_path: Path, step: ModuleType) -> None:
     """Catches negatives of one rank alone, gradients that stop at the gather, a sum in place of a mean, and positives
     looked for in the wrong rows (all but the last give right losses in one process)."""
-    done = two(str(SCRIPT), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    ranks = of_ranks(2, SCRIPT, tmp_path)
     joint = step.step(0, step.SAMPLES)
     assert set(joint["terms"]) == {"contrastive", "cross_modal_distillation", "clip"}
     for name, term in joint["terms"].items():
@@ -77,9 +61,7 @@ def test_compiled_units_in_parts_have_the_joint_batchs_gradients(tmp_path: Path,
     """`train.parallel` with `compile`, `shard: all` and each way of `checkpointing` at once, against the eager step of
     one process. Catches an order of the three that breaks one of them, graphs that hold a unit's parameters as they
     were before they were gathered, and a compilation for each length."""
-    done = two(str(SCRIPT.with_name("distributed_compiled.py")), str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt", weights_only=True) for i in range(2)]
+    ranks = of_ranks(2, SCRIPT.with_name("distributed_compiled.py"), tmp_path)
     for number, tokens in enumerate((7, 6, 8)):
         joint = step.step(0, step.SAMPLES, tokens)
         for kind in ("none", "selective", "full"):
@@ -108,9 +90,7 @@ def test_ranks_wait_for_the_device_once_a_step_and_for_one_another_only_where_th
     """
     runs = tmp_path / "runs"
     folder = RunFolder.create(runs, load_recipe(tiny_recipe, registry=registry))
-    script, support = SCRIPT.with_name("distributed_host_reads.py"), Path(__file__).parents[2] / "support"
-    done = two(str(script), str(tiny_recipe), str(folder.path), PYTHONPATH=str(support))
-    assert done.returncode == 0, done.stderr
+    launched(2, SCRIPT.with_name("distributed_host_reads.py"), tiny_recipe, folder.path)
     for rank in range(2):
         made = json.loads((runs / f"rank-{rank}.json").read_text())
         assert made["met"] == [0, 1, 7], "before the first two steps nobody knows, and before the last that is not made"

@@ -6,9 +6,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from beside import load_beside
+from launching import launched
 from PIL import Image
 
 from distill_core.recipe.resolve import load_recipe
@@ -108,16 +106,7 @@ def made(
         for ranks, runs in ((1, folder / "one"), (2, folder / "two")):
             own = [*filled, f"name={name}", f"data.batch_size={4 // ranks}"]
             RunFolder.create(runs, load_recipe(file, registry=registry, overrides=own))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), str(folder / "two")],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    launched(2, SCRIPT, folder / "two")
     for path in (folder / "one").iterdir():
         script.train(RunFolder(path), registry)
     return Made(folder / "one", folder / "two", json.loads((folder / "two.json").read_text()))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from launching import launched
 from torch import Tensor
 
 import distill_core
@@ -23,17 +22,7 @@ STEPS = 6
 
 
 def launch(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, *torchrun, "-m", "distill_core.cli", *command],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+    return launched(ranks, "-m", "distill_core.cli", *command)
 
 
 def start(recipe: Path, runs: Path, ranks: int, shard: str) -> RunFolder:
@@ -51,15 +40,13 @@ def start(recipe: Path, runs: Path, ranks: int, shard: str) -> RunFolder:
 
 
 @pytest.fixture(scope="module")
-def recipe(
-    tmp_path_factory: pytest.TempPathFactory, write_shards: Callable[..., list[Path]], tiny_recipe_text: str
-) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, write_shards: Callable[..., list[Path]], recipe_text: str) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     write_shards(folder / "shards", 3, 7)
     for prefix in ("validation", "test"):
         write_shards(folder / "shards", 1, 8, prefix=prefix)
     path = folder / "tiny.yaml"
-    path.write_text(tiny_recipe_text.format(folder=folder / "shards"))
+    path.write_text(recipe_text.format(folder=folder / "shards"))
     return path
 
 

@@ -104,7 +104,7 @@ def test_slurm_hears_of_a_run_that_failed(monkeypatch: pytest.MonkeyPatch, code:
 
 
 def wait_for(there: Callable[[], object], folder: Path) -> None:
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while not there():
         assert time.monotonic() < end, "\n".join(log.read_text() for log in folder.glob("*_log.*"))
         time.sleep(0.05)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +184,39 @@ def start(tmp_path: Path, step: int, *arguments: str | Path) -> subprocess.Popen
     for name in ("reached", "go"):
         (tmp_path / name).unlink(missing_ok=True)
     environment = {"PYTHONPATH": str(GATE), "GATE": str(tmp_path), "GATE_STEP": str(step), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "distill_core.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, **environment},
-    )
+    with (tmp_path / "errors").open("wb") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", "distill_core.cli", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **environment},
+        )
+
+
+def ended(process: subprocess.Popen[str], folder: Path) -> tuple[str, str]:
+    """What the process has said, and its errors, once it has ended."""
+    out, _ = process.communicate(timeout=400)
+    return out, (folder / "errors").read_text()
 
 
 def signal_in_step(process: subprocess.Popen[str], folder: Path, number: int) -> str:
     """The process's errors, after a signal to it alone, as from a terminal, while its ranks are in a step."""
-    end = time.monotonic() + 200
-    while not (folder / "reached").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
-        time.sleep(0.05)
+
+    def wait_for(there: Callable[[], bool]) -> None:
+        end = time.monotonic() + 400
+        while not there():
+            assert process.poll() is None, ended(process, folder)
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    wait_for((folder / "reached").exists)
     process.send_signal(number)
-    time.sleep(1)
+    heard = f"{signal.Signals(number).name}: saving after this step"
+    wait_for(lambda: heard in (folder / "errors").read_text())
     (folder / "go").touch()
-    _, errors = process.communicate(timeout=200)
+    _, errors = ended(process, folder)
     assert process.returncode == 128 + number, errors
     return errors
 
@@ -232,7 +245,7 @@ def test_stopped_twice_and_continued(tiny_recipe: Path, tmp_path: Path) -> None:
     assert len(saved) == 1, errors
     assert 7 <= int(saved[0]) <= 7 + LOOK_AHEAD
     process = start(tmp_path, 99, "resume", run, "--nproc", 2)
-    out, errors = process.communicate(timeout=200)
+    out, errors = ended(process, tmp_path)
     assert process.returncode == 0, errors
     assert out.count("picture: ") == 1, "what is printed at the end, once"
     assert [row["step"] for row in RunFolder(run).rows() if "terms" in row] == list(range(1, 13))
@@ -244,7 +257,7 @@ def test_an_error_of_the_ranks_is_not_drowned(tiny_recipe: Path, tmp_path: Path)
     weights = f"weights=[{{name: state_dict, source: {tmp_path}/nowhere.safetensors}}]"
     settings = [part for setting in (*LESS, weights) for part in ("--set", setting)]
     process = start(tmp_path, 99, "run", tiny_recipe, "--runs", tmp_path / "runs", "--nproc", 2, *settings)
-    _, errors = process.communicate(timeout=200)
+    _, errors = ended(process, tmp_path)
     assert process.returncode == 2, errors
     assert f"{tmp_path}/nowhere.safetensors: no such file" in errors
     for noise in ("Traceback", "ChildFailedError", "FAILED", "exitcode"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import my_plugin.teacher
 import numpy as np
 import pytest
 import torch
+from tars import write_tar
+from trainers import trainers
 
 from distill_authoring.conformance import assert_conforms
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.outputs import Progress
 from distill_core.recipe.resolve import load_recipe
+from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
-from distill_core.run.folder import RunFolder
 from distill_core.run.resume import FIXED
 from distill_core.teachers.copies import Ema, Snapshot
 from distill_core.teachers.ensemble import Ensemble
@@ -39,18 +41,11 @@ def more(registry: Registry) -> Registry:
 
 @pytest.fixture
 def trainer(tiny_recipe: Path, more: Registry, tmp_path: Path) -> Iterator[Make]:
-    made: list[Trainer] = []
+    def recipe(overrides: Sequence[str], file: Path) -> Recipe:
+        return load_recipe(file, registry=more, overrides=["evaluate=null", *overrides])
 
-    def make(*overrides: str, resume: Path | None = None, file: Path = tiny_recipe) -> Trainer:
-        recipe = load_recipe(file, registry=more, overrides=["evaluate=null", *overrides])
-        folder = RunFolder(resume) if resume is not None else RunFolder.create(tmp_path / "runs", recipe)
-        made.append(Trainer(recipe, folder, resume="last" if resume is not None else None, quiet=True))
-        return made[-1]
-
-    yield make
-    for trainer in made:
-        trainer.loader.close()
-        trainer.folder.unlock()
+    with trainers(tmp_path / "runs") as make:
+        yield lambda *overrides, resume=None, file=tiny_recipe: make(recipe(overrides, file), resume)
 
 
 def students(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
@@ -329,20 +324,18 @@ def test_stored_embeddings_reach_the_loss(
     path = folder / "train-000.tar"
     with tarfile.open(path) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar if m.isfile()]  # type: ignore[union-attr]
+    samples: list[tuple[str, dict[str, bytes]]] = []
     stored: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            key, _, kind = name.partition(".")
-            fields = {kind: data}
-            if kind == "txt":
-                pair = rng.standard_normal((16,)), rng.standard_normal((2, 16))
-                if key != "train-0-3":
-                    stored[key] = pair
-                    fields |= {"i.npy": npy(pair[0].astype(np.float16)), "t.npy": npy(pair[1])}
-            for extension, content in fields.items():
-                entry = tarfile.TarInfo(f"{key}.{extension}")
-                entry.size = len(content)
-                tar.addfile(entry, io.BytesIO(content))
+    for name, data in members:
+        key, _, kind = name.partition(".")
+        fields = {kind: data}
+        if kind == "txt":
+            pair = rng.standard_normal((16,)), rng.standard_normal((2, 16))
+            if key != "train-0-3":
+                stored[key] = pair
+                fields |= {"i.npy": npy(pair[0].astype(np.float16)), "t.npy": npy(pair[1])}
+        samples.append((key, fields))
+    write_tar(path, samples)
     for other in ("train-001.tar", "train-002.tar"):
         (folder / other).unlink()
     made = trainer(

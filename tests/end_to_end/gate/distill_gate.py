@@ -30,7 +30,7 @@ class Gate(Loss):
         folder = os.environ.get("GATE")
         if folder is not None and outputs.progress.step == int(os.environ["GATE_STEP"]):
             Path(folder, "reached").touch()
-            end = time.monotonic() + 60
+            end = time.monotonic() + 900
             while not Path(folder, "go").exists() and time.monotonic() < end:
                 time.sleep(0.02)
         noise = torch.rand(()) + np.random.rand() + random.random()

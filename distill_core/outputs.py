@@ -11,8 +11,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -20,7 +21,10 @@ from torch.nn.functional import normalize
 from distill_core.batch import Views
 from distill_core.plan import DEFAULT_FUSION
 from distill_core.presence import Presence, Present
-from distill_core.system.distributed import all_gather, all_gather_together, rank, world_size
+from distill_core.system.distributed import all_gather, all_gather_together, gather_array, rank, world_size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -405,6 +409,42 @@ class Outputs:
     def rows(self, embedding: Tensor, each: int = 1) -> Rows:
         """What a loss has made of the samples, [V, B * each, D] with `each` rows a sample, as `Rows` over all ranks."""
         return Rows(embedding, present=self.present, each=each)
+
+    def only(self, mask: NDArray[np.bool_]) -> Outputs:
+        """The outputs of those samples of this rank whose `mask` [B] is True, for a loss inside another that is
+        `partial`. Every rank calls it, which is a collective on the host; one without any has a filler.
+
+        The outer loss weighs the terms by `weight` of these outputs over that of its own.
+        """
+        whole = mask
+        if self.present is not None:
+            whole = np.zeros(self.present.batch, np.bool_)
+            whole[self.present.own] = mask & (not self.present.filler)
+        return self.of(Present(gather_array(whole), rank()))
+
+    def of(self, present: Present) -> Outputs:
+        """Of the samples `present`, among those that these are of; what is of other samples is left out."""
+
+        def cut(features: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: x.of(present) for name, x in features.items() if x.present is self.present}
+
+        def complete(name: str) -> bool:
+            return self.present is not None or self.presence is None or self.presence.of([name]) is None
+
+        places = present.places(self.present)
+        return replace(
+            self,
+            views={n: views.rows(present, self.present) for n, views in self.views.items() if complete(n)},
+            student=cut(self.student),
+            teacher={name: cut(side) for name, side in self.teacher.items()},
+            fused=cut(self.fused),
+            keys=self.keys if places is None else [self.keys[int(i)] for i in places],
+            fields={name: present.of(x, 0, self.present) for name, x in self.fields.items()},
+            present=present,
+            fusions={name: replace(named, fused=cut(named.fused)) for name, named in self.fusions.items()},
+            _cut={},
+            _reading={},
+        )
 
     def reading(self, fusion: str) -> Outputs:
         """The outputs as a loss is given them that reads this fusion."""

@@ -138,15 +138,4 @@ def leave_out(outputs: Outputs, i: int) -> Outputs:
     """The outputs of all samples but the i-th, where no sample lacks a modality."""
     mask = np.ones((1, _count(outputs)), dtype=np.bool_)
     mask[0, i] = False
-    some = Present(mask)
-    return dataclasses.replace(
-        outputs,
-        views={name: views.rows(some, None) for name, views in outputs.views.items()},
-        student={name: features.of(some) for name, features in outputs.student.items()},
-        teacher={side: {name: f.of(some) for name, f in of.items()} for side, of in outputs.teacher.items()},
-        fused={name: fused.of(some) for name, fused in outputs.fused.items()},
-        keys=[key for j, key in enumerate(outputs.keys) if j != i],
-        fields={name: some.of(x, 0, None) for name, x in outputs.fields.items()},
-        present=some,
-        _cut={},
-    )
+    return outputs.of(Present(mask))

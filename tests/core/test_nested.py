@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import torch
 from torch import Tensor
-from wrapping_losses import Mean, Ramped, Whole
+from wrapping_losses import Chosen, Mean, Ramped, Whole
 
 from distill_authoring.conformance import assert_conforms
 from distill_authoring.schema import recipe_schema
@@ -34,7 +34,7 @@ class Plugin:
     @staticmethod
     @hookimpl
     def distill_components() -> list[type]:
-        return [Ramped, Mean, Whole]
+        return [Ramped, Mean, Whole, Chosen]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_needs_of_several() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("component", [Ramped, Mean], ids=lambda component: component.name)
+@pytest.mark.parametrize("component", [Ramped, Mean, Chosen], ids=lambda component: component.name)
 def test_conforms(component: type[Loss], more: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a nested loss that reads tokens, a teacher's heads and masks, and a wrapper in a wrapper."""
     monkeypatch.setattr("distill_authoring.conformance.suite._installed", lambda: more)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core import Loss, LossConfig, Outputs, Plan, Scheduled, Slot
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Progress, Rows, Scheduled, Slot
 
 
 class RampedConfig(LossConfig):
@@ -71,6 +72,53 @@ class Mean(Loss):
             parts += terms.values()
             metrics |= {f"{path}/{name}": value for name, value in own.items()}
         return {"mean": torch.stack([*parts]).mean()}, metrics
+
+
+class ChosenConfig(LossConfig):
+    """Options of `chosen`."""
+
+    inner: Slot[Loss]
+    """The loss."""
+    field: str = "score"
+    """What is known of each sample."""
+    least: float = 0.5
+    """The samples that count have at least this much of it."""
+
+
+class Chosen(Loss):
+    """Another loss over the samples that a field chooses."""
+
+    name = "chosen"
+    Config = ChosenConfig
+    partial = True
+    examples = ({"inner": "clip"}, {"inner": "cross_modal_distillation"})
+
+    def __init__(self, config: ChosenConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.inner = config.inner.build(plan)
+
+    @classmethod
+    def needs(cls, config: ChosenConfig, plan: Plan) -> Needs:
+        return Needs(fields=(config.field,))
+
+    def chosen(self, outputs: Outputs) -> Outputs:
+        """Of the samples that count, on each rank."""
+        return outputs.only((outputs.fields[self.config.field] >= self.config.least).cpu().numpy())
+
+    def gathers(self, outputs: Outputs) -> Iterable[Rows]:
+        """The inner loss's."""
+        return self.inner.gathers(self.chosen(outputs))
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As the inner loss names them."""
+        some = self.chosen(outputs)
+        share = some.weight / outputs.weight if outputs.weight else 0.0
+        terms, metrics = self.inner.weighted(some)
+        return {name: share * term for name, term in terms.items()}, metrics
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        """The inner loss's."""
+        self.inner.after_step(self.chosen(outputs), progress)
 
 
 class Whole(Ramped):

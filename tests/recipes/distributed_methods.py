@@ -28,7 +28,7 @@ from distill_vl.ring import ring_info_nce, ring_sigmoid
 RECIPE = """
 augment: {{image: {image}, text: {text}}}
 backbone:
-  image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6, masking: {masking}}}
+  image: {{name: vit, image_size: 8, patch: 4, width: 8, layers: 1, heads: 2, dim: 6, masking: {masking}, {pooling}}}
   text: {{name: {tower}, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
 masker: {masker}
 fusion: {fusion}
@@ -69,7 +69,12 @@ CASES: dict[str, dict[str, str]] = {
         "fusion": "{name: text_conditioned_pool, queries: [text], heads: 2}",
         "loss": "[{name: flair, negatives: all, bias: -1.0}]",
     },
-    "siglip gather": {"image": CROP, "text": CAPTION, "loss": "[{name: siglip, temperature: .5, bias: -1.0}]"},
+    "siglip gather": {
+        "image": CROP,
+        "text": CAPTION,
+        "pooling": "pooling: attention",
+        "loss": "[{name: siglip, temperature: .5, bias: -1.0}]",
+    },
     "siglip ring": {
         "image": CROP,
         "text": CAPTION,
@@ -119,10 +124,8 @@ SAMPLES, DIM = 12, 6
 
 def recipe(options: Mapping[str, str], registry: Registry) -> Recipe:
     """Of a case, or of others like them."""
-    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance", "masker"), "null") | {
-        "tower": "clip_text",
-        "wire": "fp32",
-    }
+    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance", "masker"), "null")
+    rest |= {"tower": "clip_text", "wire": "fp32", "pooling": "pooling: class_token"}
     return parse_recipe(RECIPE.format(**rest | dict(options)), "r.yaml", registry=registry)
 
 

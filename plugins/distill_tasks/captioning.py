@@ -94,7 +94,8 @@ class Captioning(Task):
             self._written[id(model), samples.name] = written
             most = max(len(references[i]) for i, _ in written)
             # sacrebleu takes the n-th reference of all items together; None where an item has fewer
-            columns = [[(references[i][n : n + 1] or [None])[0] for i, _ in written] for n in range(most)]
+            texts = [references[i] for i, _ in written]
+            columns = [[own[n] if n < len(own) else None for own in texts] for n in range(most)]
             hypotheses = [text for _, text in written]
             bleu = metrics.BLEU(lowercase=True).corpus_score(hypotheses, columns).score
             chrf = metrics.CHRF(lowercase=True).corpus_score(hypotheses, columns).score

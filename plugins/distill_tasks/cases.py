@@ -136,7 +136,7 @@ def scorable(config: CaptioningConfig) -> tuple[Model, list[Sample]]:
         heads = {"decoder": Spell(options, plan)}
     augment: dict[str, Augmentation] = {"number": Field(options), "name": Name(options)}
     model = Model(towers, augment, dict.fromkeys(towers, collate), batch_size=4, heads=heads)
-    samples = [
+    samples: list[Sample] = [
         {"__key__": f"n{i}", "__url__": "-", "number": str(i).encode(), "name": name.encode()}
         for i, name in enumerate(NAMES)
     ]

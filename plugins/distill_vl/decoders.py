@@ -6,7 +6,7 @@ N samples, L ids, S ids of the vocabulary, P tokens that are read, W widths.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -113,7 +113,7 @@ class Readout(nn.Module):
 class TextDecoder(Decoder):
     """Base: one modality's tokens are read, and text is written with ids of its backbone's vocabulary."""
 
-    Config = DecoderConfig
+    Config: ClassVar[type[ComponentConfig]] = DecoderConfig
 
     @classmethod
     def writes(cls, config: Any) -> str:

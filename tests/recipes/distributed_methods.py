@@ -32,6 +32,7 @@ backbone:
   text: {{name: {tower}, context: 9, width: 8, layers: 1, heads: 2, dim: 6}}
 masker: {masker}
 fusion: {fusion}
+heads: {heads}
 loss: {loss}
 balance: {balance}
 teacher: {teacher}
@@ -47,6 +48,13 @@ COSMOS = {
 }
 CASES: dict[str, dict[str, str]] = {
     "clip": {"image": CROP, "text": CAPTION, "loss": "[{name: clip, temperature: .5}]"},
+    # texts of one length, so that a mean over ranks is the joint mean
+    "coca": {
+        "image": CROP,
+        "text": CAPTION,
+        "heads": "{decoder: {name: coca_decoder, layers: 1, heads: 2, queries: 3}}",
+        "loss": "[{name: clip, temperature: .5}, {name: captioning, weight: 2.0}]",
+    },
     "cosmos": {
         **COSMOS,
         "loss": "[contrastive, {name: cross_modal_distillation, weight: 0.7}, {name: clip, weight: .3}]",
@@ -124,7 +132,7 @@ SAMPLES, DIM = 12, 6
 
 def recipe(options: Mapping[str, str], registry: Registry) -> Recipe:
     """Of a case, or of others like them."""
-    rest = dict.fromkeys(("fusion", "teacher", "masking", "balance", "masker"), "null")
+    rest = dict.fromkeys(("fusion", "heads", "teacher", "masking", "balance", "masker"), "null")
     rest |= {"tower": "clip_text", "wire": "fp32", "pooling": "pooling: class_token"}
     return parse_recipe(RECIPE.format(**rest | dict(options)), "r.yaml", registry=registry)
 

@@ -40,7 +40,7 @@ def joint(methods: ModuleType, registry: Registry) -> dict[str, Any]:
 
 CASES = [
     *("clip", "cosmos", "cosmos ring", "cosmos soft", "cosmos sigmoid", "siglip gather", "siglip ring"),
-    *("slip", "dreamlip", "flair", "flava", "cosmos balanced", "ijepa", "data2vec"),
+    *("slip", "dreamlip", "flair", "flava", "cosmos balanced", "ijepa", "data2vec", "coca"),
 ]
 
 
@@ -65,6 +65,7 @@ def test_ranks_have_the_joint_batchs_losses_and_gradients(
     ("case", "forward", "backward"),
     [
         ("clip", [2], [2]),
+        ("coca", [2], [2]),
         # 2 global crops and 3 texts of the student, 3 + 3 fused views; the teacher's 2 + 2 have no gradient
         ("cosmos", [15], [11]),
         # 3 fused views; the teacher's 2 of both modalities

@@ -41,6 +41,7 @@ METHODS = {
     "siglip2": {"siglip", "dino"},
     "silc": {"dino"},
     "slip": {"slip", "clip"},
+    "speech": {"speech", "clip"},
     "tips": {"tips", "dino"},
     "tips2": {"tips", "dino"},
 }
@@ -50,7 +51,7 @@ STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
     "images": {"dino", "lejepa", "ijepa", "data2vec"},
-    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip"},
+    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "speech"},
 }
 """A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}

@@ -51,7 +51,7 @@ STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
     "images": {"dino", "lejepa", "ijepa", "data2vec"},
-    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "speech"},
+    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "speech", "ijepa", "data2vec"},
 }
 """A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}

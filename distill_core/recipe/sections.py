@@ -361,12 +361,14 @@ class Recipe(ComponentConfig):
         return [*((slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots), *of_maskers]
 
     def untrained_embeddings(self) -> frozenset[str]:
-        """The modalities whose embedding no loss trains: their projection keeps its initial weights."""
+        """The modalities whose embedding no loss trains: their projection keeps its initial weights. Not those that are
+        frozen as a whole (`freeze: [backbone.text]`), whose weights have been loaded."""
         trained: set[str] = set()
         for slot in self.loss:
             needs = needs_of(slot.cls, slot.config, self.plan)
             trained |= set((needs.named or self.plan.modalities) if needs.embeddings is None else needs.embeddings)
-        return frozenset(self.plan.modalities) - trained
+        frozen = {name for name in self.plan.modalities if f"backbone.{name}" in self.freeze}
+        return frozenset(self.plan.modalities) - trained - frozen
 
     def slots(self) -> list[Slot[Any]]:
         """Every component that it is made of, those inside other components' options too, in the recipe's order."""

@@ -24,6 +24,7 @@ PLUGINS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["e
 
 METHODS = {
     "clip": {"clip"},
+    "clipself": {"clipself"},
     "coca": {"coca", "clip"},
     "cosmos": {"cosmos"},
     "data2vec": {"data2vec"},
@@ -41,7 +42,6 @@ METHODS = {
     "siglip2": {"siglip", "dino"},
     "silc": {"dino"},
     "slip": {"slip", "clip"},
-    "speech": {"speech", "clip"},
     "tips": {"tips", "dino"},
     "tips2": {"tips", "dino"},
 }
@@ -51,7 +51,7 @@ STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
     "images": {"dino", "lejepa", "ijepa", "data2vec"},
-    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "speech", "ijepa", "data2vec"},
+    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "clipself"},
 }
 """A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}

@@ -111,9 +111,9 @@ def _name_alone(node: Any) -> Any:
 
 
 def _names(recipe: dict[str, Any]) -> list[str]:
-    fusion = [recipe["fusion"]] if recipe.get("fusion") else []
+    fusion = [*([recipe["fusion"]] if recipe.get("fusion") else []), *recipe.get("fusions", {}).values()]
     nodes = [*recipe["backbone"].values(), *fusion, *recipe.get("heads", {}).values(), *recipe["loss"]]
-    return [node["name"] for node in nodes]
+    return [node["name"] for node in nodes if "name" in node]  # `same` is another one's
 
 
 def _preprocessing(subject: Subject, to: str) -> str:

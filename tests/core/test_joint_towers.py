@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,7 @@ from distill_core.outputs import Progress
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
+from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
@@ -136,6 +142,42 @@ def test_samples_may_lack_a_modality(trainer: Callable[..., Trainer]) -> None:
     outputs = made.objective.represent(some, Progress(0, 4))
     torch.testing.assert_close(outputs.student["image+text"].pooled, whole[:, [0, 3]])
     assert made.objective.losses(outputs).metrics["together/rows"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optional", [False, True])
+def test_two_ranks_train_what_one_does(optional: bool, tiny_recipe: Path, tmp_path: Path) -> None:
+    """With samples that lack a text, too, of which ranks have different numbers. Catches a joint tower whose gradients
+    are not averaged, and a mean over a rank's own pairs where it is one over all."""
+    changes = [*JOINT, "evaluate=null", "train.steps=2", "train.optimizer.eps=1e-3"]
+    changes += ["fusion=null", "loss.1=null", "data.optional=[text]"] if optional else []
+    if optional:
+        _without_text(tiny_recipe.parent / "shards", every=3)
+    script, environment = Path(__file__).with_name("distributed_joint_tower.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    states = []
+    for ranks in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
+        batch = f"data.batch_size={8 // ranks}"
+        command = [sys.executable, *launch, str(script), str(tiny_recipe), str(tmp_path / f"r{ranks}"), *changes, batch]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        states.append(Checkpoints(tmp_path / f"r{ranks}" / "tiny").read()["objective"])
+    one, two = states
+    assert any(name.startswith("backbone.image+text.") for name in one)
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def _without_text(folder: Path, every: int) -> None:
+    """Takes the text of every so many training samples out of their shards."""
+    for path in folder.glob("train-*.tar"):
+        with tarfile.open(path) as tar:
+            members = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+        texts = [member.name for member, _ in members if member.name.endswith(".txt")]
+        with tarfile.open(path, "w") as tar:
+            for member, data in members:
+                if member.name not in texts[::every]:
+                    tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def train(case: str, layout: str, registry: Registry, first: int, last: int) -> 
         for _ in range(distributed.rank() + 1):
             encoded = made.backbone["image"](rows.views["image"]).pooled
     after = step(rows, Progress(STEPS, STEPS + 1))
+    of_teachers = [p for teacher in made.teachers.values() for tower in teacher.towers() for p in tower.parameters()]
     return {
         "terms": results[0].terms,
         "norm": results[0].norm,
@@ -138,9 +139,7 @@ def train(case: str, layout: str, registry: Registry, first: int, last: int) -> 
         "encoded": encoded,
         "after": after.terms,
         "spread": sum(distributed.is_spread(p) for p in made.parameters()),
-        "teachers": sum(
-            distributed.is_spread(p) for of in made.teachers.values() for t in of.towers() for p in t.parameters()
-        ),
+        "whole": sum(not distributed.is_spread(p) and p.numel() > 1 for p in of_teachers),
         "local": sum(distributed.local(p).numel() for p in made.parameters()),
     }
 

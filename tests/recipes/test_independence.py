@@ -42,6 +42,7 @@ METHODS = {
     "siglip2": {"siglip", "dino"},
     "silc": {"dino"},
     "slip": {"slip", "clip"},
+    "speech": {"speech", "clip"},
     "tips": {"tips", "dino"},
     "tips2": {"tips", "dino"},
 }
@@ -51,7 +52,7 @@ STUDIES_OF = {
     "cosmos_table5": {"cosmos", "cosmos_variants", "clip"},
     "icons": {"cosmos", "clip"},
     "images": {"dino", "lejepa", "ijepa", "data2vec"},
-    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "clipself"},
+    "methods": set().union(*METHODS.values()) - {"pretrained", "mobileclip", "clipself", "speech", "ijepa", "data2vec"},
 }
 """A study -> the methods' plugins of what it compares."""
 NOT_SHARED = set().union(*METHODS.values()) | {"cosmos_variants"}

@@ -77,7 +77,7 @@ class TogetherConfig(LossConfig):
 
 
 class Together(Loss):
-    """1 - cosine of the joint embedding and the text's, and the size of the joint tokens of the first view."""
+    """1 - cosine of the joint embedding and the text's, and the size of the first view's tokens, without padding."""
 
     name = "together"
     Config = TogetherConfig
@@ -91,7 +91,9 @@ class Together(Loss):
         joint, text = outputs.student[self.config.joint], outputs.student["text"]
         near = (1 - (joint.embedding[0] * text.embedding[0]).sum(-1)).mean()
         tokens = joint.tokens[0] * joint.masks[0][..., None]
-        return {"near": near, "size": tokens.square().mean()}, {"rows": torch.tensor(float(len(joint.pooled[0])))}
+        return {"near": near, "size": tokens.square().sum((1, 2)).mean() / 100}, {
+            "rows": torch.tensor(float(len(joint.pooled[0])))
+        }
 
 
 def views(config: JointTowerConfig, rng: np.random.Generator) -> list[View]:

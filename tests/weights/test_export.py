@@ -208,6 +208,16 @@ def test_the_scale_is_that_of_the_towers_own_embeddings(
     assert float(other.loss["contrastive"].get_parameter("logit_scale")) == pytest.approx(own)
 
 
+def test_heads_are_left_out_and_named(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """Would catch a decoder that an export loses without a word, and one that it stumbles over."""
+    pytest.importorskip("open_clip")
+    decoder = "heads={writer: {name: caption_decoder, width: 16, layers: 1, heads: 2}}"
+    losses = "loss=[{name: siglip}, {name: captioning, head: writer}]"
+    printed = call(make_run(losses, decoder, "fusion=null", "teacher=null"), "open_clip", tmp_path / "out")
+    assert "left out: heads.writer (caption_decoder)" in printed
+    assert printed.count("maximum difference") == 2
+
+
 def test_a_bias_that_no_loss_has_is_named(make_run: Callable[..., Path], tmp_path: Path, registry: Registry) -> None:
     pytest.importorskip("open_clip")
     call(make_run("loss=[{name: siglip}]", "fusion=null", "teacher=null"), "open_clip", tmp_path / "out")

@@ -120,3 +120,25 @@ def test_a_recipe_with_a_shared_tower_reads_itself(recipe: Callable[..., Recipe]
         assert again != recipe(
             "backbone.video={name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
         )
+
+
+def test_a_frozen_teacher_may_share_its_towers(trainer: Make) -> None:
+    """Its weights are those of one tower. Catches a second tower that is never loaded, and features of it."""
+    run = trainer(SHARED, "name=first")
+    run.run()
+    vit = "{name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
+    frozen = (
+        f"teachers={{big: {{name: frozen, backbone: {{image: {vit}, video: {{same: image}}}}, "
+        f"weights: [{{name: state_dict, source: {run.folder.path}, to: backbone.image}}]}}}}"
+    )
+    made = trainer(SHARED, "name=second", frozen)
+    teacher = made.objective.teachers["big"]
+    network = teacher.network  # type: ignore[attr-defined]
+    assert network.backbone["image"] is network.backbone["video"]
+    teacher.prepare()
+    batch = next(iter(made.loader))
+    outputs = made.objective.represent(batch, Progress(0, 4))
+    expected = run.objective.backbone["image"]
+    for name in ("image", "video"):
+        alone = expected(made.objective.on_device(batch).views[name].only(("global",)))
+        torch.testing.assert_close(outputs.teacher["big"][name].pooled, alone.pooled)

@@ -157,8 +157,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-API_VERSION = 1
-"""The version of the hooks and interfaces. A plugin states the one it was written for as `distill_api = 1`."""
+API_VERSION = 2
+"""The version of the hooks and interfaces. A plugin states the one it was written for as `distill_api = 2`."""
 
 hookimpl = pluggy.HookimplMarker("distill")
 """Marks a plugin's implementation of a hook of `distill_core.hookspecs`."""

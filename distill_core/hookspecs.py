@@ -5,7 +5,7 @@ mine = "my_package"
 
 # my_package/__init__.py: keep it light, import components inside the hook
 from distill_core import hookimpl
-distill_api = 1
+distill_api = 2
 
 @hookimpl
 def distill_components():

@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_core import hookimpl
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

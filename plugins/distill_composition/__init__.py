@@ -9,7 +9,7 @@ from distill_core import hookimpl
 if TYPE_CHECKING:
     from distill_core import Component, ConformanceCase
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

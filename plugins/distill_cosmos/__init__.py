@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distill_cosmos.sigmoid import SigmoidDistillation as SigmoidDistillation
     from distill_vl.contrastive import Contrastive as Contrastive
 
-distill_api = 1
+distill_api = 2
 
 HOMES = {
     "Contrastive": "distill_vl.contrastive",

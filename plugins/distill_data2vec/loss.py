@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Annotated
@@ -161,7 +162,7 @@ class Data2Vec(Loss):
 def _distance(found: Tensor, wanted: Tensor) -> Tensor:
     """The mean over tokens [..., W] of the sum of squared differences, by sqrt(W)."""
     total: Tensor = (found - wanted).square().sum(-1).mean()
-    return total / float(found.shape[-1]) ** 0.5
+    return total / math.sqrt(found.shape[-1])
 
 
 def _views(config: Data2VecConfig, plan: Plan) -> dict[int, tuple[int, ...]]:

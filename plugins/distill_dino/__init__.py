@@ -3,7 +3,7 @@ one modality, by class and by patch."""
 
 from distill_core import hookimpl
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

@@ -4,7 +4,7 @@ import click
 
 from distill_core import hookimpl
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

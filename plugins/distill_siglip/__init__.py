@@ -2,7 +2,7 @@
 
 from distill_core import hookimpl
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

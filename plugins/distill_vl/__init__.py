@@ -11,7 +11,7 @@ from distill_core import hookimpl
 if TYPE_CHECKING:
     from distill_core import ConformanceCase, Diagnostic
 
-distill_api = 1
+distill_api = 2
 
 
 @hookimpl

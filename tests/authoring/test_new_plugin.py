@@ -94,7 +94,7 @@ def test_a_mistake_in_it_fails_check_plugin(run: Run, site: Path, tmp_path: Path
     assert "normalize(x.float(), dim=-1)" in text
     fusion.write_text(text.replace("normalize(x.float(), dim=-1)", "x.float()"))
     start = package / "__init__.py"
-    start.write_text(start.read_text().replace("distill_api = 1", "import torch"))
+    start.write_text(start.read_text().replace("distill_api = 2", "import torch"))
     done = run("distill_core.cli", "check-plugin", "stereo_waves", PYTHONPATH=str(broken))
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()

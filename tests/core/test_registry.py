@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from distill_authoring import reference
-from distill_core import hookimpl, hookspecs
+from distill_core import API_VERSION, hookimpl, hookspecs
 from distill_core.cli import cli, main
 from distill_core.commands import catalogue
 from distill_core.contracts.component import Component, ComponentConfig
@@ -164,9 +164,10 @@ def test_two_packages_that_claim_one_name_are_both_named() -> None:
 
 def test_a_plugin_for_another_version_of_the_hooks_is_refused_by_name() -> None:
     with pytest.raises(PluginError) as caught:
-        Plugins().add("mine", plugin(lambda: [Good], distill_api=2), "their-package")
+        Plugins().add("mine", plugin(lambda: [Good], distill_api=API_VERSION + 1), "their-package")
     assert str(caught.value) == (
-        "plugin 'mine' (package their-package) asks for hooks of version 2; this distill has version 1. "
+        f"plugin 'mine' (package their-package) asks for hooks of version {API_VERSION + 1}; this distill has version "
+        f"{API_VERSION}. "
         "Install a release of their-package for it, uninstall it, or add --without mine."
     )
 

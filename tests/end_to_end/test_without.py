@@ -16,7 +16,7 @@ BROKEN = "raise RuntimeError('built for another torch')\n"
 OLD = "distill_api = 0\n"
 TAKES = """
 from distill_core import hookimpl
-distill_api = 1
+distill_api = 2
 
 @hookimpl
 def distill_components():

@@ -28,7 +28,7 @@ from distill_core import (
 
 WIDTH, DIM, PATCH, IDS = 16, 16, 8, 49408
 
-distill_api = 1
+distill_api = 2
 
 
 class OneTower(JointTower):

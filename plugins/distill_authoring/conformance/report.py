@@ -59,7 +59,7 @@ def _plugin(plugins: Plugins, name: str) -> list[Result]:
         result(
             "version",
             "The plugin declares the API version that it was written for.",
-            "" if hasattr(module, "distill_api") else f"write `distill_api = 1` in {where}",
+            "" if hasattr(module, "distill_api") else f"write `distill_api = 2` in {where}",
         ),
         result(
             "light",

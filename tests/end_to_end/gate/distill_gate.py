@@ -15,7 +15,7 @@ from distill_core import hookimpl
 from distill_core.interfaces import Loss
 from distill_core.outputs import Outputs
 
-distill_api = 1
+distill_api = 2
 
 
 class Gate(Loss):

@@ -115,10 +115,11 @@ def looks_back(case: Case) -> None:
 def padding(case: Case) -> None:
     """Padded tokens of what it reads have no effect."""
     fit = replace(richest(case), padding="all")
+    module = generic(build(case, fit))
     others = [name for name in case.cls.reads(case.config) if name != case.cls.writes(case.config)]
-    if not issubclass(case.cls, Decoder) or not others:
+    if not others:
         raise NotApplicable("it reads no padded tokens")
-    module, ids = generic(build(case, fit)), ids_for(case, fit)
+    ids = ids_for(case, fit)
     with torch.no_grad():
         own, filled = encoded_for(case, fit), encoded_for(case, fit, fill=9.0)
         altered = {name: filled[name] if name in others else own[name] for name in own}

@@ -11,6 +11,7 @@ def distill_components():
     from my_plugin.balance import Random
     from my_plugin.data import Waves
     from my_plugin.fusion import MeanFusion
+    from my_plugin.head import Projection
     from my_plugin.hook import Noise
     from my_plugin.joint import SharedGap
     from my_plugin.loss import Match
@@ -24,8 +25,8 @@ def distill_components():
     from my_plugin.views import Noisy
     from my_plugin.weights import Zeros
 
-    components = [Noisy, SharedGap, Tower, Window, MeanFusion, Match, Average, Waves, Agreement, Sgd, Linear, Noise]
-    return [*components, Random, Csv, Zeros]
+    method = [Noisy, SharedGap, Tower, Window, MeanFusion, Projection, Match, Average]
+    return [*method, Waves, Agreement, Sgd, Linear, Noise, Random, Csv, Zeros]
 
 
 @hookimpl

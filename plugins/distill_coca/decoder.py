@@ -44,7 +44,7 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """tokens [N, P, W'], mask [N, P] -> [N, queries, W]."""
-        queries = self.queries.expand(len(tokens), -1, -1)
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
         pooled: Tensor = self.norm(self.attention(queries, self.norm_read(tokens), mask))
         return pooled
 

@@ -35,9 +35,13 @@ similarity = model(**inputs).logits_per_image
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/NAME.onnx")
-(embeddings,) = session.run(None, {"NAME": inputs})  # [N, D], L2-normalised
+(embeddings,) = session.run(["NAME_embedding"], {"NAME": inputs})  # [N, D], L2-normalised
 """,
 }
+_DECODERS = (
+    "`heads.NAME.onnx` takes `ids` [N, L] so far, the first of each `start`, and the outputs of the towers that its "
+    "`inputs` in `preprocess.json` name; it gives `logits` [N, L, S] of the id that follows each, up to `end`."
+)
 _TEXTS = {
     "open_clip": "open_clip's tokenizer does the same.",
     "hf": (
@@ -60,10 +64,9 @@ def card(subject: Subject, to: str, checks: Sequence[CheckResult], notes: Sequen
         "datasets": [recipe["data"]["source"]["name"]],
     }
     differences = [
-        f"| {check.modality} | {check.samples} | {check.difference:.1e} | {check.comparison or '-'} |"
-        for check in checks
+        f"| {check.part} | {check.samples} | {check.difference:.1e} | {check.comparison or '-'} |" for check in checks
     ]
-    use = _USE[to].replace("NAME", checks[0].modality)
+    use = _USE[to].replace("NAME", checks[0].part)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {run.name}",
@@ -71,10 +74,13 @@ def card(subject: Subject, to: str, checks: Sequence[CheckResult], notes: Sequen
         "## Use",
         f"```python\n{use}```",
         _preprocessing(subject, to),
-        "## Embeddings compared",
-        "The same inputs through the run and this export, fp32; the largest difference of L2-normalised embeddings.",
-        "| modality | samples | maximum difference | preprocessing |\n|---|---|---|---|\n" + "\n".join(differences),
-        *(f"- {line}" for line in [*(f"Left out: {part}." for part in subject.left_out), *notes]),
+        *([_DECODERS] if any(check.of == "logits" for check in checks) else []),
+        "## Compared",
+        "The same inputs through the run and this export, fp32; the largest difference of L2-normalised embeddings"
+        + ("; of logits, as a share of the largest." if any(check.of == "logits" for check in checks) else "."),
+        "| part | samples | maximum difference | preprocessing |\n|---|---|---|---|\n" + "\n".join(differences),
+        *(f"- Left out: {path} ({name})." for path, name in subject.left_out.items()),
+        *(f"- {note}" for note in notes),
         "## Data",
         f"Source: `{recipe['data']['source']['name']}`. The licence of the data: to be filled in by the publisher.",
         "## Scores",

@@ -13,7 +13,7 @@ from distill_core.tools import completion
     "--to",
     required=True,
     type=click.Choice(["open_clip", "hf", "onnx"]),
-    help="open_clip's layout, a Hugging Face CLIPModel and CLIPProcessor, or an ONNX file for each tower.",
+    help="open_clip's layout, a Hugging Face CLIPModel and CLIPProcessor, or an ONNX file for each tower and decoder.",
 )
 @click.option("--out", required=True, help="The folder to write; it must not exist, or be empty.")
 @click.option("--teacher", is_flag=True, help="Export the teacher.")

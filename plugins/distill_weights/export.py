@@ -8,12 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distill_core import UserError
 from distill_weights.card import card
-from distill_weights.formats import FORMATS, Format
+from distill_weights.formats import FORMATS, Decode, Format
 from distill_weights.subject import Subject
 
 TOLERANCE = 1e-5
@@ -24,14 +25,17 @@ PIXEL_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The comparison of one modality."""
+    """The comparison of one modality's embeddings, or of a decoder's logits."""
 
-    modality: str
+    part: str
+    """The modality, or `heads.NAME`."""
     samples: int
     difference: float
-    """Largest difference of an embedding's number, on the same inputs."""
-    comparison: str
+    """Largest difference of an embedding's number, on the same inputs; of a logit, as a share of the largest one."""
+    comparison: str = ""
     """How the other library's preprocessing of the same samples compares; empty if it has none."""
+    of: str = "embeddings"
+    """What was compared: or `logits`."""
 
 
 def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, licence: str) -> Iterator[str]:
@@ -51,10 +55,11 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
         form.write(temporary)
         form.open(temporary)
         results = [check(form, modality) for modality in form.modalities]
+        results += [check_decoder(form, name, decode) for name, decode in form.decoders().items()]
         for result in results:
             if not result.difference < TOLERANCE:
                 raise UserError(
-                    f"--to {to}: {result.modality} embeddings differ by {result.difference:.1e} (at most "
+                    f"--to {to}: {result.part} {result.of} differ by {result.difference:.1e} (at most "
                     f"{TOLERANCE:.0e} is allowed), so nothing was written. That is a bug: please report it with the "
                     "run's recipe.yaml"
                 )
@@ -74,12 +79,12 @@ def write(run: Path, to: str, out: Path, *, teacher: bool, checkpoint: str, lice
         shutil.rmtree(temporary, ignore_errors=True)
     yield f"{out}: {to}, the {subject.side} of {run} at step {subject.step}"
     for result in results:
-        about = f"of the embeddings of {result.samples} samples"
-        yield f"{result.modality}: maximum difference {result.difference:.1e} {about}"
+        what = "embeddings" if result.of == "embeddings" else "logits, as a share of the largest,"
+        yield f"{result.part}: maximum difference {result.difference:.1e} of the {what} of {result.samples} samples"
         if result.comparison:
-            yield f"{result.modality}: {result.comparison}"
-    for part in subject.left_out:
-        yield f"left out: {part}; the towers' own embeddings are exported"
+            yield f"{result.part}: {result.comparison}"
+    for path, name in subject.left_out.items():
+        yield f"left out: {path} ({name}); the towers' own embeddings are exported"
     yield from form.notes
 
 
@@ -112,6 +117,36 @@ def check(form: Format, modality: str) -> CheckResult:
             raise UserError(_unlike(form, modality, f"tokenizer gives other ids for {differing[0][:40]!r}"))
         comparison = f"its own tokenizer: the same ids for {len(items)} of {len(items)} texts"
     return CheckResult(modality, len(items), difference, comparison)
+
+
+def check_decoder(form: Format, name: str, decode: Decode) -> CheckResult:
+    """The run's logits against the export's, of the same samples: all at once, by threes, and each alone at its own
+    length."""
+    subject = form.subject
+    decoder = subject.decoders()[name]
+    writes = decoder.writes(decoder.config)
+    names = {writes, *decoder.reads(decoder.config)}
+    every = {modality: subject.items(modality) for modality in names}
+    count = min(map(len, every.values()))
+    differences = []
+    for size in (count, 3, 1):
+        for start in range(0, count, size):
+            items = {modality: own[:count][start : start + size] for modality, own in every.items()}
+            ours, theirs = subject.logits(decoder, items), decode(items)
+            if theirs.shape != ours.shape:
+                shapes = f"{list(theirs.shape)} instead of {list(ours.shape)}"
+                raise UserError(f"heads.{name}: the written decoder gives logits {shapes}, so nothing was written")
+            real = _before_end(subject, writes, items[writes])  # what a tower makes of padding is its own affair
+            differences.append((theirs - ours)[real].abs().max() / ours[real].abs().max())
+    return CheckResult(f"heads.{name}", count, float(torch.stack(differences).max()), of="logits")
+
+
+def _before_end(subject: Subject, modality: str, items: list[Any]) -> torch.Tensor:
+    """[N, L], True at the ids that something follows."""
+    tower = subject.model.backbone[modality]
+    vocabulary = tower.spec(tower.config).vocabulary
+    assert vocabulary is not None  # or it could not be written
+    return (subject.inputs(modality, items) == vocabulary.end).cumsum(1) == 0
 
 
 def _unlike(form: Format, modality: str, what: str) -> str:

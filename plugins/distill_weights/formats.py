@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
-from distill_core import FeatureKind, UserError, require_extra
+from distill_core import Decoder, Encoded, FeatureKind, UserError, require_extra
 from distill_weights.layouts import HF_ACTIVATIONS, open_clip_config, to_hf
 from distill_weights.subject import Subject, unit
 
 MOST_INSIDE = 1_500_000_000
 """Largest weights in bytes that are stored inside an ONNX file; protobuf is limited to 2 GB."""
+
+Decode = Callable[[Mapping[str, Sequence[Any]]], Tensor]
+"""N items of each modality -> the other library's logits [N, L, S], for all ids of those that are written."""
 
 
 class Format(ABC):
@@ -53,6 +57,10 @@ class Format(ABC):
     def features(self, modality: str) -> FeatureKind:
         """The kind of features that are exported; most layouts hold only embeddings."""
         return "embedding"
+
+    def decoders(self) -> dict[str, Decode]:
+        """The decoders that are exported, by the head's name; most layouts hold none."""
+        return {}
 
     def untrained(self) -> list[str]:
         """A line for each modality whose embedding no loss trained."""
@@ -233,25 +241,56 @@ class HfFormat(Format):
 
 
 class Tower(nn.Module):
-    """A backbone's plain path: input [N, ...] -> embedding [N, D], or class token [N, W], L2-normalised."""
+    """A backbone's plain path: input [N, ...] -> embedding [N, D], or class token [N, W], L2-normalised; with `tokens`
+    also what decoders read, [N, P, W], and its mask [N, P] where there is one."""
 
-    def __init__(self, backbone: nn.Module, features: FeatureKind) -> None:
+    def __init__(self, backbone: nn.Module, features: FeatureKind, tokens: bool = False) -> None:
         super().__init__()
-        self.backbone, self.features = backbone, features
+        self.backbone, self.features, self.tokens = backbone, features, tokens
 
-    def forward(self, x: Tensor) -> Tensor:
-        """One group of inputs, no tokens, nothing packed."""
-        outputs = self.backbone.encode(x, tokens=False, token_mask=None)  # type: ignore[operator]
-        return normalize(outputs.pooled if self.features == "embedding" else outputs.class_tokens[:, 0], dim=-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One group of inputs, nothing packed."""
+        encoded: Encoded = self.backbone.encode(x, tokens=self.tokens, token_mask=None)  # type: ignore[operator]
+        if self.features == "embedding":
+            embedding = encoded.pooled
+        else:
+            assert encoded.class_tokens is not None  # or these features would not be the default
+            embedding = encoded.class_tokens[:, 0]
+        read = (encoded.tokens, encoded.mask) if self.tokens else ()
+        return (normalize(embedding, dim=-1), *(part for part in read if part is not None))
+
+
+class Writer(nn.Module):
+    """A decoder as a function of tensors: ids [N, L], then the tokens [N, P, W] of each modality that it reads, each
+    with its mask [N, P] where it has one -> logits [N, L, S]."""
+
+    def __init__(self, decoder: Decoder, reads: Sequence[tuple[str, bool]]) -> None:
+        """`reads`: modalities, and whether each has a mask."""
+        super().__init__()
+        self.decoder, self.reads = decoder, tuple(reads)
+
+    def forward(self, ids: Tensor, *read: Tensor) -> Tensor:
+        """In the order of `reads`."""
+        parts = iter(read)
+        encoded = {}
+        for name, has_mask in self.reads:
+            tokens = next(parts)
+            encoded[name] = Encoded(tokens[:, 0], tokens, next(parts) if has_mask else None)
+        return self.decoder(encoded, ids)  # type: ignore[no-any-return]
 
 
 class OnnxFormat(Format):
-    """A file `MODALITY.onnx` for each tower, of any backbone whose plain path can be traced; the batch is dynamic."""
+    """A file `MODALITY.onnx` for each tower and `heads.NAME.onnx` for each decoder, of any whose plain path can be
+    traced; batch and text length are dynamic. Towers also give the tokens that a decoder reads."""
 
     def __init__(self, subject: Subject) -> None:
         super().__init__(subject)
         self.library = require_extra("onnxruntime", "onnx")
         require_extra("onnxscript", "onnx")
+        self.writers = subject.decoders()
+        for name in self.writers:
+            del subject.left_out[f"heads.{name}"]
+        self.read = {name for decoder in self.writers.values() for name in decoder.reads(decoder.config)}
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -263,35 +302,76 @@ class OnnxFormat(Format):
         return self.subject.model.default_features(modality)
 
     def write(self, folder: Path) -> None:
-        """Raises `UserError` for a tower that cannot be traced."""
+        """Raises `UserError` for a tower or a decoder that cannot be traced."""
         about: dict[str, Any] = {}
         for name in self.modalities:
-            tower = Tower(self.subject.model.backbone[name], self.features(name)).eval()
+            backbone = self.subject.model.backbone[name]
             x = self.subject.inputs(name, self.subject.items(name))
             sizes: dict[int, Any] = {0: torch.export.Dim("batch")}
             if not x.is_floating_point():
                 sizes[1] = torch.export.Dim("length")
-            fits_inside = sum(p.numel() * p.element_size() for p in tower.parameters()) < MOST_INSIDE
-            try:
-                with quiet():
-                    torch.onnx.export(
-                        tower,
-                        (x,),
-                        str(folder / f"{name}.onnx"),
-                        dynamo=True,
-                        dynamic_shapes=(sizes,),
-                        input_names=[name],
-                        output_names=[f"{name}_embedding"],
-                        external_data=not fits_inside,
-                        verbose=False,
-                    )
-            except Exception as error:
-                kind = self.subject.model.backbone[name].name
-                raise UserError(
-                    f"--to onnx: backbone.{name} ({kind!r}) cannot be traced by torch.onnx: {_first_line(error)}"
-                ) from error
-            about[name] = {"file": f"{name}.onnx", "input": name, "output": f"{name}_embedding"} | self._about(name, x)
+            read = self._tensors(name) if name in self.read else {}
+            tower = Tower(backbone, self.features(name), bool(read)).eval()
+            outputs = [f"{name}_embedding", *read]
+            what = f"backbone.{name} ({backbone.name!r})"
+            self._trace(tower, {name: x}, (sizes,), outputs, folder / f"{name}.onnx", what)
+            about[name] = {"file": f"{name}.onnx", "input": name, "output": outputs[0]} | self._about(name, x)
+            if read:
+                about[name]["read_by_decoders"] = outputs[1:]
+        for name, decoder in self.writers.items():
+            about[f"heads.{name}"] = self._write_decoder(folder, name, decoder)
         write_json(folder / "preprocess.json", about | {n: float(v) for n, v in self.subject.scales.items()})
+
+    def _tensors(self, modality: str) -> dict[str, Tensor]:
+        """What a decoder reads of the modality's items, by the names of inputs and outputs."""
+        encoded = self.subject.read(modality, self.subject.items(modality))
+        named = {f"{modality}_tokens": encoded.tokens, f"{modality}_mask": encoded.mask}
+        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}  # strides are traced
+
+    def _write_decoder(self, folder: Path, name: str, decoder: Decoder) -> dict[str, Any]:
+        writes, reads = decoder.writes(decoder.config), decoder.reads(decoder.config)
+        tower = self.subject.model.backbone[writes]
+        vocabulary = tower.spec(tower.config).vocabulary
+        assert vocabulary is not None  # or it could not be written
+        ids = self.subject.inputs(writes, self.subject.items(writes))
+        read = {modality: self._tensors(modality) for modality in reads}
+        tensors = {key: tensor for own in read.values() for key, tensor in own.items()}
+        count = min(map(len, (ids, *tensors.values())))
+        writer = Writer(decoder, [(modality, len(own) > 1) for modality, own in read.items()]).eval()
+        batch, any_length = torch.export.Dim("batch"), torch.export.Dim.AUTO
+        sizes = ({0: batch, 1: any_length}, tuple({0: batch, 1: any_length} for _ in tensors))
+        # the ids but the last: shorter than the tokens of the side that is written, which may be longer
+        inputs = {"ids": ids[:count, :-1]} | {key: tensor[:count] for key, tensor in tensors.items()}
+        what = f"heads.{name} ({decoder.name!r})"
+        self._trace(writer, inputs, sizes, ["logits"], folder / f"heads.{name}.onnx", what)
+        ends = {"start": vocabulary.start, "end": vocabulary.end, "context": vocabulary.longest}
+        return {"file": f"heads.{name}.onnx", "inputs": [*inputs], "output": "logits", "writes": writes} | ends
+
+    def _trace(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Tensor],
+        sizes: tuple[Any, ...],
+        outputs: list[str],
+        file: Path,
+        what: str,
+    ) -> None:
+        fits_inside = sum(p.numel() * p.element_size() for p in module.parameters()) < MOST_INSIDE
+        try:
+            with quiet():
+                torch.onnx.export(
+                    module,
+                    tuple(inputs.values()),
+                    str(file),
+                    dynamo=True,
+                    dynamic_shapes=sizes,
+                    input_names=[*inputs],
+                    output_names=outputs,
+                    external_data=not fits_inside,
+                    verbose=False,
+                )
+        except Exception as error:
+            raise UserError(f"--to onnx: {what} cannot be traced by torch.onnx: {_first_line(error)}") from error
 
     def _about(self, name: str, x: Tensor) -> dict[str, Any]:
         if not x.is_floating_point():
@@ -305,20 +385,38 @@ class OnnxFormat(Format):
         """Open a session for each file, on the CPU."""
         self.sessions = {
             name: self.library.InferenceSession(str(folder / f"{name}.onnx"), providers=["CPUExecutionProvider"])
-            for name in self.modalities
+            for name in (*self.modalities, *(f"heads.{head}" for head in self.writers))
         }
+
+    def _run(self, file: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of one file, by name, of those of the inputs that it has."""
+        session = self.sessions[file]
+        arrays = {own.name: inputs[own.name].numpy() for own in session.get_inputs()}
+        try:
+            outputs = session.run(None, arrays)
+        except Exception as error:
+            shapes = ", ".join(str(list(array.shape)) for array in arrays.values())
+            raise UserError(f"--to onnx: {file}.onnx does not run on {shapes}: {_first_line(error)}") from error
+        return {own.name: torch.from_numpy(x) for own, x in zip(session.get_outputs(), outputs, strict=True)}
+
+    def decoders(self) -> dict[str, Decode]:
+        """All whose towers are exported, each given what those files make of the items."""
+
+        def decode(name: str, decoder: Decoder, items: Mapping[str, Sequence[Any]]) -> Tensor:
+            writes = decoder.writes(decoder.config)
+            tensors = {"ids": self.subject.inputs(writes, items[writes])}
+            for modality in decoder.reads(decoder.config):
+                tensors |= self._run(modality, {modality: self.subject.inputs(modality, items[modality])})
+            return self._run(f"heads.{name}", tensors)["logits"]
+
+        return {name: partial(decode, name, decoder) for name, decoder in self.writers.items()}
 
     def embed(self, modality: str, x: Tensor) -> Tensor:
         """Embed the whole batch, then single items and groups of three: they must agree, or the batch is not dynamic.
         Then each text at its own length, without padding to others."""
-        session = self.sessions[modality]
 
         def run(part: Tensor) -> Tensor:
-            try:
-                return torch.from_numpy(session.run(None, {modality: part.numpy()})[0])
-            except Exception as error:
-                shape = list(part.shape)
-                raise UserError(f"--to onnx: {modality}.onnx does not run on {shape}: {_first_line(error)}") from error
+            return self._run(modality, {modality: part})[f"{modality}_embedding"]
 
         whole = run(x)
         for size in (1, 3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core import Backbone, FeatureKind, Model, UserError
+from distill_core import Backbone, Decoder, Encoded, FeatureKind, Model, UserError
 from distill_core.tools import model_of, run_recipe
 from distill_vl.captions import CaptionAugmentation
 from distill_vl.clip_text import ClipText
@@ -41,8 +42,8 @@ class Subject:
     recipe: dict[str, Any]
     scales: dict[str, Tensor]
     """`logit_scale` and `logit_bias` of the first loss that has one, among those that need no fused views."""
-    left_out: list[str] = field(default_factory=list)
-    """Parts of the run that are not exported, since they are not towers."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Parts of the run that are not exported: path -> name of the component."""
 
     @classmethod
     def load(cls, run: Path, *, teacher: bool, checkpoint: str) -> Subject:
@@ -62,8 +63,8 @@ class Subject:
             }
             scales = scales or {name: value.float().reshape(()) for name, value in loss_scales.items()}
         fusions = {**({"fusion": recipe.fusion} if recipe.fusion is not None else {}), **recipe.fusions}
-        left_out = [f"{name} ({node.cls.name})" for name, node in fusions.items()]
-        left_out += [f"heads.{name} ({slot.cls.name})" for name, slot in recipe.heads.items()]
+        left_out = {name: node.cls.name for name, node in fusions.items()}
+        left_out |= {f"heads.{name}": slot.cls.name for name, slot in recipe.heads.items()}
         return cls(run, model, teacher, int(saved["step"]), recipe.to_dict(), scales, left_out)
 
     @property
@@ -80,7 +81,7 @@ class Subject:
             return list(TEXTS)
         raise UserError(f"{modality}: {augmentation.name!r} is no augmentation of pictures or captions")
 
-    def inputs(self, modality: str, items: list[Any]) -> Tensor:
+    def inputs(self, modality: str, items: Sequence[Any]) -> Tensor:
         """The backbone's input [N, ...] of the items, as evaluation makes it."""
         views = [[self.model.augment[modality].eval_view(item)] for item in items]
         return self.model.collators[modality](views, [0] * len(views)).groups[0].x[0]
@@ -88,6 +89,27 @@ class Subject:
     def embed(self, modality: str, items: list[Any], features: FeatureKind) -> Tensor:
         """The run's own embeddings [N, D], or class tokens [N, W], L2-normalised."""
         return self.model.encode(modality, items, features=features)
+
+    def decoders(self) -> dict[str, Decoder]:
+        """The decoders of this side, by the head's name, whose towers it has, too."""
+        decoders = {name: head for name, head in self.model.heads.items() if isinstance(head, Decoder)}
+        return {
+            name: decoder
+            for name, decoder in decoders.items()
+            if {decoder.writes(decoder.config), *decoder.reads(decoder.config)} <= set(self.model.modalities)
+        }
+
+    def read(self, modality: str, items: Sequence[Any]) -> Encoded:
+        """What a decoder is given of N items."""
+        views = [[self.model.augment[modality].eval_view(item)] for item in items]
+        return self.model.features(modality, views, tokens_of=(0,)).view(0)
+
+    @torch.no_grad()
+    def logits(self, decoder: Decoder, items: Mapping[str, Sequence[Any]]) -> Tensor:
+        """The run's own logits [N, L, S] of N items of each modality, for all ids of those that are written."""
+        read = {name: self.read(name, items[name]) for name in decoder.reads(decoder.config)}
+        writes = decoder.writes(decoder.config)
+        return decoder(read, self.inputs(writes, items[writes]))  # type: ignore[no-any-return]
 
     def clip(self, to: str) -> Clip:
         """Its towers, if they are CLIP's. Raises `UserError`, which names what the layout cannot hold."""
@@ -108,7 +130,7 @@ class Subject:
         if not isinstance(augmentation, PictureAugmentation):
             raise UserError(f"--to {to}: augment.{image} is {augmentation.name!r}, whose preprocessing is not known")
         others = [name for name in self.model.backbone if name not in (image, text)]
-        self.left_out += [f"backbone.{name} ({self.model.backbone[name].name})" for name in others]
+        self.left_out |= {f"backbone.{name}": self.model.backbone[name].name for name in others}
         return Clip(image, text, vit, text_tower, augmentation.config)
 
     def _only(self, kind: type[Backbone], to: str) -> str:

@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import distill_core
+from distill_core import Head
 from distill_core.contracts.weights import LoadReport
 from distill_core.errors import UserError
 from distill_core.recipe.resolve import parse_recipe
 from distill_core.registry import Registry
 from distill_core.system.extras import install
-from distill_weights.formats import HfFormat, OpenClipFormat
+from distill_vl.tokenizer import ClipTokenizer
+from distill_weights.export import check_decoder
+from distill_weights.formats import HfFormat, OnnxFormat, OpenClipFormat
+from distill_weights.subject import Subject
 from tests.weights.conftest import RECIPE, call, objective
 
 pytestmark = pytest.mark.slow
@@ -216,6 +220,105 @@ def test_heads_are_left_out_and_named(make_run: Callable[..., Path], tmp_path: P
     printed = call(make_run(losses, decoder, "fusion=null", "teacher=null"), "open_clip", tmp_path / "out")
     assert "left out: heads.writer (caption_decoder)" in printed
     assert printed.count("maximum difference") == 2
+
+
+CAPTIONING = ["loss=[{name: siglip}, {name: captioning, head: writer}]", "fusion=null"]
+DECODERS = {
+    "caption": ("image", ["heads.writer={name: caption_decoder, width: 16, layers: 2, heads: 2}"]),
+    "coca": (
+        "image",
+        [
+            "heads.writer={name: coca_decoder, layers: 2, heads: 2, queries: 3}",
+            "backbone.image.pooling=attention",
+            "backbone.text.padding=longest",
+        ],
+    ),
+    "of_another_text": (  # with a mask, and of any length
+        "note",
+        [
+            "heads.writer={name: prefix_decoder, image: note, width: 16, layers: 2, heads: 2}",
+            "augment.note={name: text_crop}",
+            "backbone.note={name: clip_text, width: 8, layers: 1, heads: 2, dim: 10, padding: longest}",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("about", "overrides"), DECODERS.values(), ids=[*DECODERS])
+def test_onnx_writes_captions(
+    make_run: Callable[..., Path], tmp_path: Path, pictures: list[Image.Image], about: str, overrides: list[str]
+) -> None:
+    """Greedily, by the files alone and what preprocess.json says of them, as the model does. Would catch tokens other
+    than those that the decoder was trained on, a mask that is lost, and a batch or a length traced as a constant."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    source, out = make_run(*CAPTIONING, *overrides), tmp_path / "out"
+    printed = call(source, "onnx", out)
+    assert "heads.writer: maximum difference" in printed
+    assert "left out" not in printed
+    files = json.loads((out / "preprocess.json").read_text())
+    decoder = files["heads.writer"]
+    names = ["text", about, "heads.writer"]
+    sessions = {name: onnxruntime.InferenceSession(out / files[name]["file"]) for name in names}
+
+    def run(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        outputs = [output.name for output in sessions[name].get_outputs()]
+        return dict(zip(outputs, sessions[name].run(None, inputs), strict=True))
+
+    model = distill_core.load(source)
+    items = pictures if about == "image" else TEXTS
+    for some in (items, items[:1]):
+        views = [[model.augment[about].eval_view(item)] for item in some]
+        seen = run(about, {about: model.collators[about](views, [0] * len(some)).groups[0].x[0].numpy()})
+        ids = np.full((len(some), 1), decoder["start"])
+        for _ in range(6):
+            known = seen | {"ids": ids} | (run("text", {"text": ids}) if "text_tokens" in decoder["inputs"] else {})
+            logits = run("heads.writer", {name: known[name] for name in decoder["inputs"]})["logits"]
+            assert logits.shape[:2] == ids.shape
+            ids = np.concatenate([ids, logits[:, -1].argmax(-1)[:, None]], 1)
+        assert decoder["end"] not in ids, "it ended early: the model has stopped there"
+        assert ClipTokenizer(77).texts(torch.from_numpy(ids)) == model.generate(about, some, longest=7)
+
+
+def test_decoders_of_the_side_alone_are_exported(make_run: Callable[..., Path]) -> None:
+    """What this side has no copy of, and a head that is no decoder, stay left out."""
+    pytest.importorskip("onnxscript")
+    run = make_run(*CAPTIONING, *DECODERS["caption"][1])
+    for teacher, names in ((False, ["writer"]), (True, [])):
+        subject = Subject.load(run, teacher=teacher, checkpoint="last")
+        subject.model.heads["shared"] = NoDecoder(None, None)  # type: ignore[arg-type]
+        subject.left_out["heads.shared"] = "no_decoder"
+        assert [*OnnxFormat(subject).decoders()] == names
+        assert [*subject.left_out] == ["heads.writer", "heads.shared"][len(names) :]
+
+
+class NoDecoder(Head):
+    name = "no_decoder"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_logits_that_differ_are_seen(make_run: Callable[..., Path]) -> None:
+    """In any sample that has an id after it, in any batch; but not what follows the end."""
+    pytest.importorskip("onnxscript")
+    subject = Subject.load(make_run(*CAPTIONING, *DECODERS["caption"][1]), teacher=False, checkpoint="last")
+    form, decoder = OnnxFormat(subject), subject.decoders()["writer"]
+
+    def difference(batch: int, length: int, ended: bool) -> float:
+        def decode(items: Any) -> Tensor:
+            logits = subject.logits(decoder, items).clone()
+            if len(items["text"]) == batch and logits.shape[1] >= length:
+                end = subject.inputs("text", items["text"])[-1].argmax()
+                logits[-1, end if ended else end - 1, 5] += 1
+            return logits
+
+        return check_decoder(form, "writer", decode).difference
+
+    assert difference(9, 0, False) == 0  # no such batch
+    assert difference(5, 0, True) == 0
+    for batch, length in ((5, 0), (3, 0), (1, 77)):
+        assert difference(batch, length, False) > 1e-3
 
 
 def test_a_bias_that_no_loss_has_is_named(make_run: Callable[..., Path], tmp_path: Path, registry: Registry) -> None:

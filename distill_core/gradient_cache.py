@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distill_core.batch import Batch
 from distill_core.errors import UserError
 from distill_core.objective import Objective
-from distill_core.outputs import Features, Fused, NamedFusion, Progress
+from distill_core.outputs import Features, Fused, NamedFusion, Progress, Selected
 from distill_core.system import distributed
 
 
@@ -44,7 +44,7 @@ class GradientCache:
                 made.append(objective.encode(prepared, teacher, progress))
                 masked.append(objective.with_masks(part, [prepared]))
         self.parts = masked
-        batch = objective.repeated(objective.with_masks(batch, masked))
+        batch = objective.with_masks(batch, masked)
         student = {name: _joined([part.student[name] for part in made]) for name in made[0].student}
         of_teachers = {
             of: {name: _joined([part.teacher[of][name] for part in made]) for name in features}
@@ -60,7 +60,10 @@ class GradientCache:
             leaf.requires_grad_()
         self.outputs = replace(
             made[0],
-            views=batch.views,
+            # of the whole batch finished only where a loss reads them: the towers read those of the parts
+            views=Selected(
+                batch.views, lambda name, own: objective.repeated_views(name, objective.finished(name, own))
+            ),
             keys=batch.keys,
             fields=batch.fields,
             student=student,

@@ -19,7 +19,7 @@ class GradientLimit(ComponentConfig):
     """The norm above which gradients are scaled down."""
 
     by: Literal["global", "part", "parameter"] = "global"
-    """`global`: of all gradients together. `part`: of each backbone's, the fusion's, each loss's and the balance's.
+    """`global`: of all gradients together. `part`: of each backbone's, fusion's, head's and loss's, and the balance's.
     `parameter`: of each parameter's."""
     max: Scheduled[Annotated[float, Field(gt=0)]]
     """The L2 norm above which gradients are scaled down to it; also a schedule."""
@@ -56,6 +56,7 @@ def limit_gradients(
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: `backbone.NAME`, `fusion`, `loss.ID`, `balance`."""
+    """The part of the model that a parameter belongs to: `backbone.NAME`, `fusion`, `fusions.NAME`, `heads.NAME`,
+    `loss.ID`, `balance`."""
     words = name.split(".")
     return words[0] if words[0] in ("fusion", "balance") else ".".join(words[:2])

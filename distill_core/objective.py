@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill_core.batch import Batch, join_views
+from distill_core.batch import Batch, Views, join_views
 from distill_core.contracts.balance import Balance
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of
@@ -50,30 +51,31 @@ class Objective(nn.Module):
     def __init__(
         self,
         backbone: Mapping[str, Backbone],
-        fusion: FusionHead | None,
-        loss: Mapping[str, Loss],
         plan: Plan,
-        needs: Sequence[Needs],
-        augment: Mapping[str, Augmentation] | None = None,
-        wire: torch.dtype | None = None,
-        maskers: Mapping[str, Masker] | None = None,
+        needs: Sequence[Needs] = (),
+        *,
+        loss: Mapping[str, Loss] = MappingProxyType({}),
+        fusion: FusionHead | None = None,
+        fusions: Mapping[str, FusionHead] = MappingProxyType({}),
+        heads: Mapping[str, Head] = MappingProxyType({}),
+        maskers: Mapping[str, Masker] = MappingProxyType({}),
         balance: Balance | None = None,
-        heads: Mapping[str, Head] | None = None,
-        fusions: Mapping[str, FusionHead] | None = None,
+        augment: Mapping[str, Augmentation] = MappingProxyType({}),
+        wire: torch.dtype | None = None,
     ) -> None:
-        """`augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`); `wire`: the
-        dtype in which what losses read of other ranks travels, None for its own; `maskers`: by modality;
-        `fusions`: those besides `fusion`, by name."""
+        """`needs`: what losses and all else need of the towers; `fusions`: those besides `fusion`, by name; `maskers`:
+        by modality; `augment`: of the modalities whose batches are to be finished here (`Augmentation.on_device`);
+        `wire`: the dtype in which what losses read of other ranks travels, None for its own."""
         super().__init__()
         self.wire = wire
-        self.augment, self.maskers = dict(augment or {}), dict(maskers or {})
+        self.augment, self.maskers = dict(augment), dict(maskers)
         self.plan = plan
         self.backbone = nn.ModuleDict(backbone)
         self.joint = {name: joined(name) for name in backbone if len(joined(name)) > 1}
         """Joint tower -> the modalities that it reads."""
         self.fusion = fusion
-        self.heads = nn.ModuleDict(heads or {})
-        self.fusions = nn.ModuleDict(fusions or {})
+        self.heads = nn.ModuleDict(heads)
+        self.fusions = nn.ModuleDict(fusions)
         self.loss = nn.ModuleDict(loss)
         self.balance = balance
         self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
@@ -175,13 +177,14 @@ class Objective(nn.Module):
     @torch.no_grad()
     def on_device(self, batch: Batch) -> Batch:
         """The batch as the towers take it: what augmentations and backbones do on the device that trains."""
-        views = dict(batch.views)
-        for name, augmentation in self.augment.items():
-            views[name] = augmentation.on_device(views[name])
-        for name, module in self.backbone.items():
-            if name not in self.joint:
-                views[name] = cast(Backbone, module).on_device(views[name])
-        return self._joined(replace(batch, views=views))
+        return self._joined(replace(batch, views={name: self.finished(name, x) for name, x in batch.views.items()}))
+
+    @torch.no_grad()
+    def finished(self, modality: str, views: Views) -> Views:
+        """`on_device`, of one modality."""
+        if modality in self.augment:
+            views = self.augment[modality].on_device(views)
+        return cast(Backbone, self.backbone[modality]).on_device(views) if modality in self.backbone else views
 
     def _joined(self, batch: Batch) -> Batch:
         """The batch with the views of joint towers: of those samples that have all of their modalities."""
@@ -222,10 +225,11 @@ class Objective(nn.Module):
 
     def repeated(self, batch: Batch) -> Batch:
         """The batch as the student sees it: each view once with each of its masks."""
-        views = dict(batch.views)
-        for name, masker in self.maskers.items():
-            views[name] = masker.repeated(views[name])
-        return replace(batch, views=views)
+        return replace(batch, views={name: self.repeated_views(name, views) for name, views in batch.views.items()})
+
+    def repeated_views(self, modality: str, views: Views) -> Views:
+        """`repeated`, of one modality."""
+        return self.maskers[modality].repeated(views) if modality in self.maskers else views
 
     def represent_student(self, batch: Batch, modality: str) -> Features:
         """The student's features of one modality."""
@@ -315,11 +319,14 @@ class Objective(nn.Module):
         if outputs.presence is None:
             return outputs
         needs = needs_of(type(component), component.config, self.plan)
-        names = (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
         if needs.fused and isinstance(fusion := outputs.fusion, FusionHead):
             of_fusion = needs_of(type(fusion), fusion.config, self.plan)
-            return outputs.having(names | of_fusion.named, fused=True)
-        return outputs.having(names)
+            return outputs.having(self._names(needs) | self._names(of_fusion), fused=True)
+        return outputs.having(self._names(needs))
+
+    def _names(self, needs: Needs) -> frozenset[str]:
+        """The modalities and fields that a sample must have; what names no modality reads all of them."""
+        return (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
 
     def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
         """Called between the backward pass and the optimiser; `finite` as in `after_step`."""
@@ -433,8 +440,9 @@ def _undone_unless(finite: Tensor | None, part: Loss | Balance) -> Iterator[None
     if finite is None:
         yield
         return
-    moving = [*part.buffers(), *(p for p in part.parameters() if p.numel() == 1)]
-    before = [tensor.detach().clone() for tensor in moving]
+    scalars = {name for name, p in part.named_parameters() if p.numel() == 1}
+    moving = scalars | {name for name, _ in part.named_buffers()}
+    before = {name: tensor.detach().clone() for name, tensor in _tensors(part).items() if name in moving}
     others = [(name, p, p._version) for name, p in part.named_parameters() if p.numel() > 1]
     yield
     for name, parameter, version in others:
@@ -443,9 +451,14 @@ def _undone_unless(finite: Tensor | None, part: Loss | Balance) -> Iterator[None
                 f"{part.kind} {part.name!r}: after_step changes the parameter {name!r}, which has more than one "
                 "element; hold what it moves in a buffer"
             )
+    after = _tensors(part)  # looked up again: a buffer may be another tensor now
     with torch.no_grad():
-        for tensor, old in zip(moving, before, strict=True):
-            tensor.copy_(torch.where(finite, tensor, old))
+        for name, old in before.items():
+            after[name].copy_(torch.where(finite, after[name], old))
+
+
+def _tensors(part: nn.Module) -> dict[str, Tensor]:
+    return {**dict(part.named_parameters()), **dict(part.named_buffers())}
 
 
 def _under(name: str, path: str) -> bool:

@@ -49,9 +49,9 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
     """Prepare student and teacher for `config`, in place; names of parameters stay.
 
     Call it once what is frozen is frozen, and before there is an optimiser. Over several ranks the towers' parameters
-    become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, heads, losses and scalars
-    stay plain tensors. Raises `UserError` where `shard` does not divide the ranks, and for `micro_batch` with a tower
-    that reads its batch's statistics.
+    become `DTensor`s, whose gradients are averaged during the backward pass; those of fusion, heads, losses, scalars
+    and towers that share some parts stay plain tensors. Raises `UserError` where `shard` does not divide the ranks, and
+    for `micro_batch` with a tower that reads its batch's statistics.
     """
     if config.micro_batch is not None and (names := list(batch_statistics(objective))):
         raise UserError(f"train.parallel.micro_batch: {names[0]} computes with statistics of its batch; take null")
@@ -70,11 +70,6 @@ def lay_out(objective: Objective, config: ParallelConfig, device: torch.device) 
             f"train.parallel.shard: {shard} does not divide the number of ranks, {ranks}; take a divisor, or `all`"
         )
     whole = tied(students) | tied(teachers)
-    if whole and shard > 1:
-        raise UserError(
-            "train.parallel.shard: towers that share all but some parts (`same` with `own`) are not split over ranks; "
-            "take 1, or share them whole"
-        )
     for tower in students + teachers if ranks > 1 else ():
         if tower not in whole:  # those stay as fusion and losses do
             _spread(tower, shard, config, device)
@@ -108,14 +103,14 @@ def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any)
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:
     """Have torch compile each unit of student, teachers, fusion, heads and losses when it is first called; returns
-    their number. Where samples may lack a modality, fusion, heads and losses see other numbers of samples, and other
-    weights, at each step: they run as they are.
+    their number. Where samples may lack a modality or a field, fusion, heads and losses see other numbers of samples,
+    and other weights, at each step: they run as they are.
 
     In place, so that names of parameters stay. Around the steps stands `one_graph_each`.
     """
     parts: list[nn.Module] = distinct(objective.backbone.values())
     parts += [tower for teacher in objective.teachers.values() for tower in teacher.towers()]
-    if not any(modality.optional for modality in objective.plan.modalities.values()):
+    if not objective.plan.optional:
         parts += [*objective.heads.values(), *objective.loss.values(), *objective.fusions.values()]
         parts += [*([objective.fusion] if objective.fusion is not None else [])]
     units = distinct(unit for part in parts for unit in cast(Backbone | FusionHead | Head | Loss, part).units())

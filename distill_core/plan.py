@@ -208,6 +208,12 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "modalities", _Modalities(self.modalities))
 
+    @property
+    def optional(self) -> frozenset[str]:
+        """The modalities and fields that a sample may lack."""
+        modalities = (name for name, plan in {**self.modalities, **self.raw}.items() if plan.optional)
+        return frozenset(chain(modalities, (name for name, plan in self.fields.items() if plan.optional)))
+
     def reading(self, fusion: str) -> Plan:
         """The plan as a loss sees it that reads this fusion: `fusion` and `fusion_pools` are that one's."""
         if fusion == DEFAULT_FUSION:

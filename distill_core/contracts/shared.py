@@ -120,6 +120,7 @@ def _error(kind: str, message: str, place: KeyPath, value: Any) -> InitErrorDeta
 def build_all(slots: Mapping[str, Slot[Any]], names: Iterable[str] | None = None) -> dict[str, Any]:
     """The components of these slots, all of them or those of `names`; what two of them share is one object.
 
+    Those that take another's come last: a module's parameters are named after the first place at which they stand.
     Without parts of its own a shared component is the other one itself; with some it is a module of the same class
     whose other parts are those of the other one. Raises `UserError` for a part that it has not.
     """
@@ -131,7 +132,8 @@ def build_all(slots: Mapping[str, Slot[Any]], names: Iterable[str] | None = None
             built[name] = _shared(slot, component(slot.same)) if isinstance(slot, SharedSlot) else slot.build()
         return built[name]
 
-    return {name: component(name) for name in (slots if names is None else names)}
+    wanted = sorted(slots if names is None else names, key=lambda name: isinstance(slots[name], SharedSlot))
+    return {name: component(name) for name in wanted}
 
 
 def _shared(slot: SharedSlot[Any], whole: nn.Module) -> nn.Module:

@@ -25,12 +25,19 @@ def build_objective(recipe: Recipe) -> Objective:
     fusions = {name: node.build(recipe.plan) for name, node in recipe.fusions.items()}
     heads = {name: node.build(recipe.plan) for name, node in recipe.heads.items()}
     loss = {node.id: node.build(recipe.plan.reading(node.config.fusion)) for node in recipe.loss}
-    needs = [needs for _, needs in recipe.needs()]
-    augment = {name: node.build() for name, node in recipe.augment.items()}
-    wire = torch.bfloat16 if recipe.train.gather_precision == "bf16" else None
-    balance = recipe.balance.build(list(loss)) if recipe.balance else None
-    maskers = recipe.maskers()
-    objective = Objective(backbone, fusion, loss, recipe.plan, needs, augment, wire, maskers, balance, heads, fusions)
+    objective = Objective(
+        backbone,
+        recipe.plan,
+        [needs for _, needs in recipe.needs()],
+        loss=loss,
+        fusion=fusion,
+        fusions=fusions,
+        heads=heads,
+        maskers=recipe.maskers(),
+        balance=recipe.balance.build(list(loss)) if recipe.balance else None,
+        augment={name: node.build() for name, node in recipe.augment.items()},
+        wire=torch.bfloat16 if recipe.train.gather_precision == "bf16" else None,
+    )
     for name, node in recipe.all_teachers.items():
         objective.add_teacher(name, of_run(node).build)
     return objective

@@ -30,7 +30,6 @@ from distill_core.plan import (
     DEFAULT_FUSION,
     DEFAULT_TEACHER,
     BackboneSpec,
-    FieldPlan,
     HeadPlan,
     MissingModality,
     ModalityPlan,
@@ -197,7 +196,10 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
     yield from _joint(draft)
     yield from _joint_towers(draft)
     for name in draft.names("masker"):
-        if name not in draft.modalities:
+        if name in draft.joint_towers:
+            parts = " or ".join(f"masker.{part}" for part in joined(name))
+            yield ("masker", name), f"a tower of several modalities sees every token; mask one of them: {parts}"
+        elif name not in draft.modalities:
             yield ("masker", name), f"no modality {name!r}{did_you_mean(name, draft.modalities)}"
     for name in draft.names("fusions"):
         if name == DEFAULT_FUSION:
@@ -213,6 +215,8 @@ def _modalities(draft: Draft) -> Iterator[Problem]:
         for name in (slot.config.modalities or ()) if slot is not None else ():
             if name not in draft.modalities:
                 yield (*at, "modalities"), f"no modality {name!r}"
+            elif (tower := draft.slots.get(("backbone", name))) is not None and is_raw(tower):
+                yield (*at, "modalities"), f"{name!r} is only collated (it has no tower)"
     fields = draft.names("data", "fields")
     for name in fields:
         if name in draft.modalities:
@@ -360,14 +364,14 @@ def _scattered(augment: Slot[Any], modality: ModalityPlan) -> str | None:
 
 def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
     """Problems that each component reports about the plan."""
-    every = plan
+    every, encoded = plan, {**plan.modalities, **plan.raw}
     for path, slot in draft.slots.items():
         plan = seen_by(slot.cls, slot.config, every)
         try:
             needs = slot.cls.needs(slot.config, plan)
             lines = list(slot.cls.problems(slot.config, plan))
-            if path[0] == "backbone" and path[1:] and path[1] in plan.modalities:
-                lines += slot.cls.view_problems(slot.config, plan.modalities[str(path[1])])
+            if path[0] == "backbone" and path[1:] and (views := encoded.get(str(path[1]))) is not None:
+                lines += slot.cls.view_problems(slot.config, views)
             if issubclass(slot.cls, Masker) and path[1:] and path[1] in plan.modalities:
                 needs = slot.cls.reads(slot.config, str(path[1]), plan)
                 lines += mask_problems(slot.cls, slot.config, str(path[1]), plan.modalities[str(path[1])])
@@ -394,6 +398,11 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             )
         if issubclass(slot.cls, Teacher) and REPEATED in slot.config.views:
             lines.append(f"{slot.cls.name!r}: views: only the student sees a view a second time ({REPEATED!r})")
+        if isinstance(slot, SharedSlot) and slot.own and draft.train.parallel.shard != 1:
+            lines.append(
+                f"shares all of {slot.same!r} but its `own` parts, which train.parallel.shard cannot split over ranks; "
+                "make it 1, or share the tower whole"
+            )
         if needs.attention and draft.train.parallel.shard != 1:
             lines.append(
                 f"{slot.id!r} reads how a teacher attends, which train.parallel.shard does not allow; make it 1"
@@ -404,7 +413,7 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             lines += _uncopied(draft, slot, needs, plan)
             of_teachers = any(views for of_teacher in needs.teacher.values() for views in of_teacher.values())
             of_heads = any(plan.heads[head].needs.tokens for head in needs.heads if head in plan.heads)
-            reads_tokens = needs.tokens or of_teachers or of_heads or needs.pools
+            reads_tokens = needs.tokens or of_teachers or of_heads or needs.pools or needs.attention
             if draft.train.parallel.micro_batch is not None and reads_tokens:
                 lines.append(f"{slot.id!r} reads tokens, which train.parallel.micro_batch does not keep; make it null")
         lines += head_problems(slot.cls.name, needs, plan, draft.names("heads"))
@@ -436,7 +445,7 @@ def mask_problems(cls: type[Masker], config: Any, name: str, modality: ModalityP
     if cls.hides and not spec.can_mask:
         yield f"{cls.name!r} hides tokens of {name!r}, which its backbone cannot with its options"
     if not spec.stride:
-        yield f"{cls.name!r} needs tokens in a grid; the backbone of {name!r} does not say how its lie (`stride`)"
+        yield f"{cls.name!r} needs tokens in a grid; the backbone of {name!r} does not say how they lie (`stride`)"
     elif modality.shapes is not None:
         for grid in dict.fromkeys(spec.grid(modality.shapes[view]) for view in modality.views(config.role)):
             yield from cls.grid_problems(config, grid)
@@ -471,9 +480,8 @@ def unknown_fields(name: str, needs: Needs, fields: Sequence[str]) -> Iterator[s
 
 def absence_problems(loss: type[Loss], needs: Needs, plan: Plan) -> Iterator[str]:
     """What is wrong where a loss needs all samples of a modality that some may lack."""
-    known: dict[str, ModalityPlan | FieldPlan] = {**plan.modalities, **plan.fields}
     names = (needs.named or set(plan.modalities)) | set(needs.fields)
-    optional = sorted(name for name in names if name in known and known[name].optional)
+    optional = sorted(names & plan.optional)
     if optional and not loss.partial:
         some = " and ".join(repr(name) for name in optional)
         yield (
@@ -536,29 +544,35 @@ def _part_names(draft: Draft) -> Iterator[Problem]:
     """Paths in `freeze` and `train.lr_factors`, as far as the document names the parts of the model; the backbones in
     `train.lr_decay`."""
     backbones = [f"backbone.{name}" for name in draft.names("backbone")]
-    for part in draft.train.lr_decay:
-        if part not in backbones:
-            yield ("train", "lr_decay", part), f"{part!r} is no backbone{did_you_mean(part, backbones)}"
-    losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
-    parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
-    parts += [f"{kind}.{name}" for kind in ("fusions", "heads") for name in draft.names(kind)]
-    single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
-    parts += [*single, "backbone", "heads", "loss"]
-    losses_are_wrong = draft.is_wrong("loss")
     shared = {
         f"backbone.{path[1]}": slot
         for path, slot in draft.slots.items()
         if path[:1] == ("backbone",) and isinstance(slot, SharedSlot) and not slot.own
     }
+    for part in draft.train.lr_decay:
+        if part in shared:
+            yield ("train", "lr_decay", part), _elsewhere(part, shared[part])
+        elif part not in backbones:
+            yield ("train", "lr_decay", part), f"{part!r} is no backbone{did_you_mean(part, backbones)}"
+    losses = [slot.id for path, slot in draft.slots.items() if path[:-1] == ("loss",)]
+    parts = [f"backbone.{name}" for name in draft.names("backbone")] + [f"loss.{name}" for name in losses]
+    parts += [f"{kind}.{name}" for kind in ("fusions", "heads") for name in draft.names(kind)]
+    single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
+    parts += [*single, "backbone", "fusions", "heads", "loss"]
+    losses_are_wrong = draft.is_wrong("loss")
     for at, part in _listed_parts(draft.document.get(("freeze",)), draft.train.lr_factors):
         whole = ".".join(part.split(".")[:2])
         if whole in shared:
-            yield at, f"the tower of {whole!r} is that of another modality: name backbone.{shared[whole].same}"
+            yield at, _elsewhere(whole, shared[whole])
             continue
         depth = 1 if part.startswith(("fusion.", "balance.")) else 2
         name = part if part in parts else ".".join(part.split(".")[:depth])
         if name not in parts and not (losses_are_wrong and part.startswith("loss.")):
             yield at, f"{part!r} names no part of the model{did_you_mean(part, parts)}"
+
+
+def _elsewhere(part: str, slot: SharedSlot[Any]) -> str:
+    return f"the tower of {part!r} is that of another modality: name backbone.{slot.same}"
 
 
 def _listed_parts(freeze: Any, factors: Mapping[str, float]) -> Iterator[tuple[KeyPath, str]]:

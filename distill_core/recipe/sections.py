@@ -23,7 +23,7 @@ from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
-from distill_core.contracts.shared import MayShare
+from distill_core.contracts.shared import MayShare, SharedSlot
 from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_component
 from distill_core.contracts.source import DataSource
 from distill_core.contracts.task import Task
@@ -368,7 +368,13 @@ class Recipe(ComponentConfig):
             needs = needs_of(slot.cls, slot.config, self.plan)
             trained |= set((needs.named or self.plan.modalities) if needs.embeddings is None else needs.embeddings)
         frozen = {name for name in self.plan.modalities if f"backbone.{name}" in self.freeze}
-        return frozenset(self.plan.modalities) - trained - frozen
+        known = {self._tower(name) for name in trained | frozen}
+        return frozenset(name for name in self.plan.modalities if self._tower(name) not in known)
+
+    def _tower(self, modality: str) -> str:
+        """The modality whose tower encodes it: another one where they share it as a whole."""
+        slot = self.backbone.get(modality)
+        return slot.same if isinstance(slot, SharedSlot) and not slot.own else modality
 
     def slots(self) -> list[Slot[Any]]:
         """Every component that it is made of, those inside other components' options too, in the recipe's order."""

@@ -18,6 +18,7 @@ from distill_core.contracts.schedule import Scheduled
 from distill_core.contracts.shared import distinct
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
+from distill_core.errors import UserError
 from distill_core.interfaces import Augmentation, Collator
 from distill_core.model import evaluating
 from distill_core.outputs import Features, Progress
@@ -49,7 +50,10 @@ class CopiedTeacher(Teacher):
     def __init__(self, config: Any, name: str, plan: TeacherPlan, student: nn.Module) -> None:
         super().__init__(config, name, plan, student)
         paths = config.of if config.of is not None else (*(f"backbone.{m}" for m in plan.views), *_heads(name, student))
-        self._originals = {path: self.original(path, student) for path in paths}  # no submodules: a dict hides them
+        try:
+            self._originals = {path: self.original(path, student) for path in paths}  # no submodules: a dict hides them
+        except AttributeError as error:
+            raise UserError(f"the teacher {name!r}: of: a path names no part of the student: {error}") from error
         copied: dict[int, Any] = {}  # what two parts share is copied once
         self.backbone = nn.ModuleDict()
         """Its own towers, by modality."""

@@ -49,7 +49,7 @@ class Frozen(Teacher):
             torch.manual_seed(0)
             backbone = build_all(config.backbone, plan.views)
             # a student without losses, so that what loads weights into the one loads them into the other
-            network = Objective(backbone, None, {}, Plan(modalities), [])
+            network = Objective(backbone, Plan(modalities))
         network.requires_grad_(False).train(False)
         self._hidden = (network,)  # no submodule: neither saved nor counted
         self._augment = {**student.augment, **{m: node.build() for m, node in config.augment.items()}}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from distill_core import Loss, Needs, Outputs, Plan
 from distill_core.batch import Batch
 from distill_core.data.example import example_batch
 from distill_core.errors import RecipeErrors, UserError
@@ -18,7 +19,7 @@ from distill_core.parallel import lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import ParallelConfig
-from distill_core.registry import Registry
+from distill_core.registry import Entry, Registry
 
 NOW = Progress(0, 9)
 
@@ -109,8 +110,51 @@ def test_it_holds_less(tiny_recipe: Path, registry: Registry) -> None:
     assert parts < whole / 3
 
 
+class Pixels(Loss):
+    """The size of the pixels that the tower takes, times the embedding's first number."""
+
+    name = "pixels"
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(student=("image",), raw=("image",))
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        pixels = outputs.views["image"].groups[0].x.float().abs().mean()
+        return {"pixels": pixels * outputs.student["image"].embedding[..., 0].mean()}, {}
+
+
+class Attends(Loss):
+    """Reads how the teacher attends."""
+
+    name = "attends"
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(student=("image",), attention={"default": {"image": (0,)}})
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        raise NotImplementedError
+
+
+def test_losses_read_the_views_that_the_towers_take(tiny_recipe: Path, registry: Registry) -> None:
+    """Catches pixels as they left the workers, in bytes, in place of those that are finished on the device."""
+    more = Registry([*registry.entries.values(), Entry(Pixels, "outside", "outside")])
+    recipe = load_recipe(tiny_recipe, registry=more, overrides=["loss.2=pixels"])
+    objective, batch = build_objective(recipe), example_batch(recipe, 6)
+    assert batch.views["image"].groups[0].x.dtype == torch.uint8
+    loss, whole, _ = step(objective, batch, None)
+    own_loss, own, _ = step(objective, batch, 2)
+    assert own_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def test_what_reads_tokens_or_its_batch_is_refused(tiny_recipe: Path, registry: Registry) -> None:
     """Would catch wrong gradients without a word."""
+    more = Registry([*registry.entries.values(), Entry(Attends, "outside", "outside")])
+    with pytest.raises(RecipeErrors, match=r"'attends' reads tokens, which train\.parallel\.micro_batch does not keep"):
+        load_recipe(tiny_recipe, registry=more, overrides=["train.parallel.micro_batch=2", "loss.2=attends"])
     with pytest.raises(RecipeErrors, match=r"'flair' reads tokens, which train\.parallel\.micro_batch does not keep"):
         load_recipe(
             tiny_recipe,

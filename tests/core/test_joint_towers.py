@@ -188,6 +188,7 @@ def _without_text(folder: Path, every: int) -> None:
         ("backbone.image+sound={name: one_tower}", "no entry 'sound' in backbone, which collates its views"),
         ("backbone.text+text={name: one_tower}", "names a modality twice"),
         ("augment.image.global=1", "pairs the global views of its modalities, of which there are image 1, text 2"),
+        ("masker={image+text: random_drop}", "sees every token; mask one of them: masker.image or masker.text"),
         ("data.optional=[image+text]", "is read where a sample has image and text: name one of these"),
         ("loss.2.joint=image+texts", "needs a modality 'image+texts', did you mean 'image+text'?"),
     ],

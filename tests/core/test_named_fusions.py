@@ -13,6 +13,7 @@ from trainers import trainers
 
 import distill_core
 from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
@@ -100,6 +101,14 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(distill_core.UserError) as caught:
         recipe(override)
     assert line in str(caught.value)
+
+
+def test_all_of_them_are_frozen_together(recipe: Callable[..., Recipe]) -> None:
+    """Catches a refusal of the section's name, which those of `heads` and `backbone` are not."""
+    frozen = recipe("freeze=[fusions]")
+    trained = [name for name, _, _ in build_objective(frozen).trainable(frozen.freeze, {})]
+    assert any(name.startswith("fusion.") for name in trained)
+    assert not any(name.startswith("fusions.") for name in trained)
 
 
 def test_a_recipe_with_named_fusions_reads_itself(recipe: Callable[..., Recipe], registry: Registry) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def objective_of(
     for i, cls in enumerate(losses):
         weight = weights[i] if weights else 1.0
         built[cls.name] = cls(LossConfig(weight=weight), plan)  # type: ignore[operator]
-    objective = Objective({"a": Mean(), "b": Mean()}, SumFusion(None, plan), built, plan, needs)
+    objective = Objective({"a": Mean(), "b": Mean()}, plan, needs, loss=built, fusion=SumFusion(None, plan))
     if teacher is not None:
         objective.add_teacher("default", partial(Ema, teacher))
     return objective
@@ -315,6 +316,56 @@ def test_fusion_only_where_a_loss_reads_it(batch: Batch) -> None:
     outputs = objective.represent(batch, Progress(0, 1))
     assert outputs.fused
     assert objective.fusion.forwards == 1  # type: ignore[union-attr]
+
+
+class ReadsFusedA(Loss):
+    """Fused views of one modality, of a fusion that names none and so reads all."""
+
+    name = "reads_fused_a"
+    partial = True
+
+    @classmethod
+    def needs(cls, config: Any, plan: Plan) -> Needs:
+        return Needs(fused=("a",))
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        fused, student = outputs.fused["a"].pooled, outputs.student["a"].pooled
+        return {"sum": fused.sum()}, {"rows": torch.tensor(fused.shape[1]), "others": torch.tensor(student.shape[1])}
+
+
+def test_fused_views_are_of_the_samples_that_have_all(batch: Batch) -> None:
+    """Catches features of other samples beside them, where the fusion does not say what it reads."""
+    objective = objective_of(ReadsFusedA)
+    have = np.array([True, False, True, False, True])
+    batch.presence = {"b": have}
+    batch.views["b"] = batch.views["b"].map(lambda x: x[:, torch.from_numpy(have)])
+    outputs = objective.represent(batch, Progress(0, 1))
+    losses = objective.losses(outputs)
+    assert (losses.metrics["reads_fused_a/rows"], losses.metrics["reads_fused_a/others"]) == (3, 3)
+    expected = nn.functional.normalize(outputs.student["a"].pooled[:, torch.from_numpy(have)], dim=-1).sum()
+    torch.testing.assert_close(losses.total, expected)
+
+
+class Replaces(Pull):
+    """Its buffer is another tensor after each step."""
+
+    name = "replaces"
+
+    def __init__(self, config: Any, plan: Plan) -> None:
+        super().__init__(config, plan)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def after_step(self, outputs: Outputs, progress: Progress) -> None:
+        self.steps = self.steps + 1
+
+
+def test_a_buffer_that_is_replaced_is_put_back_too(batch: Batch) -> None:
+    """Catches state that moves at a step which is not finite."""
+    objective = objective_of(Replaces)
+    outputs = objective.represent(batch, Progress(0, 2))
+    for finite, steps in ((True, 1), (False, 1), (True, 2)):
+        objective.after_step(outputs, Progress(0, 2), torch.tensor(finite))
+        assert objective.loss["replaces"].steps == steps
 
 
 def test_embeddings(batch: Batch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from distill_core import (
     BackboneSpec,
     Loss,
     LossConfig,
+    ModalityPlan,
     Needs,
     Outputs,
     Plan,
@@ -29,6 +30,8 @@ from distill_core import (
 )
 from distill_core.errors import RecipeErrors
 from distill_core.outputs import Progress
+from distill_core.parallel import compile_units
+from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
@@ -83,12 +86,32 @@ class Count(Loss):
         return {"count": error}, {"rows": torch.tensor(float(len(expected)))}
 
 
+class CountAll(Count):
+    """Needs the numbers of every sample."""
+
+    name = "count_all_words"
+    partial = False
+
+
+class Pairs(Raw):
+    """Takes two views."""
+
+    name = "pairs"
+
+    @classmethod
+    def view_problems(cls, config: Any, views: ModalityPlan) -> Iterable[str]:
+        if len(views.roles) != 2:
+            yield f"it takes 2 views, not {len(views.roles)}"
+
+
 RAW = ("augment.lengths=lengths", "backbone.lengths=raw", "loss.2=count_words")
 
 
 @pytest.fixture
 def more(registry: Registry) -> Registry:
-    return Registry([*registry.entries.values(), *(Entry(c, "outside", "outside") for c in (Lengths, Count))])
+    return Registry(
+        [*registry.entries.values(), *(Entry(c, "outside", "outside") for c in (Lengths, Count, CountAll, Pairs))]
+    )
 
 
 @pytest.fixture
@@ -163,6 +186,7 @@ def test_samples_may_lack_it(trainer: Callable[..., Trainer]) -> None:
         ("loss.2.raw=length", "needs a modality 'length', did you mean 'lengths'?"),
         ("evaluate.tasks=[{name: retrieval, modalities: [image, lengths]}]", "only collated"),
         ("evaluate.tasks=[{name: knn, modality: lengths}]", "only collated"),
+        ("teacher.modalities=[image, lengths]", "'lengths' is only collated (it has no tower)"),
         ("masker={lengths: random_drop}", "there is no tower to hide its tokens from"),
     ],
 )
@@ -170,6 +194,28 @@ def test_what_needs_a_tower_is_refused(override: str, line: str, recipe: Callabl
     with pytest.raises(RecipeErrors) as caught:
         recipe(override)
     assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("backbone.lengths=pairs",), "backbone.lengths: it takes 2 views, not 1"),
+        (("loss.2=count_all_words", "data.optional=[lengths]"), "'count_all_words' needs 'lengths' of every sample"),
+    ],
+)
+def test_it_is_asked_as_a_tower_is(overrides: tuple[str, ...], line: str, recipe: Callable[..., Recipe]) -> None:
+    """Catches checks of modalities that leave out those without a tower."""
+    with pytest.raises(RecipeErrors) as caught:
+        recipe(*overrides)
+    assert line in str(caught.value)
+
+
+def test_losses_whose_samples_vary_in_number_are_not_compiled(recipe: Callable[..., Recipe]) -> None:
+    """Catches losses that torch compiles anew for each number, where what is lacking has no tower."""
+    vary, same = (build_objective(recipe(*options)) for options in (("data.optional=[lengths]",), ()))
+    towers = 2 * sum(len(tower.units()) for tower in vary.backbone.values())  # student and teacher
+    assert compile_units(vary, "eager") == towers
+    assert compile_units(same, "eager") > towers
 
 
 def test_views_that_cannot_be_stacked() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from trainers import trainers
 
 import distill_core
@@ -25,6 +26,7 @@ THREE = (
     "loss=[{name: clip}, {name: clip, id: moving, modalities: [video, text]}]",
     "evaluate.tasks=[{name: retrieval, modalities: [video, text]}]",
 )  # fmt: skip
+VIT = "{name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
 SHARED, OWN = "backbone.video={same: image}", "backbone.video={same: image, own: [proj, transformer.resblocks.1]}"
 
 
@@ -102,6 +104,10 @@ def test_it_trains_resumes_and_is_scored(shared: str, trainer: Make, tmp_path: P
         (["backbone.video={same: image, own: proj}"], "must be a list of names of parts"),
         (["backbone.video={same: image, own: [ln_port]}"], "'ln_port' names no part of 'vit', did you mean 'ln_post'?"),
         ([SHARED, "freeze=[backbone.video]"], "is that of another modality: name backbone.image"),
+        ([SHARED, "train.lr_decay={backbone.video: 0.5}"], "is that of another modality: name backbone.image"),
+        ([OWN, "train.parallel.shard=2"], "backbone.video: shares all of 'image' but its `own` parts, which train.par"),
+        ([f"teachers={{big: {{name: frozen, backbone: {{image: {VIT}, video: {{same: image, own: [proj]}}}}}}}}",
+          "train.parallel.shard=all"], "backbone.video: shares all of 'image' but its `own` parts, which train.parall"),
         (["backbone.video={same: text}"], "'clip_text' reads texts, and the views of its modality are arrays (3 x 16"),
     ],
 )  # fmt: skip
@@ -117,18 +123,42 @@ def test_a_recipe_with_a_shared_tower_reads_itself(recipe: Callable[..., Recipe]
         resolved = recipe(shared)
         again = parse_recipe(resolved.to_yaml(), "again.yaml", registry=registry)
         assert again == resolved
-        assert again != recipe(
-            "backbone.video={name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
-        )
+        assert again != recipe(f"backbone.video={VIT}")
+
+
+@pytest.mark.parametrize("own", [{}, {"own": ["proj"]}])
+def test_the_entry_that_takes_a_tower_may_stand_first(
+    own: dict[str, list[str]], recipe: Callable[..., Recipe], registry: Registry
+) -> None:
+    """Its parameters are those of the entry that has the component, all the same. Catches a `freeze` that names no part
+    of the model, or leaves the shared weights to be trained."""
+    written = recipe(SHARED, "freeze=[backbone.image]", "teacher=null").to_dict()
+    towers = written["backbone"]
+    written["backbone"] = {"video": {"same": "image", **own}, "image": towers["image"], "text": towers["text"]}
+    resolved = parse_recipe(yaml.safe_dump(written, sort_keys=False), "first.yaml", registry=registry)
+    assert next(iter(resolved.backbone)) == "video"
+    objective = build_objective(resolved)
+    trained = [name for name, _, _ in objective.trainable(resolved.freeze, {}) if not name.startswith("backbone.text.")]
+    assert [name for name in trained if name.startswith("backbone.")] == (["backbone.video.proj"] if own else [])
+
+
+def test_an_embedding_is_trained_where_its_tower_is(recipe: Callable[..., Recipe]) -> None:
+    """Catches class tokens that are scored in place of an embedding which another modality trains, or that is loaded,
+    and a projection of its own that nothing trains."""
+    alone = ("loss=[clip]", "teacher=null", "evaluate=null")
+    assert recipe(SHARED, *alone).untrained_embeddings() == frozenset()
+    assert recipe(OWN, *alone).untrained_embeddings() == {"video"}
+    loaded = ("loss=[{name: clip, modalities: [video, text]}]", "teacher=null", "evaluate=null")
+    assert recipe(SHARED, *loaded).untrained_embeddings() == frozenset()
+    assert recipe(f"backbone.video={VIT}", *loaded).untrained_embeddings() == {"image"}
 
 
 def test_a_frozen_teacher_may_share_its_towers(trainer: Make) -> None:
     """Its weights are those of one tower. Catches a second tower that is never loaded, and features of it."""
     run = trainer(SHARED, "name=first")
     run.run()
-    vit = "{name: vit, image_size: 16, patch: 8, width: 16, layers: 2, heads: 2, dim: 16}"
     frozen = (
-        f"teachers={{big: {{name: frozen, backbone: {{image: {vit}, video: {{same: image}}}}, "
+        f"teachers={{big: {{name: frozen, backbone: {{image: {VIT}, video: {{same: image}}}}, "
         f"weights: [{{name: state_dict, source: {run.folder.path}, to: backbone.image}}]}}}}"
     )
     made = trainer(SHARED, "name=second", frozen)

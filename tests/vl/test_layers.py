@@ -171,7 +171,7 @@ def test_layers_of_student_and_teacher_reach_a_loss() -> None:
         ),
         Needs(tokens={"image": (1,)}),
     ]
-    objective = Objective({"image": tower}, None, {}, plan, needs)
+    objective = Objective({"image": tower}, plan, needs)
     objective.add_teacher("default", lambda name, plan, student: Ema(EmaConfig(), name, plan, student))
     objective.teachers["default"].start(())
     views = Views([Group(torch.randn(1, 2, 3, 8, 8), "local"), Group(torch.randn(1, 2, 3, 16, 16))])

@@ -133,7 +133,7 @@ def model() -> Model:
 
 def objective() -> Objective:
     """Both backbones, no teacher, no fusion, one loss."""
-    return Objective(backbones(), None, {"sum": Sum(LossConfig(), plan())}, plan(), [])
+    return Objective(backbones(), plan(), loss={"sum": Sum(LossConfig(), plan())})
 
 
 def shard(folder: Path, samples: int) -> str:

@@ -17,6 +17,7 @@ from trainers import trainers
 from distill_authoring.conformance import assert_conforms
 from distill_core.errors import RecipeErrors, UserError
 from distill_core.outputs import Progress
+from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
@@ -121,8 +122,6 @@ def test_a_snapshot_stands_still_between_its_steps(trainer: Make) -> None:
 
 def test_an_average_of_a_head_alone_encodes_by_the_students_tower(tiny_recipe: Path, registry: Registry) -> None:
     """As in TIPSv2. Catches a tower that is copied all the same, a student's tower in training mode, and a gradient."""
-    from distill_core.recipe.build import build_objective
-
     overrides = [
         "fusion=null", "loss=[{name: dino, prototypes: 8, hidden: 8, bottleneck: 4}]",
         "teacher={of: [loss.dino.head], modalities: [image], momentum: 0.5}", "backbone.text=null", "augment.text=null",
@@ -303,6 +302,13 @@ def test_what_does_not_fit_is_refused(tiny_recipe: Path, registry: Registry, cha
         load_recipe(tiny_recipe, registry=registry, overrides=changes)
     lines = [line.partition(" (with --set")[0] for line in caught.value.lines]
     assert any(line.endswith(message) for line in lines), lines
+
+
+def test_a_path_inside_a_part_that_is_not_there(tiny_recipe: Path, registry: Registry) -> None:
+    """Named in one line where the model is built. Catches torch's error."""
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=["teacher.of=[backbone.image.nope]"])
+    with pytest.raises(UserError, match=r"teacher 'default': of: a path names no part of the student: .*nope"):
+        build_objective(recipe)
 
 
 def npy(x: np.ndarray[Any, Any]) -> bytes:

@@ -14,8 +14,8 @@ from distill_core.parallel import compile_units
 from distill_core.registry import Registry
 
 KINDS = [PAIR, PICTURE, PAIR, WORDS, PICTURE, PAIR, WORDS, PAIR]
-IMAGE_ALONE = ("simclr", "dino", "balanced dino", "ibot", "koleo", "flava_mim", "lejepa", "ijepa", "data2vec")
-OF_ONE_RANK = ("koleo", "flava_mlm", "flava_mim", "flava_mmm", "flava_itm", "grouping by sample")
+IMAGE_ALONE = ("simclr", "dino", "balanced dino", "ibot", "koleo", "flava_mim", "lejepa", "ijepa", "data2vec", "gram")
+OF_ONE_RANK = ("captioning", "koleo", "flava_mlm", "flava_mim", "flava_mmm", "flava_itm", "grouping by sample")
 """Losses of each rank's rows alone, and those that do not show a difference."""
 
 

@@ -81,6 +81,11 @@ RECIPES = {
         "data2vec, top: 1, width: 16, layers: 1, groups: 2",
         f"masker: {{image: {{name: inverse_blocks, masks: 2, block: 2}}}}\n{TEACHER}",
     ),
+    "gram": _recipe("gram", TEACHER),
+    "reinforced": _recipe("reinforced, mix: 0.5", TEACHER),
+    "captioning": _recipe(
+        "captioning, head: decoder", "heads: {decoder: {name: coca_decoder, layers: 1, heads: 2, queries: 4}}"
+    ),
     "lejepa": _recipe("lejepa, directions: 16, hidden: 16, dim: 8"),
     "lejepa pairs": _recipe("lejepa, directions: 16, modalities: [image, text]"),
     "flava_mlm": _recipe("flava_mlm", **_FLAVA),

@@ -366,7 +366,8 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
     """Problems that each component reports about the plan."""
     every, encoded = plan, {**plan.modalities, **plan.raw}
     for path, slot in draft.slots.items():
-        plan = seen_by(slot.cls, slot.config, every)
+        outer = _outermost(draft, path, slot)
+        plan = seen_by(outer.cls, outer.config, every)
         try:
             needs = slot.cls.needs(slot.config, plan)
             lines = list(slot.cls.problems(slot.config, plan))
@@ -422,13 +423,19 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
             yield path, problem
 
 
+def _outermost(draft: Draft, path: KeyPath, slot: Slot[Any]) -> Slot[Any]:
+    """The loss in whose options a component stands, whose fusion is read in all of them; of any other, itself."""
+    outer = draft.slots.get(path[:2], slot)
+    return outer if issubclass(outer.cls, Loss) else slot
+
+
 def _fusion_problems(draft: Draft, path: KeyPath, slot: Slot[Any], needs: Needs, plan: Plan) -> Iterator[str]:
     """A fusion that a loss names and there is not, or does not read; another one than the loss around it reads."""
     name, there = slot.config.fusion, [DEFAULT_FUSION, *plan.fusions]
-    around = next((draft.slots[path[:i]] for i in range(len(path) - 1, 0, -1) if path[:i] in draft.slots), None)
-    if around is not None and issubclass(around.cls, Loss):
-        if name not in (DEFAULT_FUSION, around.config.fusion):
-            yield f"{slot.id!r} reads the fusion of the loss around it, {around.id!r}: give its `fusion` there"
+    outer = _outermost(draft, path, slot)
+    if outer is not slot:
+        if name not in (DEFAULT_FUSION, outer.config.fusion):
+            yield f"{slot.id!r} reads the fusion of the loss around it, {outer.id!r}: give its `fusion` there"
     elif name not in there:
         yield f"{slot.id!r}: no fusion {name!r}{did_you_mean(name, there)}"
     elif name != DEFAULT_FUSION and not needs.fused and not needs.pools:

@@ -234,3 +234,17 @@ def test_conforms(component: type[Loss], more: Registry, monkeypatch: pytest.Mon
     """With a nested loss that reads tokens, a teacher's heads and masks, and a wrapper in a wrapper."""
     monkeypatch.setattr("distill_authoring.conformance.suite._installed", lambda: more)
     assert_conforms(component)
+
+
+def test_losses_inside_read_the_fusion_of_the_outermost(text: str, more: Registry) -> None:
+    """At any depth. Catches a loss inside that is refused where the outer one names the only fusion."""
+    named = ("fusion=null", "fusions={wide: {name: cross_attention, heads: 2}}")
+    ramped = "{name: ramped%s, inner: %s}"
+    inner = ramped % ("", "{name: cross_modal_distillation%s}")
+    for own in ("", ", fusion: wide"):
+        recipe = parse(text, more, *named, f"loss=[{ramped % (', fusion: wide', inner % own)}]")
+        assert build_objective(recipe).fusions_read == {"wide"}
+    with pytest.raises(RecipeErrors, match="'cross_modal_distillation' needs fused views; this recipe has no fusion"):
+        parse(text, more, *named, f"loss=[{ramped % ('', inner % '')}]")
+    with pytest.raises(RecipeErrors, match="reads the fusion of the loss around it, 'ramped': give its `fusion` there"):
+        parse(text, more, *named, f"loss=[{ramped % ('', inner % ', fusion: wide')}]")

@@ -101,7 +101,8 @@ class Masker(Component, ABC):
     def drawn(self, views: Views, seeds: Sequence[int]) -> Views:
         """In a worker: the views of B samples with the masks that are drawn by their seeds.
 
-        Raises ValueError for views that have masks of their own, and for masks of different shapes.
+        Raises ValueError for views that have masks of their own, or an extra of the same name, and for masks of
+        different shapes.
         """
         generators = [np.random.default_rng(stable_hash(seed, "masker", self.modality)) for seed in seeds]
         role = self.config.role
@@ -118,6 +119,8 @@ class Masker(Component, ABC):
             return torch.from_numpy(np.stack([np.stack(of_sample) for of_sample in values], 1))
 
         first = masks[0][0]
+        if taken := first.extra.keys() & group.extra.keys():
+            raise ValueError(f"{self.name!r} draws the extra {min(taken)!r}, which its views have already: rename it")
         keep = stacked([[mask.keep for mask in row] for row in masks]) if first.keep is not None else None
         hidden = stacked([[mask.hidden for mask in row] for row in masks]) if first.hidden is not None else None
         extra = {name: stacked([[mask.extra[name] for mask in row] for row in masks]) for name in first.extra}

@@ -158,6 +158,10 @@ def _teacher_name(at: KeyPath) -> str:
     return DEFAULT_TEACHER if at == ("teacher",) else str(at[-1])
 
 
+def _teacher_place(name: str) -> KeyPath:
+    return ("teacher",) if name == DEFAULT_TEACHER else ("teachers", name)
+
+
 def problems(draft: Draft) -> Iterator[Problem]:
     """Every unmet need of one part of a recipe in another."""
     yield from _ids(draft)
@@ -397,6 +401,13 @@ def _components(draft: Draft, plan: Plan) -> Iterator[Problem]:
                 f"{slot.cls.name!r}: cache: only what a teacher makes of its views alone can be written before the run "
                 "(`frozen`), and this one changes with the student, or is read already; leave `cache` out"
             )
+        inside = (needs.teacher_layers, needs.attention)
+        for name in dict.fromkeys(name for of in inside for name, read in of.items() if any(read.values())):
+            if (teacher := draft.teachers.get(_teacher_place(name))) is not None and teacher.config.cache is not None:
+                lines.append(
+                    f"{slot.id!r} reads layers or the attention of the teacher {name!r}, which its cache lacks; "
+                    "leave `cache` out"
+                )
         if issubclass(slot.cls, Teacher) and REPEATED in slot.config.views:
             lines.append(f"{slot.cls.name!r}: views: only the student sees a view a second time ({REPEATED!r})")
         if isinstance(slot, SharedSlot) and slot.own and draft.train.parallel.shard != 1:

@@ -256,9 +256,16 @@ def test_a_resumed_run_and_a_replayed_step_see_the_same_masks(
         assert all(torch.equal(tensor, finished[name]) for name, tensor in end.items())
 
 
+FROZEN = (
+    "teacher={name: frozen, cache: features, weights: [{name: state_dict, source: x.pt, to: backbone}], backbone: "
+    "{image: {name: vit, image_size: 24, patch: 4, width: 32, layers: 2, heads: 2, dim: 16}}}"
+)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (FROZEN, "'spotlight' reads layers or the attention of the teacher 'default', which its cache lacks"),
         ("masker={imge: spotlight}", "masker.imge: no modality 'imge', did you mean 'image'?"),
         ("masker.image.role=local", "'spotlight': role: no view of 'image' has the role 'local'"),
         ("masker={text: random_drop}", "'random_drop' drops tokens of 'text', which its backbone cannot"),
@@ -276,6 +283,14 @@ def test_what_does_not_fit_is_refused(more: Registry, override: str, message: st
     assert any(message in line for line in caught.value.lines), caught.value.lines
 
 
+def test_a_cache_holds_no_layers(more: Registry) -> None:
+    """Catches a run that ends at its first step."""
+    data2vec = ("masker={image: {name: inverse_blocks, masks: 2, block: 2}}", "loss=[{name: data2vec, top: 1}]")
+    recipe_of(more, *data2vec, FROZEN.replace(" cache: features,", ""))
+    with pytest.raises(RecipeErrors, match="'data2vec' reads layers or the attention of the teacher 'default', which"):
+        recipe_of(more, *data2vec, FROZEN)
+
+
 def test_a_loss_that_reads_dropped_tokens_needs_a_masker(more: Registry) -> None:
     """Also one whose tokens are only hidden is not enough."""
     with pytest.raises(RecipeErrors, match="'recall' needs dropped tokens of 'image'; add"):
@@ -283,7 +298,7 @@ def test_a_loss_that_reads_dropped_tokens_needs_a_masker(more: Registry) -> None
 
 
 def test_masks_of_other_shapes_end_the_run_with_a_reason(more: Registry) -> None:
-    """Views that have masks of their own: a tower of another package may draw some that no plan knows of."""
+    """Views that have masks or extras of their own: another package's tower may draw some that no plan knows of."""
     recipe = recipe_of(more)
     masker = recipe.maskers()["image"]
 
@@ -292,6 +307,8 @@ def test_masks_of_other_shapes_end_the_run_with_a_reason(more: Registry) -> None
         views.groups[0].keep = torch.zeros(1, len(samples), 1, dtype=torch.long)
         return views
 
-    items = [Item("a", {"image": [View(torch.zeros(3, 24, 24))]}, 1)]
+    items = [Item("a", {"image": [View(torch.zeros(3, 24, 24), extra={"noise": 1})]}, 1)]
+    with pytest.raises(DataError, match="'spotlight' draws the extra 'noise', which its views have already"):
+        Collate({"image": recipe.collators()["image"]}, maskers={"image": masker})(items)
     with pytest.raises(DataError, match="masked twice: by the backbone's collator, and by 'spotlight'"):
         Collate({"image": collate}, maskers={"image": masker})(items)

@@ -94,6 +94,11 @@ class Teacher(nn.Module, Component, ABC):
         return ()
 
     @classmethod
+    def source(cls, config: Any) -> str | None:
+        """The teacher whose copies it copies, one that stands before it; None: its copies are of the student."""
+        return None
+
+    @classmethod
     def cacheable(cls, config: Any) -> bool:
         """Whether its features are a function of the views alone, so that `distill teach` can write them down."""
         return False

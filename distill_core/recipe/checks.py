@@ -340,7 +340,7 @@ def _plan(draft: Draft) -> Generator[Problem, None, Plan]:
         # one that is not known sees everything: what it might lack is no error of the parts that read it
         plan = TeacherPlan({name: tuple(range(len(modality.roles))) for name, modality in modalities.items()})
         try:
-            plan = teacher_plan(teacher, modalities) if teacher is not None else plan
+            plan = teacher_plan(teacher, modalities, teachers) if teacher is not None else plan
         except UserError as error:
             yield at, str(error)
         teachers[_teacher_name(at)] = plan

@@ -413,7 +413,9 @@ def plan_of(
     together = {key: joint_tower_plan(key, backbone[key], modalities | raw) for key in joint_towers(backbone)}
     modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
     modalities |= together
-    plans = {name: teacher_plan(slot, modalities) for name, slot in teachers.items()}
+    plans: dict[str, TeacherPlan] = {}
+    for name, slot in teachers.items():
+        plans[name] = teacher_plan(slot, modalities, plans)
     fields = field_plans(data.fields, data.optional)
     named = {name: pools(slot) for name, slot in fusions.items()}
     plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named, raw=raw)
@@ -496,8 +498,11 @@ def joint_plans(
     return {name: replace(plans[name], joint=key) for name in own}
 
 
-def teacher_plan(teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan]) -> TeacherPlan:
-    """What a teacher encodes of these modalities. Raises `UserError` where its backbones cannot tell their widths."""
+def teacher_plan(
+    teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan], before: Mapping[str, TeacherPlan]
+) -> TeacherPlan:
+    """What a teacher encodes of these modalities; `before`: the teachers that stand before it. Raises `UserError` where
+    its backbones cannot tell their widths."""
     config = teacher.config
     specs = teacher.cls.specs(config, {name: modality.spec for name, modality in modalities.items()})
     views: dict[str, tuple[int, ...]] = {}
@@ -505,7 +510,10 @@ def teacher_plan(teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan])
         own = tuple(i for i, role in enumerate(modality.roles) if role in config.views)
         if own and name in specs and (config.modalities is None or name in config.modalities):
             views[name] = own
-    return TeacherPlan(views, {name: specs[name] for name in views}, teacher.cls.parts(config))
+    parts, source = teacher.cls.parts(config), before.get(teacher.cls.source(config) or "")
+    if parts is None and source is not None:
+        parts = source.parts  # it can have no others
+    return TeacherPlan(views, {name: specs[name] for name in views}, parts)
 
 
 def _schedules(value: Any, path: str = "") -> Iterator[tuple[str, Scheduled[Any]]]:

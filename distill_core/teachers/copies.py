@@ -50,21 +50,12 @@ class CopiedTeacher(Teacher):
     def __init__(self, config: Any, name: str, plan: TeacherPlan, student: nn.Module) -> None:
         super().__init__(config, name, plan, student)
         paths = config.of if config.of is not None else (*(f"backbone.{m}" for m in plan.views), *_heads(name, student))
-        try:
-            self._originals = {path: self.original(path, student) for path in paths}  # no submodules: a dict hides them
-        except AttributeError as error:
-            raise UserError(f"the teacher {name!r}: of: a path names no part of the student: {error}") from error
+        self._originals: dict[str, nn.Module] = {}  # no submodules: a dict hides them
         copied: dict[int, Any] = {}  # what two parts share is copied once
         self.backbone = nn.ModuleDict()
         """Its own towers, by modality."""
-        for path, original in self._originals.items():
-            *holders, last = path.split(".")
-            holder: nn.Module = self
-            for part in holders:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = cast(nn.Module, holder._modules[part])
-            holder.add_module(last, _frozen_copy(original, copied))
+        for path in paths:
+            self.copy_part(path, student, copied)
         self._towers = {m: student.get_submodule(f"backbone.{m}") for m in plan.views}
         self._augment: dict[str, Augmentation] = {m: node.build() for m, node in config.augment.items()}
         super().train(False)
@@ -72,6 +63,22 @@ class CopiedTeacher(Teacher):
     def original(self, path: str, student: nn.Module) -> nn.Module:
         """What the copy at a path is a copy of."""
         return student.get_submodule(path)
+
+    def copy_part(self, path: str, student: nn.Module, copied: dict[int, Any]) -> None:
+        """Have a copy of the student's part at this path, before the run starts; `copied`: the copies so far, by the
+        identity of what they are of."""
+        try:
+            original = self.original(path, student)
+        except AttributeError as error:
+            raise UserError(f"the teacher {self.id!r}: of: a path names no part of the student: {error}") from error
+        *holders, last = path.split(".")
+        holder: nn.Module = self
+        for part in holders:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = cast(nn.Module, holder._modules[part])
+        holder.add_module(last, _frozen_copy(original, copied))
+        self._originals[path] = original
 
     @classmethod
     def parts(cls, config: Any) -> tuple[str, ...] | None:
@@ -238,8 +245,19 @@ class Snapshot(CopiedTeacher):
     examples = ({"every": 3}, {"every": 4})
 
     def original(self, path: str, student: nn.Module) -> nn.Module:
-        """The student's part, or the source's copy of it."""
-        return student.get_submodule(path if self.config.source is None else f"teacher.{self.config.source}.{path}")
+        """The student's part, or the source's copy of it; of a head the source may have one for this snapshot alone."""
+        if self.config.source is None:
+            return super().original(path, student)
+        source = student.get_submodule(f"teacher.{self.config.source}")
+        if isinstance(source, CopiedTeacher) and source.copy_of(path) is None:
+            source.copy_part(path, student, {})
+        return source.get_submodule(path)
+
+    @classmethod
+    def source(cls, config: Any) -> str | None:
+        """See `Teacher`."""
+        source: str | None = config.source
+        return source
 
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterator[str]:

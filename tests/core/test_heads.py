@@ -59,6 +59,8 @@ class FollowsTheCopyConfig(LossConfig):
 
     head: str = "shared"
     """The head."""
+    teacher: str = "default"
+    """The teacher with the copy."""
 
 
 class FollowsTheCopy(Loss):
@@ -69,12 +71,12 @@ class FollowsTheCopy(Loss):
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
-        head = config.head
-        return Needs(teacher={"default": {"image": ()}}, heads=(head,), teacher_heads={"default": (head,)})
+        head, teacher = config.head, config.teacher
+        return Needs(teacher={teacher: {"image": ()}}, heads=(head,), teacher_heads={teacher: (head,)})
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        head = outputs.heads[self.config.head]
-        goal = outputs.ema(head)(outputs.teacher["default"]["image"].pooled[0])
+        head, teacher = outputs.heads[self.config.head], self.config.teacher
+        goal = outputs.ema(head, teacher)(outputs.teacher[teacher]["image"].pooled[0])
         return {"distance": (head(outputs.student["image"].pooled[1]) - goal).square().mean()}, {}
 
 
@@ -137,6 +139,20 @@ def test_two_losses_share_a_head_and_a_teacher_has_its_average(checked: Checked,
     assert not trainer.state.objective.get_submodule("teacher.default.heads.shared.map").weight.requires_grad
 
 
+SNAPSHOT = ("teachers={old: {name: snapshot, every: 2, source: default}}", "loss.1.teacher=old")
+
+
+def test_a_snapshot_of_a_teacher_has_that_teachers_copy_of_a_head(checked: Checked, tmp_path: Path) -> None:
+    """No loss reads the source's copy. Would catch a source that has none, one that never moves, and a snapshot of the
+    student's head in its place."""
+    recipe = checked(HEADS, *LOSSES, *SNAPSHOT, "teacher.momentum=0.5", "train.steps=2", "name=old")
+    assert not any("cannot be built" in line for line in recipe.warnings)
+    state = train(recipe, tmp_path / "old").state.objective.state_dict()
+    student, average, snapshot = (f"{at}heads.shared.map.weight" for at in ("", "teacher.default.", "teacher.old."))
+    assert torch.equal(state[snapshot], state[average])
+    assert not torch.equal(state[average], state[student])
+
+
 def test_a_resumed_run_has_the_same_head_and_copy(checked: Checked, tmp_path: Path) -> None:
     """Would catch a head, or a teacher's copy of it, that a checkpoint leaves out."""
     options = (HEADS, *LOSSES, "train.checkpoint={every: 2, keep: 9}")
@@ -164,6 +180,10 @@ def test_a_stage_may_bring_a_head(checked: Checked, tmp_path: Path) -> None:
         ((*LOSSES,), "'follows_the_copy' needs a head 'shared'; this recipe has no `heads`"),
         ((HEADS, *LOSSES, "loss.2.head=share"), "'spread' needs a head 'share', did you mean 'shared'?"),
         ((HEADS, *LOSSES, "teacher={of: [backbone.image]}"), "needs a copy of the head 'shared', which the teacher"),
+        (
+            (HEADS, *LOSSES, *SNAPSHOT, "teacher={of: [backbone.image, backbone.text]}"),
+            "needs a copy of the head 'shared', which the teacher 'old' has not",
+        ),
         ((HEADS, *LOSSES, "teacher={of: [backbone.image, heads.other]}"), "'heads.other' names no head of this recipe"),
         (("heads={'a b': projection}",), "a head's name is a word"),
         ((HEADS, *LOSSES, "freeze=[heads.other]"), "'heads.other' names no part of the model"),

@@ -138,6 +138,12 @@ class PictureAugmentation(Augmentation):
 
     config: Any
 
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # Pillow imports its formats when it first opens a file; a worker that is forked while a tracker's thread does so
+        # (at a stage's beginning) would wait for that thread's import lock for ever
+        Image.init()
+
     @classmethod
     def extras(cls, config: Any) -> tuple[str, ...]:
         """The crop's `box`, and whether it is mirrored (`flip`)."""

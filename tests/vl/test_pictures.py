@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -118,3 +120,17 @@ def test_whatever_a_decoder_raises_is_a_bad_sample(error: Exception, monkeypatch
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     with pytest.raises(BadSample, match=f"not a readable picture: {str(error) or 'MemoryError'}"):
         opened(data)
+
+
+def test_nothing_is_imported_when_a_picture_is_opened() -> None:
+    """In a new process, as a loader's worker is forked from. Would catch an import in a worker, which waits for ever if
+    another thread of the process was importing the same module when the worker was forked."""
+    lines = (
+        "import io, sys; from PIL import Image; from distill_vl.example import Whole; "
+        "from distill_vl.pictures import PictureConfig; augmentation = Whole(PictureConfig(size=16)); "
+        "before = {m for m in sys.modules if m.startswith('PIL')}; file = io.BytesIO(); "
+        "Image.new('RGB', (4, 4)).save(file, 'WEBP'); augmentation.open(file.getvalue()); "
+        "print(sorted({m for m in sys.modules if m.startswith('PIL')} - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "[]"

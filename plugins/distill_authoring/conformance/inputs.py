@@ -133,9 +133,9 @@ def _fit(
             modalities = {name: plan.modalities.get(name) or modality(roles[i % 2]) for i, name in enumerate(current)}
             plan = _seen(replace(plan, modalities=modalities))
         try:
-            plan = _with_heads(case, plan)
+            plan, of_heads = _with_heads(case, plan)
             needs = needs_of(cls, config, plan)
-            problems = list(problems_of(cls, config, plan))
+            problems = [*of_heads, *problems_of(cls, config, plan)]
         except MissingModality as error:
             names.append(error.name)
             continue
@@ -143,6 +143,7 @@ def _fit(
         names += missing
         grown = _grow(plan, needs)
         if grown == plan and not missing:
+            _require_heads(cls, needs, plan)
             return Fit(plan, needs), [*unmet(cls.name, needs, plan, set(plan.modalities)), *problems]
         plan = grown
     raise CheckFailed("`needs` names more each time the plan has what it named before")
@@ -153,31 +154,41 @@ def _fit_changed(case: Case, plan: Plan, about: str) -> Fit | None:
     cls, config = case.cls, case.config
     for _ in range(20):
         try:
-            plan = _with_heads(case, plan)
+            plan, of_heads = _with_heads(case, plan)
             needs = needs_of(cls, config, plan)
-            problems = [*problems_of(cls, config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
+            problems = [*of_heads, *problems_of(cls, config, plan), *unmet(cls.name, needs, plan, set(plan.modalities))]
         except MissingModality:
             return None
         grown = _grow(plan, needs, sees_more=False)
         if grown == plan:
             copies = all(t.parts is None for t in plan.teachers.values())  # what a recipe is refused without
             of_copies = [cls, *(slot.cls for slot in slots_in(config))]
-            if any(getattr(part, "teacher_modules", ()) for part in of_copies) and not copies:
+            if not copies and (needs.teacher_heads or any(getattr(part, "teacher_modules", ()) for part in of_copies)):
                 return None
             return None if problems else Fit(plan, needs, about, "all")
         plan = grown
     return None
 
 
-def _with_heads(case: Case, plan: Plan) -> Plan:
-    """The plan with the heads that the case gives. Raises `MissingModality`, and `CheckFailed` where they refuse it."""
+def _with_heads(case: Case, plan: Plan) -> tuple[Plan, list[str]]:
+    """The plan with the heads that the case gives, and why they refuse it. Raises `MissingModality`."""
     if case.inputs.heads is None:
-        return plan
-    made = {}
+        return plan, []
+    heads, problems = {}, []
     for name, (cls, config) in case.inputs.heads(case.config).items():
-        require(not (wrong := list(cls.problems(config, plan))), f"the case's head {name!r} is refused: {wrong[:1]}")
-        made[name] = HeadPlan(cls, config, cls.needs(config, plan))
-    return replace(plan, heads=made)
+        problems += [f"the case's head {name!r} is refused: {line}" for line in cls.problems(config, plan)]
+        heads[name] = HeadPlan(cls, config, cls.needs(config, plan))
+    return replace(plan, heads=heads), problems
+
+
+def _require_heads(cls: type[Component], needs: Needs, plan: Plan) -> None:
+    """Raises `CheckFailed` where a head is needed that the case does not give."""
+    for name in (*needs.heads, *(name for of_teacher in needs.teacher_heads.values() for name in of_teacher)):
+        require(
+            name in plan.heads,
+            f"`needs` names the head {name!r}, which only a case can give: return ConformanceCase({cls.__name__}, "
+            f"heads=lambda config: {{{name!r}: (ITS CLASS, ITS OPTIONS)}}) from the hook distill_conformance_cases",
+        )
 
 
 def _modalities_of(needs: Needs) -> list[str]:
@@ -508,6 +519,7 @@ def example_outputs(
             tokens = torch.randn(batch, length(plan, name, GLOBAL), m.spec.dim, generator=draw).requires_grad_()
             fused[name] = Fused(pooled, tokens)
     heads = [getattr(part, name) for _, part in losses_in(loss) for name in part.teacher_modules]
+    heads += [heads_called[name] for of_teacher in needs.teacher_heads.values() for name in of_teacher]
     copies = {id(head): generic(copy.deepcopy(head)).requires_grad_(False) for head in heads}
     draw = torch.Generator().manual_seed(seed + 5)
     fields = {

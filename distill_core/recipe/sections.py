@@ -414,8 +414,8 @@ def plan_of(
     modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
     modalities |= together
     plans: dict[str, TeacherPlan] = {}
-    for name, slot in teachers.items():
-        plans[name] = teacher_plan(slot, modalities, plans)
+    for name, teacher in teachers.items():
+        plans[name] = teacher_plan(teacher, modalities, plans)
     fields = field_plans(data.fields, data.optional)
     named = {name: pools(slot) for name, slot in fusions.items()}
     plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named, raw=raw)

@@ -140,8 +140,8 @@ class PictureAugmentation(Augmentation):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        # Pillow imports its formats when it first opens a file; a worker that is forked while a tracker's thread does so
-        # (at a stage's beginning) would wait for that thread's import lock for ever
+        # Pillow imports its formats when it first opens a file; a worker that is forked (at a stage's beginning)
+        # while a tracker's thread does so would wait for that thread's import lock for ever
         Image.init()
 
     @classmethod

@@ -22,6 +22,7 @@ from distill_core import (
     PREDICTED,
     REPEATED,
     BackboneSpec,
+    Component,
     ComponentConfig,
     ConformanceCase,
     Features,

@@ -73,7 +73,7 @@ class Gram(Loss):
         m = self.config.modality
         student, teacher = outputs.student[m], outputs.teacher[self.config.teacher][m]
         if any(group.keep is not None for group in outputs.views[m].groups):
-            raise UserError(f"{self.name!r} compares all patches of {m!r}; set backbone.{m}.drop to 0")
+            raise UserError(f"{self.name!r} compares all patches of {m!r}; its masker drops some: leave masker.{m} out")
         terms = []
         for s, t in self.pairs:
             own, target = wide(student.tokens[s]), wide(teacher.tokens[t])

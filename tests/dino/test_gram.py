@@ -108,13 +108,14 @@ def test_gram_of_masked_copies(steps: ModuleType, transcription: ModuleType) -> 
 
 def test_dropped_patches_are_refused(steps: ModuleType) -> None:
     """Their tokens are fewer, and stand elsewhere."""
-    dropping = recipe(steps).replace("masking: {}", "drop: 0.5")
-    made = steps.objective(GRAM, dropping)
+    made = steps.objective(GRAM, recipe(steps))
     batch = steps.batch()
     for group in batch.views["image"].groups:
         group.token_mask = None
         group.keep = torch.zeros(*group.x.shape[:2], 1, dtype=torch.long)
-    with pytest.raises(UserError, match=r"'gram' compares all patches of 'image'; set backbone.image.drop to 0"):
+    with pytest.raises(
+        UserError, match=r"'gram' compares all patches of 'image'; its masker drops some: leave masker\.image out"
+    ):
         made.losses(made.represent(batch, steps.PROGRESS))
 
 

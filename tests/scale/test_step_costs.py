@@ -170,10 +170,10 @@ def test_as_a_real_step(registry: Registry, name: str) -> None:
 
 @pytest.mark.slow
 def test_as_a_real_step_that_drops_tokens(registry: Registry) -> None:
-    """`drop` (`Group.keep`): FLOPs exactly, bytes as above; half the patches take about half. Catches a plan of tokens
+    """By a masker: FLOPs exactly, bytes as above; half the patches take about half. Catches a plan of tokens
     that the tower never sees."""
     whole = costs_of_step(recipe_of(registry, "clip_tiny"), 16)
-    recipe = recipe_of(registry, "clip_tiny", "backbone.image.drop=0.5")
+    recipe = recipe_of(registry, "clip_tiny", "masker={image: random_drop}")
     planned = costs_of_step(recipe, 16)
     objective, batch = real(recipe, 16)
     assert batch.views["image"].groups[0].keep is not None

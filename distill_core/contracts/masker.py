@@ -92,8 +92,8 @@ class Masker(Component, ABC):
         """The group of masked views with its final masks, by what the teachers have made of the sample: their features
         of this modality, by name. Before the student's pass, without gradients.
 
-        `group` has what was drawn: `keep`, `token_mask` and `extra` [K * V, B, ...], view by view, mask by mask. It
-        draws nothing, changes no tensor in place, and of the group nothing but these three; a sample's masks do not
+        `group` has what was drawn: `keep`, `token_mask` and `extra` [K * V, B, ...], row k * V + v of mask k, view v.
+        It draws nothing, changes no tensor in place, and of the group nothing but these three; a sample's masks do not
         depend on the others of its batch. The default takes what was drawn.
         """
         return group

@@ -165,11 +165,12 @@ class _Resolver:
         document.data.pop("stages", None)
         stages: list[Recipe] = []
         wrong: dict[str, str] = {}
-        for i, stage in enumerate(recipe.stages):
+        for i in range(len(recipe.stages)):
             document = Document(copy.deepcopy(document.data), document.name, dict(document.origins))
             resolver = _Resolver(document, self.registry, self.allow_unset, self.recorded, f"stages.{i}: ")
             lines: list[str] = []
-            for path, value in stage.set.items():
+            # as it is written: its lists are counted with what the command line takes out of them
+            for path, value in self.document.get(("stages", i, "set")).items():
                 origin = self.document.origin(("stages", i, "set", path))
                 try:
                     resolver.change(f"{path}={json.dumps(value)}", origin)
@@ -206,6 +207,11 @@ class _Resolver:
                 value[PLACE] = place.path
             elif value is None and place.item:
                 parent[key] = {PLACE: None}
+        stages = data.get("stages")
+        for stage in stages if isinstance(stages, list) else ():
+            if isinstance(stage, dict) and isinstance(stage.get("set"), dict):
+                changes = stage["set"].items()
+                stage["set"] = {_recounted(path, self.document.data): value for path, value in changes}
         return data
 
     def _option_names(self, path: KeyPath) -> list[str]:
@@ -251,3 +257,16 @@ class _Resolver:
                     f"{name!r} starts from its own defaults, without the recipe's {listed} of {previous['name']!r}; "
                     f"write {{name: {name}, {listed}}} to give it the same",
                 )
+
+
+def _recounted(path: str, data: Any) -> str:
+    """A stage's path, whose lists are counted without the items that are taken out of them (null)."""
+    keys = str(path).split(".")
+    for i, key in enumerate(keys):
+        if isinstance(data, list) and key.isdecimal():
+            number = int(key)
+            keys[i] = str(number - sum(item is None for item in data[:number]))
+            data = data[number] if number < len(data) else None
+        else:
+            data = data.get(key) if isinstance(data, dict) else None
+    return ".".join(keys)

@@ -101,6 +101,14 @@ def descendants(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def is_server(process: psutil.Process) -> bool:
+    """Whether it is the web server; False of one that has just ended."""
+    try:
+        return "uvicorn" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_it_ends_its_server(tmp_path: Path, kind: signal.Signals) -> None:
     """However it is ended. Would catch a web server, which Aim starts as another process, that stays on its port."""
@@ -112,7 +120,7 @@ def test_it_ends_its_server(tmp_path: Path, kind: signal.Signals) -> None:
     started: list[psutil.Process] = []
     try:
         end = time.monotonic() + 200
-        while not any("uvicorn" in " ".join(child.cmdline()) for child in started):
+        while not any(is_server(child) for child in started):
             assert time.monotonic() < end, "Aim starts no server"
             assert process.poll() is None
             time.sleep(0.2)

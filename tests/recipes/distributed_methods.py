@@ -86,6 +86,7 @@ CASES: dict[str, dict[str, str]] = {
     "siglip ring": {
         "image": CROP,
         "text": CAPTION,
+        "pooling": "pooling: attention",
         "loss": "[{name: siglip, temperature: .5, bias: -1.0, exchange: ring}]",
     },
     "cosmos sigmoid": {

@@ -124,7 +124,7 @@ def unread(out: Path) -> run.EvaluationResult:
         )
         for i, task in enumerate(tasks)
     ]
-    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), plan=PLAN)
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), heads={}, plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": Cut()})
     cache = EmbeddingCache(out, lambda model, modality: ("m", "m"), print)
     return run.evaluate(recipe, {"student": Model()}, shared, "test", cache=cache)  # type: ignore[dict-item]
@@ -145,7 +145,7 @@ def first_unread() -> list[str]:
         SimpleNamespace(id=task.name, path="tasks", config=SimpleNamespace(source=None), build=lambda task=task: task)
         for task in tasks
     ]
-    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), plan=PLAN)
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=nodes), heads={}, plan=PLAN)
     shared: Any = SimpleNamespace(samples=lambda split: {"set": CutAtOnce()})
     return run.evaluate(recipe, {"student": example.model()}, shared, "test").failed
 
@@ -164,7 +164,7 @@ def main(out: Path) -> None:
     rank = distributed.rank()
     samples = [{"__key__": "k" * (i + 1), "__url__": "u"} for i in range(3)]
     tasks = [node("one", "a"), node("two", "b")]
-    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=tasks), plan=PLAN)
+    recipe: Any = SimpleNamespace(evaluate=SimpleNamespace(split="test", tasks=tasks), heads={}, plan=PLAN)
     source: Any = SimpleNamespace(samples=lambda split: {"set": samples})
     models: Any = {"student": Model()}
     made = run.evaluate(recipe, models, source, "test", media=2 if rank == 0 else 0)

@@ -255,6 +255,9 @@ class Trainer:
         if (stage := due(state)) != state.stage:
             results.settle()
             with log.paused():
+                # new workers are forked: a lock that a thread holds then, as of an import, stays locked in them
+                self.tracked.settle()
+                self.saver.settle()
                 enter(state, stage)
             self.lockstep.follow(state.loader)
             options = ", ".join(f"{path} {value}" for path, value in self.recipe.stages[stage - 1].set.items())

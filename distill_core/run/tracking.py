@@ -84,6 +84,11 @@ class TrackedRun:
         if self._tracker is not None:
             self._tracker.call("image", step, "report", str(picture), name, {})
 
+    def settle(self) -> None:
+        """Wait until all has been sent, for a minute at most."""
+        if self._tracker is not None:
+            self._tracker.settle()
+
     def finish(self, complete: bool) -> None:
         """Flush and close; with a short timeout where the run was interrupted, since somebody waits for it to end."""
         if self._tracker is not None:
@@ -171,6 +176,14 @@ class TrackerThread:
                     f"tracker {self.tracker.name!r} failed ({type(error).__name__}: {error}); training continues "
                     "without it (metrics.jsonl has every row)"
                 )
+
+    def settle(self, timeout: float = 60.0) -> None:
+        """Wait until what was queued is done, `timeout` seconds at most; not for a tracker that has failed."""
+        done, end = threading.Event(), time.monotonic() + timeout
+        with suppress(queue.Full):
+            self._queue.put(done.set, timeout=timeout)
+        while not (done.wait(0.05) or self._failed or time.monotonic() > end):
+            pass
 
     def finish(self, timeout: float = 60.0) -> None:
         """Flush and close; give up after `timeout` seconds."""

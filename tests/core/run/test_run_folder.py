@@ -257,6 +257,34 @@ def test_a_slow_tracker_loses_rows_but_never_blocks() -> None:
     assert len(warnings) == 1
 
 
+def test_a_tracker_settles() -> None:
+    """Before workers are forked. Catches one that is still busy then, and a wait for one that has failed."""
+    held, done = threading.Event(), []
+
+    class Slow(Keeps):
+        name = "slow"
+
+        def log(self, step: int, values: Mapping[str, float], context: Mapping[str, str]) -> None:
+            held.wait(300)
+            if step == 2:
+                raise OSError("away")
+            done.append(step)
+
+    thread = TrackerThread(Slow(None), lambda line: None, size=2)
+    thread.call("log", 0, {}, {})
+    thread.call("log", 1, {}, {})
+    thread.settle(0.2)
+    assert done == [], "it waits no longer than it is told"
+    threading.Timer(0.3, held.set).start()
+    thread.settle(100)
+    assert done == [0, 1]
+    thread.call("log", 2, {}, {})
+    started = time.monotonic()
+    thread.settle(300)
+    assert time.monotonic() - started < 100
+    thread.finish(100)
+
+
 def test_report(run: Run) -> None:
     """Catches a picture that does not open, scores that are not the last evaluation's, and what is not JSON."""
     folder, _ = run("evaluate.every=2")

@@ -96,9 +96,9 @@ class Group:
             raise ValueError("a group without `keep` drops nothing")
         import torch
 
-        kept = torch.zeros(*self.keep.shape[:2], tokens, dtype=torch.bool, device=self.keep.device)
-        kept.scatter_(-1, self.keep, True)
-        order = kept.to(torch.uint8).argsort(dim=-1, stable=True)
+        visible = torch.zeros(*self.keep.shape[:2], tokens, dtype=torch.bool, device=self.keep.device)
+        visible.scatter_(-1, self.keep, True)
+        order = visible.to(torch.uint8).argsort(dim=-1, stable=True)
         return order[..., : tokens - self.keep.shape[-1]]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Group:
@@ -202,8 +202,8 @@ def join_views(parts: Mapping[str, Views], roles: Sequence[str]) -> Views:
         if any(len(of) != 1 for of in own.values()) or len({len(of[0].x) for of in own.values()}) > 1:
             counts = ", ".join(f"{name} {[tuple(group.x.shape) for group in of]}" for name, of in own.items())
             raise ValueError(f"views of the role {role!r} are not as many of one shape in each modality: {counts}")
-        seen = {name: replace(of[0], token_mask=None, hidden=None, keep=None) for name, of in own.items()}
-        groups.append(Group(next(iter(seen.values())).x, role, parts=seen))
+        bare = {name: replace(of[0], token_mask=None, hidden=None, keep=None) for name, of in own.items()}
+        groups.append(Group(next(iter(bare.values())).x, role, parts=bare))
     return Views(groups)
 
 

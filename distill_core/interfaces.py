@@ -265,10 +265,10 @@ class Backbone(nn.Module, Component, ABC):
                 hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
                 keep = group.keep[first:last].flatten(0, 1) if masked and group.keep is not None else None
                 lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
-                wanted, of_layers = requested[first]
+                with_tokens, of_layers = requested[first]
                 parts = {name: _whole(part, first, last) for name, part in group.parts.items()}
                 x = group.x[first:last].flatten(0, 1)
-                inputs.append(TowerInput(x, wanted, hidden, lengths, of_layers, keep, parts))
+                inputs.append(TowerInput(x, with_tokens, hidden, lengths, of_layers, keep, parts))
                 places.append((start + first, start + last, batch))
         for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
             pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))

@@ -172,15 +172,15 @@ class Model:
                 encoded = module(self._batch(modality, views), tokens_of=(0,)).view(0).repeated(beams)
 
                 def follow(ids: Tensor, encoded: Encoded = encoded) -> Tensor:
-                    given = {modality: encoded}
+                    context = {modality: encoded}
                     if writes in reads:
-                        given[writes] = tower(Views([Group(ids[None])]), tokens_of=(0,)).view(0)
+                        context[writes] = tower(Views([Group(ids[None])]), tokens_of=(0,)).view(0)
                     last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
-                    logits: Tensor = decoder(given, ids, last)
+                    logits: Tensor = decoder(context, ids, last)
                     return logits
 
-                begun = start.to(self.device).expand(len(views), -1)
-                ids = write(follow, begun, end=vocabulary.end, longest=longest, beams=beams)
+                prompts = start.to(self.device).expand(len(views), -1)
+                ids = write(follow, prompts, end=vocabulary.end, longest=longest, beams=beams)
             written += reader.detokenize(ids.cpu())
         return written
 

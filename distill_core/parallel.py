@@ -97,8 +97,8 @@ def checkpoint_unit(unit: nn.Module, *, selective: bool) -> None:
 
 
 def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = operator in PRODUCTS or operator.namespace not in ("aten", "prims")
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    must_save = operator in PRODUCTS or operator.namespace not in ("aten", "prims")
+    return CheckpointPolicy.MUST_SAVE if must_save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_units(objective: Objective, backend: str = "inductor") -> int:

@@ -29,20 +29,20 @@ def replay(
 ) -> None:
     """Run the step again, and print what it shows."""
     recipe = run_recipe(folder, registry, overrides)
-    seen = replay_step(recipe, RunFolder(folder), step, quiet=quiet or as_json)
+    result = replay_step(recipe, RunFolder(folder), step, quiet=quiet or as_json)
     first = distributed.rank() == 0
     distributed.stop()
     if not first:
         return
-    if seen.logged is not None and seen.logged != seen.loss and not overrides:
+    if result.logged is not None and result.logged != result.loss and not overrides:
         warn(
-            f"metrics.jsonl has the loss {seen.logged:.9g}, and this is {seen.loss:.9g}: another device, or number of "
-            "ranks or threads, rounds otherwise; a larger difference says that the recipe or the code has changed"
+            f"metrics.jsonl has the loss {result.logged:.9g}, and this is {result.loss:.9g}: another device, or number "
+            "of ranks or threads, rounds otherwise; a larger difference says that the recipe or the code has changed"
         )
-    click.echo(json.dumps(_plain(seen), indent=1)) if as_json else click.echo("\n".join(_lines(folder, seen)))
+    click.echo(json.dumps(_plain(result), indent=1)) if as_json else click.echo("\n".join(_lines(folder, result)))
 
 
-def _plain(seen: Replay) -> dict[str, object]:
+def _plain(result: Replay) -> dict[str, object]:
     """JSON has no number for what is not finite."""
 
     def finite(value: object) -> object:
@@ -50,30 +50,30 @@ def _plain(seen: Replay) -> dict[str, object]:
             return {key: finite(part) for key, part in value.items()}
         return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
-    return {key: finite(value) for key, value in asdict(seen).items()}
+    return {key: finite(value) for key, value in asdict(result).items()}
 
 
-def _lines(folder: Path, seen: Replay) -> Iterator[str]:
-    origin = f"the checkpoint of step {seen.start}" if seen.start else "the run's beginning"
-    yield f"{folder}: step {seen.step}, {counted(seen.step - seen.start, 'step')} from {origin}"
-    same = " (as in metrics.jsonl)" if seen.logged == seen.loss else ""
-    yield f"loss {seen.loss:.6g}{same}, gradient norm {seen.grad_norm:.6g}"
-    for name, value in [*seen.terms.items(), *seen.metrics.items()]:
+def _lines(folder: Path, result: Replay) -> Iterator[str]:
+    origin = f"the checkpoint of step {result.start}" if result.start else "the run's beginning"
+    yield f"{folder}: step {result.step}, {counted(result.step - result.start, 'step')} from {origin}"
+    same = " (as in metrics.jsonl)" if result.logged == result.loss else ""
+    yield f"loss {result.loss:.6g}{same}, gradient norm {result.grad_norm:.6g}"
+    for name, value in [*result.terms.items(), *result.metrics.items()]:
         yield f"  {name} {value:.6g}"
-    yield f"samples: {', '.join(seen.keys[:SHOWN])}{', ...' if len(seen.keys) > SHOWN else ''} ({len(seen.keys)})"
-    if math.isfinite(seen.loss) and math.isfinite(seen.grad_norm):
+    yield f"samples: {', '.join(result.keys[:SHOWN])}{', ...' if len(result.keys) > SHOWN else ''} ({len(result.keys)})"
+    if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
         yield "every number of it is finite"
-    elif seen.first_bad is not None:
-        yield f"not finite first: {seen.first_bad}"
+    elif result.first_bad is not None:
+        yield f"not finite first: {result.first_bad}"
     else:
         yield "the forward pass is finite"
-    if seen.bad_gradients:
-        more = f", ... ({len(seen.bad_gradients)} in all)" if len(seen.bad_gradients) > SHOWN else ""
-        yield f"gradients that are not finite, from the loss on: {', '.join(seen.bad_gradients[:SHOWN])}{more}"
-    if seen.culprits:
-        yield f"finite without any of these samples: {', '.join(seen.culprits)}"
-    if seen.no_contributions:
-        yield f"no losses by sample: {seen.no_contributions}"
-    elif all(math.isfinite(value) for value in seen.contributions.values()):
-        highest = sorted(seen.contributions.items(), key=lambda item: -item[1])[:SHOWN]
+    if result.bad_gradients:
+        more = f", ... ({len(result.bad_gradients)} in all)" if len(result.bad_gradients) > SHOWN else ""
+        yield f"gradients that are not finite, from the loss on: {', '.join(result.bad_gradients[:SHOWN])}{more}"
+    if result.culprits:
+        yield f"finite without any of these samples: {', '.join(result.culprits)}"
+    if result.no_contributions:
+        yield f"no losses by sample: {result.no_contributions}"
+    elif all(math.isfinite(value) for value in result.contributions.values()):
+        highest = sorted(result.contributions.items(), key=lambda item: -item[1])[:SHOWN]
         yield "highest losses by sample: " + ", ".join(f"{key} {value:.4g}" for key, value in highest)

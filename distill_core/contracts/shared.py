@@ -132,8 +132,8 @@ def build_all(slots: Mapping[str, Slot[Any]], names: Iterable[str] | None = None
             built[name] = _shared(slot, component(slot.same)) if isinstance(slot, SharedSlot) else slot.build()
         return built[name]
 
-    wanted = sorted(slots if names is None else names, key=lambda name: isinstance(slots[name], SharedSlot))
-    return {name: component(name) for name in wanted}
+    ordered = sorted(slots if names is None else names, key=lambda name: isinstance(slots[name], SharedSlot))
+    return {name: component(name) for name in ordered}
 
 
 def _shared(slot: SharedSlot[Any], whole: nn.Module) -> nn.Module:

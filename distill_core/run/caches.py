@@ -75,11 +75,11 @@ def _made_with(recipe: Recipe, name: str, loader: Loader) -> dict[str, Any]:
 
 def _tokens(recipe: Recipe, name: str) -> dict[str, list[int]]:
     """Modality -> the views whose tokens the losses read, numbered among the teacher's."""
-    seen = recipe.plan.teachers[name].views
+    views_of = recipe.plan.teachers[name].views
     views: dict[str, set[int]] = {}
     for _, needs in recipe.needs():
         for m, own in needs.teacher.get(name, {}).items():
-            views.setdefault(m, set()).update(seen[m].index(view) for view in own)
+            views.setdefault(m, set()).update(views_of[m].index(view) for view in own)
     return {m: sorted(own) for m, own in views.items() if own}
 
 

@@ -116,11 +116,11 @@ class CachedTeacher(Teacher):
         features = {}
         for modality, views in batch.teacher[self.id].items():
             group = views.groups[0]
-            extra, asked = group.extra, tokens_of.get(modality, ())
+            extra, needed = group.extra, tokens_of.get(modality, ())
             features[modality] = Features(
                 group.x.float(),
-                {view: extra[f"tokens/{view}"][0].float() for view in asked},
-                {view: extra[f"masks/{view}"][0] for view in asked if f"masks/{view}" in extra},
+                {view: extra[f"tokens/{view}"][0].float() for view in needed},
+                {view: extra[f"masks/{view}"][0] for view in needed if f"masks/{view}" in extra},
                 extra["class_tokens"].float() if "class_tokens" in extra else None,
             )
         return features

@@ -270,8 +270,8 @@ class Snapshot(CopiedTeacher):
             yield f"{cls.name!r}: source: this recipe has no teacher {config.source!r}"
             return
         modalities = config.modalities or tuple(plan.modalities)
-        wanted = config.of or tuple(f"backbone.{m}" for m in modalities)
-        for path in wanted:
+        paths = config.of or tuple(f"backbone.{m}" for m in modalities)
+        for path in paths:
             if not source.copies(path) or (path.startswith("backbone.") and path.split(".")[1] not in source.views):
                 yield f"{cls.name!r}: source: the teacher {config.source!r} has no copy of {path!r}"
 

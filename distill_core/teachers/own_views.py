@@ -37,9 +37,9 @@ def own_plan(student: ModalityPlan, augment: Slot[Augmentation] | None, views: S
     if augment is not None:
         roles, shapes = augment.cls.roles(augment.config), augment.cls.shapes(augment.config)
         own = replace(student, roles=roles, augment=augment.config, shapes=shapes)
-    seen = [i for i, role in enumerate(own.roles) if role in views]
-    shapes = tuple(own.shapes[i] for i in seen) if own.shapes is not None else None
-    return replace(own, roles=tuple(own.roles[i] for i in seen), shapes=shapes)
+    numbers = [i for i, role in enumerate(own.roles) if role in views]
+    shapes = tuple(own.shapes[i] for i in numbers) if own.shapes is not None else None
+    return replace(own, roles=tuple(own.roles[i] for i in numbers), shapes=shapes)
 
 
 def with_others(own: ModalityPlan, student: ModalityPlan, views: Sequence[str]) -> ModalityPlan:

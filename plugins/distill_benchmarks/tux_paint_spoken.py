@@ -82,8 +82,8 @@ class SpokenTuxPaint(DataSource):
         spoken: dict[str, dict[str, str]] = {}
         for path in sorted(base.glob("*/**/*_desc*.ogg")):
             name = path.relative_to(base).as_posix()
-            if (found := SPOKEN.search(name)) is not None:
-                spoken.setdefault(name[: found.start()], {})[found[1] or ENGLISH] = name
+            if (match := SPOKEN.search(name)) is not None:
+                spoken.setdefault(name[: match.start()], {})[match[1] or ENGLISH] = name
         for key in stamps_below(base):
             files = spoken.get(key, {})
             if self.config.languages is not None:
@@ -120,6 +120,6 @@ def sentences_of(path: Path) -> dict[str, str]:
         lines = path.read_bytes().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return {}
-    found = {match[1]: match[2].strip() for line in lines if (match := SENTENCE.fullmatch(line))}
+    translations = {match[1]: match[2].strip() for line in lines if (match := SENTENCE.fullmatch(line))}
     first = lines[0].strip() if lines and ".utf8=" not in lines[0] else ""
-    return {name: text for name, text in ({ENGLISH: first} | found).items() if text}
+    return {name: text for name, text in ({ENGLISH: first} | translations).items() if text}

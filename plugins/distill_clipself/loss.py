@@ -65,8 +65,8 @@ class ClipSelf(Loss):
         """Regions that the teacher does not see."""
         if config.modality not in plan.modalities or config.teacher not in plan.teachers:
             return
-        modality, seen = plan.modalities[config.modality], plan.teacher_views(config.teacher, config.modality)
-        if not set(modality.views(config.role)) <= set(seen):
+        modality, teacher_views = plan.modalities[config.modality], plan.teacher_views(config.teacher, config.modality)
+        if not set(modality.views(config.role)) <= set(teacher_views):
             yield f"{cls.name!r} needs a teacher of the views of role {config.role!r}: set its `views: [{config.role}]`"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -54,9 +54,9 @@ class DenseVit(VisionTransformer):
     ) -> Features:
         """See `Backbone`; `pooled` of regions is zero."""
         regions = sum(len(group.x) for group in views.groups if group.role == REGION)
-        seen = Views([group for group in views.groups if group.role != REGION])
+        own = Views([group for group in views.groups if group.role != REGION])
         features = super().forward(
-            seen, tokens_of=tokens_of, masked=masked, layers_of=layers_of, attention_of=attention_of
+            own, tokens_of=tokens_of, masked=masked, layers_of=layers_of, attention_of=attention_of
         )
         if regions:
             none = features.pooled.new_zeros(regions, *features.pooled.shape[1:])

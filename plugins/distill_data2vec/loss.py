@@ -89,9 +89,9 @@ class Data2Vec(Loss):
     def needs(cls, config: Data2VecConfig, plan: Plan) -> Needs:
         """A masker that drops tokens; the teacher's last K layers of the whole views."""
         m, views = config.modality, _views(config, plan)
-        seen = plan.teacher_views(config.teacher, m)
+        teacher_views = plan.teacher_views(config.teacher, m)
         return Needs(
-            teacher={config.teacher: {m: tuple(seen[t] for t in views)}},
+            teacher={config.teacher: {m: tuple(teacher_views[t] for t in views)}},
             teacher_layers={config.teacher: {m: _layers(config, plan)}},
             tokens={m: tuple(s for times in views.values() for s in times)},
             dropped=(m,),
@@ -131,10 +131,10 @@ class Data2Vec(Loss):
                 made = self._decoded(student.tokens[s], group.keep[i], self.grid_of(group.x.shape[2:]))  # type: ignore[index]
                 with torch.autocast(made.device.type, enabled=False):
                     dropped = group.dropped(targets.shape[1])[i][..., None]  # [B, L - L', 1]
-                    wanted, found = targets.take_along_dim(dropped, 1), wide(made).take_along_dim(dropped, 1)
-                    terms["tokens"].append(_distance(found, wanted))
-                    spread["target_deviation"].append(wanted.flatten(0, 1).std(0, correction=0).mean())
-                    spread["predicted_deviation"].append(found.detach().flatten(0, 1).std(0, correction=0).mean())
+                    target, prediction = targets.take_along_dim(dropped, 1), wide(made).take_along_dim(dropped, 1)
+                    terms["tokens"].append(_distance(prediction, target))
+                    spread["target_deviation"].append(target.flatten(0, 1).std(0, correction=0).mean())
+                    spread["predicted_deviation"].append(prediction.detach().flatten(0, 1).std(0, correction=0).mean())
                     if config.class_weight:
                         assert student.class_tokens is not None
                         terms["class"].append(_distance(wide(student.class_tokens[s, :, 0]), targets.mean(1)))
@@ -159,18 +159,18 @@ class Data2Vec(Loss):
         return decoded.flatten(1, 2)
 
 
-def _distance(found: Tensor, wanted: Tensor) -> Tensor:
+def _distance(prediction: Tensor, target: Tensor) -> Tensor:
     """The mean over tokens [..., W] of the sum of squared differences, by sqrt(W)."""
-    total: Tensor = (found - wanted).square().sum(-1).mean()
-    return total / math.sqrt(found.shape[-1])
+    total: Tensor = (prediction - target).square().sum(-1).mean()
+    return total / math.sqrt(prediction.shape[-1])
 
 
 def _views(config: Data2VecConfig, plan: Plan) -> dict[int, tuple[int, ...]]:
     """Each masked view that the teacher sees, numbered among the teacher's -> the student's, one for each mask."""
     image = plan.modalities[config.modality]
     role = image.mask.role if image.mask is not None else None
-    seen = plan.teacher_views(config.teacher, config.modality)
-    return {t: image.shown(view) for t, view in enumerate(seen) if image.roles[view] == role}
+    teacher_views = plan.teacher_views(config.teacher, config.modality)
+    return {t: image.shown(view) for t, view in enumerate(teacher_views) if image.roles[view] == role}
 
 
 def _target(config: Data2VecConfig, plan: Plan) -> int:

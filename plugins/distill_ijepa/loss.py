@@ -103,9 +103,9 @@ class IJepa(Loss):
     def needs(cls, config: IJepaConfig, plan: Plan) -> Needs:
         """A masker that drops tokens and names those to be predicted; the teacher's tokens of the whole view."""
         m, pairs = config.modality, _pairs(config, plan)
-        seen = plan.teacher_views(config.teacher, m)
+        teacher_views = plan.teacher_views(config.teacher, m)
         return Needs(
-            teacher={config.teacher: {m: tuple(seen[t] for _, t in pairs)}},
+            teacher={config.teacher: {m: tuple(teacher_views[t] for _, t in pairs)}},
             tokens={m: tuple(s for s, _ in pairs)},
             dropped=(m,),
             extra={m: (PREDICTED,)},
@@ -135,8 +135,8 @@ class IJepa(Loss):
             made = self.predictor(student.tokens[s], group.keep[i], places, self.grid_of(group.x.shape[2:]))
             with torch.autocast(made.device.type, enabled=False):
                 targets = layer_norm(wide(teacher.tokens[t]), teacher.tokens[t].shape[-1:])  # [B, L, W]
-                wanted = targets.take_along_dim(places.clamp(min=0).flatten(1)[..., None], 1).view(made.shape)
-                loss = smooth_l1_loss(wide(made), wanted, reduction="none", beta=self.config.beta).mean(-1)
+                target = targets.take_along_dim(places.clamp(min=0).flatten(1)[..., None], 1).view(made.shape)
+                loss = smooth_l1_loss(wide(made), target, reduction="none", beta=self.config.beta).mean(-1)
                 real = (places >= 0).to(loss.dtype)
                 terms.append(((loss * real).sum(-1) / real.sum(-1).clamp(min=1)).mean())
                 deviations.append(targets.flatten(0, 1).std(0, correction=0).mean())
@@ -147,6 +147,6 @@ def _pairs(config: IJepaConfig, plan: Plan) -> list[tuple[int, int]]:
     """(the student's view, the teacher's of the same picture): each masked view that the teacher sees, with each mask.
     The teacher's are numbered among its own."""
     image = plan.modalities[config.modality]
-    seen = plan.teacher_views(config.teacher, config.modality)
+    teacher_views = plan.teacher_views(config.teacher, config.modality)
     role = image.mask.role if image.mask is not None else None
-    return [(s, t) for t, view in enumerate(seen) if image.roles[view] == role for s in image.shown(view)]
+    return [(s, t) for t, view in enumerate(teacher_views) if image.roles[view] == role for s in image.shown(view)]

@@ -62,17 +62,17 @@ class MultiBlock(Masker):
             yield f"{cls.name!r} draws blocks of rows and columns; the tokens lie in a grid of {len(grid)} axes"
             return
         tokens = grid[0] * grid[1]
-        largest, kept = _largest(config, tokens), _kept(config, tokens)
-        if kept + largest > tokens:
+        largest, context = _largest(config, tokens), _context_size(config, tokens)
+        if context + largest > tokens:
             yield (
-                f"{cls.name!r}: keep: {kept} of {tokens} patches are not left beside a block of {largest}; lower keep "
-                "or target_scale"
+                f"{cls.name!r}: keep: {context} of {tokens} patches are not left beside a block of {largest}; lower "
+                "keep or target_scale"
             )
 
     def draw(self, grid: tuple[int, ...], rng: np.random.Generator) -> Mask:
         """The context's patches, and those of each block."""
         tokens, config = grid[0] * grid[1], self.config
-        count = _kept(config, tokens)
+        count = _context_size(config, tokens)
         for _ in range(ATTEMPTS):
             blocks = [self._block(grid, rng) for _ in range(config.targets)]
             share = rng.uniform(*config.context_scale)
@@ -105,7 +105,7 @@ def _largest(config: MultiBlockConfig, tokens: int) -> int:
     return max(1, int(config.target_scale[1] * tokens))
 
 
-def _kept(config: MultiBlockConfig, tokens: int) -> int:
+def _context_size(config: MultiBlockConfig, tokens: int) -> int:
     """L'."""
     return max(1, round(config.keep * tokens))
 

@@ -51,9 +51,9 @@ class Reinforced(ContrastiveLoss):
     def __init__(self, config: ReinforcedConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         a, b = config.modalities
-        seen = {m: plan.teacher_views(config.teacher, m) for m in (a, b)}
+        views_of = {m: plan.teacher_views(config.teacher, m) for m in (a, b)}
         self.views = {a: [plan.modalities[a].views(GLOBAL)[0]], b: list(plan.modalities[b].views(GLOBAL))}
-        self.teacher_views = {m: [seen[m].index(view) for view in views] for m, views in self.views.items()}
+        self.teacher_views = {m: [views_of[m].index(view) for view in views] for m, views in self.views.items()}
 
     @classmethod
     def needs(cls, config: ReinforcedConfig, plan: Plan) -> Needs:

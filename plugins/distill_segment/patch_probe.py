@@ -136,8 +136,8 @@ class PatchProbe(Task):
             mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
             weights = fit((x - mean) / std, y, self.config.c)
             for p in pictures[fold :: self.config.folds]:
-                told = logits((p.patches.to(device) - mean) / std, weights).permute(2, 0, 1)
-                enlarged = interpolate(told[None], size=tuple(p.mask.shape), mode="bilinear")[0]
+                class_logits = logits((p.patches.to(device) - mean) / std, weights).permute(2, 0, 1)
+                enlarged = interpolate(class_logits[None], size=tuple(p.mask.shape), mode="bilinear")[0]
                 matrix += confusion(p.mask, enlarged.argmax(0).cpu(), classes)
         return matrix
 

@@ -90,8 +90,8 @@ class SpeechTransformer(Backbone):
         """Spectrograms of another size."""
         for shape in dict.fromkeys(views.shapes or ()):
             if shape != (config.mels, config.frames):
-                seen = " x ".join(map(str, shape))
-                yield f"{cls.name!r} reads {config.mels} mels x {config.frames} frames; the views are {seen}"
+                dims = " x ".join(map(str, shape))
+                yield f"{cls.name!r} reads {config.mels} mels x {config.frames} frames; the views are {dims}"
 
     @classmethod
     def collator(cls, config: SpeechTransformerConfig) -> Collator:
@@ -115,8 +115,8 @@ class SpeechTransformer(Backbone):
             None if recordings.tokens else recordings.x.new_zeros(len(recordings.x), 1, dtype=torch.long)
             for recordings in inputs
         ]
-        wanted = {layer for recordings in inputs for layer in recordings.layers}
-        outs, layers = self.transformer.together(sequences, class_at, layers=wanted)
+        layers_read = {layer for recordings in inputs for layer in recordings.layers}
+        outs, layers = self.transformer.together(sequences, class_at, layers=layers_read)
         encoded = []
         for out, own, recordings in zip(outs, layers, inputs, strict=True):
             normed = self.ln_post(out)

@@ -75,9 +75,9 @@ class Captioning(Loss):
         for parallel, part in ((True, slice(0, split)), (False, slice(split, batch))):
             if len(own := ids[part]):
                 rows = to_device(ids.device, places(lengths[part], own.shape[1] - 1))[0]
-                given = {name: x[part] for name, x in encoded.items()} if split else encoded
+                part_encoded = {name: x[part] for name, x in encoded.items()} if split else encoded
                 options = {"parallel": True} if parallel else {}
-                logits = decoder(given, own[:, :-1], rows, **options)
+                logits = decoder(part_encoded, own[:, :-1], rows, **options)
                 targets = own[:, 1:].flatten()[rows]
                 losses.append(cross_entropy(logits, targets, reduction="sum"))
                 right.append((logits.detach().argmax(-1) == targets).sum())

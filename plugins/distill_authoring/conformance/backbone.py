@@ -245,15 +245,15 @@ def layers(case: Case) -> None:
     if not count:
         raise NotApplicable("`spec` says that it hands on its last layer's tokens alone")
     every = all_views(case, views)
-    wanted = {layer: every if layer % 2 else every[-1:] for layer in range(count)}
+    layers_of = {layer: every if layer % 2 else every[-1:] for layer in range(count)}
     with torch.no_grad():
         plain = module(views, tokens_of=every)
-        features = module(views, tokens_of=every, layers_of=wanted)
+        features = module(views, tokens_of=every, layers_of=layers_of)
         alone = module(views, tokens_of=every[-1:], layers_of={0: every[-1:]})
     require(close(flat(plain), flat(features)), "the embedding or the tokens change with layers_of")
     shapes = {layer: {view: list(x.shape) for view, x in of.items()} for layer, of in features.layers.items()}
-    expected = {layer: {view: list(plain.tokens[view].shape) for view in of} for layer, of in wanted.items()}
-    require(shapes == expected, f"with layers_of={wanted} the layers have the shapes {shapes}, not those of tokens")
+    expected = {layer: {view: list(plain.tokens[view].shape) for view in of} for layer, of in layers_of.items()}
+    require(shapes == expected, f"with layers_of={layers_of} the layers have the shapes {shapes}, not those of tokens")
     for view in every[-1:]:
         real = [torch.cat([_real_of(f.layers[0][view], f, view, i) for i in range(BATCH)]) for f in (features, alone)]
         require(close(real[:1], real[1:]), "the tokens of a layer change with what else is asked for")
@@ -372,7 +372,7 @@ def dropped_tokens(case: Case) -> None:
     every = all_views(case, views)
     require(bool(every), "a backbone that drops tokens has some: has_tokens in `spec`")
 
-    def kept(order: Callable[[int], Tensor]) -> Features:
+    def with_keep(order: Callable[[int], Tensor]) -> Features:
         groups = []
         for start, group in views.numbered():
             keep = order(whole.tokens[start].shape[1]).expand(*group.x.shape[:2], -1)
@@ -382,9 +382,9 @@ def dropped_tokens(case: Case) -> None:
 
     with torch.no_grad():
         whole = module(views, tokens_of=every)
-        all_kept = kept(torch.arange)
-        some, turned = kept(lambda n: torch.arange(0, n, 2)), kept(lambda n: torch.arange(0, n, 2).flip(0))
-    require(close(flat(whole), flat(all_kept)), "keeping every token is not the same as dropping none")
+        whole = with_keep(torch.arange)
+        some, turned = with_keep(lambda n: torch.arange(0, n, 2)), with_keep(lambda n: torch.arange(0, n, 2).flip(0))
+    require(close(flat(whole), flat(whole)), "keeping every token is not the same as dropping none")
     require(not close([whole.pooled], [some.pooled], 1e-6), "dropping tokens changes nothing: keep is not used")
     for view in every:
         expected = [BATCH, (whole.tokens[view].shape[1] + 1) // 2, whole.tokens[view].shape[2]]

@@ -101,13 +101,13 @@ def looks_back(case: Case) -> None:
         for place in range(1, LENGTH):
             changed = ids.clone()
             changed[:, place] = (ids[:, place] + 1) % expected.shape[-1]
-            found = module(encoded, changed)
+            after = module(encoded, changed)
             require(
-                close([found[:, :place]], [expected[:, :place]]),
+                close([after[:, :place]], [expected[:, :place]]),
                 f"an id changes the logits of places before it: id {place} must not be seen from before",
             )
             if case.cls.writes(case.config) not in case.cls.reads(case.config):
-                require(not close([found[:, place]], [expected[:, place]], 1e-6), "logits do not depend on the ids")
+                require(not close([after[:, place]], [expected[:, place]], 1e-6), "logits do not depend on the ids")
             require(close([module(encoded, ids[:, :place])], [expected[:, :place]]), "logits depend on the length")
 
 

@@ -334,8 +334,8 @@ def _grow(plan: Plan, needs: Needs, *, sees_more: bool = True) -> Plan:
         id: {m: tuple(sorted({*t.views.get(m, ()), *needs.teacher.get(id, {}).get(m, ())})) for m in modalities}
         for id, t in grown.teachers.items()
     }
-    seen = {id: {m: views for m, views in of_teacher.items() if views} for id, of_teacher in read.items()}
-    return replace(grown, teachers={id: replace(t, views=seen[id]) for id, t in grown.teachers.items()})
+    views_of = {id: {m: views for m, views in of_teacher.items() if views} for id, of_teacher in read.items()}
+    return replace(grown, teachers={id: replace(t, views=views_of[id]) for id, t in grown.teachers.items()})
 
 
 def _layers_read(needs: Needs, name: str) -> tuple[int, ...]:
@@ -348,7 +348,7 @@ def length(plan: Plan, name: str, role: str) -> int:
     return 5 + 2 * list(plan.modalities).index(name) - (1 if role == LOCAL else 0)
 
 
-def kept(plan: Plan, name: str, role: str) -> int:
+def kept_tokens(plan: Plan, name: str, role: str) -> int:
     """Of so many tokens of a view, how many the student sees, L'."""
     mask, count = plan.modalities[name].mask, length(plan, name, role)
     return count - 2 if mask is not None and mask.drops and role in (mask.role, REPEATED) else count
@@ -389,7 +389,7 @@ def example_features(
         if spec.class_tokens:
             current.class_tokens = leaf(len(views), batch, spec.class_tokens, spec.width)
         for view in sorted(set(tokens.get(name, ()))):
-            counted = length if teacher is not None else kept
+            counted = length if teacher is not None else kept_tokens
             place, count = views.index(view), counted(plan, name, modality.roles[view])
             tokens_by_view[place] = leaf(batch, count, spec.width)
             for of_layer in by_layer.values():
@@ -437,7 +437,7 @@ def groups(
                 order = torch.rand(shape, generator=draw).argsort(-1)
                 group.x = x[:, :, None]  # a grid of one row
                 group.keep, dropped = (
-                    part.sort(-1).values for part in order.tensor_split([kept(plan, name, role)], -1)
+                    part.sort(-1).values for part in order.tensor_split([kept_tokens(plan, name, role)], -1)
                 )
                 if PREDICTED in extra:  # a block of two tokens, and one of the first of them alone
                     group.extra[PREDICTED] = torch.stack([dropped, dropped.where(torch.arange(2) < 1, -1)], 2)
@@ -554,7 +554,7 @@ def example_outputs(
 
 
 def losses_in(loss: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(path with a dot behind it, loss) of a loss and of those inside it."""
+    """(path with a dot after it, loss) of a loss and of those inside it."""
     if loss is not None:
         yield prefix, loss
         for name, inner in loss.nested().items():

@@ -78,7 +78,7 @@ class Around:
         made = {}
         for name in self.plan.teachers:
             tokens = self.needs.teacher.get(name, {}).get(NAME, ())
-            seen = self.needs.attention.get(name, {}).get(NAME, ())
+            views = self.needs.attention.get(name, {}).get(NAME, ())
 
             def of(view: int, part: int, *shape: int) -> Tensor:
                 return torch.stack([_noise(10 * seed + 3 * view + part, *shape) for seed in seeds])
@@ -87,7 +87,7 @@ class Around:
                 torch.stack([of(view, 0, DIM) for view in range(VIEWS)]),
                 {view: of(view, 1, self.tokens, WIDTH) for view in tokens},
                 class_tokens=torch.stack([of(view, 0, 1, WIDTH) for view in range(VIEWS)]),
-                attention={view: of(view, 2, HEADS, self.tokens).softmax(-1) for view in seen},
+                attention={view: of(view, 2, HEADS, self.tokens).softmax(-1) for view in views},
             )
         return made
 
@@ -219,13 +219,13 @@ def leaks(case: Case) -> None:
     )
     require(bool((predicted >= -1).all() and (predicted < around.tokens).all()), "`predicted` names no token")
     require(bool((predicted >= 0).any(-1).any(-1).all()), "a mask has nothing to predict")
-    seen = torch.ones(*predicted.shape[:2], around.tokens, dtype=torch.bool)
+    visible = torch.ones(*predicted.shape[:2], around.tokens, dtype=torch.bool)
     if group.keep is not None:
-        seen = torch.zeros_like(seen).scatter(-1, group.keep, torch.ones_like(group.keep, dtype=torch.bool))
+        visible = torch.zeros_like(visible).scatter(-1, group.keep, torch.ones_like(group.keep, dtype=torch.bool))
     if group.token_mask is not None:
-        seen &= ~group.token_mask
+        visible &= ~group.token_mask
     flat = predicted.flatten(2)
-    leaked = seen.gather(-1, flat.clamp(min=0)) & (flat >= 0)
+    leaked = visible.gather(-1, flat.clamp(min=0)) & (flat >= 0)
     require(
         not bool(leaked.any()),
         f"{int(leaked.sum())} tokens of `predicted` are seen by the student: take them out of `keep`, or hide them",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from distill_core.contracts.optional import TokenAttention as TokenAttention
     from distill_core.contracts.optional import TokenPooling as TokenPooling
     from distill_core.contracts.optional import offers as offers
+    from distill_core.contracts.raw import Raw as Raw
     from distill_core.contracts.schedule import Cosine as Cosine
     from distill_core.contracts.schedule import Ramp as Ramp
     from distill_core.contracts.schedule import Schedule as Schedule
@@ -129,7 +130,6 @@ if TYPE_CHECKING:
     from distill_core.plan import same_dim as same_dim
     from distill_core.presence import Presence as Presence
     from distill_core.presence import Present as Present
-    from distill_core.raw import Raw as Raw
     from distill_core.recipe.sections import Recipe
     from distill_core.system.distributed import all_gather as all_gather
     from distill_core.system.distributed import gather_objects as gather_objects
@@ -244,7 +244,7 @@ HOMES = {
     "Backbone": "distill_core.interfaces",
     "JointTower": "distill_core.interfaces",
     "JointTowerConfig": "distill_core.interfaces",
-    "Raw": "distill_core.raw",
+    "Raw": "distill_core.contracts.raw",
     "Collator": "distill_core.interfaces",
     "Decoder": "distill_core.interfaces",
     "FusionHead": "distill_core.interfaces",

@@ -13,7 +13,7 @@ distill_api = 2
 def distill_conformance_cases() -> list[Any]:
     """Samples with embeddings for the stored teacher, views without a tower."""
     from distill_core.contracts.cases import ConformanceCase
-    from distill_core.raw import Raw, example_views
+    from distill_core.contracts.raw import Raw, example_views
     from distill_core.teachers.stored import Stored, example_sample
 
     return [ConformanceCase(Stored, sample=example_sample), ConformanceCase(Raw, views=example_views)]
@@ -23,11 +23,11 @@ def distill_conformance_cases() -> list[Any]:
 def distill_components() -> list[type]:
     """Optimiser, schedules, data sources, starting weights, teachers."""
     from distill_core.contracts.optimizer import AdamW
+    from distill_core.contracts.raw import Raw
     from distill_core.contracts.schedule import Constant, Cosine, Ramp, Steps, WarmupCosine
     from distill_core.contracts.weights import StateDictLoader
     from distill_core.data.mixture_source import MixtureSource
     from distill_core.data.webdataset_source import WebDatasetSource
-    from distill_core.raw import Raw
     from distill_core.teachers.copies import Ema, Snapshot
     from distill_core.teachers.ensemble import Ensemble
     from distill_core.teachers.frozen import Frozen

@@ -22,6 +22,7 @@ from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
 from distill_core.contracts.optional import TokenPooling
+from distill_core.contracts.raw import Raw
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
 from distill_core.contracts.shared import MayShare, SharedSlot
 from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_component
@@ -46,7 +47,6 @@ from distill_core.plan import (
     TeacherPlan,
     joined,
 )
-from distill_core.raw import Raw
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from one_tower import CASES, OneTower, Together
 from PIL import Image
+from trainers import trainers
 
 from distill_authoring.conformance import assert_conforms
 from distill_core.batch import Batch, Group, Views, join_views
@@ -27,7 +28,6 @@ from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
-from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 JOINT = ("backbone.image+text=one_tower", "loss.2=together")
@@ -45,18 +45,8 @@ def recipe(tiny_recipe: Path, more: Registry) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def trainer(recipe: Callable[..., Recipe], tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    made: list[Trainer] = []
-
-    def make(*overrides: str, resume: Path | None = None) -> Trainer:
-        resolved = recipe(*overrides)
-        folder = RunFolder(resume) if resume is not None else RunFolder.create(tmp_path / "runs", resolved)
-        made.append(Trainer(resolved, folder, resume="last" if resume is not None else None, quiet=True))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.loader.close()
-        one.folder.unlock()
+    with trainers(tmp_path / "runs") as make:
+        yield lambda *overrides, resume=None: make(recipe(*overrides), resume)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from trainers import trainers
 
 from distill_authoring.conformance import assert_conforms
 from distill_core import (
@@ -35,7 +36,6 @@ from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Entry, Registry
-from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
 
 
@@ -121,18 +121,8 @@ def recipe(tiny_recipe: Path, more: Registry) -> Callable[..., Recipe]:
 
 @pytest.fixture
 def trainer(recipe: Callable[..., Recipe], tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
-    made: list[Trainer] = []
-
-    def make(*overrides: str, resume: Path | None = None) -> Trainer:
-        resolved = recipe(*overrides)
-        folder = RunFolder(resume) if resume is not None else RunFolder.create(tmp_path / "runs", resolved)
-        made.append(Trainer(resolved, folder, resume="last" if resume is not None else None, quiet=True))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.loader.close()
-        one.folder.unlock()
+    with trainers(tmp_path / "runs") as make:
+        yield lambda *overrides, resume=None: make(recipe(*overrides), resume)
 
 
 def test_conforms() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -128,22 +128,27 @@ def device_work(case: Case) -> None:
 @checks(KIND)
 def determinism(case: Case) -> None:
     """The same seed gives the same views, whatever was drawn or seen before; earlier views do not change."""
-    augmentation, raw = case.cls(case.config), sample(case)
-    views = draw(augmentation, raw, 5)
+    augmentation, samples = case.cls(case.config), (sample(case), sample(case, 1))
+    require_deterministic(lambda number, seed: draw(augmentation, samples[number], seed), equal_views)
+
+
+def require_deterministic(drawn: Callable[[int, int], Any], equal: Callable[[Any, Any], bool]) -> None:
+    """`drawn(sample's number, seed)` are views, which `equal` compares."""
+    views = drawn(0, 5)
     original = copy.deepcopy(views)
     state = random.getstate(), np.random.get_state()
     try:
         random.seed(1)
         np.random.seed(1)
         torch.manual_seed(1)
-        draw(augmentation, sample(case, 1), 6)
-        intact = equal_views(original, views)
-        repeated = draw(augmentation, raw, 5)
+        drawn(1, 6)
+        intact = equal(original, views)
+        repeated = drawn(0, 5)
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
     require(
-        equal_views(original, repeated),
+        equal(original, repeated),
         "the same sample and seed give different views: draw only from `rng`, and keep no state between samples",
     )
     require(intact, "views change when the next ones are computed: they share a buffer; give each its own data")

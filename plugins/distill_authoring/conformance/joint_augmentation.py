@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
-from distill_authoring.conformance.augmentation import equal_views, sample
+from distill_authoring.conformance.augmentation import equal_views, require_deterministic, sample
 from distill_authoring.conformance.ranks import on_two_ranks
 from distill_authoring.conformance.suite import Case, CheckFailed, checks, input_of, require
 from distill_core import GLOBAL, AbsentModality, Augmentation, BackboneSpec, BadSample, ModalityPlan, View
@@ -87,25 +85,8 @@ def joint_views(case: Case) -> None:
 @checks(KIND)
 def determinism(case: Case) -> None:
     """The same seed gives the same views, whatever was drawn or seen before; earlier views do not change."""
-    joint, raw = case.cls(case.config, parts_of(case)), sample(case)
-    views = draw(joint, raw, 5)
-    original = copy.deepcopy(views)
-    state = random.getstate(), np.random.get_state()
-    try:
-        random.seed(1)
-        np.random.seed(1)
-        torch.manual_seed(1)
-        draw(joint, sample(case, 1), 6)
-        intact = equal_drawn(original, views)
-        repeated = draw(joint, raw, 5)
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-    require(
-        equal_drawn(original, repeated),
-        "the same sample and seed give different views: draw only from `rng`, and keep no state between samples",
-    )
-    require(intact, "views change when the next ones are computed: they share a buffer; give each its own data")
+    joint, samples = case.cls(case.config, parts_of(case)), (sample(case), sample(case, 1))
+    require_deterministic(lambda number, seed: draw(joint, samples[number], seed), equal_drawn)
 
 
 @checks(KIND)

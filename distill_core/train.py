@@ -260,8 +260,8 @@ class Trainer:
                 self.saver.settle()
                 enter(state, stage)
             self.lockstep.follow(state.loader)
-            options = ", ".join(f"{path} {value}" for path, value in self.recipe.stages[stage - 1].set.items())
-            self.display.say(f"step {state.step}: stage {stage} of {len(self.recipe.stages)} begins: {options}")
+            options = ", ".join(self.recipe.stages[stage - 1].set)
+            self.display.say(f"step {state.step}: stage {stage} of {len(self.recipe.stages)} begins: sets {options}")
         with log.waiting():
             return self.lockstep.next_batch()
 

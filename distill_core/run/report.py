@@ -137,12 +137,12 @@ def bars(scores: Sequence[TaskScore]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _draw_bars(axes: Any, rows: Mapping[str, Mapping[str, float]], unit: str, split: str) -> None:
-    """A group of bars for each score, a bar for each side."""
+    """A group of bars for each score, a bar for each side that has it."""
     sides = sorted({side for values in rows.values() for side in values}, key=lambda side: side != "student")
     height = 0.8 / len(sides)
     for i, side in enumerate(sides):
-        places = [j + i * height for j in range(len(rows))]
-        drawn = axes.barh(places, [values.get(side, 0.0) for values in rows.values()], height, label=side)
+        scored = {j + i * height: values[side] for j, values in enumerate(rows.values()) if side in values}
+        drawn = axes.barh(list(scored), list(scored.values()), height, label=side)
         axes.bar_label(drawn, fmt="%.1f" if unit == "percent" else "%.4g", padding=3, fontsize=8)
     axes.set_yticks([j + height * (len(sides) - 1) / 2 for j in range(len(rows))], list(rows), fontsize=9)
     axes.invert_yaxis()

@@ -28,7 +28,7 @@ from distill_core.registry import Entry, Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder
 from distill_core.run.load import run_recipe
-from distill_core.run.report import Report, bars, write_report
+from distill_core.run.report import Report, _draw_bars, bars, write_report
 from distill_core.run.tracking import TrackerThread
 from distill_core.train import Trainer
 
@@ -320,6 +320,19 @@ def test_the_pictures_bars_are_means_over_sets_by_unit() -> None:
         "percent": {"retrieval M": {"student": 1.0, "teacher": 3.0}},
         "nats": {"lm loss \N{DOWNWARDS ARROW}": {"student": 0.02}},
     }
+
+
+def test_a_side_without_a_score_has_no_bar() -> None:
+    """Would catch a teacher drawn at 0 % in a task that could not score it."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    _draw_bars(
+        axes, {"retrieval M": {"student": 6.0}, "knn top1": {"student": 24.0, "teacher": 23.0}}, "percent", "test"
+    )
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[6.0, 24.0], [23.0]]
+    student, teacher = axes.containers
+    assert teacher[0].get_y() > student[1].get_y() > student[0].get_y() + student[0].get_height()
 
 
 def test_the_summary_names_skipped_samples(

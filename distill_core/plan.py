@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
+from distill_core.errors import did_you_mean
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -219,6 +221,14 @@ class Plan:
         if fusion == DEFAULT_FUSION:
             return self
         return replace(self, fusion=fusion in self.fusions, fusion_pools=self.fusions.get(fusion, True))
+
+    def unencoded(self, name: str) -> str | None:
+        """Why no tower encodes what should be a modality; None where one does, or where that is not known yet."""
+        if name in self.raw:
+            return f"{name!r} is only collated (it has no tower): leave it out, or give backbone.{name} a tower"
+        if name in self.modalities or not self.complete:
+            return None
+        return f"{name!r} is no modality of this recipe{did_you_mean(name, list(self.modalities))}"
 
     def teacher_views(self, teacher: str, modality: str) -> tuple[int, ...]:
         """The views of a modality that a teacher encodes; () of a teacher that the recipe lacks."""

@@ -104,15 +104,15 @@ class CopiedTeacher(Teacher):
     def problems(cls, config: Any, plan: Plan) -> Iterator[str]:
         """Towers that there are; of its own views as many as the student has."""
         for name in config.augment:
-            if plan.complete and name not in plan.modalities:
-                yield f"{cls.name!r}: augment: {name!r} is no modality of this recipe"
+            if reason := plan.unencoded(name):
+                yield f"{cls.name!r}: augment: {reason}"
         for name, own in cls.own_views(config, plan).items():
             lines = own_problems(name, plan.modalities[name], own, config.views)
             yield from (f"{cls.name!r}: {line}" for line in lines)
         for path in config.of or ():
             kind, _, rest = path.partition(".")
-            if kind == "backbone" and plan.complete and rest.partition(".")[0] not in plan.modalities:
-                yield f"{cls.name!r}: of: {path!r} names no modality of this recipe"
+            if kind == "backbone" and rest and (reason := plan.unencoded(rest.partition(".")[0])):
+                yield f"{cls.name!r}: of: {path!r}: {reason}"
             elif kind == "fusion" and not plan.fusion:
                 yield f"{cls.name!r}: of: {path!r}: this recipe has no fusion"
             elif kind == "heads" and rest.partition(".")[0] not in plan.heads and plan.complete:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_core.batch import Batch
+from distill_core.contracts.raw import Raw
 from distill_core.contracts.shared import MayShare, build_all, distinct
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Teacher, TeacherConfig, TeacherReader
@@ -72,14 +73,15 @@ class Frozen(Teacher):
         for option in ("backbone", "weights"):
             if not getattr(config, option):
                 yield f"{cls.name!r}: give its `{option}`: it has none of the student's"
-        for name in config.backbone:
+        for name in {**config.backbone, **config.augment}:
             if len(joined(name)) > 1:
                 yield f"{cls.name!r}: backbone.{name}: a tower of several modalities is the student's, or a copy of it"
-        for name in {**config.backbone, **config.augment}:
-            if plan.complete and name not in plan.modalities:
-                yield f"{cls.name!r}: {name!r} is no modality of this recipe"
+            elif reason := plan.unencoded(name):
+                yield f"{cls.name!r}: {reason}"
             elif name not in config.backbone:
                 yield f"{cls.name!r}: augment.{name}: it has no backbone for {name!r}"
+            elif issubclass(config.backbone[name].cls, Raw):
+                yield f"{cls.name!r}: backbone.{name}: it encodes nothing; give the teacher a tower, or leave it out"
         for name, node in config.backbone.items():
             if name not in plan.modalities:
                 continue

@@ -169,6 +169,10 @@ def test_samples_may_lack_it(trainer: Callable[..., Trainer]) -> None:
     torch.testing.assert_close(losses.terms["count_words"], expected)
 
 
+WEIGHTS = "weights: [{name: state_dict, source: x.pt, to: backbone}]"
+COLLATED = "'lengths' is only collated (it has no tower): leave it out, or give backbone.lengths a tower"
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -177,6 +181,11 @@ def test_samples_may_lack_it(trainer: Callable[..., Trainer]) -> None:
         ("evaluate.tasks=[{name: retrieval, modalities: [image, lengths]}]", "only collated"),
         ("evaluate.tasks=[{name: knn, modality: lengths}]", "only collated"),
         ("teacher.modalities=[image, lengths]", "'lengths' is only collated (it has no tower)"),
+        (f"teacher={{name: frozen, backbone: {{lengths: raw}}, {WEIGHTS}}}", f"'frozen': {COLLATED}"),
+        (f"teacher={{name: frozen, augment: {{lengths: lengths}}, {WEIGHTS}}}", f"'frozen': {COLLATED}"),
+        (f"teacher={{name: frozen, backbone: {{image: raw}}, {WEIGHTS}}}", "backbone.image: it encodes nothing; give"),
+        ("teacher={augment: {lengths: lengths}}", f"'ema': augment: {COLLATED}"),
+        ("teacher={of: [backbone.lengths]}", f"'ema': of: 'backbone.lengths': {COLLATED}"),
         ("masker={lengths: random_drop}", "there is no tower to hide its tokens from"),
     ],
 )

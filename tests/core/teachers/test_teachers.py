@@ -271,7 +271,7 @@ def test_a_snapshot_has_views_of_its_own(trainer: Make) -> None:
         (["teacher={augment: {image: {name: multi_crop, size: 32, local_size: 8, global: 1}}}"],
          "teacher: 'ema': augment.image makes 1 view of the roles global, and the student has 2"),
         (["teacher={augment: {audio: {name: multi_crop}}}"],
-         "teacher: 'ema': augment: 'audio' is no modality of this recipe"),
+         "teacher: 'ema': augment: 'audio' is no modality of this recipe (there are: image, text)"),
         ([f"loss.1={DISTILL % 'big'}"],
          "loss.1: 'cross_modal_distillation' needs a teacher 'big'; this recipe has none; there is default"),
         (["teachers={default: {name: ema}}"],
@@ -282,7 +282,8 @@ def test_a_snapshot_has_views_of_its_own(trainer: Make) -> None:
         (["teachers={x: {name: frozen}}"], "teachers.x: 'frozen': give its `backbone`: it has none of the student's"),
         (["teachers={x: {name: snapshot, every: 2, source: y}}"],
          "teachers.x: 'snapshot': source: this recipe has no teacher 'y'"),
-        (["teacher={of: [backbone.audio]}"], "teacher: 'ema': of: 'backbone.audio' names no modality of this recipe"),
+        (["teacher={of: [backbone.audio]}"],
+         "teacher: 'ema': of: 'backbone.audio': 'audio' is no modality of this recipe (there are: image, text)"),
         (["teacher={of: [fussion]}"],
          "teacher: 'ema': of: 'fussion' names no part of the student (backbone.NAME, heads.NAME, fusion, "
          "fusions.NAME, loss.ID.HEAD)"),

@@ -144,8 +144,11 @@ class Model:
         `head` names the decoder, None takes the only one. What is written begins with `prompt`, an item of that
         modality, and ends after `longest` tokens at the latest (None: as many as its backbone takes). `beams`: how many
         continuations are followed at a time (`generate.write`); one is greedy. Raises `UserError` where the model
-        cannot write about this modality.
+        cannot write about this modality, and for fewer than one beam or token.
         """
+        for option, value in (("beams", beams), ("longest", longest)):
+            if value is not None and value < 1:
+                raise UserError(f"{option} must be at least 1, not {value}")
         name, decoder = self.decoder(head)
         writes, reads = decoder.writes(decoder.config), decoder.reads(decoder.config)
         if set(reads) - {writes} != {modality} - {writes}:

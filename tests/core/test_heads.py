@@ -274,6 +274,11 @@ def test_generate_writes_what_the_decoder_finds_likeliest(writer: Model) -> None
 
 
 def test_generate_says_what_is_missing(writer: Model) -> None:
+    """And refuses to write nothing: a division by zero, or a `longest` of 0 that is taken for no limit."""
+    with pytest.raises(UserError, match="beams must be at least 1, not 0"):
+        writer.generate("image", [], beams=0)
+    with pytest.raises(UserError, match="longest must be at least 1, not 0"):
+        writer.generate("image", [], longest=0)
     with pytest.raises(UserError, match="does not write about 'text' alone: it reads image"):
         writer.generate("text", ["a"])
     with pytest.raises(UserError, match=r"no decoder 'decode', did you mean 'decoder'\?"):

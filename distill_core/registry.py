@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -88,10 +89,7 @@ class Plugins:
             try:
                 module = point.load()
             except Exception as error:
-                raise PluginError(
-                    f"plugin {point.name!r} (package {package}) fails to import {point.value!r}: "
-                    f"{type(error).__name__}: {error}. Repair or uninstall {package}, or add --without {point.name}."
-                ) from error
+                raise _broken(point.name, package, repr(point.value), point.module, error) from error
             if plugins.manager.has_plugin(point.name):
                 raise PluginError(
                     f"two packages register a plugin {point.name!r}: {plugins.packages[point.name]} and {package}. "
@@ -115,14 +113,12 @@ class Plugins:
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             plugin = implementation.plugin_name
             package = self.packages[plugin]
-            what = hook.removeprefix("distill_")
+            function = implementation.function
             try:
-                items: list[Any] = [*implementation.function()]
+                items: list[Any] = [*function()]
             except Exception as error:
-                raise PluginError(
-                    f"plugin {plugin!r} (package {package}) fails to import its {what}: "
-                    f"{type(error).__name__}: {error}. Repair or uninstall {package}, or add --without {plugin}."
-                ) from error
+                what = f"its {hook.removeprefix('distill_')}"
+                raise _broken(plugin, package, what, function.__module__, error) from error
             for item in items:
                 yield plugin, package, item
 
@@ -190,6 +186,26 @@ class Registry:
     def named(self, name: str) -> list[Entry]:
         """Components of any kind with this name."""
         return [entry for (_, known), entry in sorted(self.entries.items()) if known == name]
+
+
+def _broken(plugin: str, package: str, what: str, module: str, error: Exception) -> PluginError:
+    """A plugin of this module, whose code failed."""
+    place = _raised_at(error, module.partition(".")[0])
+    return PluginError(
+        f"plugin {plugin!r} (package {package}) fails to import {what}{f', at {place}' if place else ''}: "
+        f"{type(error).__name__}: {error}. Repair or uninstall {package}, or add --without {plugin}."
+    )
+
+
+def _raised_at(error: Exception, package: str) -> str | None:
+    """`file:line`: the last of the package that ran before the error was raised."""
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        return f"{error.filename}:{error.lineno}"
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+            place = f"{frame.f_code.co_filename}:{line}"
+    return place
 
 
 def _interface_of(cls: Any) -> type[Component] | None:

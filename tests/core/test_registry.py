@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -125,6 +126,11 @@ def fails() -> list[type]:
     raise ImportError("No module named 'numba'")
 
 
+def line_of(function: Callable[[], Any]) -> int:
+    """That of its body's only line."""
+    return function.__code__.co_firstlineno + 1
+
+
 def test_a_registry_of_modules_holds_their_components_alone() -> None:
     """Would catch a registry that a plugin fills by being imported."""
     registry = Registry.of(plugin(lambda: [Good]))
@@ -184,7 +190,8 @@ def test_a_misspelt_hook_is_refused() -> None:
     [
         (
             fails,
-            "fails to import its components: ImportError: No module named 'numba'. Repair or uninstall mine, or add",
+            rf"fails to import its components, at {re.escape(__file__)}:{line_of(fails)}: "
+            "ImportError: No module named 'numba'. Repair or uninstall mine, or add",
         ),
         (lambda: None, "fails to import its components: TypeError"),
         (lambda: [NoName], "package mine: component .*NoName.* needs a `name`"),
@@ -207,7 +214,8 @@ def test_commands_that_fail_name_their_package() -> None:
     """`distill --help` asks every plugin for its commands: would catch a traceback there."""
     plugins = Plugins()
     plugins.add("mine", SimpleNamespace(distill_commands=hookimpl(lambda: fails())), "their-package")
-    with pytest.raises(PluginError, match=r"plugin 'mine' \(package their-package\) fails to import its commands"):
+    named = r"plugin 'mine' \(package their-package\) fails to import its commands, at .*test_registry.py:"
+    with pytest.raises(PluginError, match=named):
         plugins.commands()
 
 
@@ -225,18 +233,29 @@ def write_project(folder: Path, name: str, source: str, point: str = "") -> Path
 Install = Callable[[Path, Path], Path]
 
 
-def test_an_entry_point_that_fails_to_import_names_its_package(
-    tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("source", "line", "error"),
+    [
+        ("import a_module_that_is_not_there\n", 1, "ModuleNotFoundError: No module named 'a_module_that_is_not_there'"),
+        ("import json\n\nVALUE = json.loads(None)\n", 3, "TypeError: the JSON object must be str"),
+        ("def f(:\n    pass\n", 1, "SyntaxError: invalid syntax"),
+    ],
+)
+def test_an_entry_point_that_fails_to_import_names_its_package_and_its_line(
+    source: str, line: int, error: str, tmp_path: Path, install_plugin: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = write_project(tmp_path / "project", "distill-broken-import", "import a_module_that_is_not_there\n")
-    monkeypatch.syspath_prepend(install_plugin(project, tmp_path / "site"))
+    """Would catch the line of the import machinery, or of another package that the plugin calls."""
+    project = write_project(tmp_path / "project", "distill-broken-import", source)
+    site = install_plugin(project, tmp_path / "site")
+    monkeypatch.syspath_prepend(site)
     with pytest.raises(PluginError) as caught:
         Registry.discover()
-    assert str(caught.value) == (
-        "plugin 'distill_broken_import' (package distill-broken-import) fails to import 'distill_broken_import': "
-        "ModuleNotFoundError: No module named 'a_module_that_is_not_there'. Repair or uninstall distill-broken-import, "
-        "or add --without distill_broken_import."
+    message = str(caught.value)
+    assert message.startswith(
+        "plugin 'distill_broken_import' (package distill-broken-import) fails to import 'distill_broken_import', at "
     )
+    assert f"distill_broken_import/__init__.py:{line}: {error}" in message
+    assert message.endswith(". Repair or uninstall distill-broken-import, or add --without distill_broken_import.")
 
 
 def test_two_packages_that_register_one_plugin_are_both_named(

@@ -361,7 +361,9 @@ def test_a_plugin_that_fails_to_import(
         timeout=400,
         check=False,
     )
-    assert one_line(Ended(done.returncode, done.stdout, done.stderr)) == (
-        "plugin 'broken' (package distill-broken) fails to import 'distill_broken': RuntimeError: built for another "
-        "torch. Repair or uninstall distill-broken, or add --without broken."
+    line = one_line(Ended(done.returncode, done.stdout, done.stderr))
+    assert line.startswith("plugin 'broken' (package distill-broken) fails to import 'distill_broken', at ")
+    assert line.endswith(
+        "distill_broken/__init__.py:1: RuntimeError: built for another torch. Repair or uninstall distill-broken, or "
+        "add --without broken."
     )

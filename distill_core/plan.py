@@ -46,6 +46,9 @@ class BackboneSpec:
     has_tokens: bool = True
     can_mask: bool = False
     """Whether tokens can be hidden."""
+    mask_option: str = ""
+    """What in its options would let it, as a recipe writes it where a masker says what is hidden:
+    `masking: {roles: []}`. For errors."""
     can_drop: bool = False
     """Whether it computes nothing of tokens that are not in `Group.keep`."""
     class_tokens: int = 0
@@ -249,6 +252,7 @@ class Needs:
     `attention` names views of teachers, {"default": {"image": (0,)}}, of which is read how the tower reads their tokens
     (`Features.attention`).
     `dropped` names modalities of which it reads the tokens that the student does not see at all (`Group.keep`).
+    `whole` names views of which the student must see every token, {"image": (0, 1)}: each is read in its place.
     `views` asks for a least number of views: {modality: {role: number}}.
     `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
     names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
@@ -269,6 +273,7 @@ class Needs:
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     masked: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attention: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     embeddings: tuple[str, ...] | None = None
     pools: bool = False
@@ -299,6 +304,7 @@ class Needs:
             views=views,
             masked=_joined(part.masked for part in parts),
             dropped=_joined(part.dropped for part in parts),
+            whole=_by_key([part.whole for part in parts]),
             attention=_by_teacher([part.attention for part in parts]),
             embeddings=tuple(sorted(set(trained))) if explicit else None,
             pools=any(part.pools for part in parts),

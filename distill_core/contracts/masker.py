@@ -127,7 +127,8 @@ class Masker(Component, ABC):
         return replace(group, keep=keep, token_mask=hidden, extra={**group.extra, **extra})
 
     def chosen(self, views: Views, teacher: Mapping[str, Features]) -> Views:
-        """`choose`, of the groups that are masked."""
+        """`choose`, of the groups that are masked. Where it makes another `token_mask`, what the worker has located
+        (`Group.hidden`) holds no longer: `Group.places` looks again."""
         groups = []
         for group in views.groups:
             if group.role == self.config.role:

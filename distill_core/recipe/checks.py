@@ -459,9 +459,10 @@ def mask_problems(cls: type[Masker], config: Any, name: str, modality: ModalityP
     if config.role not in have:
         yield f"{cls.name!r}: role: no view of {name!r} has the role {config.role!r}{did_you_mean(config.role, have)}"
     if cls.drops and not spec.can_drop:
-        yield f"{cls.name!r} drops tokens of {name!r}, which its backbone cannot"
+        yield f"{cls.name!r} drops tokens of {name!r}, which backbone.{name} cannot: take another masker or backbone"
     if cls.hides and not spec.can_mask:
-        yield f"{cls.name!r} hides tokens of {name!r}, which its backbone cannot with its options"
+        way = f"add `{spec.mask_option}` to its options" if spec.mask_option else "take another masker or backbone"
+        yield f"{cls.name!r} hides tokens of {name!r}, which backbone.{name} cannot: {way}"
     if not spec.stride:
         yield f"{cls.name!r} needs tokens in a grid; the backbone of {name!r} does not say how they lie (`stride`)"
     elif modality.shapes is not None:
@@ -740,7 +741,16 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: set[str]) -> Iterator
         if name in needs.dropped and (modality.mask is None or not modality.mask.drops):
             yield f"{component} needs dropped tokens of {name!r}; add masker.{name}, one that drops some"
         if name in needs.masked and not modality.spec.can_mask:
-            yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens"
+            option = modality.spec.mask_option.partition(":")[0]
+            without = f" without its option `{option}`" if option else ""
+            yield f"{component} needs masked views of {name!r}; its backbone cannot hide tokens{without}"
+        if modality.mask is not None and modality.mask.drops:
+            masked = modality.views(modality.mask.role) + modality.views(REPEATED)
+            if set(masked) & set(needs.whole.get(name, ())):
+                yield (
+                    f"{component} reads all tokens of {modality.mask.role} views of {name!r}, and masker.{name} drops "
+                    "some: leave it out, or give it the `role` of other views"
+                )
         missing_extras = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
         if missing_extras:
             made = "; ".join(f"{m!r}: {', '.join(p.extras) or 'none'}" for m, p in plan.modalities.items())

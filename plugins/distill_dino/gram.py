@@ -54,6 +54,7 @@ class Gram(Loss):
         count = max(1, len(plan.modalities[m].views(config.role)))
         return Needs(
             tokens={m: tuple(s for s, _ in pairs)},
+            whole={m: tuple(s for s, _ in pairs)},
             teacher={config.teacher: {m: tuple(t for _, t in pairs)}},
             views={m: {config.role: 1, target: count}},
             embeddings=(),
@@ -69,11 +70,9 @@ class Gram(Loss):
                 yield f"{cls.name!r} needs square views of {config.modality!r}; there are {shape[-2]} x {shape[-1]}"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One term. Raises `UserError` where patches are dropped."""
+        """One term."""
         m = self.config.modality
         student, teacher = outputs.student[m], outputs.teacher[self.config.teacher][m]
-        if any(group.keep is not None for group in outputs.views[m].groups):
-            raise UserError(f"{self.name!r} compares all patches of {m!r}; its masker drops some: leave masker.{m} out")
         terms = []
         for s, t in self.pairs:
             own, target = wide(student.tokens[s]), wide(teacher.tokens[t])

@@ -116,6 +116,7 @@ class Ibot(PrototypeLoss):
         return Needs(
             teacher={config.teacher: {m: tuple(t for _, t in pairs)}},
             tokens={m: tuple(s for s, _ in pairs)},
+            whole={m: tuple(s for s, _ in pairs)},
             masked=(m,),
             views={m: {config.role: 1, target: count}},
             embeddings=(),

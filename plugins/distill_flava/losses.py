@@ -92,10 +92,8 @@ def masked_image(who: str, head: PredictionHead, tokens: Tensor, targets: Tensor
 
 def masked_needs(config: MaskedLanguageConfig | MaskedImageConfig, plan: Plan) -> Needs:
     """Masked views of one modality, and their tokens."""
-    m, role = config.modality, config.role
-    return Needs(
-        student=(m,), tokens={m: plan.modalities[m].views(role)}, views={m: {role: 1}}, masked=(m,), embeddings=()
-    )  # fmt: skip
+    m, tokens = config.modality, {config.modality: plan.modalities[config.modality].views(config.role)}
+    return Needs(student=(m,), tokens=tokens, whole=tokens, views={m: {config.role: 1}}, masked=(m,), embeddings=())
 
 
 class MaskedLanguageConfig(LossConfig):
@@ -203,7 +201,8 @@ class MaskedMultimodal(Loss):
     def needs(cls, config: MaskedMultimodalConfig, plan: Plan) -> Needs:
         """Fused tokens of masked views."""
         views = {m: {config.role: 1} for m in config.modalities}
-        return Needs(fused=config.modalities, views=views, masked=config.modalities, embeddings=())
+        whole = {m: plan.modalities[m].views(config.role)[:1] for m in config.modalities}
+        return Needs(fused=config.modalities, whole=whole, views=views, masked=config.modalities, embeddings=())
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Two terms, `text` and `image`. Raises `UserError` where the fusion has not fused the masked views."""

@@ -24,7 +24,7 @@ from distill_core import (
     Views,
 )
 from distill_vl.clip_text import Positive, TextCollator, clip_vocabulary, lengths_of, to_device
-from distill_vl.masking import role_problems
+from distill_vl.masking import MASK_OPTION, role_problems
 from distill_vl.tokenizer import VOCABULARY, ClipTokenizer
 from distill_vl.transformer import LayerOutputs, Sequences, Transformer
 
@@ -99,6 +99,7 @@ class BertText(Backbone):
             config.width,
             config.dim,
             can_mask=config.masking is not None,
+            mask_option=MASK_OPTION,
             class_tokens=1,
             layers=config.layers,
             vocabulary=clip_vocabulary(config.vocabulary, config.context),

@@ -17,6 +17,8 @@ from distill_core import GLOBAL, ComponentConfig, ModalityPlan, did_you_mean
 Share = Annotated[float, Field(ge=0, le=1)]
 MASKED = "masked"
 """The usual role of a view that is there only to be masked."""
+MASK_OPTION = "masking: {roles: []}"
+"""`BackboneSpec.mask_option` of towers with the option `masking`."""
 LOG_ASPECT = math.log(0.3)
 """Blocks have aspects of 0.3 to 1 / 0.3, log-uniform (BEiT)."""
 ATTEMPTS = 10

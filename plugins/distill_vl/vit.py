@@ -28,7 +28,7 @@ from distill_core import (
     Views,
 )
 from distill_vl.attention_pooling import AttentionPooling
-from distill_vl.masking import MaskingConfig, draw_mask, patch_pixels, role_problems
+from distill_vl.masking import MASK_OPTION, MaskingConfig, draw_mask, patch_pixels, role_problems
 from distill_vl.transformer import DENSE, Activation, Sequences, Transformer
 
 Positive = Annotated[int, Field(gt=0)]
@@ -160,6 +160,7 @@ class VisionTransformer(Backbone):
             config.width,
             config.dim,
             can_mask=masked,
+            mask_option=MASK_OPTION,
             can_drop=True,
             class_tokens=config.class_tokens,
             layers=config.layers,

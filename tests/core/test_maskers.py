@@ -77,6 +77,26 @@ class Spotlight(Masker):
         return replace(group, keep=scores.topk(group.keep.shape[-1]).indices.sort(-1).values)
 
 
+class Attended(Masker):
+    """Hides as many tokens as are drawn: with a teacher's attention those that it reads most, without as they are."""
+
+    name = "attended"
+    hides = True
+
+    def draw(self, grid: tuple[int, ...], rng: np.random.Generator) -> Mask:
+        hidden = np.zeros(int(np.prod(grid)), bool)
+        hidden[rng.permutation(len(hidden))[: rng.integers(1, len(hidden))]] = True
+        return Mask(hidden=hidden)
+
+    def choose(self, group: Group, teacher: Mapping[str, Features]) -> Group:
+        if not teacher:
+            return group
+        attention = torch.stack([of_view.mean(1) for of_view in teacher["default"].attention.values()])  # [V, B, L]
+        assert group.token_mask is not None
+        rank = attention.argsort(-1, descending=True).argsort(-1)
+        return replace(group, token_mask=rank < group.token_mask.sum(-1, keepdim=True))
+
+
 class Recall(Loss):
     """Each time that a view is seen, the mean of its kept tokens comes near the teacher's mean of the others."""
 
@@ -119,7 +139,7 @@ class Plugin:
     @staticmethod
     @hookimpl
     def distill_components() -> list[type]:
-        return [Spotlight, Recall]
+        return [Spotlight, Attended, Recall]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +148,7 @@ def more(registry: Registry) -> Registry:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("component", [Spotlight, Recall], ids=lambda component: component.name)
+@pytest.mark.parametrize("component", [Spotlight, Attended, Recall], ids=lambda component: component.name)
 def test_conforms(component: type[Component]) -> None:
     assert_conforms(component)
 
@@ -222,6 +242,24 @@ def test_a_few_samples_at_a_time_see_the_same_masks(more: Registry) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-8, atol=1e-10)
 
 
+def test_where_tokens_are_hidden_follows_the_mask(more: Registry) -> None:
+    """What a worker has located (`Group.hidden`) stands for the mask that was drawn. Catches places of a mask that was
+    replaced, and a device that is waited for to locate one that was not."""
+    recipe = recipe_of(more, "masker.image=attended", "backbone.image.masking={roles: []}")
+    masker, views = recipe.maskers()["image"], example_batch(recipe, 5).views["image"]
+    (drawn,) = views.groups
+    (same,) = masker.chosen(views, {}).groups
+    assert same.hidden is drawn.hidden is not None
+    attention = torch.rand(5, 2, 36, generator=torch.Generator().manual_seed(0))
+    (other,) = masker.chosen(views, {"default": Features(torch.zeros(1, 5, 16), attention={0: attention})}).groups
+    assert other.token_mask is not None
+    assert drawn.token_mask is not None
+    assert torch.equal(other.token_mask.sum(-1), drawn.token_mask.sum(-1))
+    assert not torch.equal(other.token_mask, drawn.token_mask)
+    (places,) = other.places()
+    assert torch.equal(places, other.token_mask[0].flatten().nonzero()[:, 0])
+
+
 def test_a_sample_has_its_masks_whatever_the_batch(more: Registry) -> None:
     """A function of the sample's visit: catches draws by the batch, as public codes make them."""
     recipe = recipe_of(more)
@@ -268,7 +306,16 @@ FROZEN = (
         (FROZEN, "'spotlight' reads layers or the attention of the teacher 'default', which its cache lacks"),
         ("masker={imge: spotlight}", "masker.imge: no modality 'imge', did you mean 'image'?"),
         ("masker.image.role=local", "'spotlight': role: no view of 'image' has the role 'local'"),
-        ("masker={text: random_drop}", "'random_drop' drops tokens of 'text', which its backbone cannot"),
+        (
+            "masker={text: random_drop}",
+            "'random_drop' drops tokens of 'text', which backbone.text cannot: take another",
+        ),
+        (
+            "masker.image=attended",
+            "'attended' hides tokens of 'image', which backbone.image cannot: add `masking: {roles: []}` to its",
+        ),
+        ("masker={text: attended}", "'attended' hides tokens of 'text', which backbone.text cannot: take another"),
+        ("loss.1={name: gram}", "'gram' reads all tokens of global views of 'image', and masker.image drops some"),
         ("teacher=null", "'spotlight' needs a teacher; this recipe has none"),
         ("teacher.modalities=[text]", "'spotlight' needs a teacher of 'image'; this recipe's teacher sees none"),
         ("teacher.views=[global, repeated]", "views: only the student sees a view a second time"),

@@ -147,7 +147,8 @@ def test_what_inner_losses_need_is_refused_at_their_place(errors_of: Callable[..
         "loss.1=null",
     ) == [
         "--set loss.0: loss.0.inner.of.0: 'ibot' needs a teacher; this recipe has none",
-        "--set loss.0: loss.0.inner.of.0: 'ibot' needs masked views of 'image'; its backbone cannot hide tokens",
+        "--set loss.0: loss.0.inner.of.0: 'ibot' needs masked views of 'image'; its backbone cannot hide tokens "
+        "without its option `masking`",
     ]
     for loss, place in (("{name: ramped, inner: WHOLE}", "loss.0.inner"), ("WHOLE", "loss.0")):
         whole = "{name: whole, inner: {name: contrastive, weight: {name: ramp, start: 0, end: 1}}}"

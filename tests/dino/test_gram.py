@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from distill_core.batch import Batch, Views
-from distill_core.errors import RecipeErrors, UserError
-from distill_core.recipe.resolve import load_recipe
+from distill_core.errors import RecipeErrors
+from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.registry import Registry
 from distill_core.run.folder import RunFolder
 from distill_core.train import Trainer
@@ -106,17 +106,16 @@ def test_gram_of_masked_copies(steps: ModuleType, transcription: ModuleType) -> 
     assert made.losses(outputs).terms["gram"].item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_dropped_patches_are_refused(steps: ModuleType) -> None:
+def test_dropped_patches_are_refused(steps: ModuleType, registry: Registry) -> None:
     """Their tokens are fewer, and stand elsewhere."""
-    made = steps.objective(GRAM, recipe(steps))
-    batch = steps.batch()
-    for group in batch.views["image"].groups:
-        group.token_mask = None
-        group.keep = torch.zeros(*group.x.shape[:2], 1, dtype=torch.long)
-    with pytest.raises(
-        UserError, match=r"'gram' compares all patches of 'image'; its masker drops some: leave masker\.image out"
-    ):
-        made.losses(made.represent(batch, steps.PROGRESS))
+    text = recipe(steps).replace("masking: {}", "masking: {roles: []}").replace("LOSSES", GRAM)
+    parse_recipe(text, "r.yaml", registry=registry, overrides=["masker.image={name: random_drop, role: local}"])
+    with pytest.raises(RecipeErrors) as caught:
+        parse_recipe(text, "r.yaml", registry=registry, overrides=["masker.image=random_drop"])
+    assert caught.value.lines == [
+        "r.yaml:5: loss.0: 'gram' reads all tokens of global views of 'image', and masker.image drops some: leave it "
+        "out, or give it the `role` of other views"
+    ]
 
 
 def test_a_teacher_without_tokens_is_refused(tiny_recipe: Path, registry: Registry) -> None:

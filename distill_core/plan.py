@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
-from distill_core.errors import did_you_mean
-
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -231,7 +229,7 @@ class Plan:
             return f"{name!r} is only collated (it has no tower): leave it out, or give backbone.{name} a tower"
         if name in self.modalities or not self.complete:
             return None
-        return f"{name!r} is no modality of this recipe{did_you_mean(name, list(self.modalities))}"
+        return f"{name!r} is no modality of this recipe (there are: {', '.join(sorted(self.modalities))})"
 
     def teacher_views(self, teacher: str, modality: str) -> tuple[int, ...]:
         """The views of a modality that a teacher encodes; () of a teacher that the recipe lacks."""

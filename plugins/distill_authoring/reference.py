@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
 import json
+import re
+import textwrap
 import typing
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 from pydantic import BaseModel
 
+import distill_core
 from distill_core import Component, ComponentConfig, Loss, UserError, did_you_mean
 from distill_core.tools import Entry, Plugins, Recipe, Registry, catalogue, hookspecs
 
@@ -34,11 +40,13 @@ def write(out: Path, plugin: str | None = None) -> list[Path]:
 
 
 def pages(registry: Registry, plugins: Plugins) -> dict[str, str]:
-    """Path -> Markdown: an index, a page for each component, the recipe's sections, the interfaces, the commands."""
+    """Path -> Markdown: an index, a page for each component, the recipe's sections, the interfaces, what components are
+    given and return, the commands."""
     return {
         **component_pages(registry.entries.values(), registry),
         "recipe.md": _recipe(),
         "interfaces.md": _interfaces(registry),
+        "data_types.md": _data_types(),
         "commands.md": _commands(plugins),
     }
 
@@ -76,7 +84,7 @@ def _component(entry: Entry, interface: type[Component]) -> str:
         f"# {cls.name}",
         f"A component of kind [{cls.kind}](../interfaces.md#{cls.kind}), of the plugin `{entry.plugin}` "
         f"(package {entry.package}).",
-        _doc(cls),
+        _section(cls),
         "## Options",
     ]
     has_config = cls.Config not in (ComponentConfig, interface.Config)
@@ -115,9 +123,43 @@ def _interfaces(registry: Registry) -> str:
     parts += ["## Every component", _doc(Component)]
     parts.append(_listed(Component))
     for kind, interface in registry.interfaces.items():
-        parts += [f"## {kind}", f"`{interface.__module__}.{interface.__name__}`", _doc(interface)]
+        parts += [f"## {kind}", f"`{interface.__module__}.{interface.__name__}`", _section(interface)]
         parts.append(_listed(interface))
     return _joined(parts)
+
+
+def _data_types() -> str:
+    parts = [
+        "# Data types",
+        "The classes that components are given, return and raise, and the functions that they may call, beside the "
+        "[interfaces](interfaces.md). All are imported from `distill_core`.",
+    ]
+    public = {name: getattr(distill_core, name) for name in sorted(distill_core.HOMES, key=str.lower)}
+    for name, cls in public.items():
+        if isinstance(cls, type) and not issubclass(cls, Component | ComponentConfig):
+            rows = list(_attributes(cls))
+            parts += [f"## {name}", _section(cls)]
+            parts += [_table(("attribute", "type", ""), rows) if rows else "", _listed(cls)]
+    lines = [f"- `{name}{_signature(f)}`: {_line(f)}" for name, f in public.items() if inspect.isfunction(f)]
+    return _joined([*parts, "## Functions", "\n".join(lines)])
+
+
+def _attributes(cls: type) -> Iterator[tuple[str, str, str]]:
+    """(name, type, doc) of a dataclass's fields, and of any class's properties."""
+    if dataclasses.is_dataclass(cls):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        docs = {
+            ast.unparse(one.target): ast.literal_eval(after.value)
+            for one, after in pairwise(tree.body)
+            if isinstance(one, ast.AnnAssign) and isinstance(after, ast.Expr)
+        }
+        for field in dataclasses.fields(cls):
+            if not field.name.startswith("_"):
+                yield f"`{field.name}`", f"`{field.type}`", docs.get(field.name, "")
+    for name, member in vars(cls).items():
+        if isinstance(member, property) and not name.startswith("_"):
+            yield f"`{name}`", f"`{member.fget.__annotations__['return']}`", _doc(member)
 
 
 def _listed(cls: type) -> str:
@@ -204,6 +246,12 @@ def _line(method: Any) -> str:
 
 def _doc(thing: Any) -> str:
     return inspect.cleandoc(thing.__doc__ or "")
+
+
+def _section(thing: Any) -> str:
+    """The docstring, its paragraphs of aligned columns (shapes) as they stand."""
+    paragraphs = _doc(thing).split("\n\n")
+    return "\n\n".join(f"```text\n{p}\n```" if re.search(r"\S {2,}\S", p) else p for p in paragraphs)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

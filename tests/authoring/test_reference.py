@@ -1,6 +1,7 @@
 """Reference pages: generated from docstrings, complete, and a site that builds."""
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import distill_core
+from distill_core import Component, ComponentConfig
 from distill_core.cli import main
 from distill_core.commands import catalogue
 from distill_core.recipe.sections import Recipe
@@ -66,6 +69,25 @@ def test_sections_interfaces_and_commands(out: Path, registry: Registry) -> None
         assert interface.__name__ in interfaces
     for name in ("distill run", "distill check-plugin", "distill bench step", "distill bench data"):
         assert f"\n## {name}\n" in commands
+
+
+def test_data_types_are_described_with_their_fields(out: Path) -> None:
+    """What a component's author looks up: would catch a public class or function without an entry, and a field without
+    the docstring below it."""
+    page = (out / "data_types.md").read_text()
+    sections = {text.partition("\n")[0]: text for text in page.split("\n## ")}
+    for name in distill_core.HOMES:
+        thing = getattr(distill_core, name)
+        if inspect.isfunction(thing):
+            assert f"\n- `{name}(" in sections["Functions"]
+        elif isinstance(thing, type) and not issubclass(thing, Component | ComponentConfig):
+            assert name in sections
+    assert {"Mask", "Scheduled", "Group", "Needs", "BadSample"} <= sections.keys()
+    assert "| `mask` | `MaskPlan \\| None` | What its masker does" in sections["ModalityPlan"]
+    assert "| `weight` | `float` | Of this rank's mean" in sections["Outputs"]
+    assert "- `dropped(tokens)`: Which of its L tokens" in sections["Group"]
+    assert "```text\nkeep   [L'] int64" in sections["Mask"], "columns stay aligned"
+    assert not re.search(r" at 0x[0-9a-f]+", page)
 
 
 def test_one_plugins_pages_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

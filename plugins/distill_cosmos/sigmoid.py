@@ -1,4 +1,4 @@
-"""COSMOS's two losses with SigLIP's sigmoid (arXiv 2303.15343, equation 1) in InfoNCE's place."""
+"""COSMOS's two losses with SigLIP's sigmoid (arXiv 2303.15343, section 3.2) in InfoNCE's place."""
 
 from __future__ import annotations
 

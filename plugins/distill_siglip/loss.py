@@ -1,4 +1,4 @@
-"""SigLIP's loss (section 3.2, equation 1), its negatives gathered or travelling round a ring (section 3.3)."""
+"""SigLIP's loss (section 3.2), its negatives gathered or travelling round a ring (section 3.3)."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class SigmoidConfig(ContrastiveConfig):
 
 class Sigmoid(ContrastiveLoss):
     """Base: as `ContrastiveLoss`, but each pair of rows is a yes or no of its own, with a learned bias (SigLIP, arXiv
-    2303.15343, equation 1)."""  # fmt: skip
+    2303.15343, section 3.2)."""  # fmt: skip
 
     Config: ClassVar[type[ComponentConfig]] = SigmoidConfig
 

@@ -51,7 +51,7 @@ def outputs() -> Outputs:
 
 
 def pair(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's equation 1 for two views [B, D]."""
+    """SigLIP's loss (section 3.2) for two views [B, D]."""
     total = torch.zeros((), dtype=torch.float64)
     for i in range(len(a)):
         for j in range(len(b)):

@@ -59,7 +59,7 @@ UNNAMED = {
     "silc_vitb16": (64, 16_384, 20e9, 1e-3, 0.1, [0.9, 0.98]),
     "tips_vitb14": (64, 16_384, 70 * 117e6, 5e-4, 0.01, [0.9, 0.98]),
     "tips2_vitb14": (64, 8192, 90_000 * 8192, 5e-4, 0.01, [0.9, 0.98]),
-    "flava_vitb16": (64, 8192, 100_000 * 8192, 1e-3, 0.1, [0.9, 0.999]),
+    "flava_vitb16": (64, 8192, 150_000 * 8192, 1e-3, 0.1, [0.9, 0.999]),
 }
 """Those whose data the user names: they are not public, or in no shards that are."""
 ALONE = [file for file in FILES if file.stem.endswith("imagenet")]
@@ -93,6 +93,8 @@ def test_a_recipe_of_data_that_the_user_names(name: str, registry: Registry, mon
     assert (image["width"], image["layers"], image["heads"]) == (768, 12, 12)
     assert image["patch"] == int(name.partition("vitb")[2])
     assert image["pooling"] == ("attention" if name.startswith("siglip") else "class_token")
+    if name.startswith("siglip"):
+        assert resolved["backbone"]["text"]["context"] == 16
     if name.startswith("silc"):
         assert (crops["global"], crops["local"], crops["size"], crops["local_size"]) == (2, 8, 256, 96)
         assert resolved["teacher"]["momentum"] == 0.966

@@ -29,7 +29,7 @@ def multi_view_sigmoid(
 
     Entry (u, v) is the mean over rows i of the sum over columns j of
     -log sigmoid(t (scale a_i . b_j + bias)), t = +1 where j is i's own row, -1 elsewhere (SigLIP,
-    arXiv 2303.15343, equation 1). Embeddings are taken as they are: the caller normalises them. Logits are
+    arXiv 2303.15343, section 3.2). Embeddings are taken as they are: the caller normalises them. Logits are
     computed in at least fp32, whatever the input dtype and whether autocast is on; the result has that
     dtype. Over no rows the mean is NaN, as elsewhere in PyTorch.
 

@@ -22,17 +22,19 @@ def distill_components() -> list[type]:
     from distill_vl.caption_readers import READERS
     from distill_vl.captioning import Captioning
     from distill_vl.clip_text import ClipText
-    from distill_vl.contrastive import Contrastive
+    from distill_vl.contrastive import Contrastive, PairedContrastive
     from distill_vl.decoders import CaptionDecoder, PrefixDecoder
     from distill_vl.masked_text import BertText
     from distill_vl.maskers import RandomDrop
     from distill_vl.multi_crop import MultiCrop
     from distill_vl.random_crop import RandomCrop
+    from distill_vl.region_crops import RegionCrops
     from distill_vl.vit import VisionTransformer
 
-    views = [MultiCrop, RandomCrop, WholeCaption, CaptionAwareFlips, RandomDrop]
+    views = [MultiCrop, RandomCrop, WholeCaption, CaptionAwareFlips, RegionCrops, RandomDrop]
     towers = [VisionTransformer, ClipText, BertText]
-    return [*views, *towers, CaptionDecoder, PrefixDecoder, Contrastive, Captioning, *READERS]
+    losses = [Contrastive, PairedContrastive, Captioning]
+    return [*views, *towers, CaptionDecoder, PrefixDecoder, *losses, *READERS]
 
 
 @hookimpl

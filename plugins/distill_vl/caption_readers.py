@@ -65,10 +65,10 @@ class JsonCaptions(CaptionReader):
         return self.named(sample, self.fields)
 
     def named(self, sample: Sample, names: Iterable[str]) -> dict[str, list[str]]:
-        return _texts(_json(sample), names)
+        return _texts(json_of(sample), names)
 
     def references(self, sample: Sample) -> list[str] | None:
-        return _texts(_json(sample), ("references",)).get("references")
+        return _texts(json_of(sample), ("references",)).get("references")
 
 
 class DreamLip(JsonCaptions):
@@ -135,7 +135,7 @@ class Auto(Txt):
     name = "auto"
 
     def captions(self, sample: Sample) -> dict[str, list[str]]:
-        document = _json(sample)
+        document = json_of(sample)
         layouts: list[type[JsonCaptions]] = [DreamLip, PixelProse, Sentences]
         if "txt" not in sample:
             layouts += [References, Img2Dataset]
@@ -151,7 +151,8 @@ READERS: tuple[type[JsonCaptions], ...] = (
 )  # fmt: skip
 
 
-def _json(sample: Sample) -> Mapping[str, Any]:
+def json_of(sample: Sample) -> Mapping[str, Any]:
+    """The sample's json, an object; {} where there is none. Raises `BadSample`."""
     if "json" not in sample:
         return {}
     try:

@@ -24,6 +24,7 @@ from distill_vl.decoders import CaptionDecoder, CaptionDecoderConfig
 from distill_vl.masked_text import BertText
 from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 from distill_vl.pictures import PictureAugmentation, PictureConfig
+from distill_vl.region_crops import RegionCrops
 from distill_vl.vit import VisionTransformer, VisionTransformerConfig
 
 WORDS = ("a", "red", "old", "bird", "boat", "by", "the", "sea")
@@ -136,7 +137,15 @@ def picture_and_caption(config: object) -> dict[str, Augmentation]:
     return {"image": MultiCrop(crops), "text": WholeCaption(TakeConfig())}
 
 
+def regions(config: object, rng: np.random.Generator) -> Sample:
+    """A picture with a caption, and three regions."""
+    corners, words = rng.uniform(0, 0.5, (3, 2)), sentences(rng)
+    listed = [{"box": [x, y, x + 0.3, y + 0.4], "text": text} for (x, y), text in zip(corners, words, strict=False)]
+    return {**noise_png(PictureConfig(), rng), "json": json.dumps({"caption": words[3], "regions": listed}).encode()}
+
+
 CASES = [
+    ConformanceCase(RegionCrops, sample=regions, parts=picture_and_caption),
     ConformanceCase(CaptionAwareFlips, sample=said_sides, parts=picture_and_caption),
     ConformanceCase(PictureAugmentation, sample=noise_png),
     ConformanceCase(CaptionAugmentation, sample=captions),

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distill_core import (
+    LOCAL,
     ComponentConfig,
     Loss,
     LossConfig,
@@ -170,3 +171,42 @@ class Contrastive(ContrastiveLoss):
         ((a, b),) = self.sides(outputs)
         pairs = self.pairs(a, b)
         return {"contrastive": pairs.mean()}, self.metrics()
+
+
+class PairedConfig(ContrastiveConfig):
+    """Which views are pairs."""
+
+    role: str = LOCAL
+    """The i-th view of this role of one modality goes with the i-th of the other, as local ones of `region_crops`."""
+
+
+class PairedContrastive(ContrastiveLoss):
+    """Mean over i of InfoNCE(i-th view of a role of the first modality, i-th of the second), over the global batch."""
+
+    name = "paired_contrastive"
+    Config = PairedConfig
+
+    def __init__(self, config: PairedConfig, plan: Plan) -> None:
+        super().__init__(config, plan)
+        a, b = (plan.modalities[modality].views(config.role) for modality in config.modalities)
+        self.numbers = list(zip(a, b, strict=True))
+
+    @classmethod
+    def needs(cls, config: PairedConfig, plan: Plan) -> Needs:
+        return Needs(student=config.modalities, views={modality: {config.role: 1} for modality in config.modalities})
+
+    @classmethod
+    def problems(cls, config: PairedConfig, plan: Plan) -> Iterable[str]:
+        yield from super().problems(config, plan)
+        counts = {m: len(plan.modalities[m].views(config.role)) for m in config.modalities if m in plan.modalities}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{count} of {modality!r}" for modality, count in counts.items())
+            yield f"{cls.name!r} pairs {config.role} views, of which there are {listed}: make them as many"
+
+    def sides(self, outputs: Outputs) -> Sequence[tuple[Rows, Rows]]:
+        a, b = (outputs.student[modality].rows for modality in self.config.modalities)
+        return [(a[[i]], b[[j]]) for i, j in self.numbers]
+
+    def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        pairs = [self.pairs(a, b) for a, b in self.sides(outputs)]
+        return {"paired_contrastive": torch.cat(pairs).mean()}, self.metrics()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -9,7 +10,16 @@ from pydantic import Field, model_validator
 
 from distill_core import GLOBAL, LOCAL, Sample, View
 from distill_vl.masking import MASKED
-from distill_vl.pictures import Area, Crop, PictureAugmentation, Probability, RecolourConfig, crop_box, draw_colours
+from distill_vl.pictures import (
+    Area,
+    Box,
+    Crop,
+    PictureAugmentation,
+    Probability,
+    RecolourConfig,
+    crop_box,
+    draw_colours,
+)
 
 
 class MultiCropConfig(RecolourConfig):
@@ -59,20 +69,30 @@ class MultiCrop(PictureAugmentation):
         sides = {LOCAL: config.local_size}
         return tuple((3, *[sides.get(role, config.size)] * 2) for role in cls.roles(config))
 
-    def train_views(self, sample: Sample, rng: np.random.Generator) -> list[View]:
-        """uint8; `PictureAugmentation.on_device` normalises them."""
+    def train_views(
+        self, sample: Sample, rng: np.random.Generator, local_boxes: Callable[[int, int], Sequence[Box]] | None = None
+    ) -> list[View]:
+        """uint8; `PictureAugmentation.on_device` normalises them.
+
+        `local_boxes` returns the boxes of the local crops, `local` of them, for the picture's width and height; None
+        draws them. It is called once, before anything is drawn here.
+        """
         config = self.config
 
-        def crop(number: int, width: int, height: int) -> Crop:
+        def crop(number: int, width: int, height: int, box: Box | None) -> Crop:
             first, large = number == 0, number < config.globals_
             blur = config.blur[0 if first else 1 if large else 2]
             solarise = config.solarise if large and not first else 0.0
-            box = crop_box(width, height, config.global_scale if large else config.local_scale, rng)
+            box = box or crop_box(width, height, config.global_scale if large else config.local_scale, rng)
             flip = rng.random() < config.flip
             colours = draw_colours(config, rng, blur=blur, solarise=solarise)
             side = config.size if large else config.local_size
             return Crop(box, side, flip, GLOBAL if large else LOCAL, colours if config.recolour else None)
 
-        count = config.globals_ + config.local
-        views = self.train_crops(sample, lambda width, height: [crop(i, width, height) for i in range(count)])
+        def draw(width: int, height: int) -> list[Crop]:
+            local = local_boxes(width, height) if local_boxes else [None] * config.local
+            boxes = [*[None] * config.globals_, *local]
+            return [crop(number, width, height, box) for number, box in enumerate(boxes)]
+
+        views = self.train_crops(sample, draw)
         return views + [View(view.data, MASKED, extra=view.extra) for view in views[: config.masked]]

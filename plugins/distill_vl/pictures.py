@@ -41,6 +41,8 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Radius = Annotated[float, Field(ge=0)]
 Format = Literal["avif", "bmp", "gif", "jpeg", "jpeg2000", "png", "ppm", "tiff", "webp"]
 """What Pillow decodes by itself; others may start a program, as EPS does Ghostscript."""
+Box = tuple[int, int, int, int]
+"""Left, top, width and height in pixels."""
 LOG_ASPECT = math.log(4 / 3)
 """Aspects of crops are log-uniform in 3/4..4/3."""
 SPARE = 1.5
@@ -103,8 +105,7 @@ def draw_colours(config: RecolourConfig, rng: np.random.Generator, *, blur: floa
 class Crop:
     """What is drawn for one view of a picture."""
 
-    box: tuple[int, int, int, int]
-    """Left, top, width and height in pixels."""
+    box: Box
     side: int
     """Pixels of the view's side."""
     flip: bool = False
@@ -333,10 +334,8 @@ def to_eight_bits(picture: Image.Image) -> Image.Image:
     return grey
 
 
-def crop_box(
-    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random crop: area share uniform in `scale`, aspect log-uniform in 3/4..4/3.
+def crop_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """The box of a random crop: area share uniform in `scale`, aspect log-uniform in 3/4..4/3.
 
     After ten draws that do not fit, the largest centred box of an allowed aspect (as torchvision does).
     """

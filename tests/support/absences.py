@@ -57,6 +57,7 @@ RECIPES = {
     "clip": _recipe("clip"),
     "siglip": _recipe("siglip"),
     "contrastive": _recipe("contrastive"),
+    "paired_contrastive": _recipe("paired_contrastive"),
     "sigmoid_contrastive": _recipe("sigmoid_contrastive"),
     "distillation": _cosmos("cross_modal_distillation"),
     "image distillation": _cosmos("cross_modal_distillation, pairs: [image_to_image]"),

@@ -50,13 +50,13 @@ if TYPE_CHECKING:
     from distill_core.parallel import lay_out as lay_out
     from distill_core.parallel import one_graph_each as one_graph_each
     from distill_core.recipe.build import build_objective as build_objective
-    from distill_core.recipe.checks import unmet as unmet
     from distill_core.recipe.document import Document as Document
     from distill_core.recipe.document import located as located
     from distill_core.recipe.document import read_document as read_document
     from distill_core.recipe.document import read_file as read_file
     from distill_core.recipe.named import recipe_file as recipe_file
     from distill_core.recipe.named_source import read_source as read_source
+    from distill_core.recipe.needs import unmet as unmet
     from distill_core.recipe.resolve import Override as Override
     from distill_core.recipe.resolve import load_recipe as load_recipe
     from distill_core.recipe.sections import ParallelConfig as ParallelConfig
@@ -133,7 +133,7 @@ HOMES = {
     "compile_units": "distill_core.parallel",
     "one_graph_each": "distill_core.parallel",
     "build_objective": "distill_core.recipe.build",
-    "unmet": "distill_core.recipe.checks",
+    "unmet": "distill_core.recipe.needs",
     "Document": "distill_core.recipe.document",
     "located": "distill_core.recipe.document",
     "read_document": "distill_core.recipe.document",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,21 @@ def build_objective(recipe: Recipe) -> Objective:
     for name, node in recipe.all_teachers.items():
         objective.add_teacher(name, of_run(node).build)
     return objective
+
+
+class NeedsMemory(Exception):
+    """Some component cannot be built without memory; the message names the error that it met."""
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """What is built here has names and shapes, and no values. Raises `NeedsMemory`."""
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as error:  # a component of a plugin may do anything
+        why = next(iter(str(error).splitlines()), "")
+        raise NeedsMemory(f"the model cannot be built without memory: {type(error).__name__}: {why}") from error
 
 
 def load_weights(recipe: Recipe, objective: Objective) -> list[LoadReport]:

@@ -1,4 +1,4 @@
-"""YAML text -> plain data that remembers where each value came from; `--set` overrides; `${NAME}` expansion.
+"""YAML text -> plain data that remembers where each value came from, and back; `--set`; `${NAME}` expansion.
 
 The grammar is YAML 1.2's core schema where PyYAML's 1.1 surprises: `5e-4` is a number, `off` is a string, a key given
 twice is an error. Paths are dotted: `loss.1.weight`; an item of a list may also be named by its `id` or `name`.
@@ -272,3 +272,30 @@ def _read(text: str) -> tuple[Any, dict[KeyPath, int]]:
     if problems:
         raise _NotPlain(problems)
     return data, lines
+
+
+class _Dumper(yaml.SafeDumper):
+    def represent_data(self, data: Any) -> yaml.Node:
+        node = super().represent_data(data)
+        small = isinstance(data, list) and all(not isinstance(item, dict | list) for item in data)
+        if isinstance(node, yaml.SequenceNode) and small:
+            node.flow_style = True
+        return node
+
+
+def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
+    text = repr(value)
+    if text in ("inf", "-inf", "nan"):
+        text = text.replace("inf", ".inf").replace("nan", ".nan")
+    # PyYAML reads 1e-05 as a string, `_Loader` as a number: written so that both agree
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _represent_float)
+
+
+def write_data(data: Any) -> str:
+    """Plain data as YAML; `read_document` of it gives the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)

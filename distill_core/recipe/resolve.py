@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from pydantic import ValidationError
 
 from distill_core.contracts.slot import PLACE, Context, Slot
 from distill_core.errors import KeyPath, RecipeErrors
-from distill_core.recipe.checks import Draft, part_problems, problems, stage_problems, unknown_score, unread
+from distill_core.recipe.build import NeedsMemory
+from distill_core.recipe.checks import problems, unknown_score, unread
 from distill_core.recipe.document import Document, located, read_document, read_file
+from distill_core.recipe.draft import Draft, Problem
 from distill_core.recipe.messages import messages
 from distill_core.recipe.named import recipe_file
+from distill_core.recipe.part_paths import unknown_paths, unknown_paths_of_model
 from distill_core.recipe.places import Place, places
 from distill_core.recipe.sections import Recipe
+from distill_core.recipe.stages import stage_problems, unfit_weights
 from distill_core.registry import Registry
 
 Override = str | tuple[str, str]
@@ -142,21 +147,17 @@ class _Resolver:
             draft = Draft.without(wrong, self.document, context.slots, self.registry)
         else:
             draft = Draft.of(recipe, self.document, context.slots)
-        for path, message in problems(draft):
-            self._error(path, message)
-        # a run's own recipe is read with other tasks, too, to score it
-        if not self.recorded and (problem := unknown_score(draft)):
-            self._error(("train", "checkpoint", "best"), problem)
+        self._refuse(problems(draft), unknown_paths(draft))
+        if not self.recorded:  # a run's own recipe is read with other tasks, too, to score it
+            self._refuse(unknown_score(draft))
         self._raise()
         assert recipe is not None
-        wrong_parts, unchecked = part_problems(recipe)
-        for path, message in wrong_parts:
-            self._error(path, message)
+        later = "freeze, train.lr_factors, train.lr_decay: their paths are checked only when training starts"
+        unchecked = self._refuse_built(unknown_paths_of_model(recipe), later)
         self._raise()
         stages, of_stages = self._stages(recipe)
-        unchecked += of_stages
         return recipe.with_stages(*stages).with_warnings(
-            *warnings, *self._own_defaults(context.slots), *unchecked, *unread(recipe)
+            *warnings, *self._own_defaults(context.slots), *unchecked, *of_stages, *unread(recipe)
         )
 
     def _stages(self, recipe: Recipe) -> tuple[list[Recipe], list[str]]:
@@ -184,9 +185,10 @@ class _Resolver:
                 wrong.setdefault(line.replace(resolver.stage, "", 1), line)
         if wrong:
             raise RecipeErrors([*wrong.values()])
-        wrong_stages, unchecked = stage_problems(recipe, stages)
-        for place, message in wrong_stages:
-            self._error(place, message)
+        self._refuse(stage_problems(recipe, stages))
+        unchecked = self._refuse_built(
+            unfit_weights(recipe, stages), "stages: whether weights fit is checked only when a stage begins"
+        )
         self._raise()
         return stages, list(dict.fromkeys([*unchecked, *(line for stage in stages for line in stage.warnings)]))
 
@@ -217,6 +219,18 @@ class _Resolver:
     def _option_names(self, path: KeyPath) -> list[str]:
         """What may be written at a path."""
         return [name for place in self._places() if place.path == path for name in place.option_names()]
+
+    def _refuse(self, *problems: Iterable[Problem]) -> None:
+        for path, message in chain(*problems):
+            self._error(path, message)
+
+    def _refuse_built(self, problems: Iterable[Problem], later: str) -> list[str]:
+        """`_refuse` what a model that is built without memory shows; a warning where it cannot be built so."""
+        try:
+            self._refuse(problems)
+        except NeedsMemory as error:
+            return [f"{later}, since {error}"]
+        return []
 
     def _error(self, path: KeyPath, message: str, at: KeyPath | None = None) -> None:
         """`at`: the part that caused the error, if the message is about something above it."""

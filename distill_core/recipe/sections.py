@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, cast
 
 import torch
-import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
-from distill_core.batch import REPEATED
 from distill_core.contracts.balance import Balance
 from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.contracts.hook import Hook
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.nested import needs_of, slots_in
 from distill_core.contracts.optimizer import Optimizer
-from distill_core.contracts.optional import TokenPooling
-from distill_core.contracts.raw import Raw
 from distill_core.contracts.schedule import NotNegative, Scheduled, step_of
 from distill_core.contracts.shared import MayShare, SharedSlot
 from distill_core.contracts.slot import NullIsDefault, Slot, Unnamed, default_component
@@ -32,21 +27,13 @@ from distill_core.contracts.teacher import Teacher
 from distill_core.contracts.tracker import Tracker
 from distill_core.contracts.weights import WeightLoader
 from distill_core.data.fields import FieldConfig
-from distill_core.errors import UserError
+from distill_core.errors import KeyPath, UserError
 from distill_core.gradients import GradientLimit
 from distill_core.interfaces import Augmentation, Backbone, Collator, FusionHead, Head, JointAugmentation, Loss
 from distill_core.outputs import Progress
-from distill_core.plan import (
-    DEFAULT_TEACHER,
-    FieldPlan,
-    HeadPlan,
-    MaskPlan,
-    ModalityPlan,
-    Needs,
-    Plan,
-    TeacherPlan,
-    joined,
-)
+from distill_core.plan import DEFAULT_FUSION, DEFAULT_TEACHER, Needs, Plan, joined
+from distill_core.recipe.document import write_data
+from distill_core.recipe.plans import Parts, is_raw, plan_of
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -302,17 +289,18 @@ class Recipe(ComponentConfig):
     @cached_property
     def plan(self) -> Plan:
         """What is known of it before anything is built. Raises `UserError` where a backbone cannot tell its widths."""
-        return plan_of(
-            self.augment,
-            self.joint,
-            self.backbone,
-            self.masker,
-            self.all_teachers,
-            self.fusion,
-            self.data,
-            self.heads,
-            self.fusions,
+        parts = Parts(
+            augment=self.augment,
+            joint=self.joint,
+            backbone=self.backbone,
+            masker=self.masker,
+            fusions=self.all_fusions,
+            heads=self.heads,
+            teachers=self.all_teachers,
+            fields=self.data.fields,
+            optional=self.data.optional,
         )
+        return plan_of(parts, _refuse)
 
     @property
     def augment(self) -> dict[str, Slot[Augmentation]]:
@@ -349,14 +337,18 @@ class Recipe(ComponentConfig):
         return {name: slot.build(name, self.plan) for name, slot in self.masker.items()}
 
     @property
+    def all_fusions(self) -> dict[str, Slot[FusionHead]]:
+        """By name, that of the section `fusion` first."""
+        return {**({DEFAULT_FUSION: self.fusion} if self.fusion is not None else {}), **self.fusions}
+
+    @property
     def all_teachers(self) -> dict[str, Slot[Teacher]]:
         """By name, that of the section `teacher` first."""
         return {**({DEFAULT_TEACHER: self.teacher} if self.teacher is not None else {}), **self.teachers}
 
     def needs(self) -> list[tuple[Slot[Any], Needs]]:
         """What the fusions, the heads and each loss need, with what is inside them, and each masker."""
-        fusions = [*([self.fusion] if self.fusion else []), *self.fusions.values()]
-        slots: list[Slot[Any]] = [*fusions, *self.heads.values(), *self.loss]
+        slots: list[Slot[Any]] = [*self.all_fusions.values(), *self.heads.values(), *self.loss]
         of_maskers = [(slot, slot.cls.reads(slot.config, name, self.plan)) for name, slot in self.masker.items()]
         return [*((slot, needs_of(slot.cls, slot.config, self.plan)) for slot in slots), *of_maskers]
 
@@ -390,130 +382,7 @@ class Recipe(ComponentConfig):
 
     def to_yaml(self) -> str:
         """The recipe as YAML, with every default; loading it again gives the same recipe."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
-
-
-def plan_of(
-    augment: Mapping[str, Slot[Augmentation]],
-    joint: Mapping[str, Slot[JointAugmentation]],
-    backbone: Mapping[str, Slot[Backbone]],
-    masker: Mapping[str, Slot[Masker]],
-    teachers: Mapping[str, Slot[Teacher]],
-    fusion: Slot[FusionHead] | None,
-    data: DataConfig,
-    heads: Mapping[str, Slot[Head]],
-    fusions: Mapping[str, Slot[FusionHead]],
-) -> Plan:
-    """The plan of the modalities that both name. Raises `UserError` where a backbone cannot tell its widths."""
-    names = [name for name in augment if name in backbone]
-    modalities = {name: modality_plan(augment[name], backbone[name], name in data.optional) for name in names}
-    for key, slot in joint.items():
-        modalities |= joint_plans(key, slot, modalities)
-    raw = {name: modalities.pop(name) for name in names if is_raw(backbone[name])}
-    together = {key: joint_tower_plan(key, backbone[key], modalities | raw) for key in joint_towers(backbone)}
-    modalities |= {name: masked_plan(modalities[name], slot) for name, slot in masker.items() if name in modalities}
-    modalities |= together
-    plans: dict[str, TeacherPlan] = {}
-    for name, teacher in teachers.items():
-        plans[name] = teacher_plan(teacher, modalities, plans)
-    fields = field_plans(data.fields, data.optional)
-    named = {name: pools(slot) for name, slot in fusions.items()}
-    plan = Plan(modalities, plans, fusion is not None, pools(fusion), fields, named, raw=raw)
-    return replace(plan, heads={name: head_plan(slot, plan) for name, slot in heads.items()})
-
-
-def joint_towers(names: Iterable[str]) -> list[str]:
-    """Those keys of `backbone` that name several modalities."""
-    return [key for key in names if len(joined(key)) > 1]
-
-
-def joint_tower_plan(key: str, slot: Slot[Backbone], modalities: Mapping[str, ModalityPlan]) -> ModalityPlan:
-    """Of a tower of several modalities, by the plans of these. Raises `UserError` where their views do not pair."""
-    parts = {name: modalities[name] for name in joined(key)}
-    roles: list[str] = []
-    for role in slot.config.views:
-        counts = {name: len(part.views(role)) for name, part in parts.items()}
-        if len(set(counts.values())) > 1 or 0 in counts.values():
-            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            raise UserError(f"{slot.cls.name!r} pairs the {role} views of its modalities, of which there are {listed}")
-        roles += [role] * next(iter(counts.values()))
-    optional = any(part.optional for part in parts.values())
-    return ModalityPlan(tuple(roles), slot.cls.spec(slot.config), optional=optional, parts=parts)
-
-
-def is_raw(backbone: Slot[Backbone]) -> bool:
-    """Whether its modality is only collated."""
-    return issubclass(backbone.cls, Raw)
-
-
-def head_plan(head: Slot[Head], plan: Plan) -> HeadPlan:
-    """Raises `MissingModality` where it names one that the plan lacks."""
-    return HeadPlan(head.cls, head.config, needs_of(head.cls, head.config, plan))
-
-
-def field_plans(fields: Mapping[str, FieldConfig], optional: Collection[str]) -> dict[str, FieldPlan]:
-    """What is known of the samples' fields."""
-    return {name: FieldPlan(field.shape, field.dtype, name in optional) for name, field in fields.items()}
-
-
-def pools(fusion: Slot[FusionHead] | None) -> bool:
-    """Whether a loss may call `TokenPooling.pool` of the fusion; of none, nothing is wrong in that."""
-    return fusion is None or issubclass(fusion.cls, TokenPooling)
-
-
-def modality_plan(augment: Slot[Augmentation], backbone: Slot[Backbone], optional: bool = False) -> ModalityPlan:
-    """Of one that is not masked. Raises `UserError` where the backbone cannot tell its widths."""
-    return ModalityPlan(
-        roles=augment.cls.roles(augment.config),
-        spec=backbone.cls.spec(backbone.config),
-        augment=augment.config,
-        shapes=augment.cls.shapes(augment.config),
-        extras=augment.cls.extras(augment.config),
-        optional=optional,
-    )
-
-
-def masked_plan(plan: ModalityPlan, masker: Slot[Masker]) -> ModalityPlan:
-    """The plan with the views that the student sees of a modality that is masked."""
-    role, times = masker.config.role, masker.cls.times(masker.config)
-    own = plan.views(role) * (times - 1)
-    return replace(
-        plan,
-        roles=(*plan.roles, *(REPEATED for _ in own)),
-        shapes=None if plan.shapes is None else (*plan.shapes, *(plan.shapes[view] for view in own)),
-        extras=(*plan.extras, *masker.cls.extras(masker.config)),
-        mask=MaskPlan(role, times, masker.cls.drops, masker.cls.hides),
-    )
-
-
-def joint_plans(
-    key: str, slot: Slot[JointAugmentation], modalities: Mapping[str, ModalityPlan]
-) -> dict[str, ModalityPlan]:
-    """The plans of the modalities that it names, of those of their own augmentations. Raises `UserError`."""
-    own = {name: modalities[name] for name in joined(key)}
-    try:
-        plans = slot.cls.plans(slot.config, own)
-    except ValueError as error:
-        raise UserError(f"{slot.cls.name!r}: {error}") from error
-    return {name: replace(plans[name], joint=key) for name in own}
-
-
-def teacher_plan(
-    teacher: Slot[Teacher], modalities: Mapping[str, ModalityPlan], before: Mapping[str, TeacherPlan]
-) -> TeacherPlan:
-    """What a teacher encodes of these modalities; `before`: the teachers that stand before it. Raises `UserError` where
-    its backbones cannot tell their widths."""
-    config = teacher.config
-    specs = teacher.cls.specs(config, {name: modality.spec for name, modality in modalities.items()})
-    views: dict[str, tuple[int, ...]] = {}
-    for name, modality in modalities.items():
-        own = tuple(i for i, role in enumerate(modality.roles) if role in config.views)
-        if own and name in specs and (config.modalities is None or name in config.modalities):
-            views[name] = own
-    parts, source = teacher.cls.parts(config), before.get(teacher.cls.source(config) or "")
-    if parts is None and source is not None:
-        parts = source.parts  # it can have no others
-    return TeacherPlan(views, {name: specs[name] for name in views}, parts)
+        return write_data(self.to_dict())
 
 
 def _schedules(value: Any, path: str = "") -> Iterator[tuple[str, Scheduled[Any]]]:
@@ -533,47 +402,5 @@ def _schedules(value: Any, path: str = "") -> Iterator[tuple[str, Scheduled[Any]
         yield from _schedules(item, f"{path}.{key}" if path else str(key))
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Path -> (what it was, what it is), of the options in which two of `Recipe.to_dict` differ.
-
-    Of a component in another's place the names alone; a list of another length as a whole.
-    """
-    return {path: pair for key in {**old, **new} for path, pair in _changes(old.get(key), new.get(key), key)}
-
-
-def _changes(old: Any, new: Any, path: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if old == new:
-        return
-    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
-    if lists and all(isinstance(item, Mapping) for item in [*old, *new]):
-        for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _changes(a, b, f"{path}.{i}")
-    elif not (isinstance(old, Mapping) and isinstance(new, Mapping)):
-        yield path, (old, new)
-    elif old.get("name") != new.get("name"):
-        yield f"{path}.name", (old.get("name"), new.get("name"))
-    else:
-        for key in {**old, **new}:
-            yield from _changes(old.get(key), new.get(key), f"{path}.{key}")
-
-
-class _Dumper(yaml.SafeDumper):
-    def represent_data(self, data: Any) -> yaml.Node:
-        node = super().represent_data(data)
-        small = isinstance(data, list) and all(not isinstance(item, dict | list) for item in data)
-        if isinstance(node, yaml.SequenceNode) and small:
-            node.flow_style = True
-        return node
-
-
-def _represent_float(dumper: _Dumper, value: float) -> yaml.Node:
-    text = repr(value)
-    if text in ("inf", "-inf", "nan"):
-        text = text.replace("inf", ".inf").replace("nan", ".nan")
-    # PyYAML reads 1e-05 as a string, ours as a number: write it so that both agree
-    if "e" in text and "." not in text:
-        text = text.replace("e", ".0e")
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
-_Dumper.add_representer(float, _represent_float)
+def _refuse(place: KeyPath, line: str) -> None:
+    raise UserError(f"{'.'.join(map(str, place))}: {line}")

@@ -20,7 +20,8 @@ from distill_core.errors import DataError, UserError, counted
 from distill_core.objective import Objective
 from distill_core.outputs import Features
 from distill_core.recipe.build import build_objective
-from distill_core.recipe.sections import Recipe, changes
+from distill_core.recipe.changes import changes
+from distill_core.recipe.sections import Recipe
 from distill_core.run.assembly import make_loader, prepare_process
 from distill_core.run.state import Length
 from distill_core.system import distributed

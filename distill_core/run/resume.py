@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distill_core.errors import RecipeErrors, UserError
-from distill_core.recipe.sections import changes
+from distill_core.recipe.changes import changes
 from distill_core.run.checkpoint import Checkpoint, Checkpoints
 from distill_core.run.display import Display
 from distill_core.run.folder import RunFolder

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from distill_core.errors import RecipeErrors
+from distill_core.recipe.changes import changes
 from distill_core.recipe.resolve import load_recipe
-from distill_core.recipe.sections import changes
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
 from distill_core.run.folder import RunFolder

@@ -30,7 +30,7 @@ from distill_core import (
 )
 from distill_core.objective import Objective
 from distill_core.presence import Present
-from distill_core.recipe.checks import unmet
+from distill_core.recipe.needs import unmet
 from distill_core.teachers.copies import Ema, EmaConfig
 from distill_vl.clip_text import ClipText
 from distill_vl.masked_text import BertText

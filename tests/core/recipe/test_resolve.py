@@ -447,7 +447,7 @@ def test_options_of_a_wrong_type_hide_no_other_error(errors: Errors) -> None:
         "one, or leave out evaluate.tasks",
         "--set evaluate.batch_size: must be an integer, got 'x'",
         "--set freeze: freeze.0: 'fussion' names no part of the model, did you mean 'fusion'?",
-        "--set teacher.modalities: no modality 'audio'",
+        "--set teacher.modalities: no modality 'audio' (there are: image, text)",
         "--set teacher.momentum: must be at most 1, got 2",
     ]  # fmt: skip
 

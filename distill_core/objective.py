@@ -78,18 +78,13 @@ class Objective(nn.Module):
         self.fusions = nn.ModuleDict(fusions)
         self.loss = nn.ModuleDict(loss)
         self.balance = balance
-        self.tokens_of = {name: _views_needed(name, [n.tokens for n in needs]) for name in backbone}
+        self.needs, needed = needs, Needs.union(needs)
+        self.tokens_of = {name: tuple(sorted(needed.tokens.get(name, ()))) for name in backbone}
         self.layers_of = {
             name: _layers_needed([(n.layers.get(name, ()), n.tokens.get(name, ())) for n in needs]) for name in backbone
         }
-        self.needs = needs
         self.teacher_tokens_of = {
-            teacher: {
-                modality: [
-                    views.index(view) for view in _views_needed(modality, [n.teacher.get(teacher, {}) for n in needs])
-                ]
-                for modality, views in known.views.items()
-            }
+            teacher: {m: _among(own, needed.teacher.get(teacher, {}).get(m, ())) for m, own in known.views.items()}
             for teacher, known in plan.teachers.items()
         }
         """Teacher -> modality -> views whose tokens are read, numbered among the teacher's own."""
@@ -102,55 +97,14 @@ class Objective(nn.Module):
     def add_teacher(self, name: str, make: Callable[[str, TeacherPlan, nn.Module], Teacher]) -> None:
         """Build a teacher of the plan; one that copies another stands after it."""
         plan = self.plan.teachers[name]
+        attention = Needs.union(self.needs).attention.get(name, {})
+        attention_of = {modality: _among(own, attention.get(modality, ())) for modality, own in plan.views.items()}
         layers_of = {}
         for modality, own in plan.views.items():
             read = [(n.teacher_layers.get(name, {}), n.teacher.get(name, {})) for n in self.needs]
             needed = _layers_needed([(layers.get(modality, ()), views.get(modality, ())) for layers, views in read])
-            layers_of[modality] = {layer: tuple(map(own.index, views)) for layer, views in needed.items()}
-        attention = [n.attention.get(name, {}) for n in self.needs]
-        attention_of = {m: tuple(map(own.index, _views_needed(m, attention))) for m, own in plan.views.items()}
+            layers_of[modality] = {layer: _among(own, views) for layer, views in needed.items()}
         self.teacher[name] = make(name, replace(plan, layers_of=layers_of, attention_of=attention_of), self)
-
-    @property
-    def named_fusions(self) -> dict[str, FusionHead]:
-        """Those besides `fusion`."""
-        return {name: cast(FusionHead, head) for name, head in self.fusions.items()}
-
-    @property
-    def teachers(self) -> dict[str, Teacher]:
-        """By name, in the recipe's order."""
-        return {name: cast(Teacher, module) for name, module in self.teacher.items()}
-
-    def ema(self, module: nn.Module, teacher: str = DEFAULT_TEACHER) -> nn.Module:
-        """A teacher's copy of one of a loss's `teacher_modules`, of a head, or of the fusion. Raises KeyError where
-        there is none."""
-        path = self._paths_of_copied().get(id(module))
-        copied = self.teachers[teacher].copy_of(path) if teacher in self.teacher and path is not None else None
-        if copied is not None:
-            return copied
-        raise KeyError(f"the recipe has no teacher {teacher!r} with a copy of this module")
-
-    def _paths_of_copied(self) -> dict[int, str]:
-        """Identity -> path of the fusion, of the heads and of the losses' `teacher_modules`."""
-        paths = {id(head): f"heads.{name}" for name, head in self.heads.items()}
-        paths |= {
-            id(getattr(loss, head)): f"{path}.{head}"
-            for path, loss in self.losses_with_paths()
-            for head in loss.teacher_modules
-        }
-        named = {id(head): f"fusions.{name}" for name, head in self.fusions.items()}
-        return {**paths, **named, **({} if self.fusion is None else {id(self.fusion): "fusion"})}
-
-    def losses_with_paths(self) -> Iterator[tuple[str, Loss]]:
-        """(path, loss) of every loss, each before those inside it."""
-        return losses_with_paths({name: cast(Loss, loss) for name, loss in self.loss.items()})
-
-    def train(self, mode: bool = True) -> Objective:
-        """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""
-        super().train(mode)
-        for module in self.frozen:
-            module.train(False)
-        return self
 
     def represent(self, batch: Batch, progress: Progress, *, teachers: bool = True) -> Outputs:
         """Encode the batch with student and, unless told otherwise, teachers, and fuse the student's features.
@@ -353,6 +307,47 @@ class Objective(nn.Module):
         for teacher in self.teachers.values():
             teacher.after_step(progress, finite)
 
+    @property
+    def named_fusions(self) -> dict[str, FusionHead]:
+        """Those besides `fusion`."""
+        return {name: cast(FusionHead, head) for name, head in self.fusions.items()}
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """By name, in the recipe's order."""
+        return {name: cast(Teacher, module) for name, module in self.teacher.items()}
+
+    def ema(self, module: nn.Module, teacher: str = DEFAULT_TEACHER) -> nn.Module:
+        """A teacher's copy of one of a loss's `teacher_modules`, of a head, or of the fusion. Raises KeyError where
+        there is none."""
+        path = self._paths_of_copied().get(id(module))
+        copied = self.teachers[teacher].copy_of(path) if teacher in self.teacher and path is not None else None
+        if copied is not None:
+            return copied
+        raise KeyError(f"the recipe has no teacher {teacher!r} with a copy of this module")
+
+    def _paths_of_copied(self) -> dict[int, str]:
+        """Identity -> path of the fusion, of the heads and of the losses' `teacher_modules`."""
+        paths = {id(head): f"heads.{name}" for name, head in self.heads.items()}
+        paths |= {
+            id(getattr(loss, head)): f"{path}.{head}"
+            for path, loss in self.losses_with_paths()
+            for head in loss.teacher_modules
+        }
+        named = {id(head): f"fusions.{name}" for name, head in self.fusions.items()}
+        return {**paths, **named, **({} if self.fusion is None else {id(self.fusion): "fusion"})}
+
+    def losses_with_paths(self) -> Iterator[tuple[str, Loss]]:
+        """(path, loss) of every loss, each before those inside it."""
+        return losses_with_paths({name: cast(Loss, loss) for name, loss in self.loss.items()})
+
+    def train(self, mode: bool = True) -> Objective:
+        """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""
+        super().train(mode)
+        for module in self.frozen:
+            module.train(False)
+        return self
+
     def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """All but the teachers'."""
         return [(name, p) for name, p in self.named_parameters() if not name.startswith("teacher.")]
@@ -473,8 +468,9 @@ def presence_of(batch: Batch) -> Presence | None:
     return Presence({name: every[:, i] for i, name in enumerate(batch.presence)}, rank())
 
 
-def _views_needed(name: str, tokens: Sequence[Mapping[str, tuple[int, ...]]]) -> tuple[int, ...]:
-    return tuple(sorted({view for of_component in tokens for view in of_component.get(name, ())}))
+def _among(own: Sequence[int], views: Iterable[int]) -> tuple[int, ...]:
+    """These views, numbered among a teacher's own."""
+    return tuple(own.index(view) for view in sorted(views))
 
 
 def _layers_needed(read: Iterable[tuple[Sequence[int], Sequence[int]]]) -> dict[int, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -247,54 +247,81 @@ class Backbone(nn.Module, Component, ABC):
         """
         if masked and any(group.keep is not None for group in views.groups) and not self.spec(self.config).can_drop:
             raise ValueError(f"{self.name} cannot drop tokens, yet a group of its views has `keep`")
-        layers: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers_of or {}}
-        pooled: list[Tensor] = []
-        classes: list[Tensor] = []
-        tokens: dict[int, Tensor] = {}
-        masks: dict[int, Tensor] = {}
-        inputs: list[TowerInput] = []
-        places: list[tuple[int, int, int]] = []  # first view, end, batch
-        for start, group in views.numbered():
-            count, batch = group.x.shape[:2]
-            requested = [
-                (start + i in tokens_of, tuple(layer for layer, of in (layers_of or {}).items() if start + i in of))
-                for i in range(count)
-            ]
-            spans = [i for i in range(count) if i == 0 or requested[i] != requested[i - 1]] + [count]
-            for first, last in pairwise(spans):
-                hidden = group.token_mask[first:last].flatten(0, 1) if masked and group.token_mask is not None else None
-                keep = group.keep[first:last].flatten(0, 1) if masked and group.keep is not None else None
-                lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
-                with_tokens, of_layers = requested[first]
-                parts = {name: _whole(part, first, last) for name, part in group.parts.items()}
-                x = group.x[first:last].flatten(0, 1)
-                inputs.append(TowerInput(x, with_tokens, hidden, lengths, of_layers, keep, parts))
-                places.append((start + first, start + last, batch))
-        for part, (first, last, batch), source in zip(self.encode_together(inputs), places, inputs, strict=True):
-            pooled.append(part.pooled.reshape(last - first, batch, part.pooled.shape[-1]))
-            if part.class_tokens is not None:
-                classes.append(part.class_tokens.reshape(last - first, batch, *part.class_tokens.shape[1:]))
-            if source.tokens and part.tokens is not None:
-                for i in range(first, last):
-                    rows = slice((i - first) * batch, (i - first + 1) * batch)
-                    tokens[i] = part.tokens[rows]
-                    for layer in source.layers:
-                        layers[layer][i] = part.layers[layer][rows]
-                    if part.mask is not None:
-                        masks[i] = part.mask[rows]
-        joined = torch.cat(classes) if len(classes) == len(pooled) else None
-        attention: dict[int, Tensor] = {}
+        spans = list(_spans(views, tokens_of, layers_of or {}, masked))
+        features = _joined(spans, self.encode_together([span.input for span in spans]), layers_of or {})
         if attention_of:
             assert offers(self, ClassAttention)
-            for start, group in views.numbered():
-                own = [i for i in range(len(group.x)) if start + i in attention_of]
-                attention |= {start + i: self.class_attention(group.x[i]) for i in own}
-        return Features(torch.cat(pooled), tokens, masks, joined, layers, attention)
+            features.attention = {
+                start + i: self.class_attention(group.x[i])
+                for start, group in views.numbered()
+                for i in range(len(group.x))
+                if start + i in attention_of
+            }
+        return features
 
 
-def _whole(group: Group, first: int, last: int) -> TowerInput:
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Views of a group that follow one another and of which the same is read: one input of `encode_together`."""
+
+    input: TowerInput
+    first: int
+    """The first view's number."""
+    count: int
+    batch: int
+
+
+def _spans(
+    views: Views, tokens_of: Sequence[int], layers_of: Mapping[int, Sequence[int]], masked: bool
+) -> Iterator[_Span]:
+    for start, group in views.numbered():
+        count, batch = group.x.shape[:2]
+        read = [
+            (view in tokens_of, tuple(layer for layer, of in layers_of.items() if view in of))
+            for view in range(start, start + count)
+        ]
+        ends = [i for i in range(1, count) if read[i] != read[i - 1]]
+        for first, last in pairwise([0, *ends, count]):
+            hidden, keep = (group.token_mask, group.keep) if masked else (None, None)
+            tokens, layers = read[first]
+            whole = replace(
+                _input(group, first, last),
+                tokens=tokens,
+                layers=layers,
+                token_mask=None if hidden is None else hidden[first:last].flatten(0, 1),
+                keep=None if keep is None else keep[first:last].flatten(0, 1),
+                parts={name: _input(part, first, last) for name, part in group.parts.items()},
+            )
+            yield _Span(whole, start + first, last - first, batch)
+
+
+def _input(group: Group, first: int, last: int) -> TowerInput:
+    """These of its views, whole."""
     lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
     return TowerInput(group.x[first:last].flatten(0, 1), lengths=lengths)
+
+
+def _joined(spans: Sequence[_Span], encoded: Sequence[Encoded], layers_read: Iterable[int]) -> Features:
+    """The views of all spans."""
+    pooled: list[Tensor] = []
+    classes: list[Tensor] = []
+    tokens: dict[int, Tensor] = {}
+    masks: dict[int, Tensor] = {}
+    layers: dict[int, dict[int, Tensor]] = {layer: {} for layer in layers_read}
+    for span, part in zip(spans, encoded, strict=True):
+        pooled.append(part.pooled.reshape(span.count, span.batch, *part.pooled.shape[1:]))
+        if part.class_tokens is not None:
+            classes.append(part.class_tokens.reshape(span.count, span.batch, *part.class_tokens.shape[1:]))
+        if span.input.tokens and part.tokens is not None:
+            for i in range(span.count):
+                view, rows = span.first + i, slice(i * span.batch, (i + 1) * span.batch)
+                tokens[view] = part.tokens[rows]
+                for layer in span.input.layers:
+                    layers[layer][view] = part.layers[layer][rows]
+                if part.mask is not None:
+                    masks[view] = part.mask[rows]
+    joined = torch.cat(classes) if len(classes) == len(pooled) else None
+    return Features(torch.cat(pooled), tokens, masks, joined, layers)
 
 
 class JointTowerConfig(ComponentConfig):

@@ -240,46 +240,49 @@ class Plan:
 class Needs:
     """What a component needs of the recipe around it.
 
-    `student` and `fused` name the modalities of which it reads the student's features and fused views. `teacher` names
-    the teachers that it reads, the modalities of each, and of these the views whose tokens are read:
-    {"default": {"image": (0, 1), "text": ()}}. `tokens` names the views whose student's tokens are read. Views are
-    counted as `ModalityPlan.roles` does (a teacher's features count only `TeacherPlan.views`); a backbone need not
-    compute any other. `masked` names modalities whose backbone must be able to hide tokens.
-    `layers` names layers of the student's tower whose tokens are read, {"image": (3, 7)}, of the views in `tokens`;
-    `teacher_layers` those of teachers, {"default": {"image": (7, 11)}}, of the views in `teacher`.
-    `attention` names views of teachers, {"default": {"image": (0,)}}, of which is read how the tower reads their tokens
-    (`Features.attention`).
-    `dropped` names modalities of which it reads the tokens that the student does not see at all (`Group.keep`).
-    `whole` names views of which the student must see every token, {"image": (0, 1)}: each is read in its place.
-    `views` asks for a least number of views: {modality: {role: number}}.
-    `embeddings` names the modalities whose embedding (`Features.pooled`) the loss trains; None stands for all that it
-    names. A loss that reads class tokens or tokens alone says (): nobody should score a projection that nothing trains.
-    `extra` asks for extras of views by name: {modality: names}.
-    `fields` names fields of the samples (`Outputs.fields`).
-    `raw` names modalities whose views it reads as they are collated, with a tower or without one (`Outputs.views`).
-    `heads` names heads of the recipe that it calls (`Outputs.heads`), which say themselves what they read;
-    `teacher_heads` those of which it reads a teacher's copy: {"default": ("projection",)}.
-    `pools`: it pools tokens with the fusion itself, and reads no fused views.
+    Views are counted as `ModalityPlan.roles` does (a teacher's features count only `TeacherPlan.views`); a backbone
+    need not compute any other.
     """
 
     student: tuple[str, ...] = ()
+    """Modalities of which it reads the student's features."""
     teacher: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    """The teachers that it reads, the modalities of each, and of these the views whose tokens are read:
+    {"default": {"image": (0, 1), "text": ()}}."""
     fused: tuple[str, ...] = ()
+    """Modalities of which it reads fused views."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Views whose student's tokens are read: {"image": (0, 1)}."""
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Layers of the student's tower whose tokens are read, {"image": (3, 7)}, of the views in `tokens`."""
     teacher_layers: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Those of teachers, {"default": {"image": (7, 11)}}, of the views in `teacher`."""
     views: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """A least number of views: {modality: {role: number}}."""
     masked: tuple[str, ...] = ()
+    """Modalities whose backbone must be able to hide tokens."""
     dropped: tuple[str, ...] = ()
+    """Modalities of which it reads the tokens that the student does not see at all (`Group.keep`)."""
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Views of which the student must see every token, {"image": (0, 1)}: each is read in its place."""
     attention: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    """Views of teachers, {"default": {"image": (0,)}}, of which is read how the tower reads their tokens
+    (`Features.attention`)."""
     embeddings: tuple[str, ...] | None = None
+    """Modalities whose embedding (`Features.pooled`) the loss trains; None: all that it names. A loss that reads class
+    tokens or tokens alone says (): nobody should score a projection that nothing trains."""
     pools: bool = False
+    """It pools tokens with the fusion itself, and reads no fused views."""
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Extras of views: {modality: names}."""
     fields: tuple[str, ...] = ()
+    """Fields of the samples (`Outputs.fields`)."""
     raw: tuple[str, ...] = ()
+    """Modalities whose views it reads as they are collated, with a tower or without one (`Outputs.views`)."""
     heads: tuple[str, ...] = ()
+    """Heads of the recipe that it calls (`Outputs.heads`), which say themselves what they read."""
     teacher_heads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Heads of which it reads a teacher's copy: {"default": ("projection",)}."""
 
     @staticmethod
     def union(parts: Sequence[Needs]) -> Needs:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import torch
 
-from distill_core.batch import Batch
+from distill_core.batch import Batch, Sample
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Visit
 from distill_core.data.batches import Collate, Item, SampleViews
@@ -43,7 +44,7 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
                 raise UserError(
                     f"{node.path}: its plugin gives no sample of {node.cls.name!r} (hook distill_conformance_cases)"
                 )
-            sample |= make(node.config, np.random.default_rng(i))
+            sample |= _with_json_of(sample, make(node.config, np.random.default_rng(i)))
         views, visit = draw(sample, 0), Visit(recipe.seed, 0, str(i))
         examples.append((views, {id: read(sample, views, visit) for id, read in readers.items()}))
     items = []
@@ -55,3 +56,10 @@ def example_batch(recipe: Recipe, size: int) -> Batch:
     fields = recipe.plan.fields
     batch.fields = {name: torch.from_numpy(np.zeros((size, *x.shape), x.dtype)) for name, x in fields.items()}
     return batch
+
+
+def _with_json_of(sample: Sample, more: Sample) -> Sample:
+    """`more`, whose json, if both have one, holds the fields of both: augmentations read their own."""
+    if "json" not in sample or "json" not in more:
+        return more
+    return {**more, "json": json.dumps(json.loads(sample["json"]) | json.loads(more["json"])).encode()}

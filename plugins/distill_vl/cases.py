@@ -24,7 +24,7 @@ from distill_vl.decoders import CaptionDecoder, CaptionDecoderConfig
 from distill_vl.masked_text import BertText
 from distill_vl.multi_crop import MultiCrop, MultiCropConfig
 from distill_vl.pictures import PictureAugmentation, PictureConfig
-from distill_vl.region_crops import RegionCrops
+from distill_vl.region_crops import RegionCrops, RegionCropsConfig
 from distill_vl.vit import VisionTransformer, VisionTransformerConfig
 
 WORDS = ("a", "red", "old", "bird", "boat", "by", "the", "sea")
@@ -137,11 +137,14 @@ def picture_and_caption(config: object) -> dict[str, Augmentation]:
     return {"image": MultiCrop(crops), "text": WholeCaption(TakeConfig())}
 
 
-def regions(config: object, rng: np.random.Generator) -> Sample:
-    """A picture with a caption, and three regions."""
-    corners, words = rng.uniform(0, 0.5, (3, 2)), sentences(rng)
-    listed = [{"box": [x, y, x + 0.3, y + 0.4], "text": text} for (x, y), text in zip(corners, words, strict=False)]
-    return {**noise_png(PictureConfig(), rng), "json": json.dumps({"caption": words[3], "regions": listed}).encode()}
+def regions(config: RegionCropsConfig, rng: np.random.Generator) -> Sample:
+    """A picture, 50 x 40 px, with a caption, of which three spans have a region."""
+    sides = np.array((50, 40, 50, 40) if config.unit == "pixel" else 1)
+    corners = np.tile(rng.uniform(0, 0.5, (3, 2)), 2)
+    boxes = (corners + np.array((0, 0, 0.3, 0.4))) * sides
+    spans = [[4 * i, 30, *box, 1] for i, box in enumerate(boxes.tolist())]
+    document = {"caption": ". ".join(sentences(rng)), config.regions: spans}
+    return {**noise_png(PictureConfig(), rng), "json": json.dumps(document).encode()}
 
 
 CASES = [

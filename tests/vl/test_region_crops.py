@@ -19,6 +19,7 @@ from distill_core.data.batches import SampleViews
 from distill_core.errors import RecipeErrors
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
+from distill_core.tools import example_batch
 from distill_vl.contrastive import PairedConfig, PairedContrastive
 from distill_vl.region_crops import RegionCropsConfig, around, regions_of
 
@@ -170,6 +171,15 @@ def test_what_it_takes(registry: Registry, tiny_recipe: Path) -> None:
         load_recipe(tiny_recipe, registry=registry, overrides=[*options, "augment.image.local=0"])
     with pytest.raises(RecipeErrors, match="pairs local views, of which there are 2 of 'image', 1 of 'text'"):
         load_recipe(tiny_recipe, registry=registry, overrides=["loss.2=paired_contrastive", "augment.image.local=2"])
+
+
+@pytest.mark.parametrize("text", ["{name: text_crop}", "{name: caption, fields: [raw_caption]}"])
+@pytest.mark.parametrize("joint", ["region_crops", "{name: region_crops, regions: objects, unit: pixel}"])
+def test_a_batch_without_data(registry: Registry, tiny_recipe: Path, text: str, joint: str) -> None:
+    """For costs and choices of kernels, whatever the options. Would catch an example whose json hides the caption's."""
+    options = [f"augment.text={text}", f"augment.image+text={joint}", "augment.image.local=2", "evaluate=null"]
+    batch = example_batch(load_recipe(tiny_recipe, registry=registry, overrides=options), 2)
+    assert batch.views["text"].roles[-2:] == batch.views["image"].roles[-2:] == ("local", "local")
 
 
 def test_the_loss_of_pairs_is_the_mean_of_each_ones_own() -> None:

@@ -42,7 +42,7 @@ class MultiCropConfig(RecolourConfig):
     solarise: Probability = 0.2
     """Probability of solarising (at 128) a global crop after the first."""
     recolour: bool = True
-    """false leaves colours as they are, and the crops where they would be with it: for a teacher's views of its own."""
+    """false leaves colours as they are, and draws the same crops: a teacher's own views show what a student's do."""
 
     @model_validator(mode="after")
     def _fits(self) -> MultiCropConfig:

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, InitErrorDetails, core_schema
 from torch import nn
 
 from distill_core.contracts.component import Component
-from distill_core.contracts.slot import JSON_KEY, PLACE, Context, Slot
-from distill_core.errors import KeyPath, UserError, did_you_mean, option_message
+from distill_core.contracts.slot import JSON_KEY, PLACE, Context, Slot, detail, details
+from distill_core.errors import KeyPath, UserError, did_you_mean
 
 C = TypeVar("C", bound=Component)
 
@@ -71,14 +71,13 @@ def _validate(value: Any, handler: Any, info: ValidationInfo) -> Any:
     try:
         slots = handler({name: entry for name, entry in entries.items() if name not in shared})
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            errors.append(_error(item["type"], option_message(item), item["loc"], item["input"]))
+        errors += details(error)
     known = info.context.slots if isinstance(info.context, Context) else {}
     made = dict(slots)
     for name, entry in shared.items():
         place = tuple(entry.get(PLACE, ()))
         wrong = list(_problems(name, entry, entries, shared))
-        errors += [_error("shared_component", line, (name, *at), entry.get(SAME)) for at, line in wrong]
+        errors += [detail("shared_component", line, (name, *at), entry.get(SAME)) for at, line in wrong]
         of = slots.get(entry[SAME]) or known.get((*place[:-1], entry[SAME])) if not wrong else None
         if of is not None:  # one that is wrong itself has been named
             made[name] = SharedSlot(of, entry[SAME], tuple(entry.get(OWN, ())), place)
@@ -111,10 +110,6 @@ def _problems(
             )
     if not isinstance(own, list) or not all(isinstance(part, str) and part for part in own):
         yield (OWN,), "must be a list of names of parts, as [proj]"
-
-
-def _error(kind: str, message: str, place: KeyPath, value: Any) -> InitErrorDetails:
-    return InitErrorDetails(type=PydanticCustomError(kind, message), loc=place, input=value)
 
 
 def build_all(slots: Mapping[str, Slot[Any]], names: Iterable[str] | None = None) -> dict[str, Any]:

@@ -48,9 +48,7 @@ _RESERVED = frozenset(dir(nn.ModuleDict()))
 
 def is_word(value: Any) -> bool:
     """Whether it can name a part of a path, of a score, and of a torch module."""
-    return (
-        isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", value)) and value not in _RESERVED
-    )
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None and value not in _RESERVED
 
 
 class Components(Protocol):
@@ -204,11 +202,11 @@ def resolve_slot(interfaces: Sequence[type[Component]], value: Any, context: Any
     errors: list[InitErrorDetails] = []
     own_id = options.pop("id", None)
     if own_id is not None and not is_word(own_id):
-        errors.append(_error("id", "an id is a word of letters, digits, - and _", ("id",), own_id))
+        errors.append(detail("id", "an id is a word of letters, digits, - and _", ("id",), own_id))
     try:
         entry = context.registry.get(kinds[0], name, *kinds[1:])
     except KeyError as error:
-        errors.append(_error("unknown_component", error.args[0], ("name",), name))
+        errors.append(detail("unknown_component", error.args[0], ("name",), name))
     else:
         config = _options(entry.cls.Config, options, context, errors)
     if errors:
@@ -226,11 +224,19 @@ def _options(
     try:
         return model.model_validate_json(json.dumps(options), context=context)
     except ValidationError as error:
-        for item in error.errors(include_url=False):
-            errors.append(_error(item["type"], option_message(item), item["loc"], item["input"]))
+        errors += details(error)
         return None
 
 
-def _error(kind: str, message: str, place: KeyPath, value: Any) -> InitErrorDetails:
+def details(error: ValidationError) -> list[InitErrorDetails]:
+    """What is wrong with options, in our words, to be raised again by what is around them."""
+    return [
+        detail(item["type"], option_message(item), item["loc"], item["input"])
+        for item in error.errors(include_url=False)
+    ]
+
+
+def detail(kind: str, message: str, place: KeyPath, value: Any) -> InitErrorDetails:
+    """One thing that is wrong with an option's value."""
     # without a context of its own, the template is taken as it is
     return InitErrorDetails(type=PydanticCustomError(kind, message), loc=place, input=value)

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from distill_core.contracts.component import Component, ComponentConfig
-
-if TYPE_CHECKING:
-    from distill_core.objective import Objective
-
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from distill_core.contracts.component import Component, ComponentConfig
 from distill_core.errors import UserError
 from distill_core.run.checkpoint import Checkpoints, read_checkpoint
 from distill_core.system.state_dicts import choose, read_tensors
 
+if TYPE_CHECKING:
+    from distill_core.objective import Objective
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What an initializer did: one line for the user, and the names of the objective's tensors that it loaded."""
+    """What a loader did: one line for the user, and the names of the objective's tensors that it loaded."""
 
     line: str
     names: frozenset[str]
@@ -77,12 +75,10 @@ class StateDictLoader(WeightLoader):
         start = f"{prefix}." if prefix else ""
         model_state = objective.state_dict()
         inside = f"{to}." if to else ""
-        expected = {
-            name for name in model_state if name.startswith(inside) and not (not to and name.startswith("teacher."))
-        }
         loaded = {inside + key[len(start) :]: value for key, value in state.items() if key.startswith(start)}
-        if not to:
-            expected |= {name for name in loaded if name.startswith("teacher.") and name in model_state}
+        expected = {name for name in model_state if name.startswith(inside)}
+        if not to:  # of teachers, what there is
+            expected = {name for name in expected if name in loaded or not name.startswith("teacher.")}
         shapes = [
             f"{name}: shape {list(loaded[name].shape)}, this model has {list(model_state[name].shape)}"
             for name in sorted(expected & set(loaded))

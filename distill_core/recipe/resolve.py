@@ -139,7 +139,7 @@ class _Resolver:
         wrong: set[KeyPath] = set()
         recipe: Recipe | None = None
         try:
-            recipe = Recipe.model_validate_json(json.dumps(self._written_out()), context=context)
+            recipe = Recipe.model_validate_json(json.dumps(self._with_places()), context=context)
         except ValidationError as error:
             for path, message, at in messages(error, self.document, self._option_names, unset):
                 self._error(path, message, at)
@@ -192,7 +192,7 @@ class _Resolver:
         self._raise()
         return stages, list(dict.fromkeys([*unchecked, *(line for stage in stages for line in stage.warnings)]))
 
-    def _written_out(self) -> dict[str, Any]:
+    def _with_places(self) -> dict[str, Any]:
         """The document with the place of each component beside its options, and defaults where none is written."""
         data: dict[str, Any] = copy.deepcopy(self.document.data)
         document = Document(data, self.document.name)

@@ -245,22 +245,22 @@ class Skipped:
 
 @dataclass(slots=True)
 class Batch:
-    """B samples: their views by modality, their keys, and the samples that were passed over on the way.
-
-    `presence` says of each modality that a sample may lack (`data.optional`) which samples have it, [B] on the host:
-    its views are of these samples alone, in their order, or of one filler where there is none.
-    `measures` is what the augmentations measured of the samples, {modality: {measure: value}} each; the first alone.
-    `fields` holds what belongs to a sample and not to a view (`data.fields`), [B, ...] each; zeros where one is absent.
-    `sets` counts the samples by the set of the source that they come from.
-    """
+    """B samples."""
 
     views: dict[str, Views]
+    """By modality."""
     keys: list[str]
     skipped: list[Skipped] = field(default_factory=list)
+    """The samples that were passed over on the way."""
     measures: list[dict[str, Mapping[str, float]]] = field(default_factory=list)
+    """What the augmentations measured of the samples, {modality: {measure: value}} each; of a run's first ones."""
     sets: Mapping[str, int] = field(default_factory=dict)
+    """How many of the samples come from each set of the source."""
     presence: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    """Of each modality or field that a sample may lack (`data.optional`) which samples have it, [B] on the host. The
+    modality's views are of these samples alone, in their order, or of one filler where there is none."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """What belongs to a sample and not to a view (`data.fields`), [B, ...] each; zeros where one is absent."""
     teacher: dict[str, dict[str, Views]] = field(default_factory=dict)
     """Teacher's name -> modality -> what it takes in place of `views`, where that differs (`Teacher.reader`)."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,15 @@ from distill_core.system import distributed
 from distill_core.system.transfer import Download
 
 
+class _Numbers(NamedTuple):
+    loss: float
+    norm: float
+    not_finite: int
+    meet: bool
+    terms: dict[str, float]
+    metrics: dict[str, float]
+
+
 class StepResult:
     """The numbers of a step. The host waits for the device when the first of them is read, and only then."""
 
@@ -33,38 +42,36 @@ class StepResult:
         """Of the first parameter group."""
         self._names = [*losses.terms], [*losses.metrics]
         scalars = [losses.total, norm, not_finite, meet, *losses.terms.values(), *losses.metrics.values()]
-        self._numbers = Download(torch.stack([x.detach().to(norm.device, torch.float32) for x in scalars]))
+        self._download = Download(torch.stack([x.detach().to(norm.device, torch.float32) for x in scalars]))
 
     @cached_property
-    def numbers(self) -> tuple[float, float, float, float, dict[str, float], dict[str, float]]:
+    def numbers(self) -> _Numbers:
         """All of them, in one piece."""
-        loss, norm, not_finite, meet, *more = self._numbers.tolist()
+        loss, norm, not_finite, meet, *more = self._download.tolist()
         terms, metrics = self._names
-        count = len(terms)
-        of_terms, of_metrics = (
-            dict(zip(n, x, strict=True)) for n, x in ((terms, more[:count]), (metrics, more[count:]))
-        )
-        return loss, norm, not_finite, meet, of_terms, of_metrics
+        of_terms = dict(zip(terms, more[: len(terms)], strict=True))
+        of_metrics = dict(zip(metrics, more[len(terms) :], strict=True))
+        return _Numbers(loss, norm, int(not_finite), bool(meet), of_terms, of_metrics)
 
     @property
     def loss(self) -> float:
         """The total, of this rank's samples."""
-        return self.numbers[0]
+        return self.numbers.loss
 
     @property
     def norm(self) -> float:
         """Of all ranks' gradient."""
-        return self.numbers[1]
+        return self.numbers.norm
 
     @property
     def not_finite(self) -> int:
         """So many steps in a row, this one the last, were not finite on some rank; they updated nothing."""
-        return int(self.numbers[2])
+        return self.numbers.not_finite
 
     @property
     def meet(self) -> bool:
         """Whether some rank asks all of them to meet before the step after the next (`Lockstep`)."""
-        return bool(self.numbers[3])
+        return self.numbers.meet
 
     @property
     def finite(self) -> bool:
@@ -74,12 +81,12 @@ class StepResult:
     @property
     def terms(self) -> dict[str, float]:
         """The losses' terms."""
-        return self.numbers[4]
+        return self.numbers.terms
 
     @property
     def metrics(self) -> dict[str, float]:
         """The losses' metrics."""
-        return self.numbers[5]
+        return self.numbers.metrics
 
 
 class TrainStep:

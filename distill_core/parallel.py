@@ -84,16 +84,32 @@ def checkpoint_unit(unit: nn.Module, *, selective: bool) -> None:
 
     Its `forward` is replaced, not wrapped in a module: names stay, and hooks run once.
     """
-    context: Callable[[], Any] | None = None
+    forward, options = unit.forward, dict[str, Any]()
     if selective:
-        context = functools.partial(create_selective_checkpoint_contexts, _keep_products)
-    options: dict[str, Any] = {"context_fn": context} if context else {}
-    forward = unit.forward
+        forward = _casting_anew(forward)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:  # no partial: torch.compile does not trace into one here
         return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
 
     unit.forward = checkpointed
+
+
+def _casting_anew(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same without autocast's cache of weights: of a unit that a step calls twice the second call would cast none,
+    computing it again would, and torch refuses what was not there before."""
+
+    def uncached(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph has no such cache
+            return forward(*args, **kwargs)
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    return uncached
 
 
 def _keep_products(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

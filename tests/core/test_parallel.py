@@ -1,6 +1,7 @@
 """`train.parallel`: compiled runs, torch's own modules, what is not one graph; checkpointing. (Each method's step,
 compiled: tests/recipes/test_compile.py.)"""
 
+import copy
 import re
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from distill_core.errors import UserError
 from distill_core.interfaces import Loss, LossConfig
 from distill_core.objective import Objective
 from distill_core.outputs import Outputs, Progress
-from distill_core.parallel import checkpoint_unit, compile_units, lay_out
+from distill_core.parallel import checkpoint_unit, compile_unit, compile_units, lay_out
 from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import load_recipe
 from distill_core.recipe.sections import ParallelConfig, Recipe
@@ -232,6 +233,27 @@ def test_checkpointed_units_hold_less_and_compute_the_same(
         for name, gradient in steps["none"][1].items():
             torch.testing.assert_close(steps[kind][1][name], gradient, rtol=1e-3, atol=1e-5)
     assert compiled or memory["full"] < 0.5 * memory["selective"] < 0.4 * memory["none"]
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_checkpointed_unit_may_be_called_twice_under_autocast(compiled: bool) -> None:
+    """As the decoder of parallel captioning. Catches weights that autocast casts once and computing again casts twice,
+    which ended such runs in the first backward pass."""
+    torch.manual_seed(0)
+    unit, x = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.GELU(), torch.nn.Linear(6, 6)), torch.randn(5, 6)
+    gradients = []
+    for kind in (None, False, True):
+        again = copy.deepcopy(unit)
+        if kind is not None:
+            checkpoint_unit(again, selective=kind)
+        if compiled:
+            compile_unit(again, "aot_eager")
+        with torch.autocast("cpu", torch.bfloat16):
+            total = again(x).float().sum() + again(2 * x).float().sum()
+        total.backward()
+        gradients.append([p.grad for p in again.parameters()])
+    for mine in gradients[1:]:
+        torch.testing.assert_close(mine, gradients[0], rtol=2e-2, atol=2e-2)
 
 
 CALLS: list[int] = []

@@ -101,7 +101,7 @@ class Tokens(click.ParamType[tuple[str, int]]):
     show_default=True,
     help="Whose kernels are planned for; no GPU need be there.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON, a line for each number of devices.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON, a line for each stage and number of devices.")
 def plan(
     recipe: str,
     overrides: tuple[str, ...],

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ import torch
 from numpy.polynomial import Polynomial
 from torch import Tensor, nn
 
-from distill_core import Backbone, CopiedTeacher, UserError, progress_bar
+from distill_core import Backbone, CopiedTeacher, Progress, UserError, progress_bar
 from distill_core.tools import Recipe, WithoutValues, build_objective
 from distill_scale.hardware import Hardware
 from distill_scale.step_costs import NO_TOKENS, Checkpointing, StepCosts, Tokens, costs_of_steps, example_lengths
@@ -68,18 +68,23 @@ class Layout:
     """Seconds of a step; None where nothing fits."""
     samples_per_s: float | None
     gpu_hours: float | None
-    """Of the recipe's whole run, where its length is known."""
+    """Of all the stage's steps, where their number is known."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `distill plan` prints."""
+    """All that `distill plan` prints of one stage of a recipe on some devices."""
 
     recipe: str
+    stage: int
+    """0 is what holds before the first of the recipe's `stages`."""
+    at: float | None
+    """Where it begins, as the recipe has it."""
     device: str
     hardware: Hardware
     batch_size: int
     steps: int | None
+    """Of the stage, where the run's length is known."""
     shard: int
     """The recipe's own, as its `checkpointing`."""
     checkpointing: Checkpointing
@@ -114,47 +119,54 @@ def make_plans(
     samples: int | None = None,
     tokens: Tokens = NO_TOKENS,
 ) -> list[Plan]:
-    """One for each; they differ in the number of devices alone. `samples` of an epoch are needed where the recipe's
-    length is in epochs. Raises `UserError`."""
-    for name, teacher in recipe.all_teachers.items():
-        if not issubclass(teacher.cls, CopiedTeacher):
-            raise UserError(
-                f"the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student are planned; "
-                f"plan without it and the losses that read it (--set {teacher.path}=null)"
-            )
-    batch = recipe.data.batch_size
+    """One for each stage of the recipe and each of `hardware`, which differ in the number of devices alone. `samples` of
+    an epoch are needed where the recipe's length is in epochs. Raises `UserError`."""
     for each in hardware:
         if each.devices > each.node and each.devices % each.node:
             raise UserError(f"--devices {each.devices} is not a number of nodes of {each.node} devices (--node)")
         _own_shard(recipe, each)
+    numbers = range(1 + len(recipe.stages))
+    for number in numbers:
+        for name, teacher in recipe.of_stage(number).all_teachers.items():
+            if not issubclass(teacher.cls, CopiedTeacher):
+                raise UserError(
+                    f"the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student are planned; "
+                    f"plan without it and the losses that read it (--set {'stages' if number else teacher.path}=null)"
+                )
+    return [plan for number in numbers for plan in _plans_of(recipe, number, hardware, device, samples, tokens)]
+
+
+def _plans_of(
+    whole: Recipe, number: int, hardware: Sequence[Hardware], device: torch.device, samples: int | None, tokens: Tokens
+) -> Iterator[Plan]:
+    """Of one stage."""
+    recipe, batch = whole.of_stage(number), whole.data.batch_size
     states = states_of(recipe)
     lengths = example_lengths(recipe, tokens)
     all_costs = look(recipe, hardware[0], [each.devices for each in hardware], device, states, tokens)
-    plans = []
     for each in hardware:
         costs = all_costs[each.devices]
-        plain, steps = costs["none"][0], _steps(recipe, each.devices * batch, samples)
-        plans.append(
-            Plan(
-                recipe.name,
-                device.type,
-                each,
-                batch,
-                steps,
-                _own_shard(recipe, each),
-                recipe.train.parallel.checkpointing,
-                lengths,
-                "a view, by --tokens" if tokens else "example samples",
-                states.parameters,
-                states.trained,
-                states.on_a_device(1),
-                {part: flops / batch for part, flops in plain.flops.items()},
-                plain.uncounted,
-                plain.gathered,
-                layouts(recipe, each, states, costs, steps),
-            )
+        plain, steps = costs["none"][0], _steps(whole, number, each.devices * batch, samples)
+        yield Plan(
+            recipe.name,
+            number,
+            whole.stages[number - 1].at if number else None,
+            device.type,
+            each,
+            batch,
+            steps,
+            _own_shard(recipe, each),
+            recipe.train.parallel.checkpointing,
+            lengths,
+            "a view, by --tokens" if tokens else "example samples",
+            states.parameters,
+            states.trained,
+            states.on_a_device(1),
+            {part: flops / batch for part, flops in plain.flops.items()},
+            plain.uncounted,
+            plain.gathered,
+            layouts(recipe, each, states, costs, steps),
         )
-    return plans
 
 
 def look(
@@ -261,12 +273,18 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _steps(recipe: Recipe, global_batch: int, samples: int | None) -> int | None:
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    if samples is None or recipe.train.epochs is None:
-        return None
-    return round(recipe.train.epochs * samples / global_batch)
+def _steps(recipe: Recipe, stage: int, global_batch: int, samples: int | None) -> int | None:
+    """Of one stage."""
+    steps = recipe.train.steps
+    if steps is None:
+        if samples is None or recipe.train.epochs is None:
+            return None
+        steps = round(recipe.train.epochs * samples / global_batch)
+    first, after = (
+        bisect_left(range(steps), number, key=lambda step: recipe.stage(Progress(step, steps)))
+        for number in (stage, stage + 1)
+    )
+    return after - first
 
 
 def _layout(

@@ -13,11 +13,14 @@ from distill_scale.profile import Profile
 
 
 def print_plans(plans: Sequence[Plan]) -> None:
-    """What they are of, then for each number of devices a row for each layout."""
+    """What each stage is, then for each number of devices a row for each layout."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for line in lines(plans[0]):
-        console.print(line)
+    stage = None
     for plan in plans:
+        if plan.stage != stage:
+            stage = plan.stage
+            for line in lines(plan):
+                console.print(line)
         console.print()
         for line in lines_of_devices(plan):
             console.print(line)
@@ -28,7 +31,8 @@ def print_plans(plans: Sequence[Plan]) -> None:
 
 def lines(plan: Plan) -> Iterator[str]:
     """Parameters and bytes, which neither devices nor layouts change."""
-    yield f"{plan.recipe}: estimated, nothing has run"
+    stage = "" if plan.at is None else f" from {_point(plan.at)} on"
+    yield f"{plan.recipe}{stage}: estimated, nothing has run"
     yield _row("parameters", {part: _count(n) for part, n in plan.parameters.items()}) + (
         f"; {_count(plan.trained)} are trained"
     )
@@ -123,6 +127,11 @@ def notes(plans: Sequence[Plan]) -> Iterator[str]:
         yield "!: this does not fit; samples/s are of the micro-batches that do."
     if any(plan.steps is None for plan in plans):
         yield "GPU hours: the recipe's length is in epochs; say how many --samples one has."
+
+
+def _point(at: float) -> str:
+    """`StageConfig.at` in words."""
+    return f"{at:g} of the run" if at < 1 else f"step {at:,.0f}"
 
 
 def _row(name: str, values: dict[str, str]) -> str:

@@ -165,6 +165,27 @@ def test_printed(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stages_are_planned_one_by_one(tiny_recipe: Path) -> None:
+    """Catches a plan of the first stage alone, whose later ones may take more memory, and hours of the whole run in
+    each."""
+    at = "stages=[{at: 3, set: {augment.image.local: 6}}]"
+    plain = json.loads(run(str(tiny_recipe), "--json"))
+    first, second = map(json.loads, run(str(tiny_recipe), "--set", at, "--json").splitlines())
+    assert (first["stage"], second["stage"], plain["stage"]) == (0, 1, 0)
+    assert (first["at"], second["at"]) == (None, 3)
+    assert (first["steps"], second["steps"], plain["steps"]) == (3, 1, 4)
+    assert first["flops_per_sample"] == plain["flops_per_sample"]
+    assert first["flops_per_sample"]["image tower"] < second["flops_per_sample"]["image tower"]
+    assert first["layouts"][0]["gpu_hours"] == pytest.approx(plain["layouts"][0]["gpu_hours"] * 3 / 4)
+    text = run(str(tiny_recipe), "--set", at.replace("3", "0.5"))
+    assert [line for line in text.splitlines() if "nothing has run" in line] == [
+        "tiny: estimated, nothing has run",
+        "tiny from 0.5 of the run on: estimated, nothing has run",
+    ]
+    assert text.count("samples/s:") == 1
+
+
+@pytest.mark.slow
 def test_a_source_that_is_absent(tiny_recipe: Path) -> None:
     """Neither its files nor the variable in their names: texts are as long as is said. Catches a plan that looks for
     data, a length that is printed and not planned, one that no tower takes, and a table that is wider where there are
@@ -219,6 +240,9 @@ def test_a_teacher_with_towers_of_its_own_is_not_planned(tiny_recipe: Path, regi
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=[frozen])
     with pytest.raises(UserError, match=r"'wise' is 'frozen': only .* are planned; .* \(--set teachers\.wise=null\)"):
         make_plans(recipe, [Hardware()], CPU)
+    late = f"stages=[{{at: 0.5, set: {{{frozen.replace('=', ': ', 1)}}}}}]"
+    with pytest.raises(UserError, match=r"'wise' is 'frozen': .* \(--set stages=null\)"):
+        make_plans(load_recipe(tiny_recipe, registry=registry, overrides=[late]), [Hardware()], CPU)
     stored = "teacher={name: stored, fields: {image: {field: i.npy, dim: 16}, text: {field: t.npy, dim: 16}}}"
     with pytest.raises(UserError, match=r"'default' is 'stored': .* \(--set teacher=null\)"):
         make_plans(load_recipe(tiny_recipe, registry=registry, overrides=[stored]), [Hardware()], CPU)

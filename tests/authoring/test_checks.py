@@ -28,6 +28,7 @@ from my_plugin.tower import Tower
 from my_plugin.views import Noisy
 
 from distill_authoring.conformance import assert_conforms, check, checks_of, report
+from distill_authoring.conformance.suite import Result
 from distill_core.contracts.cases import ConformanceCase, ConformanceCases
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.kinds import INTERFACES
@@ -154,6 +155,31 @@ def test_the_failing_example_is_named():
 def test_each_check_says_what_it_holds_a_component_to():
     assert all(inspect.cleandoc(one.about) for kind in INTERFACES for one in checks_of(kind))
     assert MatchConfig.model_fields["weight"].default == LossConfig().weight
+
+
+def test_a_cause_is_printed_once_for_all_checks_that_it_concerns(capsys):
+    """Catches a `forward` with a typo whose one line fills the screen, and one that is left out of another component."""
+    typo, none = "NameError: name 'tokns' is not defined (loss.py:12)", "it reads no tokens"
+    report.print_results(
+        [
+            Result(kind, "mine", name, "Holds.", status, message)
+            for kind in ("loss", "fusion")
+            for name, status, message in (
+                ("terms", "failed", typo),
+                ("named", "ok", ""),
+                ("options", "ok", ""),
+                ("padding", "failed", typo),
+                ("masks", "skipped", none),
+                ("pool", "skipped", none),
+            )
+        ]
+    )
+    loss, fusion = capsys.readouterr().out.split("fusion mine")
+    for text in (loss, fusion):
+        assert text.count(typo) == text.count(none) == text.count("requires: Holds.") == 1
+        assert re.search(r"padding +FAILED  as terms\n", text)
+        assert re.search(r"pool +-  as masks\n", text)
+    assert "4 checks passed, 4 not applicable, 4 failed" in fusion
 
 
 def test_a_plugin_that_ends_python_without_a_word(tmp_path, monkeypatch):

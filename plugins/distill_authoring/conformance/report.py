@@ -78,19 +78,26 @@ _SIGNS = {"ok": ("ok", "green"), "failed": ("FAILED", "red"), "skipped": ("-", N
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """Print a row for each check, what to fix below failed ones, and a line of counts."""
+    """Print a row for each check, what to fix below failed ones, and a line of counts.
+
+    A message that several checks of a component have is printed with the first; the others name that check.
+    """
     names = [f"{result.kind} {result.name}" for result in results]
     widths = max(map(len, names)), max(len(result.check) for result in results)
     previous = ""
+    first: dict[tuple[str, str], str] = {}  # (component, message) -> check
     for name, result in zip(names, results, strict=True):
         sign, colour = _SIGNS[result.status]
         label = "" if name == previous else name
         previous = name
         row = f"{label:<{widths[0]}}  {result.check:<{widths[1]}}  {click.style(sign, fg=colour)}"
-        if result.status == "skipped":
+        origin = first.setdefault((name, result.message), result.check)
+        if result.status != "ok" and origin != result.check:
+            row += f"  as {origin}"
+        elif result.status == "skipped":
             row += f"  {result.message}"
         click.echo(row)
-        if result.status == "failed":
+        if result.status == "failed" and origin == result.check:
             click.echo(f"    requires: {result.about}\n    to fix:   {result.message}")
     counts = {status: sum(result.status == status for result in results) for status in _SIGNS}
     components = len({name for name in names if not name.startswith("plugin ")})

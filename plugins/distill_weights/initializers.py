@@ -186,10 +186,10 @@ def _scales(objective: Objective, source: Source) -> dict[str, tuple[Tensor, str
 
 
 def _parts(names: Any) -> list[str]:
-    """Parameters by the part of the recipe they belong to, in order: `fusion`, `heads.NAME`, `loss.ID`,
-    `backbone.NAME.PARAMETER`."""
-    depth = {"fusion": 2, "heads": 2, "loss": 2, "backbone": 3}
-    return list(dict.fromkeys(".".join(name.split(".")[: depth.get(name.split(".")[0], 1)]) for name in names))
+    """Parameters by the part of the recipe they belong to, in order: `fusion.PART`, `fusions.NAME.PART`, `heads.NAME`,
+    `loss.ID`, `balance`, `backbone.NAME.PART`."""
+    depth = {"fusion": 2, "fusions": 3, "heads": 2, "loss": 2, "balance": 1, "backbone": 3}
+    return list(dict.fromkeys(".".join(name.split(".")[: depth[name.split(".")[0]]]) for name in names))
 
 
 class OpenClipConfig(TowersConfig):

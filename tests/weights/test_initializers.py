@@ -39,6 +39,24 @@ def open_clip_model(quick: bool, size: int = 16, context: int = 77) -> Any:
     return scatter(open_clip.model.CLIP(10, vision, text, quick_gelu=quick))
 
 
+def test_what_stays_new_is_named_by_its_part_of_the_recipe(registry: Registry, tmp_path: Path) -> None:
+    """Catches named fusions that all are `fusions`, and a line for each of a decoder's tensors."""
+    built = objective(
+        registry,
+        *CLIP_64,
+        "fusions={other: {name: cross_attention, heads: 2}}",
+        "heads={decoder: {name: caption_decoder, width: 16, layers: 1, heads: 2}}",
+        "loss.2={name: captioning}",
+        "balance=uncertainty",
+    )
+    torch.save(open_clip_model(quick=False).state_dict(), tmp_path / "clip.pt")
+    line = apply(registry, built, "open_clip", source=str(tmp_path / "clip.pt")).line
+    assert line.endswith(
+        "initialised anew: fusion.token_map, fusion.pooler, heads.decoder, fusions.other.token_map, "
+        "fusions.other.pooler, loss.cross_modal_distillation, balance"
+    )
+
+
 def test_openai(registry: Registry, tmp_path: Path) -> None:
     """Their state dicts are half precision, hold three sizes, and were trained with QuickGELU."""
     model = open_clip_model(quick=True).half().float()

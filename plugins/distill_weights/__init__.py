@@ -1,4 +1,4 @@
-"""Loads weights (open_clip, OpenAI, Hugging Face, timm's ViTs) and exports them (open_clip, HF, ONNX)."""
+"""Loads weights (open_clip, OpenAI, Hugging Face, timm's ViTs), exports them (open_clip, HF, ONNX), averages runs."""
 
 import click
 
@@ -17,7 +17,7 @@ def distill_components() -> list[type]:
 
 @hookimpl
 def distill_commands() -> list[click.Command]:
-    """`distill export`."""
-    from distill_weights.commands import export
+    """`distill export`, `distill average`."""
+    from distill_weights.commands import average, export
 
-    return [export]
+    return [average, export]

@@ -99,7 +99,7 @@ class Towers(WeightLoader):
             notes.append(f"left out, as no loss over the towers' own embeddings has one: {', '.join(unused)}")
         for name, value in loaded.items():
             parameters[name].copy_(value)
-        fresh = _parts(name for name in parameters if name not in loaded and not name.startswith("teacher."))
+        fresh = parts(name for name in parameters if name not in loaded and not name.startswith("teacher."))
         if fresh:
             notes.append(f"not in the source, so initialised anew: {', '.join(fresh)}")
         return LoadReport("; ".join([f"{source.what}: {len(loaded)} tensors", *notes]), frozenset(loaded))
@@ -185,7 +185,7 @@ def _scales(objective: Objective, source: Source) -> dict[str, tuple[Tensor, str
     return {}
 
 
-def _parts(names: Any) -> list[str]:
+def parts(names: Any) -> list[str]:
     """Parameters by the part of the recipe they belong to, in order: `fusion.PART`, `fusions.NAME.PART`, `heads.NAME`,
     `loss.ID`, `balance`, `backbone.NAME.PART`."""
     depth = {"fusion": 2, "fusions": 3, "heads": 2, "loss": 2, "balance": 1, "backbone": 3}

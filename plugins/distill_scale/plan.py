@@ -119,8 +119,10 @@ def make_plans(
     samples: int | None = None,
     tokens: Tokens = NO_TOKENS,
 ) -> list[Plan]:
-    """One for each stage of the recipe and each of `hardware`, which differ in the number of devices alone. `samples` of
-    an epoch are needed where the recipe's length is in epochs. Raises `UserError`."""
+    """One for each stage of the recipe and each of `hardware`, which differ in the number of devices alone.
+
+    `samples` of an epoch are needed where the recipe's length is in epochs. Raises `UserError`.
+    """
     for each in hardware:
         if each.devices > each.node and each.devices % each.node:
             raise UserError(f"--devices {each.devices} is not a number of nodes of {each.node} devices (--node)")

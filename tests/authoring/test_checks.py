@@ -158,7 +158,7 @@ def test_each_check_says_what_it_holds_a_component_to():
 
 
 def test_a_cause_is_printed_once_for_all_checks_that_it_concerns(capsys):
-    """Catches a `forward` with a typo whose one line fills the screen, and one that is left out of another component."""
+    """Catches a typo in `forward` that fills the screen, and one that is left out of another component."""
     typo, none = "NameError: name 'tokns' is not defined (loss.py:12)", "it reads no tokens"
     report.print_results(
         [

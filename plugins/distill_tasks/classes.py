@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill_core import Media, Picture, Score, counted
+from distill_core import EvaluationSet, Media, Model, Picture, Score, Task, counted
 
 WHOLE = 30
 """The largest number of classes whose whole confusion matrix is drawn; above, the most confused pairs are."""
@@ -75,6 +75,27 @@ def confusion_picture(
             return
         picture = _pairs([(classes[i], classes[j], int(matrix[i, j]), float(share[i, j])) for i, j in pairs], title)
     yield Picture("confusion", picture, title, {"set": name})
+
+
+class ClassificationTask(Task):
+    """Base of tasks that choose a class for each item."""
+
+    _classes: Sequence[str]
+    """All classes; `run` sets it."""
+    _predictions: dict[str, tuple[Tensor, Tensor]]
+    """A set's name -> of each item its class [N] and the chosen one [N], numbered as in `_classes`; `run` sets it."""
+
+    @classmethod
+    def means(cls, config: Any) -> tuple[str, ...]:
+        """Accuracies; `top5` of more than 5 classes."""
+        return ACCURACIES
+
+    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
+        """The confusion matrix of each set."""
+        subject = f"{self.name} of the {model.side}"
+        for name, (truth, predictions) in self._predictions.items():
+            matrix = confusion(truth, predictions, len(self._classes))
+            yield from confusion_picture(matrix, self._classes, name, subject)
 
 
 def _matrix(share: np.ndarray[Any, Any], names: Sequence[str], title: str) -> Any:

@@ -16,12 +16,10 @@ from distill_core import (
     DataError,
     EvaluationSet,
     FeatureKind,
-    Media,
     Model,
     Needs,
     Plan,
     Score,
-    Task,
     TaskConfig,
     counted,
     mean_over_sets,
@@ -29,11 +27,10 @@ from distill_core import (
 )
 from distill_tasks.classes import (
     ACCURACIES,
+    ClassificationTask,
     accuracies,
     accuracy_scores,
     chance,
-    confusion,
-    confusion_picture,
     ranks_of_class,
 )
 from distill_tasks.logistic import choose_c, fit, logits
@@ -81,7 +78,7 @@ class Labelled:
     owners: Tensor
 
 
-class Probe(Task):
+class Probe(ClassificationTask):
     """Base of both probes: gathers labelled features, and scores the predictions of `predict`."""
 
     Config = ProbeConfig
@@ -109,11 +106,6 @@ class Probe(Task):
         """The split to learn from."""
         return (config.learn,) if config.learn is not None else ()
 
-    @classmethod
-    def means(cls, config: ProbeConfig) -> tuple[str, ...]:
-        """Accuracies; `top5` of more than 5 classes."""
-        return ACCURACIES
-
     watch: Callable[[Sequence[float]], Iterable[float]] = staticmethod(iter)
     """Reports the steps of `predict` to a progress bar."""
 
@@ -138,7 +130,7 @@ class Probe(Task):
         )
         train_identities = {identity for samples in train_sets for identity in samples.identities.values()}
         scores: list[Score] = []
-        self._predictions: dict[str, tuple[Tensor, Tensor]] = {}
+        self._predictions = {}
         for samples, items in zip(sets, scored_items, strict=True):
             self._warn_of_overlap(samples, train_identities)
             self.watch = partial(samples.watch, what=f"fits for {samples.name}")
@@ -153,7 +145,7 @@ class Probe(Task):
                     counts.append(len(torch.unique(train.owners)))
                 results.append(accuracies(ranks, truth, len(self._classes)))
                 learned_from.append(sum(counts) / len(counts))
-                self._predictions.setdefault(samples.name, (truth, predictions))
+                self._predictions.setdefault(samples.name, (truth, predictions))  # the first draw's
             if config.shots is not None and self._fewest < config.shots:
                 fewest = f"the smallest class has {counted(self._fewest, 'sample')} to learn from"
                 samples.warn(f"{self.name!r}: `shots: {config.shots}`, but {fewest}; such classes use all they have")
@@ -172,14 +164,6 @@ class Probe(Task):
         chosen = self.config.features is None and self._features == "class_token"
         read = "; on class tokens, since no loss trains the embedding" if chosen else ""
         return f"percent; {chance(len(self._classes))}{draws}{read}"
-
-    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
-        """The confusion matrix of each set (of the first draw, if few-shot)."""
-        subject = f"{self.name} of the {model.side}"
-        for name, (truth, predictions) in self._predictions.items():
-            yield from confusion_picture(
-                confusion(truth, predictions, len(self._classes)), self._classes, name, subject
-            )
 
     def _warn_of_overlap(self, samples: EvaluationSet, train_identities: Collection[tuple[str, str]]) -> None:
         overlap = sum(identity in train_identities for identity in samples.identities.values())

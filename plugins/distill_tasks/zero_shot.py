@@ -6,17 +6,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from distill_core import (
     DataError,
     EvaluationSet,
-    Media,
     Model,
     Plan,
     Score,
-    Task,
     TaskConfig,
     encode_shared,
     mean_over_sets,
@@ -24,11 +21,10 @@ from distill_core import (
 )
 from distill_tasks.classes import (
     ACCURACIES,
+    ClassificationTask,
     accuracies,
     accuracy_scores,
     chance,
-    confusion,
-    confusion_picture,
     ranks_of_class,
 )
 from distill_tasks.prompts import Templates, plain_lines, prompts_of, templates_of
@@ -49,7 +45,7 @@ class ZeroShotConfig(TaskConfig):
     """A file with the names of all classes to choose from, one a line; null takes those that occur in the sets."""
 
 
-class ZeroShot(Task):
+class ZeroShot(ClassificationTask):
     """Top-1, top-5 and mean-per-class accuracy in percent, with prompt ensembles (Radford et al. 2021, section 3.1.4).
     Ties count against the model. Classes of one name count as one.
     """
@@ -62,11 +58,6 @@ class ZeroShot(Task):
         """The recipe lacks a modality, or has too many to choose from."""
         yield from two_modalities(cls.name, config.modalities, plan)
 
-    @classmethod
-    def means(cls, config: ZeroShotConfig) -> tuple[str, ...]:
-        """Accuracies; `top5` of more than 5 classes."""
-        return ACCURACIES
-
     def run(self, model: Model, sets: Sequence[EvaluationSet]) -> list[Score]:
         """`top1`, `top5` (of more than 5 classes) and `mean_per_class`, with their means over sets; `classes`."""
         items_of, words_of = self.config.modalities or model.modalities
@@ -75,7 +66,7 @@ class ZeroShot(Task):
         embedded = encode_shared(model, words_of, prompts)
         centres = normalize(embedded.view(len(self._classes), -1, embedded.shape[1]).mean(1), dim=-1)  # [C, D]
         scores: list[Score] = []
-        self._predictions: dict[str, tuple[Tensor, Tensor]] = {}
+        self._predictions = {}
         for samples in sets:
             name, labels = samples.name, labels_of[samples.name]
             embedded, owners = samples.embeddings(model, items_of)
@@ -93,14 +84,6 @@ class ZeroShot(Task):
     def note(self) -> str:
         """Unit, classes and chance."""
         return f"percent; {chance(len(self._classes))}"
-
-    def media(self, model: Model, sets: Sequence[EvaluationSet], samples: int) -> Iterator[Media]:
-        """The confusion matrix of each set."""
-        subject = f"{self.name} of the {model.side}"
-        for name, (truth, predictions) in self._predictions.items():
-            yield from confusion_picture(
-                confusion(truth, predictions, len(self._classes)), self._classes, name, subject
-            )
 
     def _read(
         self, model: Model, words_of: str, sets: Sequence[EvaluationSet]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from distill_core import DEFAULT_TEACHER, GLOBAL, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError, wide
+from distill_dino.pairs import pair_needs, view_pairs
 
 
 class GramConfig(LossConfig):
@@ -44,21 +45,12 @@ class Gram(Loss):
     def __init__(self, config: GramConfig, plan: Plan) -> None:
         super().__init__(config, plan)
         seen = plan.teacher_views(config.teacher, config.modality)
-        self.pairs = [(s, seen.index(t)) for s, t in _pairs(config, plan) if t in seen]
+        self.pairs = [(s, seen.index(t)) for s, t in view_pairs(config, plan) if t in seen]
 
     @classmethod
     def needs(cls, config: GramConfig, plan: Plan) -> Needs:
         """Patches of student and teacher."""
-        m, pairs = config.modality, _pairs(config, plan)
-        target = config.target_role or config.role
-        count = max(1, len(plan.modalities[m].views(config.role)))
-        return Needs(
-            tokens={m: tuple(s for s, _ in pairs)},
-            whole={m: tuple(s for s, _ in pairs)},
-            teacher={config.teacher: {m: tuple(t for _, t in pairs)}},
-            views={m: {config.role: 1, target: count}},
-            embeddings=(),
-        )
+        return pair_needs(config, plan)
 
     @classmethod
     def problems(cls, config: GramConfig, plan: Plan) -> Iterable[str]:
@@ -109,9 +101,3 @@ def resized(x: Tensor, count: int) -> Tensor:
     grid = x.mT.reshape(x.shape[0], x.shape[2], sides[0], sides[0])
     small = interpolate(grid, size=(sides[1], sides[1]), mode="bicubic", align_corners=False)
     return small.flatten(-2).mT
-
-
-def _pairs(config: GramConfig, plan: Plan) -> tuple[tuple[int, int], ...]:
-    """(the student's view, the teacher's), by the plan's numbers."""
-    m = plan.modalities[config.modality]
-    return tuple(zip(m.views(config.role), m.views(config.target_role or config.role), strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distill_core import GLOBAL, LOCAL, Needs, Outputs, Plan, Progress, UserError, did_you_mean
+from distill_dino.pairs import pair_needs, view_pairs
 from distill_dino.prototypes import (
     Positive,
     PrototypeConfig,
@@ -105,22 +107,12 @@ class Ibot(PrototypeLoss):
         if config.shared_head:
             self.class_targets = Targets(config.prototypes, config.centring, config.center_momentum)
             self.students = views_of(config.modality, (GLOBAL, LOCAL), plan)
-        self.pairs = _pairs(config, plan)
+        self.pairs = view_pairs(config, plan)
 
     @classmethod
     def needs(cls, config: IbotConfig, plan: Plan) -> Needs:
         """A backbone that hides patches, a teacher that sees the views whole, and the tokens of both."""
-        m, pairs = config.modality, _pairs(config, plan)
-        target = config.target_role or config.role
-        count = max(1, len(plan.modalities[m].views(config.role)))
-        return Needs(
-            teacher={config.teacher: {m: tuple(t for _, t in pairs)}},
-            tokens={m: tuple(s for s, _ in pairs)},
-            whole={m: tuple(s for s, _ in pairs)},
-            masked=(m,),
-            views={m: {config.role: 1, target: count}},
-            embeddings=(),
-        )
+        return replace(pair_needs(config, plan), masked=(config.modality,))
 
     @classmethod
     def problems(cls, config: IbotConfig, plan: Plan) -> Iterable[str]:
@@ -190,12 +182,6 @@ class Ibot(PrototypeLoss):
         self.targets.move()
         if self.config.shared_head:
             self.class_targets.move()
-
-
-def _pairs(config: IbotConfig, plan: Plan) -> tuple[tuple[int, int], ...]:
-    """(the student's masked view, the teacher's whole one), by the plan's numbers."""
-    m = plan.modalities[config.modality]
-    return tuple(zip(m.views(config.role), m.views(config.target_role or config.role), strict=False))
 
 
 def _real(like: Tensor, *masks: Tensor | None) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core import ConformanceCase
 
 distill_api = 2
 
@@ -19,8 +22,8 @@ def distill_components() -> list[type]:
 
 
 @hookimpl
-def distill_conformance_cases() -> list[Any]:
+def distill_conformance_cases() -> list[ConformanceCase]:
     """A sample with a web's caption and synthetic ones."""
-    from distill_mobileclip.captions import CASES
+    from distill_mobileclip.cases import CASES
 
     return CASES

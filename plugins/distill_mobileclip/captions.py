@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
-import numpy as np
-
-from distill_core import BadSample, ConformanceCase, Sample
+from distill_core import BadSample, Sample
 from distill_vl.caption_readers import CaptionReader
 
 
@@ -26,14 +23,3 @@ class DataCompDr(CaptionReader):
         if not isinstance(synthetic, list) or not all(isinstance(text, str) for text in synthetic):
             raise BadSample("syn.json: syn_text is no list of texts")
         return {"txt": [web] if web.strip() else [], "syn_text": [text for text in synthetic if text.strip()]}
-
-
-def example_sample(config: Any, rng: np.random.Generator) -> Sample:
-    """What the conformance checks read."""
-    return {
-        "txt": b"IMG_2041 harbour",
-        "syn.json": json.dumps({"syn_text": ["A gull.", "A boat, and a gull."]}).encode(),
-    }
-
-
-CASES = [ConformanceCase(DataCompDr, sample=example_sample)]

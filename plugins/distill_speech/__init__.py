@@ -1,6 +1,13 @@
 """Speech as a modality: log-mel spectrograms of recordings, and a small transformer over them."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from distill_core import hookimpl
+
+if TYPE_CHECKING:
+    from distill_core import ConformanceCase
 
 distill_api = 2
 
@@ -15,8 +22,8 @@ def distill_components() -> list[type]:
 
 
 @hookimpl
-def distill_conformance_cases() -> list[object]:
+def distill_conformance_cases() -> list[ConformanceCase]:
     """A recording of noise, and spectrograms of it."""
     from distill_speech.cases import CASES
 
-    return list(CASES)
+    return CASES

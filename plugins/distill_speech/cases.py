@@ -26,4 +26,4 @@ def spectrograms(config: SpeechTransformerConfig, rng: np.random.Generator) -> l
     return [View(torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)), GLOBAL) for _ in range(2)]
 
 
-CASES = (ConformanceCase(LogMel, sample=recording), ConformanceCase(SpeechTransformer, views=spectrograms))
+CASES = [ConformanceCase(LogMel, sample=recording), ConformanceCase(SpeechTransformer, views=spectrograms)]

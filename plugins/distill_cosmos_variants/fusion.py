@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core import Features, Fused, FusionHead, Plan
+from distill_core import Features, Fused, FusionHead, Plan, wide
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler, TokenFusion, unit
 from distill_vl.transformer import MLP
 
@@ -30,14 +30,14 @@ class MeanPooling(TokenFusion):
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """queries [V, B, D] + mean over the real tokens; a sample without any adds zero."""
-        wide = torch.promote_types(queries.dtype, torch.float32)
+        queries = wide(queries)
         if mask is None:
             mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
         # the map of the mean is the mean of the maps, for L times fewer products
-        total = tokens.masked_fill(~mask[..., None], 0.0).sum(1, dtype=wide)  # [B, W]
+        total = tokens.masked_fill(~mask[..., None], 0.0).sum(1, dtype=queries.dtype)  # [B, W]
         mean = (total / mask.sum(1, keepdim=True).clamp(min=1)).to(tokens.dtype)
         mapped: Tensor = self.token_map[modality](mean) * mask.any(1, keepdim=True)  # [B, D]
-        return queries.to(wide) + mapped
+        return queries + mapped
 
 
 class GatedConfig(AttentionConfig):

@@ -20,7 +20,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
-from distill_core import Plan
+from distill_core import Plan, wide
 from distill_vl.token_fusion import AttentionConfig, AttentionFusion, CrossPooler
 from distill_vl.transformer import MLP, Attention, Sequences
 
@@ -74,13 +74,12 @@ class QueryFormer(nn.Module):
 
     def forward(self, views: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """views [V, B, D], tokens [B, L, D], mask [B, L] -> [V, B, D]."""
-        wide = torch.promote_types(views.dtype, torch.float32)
         view = views.flatten(0, 1)[:, None].to(self.queries.dtype)
         x = self.queries.expand(view.shape[0], -1, -1)
         for block in self.blocks:
             x = block(x, view, tokens, mask, views.shape[0])
         answer: Tensor = self.proj(self.ln_post(x).mean(1))
-        return views.to(wide) + answer.view(views.shape)
+        return wide(views) + answer.view(views.shape)
 
     def weights(self, views: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """With which the last block reads the tokens, the mean of the N queries: [V, B, H, L]."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core import GLOBAL, Loss, LossConfig, Needs, Outputs, Plan, Scheduled
+from distill_core import GLOBAL, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, wide
 
 
 class KoLeoConfig(LossConfig):
@@ -53,8 +53,7 @@ class KoLeo(Loss):
         classes = outputs.student[self.config.modality].class_tokens
         assert classes is not None
         with torch.autocast(classes.device.type, enabled=False):
-            x = classes[self.views, :, 0]
-            x = normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+            x = normalize(wide(classes[self.views, :, 0]), dim=-1)
             if x.shape[1] == 1:
                 return {"koleo": x.sum() * 0}, {}
             with torch.no_grad():

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import torch
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import linear, normalize, pad
+from torch.nn.functional import linear, pad
 
-from distill_core import ComponentConfig, Features, Fused, FusionHead, Needs, Plan, UserError, same_dim
+from distill_core import ComponentConfig, Features, Fused, FusionHead, Needs, Plan, UserError
 from distill_kernels import cross_attention
+from distill_vl.token_fusion import head_problems, pair_problems, unit
 from distill_vl.transformer import attention_weights
 
 
@@ -89,14 +89,10 @@ class TextConditionedPool(FusionHead):
     @classmethod
     def problems(cls, config: TextConditionedPoolConfig, plan: Plan) -> Iterable[str]:
         """One width D on both sides, divisible by the heads; queries of the two modalities."""
-        if config.modalities[0] == config.modalities[1]:
-            yield f"{cls.name!r} needs two different modalities"
+        yield from pair_problems(cls.name, config.modalities, plan)
         if not config.queries or not set(config.queries) <= set(config.modalities):
             yield f"{cls.name!r} lets {', '.join(config.modalities)} ask; `queries` must name one or both"
-        yield from same_dim(cls.name, config.modalities, plan)
-        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
-            if dim % config.heads:
-                yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+        yield from head_problems(cls.name, config.modalities, config.heads, plan)
 
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """All views of each modality over the tokens of the other's view 0. Raises `UserError` where one cannot ask."""
@@ -110,9 +106,8 @@ class TextConditionedPool(FusionHead):
         for name, other in self.other.items():
             tokens_of = features[other]
             pooled = self.pool(other, features[name].pooled, tokens_of.tokens[0], tokens_of.masks.get(0))
-            with torch.autocast(pooled.device.type, enabled=False):
-                fused[name] = normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)
-        return {m: Fused(x) for m, x in fused.items()}
+            fused[name] = Fused(unit(pooled))
+        return fused
 
     def pool(self, modality: str, queries: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What queries [V, B, D] find in `modality`'s tokens [B, L, W]: [V, B, D], not normalised, no residual.

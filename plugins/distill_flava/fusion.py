@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from distill_core import GLOBAL, ComponentConfig, Features, Fused, FusionHead, Needs, Plan, same_dim
+from distill_core import GLOBAL, ComponentConfig, Features, Fused, FusionHead, Needs, Plan
+from distill_vl.token_fusion import head_problems, pair_problems, unit
 from distill_vl.transformer import Sequences, Transformer
 
 
@@ -59,12 +59,8 @@ class MultimodalEncoder(FusionHead):
     @classmethod
     def problems(cls, config: MultimodalEncoderConfig, plan: Plan) -> Iterable[str]:
         """One width D on both sides, divisible by the heads."""
-        if config.modalities[0] == config.modalities[1]:
-            yield f"{cls.name!r} needs two different modalities"
-        yield from same_dim(cls.name, config.modalities, plan)
-        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
-            if dim % config.heads:
-                yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+        yield from pair_problems(cls.name, config.modalities, plan)
+        yield from head_problems(cls.name, config.modalities, config.heads, plan)
 
     def forward(self, features: Mapping[str, Features]) -> dict[str, Fused]:
         """The chosen view of both modalities, pair by pair."""
@@ -78,8 +74,7 @@ class MultimodalEncoder(FusionHead):
             torch.cat([start, mapped[first], mapped[second]], 1), torch.cat([always, real[first], real[second]], 1)
         )
         middle = 1 + tokens[first].shape[1]
-        with torch.autocast(sequence.device.type, enabled=False):
-            pooled = normalize(sequence[:, 0].to(torch.promote_types(sequence.dtype, torch.float32)), dim=-1)[None]
+        pooled = unit(sequence[:, 0])[None]
         return {first: Fused(pooled, sequence[:, 1:middle]), second: Fused(pooled, sequence[:, middle:])}
 
     def _encode(self, sequence: Tensor, real: Tensor) -> Tensor:

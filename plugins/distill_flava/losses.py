@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, mse_loss
 
-from distill_core import Features, Group, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError
+from distill_core import Features, Group, Loss, LossConfig, Needs, Outputs, Plan, Scheduled, UserError, wide
 from distill_flava.fusion import MultimodalEncoder
 from distill_vl.masking import MASKED, tokens_at
 from distill_vl.tokenizer import VOCABULARY
@@ -38,8 +38,7 @@ class PredictionHead(nn.Module):
         """x [N, W] -> fp32 (or wider) [N, outputs]."""
         hidden: Tensor = self.norm(nn.functional.gelu(self.dense(x)))
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(torch.promote_types(hidden.dtype, self.decoder.weight.dtype), torch.float32)
-            return linear(hidden.to(wide), self.decoder.weight.to(wide), self.decoder.bias.to(wide))
+            return linear(wide(hidden), wide(self.decoder.weight), wide(self.decoder.bias))
 
 
 def masked_group(who: str, outputs: Outputs, modality: str, role: str) -> tuple[int, Group, Tensor]:
@@ -278,8 +277,7 @@ class ImageTextMatching(Loss):
             pairs.append(mixed[first].pooled[0])
         x = torch.cat(pairs)
         # back to the spread that the encoder's LayerNorm gave it
-        logits = self.head(x * x.shape[-1] ** 0.5)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(self.head(x * x.shape[-1] ** 0.5))
         matched = (torch.arange(len(x), device=x.device) < batch).long()
         accuracy = (logits.detach().argmax(-1) == matched).to(logits.dtype).mean()
         return {"itm": cross_entropy(logits, matched)}, {"accuracy": accuracy}

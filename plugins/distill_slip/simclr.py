@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled
+from distill_core import Loss, LossConfig, Needs, Outputs, Plan, Scheduled, wide
 from distill_vl.heads import ProjectionHead
 
 Positive = Annotated[int, Field(gt=0)]
@@ -70,7 +70,7 @@ class SimClr(Loss):
         """One term, and the share of embeddings whose nearest is the right one."""
         embedding = self.head(self._read(outputs), outputs.weight)
         with torch.autocast(embedding.device.type, enabled=False):
-            own = normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
+            own = normalize(wide(embedding), dim=-1)
             compared = outputs.rows(own)
             every = compared.gathered
             (_, batch, _), rows = own.shape, every.shape[1]

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from distill_core import ComponentConfig, Decoder, Encoded, Plan
+from distill_core import ComponentConfig, Decoder, Encoded, Plan, wide
 from distill_kernels import cross_attention
 from distill_vl.transformer import MLP, Attention, Block, Sequences
 
@@ -106,8 +106,7 @@ class Readout(nn.Module):
             x = x.flatten(0, 1).index_select(0, rows)
         x = self.norm(x)
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(torch.promote_types(x.dtype, self.ids.dtype), torch.float32)
-            return linear(x.to(wide), self.ids.to(wide))
+            return linear(wide(x), wide(self.ids))
 
 
 class TextDecoder(Decoder):

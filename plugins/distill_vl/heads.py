@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize, relu
 
-from distill_core import all_gather
+from distill_core import all_gather, wide
 
 
 class DINOHead(nn.Module):
@@ -47,7 +47,7 @@ class DINOHead(nn.Module):
         magnifies. `freeze_last_layer` sends the prototypes no gradient."""  # fmt: skip
         x = self.mlp(x)
         with torch.autocast(x.device.type, enabled=False):
-            x = normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+            x = normalize(wide(x), dim=-1)
             weight = normalize(self.last_layer, dim=-1)
             if self.last_layer_length is not None:
                 weight = weight * self.last_layer_length[:, None]
@@ -70,7 +70,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
         """x [V, B, C] -> [V, B, C], at least fp32; `weight` of this rank's mean in the mean over ranks."""
         with torch.autocast(x.device.type, enabled=False):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = wide(x)
             centred = x - _mean(x, weight)
             return centred * (_mean(centred.square(), weight) + self.eps).rsqrt() * self.weight + self.bias
 

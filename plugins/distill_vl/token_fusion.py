@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
-from distill_core import ComponentConfig, Features, Fused, FusionHead, Needs, Plan, same_dim
+from distill_core import ComponentConfig, Features, Fused, FusionHead, Needs, Plan, same_dim, wide
 from distill_kernels import cross_attention_pool
 from distill_vl.transformer import attention_weights
 
@@ -20,7 +20,21 @@ from distill_vl.transformer import attention_weights
 def unit(x: Tensor) -> Tensor:
     """x / |x| over the last axis, in at least fp32."""
     with torch.autocast(x.device.type, enabled=False):
-        return normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        return normalize(wide(x), dim=-1)
+
+
+def pair_problems(name: str, modalities: tuple[str, str], plan: Plan) -> Iterable[str]:
+    """What keeps the component `name` from fusing two modalities: that they are one, or have two widths D."""
+    if modalities[0] == modalities[1]:
+        yield f"{name!r} needs two different modalities"
+    yield from same_dim(name, modalities, plan)
+
+
+def head_problems(name: str, modalities: tuple[str, str], heads: int, plan: Plan) -> Iterable[str]:
+    """Attention heads of the component `name` that do not divide the embedding width D."""
+    for dim in sorted({plan.modalities[m].spec.dim for m in modalities if m in plan.modalities}):
+        if dim % heads:
+            yield f"{name!r} has {heads} heads, which do not divide the embedding width {dim}"
 
 
 class TokenFusionConfig(ComponentConfig):
@@ -53,9 +67,7 @@ class TokenFusion(FusionHead):
     @classmethod
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
         """Two modalities, of one width D."""
-        if config.modalities[0] == config.modalities[1]:
-            yield f"{cls.name!r} needs two different modalities"
-        yield from same_dim(cls.name, config.modalities, plan)
+        yield from pair_problems(cls.name, config.modalities, plan)
 
     def forward(self, features: dict[str, Features]) -> dict[str, Fused]:
         """All views of each modality with the tokens of the other's view 0."""
@@ -99,9 +111,7 @@ class AttentionFusion(TokenFusion):
     def problems(cls, config: Any, plan: Plan) -> Iterable[str]:
         """One width D on both sides, divisible by the heads."""
         yield from super().problems(config, plan)
-        for dim in sorted({plan.modalities[m].spec.dim for m in config.modalities if m in plan.modalities}):
-            if dim % config.heads:
-                yield f"{cls.name!r} has {config.heads} heads, which do not divide the embedding width {dim}"
+        yield from head_problems(cls.name, config.modalities, config.heads, plan)
 
 
 class CrossPooler(nn.Module):

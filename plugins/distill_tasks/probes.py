@@ -149,10 +149,10 @@ class Probe(ClassificationTask):
             if config.shots is not None and self._fewest < config.shots:
                 fewest = f"the smallest class has {counted(self._fewest, 'sample')} to learn from"
                 samples.warn(f"{self.name!r}: `shots: {config.shots}`, but {fewest}; such classes use all they have")
-            averages = {score: sum(identity[score] for identity in results) / len(results) for score in results[0]}
+            averages = {score: sum(result[score] for result in results) / len(results) for score in results[0]}
             scores += accuracy_scores(samples.name, averages)
             if len(results) > 1:
-                spread = torch.tensor([identity["top1"] for identity in results], dtype=torch.float64).std().item()
+                spread = torch.tensor([result["top1"] for result in results], dtype=torch.float64).std().item()
                 scores.append(Score(samples.name, "top1_std", spread, higher_is_better=None))
             size = sum(learned_from) / len(learned_from)
             scores.append(Score(samples.name, "learned_from", size, "samples", None))

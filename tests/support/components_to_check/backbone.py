@@ -250,3 +250,10 @@ class HandsTheLastOn(DeepTower):
 class DropsNothing(DeepTower):
     def encode_one(self, one):
         return super().encode_one(replace(one, keep=None))
+
+
+@broken("dropped_tokens", "keeping every token is not the same as dropping none")
+class ScalesWhatIsKept(DeepTower):
+    def encode_one(self, one):
+        encoded = super().encode_one(one)
+        return encoded if one.keep is None else replace(encoded, pooled=1.1 * encoded.pooled)

@@ -399,9 +399,9 @@ def ranks(case: Case) -> None:
     fit, module, outputs = ready(case, batch=2 * BATCH)
     if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
         raise NotApplicable("it draws random numbers, which differ between ranks and one process")
-    step = (case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
+    step = JointStep(case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
     rows = [(0, BATCH), (BATCH, 2 * BATCH)]
-    results, swapped = (on_two_ranks(rank_step, [(*step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
+    results, swapped = (on_two_ranks(rank_step, [(step, *rows[i]) for i in order]) for order in ((0, 1), (1, 0)))
     for rank in (0, 1):
         require(
             close(results[rank].terms, swapped[1 - rank].terms),
@@ -413,7 +413,7 @@ def ranks(case: Case) -> None:
     )
     if not _all(module, "across_ranks"):
         return
-    expected = rank_step(*step, 0, 2 * BATCH)
+    expected = rank_step(step, 0, 2 * BATCH)
     require(
         close([(a + b) / 2 for a, b in zip(results[0].terms, results[1].terms, strict=True)], expected.terms),
         "the mean of the terms of two ranks is not the term of all their rows: compare with `gathered` (a loss "
@@ -439,14 +439,14 @@ def absence(case: Case) -> None:
         raise NotApplicable("a loss inside it is not partial: a recipe that lets samples lack what it needs is refused")
     if not close([total(module, outputs)], [total(module, outputs, seed=1)], 1e-5):
         raise NotApplicable("it draws random numbers, which differ between ranks and one process")
-    step = (case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
+    step = JointStep(case.cls, case.config, case.inputs, fit, ids(case), module.state_dict())
     for fewer in (1, 0):
         counts = (BATCH, fewer)
         results = on_two_ranks(
-            rank_step, [(*step, 0, BATCH, counts, 0), (*step, BATCH, BATCH + max(fewer, 1), counts, 1)]
+            rank_step, [(step, 0, BATCH, counts, 0), (step, BATCH, BATCH + max(fewer, 1), counts, 1)]
         )
         what = f"two ranks with {BATCH} and {counted(fewer, 'sample')}"
-        expected = rank_step(*step, 0, sum(counts))
+        expected = rank_step(step, 0, sum(counts))
         require(
             close(results[0].state, results[1].state, 1e-6),
             f"after `after_step`, {what} hold different states: take the mean over ranks, by outputs.weight",
@@ -468,27 +468,39 @@ def absence(case: Case) -> None:
         )
 
 
-def rank_step(
-    cls: Any,
-    config: Any,
-    inputs: ConformanceCase,
-    fit: Fit,
-    integer_modalities: tuple[str, ...],
-    state: dict[str, Tensor],
-    start: int,
-    end: int,
-    counts: tuple[int, int] | None = None,
-    rank: int = 0,
-) -> RankStep:
+@dataclass(frozen=True)
+class JointStep:
+    """A loss on a batch of two ranks; sent to their processes, each of which takes its rows."""
+
+    cls: Any
+    config: Any
+    inputs: ConformanceCase
+    fit: Fit
+    ids: tuple[str, ...]
+    """As `ids` has them."""
+    state: dict[str, Tensor]
+    """The loss's."""
+
+    def loss(self) -> Any:
+        """Built anew."""
+        module = self.cls(self.config, self.fit.plan)
+        module.load_state_dict(self.state)
+        return module
+
+    def outputs(self, module: Any) -> Outputs:
+        """Of both ranks, always the same."""
+        return example_outputs(self.fit, self.inputs, self.config, module, batch=2 * BATCH, ids=self.ids)
+
+
+def rank_step(step: JointStep, start: int, end: int, counts: tuple[int, int] | None = None, rank: int = 0) -> RankStep:
     """Forward, backward and `after_step` on rows start..end of a batch of two ranks.
 
     `counts`: of the samples of both ranks, where they differ; terms are then weighed, by half of what a mean of two
     wants.
     """
-    module = cls(config, fit.plan)
-    module.load_state_dict(state)
+    module = step.loss()
     torch.manual_seed(0)
-    joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
+    joint = step.outputs(module)
     outputs = _rank_part(joint, start, end)
     if counts is not None:
         outputs = of_some(outputs, counts, rank)
@@ -535,8 +547,8 @@ def gathers(case: Case) -> None:
     for fit in fits(case):
         with on(fit):
             state = generic(case.cls(case.config, fit.plan)).state_dict()
-            step = (case.cls, case.config, case.inputs, fit, ids(case), state)
-            for named, read in on_two_ranks(gathered_step, [(*step, 0, BATCH), (*step, BATCH, 2 * BATCH)]):
+            step = JointStep(case.cls, case.config, case.inputs, fit, ids(case), state)
+            for named, read in on_two_ranks(gathered_step, [(step, 0, BATCH), (step, BATCH, 2 * BATCH)]):
                 applicable = applicable or bool(named or read)
                 require(
                     read <= named,
@@ -551,21 +563,10 @@ def gathers(case: Case) -> None:
         raise NotApplicable("it reads no other rank's rows by `gathered`")
 
 
-def gathered_step(
-    cls: Any,
-    config: Any,
-    inputs: ConformanceCase,
-    fit: Fit,
-    integer_modalities: tuple[str, ...],
-    state: dict[str, Tensor],
-    start: int,
-    end: int,
-) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
+def gathered_step(step: JointStep, start: int, end: int) -> tuple[set[tuple[str, int]], set[tuple[str, int]]]:
     """(rows of the outputs, view) that `gathers` names, and that `forward` and `after_step` read."""
-    module = cls(config, fit.plan)
-    module.load_state_dict(state)
-    joint = example_outputs(fit, inputs, config, module, batch=2 * BATCH, ids=integer_modalities)
-    outputs = _rank_part(joint, start, end)
+    module = step.loss()
+    outputs = _rank_part(step.outputs(module), start, end)
     names = {
         id(features.rows): where
         for where, features in [

@@ -8,8 +8,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(total: int, title: str, *, quiet: bool = False) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal's stderr, nothing elsewhere; yields what to call after each of `total` items."""
+def progress_bar(
+    total: int | None, title: str, *, done: int = 0, quiet: bool = False
+) -> Iterator[Callable[[], object]]:
+    """A bar on a terminal's stderr, nothing elsewhere; yields what to call after each of `total` items (None where
+    nobody knows), of which some may be `done` already."""
     if quiet or not sys.stderr.isatty():
         yield lambda: None
         return
@@ -18,5 +21,5 @@ def progress_bar(total: int, title: str, *, quiet: bool = False) -> Iterator[Cal
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total, completed=done)
         yield lambda: bar.advance(task)

@@ -10,9 +10,19 @@ from pathlib import Path
 
 import click
 
-from distill_core import DataError, Patience, Shard, Shards, TarShard, UserError, counted, in_words, tar_shards
+from distill_core import (
+    DataError,
+    Patience,
+    Shard,
+    Shards,
+    TarShard,
+    UserError,
+    counted,
+    in_words,
+    progress_bar,
+    tar_shards,
+)
 from distill_core.tools import is_local, retry
-from distill_data.row import progress
 
 THREADS = 8
 """Shards that are read at once: most of it is waiting."""
@@ -37,7 +47,7 @@ def run(names: Sequence[str], *, beside: bool) -> list[Indexed]:
     for name in names:
         named = tar_shards(str(Path(name) / "*.tar") if Path(name).is_dir() else name)["data"]
         shards += Shards(named).shards  # raises where one is missing
-    with progress(len(shards), "indexing shards") as advance, ThreadPoolExecutor(THREADS) as threads:
+    with progress_bar(len(shards), "indexing shards") as advance, ThreadPoolExecutor(THREADS) as threads:
 
         def one(shard: Shard) -> Indexed:
             assert isinstance(shard, TarShard)

@@ -11,8 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from distill_core import AbsentModality, Augmentation, BadSample, DataError, Patience, Sample, Unusable, stable_hash
-from distill_data.row import Named, Row, in_order, progress
+from distill_core import (
+    AbsentModality,
+    Augmentation,
+    BadSample,
+    DataError,
+    Patience,
+    Sample,
+    Unusable,
+    progress_bar,
+    stable_hash,
+)
+from distill_data.row import Named, Row, in_order
 from distill_data.writing import grouped
 from distill_vl.caption import WholeCaption
 from distill_vl.random_crop import RandomCrop
@@ -240,7 +250,7 @@ def inspect(source: Named, samples: int | None, jobs: int) -> tuple[Inspection, 
         positions = [int(p) for p in np.unique(np.linspace(0, len(row) - 1, samples).round())]  # type: ignore[assignment]
     look = Look(row, augment, source.recipe.data.optional if source.recipe is not None else ())
     inspection = Inspection(row, list(augment))
-    with progress(len(positions), "looking at samples") as advance:
+    with progress_bar(len(positions), "looking at samples") as advance:
         for position, facts in zip(positions, in_order(look, positions, jobs), strict=True):
             inspection.add(position, facts)
             advance()

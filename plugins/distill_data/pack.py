@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distill_core import BadSample, DataError, Patience, Sample, Skipped, stable_hash
+from distill_core import BadSample, DataError, Patience, Sample, Skipped, progress_bar, stable_hash
 from distill_data.fields import check, fields_of, smaller
-from distill_data.row import Named, Row, in_order, progress
+from distill_data.row import Named, Row, in_order
 from distill_data.writing import SETLESS, Folder, Packed, member_key
 from distill_vl.pictures import PictureAugmentation
 from distill_vl.random_crop import RandomCrop
@@ -75,7 +75,7 @@ def write(
         return prefix if only else row.sets[row.shard(position)]
 
     start = folder.end
-    with progress(len(row), what, start) as advance:
+    with progress_bar(len(row), what, done=start) as advance:
 
         def shown(results: Iterator[A]) -> Iterator[A]:
             for result in results:
@@ -118,7 +118,7 @@ class Packer:
 def identity(row: Row) -> dict[str, Any]:
     """What tells a row from another: the fingerprint of each shard, or its name where it has none."""
     prints = []
-    with progress(len(row.shards), "looking for changes") as advance:
+    with progress_bar(len(row.shards), "looking for changes") as advance:
         for shard in row.shards:
             prints.append(shard.fingerprint() or shard.name)
             advance()

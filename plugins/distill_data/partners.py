@@ -16,8 +16,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from distill_core import UserError, counted, require_extra
-from distill_data.row import progress
+from distill_core import UserError, counted, progress_bar, require_extra
 
 EXAMPLES = 20
 """Keys that a report names of each kind."""
@@ -221,7 +220,7 @@ class Partners:
         database.execute("CREATE TABLE repeated (key TEXT PRIMARY KEY) WITHOUT ROWID")
         database.execute("CREATE TABLE alone (key TEXT PRIMARY KEY) WITHOUT ROWID")
         database.execute("BEGIN")
-        with progress(None, f"reading {self.reader.path.name}") as advance:
+        with progress_bar(None, f"reading {self.reader.path.name}") as advance:
             for key, value in self.reader.rows():
                 written = json.dumps([value], default=str)
                 if not database.execute("INSERT OR IGNORE INTO rows VALUES (?, ?, 0)", (key, written)).rowcount:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from distill_core import DataError, DataSource, Patience, Sample, Shard, Shards, TarShard, UserError, tar_shards
+from distill_core import (
+    DataError,
+    DataSource,
+    Patience,
+    Sample,
+    Shard,
+    Shards,
+    TarShard,
+    UserError,
+    progress_bar,
+    tar_shards,
+)
 from distill_core.tools import RecipeErrors, load_recipe, measure, read_source, retry
 
 if TYPE_CHECKING:
@@ -86,7 +97,7 @@ class Row:
         `lost`."""
         everything = [(name, shard) for name, shards in sets.items() for shard in shards]
         self.patience = patience
-        with progress(len(everything), "opening shards") as advance:
+        with progress_bar(len(everything), "opening shards") as advance:
             lengths = measure([shard for _, shard in everything], patience, resuming=tolerant, progress=advance)
         if lengths.unopened and not tolerant:
             raise DataError(next(iter(lengths.unopened.values())))
@@ -160,18 +171,3 @@ class _Chunks(Iterable[Sequence[A]]):
     def __iter__(self) -> Iterator[Sequence[A]]:
         for start in range(0, len(self.items), TOGETHER):
             yield self.items[start : start + TOGETHER]
-
-
-@contextmanager
-def progress(total: int | None, what: str, done: int = 0) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's standard error, nothing elsewhere; yields what to call after each."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda: bar.advance(task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from distill_core import UserError
@@ -57,8 +58,8 @@ def mean(
                 )
     if not shared:
         raise UserError(f"{', '.join(map(str, names[1:]))}: no tensor is named as one of {names[0]}")
-    averaged = {
-        name: sum(part * state[name].double() for part, state in zip(shares, states, strict=True)).to(first[name].dtype)
-        for name in shared
-    }
+    averaged = {}
+    for name in shared:
+        parts_of_mean = [part * state[name].double() for part, state in zip(shares, states, strict=True)]
+        averaged[name] = torch.stack(parts_of_mean).sum(0).to(first[name].dtype)
     return averaged, [name for name in own if name not in averaged]

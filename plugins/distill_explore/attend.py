@@ -45,7 +45,7 @@ def attend(
     from distill_core.tools import load_model
     from distill_explore.attention import readings
     from distill_explore.drawing import figure, rows_of
-    from distill_explore.files import check_out, write_whole
+    from distill_explore.files import check_out, write_out
     from distill_explore.page import html
 
     base = Path(out).with_suffix("") if Path(out).suffix in (".png", ".html") else Path(out)
@@ -72,8 +72,8 @@ def attend(
     )
     page = figure(rows, items)
     files_written = [
-        write_whole(files[0], lambda file: page.save(file, "PNG", optimize=True)),
-        write_whole(files[1], lambda file: file.write(html(title, note, rows, items).encode())),
+        write_out(files[0], lambda file: page.save(file, "PNG", optimize=True)),
+        write_out(files[1], lambda file: file.write(html(title, note, rows, items).encode())),
     ]
     if as_json:
         click.echo(

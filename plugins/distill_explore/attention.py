@@ -46,7 +46,7 @@ class ViewedItem:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the tokens of `answer` are read, by `asking` in the fusion, or by the answer's own class token (None)."""
+    """How the tokens of `answer` are read, by `reader` in the fusion, or by the answer's own class token (None)."""
 
     reader: ViewedItem | None
     answer: ViewedItem
@@ -99,23 +99,23 @@ def joins(model: Model, *modalities: str) -> bool:
 
 
 @torch.no_grad()
-def cross(model: Model, reader: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
-    """How each item reads its answer's tokens, one by one; answers of one batch. [] where the fusion does not offer
+def cross(model: Model, readers: Sequence[ViewedItem], answers: Sequence[ViewedItem]) -> list[Reading]:
+    """How each reader reads its answer's tokens, one by one; answers of one batch. [] where the fusion does not offer
     `TokenAttention`, or does not join the two modalities."""
-    if reader and answers and not joins(model, reader[0].modality, answers[0].modality):
+    if readers and answers and not joins(model, readers[0].modality, answers[0].modality):
         return []
     tokens = [one.tokens for one in answers if one.tokens is not None]
     fusion = model.fusion
     if model.fusion is None or not answers or len(tokens) < len(answers) or not offers(fusion, TokenAttention):
         return []
-    queries = torch.stack([one.pooled for one in reader])[None]  # [1, B, D]
+    queries = torch.stack([one.pooled for one in readers])[None]  # [1, B, D]
     mask = torch.stack([one.mask for one in answers]).to(model.device)
     with evaluating(model.fusion):
         weights = fusion.attention(answers[0].modality, queries, torch.stack(tokens), mask)
     if weights is None:
         return []
     rows = weights[0].float().cpu()  # [B, H, L]
-    return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(reader, answers, rows, strict=True)]
+    return [Reading(a, b, row[:, b.mask]) for a, b, row in zip(readers, answers, rows, strict=True)]
 
 
 def class_readings(items: Sequence[ViewedItem]) -> list[Reading]:
@@ -124,13 +124,13 @@ def class_readings(items: Sequence[ViewedItem]) -> list[Reading]:
 
 
 def readings(model: Model, items: Sequence[ViewedItem], readers: Sequence[ViewedItem] = ()) -> list[Reading]:
-    """How items read one another across modalities, and each its own tokens; those of `more` only ask."""
+    """How items read one another across modalities, and each its own tokens; `readers` read, and are not read."""
     result = []
     for answer in items:
         for modality in model.modalities:
             if modality != answer.modality:
-                reader = [item for item in (*items, *readers) if item.modality == modality]
-                result += cross(model, reader, [answer] * len(reader))
+                others = [item for item in (*items, *readers) if item.modality == modality]
+                result += cross(model, others, [answer] * len(others))
     return result + class_readings(items)
 
 

@@ -105,7 +105,7 @@ def search(
     from distill_core.tools import Registry
     from distill_explore.collection import collect, places
     from distill_explore.contact import contact_sheet
-    from distill_explore.files import check_out, write_whole
+    from distill_explore.files import check_out, write_out
 
     check_out(Path(out), tuple(FORMATS))
     model = _model(run, teacher, checkpoint)
@@ -141,7 +141,7 @@ def search(
     results = _results(collection, model, places_by_modality, [similarity[i] for i in best])
     summary_line = f"the nearest {len(results)} of {len(keys)} in {collection.title}"
     page = contact_sheet(query_shown, summary_line, results)
-    file = write_whole(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
+    file = write_out(Path(out), lambda file: page.save(file, FORMATS[Path(out).suffix]))
     if as_json:
         rows = [
             {"key": result.key, "similarity": round(result.similarity, 4), "text": result.text} for result in results

@@ -33,7 +33,7 @@ def check_out(path: Path, suffixes: Sequence[str]) -> None:
 def write(path: Path, embedded: Tensor, keys: list[str]) -> list[str]:
     """Embeddings [N, D] and N keys, atomically; parquet has columns `key`, `embedding`.
 
-    Returns the line of `write_whole` for each file, that of the embeddings first. Raises `UserError`.
+    Returns the line of `write_out` for each file, that of the embeddings first. Raises `UserError`.
     """
     if path.suffix == ".parquet":
         import pyarrow
@@ -41,9 +41,9 @@ def write(path: Path, embedded: Tensor, keys: list[str]) -> list[str]:
 
         values = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embedded.numpy().ravel()), embedded.shape[1])
         table = pyarrow.table({"key": pyarrow.array(keys), "embedding": values})
-        return [write_whole(path, lambda file: pyarrow.parquet.write_table(table, file))]
-    keys_line = write_whole(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
-    return [write_whole(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False)), keys_line]
+        return [write_out(path, lambda file: pyarrow.parquet.write_table(table, file))]
+    keys_line = write_out(_keys(path), lambda file: file.write("".join(f"{key}\n" for key in keys).encode()))
+    return [write_out(path, lambda file: np.save(file, embedded.numpy(), allow_pickle=False)), keys_line]
 
 
 def read(path: Path) -> tuple[Tensor, list[str]] | None:
@@ -65,7 +65,7 @@ def remove(path: Path) -> None:
     _keys(path).unlink(missing_ok=True)
 
 
-def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> str:
+def write_out(path: Path, fill: Callable[[BinaryIO], object]) -> str:
     """Write a file atomically, and create its folder. Returns its name for messages, `FILE` or `FILE (replaced)`.
 
     Raises `UserError`.

@@ -110,6 +110,15 @@ def recipe_text() -> str:
     return RECIPE
 
 
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory, write_shards: Callable[..., list[Path]]) -> str:
+    """`tiny_recipe`'s text, with two shards of six samples a split (for `small_runs.parse`)."""
+    folder = tmp_path_factory.mktemp("small")
+    for prefix in ("train", "validation", "test"):
+        write_shards(folder, 2, 6, prefix=prefix)
+    return RECIPE.format(folder=folder)
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path: Path, write_shards: Callable[..., list[Path]]) -> Path:
     """`tmp_path/tiny.yaml`: COSMOS on 16 px, 4 steps of 4 samples on the CPU, without a tracker.

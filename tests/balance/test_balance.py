@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import parse
 from torch import Tensor
 
 from distill_balance.components import EqualMagnitude, EqualMagnitudeConfig, Uncertainty, UncertaintyConfig
@@ -25,19 +25,6 @@ from distill_core.tools import example_batch
 from distill_core.train import Trainer
 
 NOW = Progress(0, 9)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, recipe_text: str, write_shards: Callable[..., list[Path]]) -> str:
-    folder = tmp_path_factory.mktemp("balance")
-    for prefix in ("train", "validation", "test"):
-        write_shards(folder, 2, 6, prefix=prefix)
-    return recipe_text.format(folder=folder)
-
-
-def parse(text: str, registry: Registry, *overrides: str) -> Recipe:
-    plain = ["evaluate=null", "train.checkpoint={every: 2, keep: 9}", "train.steps=6"]
-    return parse_recipe(text, "small.yaml", registry=registry, overrides=[*plain, *overrides])
 
 
 def test_uncertainty_against_the_paper() -> None:
@@ -106,9 +93,9 @@ def gradients(recipe: Recipe, size: int | None) -> tuple[float, dict[str, Tensor
 
 
 @pytest.mark.parametrize("name", ["uncertainty", "equal_magnitude"])
-def test_gradients_are_the_weighted_sums_also_by_micro_batches(text: str, registry: Registry, name: str) -> None:
+def test_gradients_are_the_weighted_sums_also_by_micro_batches(small_text: str, registry: Registry, name: str) -> None:
     """Catches a factor that is applied twice or to the metrics' terms, and one that a micro-batch leaves out."""
-    recipe = parse(text, registry, f"balance={name}", "loss.1.weight=0.5")
+    recipe = parse(small_text, registry, f"balance={name}", "loss.1.weight=0.5")
     total, whole = gradients(recipe, None)
     assert {n for n in whole if n.startswith("balance.")} == (
         {f"balance.log_variance.{loss.id}" for loss in recipe.loss} if name == "uncertainty" else set()
@@ -118,7 +105,9 @@ def test_gradients_are_the_weighted_sums_also_by_micro_batches(text: str, regist
     for parameter, gradient in whole.items():
         torch.testing.assert_close(own[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
     factors = [torch.tensor(-0.5).exp(), torch.tensor(0.5).exp()] if name == "uncertainty" else [2.0, 1.0 / 1.5]
-    plain = parse(text, registry, f"loss.0.weight={float(factors[0])}", f"loss.1.weight={0.5 * float(factors[1])}")
+    plain = parse(
+        small_text, registry, f"loss.0.weight={float(factors[0])}", f"loss.1.weight={0.5 * float(factors[1])}"
+    )
     torch.manual_seed(0)
     objective = build_objective(plain)
     objective.losses(objective.represent(example_batch(plain, 6), NOW)).total.backward()
@@ -130,12 +119,12 @@ def test_gradients_are_the_weighted_sums_also_by_micro_batches(text: str, regist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["uncertainty", "equal_magnitude"])
 def test_a_run_is_resumed_exactly_and_logs_the_factors(
-    text: str, registry: Registry, tmp_path: Path, name: str
+    small_text: str, registry: Registry, tmp_path: Path, name: str
 ) -> None:
     """Through a stage that adds a loss. Catches state that a checkpoint or a stage loses, a loss that has no factor,
     and a factor that nobody sees."""
     recipe = parse(
-        text,
+        small_text,
         registry,
         f"balance={name}",
         "train.lr_factors={balance: 10}" if name == "uncertainty" else "train.lr_factors={}",
@@ -160,9 +149,9 @@ def test_a_run_is_resumed_exactly_and_logs_the_factors(
 
 
 @pytest.mark.parametrize("name", ["uncertainty", "equal_magnitude"])
-def test_a_step_that_is_not_finite_moves_nothing(text: str, registry: Registry, name: str) -> None:
+def test_a_step_that_is_not_finite_moves_nothing(small_text: str, registry: Registry, name: str) -> None:
     """Catches a NaN that stays in a running mean for the rest of a run."""
-    recipe = parse(text, registry, f"balance={name}", "train.nonfinite=skip")
+    recipe = parse(small_text, registry, f"balance={name}", "train.nonfinite=skip")
     torch.manual_seed(0)
     step = TrainStep(recipe, build_objective(recipe), torch.device("cpu"))
     batch = example_batch(recipe, 4)
@@ -175,14 +164,14 @@ def test_a_step_that_is_not_finite_moves_nothing(text: str, registry: Registry, 
         assert torch.equal(step.objective.state_dict()[key], value), key
 
 
-def test_it_is_off_by_default_and_its_parts_have_names(text: str, registry: Registry) -> None:
+def test_it_is_off_by_default_and_its_parts_have_names(small_text: str, registry: Registry) -> None:
     """Catches a balance that costs something where there is none, and paths that a recipe cannot name."""
-    recipe = parse(text, registry)
+    recipe = parse(small_text, registry)
     assert recipe.balance is None
     assert not any(key.startswith("balance") for key in build_objective(recipe).state_dict())
-    frozen = parse(text, registry, "balance=uncertainty", "freeze=[balance.log_variance.contrastive]")
+    frozen = parse(small_text, registry, "balance=uncertainty", "freeze=[balance.log_variance.contrastive]")
     assert frozen.freeze == ["balance.log_variance.contrastive"]
     with pytest.raises(RecipeErrors, match=r"'balance\.log_variances' names no part of the model, did you mean"):
-        parse(text, registry, "balance=uncertainty", "freeze=[balance.log_variances]")
+        parse(small_text, registry, "balance=uncertainty", "freeze=[balance.log_variances]")
     with pytest.raises(RecipeErrors, match="'balance' names no part of the model"):
-        parse(text, registry, "freeze=[balance]")
+        parse(small_text, registry, "freeze=[balance]")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import pytest
 import torch
 from pydantic import Field
+from small_runs import parse
 from torch import Tensor, nn
 
 from distill_authoring.conformance import assert_conforms
@@ -144,7 +145,7 @@ def test_conforms(component: type[Hook]) -> None:
 def computation(module: nn.Linear, x: Tensor, targets: dict[str, Tensor]) -> Computation:
     def forward() -> tuple[Outputs, Losses]:
         terms = {name: (module(x) * target).sum() for name, target in targets.items()}
-        outputs = Outputs({}, {}, {}, {}, None, Progress(0, 1), lambda module: module)
+        outputs = Outputs()
         return outputs, Losses(torch.stack([*terms.values()]).sum(), terms, {}, dict.fromkeys(terms, 1.0))
 
     return Computation([*module.named_parameters()], Progress(0, 1), forward, Tensor.backward, lambda: None)
@@ -163,19 +164,6 @@ def test_pcgrad_against_its_algorithm() -> None:
         torch.testing.assert_close(module.weight.grad, torch.tensor([expected]))
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, recipe_text: str, write_shards: Callable[..., list[Path]]) -> str:
-    folder = tmp_path_factory.mktemp("hooks")
-    for prefix in ("train", "validation", "test"):
-        write_shards(folder, 2, 6, prefix=prefix)
-    return recipe_text.format(folder=folder)
-
-
-def parse(text: str, more: Registry, *overrides: str) -> Recipe:
-    plain = ["evaluate=null", "train.checkpoint={every: 2, keep: 9}", "train.steps=6"]
-    return parse_recipe(text, "small.yaml", registry=more, overrides=[*plain, *overrides])
-
-
 def first_gradients(recipe: Recipe) -> tuple[TrainStep, dict[str, Tensor]]:
     """Those of a step whose optimiser does nothing."""
     from distill_core.tools import example_batch
@@ -190,18 +178,18 @@ def first_gradients(recipe: Recipe) -> tuple[TrainStep, dict[str, Tensor]]:
 
 
 @pytest.mark.slow
-def test_sam_in_a_step(text: str, more: Registry) -> None:
+def test_sam_in_a_step(small_text: str, more: Registry) -> None:
     """Against the gradients of an objective that is moved by hand. Catches weights that stay moved, gradients of both
     passes that are added up, and a step that does not come by its hooks."""
     rho = 0.5
-    plain, before = first_gradients(parse(text, more))
+    plain, before = first_gradients(parse(small_text, more))
     weights = {name: p.detach().clone() for name, p, _ in plain._named}
     norm = torch.stack([g.norm() for g in before.values()]).norm()
-    recipe = parse(text, more, f"hooks=[{{name: sam, rho: {rho}}}]")
+    recipe = parse(small_text, more, f"hooks=[{{name: sam, rho: {rho}}}]")
     step, found = first_gradients(recipe)
     for name, p, _ in step._named:
         assert torch.equal(p.detach(), weights[name]), name
-    moved, _ = first_gradients(parse(text, more))
+    moved, _ = first_gradients(parse(small_text, more))
     with torch.no_grad():
         for name, p, _ in moved._named:
             if name in before:
@@ -216,10 +204,10 @@ def test_sam_in_a_step(text: str, more: Registry) -> None:
 
 
 @pytest.mark.slow
-def test_their_state_is_in_checkpoints_and_over_stages(text: str, more: Registry, tmp_path: Path) -> None:
+def test_their_state_is_in_checkpoints_and_over_stages(small_text: str, more: Registry, tmp_path: Path) -> None:
     """Catches a hook that a resumed run, or a stage, begins anew; and two of one name without an id."""
     options = ("hooks=[steady, {name: sam, rho: 0.01}]", "stages=[{at: 3, set: {hooks.sam.rho: 0.02}}]")
-    recipe = parse(text, more, *options)
+    recipe = parse(small_text, more, *options)
     folder = RunFolder.create(tmp_path, recipe)
     Trainer(recipe, folder, quiet=True).run()
     end = Checkpoints(folder.path).read()
@@ -237,4 +225,4 @@ def test_their_state_is_in_checkpoints_and_over_stages(text: str, more: Registry
             assert torch.equal(size, finished["hooks"]["steady"]["sizes"][name])
         assert finished["hooks"]["steady"]["samples"] == 24
     with pytest.raises(RecipeErrors, match="a second 'sam': give it an `id:` of its own"):
-        parse(text, more, "hooks=[sam, sam]")
+        parse(small_text, more, "hooks=[sam, sam]")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from small_runs import parse
 from torch import Tensor
 from wrapping_losses import Chosen, Mean, Ramped, Whole
 
@@ -42,19 +43,6 @@ def more(registry: Registry) -> Registry:
     return Registry([*registry.entries.values(), *Registry.of(Plugin).entries.values()])
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, recipe_text: str, write_shards: Callable[..., list[Path]]) -> str:
-    folder = tmp_path_factory.mktemp("nested")
-    for prefix in ("train", "validation", "test"):
-        write_shards(folder, 2, 6, prefix=prefix)
-    return recipe_text.format(folder=folder)
-
-
-def parse(text: str, more: Registry, *overrides: str) -> Recipe:
-    plain = ["evaluate=null", "train.checkpoint={every: 2, keep: 9}", "train.steps=4"]
-    return parse_recipe(text, "small.yaml", registry=more, overrides=[*plain, *overrides])
-
-
 DINO = "{name: dino, prototypes: 8, hidden: 8, bottleneck: 4}"
 
 
@@ -73,18 +61,18 @@ def stepped(recipe: Recipe, steps: int = 3) -> tuple[list[float], dict[str, Tens
 
 
 @pytest.mark.slow
-def test_a_wrapper_that_changes_nothing_trains_as_the_loss_does(text: str, more: Registry) -> None:
+def test_a_wrapper_that_changes_nothing_trains_as_the_loss_does(small_text: str, more: Registry) -> None:
     """Fused views, a teacher's heads, centres and a clamped scale, each read or moved by a loss two levels down.
 
     Catches needs of inner losses that nobody adds up, heads without a teacher's copy, state that stays where it was,
     and an inner weight that is dropped."""
-    plain = parse(text, more, f"loss.2={DINO}", "loss.0.weight=0.5")
+    plain = parse(small_text, more, f"loss.2={DINO}", "loss.0.weight=0.5")
 
     def ramped(inner: str) -> str:
         return f"name: ramped, inner: {{name: ramped, inner: {inner}}}}}"
 
     wrapped = parse(
-        text,
+        small_text,
         more,
         "loss.0={" + ramped("{name: contrastive, weight: 0.5}"),
         "loss.1={id: b, " + ramped("cross_modal_distillation"),
@@ -107,11 +95,11 @@ def test_a_wrapper_that_changes_nothing_trains_as_the_loss_does(text: str, more:
 
 
 @pytest.mark.slow
-def test_a_mean_of_two_losses_in_a_run_that_is_resumed(text: str, more: Registry, tmp_path: Path) -> None:
+def test_a_mean_of_two_losses_in_a_run_that_is_resumed(small_text: str, more: Registry, tmp_path: Path) -> None:
     """Catches terms and metrics without names, schedules and parameters that have no path, and inner state that a
     checkpoint lacks."""
     recipe = parse(
-        text,
+        small_text,
         more,
         "loss=[{name: mean_of, of: [{name: contrastive, weight: {name: ramp, start: 0, end: 1}}, "
         "{name: ramped, power: {name: ramp, start: 1, end: 2}, inner: cross_modal_distillation}], "
@@ -156,11 +144,11 @@ def test_what_inner_losses_need_is_refused_at_their_place(errors_of: Callable[..
         assert line.startswith(f"--set loss: {place}: 'whole' needs 'image' of every sample, and data.optional lets")
 
 
-def test_a_study_swaps_inner_losses_and_the_schema_knows_them(text: str, more: Registry, tmp_path: Path) -> None:
+def test_a_study_swaps_inner_losses_and_the_schema_knows_them(small_text: str, more: Registry, tmp_path: Path) -> None:
     """Catches paths into a component that a swap cannot name, and an editor that refuses or accepts anything there."""
     recipe = tmp_path / "base.yaml"
     loss = "{name: ramped, inner: {name: mean_of, of: [contrastive, clip]}}"
-    recipe.write_text(text.replace("- {name: contrastive}", f"- {loss}"))
+    recipe.write_text(small_text.replace("- {name: contrastive}", f"- {loss}"))
     document = swaps_document(str(recipe), ["loss.0.inner.of.1=siglip,{name: contrastive, weight: 2}"])
     variants = make_study(document, tmp_path, "study").variants
     assert [variant.label for variant in variants] == [
@@ -180,10 +168,10 @@ def test_a_study_swaps_inner_losses_and_the_schema_knows_them(text: str, more: R
 
 
 @pytest.fixture
-def errors_of(text: str, more: Registry) -> Callable[..., list[str]]:
+def errors_of(small_text: str, more: Registry) -> Callable[..., list[str]]:
     def lines(*overrides: str) -> list[str]:
         with pytest.raises(RecipeErrors) as caught:
-            parse(text, more, *overrides)
+            parse(small_text, more, *overrides)
         return [line.partition(" (with ")[0] for line in caught.value.lines]
 
     return lines
@@ -237,15 +225,15 @@ def test_conforms(component: type[Loss], more: Registry, monkeypatch: pytest.Mon
     assert_conforms(component)
 
 
-def test_losses_inside_read_the_fusion_of_the_outermost(text: str, more: Registry) -> None:
+def test_losses_inside_read_the_fusion_of_the_outermost(small_text: str, more: Registry) -> None:
     """At any depth. Catches a loss inside that is refused where the outer one names the only fusion."""
     named = ("fusion=null", "fusions={wide: {name: cross_attention, heads: 2}}")
     ramped = "{name: ramped%s, inner: %s}"
     inner = ramped % ("", "{name: cross_modal_distillation%s}")
     for own in ("", ", fusion: wide"):
-        recipe = parse(text, more, *named, f"loss=[{ramped % (', fusion: wide', inner % own)}]")
+        recipe = parse(small_text, more, *named, f"loss=[{ramped % (', fusion: wide', inner % own)}]")
         assert build_objective(recipe).fusions_read == {"wide"}
     with pytest.raises(RecipeErrors, match="'cross_modal_distillation' needs fused views; this recipe has no fusion"):
-        parse(text, more, *named, f"loss=[{ramped % ('', inner % '')}]")
+        parse(small_text, more, *named, f"loss=[{ramped % ('', inner % '')}]")
     with pytest.raises(RecipeErrors, match="reads the fusion of the loss around it, 'ramped': give its `fusion` there"):
-        parse(text, more, *named, f"loss=[{ramped % ('', inner % ', fusion: wide')}]")
+        parse(small_text, more, *named, f"loss=[{ramped % ('', inner % ', fusion: wide')}]")

@@ -47,7 +47,7 @@ def outputs() -> Outputs:
         "text": Features(random(TEXT_GLOBALS).detach()),
     }
     fused = {"image": Fused(unit(random(IMAGES))), "text": Fused(unit(random(TEXTS)))}
-    return Outputs({}, student, {"default": teacher}, fused, None, Progress(0, 1), ema=lambda module: module)
+    return Outputs(student=student, teacher={"default": teacher}, fused=fused)
 
 
 def pair(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

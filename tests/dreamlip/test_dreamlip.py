@@ -34,8 +34,7 @@ def outputs(mask: Tensor | None = None) -> Outputs:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     image = Features(random(2, BATCH, DIM), {0: random(BATCH, PATCHES, WIDTH)}, {} if mask is None else {0: mask})
-    student = {"image": image, "text": Features(random(COUNT, BATCH, DIM))}
-    return Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
+    return Outputs(student={"image": image, "text": Features(random(COUNT, BATCH, DIM))})
 
 
 def unit(x: Tensor) -> Tensor:

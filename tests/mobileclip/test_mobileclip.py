@@ -88,7 +88,9 @@ def test_the_loss_against_the_papers_equations(recipe: Callable[..., Recipe]) ->
         "image": features(np.concatenate([unit(own) for own, _, _ in members], -1)[None]),
         "text": features(np.concatenate([unit(own) for _, own, _ in members], -1)),
     }
-    outputs = Outputs({}, {"image": features(image[None]), "text": features(captions)}, {"default": teacher})
+    outputs = Outputs(
+        student={"image": features(image[None]), "text": features(captions)}, teacher={"default": teacher}
+    )
     terms, metrics = loss(outputs)
     scale = float(loss.logit_scale.detach().exp())
     contrastive, distillation = transcribed(image, captions, members, scale, 0.75)

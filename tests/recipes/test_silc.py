@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distill_core.interfaces import Loss
-from distill_core.outputs import Features, Outputs, Progress
+from distill_core.outputs import Features, Outputs
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 
@@ -31,8 +31,7 @@ def test_both_global_crops_meet_the_caption_and_only_the_picture_has_a_teacher(r
     assert not recipe.teacher.config.momentum.moves, "a fixed momentum"
     torch.manual_seed(0)
     pictures, captions = torch.randn(4, 5, image.spec.dim).double(), torch.randn(1, 5, text.spec.dim).double()
-    student = {"image": Features(pictures), "text": Features(captions)}
-    outputs = Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
+    outputs = Outputs(student={"image": Features(pictures), "text": Features(captions)})
     contrastive: Loss = recipe.loss[0].build(recipe.plan).double()
     scale = 1 / recipe.loss[0].config.temperature
     expected = (info_nce(pictures[0], captions[0], scale) + info_nce(pictures[1], captions[0], scale)) / 2

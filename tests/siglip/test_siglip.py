@@ -34,8 +34,7 @@ def loss(**options: Any) -> SigLip:
 
 
 def outputs(image: Tensor, text: Tensor) -> Outputs:
-    student = {"image": Features(image), "text": Features(text)}
-    return Outputs({}, student, {}, {}, None, Progress(0, 1), ema=lambda module: module)
+    return Outputs(student={"image": Features(image), "text": Features(text)})
 
 
 def equation(x: Tensor, y: Tensor, t_prime: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill_clip.components import Clip
 from distill_core.errors import RecipeErrors
-from distill_core.outputs import Features, Outputs, Progress
+from distill_core.outputs import Features, Outputs
 from distill_core.plan import BackboneSpec, ModalityPlan, Plan
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
@@ -44,9 +44,7 @@ def outputs(batch: int, class_tokens: bool = True) -> Outputs:
 
     pooled = random(DIM)
     classes = random(2, WIDTH) if class_tokens else None
-    return Outputs(
-        {}, {"image": Features(pooled, class_tokens=classes)}, {}, {}, None, Progress(0, 1), ema=lambda module: module
-    )
+    return Outputs(student={"image": Features(pooled, class_tokens=classes)})
 
 
 def linear(made: SimClr, name: str, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _hooked_step(module: torch.nn.Module, hook: Any, progress: Progress) -> list
     torch.manual_seed(progress.step)
     x, y = torch.randn(8, 4), torch.randn(2, 8, 3)
     batch = Batch({}, [str(i) for i in range(8)])
-    outputs = Outputs({}, {}, {}, {}, None, progress, lambda module: module)
+    outputs = Outputs(progress=progress)
 
     def forward() -> tuple[Outputs, Losses]:
         terms = {name: (module(x) - target).square().mean() for name, target in zip("ab", y, strict=True)}

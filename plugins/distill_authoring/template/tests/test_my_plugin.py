@@ -10,7 +10,7 @@ import torch
 from my_plugin.loss import Match, MatchConfig
 
 from distill_authoring.conformance import assert_conforms
-from distill_core import BackboneSpec, Features, Fused, ModalityPlan, Outputs, Plan, Progress, TeacherPlan
+from distill_core import BackboneSpec, Features, Fused, ModalityPlan, Outputs, Plan, TeacherPlan
 from distill_core.tools import Registry, main
 
 COMPONENTS = [entry.cls for entry in Registry.of(my_plugin).entries.values()]
@@ -31,7 +31,7 @@ def test_the_loss_is_its_formula():
     unit = {name: torch.nn.functional.normalize(torch.randn(2, 3, 4), dim=-1) for name in ("left", "right")}
     seen = {name: Features(torch.randn(2, 3, 4)) for name in ("left", "right")}
     fused = {name: Fused(x) for name, x in unit.items()}
-    outputs = Outputs({}, {}, {"default": seen}, fused, None, Progress(0, 1), lambda module: module)
+    outputs = Outputs(teacher={"default": seen}, fused=fused)
     term = loss(outputs)[0]["match"].item()
     expected = []
     for name, other in (("left", "right"), ("right", "left")):

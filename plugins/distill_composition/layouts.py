@@ -11,10 +11,12 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-from distill_core import ComponentConfig, DataError, DataSource, Sample, Shard, stamps
+from distill_core import ComponentConfig, DataError, Sample, stamps
+from distill_layouts.files import folder, inside, is_there
+from distill_layouts.scored import ScoredSource
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -69,23 +71,11 @@ class CopyConfig(ComponentConfig):
     """The split that it is; tasks are left out on any other."""
 
 
-class _Copy(DataSource):
-    """Without shards: nothing can be trained on it."""
+class _Copy(ScoredSource):
+    """Base: items by set."""
 
-    trainable = False
-
-    @classmethod
-    def splits(cls, config: Any) -> tuple[str, ...]:
-        """The one of the option."""
-        return (config.split,)
-
-    def sets(self, split: str) -> dict[str, list[Shard]]:
-        return {}
-
-    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
-        """Its sets. Raises `DataError` for what is not as the layout has it."""
-        if split != self.config.split:
-            return {}
+    def scored(self) -> dict[str, Iterable[Sample]]:
+        """Its items, read anew each time."""
         return {name: Items(items) for name, items in self.items().items()}
 
     @abstractmethod
@@ -116,10 +106,10 @@ class SugarCrepe(_Copy):
         """Each file is a set."""
         annotations, images = (
             _path(self.config.annotations),
-            _folder(self.config.images, "`images` is that of the pictures"),
+            folder(self.config.images, "the folder of the pictures"),
         )
         files = (
-            sorted(_folder(annotations, "`annotations` is a file, or that of the files").glob("*.json"))
+            sorted(folder(annotations, "a file, or the folder of the files").glob("*.json"))
             if not annotations.is_file()
             else [annotations]
         )
@@ -163,9 +153,9 @@ class Winoground(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """One set, or one a tag."""
-        expected = "winoground has examples.jsonl and images in `root`"
-        root = _folder(self.config.root, expected)
-        file, images = root / "examples.jsonl", _folder(root / "images", expected)
+        expected = "examples.jsonl and images in `root`"
+        root = folder(self.config.root, expected)
+        file, images = root / "examples.jsonl", folder(root / "images", expected)
         items_by_type: dict[str, list[Item]] = {}
         for number, line in _lines(file):
             where = f"{file}:{number}"
@@ -199,7 +189,7 @@ class SvoProbes(_Copy):
 
     def items(self) -> dict[str, list[Item]]:
         """By what the negative picture differs in."""
-        file, images = _path(self.config.annotations), _folder(self.config.images, "`images` is that of the pictures")
+        file, images = _path(self.config.annotations), folder(self.config.images, "the folder of the pictures")
         kinds = {"subj_neg": "subject", "verb_neg": "verb", "obj_neg": "object"}
         files = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in PICTURES}
         items_by_type: dict[str, list[Item]] = {}
@@ -215,7 +205,7 @@ class SvoProbes(_Copy):
                 pictures = tuple(files.get(i) or _inside(images, f"{i}.jpg", where) for i in ids)
                 item = Item(f"svo-{number}", pictures, (_text(row, "sentence", where),))
                 items_by_type.setdefault(differs[0], []).append(item)
-        if not any(_is_file(path) for items in items_by_type.values() for item in items for path in item.images):
+        if not any(is_there(path) for items in items_by_type.values() for item in items for path in item.images):
             raise DataError(f"{images}: no picture of {file}; each is named by its id, as 123.jpg")
         return _not_empty(items_by_type, file)
 
@@ -241,9 +231,9 @@ class MmvpVlm(_Copy):
     examples = ({"root": "no such folder"},)
 
     def items(self) -> dict[str, list[Item]]:
-        expected = "mmvp_vlm has Questions.csv and MLLM_VLM Images in `root`"
-        root = _folder(self.config.root, expected)
-        file, images = root / "Questions.csv", _folder(root / "MLLM_VLM Images", expected)
+        expected = "Questions.csv and MLLM_VLM Images in `root`"
+        root = folder(self.config.root, expected)
+        file, images = root / "Questions.csv", folder(root / "MLLM_VLM Images", expected)
         _, *rows = _rows(file)
         for number, row in rows:
             if len(row) != 3 or not re.fullmatch(r"\s*[0-9]{1,9}\s*", row[0], re.ASCII):
@@ -264,14 +254,6 @@ class MmvpVlm(_Copy):
 
 def _path(name: str) -> Path:
     return Path(name).expanduser()
-
-
-def _folder(name: str | Path, what: str) -> Path:
-    """`what` it is, for the `DataError` where it is not there."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; {what}")
-    return folder
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
@@ -314,31 +296,24 @@ def _text(entry: Any, field: str, where: str) -> str:
     return value
 
 
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """The file of a name that a line gives. Raises `DataError` for one that would lead out of the folder."""
-    relative = PurePath(name)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise DataError(f"{where}: {name!r} is no name of a file in {folder}")
-    return folder / relative
-
-
-def _is_file(path: Path) -> bool:
+def _inside(base: Path, name: str, where: str) -> Path:
+    """The file of a name that a line gives. Raises `DataError` for one that would lead out of `base`."""
     try:
-        return path.is_file()
-    except OSError:  # as a name that is too long
-        return False
+        return inside(base, name)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
-def _present(folder: Path, name: str, where: str) -> Path:
-    if not _is_file(path := _inside(folder, name, where)):
-        raise DataError(f"{where}: no picture {name!r} in {folder}")
+def _present(base: Path, name: str, where: str) -> Path:
+    if not is_there(path := _inside(base, name, where)):
+        raise DataError(f"{where}: no picture {name!r} in {base}")
     return path
 
 
 def _named(images: Path, name: str, where: str) -> Path:
     """A picture by its name with or without a suffix."""
     for suffix in ("", *PICTURES):
-        if _is_file(path := _inside(images, f"{name}{suffix}", where)):
+        if is_there(path := _inside(images, f"{name}{suffix}", where)):
             return path
     raise DataError(f"{where}: no picture {name!r} in {images}")
 

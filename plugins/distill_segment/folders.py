@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from distill_core import BadSample, ComponentConfig, DataError, DataSource, Sample, Shard
+from distill_core import BadSample, ComponentConfig, DataError, Sample
+from distill_layouts.scored import ScoredSource
 from distill_segment import names
 from distill_segment.classes import IGNORE, parse_classes, read_classes, read_mask, write_mask
 
@@ -97,21 +98,6 @@ def pairs_of(
     return pairs
 
 
-class _Folders(DataSource):
-    """Without shards: `sets` is {}, and nothing can be trained on it."""
-
-    trainable = False
-
-    @classmethod
-    def splits(cls, config: Any) -> tuple[str, ...]:
-        """The split of the option `split`."""
-        return (config.split,)
-
-    def sets(self, split: str) -> dict[str, list[Shard]]:
-        """None: it has no shards."""
-        return {}
-
-
 class ImageMaskConfig(ComponentConfig):
     """Where the files are, and what a mask's values mean."""
 
@@ -135,7 +121,7 @@ class ImageMaskConfig(ComponentConfig):
     """The split that it is; tasks are left out on any other."""
 
 
-class ImageMaskFolder(_Folders):
+class ImageMaskFolder(ScoredSource):
     """A folder of pictures and one of masks, of the same names. For `segmentation`, as a task's own `source`."""
 
     name = "image_mask_folder"
@@ -146,10 +132,8 @@ class ImageMaskFolder(_Folders):
         super().__init__(config)
         self.config: ImageMaskConfig = config
 
-    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+    def scored(self) -> dict[str, Iterable[Sample]]:
         """One set, `data`. Raises `DataError` for files that are missing."""
-        if split != self.config.split:
-            return {}
         options = self.config
         rules = Masks(options.mask_suffix, options.image_suffixes, options.ignore, options.reduce_zero_label)
         images, masks = (Path(folder).expanduser() for folder in (options.images, options.masks))
@@ -204,7 +188,7 @@ class SegmentationSetConfig(ComponentConfig):
     """The split that it is; tasks are left out on any other."""
 
 
-class SegmentationSet(_Folders):
+class SegmentationSet(ScoredSource):
     """Your copy of VOC, Pascal Context, COCO-Stuff, COCO-Object, Cityscapes or ADE20K: its validation part."""
 
     name = "segmentation_set"
@@ -215,10 +199,8 @@ class SegmentationSet(_Folders):
         super().__init__(config)
         self.config: SegmentationSetConfig = config
 
-    def samples(self, split: str) -> dict[str, Iterable[Sample]]:
+    def scored(self) -> dict[str, Iterable[Sample]]:
         """One set, of the layout's name. Raises `DataError` for files that are missing."""
-        if split != self.config.split:
-            return {}
         layout, root = LAYOUTS[self.config.layout], Path(self.config.root).expanduser()
         list_file = root / layout.list_file if layout.list_file else None
         expected = f"; {self.config.layout} has {layout.images} and {layout.masks} in `root`"

@@ -200,9 +200,7 @@ def test_what_is_wrong_with_a_copy(tmp_path: Path) -> None:
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: '3': no text in 'negative_caption'"
     (tmp_path / "a.json").write_text("[]")
     assert said(SugarCrepe, annotations=here, images=here) == "ROOT/a.json: should be an object of entries by number"
-    assert (
-        said(Winoground, root=here) == "ROOT/images: no such folder; winoground has examples.jsonl and images in `root`"
-    )
+    assert said(Winoground, root=here) == "ROOT/images: no such folder; expected examples.jsonl and images in `root`"
     (tmp_path / "images").mkdir()
     assert said(Winoground, root=here).startswith("ROOT/examples.jsonl: cannot be read")
     (tmp_path / "examples.jsonl").write_text('\n{"image_0": "nowhere"}\n')
@@ -262,7 +260,7 @@ def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
     entry = {"filename": name, "image_0": name, "image_1": name, **captions}
     (tmp_path / "add.json").write_text(json.dumps({"0": entry}))
     (tmp_path / "examples.jsonl").write_text(json.dumps(entry))
-    refused = "no picture" if name[0] == "n" else "is no name of a file in"
+    refused = "no picture" if name[0] == "n" else "is not a path inside"
     sugarcrepe = SugarCrepe.Config.model_validate({"annotations": str(tmp_path / "add.json"), "images": str(images)})
     for source, line in ((SugarCrepe(sugarcrepe), ": '0'"), (Winoground(Winoground.Config(root=str(tmp_path))), ":1")):
         with pytest.raises(DataError, match=refused) as caught:
@@ -272,7 +270,7 @@ def test_names_stay_in_their_folder(tmp_path: Path, name: str) -> None:
         return
     (tmp_path / "svo.csv").write_text(f"{HEAD}red,0,{name},True,False,False\n")
     svo = SvoProbes.Config(annotations=str(tmp_path / "svo.csv"), images=str(images))
-    with pytest.raises(DataError, match=r"svo\.csv:2: .* is no name of a file in"):
+    with pytest.raises(DataError, match=r"svo\.csv:2: .* is not a path inside"):
         SvoProbes(svo).samples("test")
 
 

@@ -7,8 +7,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -118,9 +119,9 @@ def _resume(
     recipe = run_recipe(folder, registry)
     report = read_report(folder)
     # otherwise it continues: a task failed, the recipe asks for more steps by now, or the last checkpoint is gone
-    if checkpoint == "last" and report is not None and not report.get("failed"):
+    if checkpoint == "last" and report is not None and not report.get("failed") and _is_complete(recipe, report):
         steps: int = report["steps"]
-        if recipe.train.steps in (None, steps) and Checkpoints(folder).steps()[-1:] == [steps]:
+        if Checkpoints(folder).steps()[-1:] == [steps]:
             if os.environ.get("RANK", "0") == "0":
                 scored = f"finished at step {steps}; its scores: {folder / 'report.json'}"
                 click.echo(f"{folder}: {scored}. Score it again with: distill eval {folder}", err=True)
@@ -134,6 +135,13 @@ def _resume(
     begins = distributed.gather_objects(begins)[0]
     trainer = Trainer(recipe, run, resume=None if begins else checkpoint, quiet=quiet, callbacks=callbacks)
     return trainer.run()
+
+
+def _is_complete(recipe: Recipe, report: Mapping[str, Any]) -> bool:
+    """Whether the recipe asks for the steps that a report is of."""
+    if recipe.train.steps is not None:
+        return bool(recipe.train.steps == report["steps"])
+    return bool(recipe.train.epochs == report.get("epochs", recipe.train.epochs))
 
 
 def _is_saved(folder: Path) -> bool:

@@ -43,6 +43,8 @@ class Report:
     """Samples that were trained on, by the set of the data source."""
     absences: Mapping[str, int] = field(default_factory=dict)
     """Of these, those that lacked a modality that `data.optional` names, by modality."""
+    epochs: float | None = None
+    """`train.epochs`, where the number of steps comes from it."""
 
 
 def report_run(
@@ -58,6 +60,7 @@ def report_run(
 ) -> Path:
     """Report a finished run; returns the picture's path. `skipped_reads` and what follows are of all ranks, `saved`
     says whether its last step is in a checkpoint. Raises `UserError` where the report cannot be written."""
+    train = state.recipe.train
     skipped_samples, skipped_shards = folder.skipped_in_training()
     report = Report(
         name=folder.path.name,
@@ -75,6 +78,7 @@ def report_run(
         failed=evaluated.failed,
         samples_by_set=dict(samples_by_set),  # a Counter does not survive dataclasses.asdict
         absences=dict(absences),
+        epochs=train.epochs if train.steps is None else None,
     )
     try:
         return write_report(folder, report, facts)

@@ -228,9 +228,15 @@ def test_a_finished_run_is_not_scored_again(run: Path, tmp_path: Path, capsys: p
     main(["resume", str(copy)])
     assert json.loads((copy / "report.json").read_text())["scores"] == json.loads(before)["scores"]
     recipe = (copy / "recipe.yaml").read_text()
-    (copy / "recipe.yaml").write_text(recipe.replace("steps: 2", "steps: 3"))
-    main(["resume", str(copy)])
-    assert json.loads((copy / "report.json").read_text())["steps"] == 3
+    # a pass is 6 samples, a step 4
+    for steps, epochs, made in ((3, "null", 3), ("null", 3, 4), ("null", 4, 6)):
+        length = f"steps: {steps}\n  epochs: {epochs}"
+        (copy / "recipe.yaml").write_text(recipe.replace("steps: 2\n  epochs: null", length))
+        main(["resume", str(copy)])
+        assert json.loads((copy / "report.json").read_text())["steps"] == made
+        capsys.readouterr()
+        main(["resume", str(copy)])
+        assert f"finished at step {made}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ import click
 
 from distill_core import __version__
 from distill_core.commands import completion
-from distill_core.commands.options import leave_out, named_without, slurm_option, without_option
+from distill_core.commands.options import json_option, leave_out, named_without, slurm_option, without_option
 from distill_core.commands.recipes import recipes
-from distill_core.errors import OtherRankFailed, UserError
+from distill_core.errors import OtherRankFailed, UserError, warn
 
 if TYPE_CHECKING:
     from distill_core.recipe.sections import Recipe
@@ -31,7 +32,6 @@ CHECKPOINT = click.option(
     help="`last`, `best`, or a step's number.",
     shell_complete=completion.checkpoints,
 )
-JSON = click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 NPROC = click.option(
     "--nproc",
     type=click.IntRange(min=1),
@@ -106,13 +106,13 @@ def _registry() -> Registry:
 
 
 def _load(
-    recipe: str, overrides: Sequence[str], registry: Registry, *, allow_unset: bool = False, warn: bool = True
+    recipe: str, overrides: Sequence[str], registry: Registry, *, allow_unset: bool = False, warns: bool = True
 ) -> Recipe:
     from distill_core.recipe.resolve import load_recipe
 
     loaded = load_recipe(recipe, registry=registry, overrides=overrides, allow_unset=allow_unset)
-    for warning in loaded.warnings if warn and os.environ.get("RANK", "0") == "0" else ():
-        click.echo(f"warning: {warning}", err=True)
+    for warning in loaded.warnings if warns and os.environ.get("RANK", "0") == "0" else ():
+        warn(warning)
     return loaded
 
 
@@ -139,7 +139,7 @@ def run(
     """Train a recipe, evaluate it, and report. With --slurm, submit a job that does."""
     registry = _registry()
     if not slurm:
-        _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warn=False))
+        _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warns=False))
     loaded = _load(recipe, overrides, registry)
     from distill_core.commands import training
 
@@ -188,7 +188,7 @@ def teach(recipe: str, passes: int | None, overrides: tuple[str, ...], nproc: in
     If it is stopped, the same command continues; with more --passes it adds to what is there.
     """
     registry = _registry()
-    _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warn=False))
+    _start_ranks(nproc, lambda: _load(recipe, overrides, registry, warns=False))
     loaded = _load(recipe, overrides, registry)
     from distill_core.commands import training
 
@@ -201,7 +201,7 @@ def teach(recipe: str, passes: int | None, overrides: tuple[str, ...], nproc: in
 @SET
 @NPROC
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@JSON
+@json_option
 @without_option
 def replay(folder: str, step: int, overrides: tuple[str, ...], nproc: int | None, quiet: bool, as_json: bool) -> None:
     """Run one step of a run again, and say what in it was not finite.
@@ -234,7 +234,7 @@ def replay(folder: str, step: int, overrides: tuple[str, ...], nproc: int | None
 )
 @NPROC
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-@JSON
+@json_option
 @without_option
 def evaluate_run(run: str, nproc: int | None, **options: Any) -> None:
     """Score a run's checkpoint with the recipe's evaluation tasks, or with others.
@@ -254,7 +254,7 @@ def evaluate_run(run: str, nproc: int | None, **options: Any) -> None:
 @click.argument("recipes", nargs=-1, required=True, shell_complete=completion.recipes)
 @SET
 @click.option("--quiet", is_flag=True, help="Print only errors.")
-@JSON
+@json_option
 @without_option
 def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, as_json: bool) -> None:
     """Check recipes without reading data or weights, and print every error.
@@ -286,8 +286,6 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
             if not errors and not quiet:
                 click.echo(f"{name}: ok")
     if as_json:
-        import json
-
         click.echo(json.dumps(rows, indent=1))
     if not all(row["ok"] for row in rows):
         sys.exit(UserError.exit_code)
@@ -296,14 +294,12 @@ def validate(recipes: tuple[str, ...], overrides: tuple[str, ...], quiet: bool, 
 @cli.command()
 @click.argument("recipe", shell_complete=completion.recipes)
 @SET
-@JSON
+@json_option
 @without_option
 def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print a recipe with every default filled in; the output is a recipe itself."""
     loaded = _load(recipe, overrides, _registry(), allow_unset=True)
     if as_json:
-        import json
-
         click.echo(json.dumps(loaded.to_dict(), indent=1))
     else:
         click.echo(loaded.to_yaml(), nl=False)
@@ -311,22 +307,21 @@ def show(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 @cli.command()
 @click.option("--runs", default="runs", show_default=True, help="Folder of runs whose disk space is reported.")
-@JSON
+@json_option
 @without_option
 def doctor(runs: str, as_json: bool) -> None:
     """Report versions, devices, plugins, kernels, data and disk space, and any problems with them."""
-    from distill_core.commands.doctor import as_json as to_json
-    from distill_core.commands.doctor import diagnose, print_all
+    from distill_core.commands import doctor as command
 
-    rows = list(diagnose(Path(runs)))
-    click.echo(to_json(rows)) if as_json else print_all(rows)
+    rows = list(command.diagnose(Path(runs)))
+    click.echo(command.as_json(rows)) if as_json else command.print_all(rows)
     if any(row.broken for row in rows):
         sys.exit(UserError.exit_code)
 
 
 @cli.command()
 @click.argument("name", required=False, shell_complete=completion.components)
-@JSON
+@json_option
 @without_option
 def plugins(name: str | None, as_json: bool) -> None:
     """List every component, or show one component's options."""

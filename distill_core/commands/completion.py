@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_core.errors import UserError
-from distill_core.system.files import cache_folder
+from distill_core.system.files import cache_folder, write_whole
 
 if TYPE_CHECKING:
     import click
@@ -129,9 +129,7 @@ def update_cache(registry: Registry) -> None:
         if file.is_file() and file.read_text(encoding="utf-8") == text:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, text)
 
 
 def _file() -> Path:

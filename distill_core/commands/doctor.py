@@ -51,16 +51,12 @@ def _device() -> Iterator[Diagnostic]:
             )
             return
         from distill_core.run.environment import device_name
+        from distill_core.system.process import cores
 
         cuda = torch.cuda.is_available()
         yield Diagnostic("device", "cpu", device_name(torch.device("cpu")).removeprefix("cpu (").removesuffix(")"))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        limit = os.environ.get("OMP_NUM_THREADS")
-        yield Diagnostic(
-            "device",
-            "threads",
-            f"{torch.get_num_threads()} of torch, {cores} cores to use{f', OMP_NUM_THREADS={limit}' if limit else ''}",
-        )
+        limit = f", OMP_NUM_THREADS={omp}" if (omp := os.environ.get("OMP_NUM_THREADS")) else ""
+        yield Diagnostic("device", "threads", f"{torch.get_num_threads()} of torch, {cores()} cores to use{limit}")
         if cuda:
             for i in range(torch.cuda.device_count()):
                 properties = torch.cuda.get_device_properties(i)

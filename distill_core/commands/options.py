@@ -1,4 +1,4 @@
-"""Options of several commands: `--slurm`, and `--without NAME` for a plugin that is broken, too old or unwanted."""
+"""Options of several commands: `--json`, `--slurm`, and `--without NAME`, for a plugin that is broken or unwanted."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def without_option(command: Command) -> Command:
         expose_value=False,
         help="Leave out this plugin (or all of a package's). Repeatable.",
     )(command)
+
+
+def json_option(command: Command) -> Command:
+    """Add `--json`, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print as JSON.")(command)
 
 
 def slurm_option(command: Command) -> Command:

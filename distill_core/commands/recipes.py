@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 
 from distill_core.commands import completion
-from distill_core.commands.options import without_option
+from distill_core.commands.options import json_option, without_option
 
 
 @click.group(invoke_without_command=True)
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@json_option
 @click.pass_context
 @without_option
 def recipes(ctx: click.Context, as_json: bool) -> None:
@@ -23,8 +25,6 @@ def recipes(ctx: click.Context, as_json: bool) -> None:
 
     entries = named_recipes().values()
     if as_json:
-        import json
-
         fields = ("name", "folder", "package", "about")
         rows = [{"path": str(recipe.path), **{key: getattr(recipe, key) for key in fields}} for recipe in entries]
         click.echo(json.dumps(rows, indent=1))

@@ -301,8 +301,6 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Before `start`. Raises `DataError` for other shards than the run was started on, and where the ranks cannot
         share a batch."""
-        if "position" not in state:
-            raise DataError("the checkpoint is of an older release, which kept another place in the data")
         self._check_names(state)
         lengths, unopened = list(state["lengths"]), dict(self.lengths.unopened)
         for i, (then, now) in enumerate(zip(lengths, self.lengths.samples, strict=True)):

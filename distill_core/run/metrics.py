@@ -93,12 +93,11 @@ class MetricsLog:
         means = iter(distributed.mean([result.loss, *result.terms.values(), *result.metrics.values()]))
         if distributed.rank() > 0:
             return
-        epoch = state.length.epoch(state.step)
         loss, terms = next(means), {name: next(means) for name in result.terms}
         metrics = {name: next(means) for name in result.metrics}
         row: dict[str, Any] = {
             "step": state.step,
-            "epoch": round(epoch, 4) if epoch is not None else None,
+            "epoch": round(state.length.epoch(state.step), 4),
             "loss": loss,
             "terms": terms,
             "metrics": metrics,

@@ -56,7 +56,7 @@ class Notices:
 
     def _batch_size(self) -> None:
         batch_size, samples = self.state.length.batch_size, self.state.length.samples
-        if samples is not None and batch_size > samples:
+        if batch_size > samples:
             self.display.warn(
                 f"a step takes {batch_size} samples and there are only {samples} to train on: a sample comes more "
                 "than once in a batch, where a contrastive loss pushes it away from itself. Lower data.batch_size."

@@ -46,14 +46,8 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
     if set(distributed.gather_objects(checkpoint.digest)) != {digest}:
         raise UserError(f"{file}: is not the same file on all ranks; run folders must be shared")
     saved = checkpoint.state
-    changed: Mapping[str, tuple[Any, Any]] = {}
-    if "recipe" in saved:
-        changed = changes(saved["recipe"], state.recipe.to_dict())
-        _refuse(changed, folder)
-    else:
-        display.warn(
-            "the checkpoint holds no recipe (an older distill saved it), so changes to the recipe are not detected"
-        )
+    changed = changes(saved["recipe"], state.recipe.to_dict())
+    _refuse(changed, folder)
     load(state, saved, str(folder.path))
     if "train.checkpoint.best" in changed:
         state.best = None  # it was another score's

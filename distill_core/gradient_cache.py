@@ -18,7 +18,7 @@ from distill_core.batch import Batch
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Features, Fused, NamedFusion, Progress, Selected
-from distill_core.system import distributed
+from distill_core.system.spread import gradients_stay
 
 
 class GradientCache:
@@ -76,7 +76,7 @@ class GradientCache:
         """Take the gradients of the embeddings on into towers and fusion. Over ranks they are averaged once."""
         gradients, start = [leaf.grad for leaf in self._leaves], 0
         for number, (part, random) in enumerate(zip(self.parts, self._random, strict=True)):
-            with distributed.gradients_stay(self.objective, number < len(self.parts) - 1):
+            with gradients_stay(self.objective, number < len(self.parts) - 1):
                 with random.again(), self.context():
                     made = self.objective.represent(part, self.progress, teachers=False)
                 pairs = [

@@ -16,6 +16,7 @@ from distill_core.objective import Losses, Objective
 from distill_core.outputs import Outputs
 from distill_core.presence import Present
 from distill_core.system.process import get_random, set_random
+from distill_core.system.spread import local
 
 
 class Inspection:
@@ -72,9 +73,7 @@ class Inspection:
 
     def _gradient(self, name: str) -> Callable[[Tensor], None]:
         def look(parameter: Tensor) -> None:
-            grad: Any = parameter.grad
-            own = grad.to_local() if hasattr(grad, "to_local") else grad  # of a parameter that is spread over ranks
-            if own is not None and not bool(torch.isfinite(own).all()):
+            if parameter.grad is not None and not bool(torch.isfinite(local(parameter.grad)).all()):
                 self.bad_gradients.append(name)
 
         return look

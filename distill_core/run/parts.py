@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_core.system import distributed
+from distill_core.system.spread import is_spread, local, parts_of, rows_of, spread_like
 
 
 class Parts:
@@ -53,11 +54,11 @@ def split(state: Any) -> Split:
             return [copied(inner, [*places, number]) for number, inner in enumerate(value)]
         if not isinstance(value, Tensor):
             return value
-        count = distributed.parts_of(value)
+        count = parts_of(value)
         if count == 1:
-            return _to_host(distributed.local(value)) if writes_common else None
+            return _to_host(local(value)) if writes_common else None
         if distributed.rank() < count:  # the others hold copies of the same parts
-            parts.append(_to_host(distributed.local(value)))
+            parts.append(_to_host(local(value)))
         spread.append((places, list(value.shape), len(spread)))
         counts.add(count)
         return None
@@ -78,9 +79,9 @@ def _to_host(tensor: Tensor) -> Tensor:
 def laid_out_like(saved: Any, own: Tensor) -> Any:
     """A saved tensor, or its `Parts`, as `own` is laid out: of one that is spread over ranks this rank's rows alone are
     read."""
-    if distributed.is_spread(own) and isinstance(saved, Tensor | Parts) and saved.shape == own.shape:
-        first, last = distributed.rows_of(own)
-        return distributed.spread_like(saved[first:last], own)
+    if is_spread(own) and isinstance(saved, Tensor | Parts) and saved.shape == own.shape:
+        first, last = rows_of(own)
+        return spread_like(saved[first:last], own)
     return saved[:] if isinstance(saved, Parts) else saved
 
 

@@ -12,8 +12,8 @@ from distill_core.recipe.build import build_objective, prepare_teachers, start_t
 from distill_core.recipe.sections import Recipe
 from distill_core.run.parts import map_tree
 from distill_core.run.state import RunState
-from distill_core.system import distributed
 from distill_core.system.process import get_random, seed_all, set_random
+from distill_core.system.spread import joined
 
 VIEWS = ("augment", "backbone", "masker", "teacher", "teachers")
 """Sections that the loader's workers read."""
@@ -79,7 +79,7 @@ def load(state: RunState, saved: dict[str, Any], source: str) -> None:
 
 
 def _whole(value: Any) -> Any:
-    return distributed.joined(value).cpu() if isinstance(value, Tensor) else value
+    return joined(value).cpu() if isinstance(value, Tensor) else value
 
 
 def _views(recipe: Recipe) -> dict[str, Any]:

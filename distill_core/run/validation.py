@@ -14,6 +14,7 @@ from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
 from distill_core.run.tracking import TrackedRun
 from distill_core.system import distributed
+from distill_core.system.spread import whole
 
 
 class Validation:
@@ -66,7 +67,7 @@ class Validation:
     def _evaluate(self, split: str, scoring: Scoring, doing: Callable[[str], None]) -> EvaluationResult:
         state, display = self.state, self.display
         models = models_of(state.recipe, state.objective, state.device)
-        with scoring, distributed.whole(state.objective):
+        with scoring, whole(state.objective):
             evaluated = evaluate(
                 state.recipe, models, self.source, split, doing, self.tracked.media, watch=scoring.watch
             )

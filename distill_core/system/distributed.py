@@ -1,5 +1,5 @@
-"""Process groups, the differentiable gather, tensors that are spread over ranks, and gradient averaging. All of it is
-a no-op in one process."""
+"""The process group: who is in it, the differentiable gather, gradient averaging, and what the hosts tell one another.
+All of it is a no-op in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.system.peers import Peers
+from distill_core.system.spread import is_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch.distributed.fsdp import FSDPModule
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)
@@ -32,13 +32,11 @@ _control_group: dist.ProcessGroup | None = None
 _saving_group: dist.ProcessGroup | None = None
 """For the threads that write checkpoints while the ranks train."""
 _peers: Peers | None = None
+_alone = False
 
 
 class RanksApart(UserError):
     """Another rank has ended, or did not reach the collective that this one waits in."""
-
-
-_alone = False
 
 
 def rank() -> int:
@@ -179,103 +177,6 @@ def all_gather(x: Tensor, dim: int = 0) -> Tensor:
     over ranks of `average_gradients` make the gradient that of the mean over all rows.
     """
     return all_gather_together([x], dim)[0]
-
-
-def is_spread(tensor: Tensor) -> bool:
-    """Whether it is a `DTensor`: a part of it, or a copy, on each rank."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be spread over ranks; shares its memory."""
-    return cast(Tensor, cast(Any, tensor).to_local()) if is_spread(tensor) else tensor
-
-
-def joined(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over ranks, every one of which must ask."""
-    return cast(Tensor, cast(Any, tensor).full_tensor()) if is_spread(tensor) else tensor
-
-
-def parts_of(tensor: Tensor) -> int:
-    """Over how many ranks its rows are split; 1 where each has a copy."""
-    return int(_split_dimension(tensor)[0])
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """First and last (exclusive) of the rows that this rank holds of a tensor that is spread."""
-    count, number = _split_dimension(tensor)
-    size = -(-len(tensor) // count)
-    return min(number * size, len(tensor)), min((number + 1) * size, len(tensor))
-
-
-def _split_dimension(tensor: Tensor) -> tuple[int, int]:
-    """(number of parts, this rank's)."""
-    spread = cast(Any, tensor)
-    for dimension, placement in enumerate(spread.placements if is_spread(tensor) else ()):
-        if placement.is_shard():
-            assert placement.dim == 0
-            return spread.device_mesh.size(dimension), spread.device_mesh.get_local_rank(dimension)
-    return 1, 0
-
-
-def spread_like(rows: Tensor, like: Tensor) -> Tensor:
-    """The tensor that is spread as `like` is, of which this rank holds `rows` (those of `rows_of`)."""
-    from torch.distributed.tensor import DTensor
-
-    of = cast(Any, like)
-    rows = rows.to(like.device, copy=True)
-    return DTensor.from_local(rows, of.device_mesh, of.placements, shape=like.shape, stride=like.stride())
-
-
-def apart(tensors: Iterable[T]) -> list[list[T]]:
-    """Those that are whole on each rank, and those that are spread: torch's `foreach` operators take one kind."""
-    kinds: tuple[list[T], list[T]] = [], []
-    for tensor in tensors:
-        kinds[is_spread(cast(Tensor, tensor))].append(tensor)
-    return [kind for kind in kinds if kind]
-
-
-@contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Inside, every rank holds all parameters of what is spread over ranks, and no forward pass reaches a collective:
-    ranks may make unequal numbers of them. Every rank must enter and leave."""
-    modules = list(_fsdp_modules(model))
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_reshard_after_forward(True, recurse=False)
-            module.reshard()
-
-
-@contextmanager
-def gradients_stay(model: nn.Module, stay: bool) -> Iterator[None]:
-    """If `stay`, backward passes inside add up gradients on each rank, and leave it to a later one to average them."""
-    modules = list(_fsdp_modules(model)) if stay else []
-    for module in modules:
-        module.set_requires_gradient_sync(False, recurse=False)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.set_requires_gradient_sync(True, recurse=False)
-
-
-def _fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    if world_size() > 1:
-        from torch.distributed.fsdp import FSDPModule
-
-        yield from (module for module in model.modules() if isinstance(module, FSDPModule))
-
-
-def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The L2 norm of all gradients, those spread over ranks included: a 0-dim tensor, equal on all ranks."""
-    norms = [nn.utils.get_total_norm(alike) for alike in apart(gradients)]
-    norms = [joined(norm).to(device) for norm in norms]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

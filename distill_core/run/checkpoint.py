@@ -1,32 +1,27 @@
-"""Checkpoints: written atomically, the last k and the best; read without unpickling code, and only if undamaged.
+"""The checkpoints of a run: the last k and the best.
 
-A checkpoint is the zip archive that `torch.save` writes, with the digest of that archive as its comment: both are in
-one file, which is complete or absent. Where tensors are spread over ranks, each writes its part of them to a file
-first (`step-00000240.part-0-of-4.pt`); the checkpoint names their digests, so that they count from then on.
+Each is an archive. Where tensors are spread over ranks, each rank writes its part of them to one of its own first
+(`step-00000240.part-0-of-4.pt`); the checkpoint names their digests, so that they count from then on.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from distill_core.errors import UserError, warn
+from distill_core.run import archive
+from distill_core.run.archive import Damaged
 from distill_core.run.parts import Parts, map_tree
-from distill_core.system.files import cannot_write, temporary_for
+from distill_core.system.files import cannot_write
 
 VERSION = 2
-COMMENT = b"sha256:"
-TAIL = 2 + len(COMMENT) + 64
-"""Bytes of a comment with a digest, and of its length before it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Checkpoints:
         """
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(path, state | {"version": VERSION, "step": step}, self.best if best else None)
+        archive.write(path, state | {"version": VERSION, "step": step}, self.best if best else None)
         earlier = [other for other in self.steps() if other < step]
         for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
             with suppress(OSError):  # harmless if it stays
@@ -81,11 +76,7 @@ class Checkpoints:
     def save_part(self, step: int, number: int, count: int, tensors: Sequence[Tensor]) -> str:
         """Write one of the parts that a checkpoint of this step will name; returns its digest. Raises `UserError`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return _write(self.part(step, number, count), list(tensors))
-
-    def part(self, step: int, number: int, count: int) -> Path:
-        """The file of a part."""
-        return self.folder / f"step-{step:08d}.part-{number}-of-{count}.pt"
+        return archive.write(_part(self.folder, step, number, count), list(tensors))
 
     def _parts(self) -> Iterator[tuple[int, Path]]:
         """(step, file) of the parts there are."""
@@ -97,7 +88,7 @@ class Checkpoints:
         if parts := list(self._parts()):
             steps = set(self.steps())
             if self.best.is_file():
-                with suppress(_Damaged):
+                with suppress(Damaged):
                     steps.add(_read(self.best).state["step"])
             for step, path in parts:
                 if step not in steps:
@@ -115,7 +106,7 @@ class Checkpoints:
         if files and self.best.is_file():
             try:
                 is_earlier = _read(self.best).state["step"] <= step
-            except _Damaged:
+            except Damaged:
                 is_earlier = False
             files += [] if is_earlier else [self.best]
         return files + parts if files else []
@@ -125,7 +116,7 @@ class Checkpoints:
         path = self.path(checkpoint.state["step"])
         if not path.exists():
             try:
-                _link(checkpoint.path, path)
+                archive.link(checkpoint.path, path)
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
 
@@ -155,16 +146,16 @@ class Checkpoints:
 
         Raises `UserError` when there is none or it cannot be read.
         """
-        damaged: list[_Damaged] = []
+        damaged: list[Damaged] = []
         read_paths: set[Path] = set()
         path = self.file(which)
         while True:
             read_paths.add(path)
             try:
-                checkpoint = self._open(path)
+                checkpoint = _open(path)
             except FileNotFoundError:  # a running training has deleted it since, and saved another
                 pass
-            except _Damaged as error:
+            except Damaged as error:
                 damaged.append(error)
             else:
                 for problem in damaged:
@@ -186,191 +177,61 @@ class Checkpoints:
     def reopen(self, checkpoint: Path) -> Checkpoint:
         """One that another rank has loaded, and checked. Raises `UserError`."""
         try:
-            return self._open(self.folder / checkpoint.name, check=False)
-        except (FileNotFoundError, _Damaged) as error:
+            return _open(self.folder / checkpoint.name, check=False)
+        except (FileNotFoundError, Damaged) as error:
             raise UserError(f"{checkpoint}: is not there on all ranks; run folders must be shared") from error
-
-    def _open(self, path: Path, *, check: bool = True) -> Checkpoint:
-        """With the parts that it names. Raises as `_read` does."""
-        checkpoint = _read(path, check=check)
-        digests: list[str] = checkpoint.state.pop("parts", [])
-        parts = []
-        for number, digest in enumerate(digests):
-            part = self.part(checkpoint.state["step"], number, len(digests))
-            try:
-                parts.append(_read_part(part, digest, check=check))
-            except FileNotFoundError as error:
-                if not path.exists():
-                    raise
-                raise _Damaged(f"{path}: its part {part.name} is missing") from error
-        for places, shape, number in checkpoint.state.pop("spread", []):
-            *folders, name = places
-            inner = checkpoint.state
-            for folder in folders:
-                inner = inner[folder]
-            inner[name] = Parts(shape, [part[number] for part in parts])
-        return checkpoint
 
     def read(self, which: str = "last", warn: Callable[[str], None] = warn) -> dict[str, Any]:
         """The state of `load`, with whole tensors."""
         return self.load(which, warn).whole()
 
 
-class _Damaged(Exception):
-    """What is wrong with a file, in words that follow its name."""
-
-
-class _Hashed:
-    """A file for `torch.save`: hashes and counts what is written.
-
-    The first error is raised by `finish`: raised in `write`, it would surface as an internal error of torch's writer.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._hash = file, sha256()
-        self._error: OSError | None = None
-        self.size = TAIL - 2
-
-    def write(self, data: memoryview) -> int:
-        self.size += len(data)
-        if self._error is None:
-            self._hash.update(data)
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self._error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """Does nothing: `save` flushes the file once the digest is written."""
-
-    def finish(self) -> str:
-        """Add the digest, which is returned. Raises OSError when anything could not be written."""
-        if self._error is not None:
-            raise self._error
-        digest = self._hash.hexdigest()
-        comment = COMMENT + digest.encode()
-        self._file.seek(-2, os.SEEK_END)
-        self._file.write(len(comment).to_bytes(2, "little") + comment)
-        return digest
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint's file, with whole tensors. Raises `UserError` where it cannot be read."""
-    checkpoints = Checkpoints(path.parent.parent)
-    checkpoints.folder = path.parent
     try:
-        return checkpoints._open(path).whole()
+        return _open(path).whole()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except _Damaged as error:
+    except Damaged as error:
         raise UserError(f"{error}.") from error
 
 
-def _write(path: Path, content: Any, link: Path | None = None) -> str:
-    """Write an archive and its digest, which is returned, completely or not at all; `link` is a second name for it.
-
-    Raises `UserError`.
-    """
-    temporary = temporary_for(path)
-    size = 0
-    try:
-        with temporary.open("wb") as file:
-            archive = _Hashed(file)
-            torch.save(content, cast(IO[bytes], archive))
-            size = archive.size
-            digest = archive.finish()
-            file.flush()
-            os.fsync(file.fileno())
-        if link is not None:
-            _link(temporary, link)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(cannot_write(path, error, size)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    return digest
+def _open(path: Path, *, check: bool = True) -> Checkpoint:
+    """With the parts that it names. Raises as `archive.read` does."""
+    checkpoint = _read(path, check=check)
+    state = checkpoint.state
+    digests: list[str] = state.pop("parts", [])
+    parts = []
+    for number, digest in enumerate(digests):
+        part = _part(path.parent, state["step"], number, len(digests))
+        try:
+            own, tensors = archive.read(part, check=check, mapped=True)
+        except FileNotFoundError as error:
+            if not path.exists():
+                raise
+            raise Damaged(f"{path}: its part {part.name} is missing") from error
+        if own != digest:
+            raise Damaged(f"{part}: cannot be read (damaged: it is of another checkpoint)")
+        parts.append(tensors)
+    for places, shape, number in state.pop("spread", []):
+        *folders, name = places
+        inner = state
+        for folder in folders:
+            inner = inner[folder]
+        inner[name] = Parts(shape, [part[number] for part in parts])
+    return checkpoint
 
 
 def _read(path: Path, *, check: bool = True) -> Checkpoint:
-    """Reads digest and content from one open file, since another file may take its name at any time.
-
-    Raises `_Damaged`; FileNotFoundError; `UserError` for a file without read permission or of another format.
-    """
-    checked = False
-    try:
-        with path.open("rb") as file:
-            digest = _digest(file, check=check)
-            checked = True
-            file.seek(0)
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except _Damaged as error:
-        raise _Damaged(f"{path}: cannot be read ({error})") from error
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        line = f"{path}: cannot be read ({type(error).__name__}: {reason})"
-        raise (UserError(f"{line}.") if checked else _Damaged(line)) from error
+    """The file alone. Raises as `archive.read` does, and `UserError` for one of another format."""
+    digest, state = archive.read(path, check=check)
     if state.get("version") != VERSION:
         raise UserError(f"{path}: written in format {state.get('version')!r}; this distill reads format {VERSION}")
     return Checkpoint(path, digest, state)
 
 
-def _read_part(path: Path, digest: str, *, check: bool) -> list[Tensor]:
-    """A part's tensors, whose bytes are read when they are used. Raises `_Damaged` and FileNotFoundError."""
-    try:
-        with path.open("rb") as file:
-            if _digest(file, check=check) != digest:
-                raise _Damaged("damaged: it is of another checkpoint")
-        tensors: list[Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except _Damaged as error:
-        raise _Damaged(f"{path}: cannot be read ({error})") from error
-    return tensors
-
-
-def _digest(file: IO[bytes], *, check: bool) -> str:
-    """The digest in the archive's comment. Raises `_Damaged` where there is none; if `check`, where it is not that of
-    the archive."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - TAIL))
-    tail = file.read()
-    length = (TAIL - 2).to_bytes(2, "little")
-    if not tail.startswith(length + COMMENT):
-        raise _Damaged("damaged: its digest differs from the saved one, or it is no checkpoint")
-    saved = tail.removeprefix(length + COMMENT).decode(errors="replace")
-    if check:
-        digest = sha256()
-        file.seek(0)
-        remaining = size - TAIL
-        while remaining > 0 and (part := file.read(min(remaining, 1 << 20))):
-            digest.update(part)
-            remaining -= len(part)
-        digest.update(b"\0\0")  # the comment's length, as it was before there was one
-        if digest.hexdigest() != saved:
-            raise _Damaged("damaged: its digest differs from the saved one")
-    return saved
-
-
-def _link(source: Path, path: Path) -> None:
-    """Give a file a second name, replacing any file of that name; a copy where the file system has no hard links."""
-    temporary = temporary_for(path)
-    with suppress(OSError):
-        temporary.unlink()
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+def _part(folder: Path, step: int, number: int, count: int) -> Path:
+    return folder / f"step-{step:08d}.part-{number}-of-{count}.pt"
 
 
 def load_into(module: nn.Module, state: dict[str, Any], what: str) -> None:

@@ -15,12 +15,11 @@ from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.resolve import Override, load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
+from distill_core.run.checkpoint import Checkpoints, load_into
 
 
 def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
     """See `distill_core.load`."""
-    from distill_core.run.checkpoint import Checkpoints
-
     folder = Path(run)
     recipe = run_recipe(folder, Registry.discover())
     content = Checkpoints(folder).read(checkpoint)
@@ -35,8 +34,6 @@ def model_of(
 
     Raises `UserError`, which begins with `what`, where they do not fit.
     """
-    from distill_core.run.checkpoint import load_into
-
     prefix = f"teacher.{DEFAULT_TEACHER}.backbone." if teacher else "backbone."
     backbone: dict[str, Backbone] = {}
     for name, tower in build_all(recipe.backbone, recipe.towers).items():

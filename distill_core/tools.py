@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from distill_core.data.batches import SampleViews as SampleViews
     from distill_core.data.example import example_batch as example_batch
     from distill_core.data.lengths import measure as measure
-    from distill_core.data.lengths import retry as retry
     from distill_core.data.opening import is_local as is_local
+    from distill_core.data.shard import retry as retry
     from distill_core.errors import KeyPath as KeyPath
     from distill_core.errors import RecipeErrors as RecipeErrors
     from distill_core.errors import TrainingStopped as TrainingStopped
@@ -114,7 +114,7 @@ HOMES = {
     "SampleViews": "distill_core.data.batches",
     "example_batch": "distill_core.data.example",
     "measure": "distill_core.data.lengths",
-    "retry": "distill_core.data.lengths",
+    "retry": "distill_core.data.shard",
     "is_local": "distill_core.data.opening",
     "KeyPath": "distill_core.errors",
     "RecipeErrors": "distill_core.errors",

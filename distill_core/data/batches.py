@@ -18,9 +18,8 @@ from distill_core.batch import WHOLE_SHARD, Batch, Sample, Skipped, View, Views,
 from distill_core.contracts.masker import Masker
 from distill_core.contracts.teacher import TeacherReader, Visit
 from distill_core.data.fields import SampleFields
-from distill_core.data.lengths import retry
 from distill_core.data.order import Order, Place, stable_hash
-from distill_core.data.shard import Patience, Shard
+from distill_core.data.shard import Patience, Shard, retry
 from distill_core.errors import AbsentModality, BadSample, DataError
 from distill_core.interfaces import Augmentation, Collator, JointAugmentation
 from distill_core.plan import joined

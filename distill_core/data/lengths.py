@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from distill_core.data.opening import is_local
-from distill_core.data.shard import Patience, Shard, ShardError, check
-from distill_core.data.tar_samples import wait_before_retry
+from distill_core.data.shard import Patience, Shard, check, retry
 from distill_core.errors import DataError
 
-T = TypeVar("T")
 THREADS = 8
 """Shards that are opened at once."""
 
@@ -59,18 +56,3 @@ def measure(
 def _prepared_length(shard: Shard, patience: Patience) -> int:
     shard.prepare(patience)
     return len(shard)
-
-
-def retry(read: Callable[[], T], shard: Shard, patience: Patience) -> T:
-    """What `read` returns; after a `ShardError` the shard is prepared again, and read again. Raises the last one."""
-    failures = 0
-    while True:
-        try:
-            if failures:
-                shard.prepare(patience)
-            return read()
-        except ShardError:
-            if failures == patience.retries:
-                raise
-            wait_before_retry(failures)
-            failures += 1

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill_core.batch import Sample
 from distill_core.errors import BadSample, DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,15 @@ class Patience:
 
 
 PATIENCE = Patience()
+
+
+BACK_OFF = 1.0
+"""Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
+
+
+def wait_before_retry(failures: int) -> None:
+    """After so many failures, the first of which is number 0."""
+    time.sleep(min(BACK_OFF * 4**failures, 60))
 
 
 _NUMPY_HEADER = Lock()
@@ -86,6 +98,21 @@ class Shard(ABC):
     def fingerprint(self) -> str | None:
         """A text that changes when the samples do; None where only reading them can tell."""
         return None
+
+
+def retry(read: Callable[[], T], shard: Shard, patience: Patience) -> T:
+    """What `read` returns; after a `ShardError` the shard is prepared again, and read again. Raises the last one."""
+    failures = 0
+    while True:
+        try:
+            if failures:
+                shard.prepare(patience)
+            return read()
+        except ShardError:
+            if failures == patience.retries:
+                raise
+            wait_before_retry(failures)
+            failures += 1
 
 
 class Unusable(Mapping[str, Any]):

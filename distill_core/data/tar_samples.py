@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import lzma
 import re
-import time
 import zlib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -13,19 +12,12 @@ from http.client import HTTPException
 
 from distill_core.batch import Sample
 from distill_core.data.opening import is_local, open_shard
-from distill_core.data.shard import PATIENCE, Patience, ShardError, Unusable
+from distill_core.data.shard import PATIENCE, Patience, ShardError, Unusable, wait_before_retry
 from distill_core.data.tar import Damaged, Member, members
 
-BACK_OFF = 1.0
-"""Seconds before the first retry of a shard; each further one waits four times as long, up to a minute."""
 _METADATA = re.compile(r"__[^/]*__($|/)")  # members that are no samples, as webdataset has it
 DAMAGED = (Damaged, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 UNREADABLE = (*DAMAGED, OSError, HTTPException)
-
-
-def wait_before_retry(failures: int) -> None:
-    """After so many failures, the first of which is number 0."""
-    time.sleep(min(BACK_OFF * 4**failures, 60))
 
 
 def read_shard(shard: str, patience: Patience = PATIENCE) -> Iterator[Sample]:

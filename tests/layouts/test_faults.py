@@ -286,7 +286,7 @@ def test_a_table_that_goes_or_changes(
     registry: Registry, tmp_path: Path, layout: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the run began: tried again, then a shard that is skipped for the pass. Catches rows of another table."""
-    monkeypatch.setattr("distill_core.data.lengths.wait_before_retry", lambda failures: None)
+    monkeypatch.setattr("distill_core.data.shard.wait_before_retry", lambda failures: None)
     options = CAPTIONED[layout](tmp_path, examples(COUNT))
     (tmp_path / "other").mkdir()
     shards = shards_of(registry, options) + shards_of(registry, CAPTIONED["csv"](tmp_path / "other", examples(3)))

@@ -8,7 +8,7 @@ from faulty_server import Server
 
 @pytest.fixture(autouse=True)
 def no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill_core.data.tar_samples.BACK_OFF", 0.001)
+    monkeypatch.setattr("distill_core.data.shard.BACK_OFF", 0.001)
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_back_off_grows_and_a_damaged_file_is_not_read_again(
     (path,) = write_shards(tmp_path, 1, 4)
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    monkeypatch.setattr("distill_core.data.tar_samples.BACK_OFF", 1.0)
+    monkeypatch.setattr("distill_core.data.shard.BACK_OFF", 1.0)
     path.write_bytes(path.read_bytes()[:3000])
     assert read(str(path), Patience(retries=5))[1] is not None
     assert waits == []

@@ -128,11 +128,8 @@ def _resume(
             return None
     distributed.start(resolve_device(recipe.train.device))
     run = RunFolder(folder)
-    # a run that was stopped before its first checkpoint begins again; the first rank says for all whether it was
-    begins = distributed.raise_on_all_ranks(
-        lambda: distributed.rank() == 0 and checkpoint == "last" and not _is_saved(folder) and _begin(run)
-    )
-    begins = distributed.gather_objects(begins)[0]
+    # a run that was stopped before its first checkpoint begins again
+    begins = distributed.on_first_rank(lambda: checkpoint == "last" and not _is_saved(folder) and _begin(run))
     trainer = Trainer(recipe, run, resume=None if begins else checkpoint, quiet=quiet, callbacks=callbacks)
     return trainer.run()
 

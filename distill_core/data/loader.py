@@ -130,22 +130,6 @@ class Loader:
                 raise DataError(visits.message)
             yield visits
 
-    def described(self, of: Recipe) -> dict[str, Any]:
-        """What the views at all positions depend on, under a recipe for the same data: plain data for `changes`."""
-        recipe = of.to_dict()
-        options = ("weights", "batches", "streams", "shuffle", "optional", "fields")
-        data = {option: recipe["data"][option] for option in options}
-        if data["batches"] == "one_set":
-            data["samples_of_a_step"] = self.batch_size
-        names, lengths = [shard.name for shard in self.shards], self.lengths.samples
-        shards = {
-            "count": len(names),
-            "names": digest(names),
-            "samples": sum(lengths),
-            "lengths": stable_hash(*lengths),
-        }
-        return {"seed": recipe["seed"], "data": {**data, "shards": shards}, "augment": recipe["augment"]}
-
     def _batch_reader(self, table: WorkerTable) -> BatchReader:
         recipe = self.recipe
         augment, joint = recipe.build_augmentations()

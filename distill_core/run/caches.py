@@ -15,7 +15,8 @@ from distill_core.batch import WHOLE_SHARD
 from distill_core.contracts.slot import Slot
 from distill_core.contracts.teacher import Teacher
 from distill_core.data.batches import Visits
-from distill_core.data.loader import Loader
+from distill_core.data.loader import Loader, digest
+from distill_core.data.order import stable_hash
 from distill_core.errors import DataError, UserError, counted
 from distill_core.objective import Objective
 from distill_core.outputs import Features
@@ -32,6 +33,8 @@ from distill_core.teachers.cached import Index, chunk_file, index_file, packed, 
 
 ROWS, ROWS_WITH_TOKENS = 1024, 64
 """Positions of a chunk, which is held in memory while it is made."""
+ORDER = ("weights", "batches", "streams", "shuffle", "optional", "fields")
+"""Options of `data` that say which sample stands at a position, and what is read of it."""
 
 
 def check_caches(recipe: Recipe, loader: Loader, positions: int) -> None:
@@ -69,9 +72,26 @@ def _check_fits(index: Index, recipe: Recipe, name: str, loader: Loader) -> None
 
 def _made_with(recipe: Recipe, name: str, loader: Loader) -> dict[str, Any]:
     """All that the features of every position depend on but the values of the weights."""
-    dumped = recipe.all_teachers[name].dump()
-    teacher = {option: value for option, value in dumped.items() if option != "cache"}
-    return {**loader.described(recipe), "teacher": teacher, "precision": recipe.train.precision}
+    options = recipe.to_dict()
+    data = {option: options["data"][option] for option in ORDER}
+    if data["batches"] == "one_set":
+        data["samples_of_a_step"] = loader.batch_size
+    lengths = loader.lengths.samples
+    data["shards"] = {
+        "count": len(lengths),
+        "names": digest([shard.name for shard in loader.shards]),
+        "samples": sum(lengths),
+        "lengths": stable_hash(*lengths),
+    }
+    teacher = recipe.all_teachers[name].dump()
+    teacher.pop("cache")
+    return {
+        "seed": options["seed"],
+        "data": data,
+        "augment": options["augment"],
+        "teacher": teacher,
+        "precision": recipe.train.precision,
+    }
 
 
 def _tokens(recipe: Recipe, name: str) -> dict[str, list[int]]:
@@ -143,9 +163,7 @@ class _Writer:
     def write(self, positions: int, *, quiet: bool) -> str:
         """Up to at least so many positions; a line for the user."""
         chunks = -(-positions // self.rows)
-        index = distributed.gather_objects(
-            distributed.raise_on_all_ranks(lambda: self._begin() if distributed.rank() == 0 else None)
-        )[0]
+        index = distributed.on_first_rank(self._begin)
         own = range(distributed.rank(), chunks, distributed.world_size())
         missing = [chunk for chunk in own if not chunk_file(self.folder, chunk).exists()]
 
@@ -158,7 +176,7 @@ class _Writer:
 
         distributed.raise_on_all_ranks(encode)
         written = max(index.positions, chunks * self.rows)
-        distributed.raise_on_all_ranks(lambda: self._save(index.model_copy(update={"positions": written})))
+        distributed.on_first_rank(lambda: self._save(index.model_copy(update={"positions": written})))
         new, size = sum(distributed.gather_objects(len(missing))), in_words(size_of(self.folder))
         return (
             f"{self.folder}: {counted(written, 'position')} of the teacher {self.name!r} "
@@ -166,7 +184,7 @@ class _Writer:
         )
 
     def _begin(self) -> Index:
-        """The index that is there, if it fits, or a new one. On the first rank."""
+        """The index that is there, if it fits, or a new one."""
         weights = self.objective.teachers[self.name].digest() or ""
         index = Index(
             positions=0, rows=self.rows, weights=weights, tokens=self.tokens,
@@ -192,8 +210,6 @@ class _Writer:
         return there
 
     def _save(self, index: Index) -> None:
-        if distributed.rank() > 0:
-            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(index_file(self.folder), json.dumps(index.model_dump(), indent=1) + "\n")

@@ -3,7 +3,7 @@ later steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distill_core.errors import RecipeErrors, UserError
@@ -51,13 +51,10 @@ def resume_run(state: RunState, folder: RunFolder, checkpoints: Checkpoints, whi
     load(state, saved, str(folder.path))
     if "train.checkpoint.best" in changed:
         state.best = None  # it was another score's
-
-    def rewind() -> Mapping[str, Any] | None:
-        return _rewind(checkpoint, state, folder, checkpoints, display) if distributed.rank() == 0 else None
-
     # no rank may add to a file before it is rewound
-    branch = distributed.raise_on_all_ranks(rewind)
-    branch, state.best = distributed.gather_objects((branch, state.best))[0]
+    branch, state.best = distributed.on_first_rank(
+        lambda: _rewind(checkpoint, state, folder, checkpoints, display.warn)
+    )
     state.resumed = Resumed(changed, branch)
 
 
@@ -74,19 +71,18 @@ def _refuse(changed: Mapping[str, tuple[Any, Any]], folder: RunFolder) -> None:
 
 
 def _rewind(
-    checkpoint: Checkpoint, state: RunState, folder: RunFolder, checkpoints: Checkpoints, display: Display
-) -> dict[str, Any] | None:
-    """Set aside later checkpoints and delete later rows, which training will write again; returns the branch."""
-    branch = None
+    checkpoint: Checkpoint, state: RunState, folder: RunFolder, checkpoints: Checkpoints, warn: Callable[[str], None]
+) -> tuple[dict[str, Any] | None, float | None]:
+    """Set aside later checkpoints and delete later rows, which training will write again; returns the branch, and the
+    best score of it so far."""
+    branch, best = None, state.best
     if later := checkpoints.later(state.step):
         folder_aside = folder.set_aside(later, state.step)
         checkpoints.restart_from(checkpoint)
         branch = {"step": state.step, "set_aside": str(folder_aside)}
         if checkpoints.best in later:
-            state.best = None  # the next score is the best of this branch: its own was written over
+            best = None  # the next score is the best of this branch: its own was written over
         names = ", ".join(path.name for path in later)
-        display.warn(
-            f"going back to step {state.step}: {names} and their metrics and reports are set aside in {folder_aside}"
-        )
+        warn(f"going back to step {state.step}: {names} and their metrics and reports are set aside in {folder_aside}")
     folder.rewind(state.step, state.length.steps)
-    return branch
+    return branch, best

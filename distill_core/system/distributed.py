@@ -298,6 +298,16 @@ def raise_on_all_ranks(make: Callable[[], T]) -> T:
     return results[0]
 
 
+def on_first_rank(make: Callable[[], T]) -> T:
+    """What `make`, which the first rank alone calls, returns (picklable), on every rank; all must call this.
+
+    Raises `UserError` on every rank where it does.
+    """
+    made: list[Any] = gather_objects(raise_on_all_ranks(lambda: make() if rank() == 0 else None))
+    result: T = made[0]
+    return result
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

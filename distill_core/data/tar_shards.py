@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 from collections.abc import Iterator
@@ -20,18 +19,16 @@ from numpy.typing import NDArray
 from distill_core.batch import REST_OF_SHARD, Sample
 from distill_core.data.opening import compressed, is_local, open_shard, served_size
 from distill_core.data.shard import PATIENCE, Patience, Shard, ShardError, Unusable, load_index
+from distill_core.data.shard_copy import ShardCopy, cache_key, fingerprint
 from distill_core.data.tar import BLOCK, Damaged, members, scan
 from distill_core.data.tar_samples import DAMAGED, UNREADABLE, Broken, read_shard, reason, runs
 from distill_core.errors import DataError, warn
-from distill_core.system.files import cache_folder, cannot_write, make_room, temporary_for, write_bytes, write_whole
+from distill_core.system.files import cache_folder, temporary_for, write_bytes
 
 WILD = "*?["
-GIGABYTE = 10**9
 BESIDE = ".index.npy"
 """Suffix of the index that stands beside a shard (`distill data index`)."""
 _FORMAT = 1
-_DAMAGE = ".damage"
-"""Suffix of a note beside a copy: why the original could not be read to its end."""
 _GOOD, _REPEATED, _LOST = range(3)
 """States of an index's row: a sample, one with the key of the sample before it, the rest of a damaged shard."""
 
@@ -73,7 +70,7 @@ class TarShard(Shard):
         self._index: NDArray[np.int64] | None = None
         """[1 + samples, 3]: (file's bytes, its time of change in ns, format), then (start, end, state) of each."""
         self._patience = PATIENCE
-        self._damaged_copies = 0
+        self._copy = ShardCopy(self.name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the index, which the other process maps from the cache."""
@@ -156,13 +153,7 @@ class TarShard(Shard):
 
     def fingerprint(self) -> str:
         """Of a local file name, size and time of change; of others the name."""
-        if not is_local(self.name):
-            return self.name
-        try:
-            status = os.stat(self.name)
-        except OSError:  # whoever reads it will say so
-            return f"{self.name} cannot be read"
-        return f"{self.name} {status.st_size} {status.st_mtime_ns}"
+        return fingerprint(self.name)
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
@@ -175,7 +166,7 @@ class TarShard(Shard):
 
     def _file(self) -> Path:
         """A local tar file with its samples, which is copied to the cache where there is none."""
-        return self._copy() if self.is_copied else Path(self.name)
+        return self._copy.fetch(self._patience) if self.is_copied else Path(self.name)
 
     @cached_property
     def is_copied(self) -> bool:
@@ -192,16 +183,9 @@ class TarShard(Shard):
         return content
 
     @property
-    def _digest(self) -> str:
-        """Of the name; of a compressed file's fingerprint, which a copy must follow."""
-        name = os.path.abspath(self.name) if is_local(self.name) else self.name
-        if is_local(self.name) and self.is_copied:
-            name += self.fingerprint()
-        return blake2b(os.fsencode(name), digest_size=16).hexdigest()
-
-    @property
     def _index_file(self) -> Path:
-        return cache_folder() / "indexes" / f"{self._digest}.npy"
+        version = self.fingerprint() if self.is_copied else ""  # which a copy follows
+        return cache_folder() / "indexes" / f"{cache_key(self.name, version)}.npy"
 
     def _stored_index(self) -> NDArray[np.int64] | None:
         """That of the cache, if it is of the file as it is now; of a file that has gone, as it was."""
@@ -250,14 +234,14 @@ class TarShard(Shard):
                 for run in runs(scan(file)):
                     rows.append((run.start, run.end, _REPEATED if run.again else _GOOD))
             except Broken as broken:
-                if self._may_be_the_transfer():
+                if self._copy.is_worth_another(self._patience):
                     path.unlink(missing_ok=True)
                     raise Damaged(str(broken)) from broken
                 if broken.last is not None:
                     rows.append((broken.last.start, broken.last.end, _REPEATED if broken.last.again else _GOOD))
                 rows.append((rows[-1][1] if rows else 0, status.st_size, _LOST))
             else:
-                if self.is_copied and path.with_suffix(_DAMAGE).is_file():
+                if self.is_copied and self._copy.damage is not None:
                     rows.append((status.st_size, status.st_size, _LOST))
         head = (status.st_size, 0 if self.is_copied else status.st_mtime_ns, _FORMAT)
         index = np.array([head, *rows], dtype=np.int64)
@@ -279,8 +263,8 @@ class TarShard(Shard):
         """Why it cannot be read to its end."""
         try:
             path = self._file()
-            if self.is_copied and (note := path.with_suffix(_DAMAGE)).is_file():
-                return note.read_text()
+            if self.is_copied and (damage := self._copy.damage) is not None:
+                return damage
             with open(path, "rb") as file:
                 for _ in runs(scan(file)):
                     pass
@@ -289,40 +273,6 @@ class TarShard(Shard):
         except UNREADABLE as error:
             return reason(error)
         return "it was damaged when the run began"
-
-    def _may_be_the_transfer(self) -> bool:
-        """Whether a damaged copy is worth another try; else what it holds is used."""
-        self._damaged_copies += 1
-        return not is_local(self.name) and self._damaged_copies <= self._patience.retries
-
-    def _copy(self) -> Path:
-        """The file of the cache. Raises what reading the original raises, and an `OSError` where there is no room."""
-        folder = cache_folder() / "shards"
-        copy = folder / f"{self._digest}.tar"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(copy.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be fetching it
-            if copy.is_file():
-                os.utime(copy)
-                return copy
-            temporary = temporary_for(copy)
-            try:
-                with open_shard(self.name, self._patience.timeout) as source, open(temporary, "wb") as target:
-                    damage = None
-                    try:
-                        _copy_all(source, target, copy)
-                    except DAMAGED as error:
-                        if self._may_be_the_transfer():
-                            raise
-                        damage = reason(error)
-                if damage is not None:
-                    write_whole(copy.with_suffix(_DAMAGE), damage)
-                temporary.replace(copy)
-            finally:
-                temporary.unlink(missing_ok=True)
-        for removed in make_room(folder, copy, self._patience.shard_cache * GIGABYTE, "*.tar"):
-            removed.with_suffix(_DAMAGE).unlink(missing_ok=True)
-        return copy
 
 
 def index_beside(shard: str) -> str | None:
@@ -352,19 +302,3 @@ def _ends_digest(file: BinaryIO, index: NDArray[np.int64]) -> int:
         file.seek(int(row[0]))
         digest.update(file.read(BLOCK))
     return int.from_bytes(digest.digest(), "little") >> 1
-
-
-def _pieces(source: BinaryIO) -> Iterator[bytes]:
-    """What comes, as it comes: what a decompressor has in hand is not lost where it fails after it."""
-    read = getattr(source, "read1", source.read)
-    while piece := read(1 << 16):
-        yield piece
-
-
-def _copy_all(source: BinaryIO, target: BinaryIO, copy: Path) -> None:
-    """What fails while it is written is told from what fails while it is read."""
-    for piece in _pieces(source):
-        try:
-            target.write(piece)
-        except OSError as error:
-            raise OSError(f"a copy of it is needed, and {cannot_write(copy, error)}") from error

@@ -243,7 +243,7 @@ def evaluate_run(run: str, nproc: int | None, **options: Any) -> None:
 
     A task may have its own data: --task '{name: retrieval, source: {name: ..., ...}}' (docs/evaluation.md).
     """
-    from distill_core.evaluate.command import recipe_to_score, score
+    from distill_core.commands.evaluate import recipe_to_score, score
 
     registry = _registry()
     _start_ranks(nproc, lambda: recipe_to_score(run, registry, **options))

@@ -1,1 +1,1 @@
-"""What the command line prints and completes."""
+"""What single commands do, print and complete."""

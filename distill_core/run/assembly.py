@@ -37,12 +37,15 @@ class Assembly:
     """Of the weights that it starts from, none where it is resumed; and of what its teachers load in each process."""
 
 
-def prepare_process(recipe: Recipe) -> torch.device:
-    """Join the other ranks, and set torch up as the recipe asks; returns this rank's device."""
+def prepare_process(recipe: Recipe, *, workers: int | None = None) -> torch.device:
+    """Join the other ranks, and set torch up as the recipe asks; returns this rank's device.
+
+    `workers`: the loader's, each of which takes a core; None: as many as the recipe says.
+    """
     train = recipe.train
     device = distributed.start(resolve_device(train.device))
     set_matmul_precision(train.matmul_precision)
-    set_threads(train.threads, recipe.data.workers, device)
+    set_threads(train.threads, recipe.data.workers if workers is None else workers, device)
     keep_freed_memory()  # for the loader's workers too, which are forked from here
     return device
 

@@ -136,7 +136,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
         return build_objective(recipe)
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill_core.evaluate.command.build_objective", late)
+        patch.setattr("distill_core.commands.evaluate.build_objective", late)
         of_first = score(copy, "--checkpoint", which)
     assert checkpoints.steps() == [2]
     of_second = score(copy, "--checkpoint", which)

@@ -18,13 +18,13 @@ from distill_core.recipe.build import build_objective, models_of
 from distill_core.recipe.resolve import Override
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
+from distill_core.run.assembly import prepare_process
 from distill_core.run.checkpoint import Checkpoints, load_into
 from distill_core.run.display import Scoring, print_scores
 from distill_core.run.failures import failures_named
 from distill_core.run.load import run_recipe
 from distill_core.system import distributed
 from distill_core.system.files import cannot_write, write_whole
-from distill_core.system.process import keep_freed_memory, resolve_device, set_matmul_precision, set_threads
 
 SHOWN = 4
 """Approximate number of queries that `--pictures` draws for each task and side."""
@@ -51,12 +51,8 @@ def score(
     """
     recipe = recipe_to_score(run, registry, checkpoint=checkpoint, split=split, tasks=tasks, overrides=overrides)
     folder, checkpoint = locate_checkpoint(run, checkpoint)
-    device = distributed.start(resolve_device(recipe.train.device))
+    device = prepare_process(recipe, workers=0)
     first = distributed.rank() == 0
-    set_matmul_precision(recipe.train.matmul_precision)
-    set_threads(recipe.train.threads, 0, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     # by one rank, once: while the run still trains, other ranks might read another file of the same name
     loaded = distributed.raise_on_all_ranks(lambda: Checkpoints(folder).load(checkpoint) if first else None)
     objective = build_objective(recipe)

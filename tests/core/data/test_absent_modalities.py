@@ -93,12 +93,10 @@ def picture(number: int) -> bytes:
 
 @pytest.fixture
 def trainer(recipe: Callable[..., Recipe], tmp_path: Path) -> Make:
-    def make(*overrides: str, resume: str | None = None, runs: str = "runs") -> Trainer:
-        made = recipe(*overrides)
-        folder = tmp_path / runs / made.name
-        return Trainer(
-            made, RunFolder(folder) if resume else RunFolder.create(tmp_path / runs, made), resume=resume, quiet=True
-        )
+    def make(*overrides: str, resume: str | None = None) -> Trainer:
+        made, runs = recipe(*overrides), tmp_path / "runs"
+        folder = RunFolder(runs / made.name) if resume else RunFolder.create(runs, made)
+        return Trainer(made, folder, resume=resume, quiet=True)
 
     return make
 
@@ -171,15 +169,14 @@ def test_a_run_that_stopped_is_the_run_that_did_not(trainer: Make, workers: int,
     slip = (
         "augment.image={name: slip_views, size: 16}", "augment.text={name: caption}", "fusion=null", "teacher=null",
         "loss=[{name: clip}, {name: simclr, hidden: 16, dim: 8}]", f"data.workers={workers}", f"data.batches={batches}",
-        "train.checkpoint.every=3",
+        "train.checkpoint={every: 3, keep: 5}", "train.steps=9",
     )  # fmt: skip
-    trainer(*slip, "train.steps=9", runs="whole").run()
-    trainer(*slip, "train.steps=9", "train.checkpoint.keep=5", runs="parts").run()
-    again = trainer(*slip, "train.steps=9", resume="3", runs="parts")
+    trainer(*slip).run()
+    again = trainer(*slip, resume="3")
+    whole = Checkpoints(again.folder.path / "set-aside-1").read()
     again.run()
-    whole, parts = (
-        Checkpoints(again.folder.path.parents[1] / runs / again.folder.path.name).read() for runs in ("whole", "parts")
-    )
+    parts = Checkpoints(again.folder.path).read()
+    assert whole["step"] == parts["step"] == 9
     for name, x in whole["objective"].items():
         assert torch.equal(x, parts["objective"][name]), name
     rows = [row for row in again.folder.rows() if "terms" in row]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from beside import load_beside
 from launching import launched, of_ranks
 from score_values import reported
 
+from distill_core.cli import main
 from distill_core.recipe.resolve import load_recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints
@@ -173,7 +175,12 @@ def test_torchrun_restarts_the_run_that_it_began(tmp_path: Path, tiny_recipe: Pa
 
 
 def test_a_run_of_two_ranks(
-    tmp_path: Path, tiny_recipe: Path, registry: Registry, write_shards: Callable[..., list[Path]]
+    tmp_path: Path,
+    tiny_recipe: Path,
+    registry: Registry,
+    write_shards: Callable[..., list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Catches a folder or rows for each rank, samples that both ranks see, skipped samples of rank 1 that nobody
     counts, and a resume that loses a rank's place in the data."""
@@ -215,26 +222,32 @@ def test_a_run_of_two_ranks(
     again_skipped = [line for line in folder.skipped.read_text().splitlines() if "test-0-2" not in line]
     assert sorted(again_skipped) == sorted(json.dumps(row) for row in skipped)
 
-    # each rank encodes its share of the samples: all scores are those of one process
-    command = ("-m", "distill_core.cli", "eval", str(folder.path), "--json")
-    alone, shared = one(*command), two(*command)
+    def one_process(*arguments: str) -> tuple[list[dict[str, Any]], str]:
+        """The scores, and what is said beside them."""
+        capsys.readouterr()
+        main(["eval", str(folder.path), "--json", *arguments])
+        printed = capsys.readouterr()
+        return json.loads(printed.out), printed.err
+
+    # each rank encodes its share of the samples, or goes through it: all scores are those of one process
+    monkeypatch.setenv("DISTILL_CACHE", str(tmp_path / "cache"))
+    scenes = "source: {name: emoji_scenes, scenes: 5, concepts: 5, size: 32, emoji: {limit: 150, shards: 1, size: 16}}"
+    own = [f"{{name: {name}, {scenes}}}" for name in ("segmentation", "composition")]
+    tasks = [part for task in ("retrieval", *own) for part in ("--task", task)]
+    alone, said = one_process(*tasks)
+    shared = two("-m", "distill_core.cli", "eval", str(folder.path), "--json", "--no-cache", *tasks)
     assert shared.returncode == 0, shared.stderr
-    assert json.loads(shared.stdout) == json.loads(alone.stdout) == report["scores"]
-    assert shared.stderr.count("'test-0-2'") == alone.stderr.count("'test-0-2'") == 1
+    assert json.loads(shared.stdout) == alone
+    assert [score for score in alone if score["task"] == "retrieval"] == report["scores"]
+    assert reported(alone)["student/segmentation/twemoji/pictures"] == 5
+    assert shared.stderr.count("'test-0-2'") == said.count("'test-0-2'") == 1
     # and of one checkpoint, where the run saves another between the two ranks' looks at its folder
     Checkpoints(folder.path).save(7, whole, best=True)
     apart = two(str(SCRIPT.with_name("distributed_eval_command.py")), str(folder.path))
     assert (folder.path / "replaced").exists(), apart.stderr
     assert json.loads(apart.stdout) == report["scores"], apart.stderr
-    later, uncached = one(*command, "--checkpoint", "best"), one(*command, "--checkpoint", "best", "--no-cache")
-    assert json.loads(later.stdout) == json.loads(uncached.stdout) != report["scores"]
-    # so are those of tasks that go through the samples themselves
-    scenes = "source: {name: emoji_scenes, scenes: 5, concepts: 5, size: 32, emoji: {limit: 150, shards: 1, size: 16}}"
-    tasks = [part for name in ("segmentation", "composition") for part in ("--task", f"{{name: {name}, {scenes}}}")]
-    environment = {"DISTILL_CACHE": str(tmp_path / "cache")}
-    by_two, by_one = two(*command, *tasks, **environment), one(*command, *tasks, **environment)
-    assert json.loads(by_two.stdout) == json.loads(by_one.stdout), by_two.stderr
-    assert reported(json.loads(by_one.stdout))["student/segmentation/twemoji/pictures"] == 5
+    (later, _), (uncached, _) = (one_process("--checkpoint", "best", *option) for option in ((), ("--no-cache",)))
+    assert later == uncached != report["scores"]
     # one process continues with the batches of both
     single = Trainer(run_recipe(folder.path, registry), folder, resume="last", quiet=True)
     assert (single.state.step, single.loader.position, single.loader.batch_size) == (7, 28, 4)

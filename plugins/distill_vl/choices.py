@@ -13,7 +13,7 @@ from distill_kernels.dispatch import Inputs
 
 
 def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int] = (9, 0)) -> list[Choice]:
-    """Of one step's forward pass (gradients are asked for) on `device`, in order.
+    """Of one step's forward pass (gradients are asked for) on `device`, in order; of each stage of the recipe one.
 
     A GPU need not be there: `capability` is then its compute capability. The batch is the recipe's, of example samples
     (`example_batch`); modules and batch have no values, so that the step takes neither time nor memory.
@@ -22,7 +22,7 @@ def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int]
         UserError: a component whose forward pass reads the values of its tensors; a teacher with weights of its own.
     """
     with recorded(device, capability) as choices:
-        _step(recipe)
+        _steps(recipe)
     return choices
 
 
@@ -30,8 +30,13 @@ def calls_of(recipe: Recipe) -> list[tuple[str, Inputs]]:
     """What `tune` times for a recipe: each op that such a step calls, or might with other backends, with inputs of each
     shape class. Raises as `choices_of` does."""
     with called() as calls:
-        _step(recipe)
+        _steps(recipe)
     return [(op, inputs) for (op, _), inputs in calls.items()]
+
+
+def _steps(recipe: Recipe) -> None:
+    for number in range(1 + len(recipe.stages)):
+        _step(recipe.of_stage(number))
 
 
 def _step(recipe: Recipe) -> None:

@@ -115,8 +115,9 @@ def _choices(recipe: str, overrides: tuple[str, ...], where: torch.device, as_js
         click.echo(json.dumps(rows))
         return
     assumed = where.type == "cuda" and not torch.cuda.is_available()
+    steps = "one step's forward pass" if not loaded.stages else "the forward passes of a step of each stage"
     click.echo(
-        f"one step's forward pass, {loaded.data.batch_size} samples, "
+        f"{steps}, {loaded.data.batch_size} samples, "
         + arithmetic(loaded.train.precision, loaded.train.matmul_precision, where)
         + (" (no GPU is here: an H100 is assumed, with this machine's packages and compiler)" if assumed else "")
     )

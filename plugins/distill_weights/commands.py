@@ -46,8 +46,8 @@ def average(runs: tuple[str, ...], share: float | None, name: str | None, base: 
     """Average the weights of RUNS into a run that can be evaluated, exported and continued.
 
     With --share a fine-tuned run first and the one that it started from second: WiSE-FT (arXiv 2109.01903). Several
-    fine-tunings of one run in equal parts: a model soup (arXiv 2203.05482). What the first run has alone stays as it
-    is, and so do its teacher and its recipe.
+    fine-tunings of one run in equal parts: a model soup (arXiv 2203.05482). Runs that began with different weights have
+    no mean that is worth anything. What the first run has alone stays as it is, and so do its teacher and its recipe.
     """
     from pathlib import Path
 

@@ -93,6 +93,14 @@ def test_sigmoid_loss(registry: Registry) -> None:
     assert taken(choices(registry, "cosmos_sigmoid_tiny", *one_layer))["multi_view_sigmoid", "triton"] == 2
 
 
+def test_each_stage_is_asked(registry: Registry) -> None:
+    """Catches ops of a later stage alone, which `distill kernels --tune` would not time."""
+    changes = ["backbone.image.layers=1", "backbone.text.layers=1", "stages=[{at: 0.5, set: {loss.1: {name: clip}}}]"]
+    made = taken(choices(registry, "siglip_tiny", *changes))
+    assert made["multi_view_sigmoid", "triton"] == 2
+    assert made["multi_view_info_nce", "triton"] == 1
+
+
 @pytest.mark.slow
 def test_fp32_on_a_gpu(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's packed flash kernel takes no fp32: xformers' is next, where it loads."""

@@ -190,9 +190,9 @@ def shade(levels: np.ndarray) -> np.ndarray:
     return colours(0.65 * levels, "YlOrRd") if len(levels) else np.empty((0, 3), np.uint8)
 
 
-def strip(map_: Map, width: int = WIDTH - 12) -> Image.Image:
+def strip(map_: Map) -> Image.Image:
     """The words of a text, each token on its colour; a word's tokens touch."""
-    font, line, pad, gap = font_of(14), 24, 3, 5
+    font, width, line, pad, gap = font_of(14), WIDTH - 12, 24, 3, 5
     placed: list[tuple[int, int, int, str, tuple[int, ...]]] = []
     places: Any = map_.item.places
     x = y = 0

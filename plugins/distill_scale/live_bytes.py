@@ -33,10 +33,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if p.requires_grad
         ]
 
-    def peak(self, shard: int = 1) -> int:
-        """The most that was alive at a time, where gradients are split over so many devices."""
-        return max((others + gradients // shard for others, gradients in self.history), default=0)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):

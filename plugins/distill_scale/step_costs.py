@@ -77,9 +77,9 @@ class StepCosts:
         """Of all parts."""
         return sum(self.flops.values())
 
-    def peak(self, shard: int = 1) -> int:
-        """Bytes of activations, temporary tensors and gradients at their highest, gradients being split."""
-        return max(self.peak_of_towers(shard), self.waiting + self.peak_of_losses)
+    def peak(self) -> int:
+        """Bytes of activations, temporary tensors and gradients at their highest."""
+        return max(self.peak_of_towers(), self.waiting + self.peak_of_losses)
 
     def peak_of_towers(self, shard: int = 1, *, again: bool = False) -> int:
         """Without the losses; `again`: with the gradients of a micro-batch from before, there throughout."""

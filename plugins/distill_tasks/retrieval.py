@@ -133,11 +133,6 @@ class Retrieval(Task):
                 yield from matches.nearest(model, evaluation_set, query, target, self.config.fields, share)
 
 
-def ranks_of(queries: Tensor, targets: Tensor, query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
-    """`ranks_in` of queries [N, D] and targets [M, D] by their products."""
-    return ranks_in(lambda rows: queries[rows] @ targets.T, query_of, target_of, chunk)
-
-
 def ranks_in(rows: Callable[[slice], Tensor], query_of: Tensor, target_of: Tensor, chunk: int = 1024) -> Tensor:
     """The rank (0 is best) of each query's best own target: owners [N] of queries and [M] of targets -> [N].
 

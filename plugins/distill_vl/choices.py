@@ -12,16 +12,16 @@ from distill_kernels.choices import Choice, called, recorded
 from distill_kernels.dispatch import Inputs
 
 
-def choices_of(recipe: Recipe, device: torch.device, capability: tuple[int, int] = (9, 0)) -> list[Choice]:
+def choices_of(recipe: Recipe, device: torch.device) -> list[Choice]:
     """Of one step's forward pass (gradients are asked for) on `device`, in order; of each stage of the recipe one.
 
-    A GPU need not be there: `capability` is then its compute capability. The batch is the recipe's, of example samples
+    A GPU need not be there: an H100 is assumed. The batch is the recipe's, of example samples
     (`example_batch`); modules and batch have no values, so that the step takes neither time nor memory.
 
     Raises:
         UserError: a component whose forward pass reads the values of its tensors; a teacher with weights of its own.
     """
-    with recorded(device, capability) as choices:
+    with recorded(device) as choices:
         _steps(recipe)
     return choices
 

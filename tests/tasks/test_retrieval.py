@@ -8,7 +8,7 @@ from score_values import values
 from torch.nn.functional import normalize
 
 from distill_core.evaluate.sets import EvaluationSet
-from distill_tasks.retrieval import Retrieval, ranks_of
+from distill_tasks.retrieval import Retrieval, ranks_in
 
 
 def several(pictures: int, most: int, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,8 +29,8 @@ def test_against_clip_benchmark(chunk: int) -> None:
     own = torch.arange(len(images))
     for k in (1, 5, 10):
         for found, scores, pairs in (
-            (ranks_of(texts, images, owners, own, chunk), similarity, positive),
-            (ranks_of(images, texts, own, owners, chunk), similarity.T, positive.T),
+            (ranks_in(similarity.__getitem__, owners, own, chunk), similarity, positive),
+            (ranks_in(similarity.T.__getitem__, own, owners, chunk), similarity.T, positive.T),
         ):
             assert len(found) == len(scores)
             assert ((theirs.recall_at_k(scores, pairs, k) > 0) == (found < k)).all()
@@ -39,7 +39,7 @@ def test_against_clip_benchmark(chunk: int) -> None:
 def test_against_torchmetrics() -> None:
     torchmetrics = pytest.importorskip("torchmetrics.functional.retrieval")
     images, texts, owners = several(40, 4)
-    found = ranks_of(images, texts, torch.arange(40), owners)
+    found = ranks_in((images @ texts.T).__getitem__, torch.arange(40), owners)
     for i, scores in enumerate(images @ texts.T):
         for k in (1, 5, 10):
             assert torchmetrics.retrieval_hit_rate(scores, owners == i, top_k=k).item() == float(found[i] < k)

@@ -131,49 +131,49 @@ class _Reader:
         self.errors.append(f"{self.document.origin(path)}: {dotted}{': ' if dotted else ''}{message}")
 
     def study(self, default_name: str, overrides: Sequence[str] = ()) -> Study:
-        frame = self._frame()
-        if frame is None:
+        file = self._study_file()
+        if file is None:
             raise RecipeErrors(self.errors)
-        self.recipe = self._recipe_file(("recipe",), frame.recipe)
-        shared = [*self._changes(("set",), frame.changes, frame.budget)]
+        self.recipe = self._recipe_file(("recipe",), file.recipe)
+        shared = [*self._changes(("set",), file.changes, file.budget)]
         for change in overrides:
             target = change.partition("=")[0].strip()
-            if (problem := _reserved(target, frame.budget)) is not None:
+            if (problem := _reserved(target, file.budget)) is not None:
                 self.errors.append(f"--set {target}: {problem}")
             shared.append((change, f"--set {target}"))
-        if (frame.variants is None) == (frame.swaps is None):
+        if (file.variants is None) == (file.swaps is None):
             self.error((), "give `variants` or `swaps`, one of them")
             variants = []
-        elif frame.variants is not None:
-            variants = [self._variant(frame, name, value) for name, value in frame.variants.items()]
+        elif file.variants is not None:
+            variants = [self._variant(file, name, value) for name, value in file.variants.items()]
         else:
-            variants = self._swapped(frame)
+            variants = self._swapped(file)
         if not variants and not self.errors:
-            self.error(("variants",) if frame.variants is not None else ("swaps",), "there is no variant")
+            self.error(("variants",) if file.variants is not None else ("swaps",), "there is no variant")
         names = [variant.name for variant in variants]
-        base = frame.base or (names[0] if names else "")
-        if frame.base is not None and names and frame.base not in names:
-            self.error(("base",), f"no variant {frame.base!r}{did_you_mean(frame.base, names)}")
-        for i, seed in enumerate(frame.seeds):
-            if seed in frame.seeds[:i]:
+        base = file.base or (names[0] if names else "")
+        if file.base is not None and names and file.base not in names:
+            self.error(("base",), f"no variant {file.base!r}{did_you_mean(file.base, names)}")
+        for i, seed in enumerate(file.seeds):
+            if seed in file.seeds[:i]:
                 self.error(("seeds", i), f"seed {seed} is given twice")
         if self.errors:
             raise RecipeErrors(self.errors)
         return Study(
-            name=frame.name or default_name,
+            name=file.name or default_name,
             shared=tuple(shared),
             variants=tuple(variants),
-            seeds=tuple(frame.seeds),
-            budget=frame.budget,
+            seeds=tuple(file.seeds),
+            budget=file.budget,
             base=base,
-            scores=tuple(frame.scores),
-            one_at_a_time=frame.swaps is not None and frame.design == "one_at_a_time",
+            scores=tuple(file.scores),
+            one_at_a_time=file.swaps is not None and file.design == "one_at_a_time",
             document=self.document,
         )
 
-    def _frame(self) -> StudyFile | None:
+    def _study_file(self) -> StudyFile | None:
         try:
-            frame = StudyFile.model_validate_json(json.dumps(self.document.data))
+            file = StudyFile.model_validate_json(json.dumps(self.document.data))
         except ValidationError as error:
             for item in error.errors(include_url=False):
                 path: KeyPath = tuple(item["loc"])
@@ -186,10 +186,10 @@ class _Reader:
                     suffix = f", got {value!r}" if value is None or isinstance(value, str | int | float) else ""
                     self.error(path, option_message(item) + suffix)
             return None
-        budget = frame.budget
+        budget = file.budget
         if budget is not None and sum(v is not None for v in (budget.steps, budget.samples, budget.seconds)) != 1:
             self.error(("budget",), "give one of `steps`, `samples` and `seconds`")
-        return frame
+        return file
 
     def _changes(self, path: KeyPath, value: Any, budget: Budget | None) -> Iterator[Change]:
         if value is not None and not isinstance(value, dict | list):
@@ -208,7 +208,7 @@ class _Reader:
             self._allowed(place, change.partition("=")[0].strip(), budget)
             yield change, self.document.origin(place)
 
-    def _variant(self, frame: StudyFile, name: str, value: Any) -> Variant:
+    def _variant(self, file: StudyFile, name: str, value: Any) -> Variant:
         path: KeyPath = ("variants", name)
         if not _WORD.fullmatch(name):
             self.error(path, "a variant's name is a word of letters, digits, - . and _")
@@ -220,7 +220,7 @@ class _Reader:
                 recipe = self._recipe_file((*path, "recipe"), base)
             else:
                 self.error((*path, "recipe"), "is the path or the name of a recipe")
-        changes = tuple(self._changes(path, value, frame.budget))
+        changes = tuple(self._changes(path, value, file.budget))
         return Variant(name, name, recipe, changes, self.document.origin(path))
 
     def _recipe_file(self, path: KeyPath, recipe: str) -> str:
@@ -231,14 +231,14 @@ class _Reader:
                 self.error(path, line)
             return recipe
 
-    def _swapped(self, frame: StudyFile) -> list[Variant]:
+    def _swapped(self, file: StudyFile) -> list[Variant]:
         axes: list[list[tuple[str, Change]]] = []
-        for path, values in (frame.swaps or {}).items():
+        for path, values in (file.swaps or {}).items():
             place: KeyPath = ("swaps", path)
             if not isinstance(values, dict | list) or not values:
                 self.error(place, "needs the values to try: a list, or {name: value}")
                 continue
-            self._allowed(place, path, frame.budget)
+            self._allowed(place, path, file.budget)
             items = values.items() if isinstance(values, dict) else enumerate(values)
             axis = []
             for key, value in items:
@@ -248,7 +248,7 @@ class _Reader:
         if self.errors or not axes:
             return []
         combinations: list[tuple[tuple[str, Change], ...]]
-        if frame.design == "grid":
+        if file.design == "grid":
             combinations = list(itertools.product(*axes))
         else:
             combinations = [(), *((swap,) for axis in axes for swap in axis)]

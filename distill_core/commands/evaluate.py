@@ -55,6 +55,9 @@ def score(
     first = distributed.rank() == 0
     # by one rank, once: while the run still trains, other ranks might read another file of the same name
     loaded = distributed.raise_on_all_ranks(lambda: Checkpoints(folder).load(checkpoint) if first else None)
+    saved = loaded and (loaded.path, loaded.digest, loaded.state["step"], loaded.state.get("stage", 0))
+    file, digest, step, stage = distributed.gather_objects(saved)[0]
+    recipe = recipe.of_stage(stage)
     objective = build_objective(recipe)
 
     def load() -> None:
@@ -62,7 +65,6 @@ def score(
             load_into(objective, loaded.whole()["objective"], str(folder))
 
     distributed.raise_on_all_ranks(load)
-    file, digest, step = distributed.gather_objects(loaded and (loaded.path, loaded.digest, loaded.state["step"]))[0]
     objective.to(device)
     distributed.broadcast(objective)
     models = models_of(recipe, objective, device)

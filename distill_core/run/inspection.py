@@ -114,12 +114,14 @@ class Inspection:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors of a nest of dataclasses, mappings and sequences."""
+    """All tensors of a nest of dataclasses, mappings and sequences. Fields without a `repr` are no content: they point
+    to what a value was cut from, and to what was cut from it, which may be itself."""
     if isinstance(value, Tensor):
         yield value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for item in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, item.name))
+            if item.repr:
+                yield from tensors_in(getattr(value, item.name))
     elif isinstance(value, Mapping):
         for part in value.values():
             yield from tensors_in(part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from distill_core import Backbone, Decoder, Encoded, FeatureKind, Model, UserError
-from distill_core.tools import model_of, run_recipe
+from distill_core import Backbone, Decoder, Encoded, FeatureKind, Model, Slot, UserError
+from distill_core.tools import model_of, places_in, run_recipe
 from distill_vl.captions import CaptionAugmentation
 from distill_vl.clip_text import ClipText
 from distill_vl.pictures import PictureAugmentation
 from distill_vl.vit import VisionTransformer
+from distill_weights.layouts import SCALES
 
 TEXTS = (
     "a red bird",
@@ -50,18 +51,17 @@ class Subject:
         """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
         from distill_core.tools import Checkpoints, Registry
 
-        recipe = run_recipe(run, Registry.discover())
         saved = Checkpoints(run).read(checkpoint)
+        recipe = run_recipe(run, Registry.discover()).of_stage(saved.get("stage", 0))
         state: dict[str, Tensor] = saved["objective"]
         model = model_of(recipe, state, str(run), teacher=teacher)
         scales: dict[str, Tensor] = {}
         for node in recipe.loss:
-            if node.cls.needs(node.config, recipe.plan).fused:
-                continue  # its scale is not that of the towers' own embeddings
-            loss_scales = {
-                k: state[f"loss.{node.id}.{k}"] for k in ("logit_scale", "logit_bias") if f"loss.{node.id}.{k}" in state
-            }
-            scales = scales or {name: value.float().reshape(()) for name, value in loss_scales.items()}
+            for path, loss in _losses(f"loss.{node.id}", node):
+                if scales or loss.cls.needs(loss.config, recipe.plan).fused:
+                    continue  # its scale is not that of the towers' own embeddings
+                own = {name: state[f"{path}.{name}"] for name in SCALES if f"{path}.{name}" in state}
+                scales = {name: value.float().reshape(()) for name, value in own.items()}
         fusions = {**({"fusion": recipe.fusion} if recipe.fusion is not None else {}), **recipe.fusions}
         left_out = {name: node.cls.name for name, node in fusions.items()}
         left_out |= {f"heads.{name}": slot.cls.name for name, slot in recipe.heads.items()}
@@ -162,6 +162,14 @@ class Clip:
         image = {name: value.detach() for name, value in self.vit.state_dict().items() if name != "mask_token"}
         image["positional_embedding"] = self.vit.positions(side, side).detach()
         return {"image": image, "text": {name: value.detach() for name, value in self.text_tower.state_dict().items()}}
+
+
+def _losses(path: str, loss: Slot[Any]) -> Iterator[tuple[str, Slot[Any]]]:
+    """(path, loss) of a loss and of those in its options."""
+    yield path, loss
+    for at, inner in places_in(loss.config):
+        if inner.cls.kind == "loss":
+            yield from _losses(".".join((path, *at)), inner)
 
 
 def pictures(size: int) -> list[Image.Image]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from distill_core.batch import Batch
 from distill_core.errors import RecipeErrors
+from distill_core.evaluate.command import score
 from distill_core.outputs import Progress
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe
@@ -144,7 +146,9 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_through_stages_is_exact_wherever_it_stops(recipe: Recipe, registry: Registry, tmp_path: Path) -> None:
+def test_a_run_through_stages_is_exact_wherever_it_stops(
+    recipe: Recipe, registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before, at and after each boundary: with the loader's workers and without. Catches a stage that a resumed run
     misses or enters twice, new weights that are drawn otherwise, lost optimiser state, and batches that are skipped."""
     folder = trained(recipe, tmp_path)
@@ -162,6 +166,11 @@ def test_a_run_through_stages_is_exact_wherever_it_stops(recipe: Recipe, registr
         assert_same(finished, end)
         assert without_times(RunFolder(folder).rows()) == rows
     assert load_model(folder, teacher=True).teacher
+    report = json.loads((folder / "report.json").read_text())
+    score(str(folder), registry, quiet=True, cache=False, as_json=True)
+    assert json.loads(capsys.readouterr().out) == report["scores"], "a checkpoint is scored as its stage's recipe has it"
+    score(str(folder), registry, checkpoint="4", quiet=True, cache=False, as_json=True)
+    assert {scored["side"] for scored in json.loads(capsys.readouterr().out)} == {"student"}
 
 
 @pytest.mark.slow

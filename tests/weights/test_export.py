@@ -14,13 +14,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
+from wrapping_losses import Mean
 
 import distill_core
 from distill_core import Head
 from distill_core.contracts.weights import LoadReport
 from distill_core.errors import UserError
+from distill_core.recipe.build import build_objective
 from distill_core.recipe.resolve import parse_recipe
-from distill_core.registry import Registry
+from distill_core.registry import Entry, Registry
+from distill_core.run.checkpoint import Checkpoints
+from distill_core.run.folder import RunFolder
 from distill_core.system.extras import install
 from distill_vl.tokenizer import ClipTokenizer
 from distill_weights.export import check_decoder
@@ -210,6 +214,33 @@ def test_the_scale_is_that_of_the_towers_own_embeddings(
     loaded: LoadReport = cls(cls.Config(source=str(tmp_path / "out"))).apply(other)
     assert {name for name in loaded.names if "logit" in name} == {"loss.contrastive.logit_scale"}
     assert float(other.loss["contrastive"].get_parameter("logit_scale")) == pytest.approx(own)
+
+
+def test_the_scale_of_a_loss_inside_another_goes_along(
+    run: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches CLIP's first scale in the place of one that was learned."""
+    mine = Registry([*registry.entries.values(), Entry(Mean, "mine", "mine")])
+    monkeypatch.setattr(Registry, "discover", lambda: mine)
+    options = "loss=[{name: mean_of, of: [cross_modal_distillation], more: {third: contrastive}}]"
+    recipe = parse_recipe(RECIPE, "r.yaml", registry=mine, overrides=[options])
+    folder = RunFolder.create(run.parent / "nested", recipe)
+    state = objective(mine, options).state_dict()
+    Checkpoints(folder.path).save(7, {"objective": state})
+    scales = Subject.load(folder.path, teacher=False, checkpoint="last").scales
+    assert scales == {"logit_scale": state["loss.mean_of.more.third.logit_scale"]}
+
+
+def test_a_run_that_ended_in_a_stage(run: Path, registry: Registry) -> None:
+    """Catches an export with the recipe's first losses, heads and options, which the checkpoint no longer has."""
+    stages = "stages=[{at: 0.5, set: {loss: [siglip], fusion: null, teacher: null}}]"
+    recipe = parse_recipe(RECIPE, "r.yaml", registry=registry, overrides=[stages])
+    folder = RunFolder.create(run.parent / "staged", recipe)
+    state = build_objective(recipe.of_stage(1)).state_dict()
+    Checkpoints(folder.path).save(7, {"objective": state, "stage": 1})
+    subject = Subject.load(folder.path, teacher=False, checkpoint="last")
+    assert subject.left_out == {}
+    assert subject.scales.keys() == {"logit_scale", "logit_bias"}
 
 
 def test_heads_are_left_out_and_named(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -215,6 +215,24 @@ def test_what_samples_add(tiny_recipe: Path, registry: Registry) -> None:
     assert inspection.culprits == []
 
 
+@pytest.mark.parametrize("lacks", [False, True])
+def test_a_step_whose_samples_may_lack_a_modality(
+    tiny_recipe: Path, registry: Registry, write_shards: Callable[..., list[Path]], lacks: bool
+) -> None:
+    """Catches an inspection that walks from what was cut for a loss to the whole, and from there back again."""
+    if lacks:
+        write_shards(tiny_recipe.parent / "shards", 3, 4, replace={(1, 2): {"txt": b"night"}})
+    settings = ("data.optional=[image]", "evaluate=null", "train.checkpoint.every=1", "loss.1=null", "fusion=null")
+    recipe = load_recipe(tiny_recipe, registry=registry, overrides=settings)
+    folder = RunFolder.create(tiny_recipe.parent / "runs", recipe)
+    train(recipe, folder)
+    rows = {row["step"]: row for row in folder.rows()}
+    for step in (1, 2, 3):
+        seen = replay_step(recipe, RunFolder(folder.path), step, quiet=True)
+        assert (seen.loss, seen.terms, seen.first_bad) == (rows[step]["loss"], rows[step]["terms"], None)
+        assert seen.no_contributions == "samples lack modalities"
+
+
 def test_leaving_a_sample_out(tiny_recipe: Path, registry: Registry) -> None:
     """Would catch a tensor of which another sample, or another axis, is left out."""
     recipe = load_recipe(tiny_recipe, registry=registry)

@@ -92,14 +92,16 @@ def _problems(
     name: str, entry: Mapping[str, Any], entries: Mapping[str, Any], shared: Mapping[str, Any]
 ) -> Iterable[tuple[KeyPath, str]]:
     same, own = entry[SAME], entry.get(OWN, [])
-    if same == name:
+    if not isinstance(same, str):
+        yield (SAME,), "must be the name of the entry whose component it takes"
+    elif same == name:
         yield (SAME,), f"{name!r} cannot be the same as itself; name the entry whose component it takes"
     elif same in shared:
         yield (SAME,), f"{same!r} is the same as {shared[same][SAME]!r} itself: name an entry that has a component"
     elif same not in entries:
         yield (
             (SAME,),
-            f"no entry {same!r}{did_you_mean(str(same), [other for other in entries if other not in shared])}",
+            f"no entry {same!r}{did_you_mean(same, [other for other in entries if other not in shared])}",
         )
     for option in entry:
         if option not in (SAME, OWN, PLACE):

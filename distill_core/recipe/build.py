@@ -10,6 +10,7 @@ import torch
 
 from distill_core.contracts.shared import build_all
 from distill_core.contracts.weights import LoadReport
+from distill_core.errors import UserError
 from distill_core.model import Model
 from distill_core.objective import Objective
 from distill_core.plan import DEFAULT_TEACHER
@@ -50,10 +51,12 @@ class NeedsMemory(Exception):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """What is built here has names and shapes, and no values. Raises `NeedsMemory`."""
+    """What is built here has names and shapes, and no values. Raises `NeedsMemory`, and a `UserError` as it is."""
     try:
         with torch.device("meta"):
             yield
+    except UserError:
+        raise
     except Exception as error:  # a component of a plugin may do anything
         why = next(iter(str(error).splitlines()), "")
         raise NeedsMemory(f"the model cannot be built without memory: {type(error).__name__}: {why}") from error

@@ -6,7 +6,7 @@ follows from another error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -327,19 +327,20 @@ def unknown_score(draft: Draft) -> Iterator[Problem]:
         yield ("train", "checkpoint", "best"), f"no score {best!r}{hint} {there}"
 
 
-def unread(recipe: Recipe) -> Iterator[str]:
-    """A warning where no loss reads a fusion or a head: nothing trains it, and replacing it changes nothing; or a
-    teacher that is no copy, which is encoded for nobody."""
-    needs = [(slot.config.fusion, needs_of(slot.cls, slot.config, recipe.plan)) for slot in recipe.loss]
-    for name, fusion in recipe.all_fusions.items():
+def unread(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """A warning where no loss of a recipe or its stages reads a fusion or a head: nothing trains it, and replacing it
+    changes nothing; or a teacher that is no copy, which is encoded for nobody."""
+    needs = [(slot.config.fusion, needs_of(slot.cls, slot.config, one.plan)) for one in recipes for slot in one.loss]
+    for name, fusion in {name: slot for one in recipes for name, slot in one.all_fusions.items()}.items():
         if not any(name == of and (need.fused or need.pools) for of, need in needs):
             at = fusion.path
             yield f"{at}: no loss of this recipe reads {fusion.cls.name!r}: it is not trained, and changes nothing"
     called = {name for _, need in needs for name in need.heads}
-    for name, head in recipe.heads.items():
+    for name, head in {name: slot for one in recipes for name, slot in one.heads.items()}.items():
         if name not in called:
             yield f"{head.path}: no loss of this recipe calls the head {name!r}: it is not trained"
-    read = {name for _, need in recipe.needs() for name in (*need.teacher, *need.attention, *need.teacher_heads)}
-    for name, slot in recipe.all_teachers.items():
-        if name not in read and slot.cls.parts(slot.config) == ():
-            yield f"{slot.path}: no loss of this recipe reads the teacher {name!r}"
+    of_all = [need for one in recipes for _, need in one.needs()]
+    read = {name for need in of_all for name in (*need.teacher, *need.attention, *need.teacher_heads)}
+    for name, teacher in {name: slot for one in recipes for name, slot in one.all_teachers.items()}.items():
+        if name not in read and teacher.cls.parts(teacher.config) == ():
+            yield f"{teacher.path}: no loss of this recipe reads the teacher {name!r}"

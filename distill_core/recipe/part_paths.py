@@ -1,4 +1,5 @@
-"""Paths of parts of the model: in `freeze`, `train.lr_factors`, `train.lr_decay` and a shared backbone's `own`."""
+"""Paths of parts of the model: in `freeze`, `train.lr_factors`, `train.lr_decay`, a shared backbone's `own` and what
+teachers copy (`of`)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from distill_core.contracts.shared import SharedSlot, build_all, unknown_parts
 from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.recipe.build import build_objective, without_memory
 from distill_core.recipe.draft import Draft, Problem
+from distill_core.recipe.plans import teacher_place
 from distill_core.recipe.sections import Recipe
 
 
@@ -31,6 +33,11 @@ def unknown_paths(draft: Draft) -> Iterator[Problem]:
     single = [part for part in ("fusion", "balance") if draft.document.get((part,)) is not None]
     parts += [*single, "backbone", "fusions", "heads", "loss"]
     losses_are_wrong = draft.is_wrong("loss")
+    for teacher, slot in draft.teachers.items():
+        for path in (slot.cls.parts(slot.config) if slot is not None else None) or ():
+            if path.startswith("loss.") and path.split(".")[1] not in losses and not losses_are_wrong:
+                near = did_you_mean(path.split(".")[1], losses)
+                yield (*teacher_place(teacher), "of"), f"{path!r} names no loss of this recipe{near}"
     for at, part in _listed(draft.document.get(("freeze",)), draft.train.lr_factors):
         whole = ".".join(part.split(".")[:2])
         if whole in shared:
@@ -59,7 +66,8 @@ def unknown_paths_of_model(recipe: Recipe) -> Iterator[Problem]:
     """Those that name nothing in the model itself, or nothing that they could be of. Raises `NeedsMemory`."""
     own = {m: slot for m, slot in recipe.backbone.items() if isinstance(slot, SharedSlot) and slot.own}
     train = recipe.train
-    if not (recipe.freeze or train.lr_factors or train.lr_decay or own):
+    copied = [slot for slot in recipe.all_teachers.values() if slot.cls.parts(slot.config)]
+    if not (recipe.freeze or train.lr_factors or train.lr_decay or own or copied):
         return
     with without_memory():
         towers = build_all(recipe.backbone, {slot.same for slot in own.values()})
@@ -69,8 +77,12 @@ def unknown_paths_of_model(recipe: Recipe) -> Iterator[Problem]:
     if wrong:  # the model cannot be built
         yield from wrong
         return
-    with without_memory():
-        objective = build_objective(recipe)
+    try:
+        with without_memory():
+            objective = build_objective(recipe)
+    except UserError as error:  # a teacher's, whose `of` names nothing
+        yield (), str(error)
+        return
     for at, part in _listed(recipe.freeze, train.lr_factors):
         wrong += [(at, line) for _, line in objective.unknown_parts([part])]
     for part in train.lr_decay:

@@ -175,6 +175,10 @@ def _teachers(parts: Parts, modalities: Mapping[str, ModalityPlan], refuse: Refu
     # one that is not known sees everything: what it might lack is no error of the parts that read it
     everything = TeacherPlan({name: tuple(range(len(modality.roles))) for name, modality in modalities.items()})
     for name, slot in parts.teachers.items():
+        source = slot.cls.source(slot.config) if slot is not None else None
+        if source in parts.teachers and source not in plans:
+            place = (*teacher_place(name), "source")
+            refuse(place, f"the teacher {source!r} must stand before the one that copies it")
         try:
             plans[name] = everything if slot is None else _teacher(slot, modalities, plans)
         except UserError as error:

@@ -25,7 +25,7 @@ from distill_core.recipe.named import recipe_file
 from distill_core.recipe.part_paths import unknown_paths, unknown_paths_of_model
 from distill_core.recipe.places import Place, places
 from distill_core.recipe.sections import Recipe
-from distill_core.recipe.stages import stage_problems, unfit_weights
+from distill_core.recipe.stages import stage_problems, unfit_weights, unreached
 from distill_core.registry import Registry
 
 Override = str | tuple[str, str]
@@ -157,7 +157,12 @@ class _Resolver:
         self._raise()
         stages, of_stages = self._stages(recipe)
         return recipe.with_stages(*stages).with_warnings(
-            *warnings, *self._own_defaults(context.slots), *unchecked, *of_stages, *unread(recipe)
+            *warnings,
+            *self._own_defaults(context.slots),
+            *unchecked,
+            *of_stages,
+            *unreached(recipe),
+            *(unread([recipe, *stages]) if not self.stage else ()),  # a stage is read together with the others
         )
 
     def _stages(self, recipe: Recipe) -> tuple[list[Recipe], list[str]]:
@@ -252,7 +257,7 @@ class _Resolver:
         origin = self.document.origin(at or path)
         if not self.stage:
             return f"{located(origin, path)}: {message}"
-        return f"{origin}: {self.stage}{located('', path).removeprefix(': ')}: {message}"
+        return f"{located(f'{origin}: {self.stage[:-2]}', path)}: {message}"
 
     def _own_defaults(self, slots: dict[KeyPath, Slot[Any]]) -> Iterator[str]:
         """A line for each component that a bare name replaced, and that had options the new one has too.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from distill_core.contracts.schedule import step_of
+from distill_core.outputs import Progress
 from distill_core.recipe.build import build_objective, without_memory
 from distill_core.recipe.changes import changes
 from distill_core.recipe.draft import Problem
@@ -31,6 +33,14 @@ def stage_problems(recipe: Recipe, stages: Sequence[Recipe]) -> Iterator[Problem
             if not allowed or path == "train.optimizer.name":
                 line = f"{path} holds for the whole run; a stage may change {', '.join(MAY_CHANGE)}"
                 yield ("stages", i), line
+
+
+def unreached(recipe: Recipe) -> Iterator[str]:
+    """A warning for each stage that begins when the run has ended."""
+    steps = recipe.train.steps
+    for i, stage in enumerate(recipe.stages):
+        if steps is not None and step_of(stage.at, Progress(0, steps)) >= steps:
+            yield f"stages.{i}: never begins: it is set to step {stage.at:g}, and the run ends after {steps}"
 
 
 def _comparable(at: float, steps: int | None) -> tuple[str, float]:

@@ -32,7 +32,7 @@ Positive = Annotated[int, Field(gt=0)]
 class CopyConfig(TeacherConfig):
     """Options of a teacher that is made of the student's parts."""
 
-    of: tuple[str, ...] | None = None
+    of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Paths of the parts that it copies, as [backbone.NAME, heads.NAME, fusion, loss.ID.HEAD]; null: the towers of its
     modalities, and of the losses that name it those heads that learn from a copy (`Needs.teacher_heads`,
     `Loss.teacher_modules`). A tower that is not copied encodes as the student's own, without gradients:
@@ -70,7 +70,7 @@ class CopiedTeacher(Teacher):
         try:
             original = self.original(path, student)
         except AttributeError as error:
-            raise UserError(f"the teacher {self.id!r}: of: a path names no part of the student: {error}") from error
+            raise UserError(f"the teacher {self.id!r}: of: {path!r} names no part of the student: {error}") from error
         *holders, last = path.split(".")
         holder: nn.Module = self
         for part in holders:

@@ -99,6 +99,7 @@ def test_it_trains_resumes_and_is_scored(shared: str, trainer: Make, tmp_path: P
     [
         (["backbone.video={same: vedio}"], "no entry 'vedio' (there are: image, text)"),
         (["backbone.video={same: video}"], "cannot be the same as itself"),
+        (["backbone.video={same: [image]}"], "same: must be the name of the entry whose component it takes"),
         (["backbone.image={same: video}", "backbone.video={same: image}"], "is the same as 'image' itself"),
         (["backbone.video={same: image, width: 32}"], "'width' is that of 'image'"),
         (["backbone.video={same: image, own: proj}"], "must be a list of names of parts"),

@@ -102,6 +102,24 @@ def test_errors_name_the_stage_and_the_line(recipe_text: str, registry: Registry
     assert lines("{at: 0.5, sit: {}}")[0].startswith("stages.0.s")
 
 
+def test_warnings_are_of_the_whole_run(recipe_text: str, registry: Registry) -> None:
+    """Catches a stage that never begins without a word, and a head or fusion that is said to be of no use, though
+    another stage has one."""
+
+    def warnings(*stages: str) -> list[str]:
+        overrides = ["train.steps=10", "heads={shared: caption_decoder}", f"stages=[{', '.join(stages)}]"]
+        lines = parse_recipe(text_of(recipe_text), "r.yaml", registry=registry, overrides=overrides).warnings
+        return [line for line in lines if "fusion" not in line]
+
+    late, called = "{at: 10, set: {loss.0.weight: 2}}", "{at: 0.9, set: {loss.1: {name: captioning, head: shared}}}"
+    (line,) = warnings()
+    assert line.endswith("no loss of this recipe calls the head 'shared': it is not trained")
+    assert warnings(called) == []
+    assert warnings(late)[0] == "stages.0: never begins: it is set to step 10, and the run ends after 10"
+    with pytest.raises(RecipeErrors, match=r": stages\.0: the teacher 'x': of: 'backbone.image.conv9' names no part"):
+        warnings("{at: 0.5, set: {teachers.x: {name: ema, of: [backbone.image.conv9]}}}")
+
+
 @pytest.fixture(scope="module")
 def recipe(
     tmp_path_factory: pytest.TempPathFactory,
@@ -168,7 +186,7 @@ def test_a_run_through_stages_is_exact_wherever_it_stops(
     assert load_model(folder, teacher=True).teacher
     report = json.loads((folder / "report.json").read_text())
     score(str(folder), registry, quiet=True, cache=False, as_json=True)
-    assert json.loads(capsys.readouterr().out) == report["scores"], "a checkpoint is scored as its stage's recipe has it"
+    assert json.loads(capsys.readouterr().out) == report["scores"], "scored as its stage's recipe has it"
     score(str(folder), registry, checkpoint="4", quiet=True, cache=False, as_json=True)
     assert {scored["side"] for scored in json.loads(capsys.readouterr().out)} == {"student"}
 

@@ -31,6 +31,7 @@ CASES = [
     for file in RECIPES
     for i, overrides in enumerate(OVERRIDES if "text:" in file.read_text(encoding="utf-8") else ONE_MODALITY)
     if not (file.stem in NO_SCALE and "loss.0.max_scale=.inf" in overrides)
+    if not (file.stem == "tips2_tiny" and "loss.0=null" in overrides)  # its teacher copies a head of loss.1
 ]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from distill_core.batch import Batch
+from distill_core.commands.evaluate import score
 from distill_core.errors import RecipeErrors
-from distill_core.evaluate.command import score
 from distill_core.outputs import Progress
 from distill_core.recipe.resolve import load_recipe, parse_recipe
 from distill_core.recipe.sections import Recipe

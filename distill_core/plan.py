@@ -235,6 +235,20 @@ class Plan:
         """The views of a modality that a teacher encodes; () of a teacher that the recipe lacks."""
         return self.teachers[teacher].views.get(modality, ()) if teacher in self.teachers else ()
 
+    def teacher_spec(self, teacher: str, modality: str) -> BackboneSpec:
+        """Widths and layers of a modality's features of a teacher: the student's where it has none of its own, or where
+        the recipe lacks it."""
+        own = self.modalities[modality].spec
+        return self.teachers[teacher].specs.get(modality, own) if teacher in self.teachers else own
+
+    def masked_views(self, teacher: str, modality: str) -> dict[int, tuple[int, ...]]:
+        """The views that the modality's masker masks and the teacher sees: number among the teacher's -> the student's
+        numbers, one for each mask."""
+        own = self.modalities[modality]
+        role = own.mask.role if own.mask is not None else None
+        views = enumerate(self.teacher_views(teacher, modality))
+        return {number: own.shown(view) for number, view in views if own.roles[view] == role}
+
 
 @dataclass(frozen=True)
 class Needs:

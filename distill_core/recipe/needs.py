@@ -87,17 +87,15 @@ def _of_views(component: str, needs: Needs, name: str, modality: ModalityPlan, p
 
 def _of_teachers(component: str, needs: Needs, name: str, plan: Plan) -> Iterator[str]:
     """What teachers make of one modality."""
-    student = plan.modalities[name].spec
     for teacher, read in needs.teacher.items():
         if name in read and teacher in plan.teachers:
             yield from _unseen(component, teacher, name, read[name], plan)
             layers = needs.teacher_layers.get(teacher, {}).get(name, ())
-            spec = plan.teachers[teacher].specs.get(name, student)
-            yield from _layers(component, name, layers, read[name], spec, teacher)
+            yield from _layers(component, name, layers, read[name], plan.teacher_spec(teacher, name), teacher)
     for teacher, read in needs.attention.items():
         if read.get(name) and teacher in plan.teachers:
             yield from _unseen(component, teacher, name, read[name], plan)
-            if not plan.teachers[teacher].specs.get(name, student).attention:
+            if not plan.teacher_spec(teacher, name).attention:
                 yield f"{component} needs the teacher {teacher!r}'s attention in {name!r}; its tower gives none"
 
 
@@ -109,8 +107,7 @@ def _unseen(component: str, teacher: str, modality: str, tokens: tuple[int, ...]
         whose = "this recipe's teacher" if teacher == DEFAULT_TEACHER else who
         yield f"{component} needs a teacher of {modality!r}; {whose} sees none of its views"
         return
-    spec = plan.teachers[teacher].specs.get(modality, plan.modalities[modality].spec)
-    if tokens and not spec.has_tokens:
+    if tokens and not plan.teacher_spec(teacher, modality).has_tokens:
         yield f"{component} needs tokens of {modality!r}; {who} gives none"
     elif unseen := sorted(set(tokens) - set(views)):
         yield f"{component} needs the teacher's tokens of view {unseen[0]} of {modality!r}; {who} does not see it"

@@ -40,7 +40,7 @@ class ClipSelf(Loss):
         super().__init__(config, plan)
         modality = plan.modalities[config.modality]
         self.spec, self.whole = modality.spec, modality.views(GLOBAL)[0]
-        width, dim = self.spec.width, plan.teachers[config.teacher].specs.get(config.modality, self.spec).dim
+        width, dim = self.spec.width, plan.teacher_spec(config.teacher, config.modality).dim
         self.map = nn.Identity() if width == dim else nn.Linear(width, dim, bias=False)
         self.regions = [self._of_teacher(plan).index(view) for view in modality.views(config.role)]
 

@@ -81,14 +81,14 @@ class Data2Vec(Loss):
         super().__init__(config, plan)
         image = plan.modalities[config.modality]
         self.grid_of = image.spec.grid
-        self.views = _views(config, plan)
+        self.views = plan.masked_views(config.teacher, config.modality)
         self.layers = _layers(config, plan)
-        self.decoder = Decoder(config, image.spec.width, _target(config, plan))
+        self.decoder = Decoder(config, image.spec.width, plan.teacher_spec(config.teacher, config.modality).width)
 
     @classmethod
     def needs(cls, config: Data2VecConfig, plan: Plan) -> Needs:
         """A masker that drops tokens; the teacher's last K layers of the whole views."""
-        m, views = config.modality, _views(config, plan)
+        m, views = config.modality, plan.masked_views(config.teacher, config.modality)
         teacher_views = plan.teacher_views(config.teacher, m)
         return Needs(
             teacher={config.teacher: {m: tuple(teacher_views[t] for t in views)}},
@@ -111,9 +111,11 @@ class Data2Vec(Loss):
                 yield f"{cls.name!r}: groups: {config.groups} do not divide the width {width} of the {what}"
         if config.kernel % 2 == 0:
             yield f"{cls.name!r}: kernel: {config.kernel} is even; the grid must keep its size"
-        if config.class_weight and (not image.spec.class_tokens or _target(config, plan) != image.spec.width):
+        target = plan.teacher_spec(config.teacher, config.modality)
+        if config.class_weight and (not image.spec.class_tokens or target.width != image.spec.width):
             yield f"{cls.name!r}: class_weight: needs a class token as wide as the teacher's tokens; set it to 0"
-        if config.teacher in plan.teachers and image.mask is not None and not _views(config, plan):
+        masked = plan.masked_views(config.teacher, config.modality)
+        if config.teacher in plan.teachers and image.mask is not None and not masked:
             yield f"{cls.name!r}: the teacher {config.teacher!r} sees no view of {config.modality!r} that is masked"
 
     def forward(self, outputs: Outputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -165,24 +167,7 @@ def _distance(prediction: Tensor, target: Tensor) -> Tensor:
     return total / math.sqrt(prediction.shape[-1])
 
 
-def _views(config: Data2VecConfig, plan: Plan) -> dict[int, tuple[int, ...]]:
-    """Each masked view that the teacher sees, numbered among the teacher's -> the student's, one for each mask."""
-    image = plan.modalities[config.modality]
-    role = image.mask.role if image.mask is not None else None
-    teacher_views = plan.teacher_views(config.teacher, config.modality)
-    return {t: image.shown(view) for t, view in enumerate(teacher_views) if image.roles[view] == role}
-
-
-def _target(config: Data2VecConfig, plan: Plan) -> int:
-    """Width of the teacher's tokens."""
-    own = plan.modalities[config.modality].spec
-    teacher = plan.teachers.get(config.teacher)
-    return own.width if teacher is None else teacher.specs.get(config.modality, own).width
-
-
 def _layers(config: Data2VecConfig, plan: Plan) -> tuple[int, ...]:
     """The last K of the teacher's."""
-    own = plan.modalities[config.modality].spec
-    teacher = plan.teachers.get(config.teacher)
-    count = (own if teacher is None else teacher.specs.get(config.modality, own)).layers
+    count = plan.teacher_spec(config.teacher, config.modality).layers
     return tuple(range(max(0, count - config.top), max(count, 1)))

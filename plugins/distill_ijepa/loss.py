@@ -93,11 +93,10 @@ class IJepa(Loss):
 
     def __init__(self, config: IJepaConfig, plan: Plan) -> None:
         super().__init__(config, plan)
-        image, teacher = plan.modalities[config.modality], plan.teachers[config.teacher]
-        spec = teacher.specs.get(config.modality, image.spec)
-        self.grid_of = image.spec.grid
+        own, target = plan.modalities[config.modality].spec, plan.teacher_spec(config.teacher, config.modality)
+        self.grid_of = own.grid
         self.pairs = _pairs(config, plan)
-        self.predictor = Predictor(config, image.spec.width, spec.width)
+        self.predictor = Predictor(config, own.width, target.width)
 
     @classmethod
     def needs(cls, config: IJepaConfig, plan: Plan) -> Needs:
@@ -146,7 +145,5 @@ class IJepa(Loss):
 def _pairs(config: IJepaConfig, plan: Plan) -> list[tuple[int, int]]:
     """(the student's view, the teacher's of the same picture): each masked view that the teacher sees, with each mask.
     The teacher's are numbered among its own."""
-    image = plan.modalities[config.modality]
-    teacher_views = plan.teacher_views(config.teacher, config.modality)
-    role = image.mask.role if image.mask is not None else None
-    return [(s, t) for t, view in enumerate(teacher_views) if image.roles[view] == role for s in image.shown(view)]
+    masked = plan.masked_views(config.teacher, config.modality)
+    return [(s, t) for t, students in masked.items() for s in students]

@@ -73,7 +73,7 @@ class Reinforced(ContrastiveLoss):
         teacher = plan.teachers.get(config.teacher)
         if teacher is None:
             return
-        dims = {m: teacher.specs.get(m, plan.modalities[m].spec).dim for m in config.modalities if m in teacher.views}
+        dims = {m: plan.teacher_spec(config.teacher, m).dim for m in config.modalities if m in teacher.views}
         for modality, dim in dims.items():
             unseen = set(plan.modalities[modality].views(GLOBAL)) - set(teacher.views[modality])
             if unseen:

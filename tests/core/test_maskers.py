@@ -107,8 +107,7 @@ class Recall(Loss):
         image = plan.modalities["image"]
         self.pairs = [(s, t) for t in plan.teacher_views("default", "image") for s in image.shown(t)]
         self.teacher_views = plan.teacher_views("default", "image")
-        aim = plan.teachers["default"].specs.get("image", image.spec)
-        self.map = torch.nn.Linear(image.spec.width, aim.width)
+        self.map = torch.nn.Linear(image.spec.width, plan.teacher_spec("default", "image").width)
 
     @classmethod
     def needs(cls, config: Any, plan: Plan) -> Needs:
@@ -199,6 +198,9 @@ def test_the_student_sees_each_view_once_with_each_mask(more: Registry) -> None:
     assert plan.roles == ("global", "repeated", "repeated")
     assert plan.shown(0) == (0, 1, 2)
     assert plan.shapes == ((3, 24, 24),) * 3
+    assert recipe.plan.masked_views("default", "image") == {0: (0, 1, 2)}
+    assert recipe.plan.masked_views("nobody", "image") == {}
+    assert recipe.plan.teacher_spec("nobody", "image") == plan.spec
     objective, batch = made(recipe)
     assert [tuple(group.x.shape) for group in batch.views["image"].groups] == [(1, 5, 3, 24, 24)]
     outputs = objective.represent(batch, Progress(0, 1))

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from distill_core import Backbone, CopiedTeacher, Progress, UserError, progress_bar
 from distill_core.tools import Recipe, WithoutValues, build_objective
 from distill_scale.hardware import Hardware
-from distill_scale.step_costs import NO_TOKENS, Checkpointing, StepCosts, Tokens, costs_of_steps, example_lengths
+from distill_scale.step_costs import (
+    NO_TOKENS,
+    Checkpointing,
+    StepCosts,
+    Tokens,
+    check_tokens,
+    costs_of_steps,
+    example_lengths,
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +143,7 @@ def make_plans(
                     f"the teacher {name!r} is {teacher.cls.name!r}: only teachers that follow the student are planned; "
                     f"plan without it and the losses that read it (--set {'stages' if number else teacher.path}=null)"
                 )
+    check_tokens(map(recipe.of_stage, numbers), tokens)
     return [plan for number in numbers for plan in _plans_of(recipe, number, hardware, device, samples, tokens)]
 
 

@@ -300,13 +300,16 @@ def batch_of_examples(
 
 
 def example_lengths(recipe: Recipe, tokens: Tokens = NO_TOKENS) -> dict[str, float]:
-    """`MODALITY ROLE` -> mean tokens of a view of the examples, where its backbone tells their number.
+    """`MODALITY ROLE` -> mean tokens of a view of the examples, where its backbone tells their number."""
+    groups = _counted(recipe, tokens)
+    return {f"{name} {group.role}": round(float(group.lengths.mean()), 1) for name, group in groups}  # type: ignore[union-attr]
 
-    Raises `UserError` for a name in `tokens` that has no such view, and for more than its backbone takes.
-    """
-    groups = [(name, group) for name, views in _examples(recipe, 4, tokens).views.items() for group in views.groups]
-    counted = [(name, group) for name, group in groups if group.lengths is not None]
-    known = {known for name, group in counted for known in (name, f"{name}.{group.role}")}
+
+def check_tokens(stages: Iterable[Recipe], tokens: Tokens) -> None:
+    """Raises `UserError` for a name in `tokens` that has a view in no stage, and for more than its backbone takes."""
+    stages = list(stages)
+    groups = [counted for recipe in stages for counted in _counted(recipe)]
+    known = {known for name, group in groups for known in (name, f"{name}.{group.role}")}
     if unknown := [name for name in tokens if name not in known]:
         raise UserError(
             f"--tokens {unknown[0]}: no view of that name has tokens that are counted"
@@ -314,10 +317,15 @@ def example_lengths(recipe: Recipe, tokens: Tokens = NO_TOKENS) -> dict[str, flo
         )
     for name, count in tokens.items():
         modality = name.partition(".")[0]
-        most = getattr(recipe.backbone[modality].config, "context", None)
+        most = getattr(stages[0].backbone[modality].config, "context", None)
         if most is not None and count > most:
             raise UserError(f"--tokens {name}={count}: backbone.{modality} takes {most} (context)")
-    return {f"{name} {group.role}": round(float(group.lengths.mean()), 1) for name, group in counted}  # type: ignore[union-attr]
+
+
+def _counted(recipe: Recipe, tokens: Tokens = NO_TOKENS) -> list[tuple[str, Group]]:
+    """The groups of the examples' views, with their modality, whose backbone tells the number of tokens."""
+    views = _examples(recipe, 4, tokens).views
+    return [(name, group) for name, own in views.items() for group in own.groups if group.lengths is not None]
 
 
 def _examples(recipe: Recipe, size: int, tokens: Tokens) -> Batch:

@@ -165,6 +165,7 @@ def test_printed(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_stages_are_planned_one_by_one(tiny_recipe: Path) -> None:
     """Catches a plan of the first stage alone, whose later ones may take more memory, and hours of the whole run in
     each."""
@@ -183,6 +184,19 @@ def test_stages_are_planned_one_by_one(tiny_recipe: Path) -> None:
         "tiny from 0.5 of the run on: estimated, nothing has run",
     ]
     assert text.count("samples/s:") == 1
+
+
+def test_tokens_of_views_of_a_later_stage(tiny_recipe: Path) -> None:
+    """Catches a stage that refuses views that another has."""
+    alone = ["--set", "augment.text.local=0", "--set", "augment.image.local=0", "--set", "loss=[{name: clip}]"]
+    alone += ["--set", "teacher=null", "--set", "fusion=null"]
+    later = ["--set", "stages=[{at: 0.5, set: {augment.text.local: 1}}]", "--tokens", "text.local=9", "--json"]
+    first, second = map(json.loads, run(str(tiny_recipe), *alone, *later).splitlines())
+    assert "text local" not in first["lengths"]
+    assert second["lengths"]["text local"] == 9
+    wrong = CliRunner().invoke(plan, [str(tiny_recipe), *alone, *later, "--tokens", "text.masked=9"])
+    assert "--tokens text.masked: no view of that name" in str(wrong.exception)
+    assert str(wrong.exception).endswith("there are text, text.global, text.local")
 
 
 @pytest.mark.slow

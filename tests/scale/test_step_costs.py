@@ -26,6 +26,7 @@ from distill_scale.step_costs import (
     Checkpointing,
     StepCosts,
     batch_of_examples,
+    check_tokens,
     costs_of_steps,
     example_lengths,
     measured_steps,
@@ -240,7 +241,7 @@ def test_lengths_of_texts_that_are_stated(registry: Registry) -> None:
     objective, _ = real(recipe, 8)
     assert measured_steps(recipe, objective, batch)[1].flops == costs[24].flops
     with pytest.raises(UserError, match=r"--tokens texts: .*; there are text, text\.global, text\.local"):
-        example_lengths(recipe, {"texts": 9})
+        check_tokens([recipe], {"texts": 9})
 
 
 @pytest.mark.slow

@@ -165,7 +165,6 @@ def test_printed(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_stages_are_planned_one_by_one(tiny_recipe: Path) -> None:
     """Catches a plan of the first stage alone, whose later ones may take more memory, and hours of the whole run in
     each."""

@@ -86,6 +86,15 @@ def by_hand(outputs: Outputs, names: tuple[str, ...], scale: Tensor) -> dict[str
     return blocks
 
 
+def same_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
+    """Of both, in each leaf that either reads."""
+    found = torch.autograd.grad(ours, leaves, retain_graph=True, allow_unused=True)
+    for mine, wanted in zip(found, torch.autograd.grad(theirs, leaves, allow_unused=True), strict=True):
+        assert (mine is None) == (wanted is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("names", [None, *SUBSETS])
 def test_mean_over_the_chosen_blocks(names: tuple[str, ...] | None) -> None:
     """Catches a block that enters unasked, one left out, weights by views instead of by blocks, and lost gradients."""
@@ -98,12 +107,7 @@ def test_mean_over_the_chosen_blocks(names: tuple[str, ...] | None) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value.detach(), rtol=1e-10, atol=1e-10)
     leaves = [loss.logit_scale, *(f.pooled for f in outputs.student.values())]
-    ours = torch.autograd.grad(terms["cross_modal_distillation"], leaves, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(total, leaves, allow_unused=True)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert (mine is None) == (wanted is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-10)
+    same_gradients(terms["cross_modal_distillation"], total, leaves)
 
 
 def test_the_order_of_names_does_not_matter() -> None:
@@ -291,12 +295,7 @@ def test_soft_targets_are_the_teachers_own_similarities(names: tuple[str, ...], 
     torch.testing.assert_close(metrics["target_entropy"], entropy, rtol=1e-10, atol=1e-10)
     assert total >= entropy - 1e-12
     leaves = [loss.logit_scale, *(f.pooled for f in outputs.student.values())]
-    ours = torch.autograd.grad(terms["cross_modal_distillation"], leaves, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(total, leaves, allow_unused=True)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        assert (mine is None) == (wanted is None)
-        if mine is not None:
-            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-10)
+    same_gradients(terms["cross_modal_distillation"], total, leaves)
 
 
 def test_sharp_targets_within_a_modality_are_hard_ones() -> None:

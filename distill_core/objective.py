@@ -131,7 +131,9 @@ class Objective(nn.Module):
     @torch.no_grad()
     def on_device(self, batch: Batch) -> Batch:
         """The batch as the towers take it: what augmentations and backbones do on the device that trains."""
-        return self._joined(replace(batch, views={name: self.finished(name, x) for name, x in batch.views.items()}))
+        return self._with_joint_views(
+            replace(batch, views={name: self.finished(name, x) for name, x in batch.views.items()})
+        )
 
     @torch.no_grad()
     def finished(self, modality: str, views: Views) -> Views:
@@ -140,7 +142,7 @@ class Objective(nn.Module):
             views = self.augment[modality].on_device(views)
         return cast(Backbone, self.backbone[modality]).on_device(views) if modality in self.backbone else views
 
-    def _joined(self, batch: Batch) -> Batch:
+    def _with_joint_views(self, batch: Batch) -> Batch:
         """The batch with the views of joint towers: of those samples that have all of their modalities."""
         views, presence = dict(batch.views), dict(batch.presence)
         for name, parts in self.joint.items():
@@ -225,15 +227,16 @@ class Objective(nn.Module):
 
     def losses(self, outputs: Outputs) -> Losses:
         """All terms, named `ID` (or `ID/term` where a loss has several), and their weighted sum."""
-        parts = {id: self._read_by(cast(Loss, loss), outputs) for id, loss in self.loss.items()}
-        gather_rows((rows for id, loss in self.loss.items() for rows in cast(Loss, loss).gathers(parts[id])), self.wire)
+        losses = self.named_losses
+        parts = {id: self._read_by(loss, outputs) for id, loss in losses.items()}
+        gather_rows((rows for id, loss in losses.items() for rows in loss.gathers(parts[id])), self.wire)
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         weights: dict[str, float | Tensor] = {}
         total: Tensor | None = None
-        for id, loss in self.loss.items():
+        for id, loss in losses.items():
             own, more = loss(parts[id])
-            weight = cast(Loss, loss).config.weight.value(outputs.progress)
+            weight = loss.config.weight.value(outputs.progress)
             for name, term in own.items():
                 if parts[id].present is not None:
                     term = term * parts[id].weight
@@ -257,11 +260,11 @@ class Objective(nn.Module):
         self, balance: Balance, terms: Mapping[str, Tensor], outputs: Outputs
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, and each loss's factor, detached."""
-        sums = _by_loss(terms)
+        losses, sums = self.named_losses, _by_loss(terms)
         factors, penalties = balance(sums, outputs)
         parts = []
         for id, value in sums.items():
-            weight = cast(Loss, self.loss[id]).config.weight.value(outputs.progress)
+            weight = losses[id].config.weight.value(outputs.progress)
             part = factors[id] * value
             parts.append(weight * (part + penalties[id] if id in penalties else part))
         return torch.stack(parts).sum(), {id: factors[id].detach() for id in sums}
@@ -295,8 +298,7 @@ class Objective(nn.Module):
 
         Where `finite`, a 0-dim bool on the device, is False, nothing changes; the host does not read it.
         """
-        for loss in self.loss.values():
-            assert isinstance(loss, Loss)
+        for loss in self.named_losses.values():
             if type(loss).after_step is not Loss.after_step or loss.nested():
                 with _undone_unless(finite, loss):
                     loss.after_step(self._read_by(loss, outputs), progress)
@@ -306,6 +308,11 @@ class Objective(nn.Module):
                 self.balance.after_step(sums, progress)
         for teacher in self.teachers.values():
             teacher.after_step(progress, finite)
+
+    @property
+    def named_losses(self) -> dict[str, Loss]:
+        """By id, without those inside others."""
+        return {id: cast(Loss, loss) for id, loss in self.loss.items()}
 
     @property
     def named_fusions(self) -> dict[str, FusionHead]:
@@ -339,7 +346,7 @@ class Objective(nn.Module):
 
     def losses_with_paths(self) -> Iterator[tuple[str, Loss]]:
         """(path, loss) of every loss, each before those inside it."""
-        return losses_with_paths({name: cast(Loss, loss) for name, loss in self.loss.items()})
+        return losses_with_paths(self.named_losses)
 
     def train(self, mode: bool = True) -> Objective:
         """As torch's, but frozen parts stay in evaluation mode: no dropout, no moving statistics."""

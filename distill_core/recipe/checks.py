@@ -16,7 +16,7 @@ from distill_core.contracts.nested import needs_of, seen_by
 from distill_core.contracts.shared import SharedSlot
 from distill_core.contracts.slot import Slot, is_word
 from distill_core.contracts.teacher import Teacher
-from distill_core.errors import KeyPath, did_you_mean
+from distill_core.errors import KeyPath, UserError, did_you_mean
 from distill_core.interfaces import JointTower, Loss
 from distill_core.plan import DEFAULT_FUSION, DEFAULT_TEACHER, MissingModality, Needs, Plan, joined
 from distill_core.recipe.draft import Draft, Problem
@@ -173,6 +173,9 @@ def _component(draft: Draft, path: KeyPath, slot: Slot[Any], whole: Plan) -> Ite
             yield only_collated(slot.id, error.name)
         elif error.name not in draft.modalities:
             yield unknown_modality(slot.id, error.name, draft.modalities)
+        return
+    except UserError as error:  # a tower inside it that cannot tell its widths
+        yield str(error)
         return
     yield from lines
     yield from unmet(slot.cls.name, needs, plan, draft.modalities)

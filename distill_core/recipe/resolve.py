@@ -156,14 +156,10 @@ class _Resolver:
         unchecked = self._refuse_built(unknown_paths_of_model(recipe), later)
         self._raise()
         stages, of_stages = self._stages(recipe)
-        return recipe.with_stages(*stages).with_warnings(
-            *warnings,
-            *self._own_defaults(context.slots),
-            *unchecked,
-            *of_stages,
-            *unreached(recipe),
-            *(unread([recipe, *stages]) if not self.stage else ()),  # a stage is read together with the others
-        )
+        warnings += [*self._own_defaults(context.slots), *unchecked, *of_stages, *unreached(recipe)]
+        if not self.stage:  # a stage is read together with the others
+            warnings += unread([recipe, *stages])
+        return recipe.with_stages(*stages).with_warnings(*dict.fromkeys(warnings))  # a stage repeats the recipe's own
 
     def _stages(self, recipe: Recipe) -> tuple[list[Recipe], list[str]]:
         """The recipe of each stage, resolved and checked as if it were one by itself, and their own warnings."""
@@ -195,7 +191,7 @@ class _Resolver:
             unfit_weights(recipe, stages), "stages: whether weights fit is checked only when a stage begins"
         )
         self._raise()
-        return stages, list(dict.fromkeys([*unchecked, *(line for stage in stages for line in stage.warnings)]))
+        return stages, [*unchecked, *(line for stage in stages for line in stage.warnings)]
 
     def _with_places(self) -> dict[str, Any]:
         """The document with the place of each component beside its options, and defaults where none is written."""

@@ -482,11 +482,19 @@ def test_a_model_that_cannot_be_built_without_weights_is_checked_when_it_trains(
 
     more = Registry([*registry.entries.values(), *Registry.of(_Plugin).entries.values()])
     recipe = parse_recipe(
-        BASE, "r.yaml", registry=more, overrides=["backbone.image={name: reads}", "freeze=[backbone.image.body]"]
+        BASE,
+        "r.yaml",
+        registry=more,
+        overrides=[
+            "backbone.image={name: reads}",
+            "freeze=[backbone.image.body]",
+            "stages=[{at: 0.5, set: {loss.0.weight: 0.5}}]",
+        ],
     )
+    why = "since the model cannot be built without memory: RuntimeError: no storage"
     assert recipe.warnings == (
-        "freeze, train.lr_factors, train.lr_decay: their paths are checked only when training starts, since the model "
-        "cannot be built without memory: RuntimeError: no storage",
+        f"freeze, train.lr_factors, train.lr_decay: their paths are checked only when training starts, {why}",
+        f"stages: whether weights fit is checked only when a stage begins, {why}",
     )
 
 

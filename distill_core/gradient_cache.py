@@ -73,8 +73,11 @@ class GradientCache:
         )
 
     def backward(self) -> None:
-        """Take the gradients of the embeddings on into towers and fusion. Over ranks they are averaged once."""
+        """Take the gradients of the embeddings on into towers and fusion, and clear them: those of another loss may
+        follow. Over ranks they are averaged once."""
         gradients, start = [leaf.grad for leaf in self._leaves], 0
+        for leaf in self._leaves:
+            leaf.grad = None
         for number, (part, random) in enumerate(zip(self.parts, self._random, strict=True)):
             with gradients_stay(self.objective, number < len(self.parts) - 1):
                 with random.again(), self.context():

@@ -2,7 +2,10 @@
 
 outputs = objective.represent(batch, progress)     # student, teacher, fusion
 losses = objective.losses(outputs)                 # terms, metrics, total
-losses.total.backward(); ...; objective.after_step(outputs, progress)
+losses.total.backward()
+objective.before_optimizer(progress)               # a teacher with `update: before_optimizer` moves
+optimizer.step()
+objective.after_step(outputs, progress)
 """
 
 from __future__ import annotations
@@ -285,7 +288,7 @@ class Objective(nn.Module):
         """The modalities and fields that a sample must have; what names no modality reads all of them."""
         return (needs.named or frozenset(self.plan.modalities)) | frozenset(needs.fields)
 
-    def before_step(self, progress: Progress, finite: Tensor | None = None) -> None:
+    def before_optimizer(self, progress: Progress, finite: Tensor | None = None) -> None:
         """Called between the backward pass and the optimiser; `finite` as in `after_step`."""
         for teacher in self.teachers.values():
             teacher.before_optimizer(progress, finite)

@@ -187,7 +187,7 @@ class TrainStep:
         if self.limit is not None:
             limit_gradients([(name, p) for name, p, _ in self._named], norm, self.limit, progress)
         self.whole = False
-        self.objective.before_step(progress, finite)
+        self.objective.before_optimizer(progress, finite)
         self._update(finite)
         self.objective.after_step(outputs, progress, finite, losses)
         for hook in self.hooks.values():

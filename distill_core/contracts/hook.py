@@ -38,7 +38,10 @@ class Computation:
         return losses
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a 0-dim `loss` to the parameters' `grad`, averaged over ranks."""
+        """Add the gradients of a 0-dim `loss` to the parameters' `grad`, averaged over ranks.
+
+        Once after each `forward`, whose graph it frees.
+        """
         self._backward(loss)
 
     def average(self) -> None:

@@ -112,7 +112,7 @@ class Ours:
     def update(self) -> None:
         """Teacher and optimiser."""
         progress = Progress(0, 1000)
-        self.objective.before_step(progress)
+        self.objective.before_optimizer(progress)
         self.optimizer.step()
         self.objective.after_step(self.outputs, progress)
         self.optimizer.zero_grad()

@@ -101,7 +101,7 @@ def profile(recipe: Recipe, *, steps: int, warmup: int, trace: Path | None, quie
     objective.represent_student = _by_modality(parts, objective.represent_student)  # type: ignore[method-assign]
     objective.fuse = parts.timed("fusion", objective.fuse)  # type: ignore[method-assign]
     objective.losses = parts.timed("losses", objective.losses, then="backward")  # type: ignore[method-assign]
-    objective.before_step = parts.timed("EMA", objective.before_step)  # type: ignore[method-assign]
+    objective.before_optimizer = parts.timed("EMA", objective.before_optimizer)  # type: ignore[method-assign]
     objective.after_step = parts.timed("EMA", objective.after_step)  # type: ignore[method-assign]
     optimizer: Any = train_step.optimizer
     optimizer.step = parts.timed("optimizer", optimizer.step)

@@ -81,6 +81,23 @@ def test_gradients_are_those_of_the_whole_batch(tiny_recipe: Path, registry: Reg
         torch.testing.assert_close(own[name], gradient, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def test_two_losses_of_one_cache_add_up(tiny_recipe: Path, registry: Registry) -> None:
+    """Would catch the first loss's gradients of the embeddings, taken on once more with those of the second."""
+    recipe = load_recipe(tiny_recipe, registry=registry)
+    torch.manual_seed(0)
+    objective, batch = build_objective(recipe), example_batch(recipe, 8)
+    _, whole, _ = step(objective, batch, 3)
+    cache = GradientCache(objective, batch, NOW, 3)
+    for name in ("contrastive", "cross_modal_distillation"):
+        objective.losses(cache.outputs).terms[name].backward()
+        cache.backward()
+    for name, p in objective.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(
+                p.grad, whole[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
 def test_the_second_pass_draws_what_the_first_one_drew(tiny_recipe: Path, registry: Registry) -> None:
     """With paths dropped at random: the embeddings of the second pass are those that the losses saw."""
     recipe = load_recipe(tiny_recipe, registry=registry, overrides=["backbone.image.drop_path=0.5"])

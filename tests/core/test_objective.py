@@ -177,7 +177,7 @@ def test_order_of_teacher_and_optimiser(batch: Batch, order: str) -> None:
         old_teacher = teacher_of(objective).backbone["a"].proj.clone()
         old_student = objective.backbone["a"].proj.detach().clone()
         new_student = old_student - 0.5 * objective.backbone["a"].proj.grad
-        objective.before_step(progress)
+        objective.before_optimizer(progress)
         optimizer.step()
         objective.after_step(outputs, progress)
         student = old_student if order == "before_optimizer" else new_student

@@ -107,7 +107,7 @@ def our_step(recipe: Recipe, objective: Objective, batch: Batch) -> tuple[dict[s
         key: parameters[name].grad.clone()  # type: ignore[union-attr]
         for key, name in official.public_names(objective).items()
     }
-    objective.before_step(progress)
+    objective.before_optimizer(progress)
     optimizer.step()
     objective.after_step(outputs, progress)
     return {**losses.terms, "total": losses.total}, gradients

@@ -36,7 +36,7 @@ def test_a_step_reads_nothing_of_the_device(path: Path, registry: Registry) -> N
         losses = objective.losses(outputs)
         losses.total.backward()
         finite = torch.isfinite(losses.total)
-        objective.before_step(progress, finite)
+        objective.before_optimizer(progress, finite)
         objective.after_step(outputs, progress, finite)
     for name, value in (losses.terms | losses.metrics).items():
         assert reads.on_device(value), f"{name} is made on the host: to copy it to the device is to wait for it"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill_authoring.conformance import surroundings
 from distill_authoring.conformance.inputs import PROGRESS
-from distill_authoring.conformance.modules import close, unmoved
+from distill_authoring.conformance.modules import close, unmoved, untouched
 from distill_authoring.conformance.suite import Case, NotApplicable, checks, require
 from distill_core import (
     BadSample,
@@ -137,6 +137,15 @@ def features(case: Case) -> None:
     single = around.encode(around.teacher, around.batch((1,)))
     middle = [x[:, 1:2] for x in pooled(encoded)]
     require(close(middle, pooled(single), 1e-5), "a sample's features depend on the other samples of its batch")
+
+
+@checks("teacher")
+def inputs_untouched(case: Case) -> None:
+    """`encode` changes nothing of the batch, which the student sees next."""
+    around = Around(case)
+    batch = around.batch()
+    with untouched({"views": batch.views, "teacher": batch.teacher}, "batch", "`encode`"):
+        around.encode(around.teacher, batch)
 
 
 @checks("teacher")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from components_to_check.broken import broken
 from components_to_check.good import Sgd, Silent, Zeros
@@ -51,6 +52,12 @@ class Counts(Noise):
         self.calls += 1
         computation.parameters[0][1].grad.mul_(self.calls)
         return losses
+
+
+@broken("hooked", "`state_dict` must hold plain data and tensors")
+class SavesAnObject(Noise):
+    def state_dict(self):
+        return {"generator": np.random.default_rng(0)}
 
 
 @broken("factors", "a gradient goes through a factor to a loss")

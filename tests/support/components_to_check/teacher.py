@@ -61,6 +61,14 @@ class Centred(Fixed):
         return {m: Features(f.pooled - f.pooled.mean(1)) for m, f in super().encode(batch, tokens_of).items()}
 
 
+@broken("inputs_untouched", "`encode` changes batch")
+class ScalesItsViews(Fixed):
+    def encode(self, batch, tokens_of):
+        for views in batch.views.values():
+            views.groups[0].x.mul_(0.5)
+        return super().encode(batch, tokens_of)
+
+
 class Noise:
     def __init__(self, collators):
         self.collators = collators

@@ -40,7 +40,7 @@ class IJepaConfig(LossConfig):
 
 
 class Predictor(nn.Module):
-    """A narrow ViT: of the context's tokens, and a mask token at each place of a block, the block's tokens.
+    """A narrow ViT: predicts a block's tokens from the context's, and a mask token at each place of the block.
 
     Positions are fixed sines and cosines.
     """
@@ -83,8 +83,8 @@ def sines(grid: tuple[int, ...], width: int, device: torch.device) -> Tensor:
 
 
 class IJepa(Loss):
-    """Smooth L1 between what the predictor makes of the context for each block, and the teacher's tokens there, layer
-    by layer normalised: the mean of a block's tokens, then of blocks and samples."""
+    """Smooth L1 between the predictor's tokens of each block and the teacher's there, which have been through a layer
+    norm: the mean of a block's tokens, then of blocks and samples."""
 
     name = "ijepa"
     Config = IJepaConfig

@@ -13,7 +13,7 @@ from distill_core import PREDICTED, Mask, Masker, MaskerConfig
 
 Share = Annotated[float, Field(gt=0, le=1)]
 ATTEMPTS = 30
-"""Draws of blocks, of which few leave too small a context."""
+"""Most draws of blocks leave enough context; after so many that did not, the blocks are one and the same."""
 
 
 class MultiBlockConfig(MaskerConfig):

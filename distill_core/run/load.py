@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_core.contracts.shared import build_all
 from distill_core.errors import UserError, did_you_mean
-from distill_core.interfaces import Backbone, FusionHead, Head
+from distill_core.interfaces import FusionHead
 from distill_core.model import Model
 from distill_core.plan import DEFAULT_TEACHER
 from distill_core.recipe.resolve import Override, load_recipe
 from distill_core.recipe.sections import Recipe
 from distill_core.registry import Registry
 from distill_core.run.checkpoint import Checkpoints, load_into
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def load_model(run: str | Path, *, teacher: bool = False, checkpoint: str = "last", device: str = "cpu") -> Model:
@@ -34,42 +37,36 @@ def model_of(
 
     Raises `UserError`, which begins with `what`, where they do not fit.
     """
-    prefix = f"teacher.{DEFAULT_TEACHER}.backbone." if teacher else "backbone."
-    backbone: dict[str, Backbone] = {}
-    for name, tower in build_all(recipe.backbone, recipe.towers).items():
-        start = f"{prefix}{name}."
-        weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if not weights and teacher:  # it may have fewer modalities than the student
-            continue
-        backbone[name] = tower
-        load_into(backbone[name], weights, what)
-        backbone[name].to(device).eval().requires_grad_(False)
+    origin = f"teacher.{DEFAULT_TEACHER}." if teacher else ""
+
+    def has(part: str) -> bool:
+        """A teacher may have fewer modalities and heads than its recipe."""
+        return not teacher or any(name.startswith(f"{origin}{part}.") for name in state)
+
+    def ready(module: M, part: str) -> M:
+        """With its weights, to encode."""
+        start = f"{origin}{part}."
+        load_into(module, {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}, what)
+        return module.to(device).eval().requires_grad_(False)
+
+    towers = build_all(recipe.backbone, recipe.towers)
+    backbone = {name: ready(x, f"backbone.{name}") for name, x in towers.items() if has(f"backbone.{name}")}
     if not backbone:
         raise UserError(f"{what}: this run trained no teacher")
-    of_fusions = {"fusion": recipe.fusion} if recipe.fusion is not None else {}
-    of_fusions |= {f"fusions.{name}": slot for name, slot in recipe.fusions.items()}
-    fusions: dict[str, FusionHead] = {}
-    for path, node in of_fusions.items() if not teacher else ():
-        fusions[path] = node.build(recipe.plan)
-        own = {k.removeprefix(f"{path}."): v for k, v in state.items() if k.startswith(f"{path}.")}
-        load_into(fusions[path], own, what)
-        fusions[path].to(device).eval().requires_grad_(False)
-    fusion = fusions.pop("fusion", None)
-    named = {path.removeprefix("fusions."): head for path, head in fusions.items()}
-    heads: dict[str, Head] = {}
-    for name, slot in recipe.heads.items():
-        start = f"teacher.{DEFAULT_TEACHER}.heads.{name}." if teacher else f"heads.{name}."
-        weights = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        if not weights and teacher:  # it copies those that its recipe names
-            continue
-        heads[name] = slot.build(recipe.plan)
-        load_into(heads[name], weights, what)
-        heads[name].to(device).eval().requires_grad_(False)
+    fusion, fusions = None, dict[str, FusionHead]()
+    if not teacher:
+        fusion = ready(recipe.fusion.build(recipe.plan), "fusion") if recipe.fusion is not None else None
+        fusions = {name: ready(slot.build(recipe.plan), f"fusions.{name}") for name, slot in recipe.fusions.items()}
+    heads = {
+        name: ready(slot.build(recipe.plan), f"heads.{name}")
+        for name, slot in recipe.heads.items()
+        if has(f"heads.{name}")
+    }
     augment = {name: node.build() for name, node in recipe.augment.items()}
     collators = recipe.collators()
     batch_size = recipe.evaluate.batch_size
     return Model(
-        backbone, augment, collators, fusion=fusion, fusions=named, teacher=teacher, device=device,
+        backbone, augment, collators, fusion=fusion, fusions=fusions, teacher=teacher, device=device,
         batch_size=batch_size, untrained=recipe.untrained_embeddings(), heads=heads,
     )  # fmt: skip
 

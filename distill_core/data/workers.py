@@ -70,7 +70,7 @@ class Workers:
     """Worker processes of one data set, in turns: `take` from them, then `close`. With none the trainer reads."""
 
     def __init__(
-        self, dataset: Dataset[Any], table: WorkerTable, count: int, *, prefetch: int, ahead: int = 1, pin: bool = False
+        self, dataset: Dataset[Any], table: WorkerTable, count: int, *, prefetch: int, ahead: int, pin: bool
     ) -> None:
         """`ahead` batches are taken from the workers before they are asked for."""
         self.table = table

@@ -120,7 +120,7 @@ class Checkpoints:
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
 
-    def file(self, which: str = "last") -> Path:
+    def _file(self, which: str) -> Path:
         """The file of `last`, `best` or a step. Raises `UserError` when there is none."""
         steps = self.steps()
         if which == "best":
@@ -148,7 +148,7 @@ class Checkpoints:
         """
         damaged: list[Damaged] = []
         read_paths: set[Path] = set()
-        path = self.file(which)
+        path = self._file(which)
         while True:
             read_paths.add(path)
             try:

@@ -21,19 +21,21 @@ from rich.text import Text
 
 from distill_core.evaluate.score import TaskScore, means
 
+SECONDS = 30.0
+"""Between two lines of progress, where there is no terminal."""
+
 
 class Display:
-    """A progress bar on a terminal; elsewhere a line every `seconds`. `quiet` shows only warnings.
+    """A progress bar on a terminal, lines elsewhere. `quiet` shows only warnings.
 
     With several ranks only rank 0 prints, except for `warn_here`.
     """
 
-    def __init__(self, steps: int, *, quiet: bool = False, seconds: float = 30.0, rank: int = 0) -> None:
+    def __init__(self, steps: int, *, quiet: bool, rank: int) -> None:
         self.console = Console(stderr=True, emoji=False)  # a signal may print while rich imports them
         self.rank = rank
         self.quiet = quiet = quiet or rank > 0
         self.steps = steps
-        self.seconds = seconds
         self._last = 0.0
         self._progress = Progress(
             TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
@@ -63,7 +65,7 @@ class Display:
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = per_second(rate) if rate is not None else ""
         self._progress.update(self._task, completed=step, rate=speed, losses=text)
-        due = time.monotonic() - self._last >= self.seconds
+        due = time.monotonic() - self._last >= SECONDS
         if losses and due and not self.quiet and not self.console.is_terminal:
             self._last = time.monotonic()
             self.say(f"step {step}/{self.steps}  {speed}  {text}")

@@ -89,5 +89,5 @@ def _problem(result: StepResult) -> str:
     if not math.isfinite(result.loss):
         return "the loss is not finite"
     if distributed.world_size() > 1 and not math.isinf(result.norm):
-        return "the loss or the gradient of another rank is not finite"
+        return "the loss or the gradient of some rank is not finite"
     return f"the gradient's norm is {result.norm}"

@@ -62,7 +62,8 @@ def replay_step(recipe: Recipe, folder: RunFolder, step: int, *, quiet: bool = F
     """
     if not step >= 1:
         raise UserError("--step counts from 1, as metrics.jsonl does")
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"parallel": _eager(recipe)})})
+    eager = recipe.train.parallel.model_copy(update={"compile": False})  # hooks need the modules as they are written
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"parallel": eager})})
     capture = read_capture(folder.path, step)
     device = prepare_process(recipe)
     checkpoints = Checkpoints(folder.path)
@@ -165,8 +166,3 @@ def _next(state: RunState) -> Batch:
     while (batch := state.loader.wait(1.0)) is None:
         pass
     return batch
-
-
-def _eager(recipe: Recipe) -> Any:
-    """Hooks need the modules as they are written."""
-    return recipe.train.parallel.model_copy(update={"compile": False})

@@ -116,7 +116,7 @@ def _picture(path: Path, rows: list[dict[str, Any]], report: Report) -> Path:
     if training and len(training[-1]["terms"]) > 1:
         total = [row["loss"] for row in training]
         curves.plot(steps, total, label="total", color="0.6", linewidth=1.2, linestyle="--", marker=marker)
-    curves.set(xlabel="optimiser step", ylabel="loss (nats)", title=f"{report.name}: losses")
+    curves.set(xlabel="optimiser step", ylabel="loss", title=f"{report.name}: losses")
     curves.set_xlim(0, 1.02 * max(report.steps, 1))
     if training:
         curves.legend(frameon=False)

@@ -17,6 +17,9 @@ from distill_core.evaluate.run import EvaluationResult
 from distill_core.recipe.sections import Recipe
 from distill_core.run.showcase import Showcase
 
+SECONDS_TO_FINISH, SECONDS_IF_INTERRUPTED = 60.0, 5.0
+"""For a tracker, to send what is queued."""
+
 
 class TrackedRun:
     """The tracker of a run.
@@ -92,7 +95,7 @@ class TrackedRun:
     def finish(self, complete: bool) -> None:
         """Flush and close; with a short timeout where the run was interrupted, since somebody waits for it to end."""
         if self._tracker is not None:
-            self._tracker.finish(*() if complete else (5,))
+            self._tracker.finish(SECONDS_TO_FINISH if complete else SECONDS_IF_INTERRUPTED)
 
     def _context(self, subset: str) -> dict[str, str]:
         return {**{name: str(value) for name, value in self.recipe.tags.items()}, "subset": subset}
@@ -177,7 +180,7 @@ class TrackerThread:
                     "without it (metrics.jsonl has every row)"
                 )
 
-    def settle(self, timeout: float = 60.0) -> None:
+    def settle(self, timeout: float = SECONDS_TO_FINISH) -> None:
         """Wait until what was queued is done, `timeout` seconds at most; not for a tracker that has failed."""
         done, end = threading.Event(), time.monotonic() + timeout
         with suppress(queue.Full):
@@ -185,7 +188,7 @@ class TrackerThread:
         while not (done.wait(0.05) or self._failed or time.monotonic() > end):
             pass
 
-    def finish(self, timeout: float = 60.0) -> None:
+    def finish(self, timeout: float = SECONDS_TO_FINISH) -> None:
         """Flush and close; give up after `timeout` seconds."""
         end = time.monotonic() + timeout
         with suppress(queue.Full):  # reported below

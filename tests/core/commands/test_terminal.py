@@ -234,7 +234,7 @@ def test_a_task_that_begins_is_a_line_in_a_pipe(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
 def test_colour_on_a_terminal(variables: dict[str, str], coloured: bool, tmp_path: Path) -> None:
     """A warning through a real terminal. Would catch NO_COLOR that is not heeded; piped output is in `test_doctor`."""
-    code = "from distill_core.run.display import Display; Display(3).warn('mind the gap')"
+    code = "from distill_core.run.display import Display; Display(3, quiet=False, rank=0).warn('mind the gap')"
     ours, theirs = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE")}
     environment |= {"TERM": "xterm-256color", **variables}

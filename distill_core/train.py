@@ -212,6 +212,12 @@ class Trainer:
             raise
 
     def _loop(self, log: MetricsLog, results: LateResults, garbage: Garbage) -> None:
+        """Step after step. The host reads the numbers of step t only when step t + 1 is launched:
+
+        launch t + 1   changes the weights, while `state.step` still is t + 1, the number of steps that are counted
+        handle t       its row, values that are not finite, what other ranks ask for
+        count t + 1    weights, data and `state.step` agree again: what is raised in between waits for it (`_hold`)
+        """
         state, steps = self.state, self.state.length.steps
         save_every, validate_every = self.recipe.train.checkpoint.every, self.recipe.evaluate.every
         upload = Uploads(self.device)

@@ -51,8 +51,9 @@ class Subject:
         """Raises `UserError` for what is no run, or has no such checkpoint or teacher."""
         from distill_core.tools import Checkpoints, Registry
 
+        recipe = run_recipe(run, Registry.discover())
         saved = Checkpoints(run).read(checkpoint)
-        recipe = run_recipe(run, Registry.discover()).of_stage(saved.get("stage", 0))
+        recipe = recipe.of_stage(saved.get("stage", 0))
         state: dict[str, Tensor] = saved["objective"]
         model = model_of(recipe, state, str(run), teacher=teacher)
         scales: dict[str, Tensor] = {}

@@ -69,7 +69,7 @@ class FloatMask(Tower):
 class NeedsASample(Tower):
     def encode(self, x, *, tokens, token_mask):
         encoded = super().encode(x, tokens=tokens, token_mask=token_mask)
-        encoded.pooled = encoded.pooled.reshape(len(x), 1, -1)
+        encoded.pooled = encoded.pooled.reshape(len(x), 1, -1)[:, 0]
         return encoded
 
 

@@ -18,7 +18,7 @@ from distill_core.batch import Batch
 from distill_core.errors import UserError
 from distill_core.objective import Objective
 from distill_core.outputs import Features, Fused, NamedFusion, Progress, Selected
-from distill_core.system.spread import gradients_stay
+from distill_core.system.sharded import gradients_stay
 
 
 class GradientCache:

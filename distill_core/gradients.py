@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill_core.contracts.component import ComponentConfig
 from distill_core.contracts.schedule import Scheduled
 from distill_core.outputs import Progress
-from distill_core.system.spread import apart, joined
+from distill_core.system.sharded import apart, joined
 
 
 class GradientLimit(ComponentConfig):

@@ -21,7 +21,7 @@ from distill_core.objective import Losses, Objective
 from distill_core.outputs import Outputs, Progress
 from distill_core.recipe.sections import Recipe
 from distill_core.run.parts import laid_out_like
-from distill_core.system import distributed, spread
+from distill_core.system import distributed, sharded
 from distill_core.system.transfer import Download
 
 
@@ -107,7 +107,7 @@ class TrainStep:
         self.maker = recipe.train.optimizer.build()
         groups = self.maker.groups(self._named)
         self.optimizer = self.maker.build(
-            [group | {"params": alike} for group in groups for alike in spread.apart(group["params"])]
+            [group | {"params": alike} for group in groups for alike in sharded.apart(group["params"])]
         )
         self.built = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         """The optimiser's groups before the first step, without their parameters: `lr` is the peak."""
@@ -182,7 +182,7 @@ class TrainStep:
         computation, losses = self._gradients(batch, progress)
         outputs = computation.outputs
         assert outputs is not None
-        norm = spread.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
+        norm = sharded.global_norm([p.grad for p in self.parameters if p.grad is not None], self.device)
         finite, any_meets = self._judge(losses.total.detach(), norm, meet)
         if self.limit is not None:
             limit_gradients([(name, p) for name, p, _ in self._named], norm, self.limit, progress)

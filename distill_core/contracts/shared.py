@@ -73,19 +73,19 @@ def _validate(value: Any, handler: Any, info: ValidationInfo) -> Any:
     except ValidationError as error:
         errors += details(error)
     known = info.context.slots if isinstance(info.context, Context) else {}
-    made = dict(slots)
+    components = dict(slots)
     for name, entry in shared.items():
         place = tuple(entry.get(PLACE, ()))
         wrong = list(_problems(name, entry, entries, shared))
         errors += [detail("shared_component", line, (name, *at), entry.get(SAME)) for at, line in wrong]
         of = slots.get(entry[SAME]) or known.get((*place[:-1], entry[SAME])) if not wrong else None
         if of is not None:  # one that is wrong itself has been named
-            made[name] = SharedSlot(of, entry[SAME], tuple(entry.get(OWN, ())), place)
+            components[name] = SharedSlot(of, entry[SAME], tuple(entry.get(OWN, ())), place)
             if place and isinstance(info.context, Context):
-                info.context.slots[place] = made[name]
+                info.context.slots[place] = components[name]
     if errors:
         raise ValidationError.from_exception_data("components", errors)
-    return {name: made[name] for name in entries if name in made}
+    return {name: components[name] for name in entries if name in components}
 
 
 def _problems(

@@ -45,9 +45,9 @@ def problems(draft: Draft) -> Iterator[Problem]:
     yield from _joint_views(draft)
     yield from _maskers(draft)
     yield from _optional(draft)
-    found: list[Problem] = []
-    plan = plan_of(draft.parts, lambda place, line: found.append((place, line)))
-    yield from found
+    problems: list[Problem] = []
+    plan = plan_of(draft.parts, lambda place, line: problems.append((place, line)))
+    yield from problems
     for path, slot in draft.slots.items():
         yield from ((path, line) for line in _component(draft, path, slot, plan))
     yield from _training(draft)
@@ -67,13 +67,13 @@ def _ids(draft: Draft) -> Iterator[Problem]:
 
 def _names(draft: Draft) -> Iterator[Problem]:
     """The keys that name fusions, heads, teachers and fields."""
-    for section, what, taken in (
+    for section, what, reserved in (
         ("fusions", "a fusion's name", DEFAULT_FUSION),
         ("heads", "a head's name", None),
         ("teachers", "a teacher's name", DEFAULT_TEACHER),
     ):
         for name in draft.names(section):
-            if name == taken:
+            if name == reserved:
                 yield (section, name), f"{name!r} is the name of the section `{section[:-1]}`; choose another"
             elif not is_word(name):
                 yield (section, name), f"{what} is a word of letters, digits, - and _"
@@ -133,9 +133,9 @@ def _joint_views(draft: Draft) -> Iterator[Problem]:
         for name in dict.fromkeys(names):
             if name not in draft.names("augment"):
                 yield place, f"no augmentation of {name!r}: give it an entry of its own, which this one builds on"
-        if taken := [name for name in names if named.setdefault(name, key) != key]:
-            others = ", ".join(map(repr, dict.fromkeys(named[name] for name in taken)))
-            yield place, f"views of {', '.join(map(repr, taken))} are made by {others} already"
+        if repeats := [name for name in names if named.setdefault(name, key) != key]:
+            others = ", ".join(map(repr, dict.fromkeys(named[name] for name in repeats)))
+            yield place, f"views of {', '.join(map(repr, repeats))} are made by {others} already"
 
 
 def _maskers(draft: Draft) -> Iterator[Problem]:

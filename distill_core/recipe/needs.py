@@ -28,17 +28,17 @@ def unmet(name: str, needs: Needs, plan: Plan, modalities: Collection[str]) -> I
         yield unknown_modality(name, missing, modalities)
     for modality in sorted(needs.encoded & plan.raw.keys()):
         yield only_collated(name, modality)
-    known = {**plan.modalities, **plan.raw}
-    for modality in sorted(needs.named & known.keys()):
-        yield from _of_student(component, needs, modality, known[modality])
-        yield from _of_views(component, needs, modality, known[modality], plan)
+    modalities = {**plan.modalities, **plan.raw}
+    for modality in sorted(needs.named & modalities.keys()):
+        yield from _of_student(component, needs, modality, modalities[modality])
+        yield from _of_views(component, needs, modality, modalities[modality], plan)
         if modality in plan.modalities:
             yield from _of_teachers(component, needs, modality, plan)
 
 
-def unknown_modality(name: str, modality: str, known: Collection[str]) -> str:
+def unknown_modality(name: str, modality: str, there: Collection[str]) -> str:
     """The line for a component that names a modality which the recipe does not have."""
-    return f"{name!r} needs a modality {modality!r}{did_you_mean(modality, sorted(known))}"
+    return f"{name!r} needs a modality {modality!r}{did_you_mean(modality, sorted(there))}"
 
 
 def only_collated(name: str, modality: str) -> str:
@@ -74,10 +74,10 @@ def _of_views(component: str, needs: Needs, name: str, modality: ModalityPlan, p
     """What the augmentation makes of one modality."""
     missing = [extra for extra in needs.extra.get(name, ()) if extra not in modality.extras]
     if missing:
-        made = "; ".join(f"{m!r}: {', '.join(p.extras) or 'none'}" for m, p in plan.modalities.items())
+        extras = "; ".join(f"{m!r}: {', '.join(p.extras) or 'none'}" for m, p in plan.modalities.items())
         yield (
             f"{component} needs the extra {', '.join(map(repr, missing))} of views of {name!r}, which its augmentation "
-            f"does not make. Extras by modality: {made}"
+            f"does not make. Extras by modality: {extras}"
         )
     for role, number in needs.views.get(name, {}).items():
         count = len(modality.views(role))

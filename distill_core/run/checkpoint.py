@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from distill_core.errors import UserError, warn
-from distill_core.run import archive
-from distill_core.run.archive import Damaged
+from distill_core.run import checkpoint_file
+from distill_core.run.checkpoint_file import Damaged
 from distill_core.run.parts import Parts, map_tree
 from distill_core.system.files import cannot_write
 
@@ -65,7 +65,7 @@ class Checkpoints:
         """
         path = self.path(step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        archive.write(path, state | {"version": VERSION, "step": step}, self.best if best else None)
+        checkpoint_file.write(path, state | {"version": VERSION, "step": step}, self.best if best else None)
         earlier = [other for other in self.steps() if other < step]
         for old in earlier[: max(0, len(earlier) - (self.keep - 1))]:
             with suppress(OSError):  # harmless if it stays
@@ -76,7 +76,7 @@ class Checkpoints:
     def save_part(self, step: int, number: int, count: int, tensors: Sequence[Tensor]) -> str:
         """Write one of the parts that a checkpoint of this step will name; returns its digest. Raises `UserError`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return archive.write(_part(self.folder, step, number, count), list(tensors))
+        return checkpoint_file.write(_part(self.folder, step, number, count), list(tensors))
 
     def _parts(self) -> Iterator[tuple[int, Path]]:
         """(step, file) of the parts there are."""
@@ -116,7 +116,7 @@ class Checkpoints:
         path = self.path(checkpoint.state["step"])
         if not path.exists():
             try:
-                archive.link(checkpoint.path, path)
+                checkpoint_file.link(checkpoint.path, path)
             except OSError as error:
                 raise UserError(cannot_write(path, error)) from error
 
@@ -197,7 +197,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path, *, check: bool = True) -> Checkpoint:
-    """With the parts that it names. Raises as `archive.read` does."""
+    """With the parts that it names. Raises as `checkpoint_file.read` does."""
     checkpoint = _read(path, check=check)
     state = checkpoint.state
     digests: list[str] = state.pop("parts", [])
@@ -205,7 +205,7 @@ def _open(path: Path, *, check: bool = True) -> Checkpoint:
     for number, digest in enumerate(digests):
         part = _part(path.parent, state["step"], number, len(digests))
         try:
-            own, tensors = archive.read(part, check=check, mapped=True)
+            own, tensors = checkpoint_file.read(part, check=check, mapped=True)
         except FileNotFoundError as error:
             if not path.exists():
                 raise
@@ -223,8 +223,8 @@ def _open(path: Path, *, check: bool = True) -> Checkpoint:
 
 
 def _read(path: Path, *, check: bool = True) -> Checkpoint:
-    """The file alone. Raises as `archive.read` does, and `UserError` for one of another format."""
-    digest, state = archive.read(path, check=check)
+    """The file alone. Raises as `checkpoint_file.read` does, and `UserError` for one of another format."""
+    digest, state = checkpoint_file.read(path, check=check)
     if state.get("version") != VERSION:
         raise UserError(f"{path}: written in format {state.get('version')!r}; this distill reads format {VERSION}")
     return Checkpoint(path, digest, state)

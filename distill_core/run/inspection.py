@@ -16,7 +16,7 @@ from distill_core.objective import Losses, Objective
 from distill_core.outputs import Outputs
 from distill_core.presence import Present
 from distill_core.system.process import get_random, set_random
-from distill_core.system.spread import local
+from distill_core.system.sharded import local
 
 
 class Inspection:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill_core.system import distributed
-from distill_core.system.spread import is_spread, local, parts_of, rows_of, spread_like
+from distill_core.system.sharded import is_spread, local, parts_of, rows_of, spread_like
 
 
 class Parts:

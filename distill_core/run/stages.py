@@ -13,7 +13,7 @@ from distill_core.recipe.sections import Recipe
 from distill_core.run.parts import map_tree
 from distill_core.run.state import RunState
 from distill_core.system.process import get_random, seed_all, set_random
-from distill_core.system.spread import joined
+from distill_core.system.sharded import joined
 
 VIEWS = ("augment", "backbone", "masker", "teacher", "teachers")
 """Sections that the loader's workers read."""

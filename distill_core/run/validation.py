@@ -14,7 +14,7 @@ from distill_core.run.folder import RunFolder
 from distill_core.run.state import RunState
 from distill_core.run.tracking import TrackedRun
 from distill_core.system import distributed
-from distill_core.system.spread import whole
+from distill_core.system.sharded import whole
 
 
 class Validation:

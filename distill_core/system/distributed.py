@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distill_core.errors import OtherRankFailed, UserError
 from distill_core.system.peers import Peers
-from distill_core.system.spread import is_spread
+from distill_core.system.sharded import is_spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -303,8 +303,8 @@ def on_first_rank(make: Callable[[], T]) -> T:
 
     Raises `UserError` on every rank where it does.
     """
-    made: list[Any] = gather_objects(raise_on_all_ranks(lambda: make() if rank() == 0 else None))
-    result: T = made[0]
+    results: list[Any] = gather_objects(raise_on_all_ranks(lambda: make() if rank() == 0 else None))
+    result: T = results[0]
     return result
 
 

@@ -23,7 +23,7 @@ from distill_core.interfaces import Augmentation, Collator
 from distill_core.model import evaluating
 from distill_core.outputs import Features, Progress
 from distill_core.plan import ModalityPlan, Plan, TeacherPlan
-from distill_core.system.spread import local
+from distill_core.system.sharded import local
 from distill_core.teachers.own_views import OwnViews, own_plan, own_problems
 
 Positive = Annotated[int, Field(gt=0)]

@@ -309,11 +309,11 @@ def check_tokens(stages: Iterable[Recipe], tokens: Tokens) -> None:
     """Raises `UserError` for a name in `tokens` that has a view in no stage, and for more than its backbone takes."""
     stages = list(stages)
     groups = [counted for recipe in stages for counted in _counted(recipe)]
-    known = {known for name, group in groups for known in (name, f"{name}.{group.role}")}
-    if unknown := [name for name in tokens if name not in known]:
+    names = {name_or_role for name, group in groups for name_or_role in (name, f"{name}.{group.role}")}
+    if unknown := [name for name in tokens if name not in names]:
         raise UserError(
             f"--tokens {unknown[0]}: no view of that name has tokens that are counted"
-            + (f"; there are {', '.join(sorted(known))}" if known else "")
+            + (f"; there are {', '.join(sorted(names))}" if names else "")
         )
     for name, count in tokens.items():
         modality = name.partition(".")[0]

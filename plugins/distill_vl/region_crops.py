@@ -71,17 +71,18 @@ class RegionCrops(JointAugmentation):
     ) -> dict[str, list[View]]:
         """All views of the picture are drawn from `rng`, so that it is decoded once."""
         whole = [view for view in own(self._text) if view.role != LOCAL]
-        crops, said = self.parts[self._picture], list[View]()
+        crops = self.parts[self._picture]
+        local_texts: list[View] = []
         assert isinstance(crops, MultiCrop)
 
         def boxes(width: int, height: int) -> list[Box]:
             regions = regions_of(sample, self.config, (width, height))
-            chosen = [regions[i] for i in draw(len(regions), crops.config.local, rng)]
-            said.extend(View(text, LOCAL) for _, text in chosen)
-            return [around(edges, (width, height), self.config.margin, rng) for edges, _ in chosen]
+            regions = [regions[i] for i in draw(len(regions), crops.config.local, rng)]
+            local_texts.extend(View(text, LOCAL) for _, text in regions)
+            return [around(edges, (width, height), self.config.margin, rng) for edges, _ in regions]
 
         pictures = crops.train_views(sample, rng, boxes)
-        return {self._picture: pictures, self._text: whole + said}
+        return {self._picture: pictures, self._text: whole + local_texts}
 
 
 def regions_of(sample: Sample, config: RegionCropsConfig, size: tuple[int, int]) -> list[tuple[Edges, str]]:

@@ -25,7 +25,7 @@ from distill_core.recipe.build import build_objective, prepare_teachers
 from distill_core.recipe.sections import ParallelConfig, Recipe
 from distill_core.registry import Entry, Registry
 from distill_core.step import TrainStep
-from distill_core.system import distributed, spread
+from distill_core.system import distributed, sharded
 
 methods = load_beside(__file__, "distributed_methods")
 SAMPLES: int = methods.SAMPLES
@@ -101,7 +101,7 @@ def batch_of(parsed: Recipe, first: int, last: int) -> Batch:
 
 def full(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
     """Whole tensors; every rank must ask."""
-    return {name: spread.joined(x).detach().clone() for name, x in tensors.items()}
+    return {name: sharded.joined(x).detach().clone() for name, x in tensors.items()}
 
 
 def train(case: str, layout: str, registry: Registry, first: int, last: int) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def train(case: str, layout: str, registry: Registry, first: int, last: int) -> 
     for number in range(STEPS):
         results.append(step(rows, Progress(number, STEPS)))
         gradients = gradients or full({name: p.grad for name, p in made.named_parameters() if p.grad is not None})
-    with spread.whole(made), torch.no_grad():
+    with sharded.whole(made), torch.no_grad():
         # ranks score unequal numbers of batches; the last waits for none
         for _ in range(distributed.rank() + 1):
             encoded = made.backbone["image"](rows.views["image"]).pooled
@@ -138,9 +138,9 @@ def train(case: str, layout: str, registry: Registry, first: int, last: int) -> 
         "state": full(made.state_dict()),
         "encoded": encoded,
         "after": after.terms,
-        "spread": sum(spread.is_spread(p) for p in made.parameters()),
-        "whole": sum(not spread.is_spread(p) and p.numel() > 1 for p in of_teachers),
-        "local": sum(spread.local(p).numel() for p in made.parameters()),
+        "spread": sum(sharded.is_spread(p) for p in made.parameters()),
+        "whole": sum(not sharded.is_spread(p) and p.numel() > 1 for p in of_teachers),
+        "local": sum(sharded.local(p).numel() for p in made.parameters()),
     }
 
 

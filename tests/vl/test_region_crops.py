@@ -51,8 +51,8 @@ def test_the_forms_of_regions() -> None:
     assert read(GRIT, regions="ref_exps") == [((0.1, 0.2, 0.5, 0.6), "A dog in a field of flowers")]
     assert read(GRIT, regions="noun_chunks") == [((0.1, 0.2, 0.5, 0.6), "A dog"), ((0, 0, 1, 1), "a field")]
     objects = {"objects": [{"name": "cup", "colour": "red", "box": [20, 50, 100, 100], "place": "below"}]}
-    found = read(objects, regions="objects", text="a {colour} {name}", unit="pixel")
-    assert found == [((0.1, 0.5, 0.5, 1.0), "a red cup")]
+    regions = read(objects, regions="objects", text="a {colour} {name}", unit="pixel")
+    assert regions == [((0.1, 0.5, 0.5, 1.0), "a red cup")]
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_local_views_are_the_regions(registry: Registry, tiny_recipe: Path) -> N
     views, own = views_of(registry, tiny_recipe, *options), views_of(registry, tiny_recipe, "augment.image+text=none")
     both, pairs = sample({"regions": [SKY, BOAT]}), []
     for epoch in range(200):
-        made = views(both, epoch)
-        assert [view.role for view in made["image"]] == ["global"] * 2 + ["local"] * 3
-        assert said(made["text"])[:2] == said(own(both, epoch)["text"])[:2]
-        assert {text for role, text in said(made["text"]) if role == "local"} == {"a blue sky", "an old boat"}
-        for picture, text in zip(made["image"][2:], made["text"][2:], strict=True):
+        drawn_views = views(both, epoch)
+        assert [view.role for view in drawn_views["image"]] == ["global"] * 2 + ["local"] * 3
+        assert said(drawn_views["text"])[:2] == said(own(both, epoch)["text"])[:2]
+        assert {text for role, text in said(drawn_views["text"]) if role == "local"} == {"a blue sky", "an old boat"}
+        for picture, text in zip(drawn_views["image"][2:], drawn_views["text"][2:], strict=True):
             pairs.append(str(text.data))
             region = SKY if text.data == "a blue sky" else BOAT
             left, top, right, bottom = picture.extra["box"]

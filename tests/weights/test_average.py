@@ -39,8 +39,8 @@ def call(base: Path, *arguments: object) -> str:
 
 
 def tensors(run: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = Checkpoints(run).read()["objective"]
-    return found
+    state: dict[str, Tensor] = Checkpoints(run).read()["objective"]
+    return state
 
 
 @pytest.mark.parametrize(("count", "share", "shares"), [(2, 0.7, (0.7, 0.3)), (3, None, (1 / 3, 1 / 3, 1 / 3))])
@@ -50,9 +50,9 @@ def test_each_tensor_is_the_mean(
     """Catches shares of the wrong runs, and a teacher or an optimiser that is averaged or lost."""
     runs = [make(seed) for seed in range(count)]
     text = call(tmp_path, *runs, "--name", "mean", *(["--share", share] if share is not None else []))
-    made, own = tensors(tmp_path / "mean"), [tensors(run) for run in runs]
-    assert made.keys() == own[0].keys()
-    for name, tensor in made.items():
+    average, own = tensors(tmp_path / "mean"), [tensors(run) for run in runs]
+    assert average.keys() == own[0].keys()
+    for name, tensor in average.items():
         if name.startswith("teacher."):
             assert torch.equal(tensor, own[0][name])
         else:
@@ -61,7 +61,7 @@ def test_each_tensor_is_the_mean(
             assert not torch.allclose(tensor, own[0][name])
     state = Checkpoints(tmp_path / "mean").read()
     assert (state["step"], state["optimizer"]) == (10, {"of": 0})
-    students = sum(not name.startswith("teacher.") for name in made)
+    students = sum(not name.startswith("teacher.") for name in average)
     assert text.startswith(f"{tmp_path / 'mean'}: {shares[0]:.3g} seed0 + {shares[1]:.3g} seed1")
     assert f", {students} tensors, at step 10 of {runs[0]}\n" in text
 

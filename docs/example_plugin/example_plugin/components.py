@@ -44,5 +44,5 @@ class FusedAgreement(Loss):
         return same_dim(cls.name, tuple(plan.modalities), plan, "default")
 
     def forward(self, outputs):
-        pairs = [(outputs.fused[m].embedding, seen.embedding[:1]) for m, seen in outputs.teacher["default"].items()]
+        pairs = [(outputs.fused[m].embedding, f.embedding[:1]) for m, f in outputs.teacher["default"].items()]
         return {"agreement": sum((1 - (x * y).sum(-1)).mean() for x, y in pairs) / len(pairs)}, {}

@@ -382,9 +382,9 @@ def dropped_tokens(case: Case) -> None:
 
     with torch.no_grad():
         whole = module(views, tokens_of=every)
-        kept = with_keep(torch.arange)
+        all_kept = with_keep(torch.arange)
         some, turned = with_keep(lambda n: torch.arange(0, n, 2)), with_keep(lambda n: torch.arange(0, n, 2).flip(0))
-    require(close(flat(whole), flat(kept)), "keeping every token is not the same as dropping none")
+    require(close(flat(whole), flat(all_kept)), "keeping every token is not the same as dropping none")
     require(not close([whole.pooled], [some.pooled], 1e-6), "dropping tokens changes nothing: keep is not used")
     for view in every:
         expected = [BATCH, (whole.tokens[view].shape[1] + 1) // 2, whole.tokens[view].shape[2]]

@@ -296,7 +296,7 @@ def _spans(
 
 
 def _input(group: Group, first: int, last: int) -> TowerInput:
-    """These of its views, whole."""
+    """Views `first` to `last` of a group, as a tower takes them."""
     lengths = group.lengths[first:last].reshape(-1) if group.lengths is not None else None
     return TowerInput(group.x[first:last].flatten(0, 1), lengths=lengths)
 

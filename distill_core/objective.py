@@ -319,7 +319,7 @@ class Objective(nn.Module):
 
     @property
     def named_fusions(self) -> dict[str, FusionHead]:
-        """Those besides `fusion`."""
+        """The recipe's `fusions`, by name."""
         return {name: cast(FusionHead, head) for name, head in self.fusions.items()}
 
     @property

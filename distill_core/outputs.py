@@ -391,7 +391,7 @@ class Outputs:
     heads: Mapping[str, Any] = field(default_factory=dict)
     """The recipe's heads, by name, to be called."""
     fusions: Mapping[str, NamedFusion] = field(default_factory=dict)
-    """Those besides `fusion`, by name. A loss that names one is given it as `fusion` and `fused`."""
+    """The recipe's `fusions`, by name. A loss that names one reads it as `fusion` and `fused`."""
     _cut: dict[tuple[frozenset[str], bool], Outputs] = field(default_factory=dict, repr=False)
     _reading: dict[str, Outputs] = field(default_factory=dict, repr=False)
 

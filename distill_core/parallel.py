@@ -96,8 +96,8 @@ def checkpoint_unit(unit: nn.Module, *, selective: bool) -> None:
 
 
 def _casting_anew(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same without autocast's cache of weights: of a unit that a step calls twice the second call would cast none,
-    computing it again would, and torch refuses what was not there before."""
+    """`forward` without autocast's cache of weights. The second call of a unit in a step would find its weights cast
+    already, while its recomputation casts them, and torch refuses operators that differ."""
 
     def uncached(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a graph has no such cache

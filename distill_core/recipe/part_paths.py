@@ -15,7 +15,7 @@ from distill_core.recipe.sections import Recipe
 
 
 def unknown_paths(draft: Draft) -> Iterator[Problem]:
-    """Those that name nothing, as far as the document names the parts of the model."""
+    """Paths that name no part of the model, as far as the document tells its parts."""
     backbones = [f"backbone.{name}" for name in draft.names("backbone")]
     shared = {
         f"backbone.{path[1]}": slot

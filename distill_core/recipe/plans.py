@@ -44,7 +44,7 @@ class Parts:
     backbone: Mapping[str, Slot[Backbone] | None]
     masker: Mapping[str, Slot[Masker]]
     fusions: Mapping[str, Slot[FusionHead] | None]
-    """That of the section `fusion` is named `default`."""
+    """By name; the section `fusion` is `default`."""
     heads: Mapping[str, Slot[Head]]
     teachers: Mapping[str, Slot[Teacher] | None]
     fields: Mapping[str, FieldConfig]
@@ -214,7 +214,7 @@ def _head(head: Slot[Head], plan: Plan) -> HeadPlan:
 
 
 def _pools(fusion: Slot[FusionHead] | None) -> bool:
-    """Whether a loss may call `TokenPooling.pool` of the fusion; of an unknown one, nothing is wrong in that."""
+    """Whether a loss may call `TokenPooling.pool` of the fusion; True where the fusion is not known."""
     return fusion is None or issubclass(fusion.cls, TokenPooling)
 
 
@@ -229,5 +229,5 @@ def is_raw(backbone: Slot[Backbone] | None) -> bool:
 
 
 def joint_towers(names: Iterable[str]) -> list[str]:
-    """Those keys of `backbone` that name several modalities."""
+    """The keys of `backbone` that name several modalities."""
     return [key for key in names if len(joined(key)) > 1]

@@ -63,7 +63,7 @@ def spread_like(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def apart(tensors: Iterable[T]) -> list[list[T]]:
-    """Those that are whole on each rank, and those that are spread: torch's `foreach` operators take one kind."""
+    """Tensors that are whole on each rank, and those that are spread: torch's `foreach` operators take one kind."""
     kinds: tuple[list[T], list[T]] = [], []
     for tensor in tensors:
         kinds[is_spread(tensor)].append(tensor)

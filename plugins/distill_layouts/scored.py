@@ -24,7 +24,7 @@ class ScoredSource(DataSource):
         return {}
 
     def samples(self, split: str) -> dict[str, Iterable[Sample]]:
-        """Those of the split, by set. Raises `DataError`."""
+        """Samples of the split, by set. Raises `DataError`."""
         return self.scored() if split == self.config.split else {}
 
     @abstractmethod

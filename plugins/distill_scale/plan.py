@@ -150,7 +150,7 @@ def make_plans(
 def _plans_of(
     whole: Recipe, number: int, hardware: Sequence[Hardware], device: torch.device, samples: int | None, tokens: Tokens
 ) -> Iterator[Plan]:
-    """Of one stage."""
+    """The plans of one stage: one for each hardware and layout."""
     recipe, batch = whole.of_stage(number), whole.data.batch_size
     states = states_of(recipe)
     lengths = example_lengths(recipe, tokens)
@@ -285,7 +285,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _steps(recipe: Recipe, stage: int, global_batch: int, samples: int | None) -> int | None:
-    """Of one stage."""
+    """Steps of one stage; None where the run's length is not known."""
     steps = recipe.train.steps
     if steps is None:
         if samples is None or recipe.train.epochs is None:

@@ -102,10 +102,10 @@ def regions_of(sample: Sample, config: RegionCropsConfig, size: tuple[int, int])
                 box, text = entry["box"], config.text.format_map(entry)
             left, top, right, bottom = (float(edge) / side for edge, side in zip(box, unit * 2, strict=True))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise BadSample(f"{where} is no region: {type(error).__name__}: {error}") from error
+            raise BadSample(f"{where} is not a region: {type(error).__name__}: {error}") from error
         edges = (left, top, right, bottom)
         if not (left < right and top < bottom and all(-ROUNDED <= edge <= 1 + ROUNDED for edge in edges)):
-            raise BadSample(f"{where}: the box {box} lies in no picture of {size[0]} x {size[1]} pixels")
+            raise BadSample(f"{where}: the box {box} is not within the picture of {size[0]} x {size[1]} pixels")
         if not tidy(text):
             raise BadSample(f"{where} has no text")
         regions.append((edges, tidy(text)))

@@ -57,7 +57,9 @@ def mean(
                     "only runs of the same towers can be averaged"
                 )
     if not shared:
-        raise UserError(f"{', '.join(map(str, names[1:]))}: no tensor is named as one of {names[0]}")
+        raise UserError(
+            f"{', '.join(map(str, names[1:]))}: no tensor in common with {names[0]}; average runs of the same recipe"
+        )
     averaged = {}
     for name in shared:
         parts_of_mean = [part * state[name].double() for part, state in zip(shares, states, strict=True)]

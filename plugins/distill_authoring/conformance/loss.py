@@ -488,7 +488,7 @@ class JointStep:
         return module
 
     def outputs(self, module: Any) -> Outputs:
-        """Of both ranks, always the same."""
+        """Outputs of the joint batch of both ranks, always the same."""
         return example_outputs(self.fit, self.inputs, self.config, module, batch=2 * BATCH, ids=self.ids)
 
 

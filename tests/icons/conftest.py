@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
+from distill_core import Sample
 from distill_icons.packages import PACKAGES
-from distill_icons.scenes import THINGS
+from distill_icons.scenes import THINGS, IconScenes
 from distill_icons.source import IconsSource
 
 HEAD = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 24 24"'
@@ -156,3 +157,12 @@ def made(npm: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., I
         return IconsSource(IconsSource.Config(**{**defaults, **options}))
 
     return source
+
+
+@pytest.fixture(scope="module")
+def scenes(made: Callable[..., IconsSource]) -> list[Sample]:
+    """Sixty scenes to train on."""
+    icons = made(sets=("game_icons",), shards=1).config
+    source = IconScenes(IconScenes.Config(scenes=60, held_out=25, cache=icons.cache, icons=icons))
+    source.prepare()
+    return [sample for samples in source.samples("train").values() for sample in samples]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ import torch
 from distill_core import Sample, View
 from distill_core.data.batches import SampleViews
 from distill_cosmos.text_crop import TextCrop
-from distill_icons.scenes import IconScenes
-from distill_icons.source import IconsSource
 from distill_vl.caption_aware_flips import CaptionAwareFlips, CaptionAwareFlipsConfig
 from distill_vl.multi_crop import MultiCrop
 
@@ -23,14 +20,6 @@ pytest.importorskip("resvg_py")
 EPOCHS = 50
 Draw = tuple[Sample, list[View], list[str], list[View], list[str]]
 """A sample; its pictures and texts; those of the own augmentations."""
-
-
-@pytest.fixture(scope="module")
-def scenes(made: Callable[..., IconsSource]) -> list[Sample]:
-    icons = made(sets=("game_icons",), shards=1).config
-    source = IconScenes(IconScenes.Config(scenes=60, held_out=25, cache=icons.cache, icons=icons))
-    source.prepare()
-    return [sample for samples in source.samples("train").values() for sample in samples]
 
 
 def drawn(scenes: list[Sample], device: str = "cpu", **options: Any) -> list[Draw]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,6 @@ from PIL import Image
 
 from distill_core import Sample, View
 from distill_core.data.batches import SampleViews
-from distill_icons.scenes import IconScenes
-from distill_icons.source import IconsSource
 from distill_vl.caption import WholeCaption
 from distill_vl.multi_crop import MultiCrop
 from distill_vl.region_crops import RegionCrops, RegionCropsConfig
@@ -22,14 +19,6 @@ from distill_vl.region_crops import RegionCrops, RegionCropsConfig
 pytest.importorskip("resvg_py")
 SIZE = 96
 CROPS = {"size": 32, "local_size": 32, "global": 1, "local": 4, "recolour": False, "flip": 0.5}
-
-
-@pytest.fixture(scope="module")
-def scenes(made: Callable[..., IconsSource]) -> list[Sample]:
-    icons = made(sets=("game_icons",), shards=1).config
-    source = IconScenes(IconScenes.Config(scenes=60, held_out=25, cache=icons.cache, icons=icons))
-    source.prepare()
-    return [sample for samples in source.samples("train").values() for sample in samples]
 
 
 @pytest.fixture(scope="module")
